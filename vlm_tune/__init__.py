@@ -1,0 +1,31 @@
+"""Instruction tuning of vision-language LLMs; `import vlm_tune` loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vlm_tune.api import evaluate, merge, sft
+    from vlm_tune.config import load_recipe
+    from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+
+_HOMES = {
+    "VisionLanguageModel": "vlm_tune.model.vlm",
+    "VisionLanguageConfig": "vlm_tune.model.vlm",
+    "load_recipe": "vlm_tune.config",
+    "sft": "vlm_tune.api",
+    "evaluate": "vlm_tune.api",
+    "merge": "vlm_tune.api",
+}
+
+__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "evaluate", "load_recipe", "merge", "sft"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlm_tune' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,92 @@
+"""The functions of `import vlm_tune`: train, evaluate, merge; the command line calls the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.config import Recipe, load_recipe
+from vlm_tune.data.prepare import read_conversations
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.evaluation import Scores, score
+from vlm_tune.merging import MergeReport
+from vlm_tune.merging import merge as merge_folder
+from vlm_tune.model.features import tower_features
+from vlm_tune.model.llm import Decoding
+from vlm_tune.model.store import load_model
+from vlm_tune.train.loop import Report
+from vlm_tune.train.run import Run, out_of_memory
+from vlm_tune.train.run import sft as run_recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def sft(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Report | None = None,
+) -> Run:
+    """Trains a recipe and returns the run (folder, result, model); `show` is given every event.
+
+    Raises the errors of `vlm_tune.errors`: a bad recipe, data, weights, or training that stopped.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    try:
+        return run_recipe(loaded, resume=resume, overwrite=overwrite, show=show)
+    except (RuntimeError, MemoryError) as error:
+        advice = out_of_memory(error)
+        if advice is None:
+            raise
+        raise advice from error
+
+
+def find_recipe(model: Path) -> Path:
+    """The recipe of a run that a model folder lies in. Raises `RecipeError` if there is none."""
+    for folder in (model, *model.resolve().parents):
+        if (folder / "recipe.yaml").is_file():
+            return folder / "recipe.yaml"
+    raise RecipeError([Problem(str(model), "no recipe.yaml in this folder or above it; say which data with --recipe")])
+
+
+def evaluate(
+    model: str | Path,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    dtype: str = "bf16",
+    show: Report | None = None,
+) -> Scores:
+    """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage.
+
+    The recipe is the run's own where none is given. Raises `RecipeError` if that part is empty.
+    """
+    folder = Path(model)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or find_recipe(folder), overrides)
+    stage = loaded.resolved_stages()[-1][1]
+    sources = stage.data.test if split == "test" else stage.data.validation
+    if not sources:
+        raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
+    rows = read_conversations(stage.data, sources, stage.seed)[0][:limit]
+    vlm = load_model(folder, dtype=DTYPES[dtype])
+    media = list(dict.fromkeys(item for row in rows for item in row.media))
+    return score(
+        vlm,
+        rows,
+        decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
+        batch_size=stage.evaluate.batch_size,
+        features=tower_features(vlm, media) if media else None,
+        progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
+    )
+
+
+def merge(model: str | Path, output: str | Path, *, dtype: str = "bf16") -> MergeReport:
+    """Merges a run's LoRA into 16-bit base weights, verifies, and writes `output`; raises `ModelError` if it can't."""
+    return merge_folder(Path(model), Path(output), dtype=dtype)

@@ -1,0 +1,72 @@
+"""Between words and tensors: one object holds tokenizer, template and image preprocessing, for training and for chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vlm_tune.data.images import ImageProcessor
+from vlm_tune.data.template import ChatTemplate
+from vlm_tune.data.tokens import LAYOUTS, TextEncoder
+from vlm_tune.data.types import Conversation, Example, InputSpec
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Processor:
+    """Turns conversations into examples. Raises `DataError` if template, layout and tokenizer don't fit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    spec: InputSpec
+    images: ImageProcessor
+    system: str | None = None
+    encoder: TextEncoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.spec.layout not in self.template.layouts:
+            raise DataError(
+                f"the chat format {self.template.name!r} is for {' and '.join(self.template.layouts)} models, "
+                f"this one is {self.spec.layout}",
+                source="data.template",
+            )
+        self.encoder = TextEncoder(self.tokenizer)
+        for name in self.template.control_tokens:
+            self.encoder.control(name)
+
+    def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
+        segments = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
+        return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
+
+    def examples(self, conversation: Conversation) -> list[Example]:
+        """Examples to train on. Raises `DataError` if none of a row's tokens is supervised."""
+        found = self._lay_out(conversation, prompt_only=False)
+        if any(example.supervised == 0 for example in found):
+            raise DataError("no token of it is supervised, it would train nothing", row=conversation.id)
+        return found
+
+    def prompt(self, conversation: Conversation) -> Example:
+        """The example the model is asked to go on from: all but the last answer, and the assistant's turn opened."""
+        return self._lay_out(conversation, prompt_only=True)[-1]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """`prompt` of each. Raises `DataError` for one that is longer than `max_length`."""
+        found = [self.prompt(conversation) for conversation in conversations]
+        for example in found:
+            if len(example.input_ids) > self.spec.max_length:
+                raise DataError(f"{len(example.input_ids)} tokens, more than {self.spec.max_length}", row=example.id)
+        return found
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the template's trained end tokens and the tokenizer's own."""
+        ends = [piece.control for piece in self.template.assistant if piece.control and piece.trained]
+        return list(dict.fromkeys([*(self.encoder.control(end) for end in ends), self.spec.eos_id]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated ids as text, control tokens and outer white space removed."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

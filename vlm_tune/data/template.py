@@ -1,0 +1,149 @@
+"""Chat formats: a conversation becomes segments, and what is trained is known by construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlm_tune.data.types import Conversation, Media, Message, Segment
+from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.recipe_yaml import read_yaml
+from vlm_tune.resources import find_resource, resource_names
+
+
+class Piece(BaseModel):
+    """One piece of a turn: literal text, a control token by its written form, or the turn's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    text: str | None = None
+    control: str | None = None
+    content: Literal["trained", "prompt"] | None = None
+    trained: bool = False
+
+
+class ChatTemplate(BaseModel):
+    """A chat format of `data_templates/chat`.
+
+    Each role is a list of pieces. `start` opens every conversation; a conversation without system text gets
+    `default_system` if there is one. `bos` and `eos` as control names stand for the tokenizer's own tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    layouts: Annotated[list[Literal["causal", "seq2seq"]], Field(min_length=1)]
+    start: list[Piece] = []
+    system: list[Piece] = []
+    user: list[Piece]
+    assistant: list[Piece]
+    default_system: str | None = None
+    strip: bool = False
+    jinja: str = ""
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Control tokens by their written form, those that stand for the tokenizer's own left out."""
+        pieces = [*self.start, *self.system, *self.user, *self.assistant]
+        return list(dict.fromkeys(p.control for p in pieces if p.control and p.control not in ("bos", "eos")))
+
+    def segments(self, conversation: Conversation, *, prompt_only: bool = False, system: str | None = None) -> list[Segment]:
+        """The conversation's segments in order, adjacent text of one kind joined.
+
+        With `prompt_only` the last turn is opened for the model to answer: everything up to its trained content.
+        Raises `DataError` for a conversation the format can't hold.
+        """
+        messages = list(conversation.messages)
+        if prompt_only and messages and messages[-1].role == "assistant":
+            messages.pop()
+        system = self.default_system if system is None else system
+        if system and messages and messages[0].role != "system":
+            messages.insert(0, Message("system", (system,)))
+        out: list[Segment] = [s for piece in self.start for s in self._piece(piece, None)]
+        for message in messages:
+            if message.role == "system" and not self.system:
+                raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id)
+            pieces: list[Piece] = getattr(self, message.role)
+            out += [s for piece in pieces for s in self._piece(piece, message)]
+        if prompt_only:
+            for piece in self.assistant:
+                if piece.content or piece.trained:
+                    break
+                out += self._piece(piece, None)
+        return _joined(out)
+
+    def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
+        if piece.control is not None:
+            return [Segment("control", piece.control, piece.trained)]
+        if piece.text is not None:
+            return [Segment("text", piece.text, piece.trained)]
+        assert message is not None
+        trained = piece.content == "trained"
+        parts = list(message.parts)
+        if self.strip:
+            parts = _stripped(parts)
+        return [
+            Segment("media", part, False) if isinstance(part, Media) else Segment("text", part, trained) for part in parts if part != ""
+        ]
+
+
+def _stripped(parts: list[str | Media]) -> list[str | Media]:
+    """White space at the turn's two ends removed, as chat templates that trim do."""
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts
+
+
+def _joined(segments: list[Segment]) -> list[Segment]:
+    out: list[Segment] = []
+    for segment in segments:
+        last = out[-1] if out else None
+        if last and last.kind == segment.kind == "text" and last.trained == segment.trained:
+            out[-1] = replace(last, payload=str(last.payload) + str(segment.payload))
+        else:
+            out.append(segment)
+    return out
+
+
+def load_template(name: str) -> ChatTemplate:
+    """A shipped chat format by name, or one from a YAML file.
+
+    Raises `DataError` for an unknown name, a malformed file, a format whose assistant turn trains nothing or never
+    ends, and one that begins every turn with a start token.
+    """
+    path = find_resource("data_templates/chat", name)
+    if path is None:
+        raise DataError(f"no chat format {name!r}; there are {', '.join(resource_names('data_templates/chat'))}", source="data.template")
+    return read_template(path)
+
+
+def read_template(path: Path) -> ChatTemplate:
+    """As `load_template`, from a file."""
+    try:
+        template = ChatTemplate.model_validate(read_yaml(path).value)
+    except RecipeError as error:
+        raise DataError(str(error), source="template") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError(faults, source=str(path)) from None
+    for role in ("start", "system", "user", "assistant"):
+        for piece in getattr(template, role):
+            if sum(value is not None for value in (piece.text, piece.control, piece.content)) != 1:
+                raise DataError(f"each piece of {role} is one of text, control, content", source=str(path))
+            if (piece.content == "trained" or piece.trained) and role != "assistant":
+                raise DataError(f"{role} has a trained piece; only the assistant's words are trained", source=str(path))
+    if not any(piece.content == "trained" for piece in template.assistant):
+        raise DataError("the assistant turn has no `content: trained`, so nothing would train", source=str(path))
+    if not any(piece.control and piece.trained for piece in template.assistant):
+        raise DataError("the assistant turn has no trained end token, so answers would never end", source=str(path))
+    if not any(piece.content for piece in template.user):
+        raise DataError("the user turn has no content", source=str(path))
+    bos = [piece for role in ("system", "user", "assistant") for piece in getattr(template, role) if piece.control == "bos"]
+    if bos or sum(piece.control == "bos" for piece in template.start) > 1:
+        raise DataError("the start token stands in a turn or twice: a conversation would begin more than once", source=str(path))
+    return template

@@ -1,0 +1,63 @@
+"""The errors a user sees, each with the exit code its command ends with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_DONE, EXIT_RECIPE, EXIT_DATA, EXIT_MODEL, EXIT_TRAINING, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
+
+
+class VlmTuneError(Exception):
+    """Base of every error that is the user's to mend; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault in a recipe: where it stands (`file:line:column`) and what to do about it."""
+
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class RecipeError(VlmTuneError):
+    """A recipe that can't be run; carries every problem found, not the first."""
+
+    exit_code = EXIT_RECIPE
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class DataError(VlmTuneError):
+    """A row, an image or a template that can't be used; names the source and the row."""
+
+    exit_code = EXIT_DATA
+
+    def __init__(self, message: str, *, source: str = "", row: int | str | None = None) -> None:
+        self.source, self.row, self.message = source, row, message
+        place = source + (f", row {row}" if row is not None else "")
+        super().__init__(f"{place}: {message}" if place else message)
+
+
+class ModelError(VlmTuneError):
+    """Weights or a model configuration that can't be used."""
+
+    exit_code = EXIT_MODEL
+
+
+class TrainingError(VlmTuneError):
+    """Training stopped by itself (diverged, out of memory, locked folder)."""
+
+    exit_code = EXIT_TRAINING
+
+
+class Interrupted(VlmTuneError):
+    """Training was asked to stop, saved a checkpoint and can be resumed."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -1,0 +1,180 @@
+"""Merges LoRA adapters into the base weights, and proves that the merge did what the adapter does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.config import load_recipe
+from vlm_tune.data.collate import collate
+from vlm_tune.data.prepare import read_conversations
+from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.model.llm import Decoding
+from vlm_tune.model.store import find_model, load_model, save_model
+from vlm_tune.model.tuning import merge_adapter
+from vlm_tune.model.vlm import VisionLanguageModel
+
+TOLERANCE = 2e-2
+PROBES = 4
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far merged logits are from the adapter's and from the base's (largest absolute difference), and greedy text."""
+
+    output: str
+    parts: list[str]
+    base: str
+    difference_to_adapter: float
+    difference_to_base: float
+    same_text: bool
+
+
+def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
+    """Merges a run's or checkpoint's adapters into 16-bit base weights (fp32 on request) and writes a model folder.
+
+    A 4- or 8-bit run is merged into its base loaded in `dtype`, never into quantised weights. Before anything is
+    written, the merged logits must equal the adapter's within 2e-2 (and give the same greedy text) and differ from
+    the base's. Raises `ModelError` if there is nothing to merge, the output exists, or verification fails.
+    """
+    source = find_model(Path(path))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ModelError(f"{output}: the output folder is not empty")
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    model = load_model(source, dtype=precision, quantize=False)
+    if not model.adapters:
+        raise ModelError(f"{source} has no adapter: nothing to merge, it can be used as it is")
+    merged_parts = sorted(model.adapters)
+    quantized = _quantized(source)
+    model.float()
+    probes = probe_rows(Path(path), model)
+    adapter_logits, adapter_text = observe(model, probes)
+    base_logits = _without_adapters(model, probes)
+    for part in merged_parts:
+        merge_adapter(model, part)
+    model.to(precision).float()
+    merged_logits, merged_text = observe(model, probes)
+    report = MergeReport(
+        output=str(output),
+        parts=merged_parts,
+        base=f"{model.config.llm.name or 'the trained base'} in {dtype}" + (f" (the run was {quantized})" if quantized else ""),
+        difference_to_adapter=_largest(adapter_logits, merged_logits),
+        difference_to_base=_largest(base_logits, merged_logits),
+        same_text=adapter_text == merged_text,
+    )
+    check_merge(report)
+    model.changed |= {"tower", "llm"}
+    model.to(precision)
+
+    def extra(folder: Path) -> None:
+        (folder / "merge.json").write_text(json.dumps(report.__dict__, indent=1))
+        (folder / "README.md").write_text(model_card(model, report))
+
+    save_model(model, output, extra)
+    return report
+
+
+def check_merge(report: MergeReport) -> None:
+    """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
+    if report.difference_to_base == 0:
+        raise ModelError("the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)")
+    if report.difference_to_adapter > TOLERANCE:
+        raise ModelError(
+            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {TOLERANCE}; "
+            "nothing was written. Try --dtype fp32"
+        )
+    if not report.same_text:
+        raise ModelError("the merged model's greedy text differs from the adapter's; nothing was written. Try --dtype fp32")
+
+
+def _quantized(source: Path) -> str | None:
+    from vlm_tune.model.store import read_config
+
+    return read_config(source).llm.quantize
+
+
+def _without_adapters(model: VisionLanguageModel, probes: Sequence[Conversation]) -> torch.Tensor:
+    for tuner in model.adapters.values():
+        tuner.disable_adapter_layers()
+    logits, _ = observe(model, probes)
+    for tuner in model.adapters.values():
+        tuner.enable_adapter_layers()
+    return logits
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
+    """Rows to compare models by: of the run's own data where it can be read, else a blank image and a question."""
+    for folder in (path, *path.parents):
+        if (folder / "recipe.yaml").is_file():
+            try:
+                recipe = load_recipe(folder / "recipe.yaml").resolved_stages()[-1][1]
+                rows, _ = read_conversations(recipe.data, recipe.data.validation or recipe.data.train, recipe.seed)
+            except Exception as error:  # the data may have moved since; a merge does not need it
+                if isinstance(error, RecipeError):
+                    raise
+                break
+            if rows:
+                return rows[:: max(len(rows) // PROBES, 1)][:PROBES]
+            break
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (model.tower.image_size,) * 2, (180, 60, 60)).save(buffer, format="PNG")
+    question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
+    return [Conversation("probe", (question, Message("assistant", ("a red square",))))]
+
+
+@torch.inference_mode()
+def observe(model: VisionLanguageModel, rows: Sequence[Conversation]) -> tuple[torch.Tensor, list[str]]:
+    """What a model does with rows: logits of their supervised tokens (fp32, flat), and its greedy answers."""
+    model.eval()
+    examples = [example for row in rows for example in model.processor.examples(row)]
+    found: list[torch.Tensor] = []
+    for example in examples:
+        batch = collate([example], model.processor.spec, pixels=model.processor.images).to(model.device)
+        embeds: Any = model.embed(batch)
+        found.append(model.llm.supervised_logits(embeds, batch.attention_mask, batch.labels).float().flatten())
+    texts = model.answer(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)
+    return torch.cat(found), texts
+
+
+def model_card(model: VisionLanguageModel, report: MergeReport) -> str:
+    """The README of a merged folder."""
+    section = model.config.model
+    return f"""---
+library_name: vlm_tune
+pipeline_tag: image-text-to-text
+base_model: {section.llm.name or "none"}
+---
+
+A vision-language model merged by vlm_tune {_version()}.
+
+- tower: {section.tower.kind} {getattr(section.tower, "name", None) or "(from scratch)"}
+- connector: {section.connector.kind}
+- language model: {report.base}
+- merged: LoRA on {", ".join(report.parts)}; merged logits differ from the adapter's by at most {report.difference_to_adapter:.2g}
+
+```python
+from vlm_tune import VisionLanguageModel
+vlm = VisionLanguageModel.from_pretrained("{report.output}")
+vlm.chat("What does the image show?", images=["image.png"])
+```
+"""
+
+
+def _version() -> str:
+    from vlm_tune import __version__
+
+    return __version__

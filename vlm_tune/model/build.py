@@ -1,0 +1,219 @@
+"""From a recipe to a model: the tower, the language model and its tokenizer, quantised where asked."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.config import Llm, Recipe, Scratch
+from vlm_tune.data.images import ImageProcessor
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.template import ChatTemplate, load_template
+from vlm_tune.data.types import Conversation, InputSpec
+from vlm_tune.errors import ModelError
+from vlm_tune.model.connectors import build_connector
+from vlm_tune.model.llm import LLMS
+from vlm_tune.model.towers import VisionTower, build_tower
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.weights import check_folder, load_into, read_safetensors
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+
+
+def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLanguageModel:
+    """The recipe's model before training; `conversations` are what a scratch tokenizer is trained on.
+
+    Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
+    """
+    torch.manual_seed(recipe.seed)
+    section, data = recipe.model, recipe.data
+    template = load_template(data.template)
+    tower = build_tower(section.tower)
+    if section.llm.scratch:
+        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
+        language = _scratch_llm(section.llm, section.llm.scratch, tokenizer)
+    else:
+        tokenizer = load_tokenizer(section.llm)
+        language = load_llm(section.llm, dtype=load_dtype(recipe))
+    return assemble(
+        VisionLanguageConfig(
+            model=section,
+            tower_rebuild=tower.rebuild,
+            template=template.model_dump(),
+            system=data.system,
+            max_length=data.max_length,
+        ),
+        tower,
+        tokenizer,
+        language,
+        changed={"tower"} if getattr(section.tower, "config", None) else set(),
+    )
+
+
+def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, *, changed: set[str]) -> VisionLanguageModel:
+    """A model from its parts, with a connector of random weights."""
+    llm = LLMS[config.llm.kind](language)
+    tower_tokens, width = tower.measure()
+    connector = build_connector(config.model.connector, width, llm.width)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {config.llm.name!r} has no end token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if len(tokenizer) > language.get_input_embeddings().num_embeddings:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}")
+    processor = Processor(
+        tokenizer=tokenizer,
+        template=ChatTemplate.model_validate(config.template),
+        spec=InputSpec(connector.tokens(tower_tokens), config.llm.kind, config.max_length, pad, tokenizer.eos_token_id),
+        images=ImageProcessor(tower.image_size, config.model.tower.resize, tower.mean),
+        system=config.system,
+    )
+    model = VisionLanguageModel(config, tower, connector, llm, processor)
+    model.changed = changed | ({"llm"} if config.llm.scratch else set())
+    return model
+
+
+def load_dtype(recipe: Recipe) -> torch.dtype:
+    """Half precision to load frozen weights in; fp32 where any stage trains the LLM in full, so no digit is lost."""
+    full = any(
+        rule.how == "full" and (rule.match.startswith("llm") or rule.match.startswith("*"))
+        for _, stage in recipe.resolved_stages()
+        for rule in stage.tune
+    )
+    return torch.float32 if full else DTYPES[recipe.train.precision]
+
+
+def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, template: ChatTemplate) -> Any:
+    """A byte-level BPE tokenizer trained on the conversations' text; the template's control tokens are in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIALS.values(), *template.control_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # The distinct texts, sorted: the vocabulary depends on what is said, not on the order of rows.
+    texts = sorted({str(s.payload) for c in conversations for s in template.segments(c) if s.kind == "text"})
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS)
+
+
+def _scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    if llm.kind == "seq2seq":
+        ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    try:
+        config = AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": len(tokenizer), **scratch.config})
+        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+        return factory.from_config(config, **_attention())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model.llm.scratch: {error}") from None
+
+
+def _attention() -> dict[str, Any]:
+    # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
+    return {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+
+
+def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
+    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    try:
+        return AutoTokenizer.from_pretrained(str(folder or llm.name), **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
+
+
+def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:
+    """The transformers model of a name or a folder, quantised as `llm.quantize` says unless told not to.
+
+    Raises `ModelError` for names and files that don't exist, cut files, missing or unexpected tensors.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+    name = str(folder or llm.name)
+    gguf = llm.gguf_file if folder is None else None
+    if gguf and not (Path(name) / gguf).is_file():
+        raise ModelError(f"no GGUF file {gguf!r} in {name!r}")
+    if Path(name).is_dir() and not gguf:
+        check_folder(Path(name))
+    options: dict[str, Any] = {"dtype": dtype, **_attention()}
+    if gguf:
+        model = _loaded(factory, name, {**options, "gguf_file": gguf})
+        _forget_gguf(model)
+        if not (llm.quantize and quantize):
+            return model
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            return _loaded(factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)})
+    options["use_safetensors"] = True
+    if llm.quantize and quantize:
+        options["quantization_config"] = _bitsandbytes(llm, dtype)
+    return _loaded(factory, name, options)
+
+
+def _loaded(factory: Any, name: str, options: dict[str, Any]) -> Any:
+    try:
+        model, info = factory.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"can't load the language model {name!r}: {_first_line(error)}") from None
+    faults = [
+        f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
+        for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))
+        if info.get(key)
+    ]
+    if faults:
+        raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _forget_gguf(model: Any) -> None:
+    """A de-quantised GGUF model is a plain one; as long as it claims otherwise transformers won't save it."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    if hasattr(model, "is_quantized"):
+        model.is_quantized = False
+
+
+def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if llm.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=False,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def restore_tower(config: VisionLanguageConfig, weights: Path | None) -> VisionTower:
+    """A saved model's tower: from its own weights where it has some, else from its name."""
+    if weights is None:
+        return build_tower(config.model.tower)
+    tower = build_tower(config.model.tower, config.tower_rebuild)
+    load_into(tower, read_safetensors(weights), weights)
+    return tower

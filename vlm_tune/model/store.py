@@ -1,0 +1,248 @@
+"""Self-contained model folders: written whole or not at all, and loaded only when their manifest holds.
+
+    config.json            VisionLanguageConfig
+    connector.safetensors
+    tower.safetensors      where the tower's weights are not those of its name
+    llm/                   the language model in transformers' layout, where its weights are not those of its name
+    adapter/               the LLM's LoRA adapter in PEFT's layout
+    tower_adapter/         the tower's
+    tokenizer.json, ...    the tokenizer, chat_template.jinja
+    manifest.json          sizes and sha256 of all the other files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from vlm_tune.errors import ModelError
+from vlm_tune.model.build import assemble, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.tuning import attach_adapter, parts
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.weights import load_into, read_safetensors, write_safetensors
+
+MANIFEST = "manifest.json"
+ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
+PREFIX = "base_model.model."
+
+
+# --- folders that are whole ------------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
+
+    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        files = {
+            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        old = target.parent / f".{target.name}.old-{os.getpid()}"
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def verify_folder(folder: Path) -> None:
+    """Raises `ModelError` unless every file of the manifest is there with its size and sha256."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        raise ModelError(f"{folder}: no whole model (its manifest.json is missing or unreadable)") from None
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ModelError(f"{folder}: {name} is missing or cut")
+        if _digest(path) != entry["sha256"]:
+            raise ModelError(f"{folder}: {name} is not what was written (sha256 differs)")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder's manifest holds."""
+    try:
+        verify_folder(folder)
+    except ModelError:
+        return False
+    return True
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: VisionLanguageModel, target: Path, extra: Callable[[Path], None] | None = None) -> None:
+    """Writes a model folder; `extra` may add files before it is committed."""
+
+    def write(folder: Path) -> None:
+        write_model(model, folder)
+        if extra:
+            extra(folder)
+
+    commit_folder(target, write)
+
+
+def write_model(model: VisionLanguageModel, folder: Path) -> None:
+    """The files of a model folder, without the manifest."""
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
+    write_safetensors(model.connector.state_dict(), folder / "connector.safetensors")
+    if "tower" in model.changed:
+        write_safetensors(_base_state(model.tower), folder / "tower.safetensors")
+    if "llm" in model.changed:
+        language: Any = model.llm.model
+        language.save_pretrained(folder / "llm", state_dict=_base_state(language))
+    for part in model.adapters:
+        write_adapter(model, part, folder / ADAPTERS[part])
+    tokenizer = model.processor.tokenizer
+    tokenizer.save_pretrained(folder)
+    if model.processor.template.jinja:
+        (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+
+
+def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.replace(".base_layer.", "."): value for name, value in module.state_dict().items() if "lora_" not in name}
+
+
+def _adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the keys PEFT writes."""
+    return {PREFIX + name.replace(".default", ""): value for name, value in module.state_dict().items() if "lora_" in name}
+
+
+def write_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+    """A standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.adapters[part].peft_config["default"]
+    was, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = was
+    write_safetensors(_adapter_state(parts(model)[part]), folder / "adapter_model.safetensors")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def find_model(path: Path) -> Path:
+    """The model folder meant by a path: itself, a run's finished model, or the best or last checkpoint of a run.
+
+    Raises `ModelError` if there is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if not path.is_dir():
+        raise ModelError(f"no such folder: {path}")
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    checkpoints = sorted(path.glob("stages/*/checkpoints/step-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in checkpoints:
+        if is_whole(folder):
+            return folder
+    raise ModelError(f"{path} holds no model: neither config.json, nor model/, nor a whole checkpoint")
+
+
+def read_config(folder: Path) -> VisionLanguageConfig:
+    """The config of a model folder. Raises `ModelError` if it is none of ours."""
+    try:
+        return VisionLanguageConfig.model_validate_json((folder / "config.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise ModelError(f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})") from None
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
+    """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (bf16 where not given).
+
+    With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without its adapters.
+    Raises `ModelError` for folders that are not whole and weights that don't fit.
+    """
+    dtype = dtype or torch.bfloat16
+    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters)
+    for module in (model.tower, model.connector):
+        module.to(dtype)
+    model.requires_grad_(False)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def restore_model(folder: Path, *, dtype: torch.dtype, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
+    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved."""
+    verify_folder(folder)
+    config = read_config(folder)
+    if not quantize:
+        section = config.model.model_copy(update={"llm": config.llm.model_copy(update={"quantize": None})})
+        config = config.model_copy(update={"model": section})
+    own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
+    tower = restore_tower(config, own_tower if own_tower.is_file() else None)
+    language = load_llm(config.llm, dtype=dtype, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
+    changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
+    model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
+    model.changed = changed
+    load_into(model.connector, read_safetensors(folder / "connector.safetensors"), folder / "connector.safetensors")
+    for part, name in ADAPTERS.items():
+        if adapters and (folder / name).is_dir():
+            read_adapter(model, part, folder / name)
+    return model
+
+
+def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+    """Puts a PEFT folder's adapter into a part.
+
+    Raises `ModelError` if any of its tensors applies to nothing, or any LoRA layer is left without.
+    """
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: no LoRA adapter ({error})") from None
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    module = parts(model)[part]
+    try:
+        attach_adapter(model, part, config)
+    except ValueError as error:
+        raise ModelError(f"{folder}: the adapter fits no layer of the {part}: {error}") from None
+    wanted = _adapter_state(module)
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        said = "; ".join(f"{word} {', '.join(keys[:4])}" for word, keys in (("missing", missing), ("applies to nothing:", extra)) if keys)
+        raise ModelError(f"{folder}: the adapter does not fit the {part}; {said}")
+    for name, value in wanted.items():
+        if value.shape != tensors[name].shape:
+            raise ModelError(f"{folder}: {name} is {list(tensors[name].shape)}, expected {list(value.shape)}")
+        value.copy_(tensors[name])

@@ -1,0 +1,114 @@
+"""Reading and writing weights: safetensors only, checked against the file's size before memory is taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_tune.errors import ModelError
+
+MAX_HEADER = 100_000_000
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The file's header. Raises `ModelError` if the file is missing, cut, or its header can't be true."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such weights file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ModelError(f"{path}: not a whole safetensors file ({size:,} bytes, header of {length:,})")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise ModelError(f"{path}: its safetensors header can't be read") from None
+    if not isinstance(end, int) or size != 8 + length + end:
+        raise ModelError(f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file was cut or changed")
+    return header
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file on the CPU. Raises `ModelError` as `check_safetensors`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_safetensors(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors to a file; tensors that share memory are written apart."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
+    """Loads tensors into a module, all of them and nothing else.
+
+    Raises `ModelError` with the lists of missing, unexpected and misshapen tensors.
+    """
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [
+        f"{key} is {list(tensors[key].shape)}, expected {list(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & tensors.keys())
+        if tensors[key].shape != wanted[key].shape
+    ]
+    faults = [
+        f"{word}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        for word, found in (("missing", missing), ("unexpected", extra), ("misshapen", shapes))
+        if found
+    ]
+    if faults:
+        raise ModelError(f"{name} does not fit the model; " + "; ".join(faults))
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks the weight files of a local transformers folder before they are loaded.
+
+    Raises `ModelError` for cut files, missing shards, and folders that hold pickled weights only.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(f"{index}: not an index of shards") from None
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ModelError(f"{folder}: missing shards: {', '.join(missing)}")
+        files = [folder / shard for shard in shards]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in folder.glob("*.bin")]
+        hint = f" (found {', '.join(pickled)}: pickled weights are not loaded, convert them to safetensors)" if pickled else ""
+        raise ModelError(f"{folder}: no safetensors weights{hint}")
+    for file in files:
+        check_safetensors(file)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 of a module's tensors by name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

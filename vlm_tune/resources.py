@@ -1,0 +1,29 @@
+"""Finds the templates and recipes that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def resource_folder(name: str) -> Path:
+    """The folder `data_templates` or `recipes`: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{name} is missing from this installation of vlm_tune")
+
+
+def resource_names(kind: str) -> list[str]:
+    """The names a recipe may use: files of `kind` (as `data_templates/chat`) without their ending."""
+    folder = resource_folder(kind.split("/")[0]).joinpath(*kind.split("/")[1:])
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def find_resource(kind: str, name: str) -> Path | None:
+    """The shipped file called `name`, or the user's own file at that path; None where there is neither."""
+    folder = resource_folder(kind.split("/")[0]).joinpath(*kind.split("/")[1:])
+    if name in resource_names(kind):
+        return folder / f"{name}.yaml"
+    own = Path(name)
+    return own if own.suffix in (".yaml", ".yml") and own.is_file() else None

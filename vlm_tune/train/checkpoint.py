@@ -1,0 +1,118 @@
+"""Checkpoints: a model folder plus the state of optimizer, random numbers and data position, committed as one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.errors import ModelError
+from vlm_tune.model.store import is_whole, save_model
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import read_safetensors, write_safetensors
+
+
+@dataclass
+class Progress:
+    """Where a stage is: optimizer steps done, and by what the best checkpoint was chosen."""
+
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_score: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def stage_folder(run: Path, stage: int, name: str) -> Path:
+    """A stage's folder in a run."""
+    return run / "stages" / f"{stage + 1}-{name}"
+
+
+def step_folder(stage: Path, step: int) -> Path:
+    """A checkpoint's folder in a stage."""
+    return stage / "checkpoints" / f"step-{step:07d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str]],
+    progress: Progress,
+    recipe_text: str,
+) -> None:
+    """Writes model, optimizer, random state, progress and recipe to `folder`, whole or not at all."""
+
+    def extra(target: Path) -> None:
+        write_safetensors(optimizer_state(optimizer, names), target / "trainer" / "optimizer.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        write_safetensors(random, target / "trainer" / "random.safetensors")
+        (target / "trainer" / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+        (target / "recipe.yaml").write_text(recipe_text)
+
+    save_model(model, folder, extra)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors as `<parameter>|<key>`."""
+    state: dict[str, torch.Tensor] = {}
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], group_names, strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                state[f"{name}|{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], folder: Path) -> None:
+    """Puts a checkpoint's optimizer and random state back. Raises `ModelError` if it is another model's."""
+    state = read_safetensors(folder / "trainer" / "optimizer.safetensors")
+    known = {name for group in names for name in group}
+    strangers = sorted({key.rpartition("|")[0] for key in state} - known)
+    if strangers:
+        raise ModelError(f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}")
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], group_names, strict=True):
+            found = {key.rpartition("|")[2]: value for key, value in state.items() if key.rpartition("|")[0] == name}
+            if found:
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device, parameter.dtype) for key, value in found.items()
+                }
+    random = read_safetensors(folder / "trainer" / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress saved in a checkpoint."""
+    return Progress(**json.loads((folder / "trainer" / "progress.json").read_text()))
+
+
+def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | None:
+    """The newest whole checkpoint of the furthest stage, and newer ones that are damaged; None where there is none."""
+    damaged: list[Path] = []
+    for number in reversed(range(len(stages))):
+        folder = stage_folder(run, number, stages[number]) / "checkpoints"
+        for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+            if is_whole(checkpoint):
+                return checkpoint, damaged
+            damaged.append(checkpoint)
+    return None
+
+
+def rotate(stage: Path, keep: int, best_step: int | None) -> None:
+    """Removes the stage's oldest checkpoints but the last `keep` and the best; never the last whole one."""
+    found = sorted((stage / "checkpoints").glob("step-*"))
+    kept = set(found[-keep:]) | ({step_folder(stage, best_step)} if best_step is not None else set())
+    if not any(is_whole(checkpoint) for checkpoint in kept):
+        return
+    for checkpoint in found:
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint)

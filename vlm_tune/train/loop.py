@@ -1,0 +1,269 @@
+"""The training loop of one stage, on accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from vlm_tune.config import Recipe, Schedule
+from vlm_tune.data.collate import Fetch, collate
+from vlm_tune.data.images import PixelCache, augment_pixels
+from vlm_tune.data.prepare import Group, Prepared, micro_batches
+from vlm_tune.data.types import Batch, Conversation, Media
+from vlm_tune.errors import Interrupted, TrainingError
+from vlm_tune.evaluation import Scores, join_scores, score
+from vlm_tune.model.features import FeatureStore
+from vlm_tune.model.llm import Decoding
+from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.checkpoint import Progress, load_optimizer, rotate, save_checkpoint, step_folder
+from vlm_tune.train.objectives import build_objective
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes one event of the run: it is logged, shown and tracked."""
+
+
+@dataclass
+class StageData:
+    """What one stage trains on and is scored by."""
+
+    train: Prepared
+    validation: list[Conversation]
+    features: FeatureStore | None
+    validation_features: FeatureStore | None
+
+
+def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
+    """The share of the full learning rate at optimizer step `step` of `total`, both from 1."""
+    warm = round(schedule.warmup * total)
+    if step <= warm:
+        return step / warm
+    if schedule.kind == "constant":
+        return 1.0
+    done = (step - warm - 1) / max(total - warm, 1)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+
+
+@dataclass
+class _Rates:
+    """Throughput since the last log line."""
+
+    start: float = field(default_factory=time.perf_counter)
+    questions: int = 0
+    tokens: int = 0
+    padded: int = 0
+    loss: float = 0.0
+    count: int = 0
+
+    def add(self, batch: Batch) -> None:
+        self.questions += batch.questions
+        self.tokens += batch.tokens
+        self.padded += batch.attention_mask.numel()
+
+    def line(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "loss": self.loss / max(self.count, 1),
+            "questions_per_s": self.questions / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "padding": 1 - self.tokens / max(self.padded, 1),
+        }
+
+
+class StageLoop:
+    """Trains one stage from `progress` on; every epoch's order is a function of (seed, epoch)."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        recipe: Recipe,
+        tuned: Tuned,
+        data: StageData,
+        accelerator: Accelerator,
+        *,
+        folder: Path,
+        progress: Progress,
+        report: Report,
+        recipe_text: str,
+        stop: Callable[[], bool],
+        resume_from: Path | None = None,
+    ) -> None:
+        self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
+        self.accelerator, self.folder, self.progress = accelerator, folder, progress
+        self.report, self.recipe_text, self.stop = report, recipe_text, stop
+        train = recipe.train
+        self.objective = build_objective(recipe.objective)
+        optimizer = torch.optim.AdamW(tuned.groups, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay, fused=True)
+        self.full_rates = [group["lr"] for group in tuned.groups]
+        if train.gradient_checkpointing:
+            model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.prepared_model, self.optimizer = accelerator.prepare(model, optimizer)
+        if resume_from is not None:
+            load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
+        batches = math.ceil(len(data.train.groups) / (train.batch_size * accelerator.num_processes))
+        self.steps_per_epoch = math.ceil(batches / train.gradient_accumulation)
+        self.total = train.steps or max(round((train.epochs or 1) * self.steps_per_epoch), 1)
+        self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
+        self.pixels = PixelCache(model.processor.images)
+
+    def run(self) -> Progress:
+        """Trains to the end. Raises `Interrupted` when asked to stop, `TrainingError` if the loss is not finite."""
+        self.model.train()
+        started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
+        for batches in self._windows():
+            step = self.progress.step + 1
+            rate = self._step(batches, step, rates)
+            self.progress.step, self.progress.seconds = step, before + time.perf_counter() - started
+            last = step == self.total
+            if step % self.recipe.train.log_every == 0 or last:
+                left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
+                self.report({"event": "train", "step": step, "of": self.total, **rates.line(), "learning_rate": rate, "left": left})
+                rates = _Rates()
+            if self.data.validation and (step % self.evaluate_every == 0 or last):
+                self._evaluate(step)
+                self.progress.seconds = before + time.perf_counter() - started
+                rates.start = time.perf_counter()
+            stopping = self._stopping()
+            every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
+            if step % every == 0 or last or stopping or self.progress.best_step == step:
+                self._save(step)
+                rates.start = time.perf_counter()
+            if stopping and not last:
+                raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
+        return self.progress
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step still to do."""
+        self._first_step = self.progress.step
+        accumulation, done = self.recipe.train.gradient_accumulation, 0
+        while done < self.total:
+            epoch = done // self.steps_per_epoch
+            window: list[list[Group]] = []
+            batches = list(
+                micro_batches(
+                    self.data.train,
+                    seed=self.recipe.seed,
+                    epoch=epoch,
+                    batch_size=self.recipe.train.batch_size,
+                    ranks=self.accelerator.num_processes,
+                    rank=self.accelerator.process_index,
+                )
+            )
+            for start in range(0, len(batches), accumulation):
+                done += 1
+                if done > self.progress.step:
+                    window = batches[start : start + accumulation]
+                    yield [self._collate(groups, epoch) for groups in window]
+                if done == self.total:
+                    return
+
+    def _collate(self, groups: list[Group], epoch: int) -> Batch:
+        examples = [example for group in groups for example in group]
+        served: dict[str, Fetch] = {"features": self.data.features} if self.data.features else {"pixels": self._pixels(epoch)}
+        return collate(examples, self.model.processor.spec, **served).to(self.accelerator.device)
+
+    def _pixels(self, epoch: int) -> Fetch:
+        augment = self.recipe.data.augment
+        if augment is None:
+            return self.pixels
+
+        def fetch(media: Media) -> torch.Tensor:
+            name = media.source if isinstance(media.source, bytes) else media.name.encode()
+            return augment_pixels(self.pixels(media), augment, (self.recipe.seed, epoch, zlib.crc32(name)))
+
+        return fetch
+
+    def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
+        """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
+        accelerator = self.accelerator
+        counts = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=accelerator.device)
+        total = max(int(accelerator.reduce(counts, "sum")), 1)
+        summed = torch.zeros((), device=accelerator.device)
+        for place, batch in enumerate(batches):
+            rates.add(batch)
+            last = place == len(batches) - 1
+            with accelerator.autocast(), _unsynced(accelerator, self.prepared_model, synced=last):
+                loss = self.objective(self.prepared_model, batch)
+                # DDP averages over ranks, so each rank's share of the global mean is scaled up by their number.
+                accelerator.backward(loss.sum * accelerator.num_processes / total)
+            summed += loss.sum.detach()
+        value = float(accelerator.reduce(summed, "sum"))
+        if not math.isfinite(value):
+            ids = ", ".join([identity for batch in batches for identity in batch.ids][:8])
+            raise TrainingError(f"the loss is {value} at step {step}; the batch holds {ids}. A lower learning rate or bf16 may help")
+        factor = schedule_factor(self.recipe.train.schedule, step, self.total)
+        for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = full * factor
+        if self.recipe.train.max_grad_norm is not None:
+            accelerator.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rates.loss, rates.count = rates.loss + value, rates.count + total
+        return factor * max(self.full_rates)
+
+    def _stopping(self) -> bool:
+        asked = torch.tensor(int(self.stop()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum"))
+
+    def _evaluate(self, step: int) -> None:
+        found = self._generated() if self.objective.generates else self._matched()
+        self.report({"event": "evaluate", "step": step, **found})
+        better = self.progress.best_score is None or found["accuracy"] > self.progress.best_score
+        tied = found["accuracy"] == self.progress.best_score
+        # Of equal scores the later is kept: it has seen more.
+        if better or tied:
+            self.progress.best_score, self.progress.best_step = found["accuracy"], step
+        self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
+        self.model.train()
+
+    def _generated(self) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        rows = self.data.validation[: settings.limit]
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        with self.accelerator.autocast():
+            found: Scores = score(
+                self.model,
+                mine or rows[:1],
+                decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+                batch_size=settings.batch_size,
+                features=self.data.validation_features,
+            )
+        if self.accelerator.num_processes > 1:
+            found = join_scores(gather_object([found]))
+        return found.summary()
+
+    @torch.no_grad()
+    def _matched(self) -> dict[str, Any]:
+        """Loss and accuracy of an objective that generates nothing, over the whole validation part at once."""
+        self.model.eval()
+        examples = [example for row in self.data.validation[: self.recipe.evaluate.limit] for example in self.model.processor.examples(row)]
+        stored = self.data.validation_features
+        served: dict[str, Fetch] = {"features": stored} if stored else {"pixels": self.pixels}
+        batch = collate(examples, self.model.processor.spec, **served).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            loss = self.objective(self.model, batch)
+        return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
+
+    def _save(self, step: int) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            save_checkpoint(step_folder(self.folder, step), self.model, inner, self.tuned.names, self.progress, self.recipe_text)
+            rotate(self.folder, self.recipe.train.checkpoints.keep, self.progress.best_step)
+        self.accelerator.wait_for_everyone()
+
+
+def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
+    """Gradients are exchanged once a step, with the last micro-batch."""
+    import contextlib
+
+    return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)

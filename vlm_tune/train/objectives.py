@@ -1,0 +1,84 @@
+"""Objectives: a model and a batch to a loss as (sum, count), so that any split of a batch gives the same gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from vlm_tune.config import Contrastive, LanguageModeling
+from vlm_tune.data.types import IGNORE_INDEX, Batch
+
+
+@dataclass
+class Loss:
+    """A loss summed over `count` items (tokens, or rows); `correct` of them were right, where that is known."""
+
+    sum: torch.Tensor
+    count: int
+    correct: int | None = None
+
+
+class LanguageModelingObjective:
+    """Cross-entropy over the supervised tokens."""
+
+    def __init__(self, config: LanguageModeling) -> None:
+        self.generates = True
+
+    def count(self, batch: Batch) -> int:
+        """Supervised tokens."""
+        return batch.supervised
+
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        found = model(batch)
+        return Loss(found.sum, found.count)
+
+
+class ContrastiveObjective:
+    """Softmax of each image over the batch's distinct captions of the row's category (as UniCL, arXiv:2204.03610).
+
+    Equal captions are one class, and captions of another category (a shape, for a row about color) are no negatives.
+    """
+
+    def __init__(self, config: Contrastive) -> None:
+        self.temperature = config.temperature
+        self.generates = False
+
+    def count(self, batch: Batch) -> int:
+        """Rows that have a caption."""
+        return int((batch.labels != IGNORE_INDEX).any(1).sum())
+
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        vectors = model(batch, align=True)
+        said = [(category, tuple(row[row != IGNORE_INDEX].tolist())) for category, row in zip(batch.categories, batch.labels, strict=True)]
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        for row, caption in enumerate(said):
+            if caption[1]:
+                first.setdefault(caption, row)
+        place = {caption: column for column, caption in enumerate(first)}
+        rows = [row for row, caption in enumerate(said) if caption[1]]
+        if not rows:
+            return Loss(vectors.images.sum() * 0.0, 0, 0)
+        device = vectors.images.device
+        targets = torch.tensor([place[said[row]] for row in rows], device=device)
+        same = torch.tensor([[said[row][0] == category for category, _ in first] for row in rows], device=device)
+        similarity = vectors.images[rows] @ vectors.captions[list(first.values())].T / self.temperature
+        similarity = similarity.masked_fill(~same, float("-inf"))
+        loss = cross_entropy(similarity, targets, reduction="sum")
+        return Loss(loss, len(rows), int((similarity.argmax(1) == targets).sum()))
+
+
+Objective = LanguageModelingObjective | ContrastiveObjective
+
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "language_modeling": LanguageModelingObjective,
+    "contrastive": ContrastiveObjective,
+}
+
+
+def build_objective(config: LanguageModeling | Contrastive) -> Objective:
+    """The objective of a recipe."""
+    return OBJECTIVES[config.kind](config)
