@@ -83,6 +83,7 @@ def evaluate(
         decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
         batch_size=stage.evaluate.batch_size,
         features=tower_features(vlm, media) if media else None,
+        loss=False,
         progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
     )
 

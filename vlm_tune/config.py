@@ -32,19 +32,19 @@ class Config(BaseModel):
 class Tower(Config):
     """What every vision tower can be told."""
 
-    image_size: PositiveInt | None = Field(None, description="side in pixels; the tower's own where not given")
-    resize: Literal["squash", "crop", "pad"] = Field("crop", description="how an image that is not square becomes square")
-    grid: PositiveInt | None = Field(None, description="average-pool the patch features to grid x grid tokens")
+    image_size: PositiveInt | None = Field(default=None, description="side in pixels; the tower's own where not given")
+    resize: Literal["squash", "crop", "pad"] = Field(default="crop", description="how an image that is not square becomes square")
+    grid: PositiveInt | None = Field(default=None, description="average-pool the patch features to grid x grid tokens")
 
 
 class OpenClipTower(Tower):
     """A CLIP vision tower from open_clip: a name with a `pretrained` tag or file, or a `config` built from scratch."""
 
     kind: Literal["open_clip"]
-    name: str | None = Field(None, description="an open_clip model, as ViT-B-32")
-    pretrained: str | None = Field(None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
-    config: dict[str, Any] | None = Field(None, description="an open_clip `vision_cfg`, randomly initialised")
-    layer: int = Field(-1, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
+    name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32")
+    pretrained: str | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
+    config: dict[str, Any] | None = Field(default=None, description="an open_clip `vision_cfg`, randomly initialised")
+    layer: int = Field(default=-1, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
 
 
 class TransformersTower(Tower):
@@ -52,7 +52,7 @@ class TransformersTower(Tower):
 
     kind: Literal["transformers"]
     name: str
-    layer: int = Field(-2, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
+    layer: int = Field(default=-2, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
 
 
 class TimmTower(Tower):
@@ -60,15 +60,15 @@ class TimmTower(Tower):
 
     kind: Literal["timm"]
     name: str
-    pretrained: str | bool = Field(False, description="true for timm's own weights, or a safetensors file")
-    stages: list[int] = Field([-1], min_length=1, description="which feature maps, as timm's out_indices")
-    grid: PositiveInt | None = Field(7, description="the grid every feature map is pooled to")
+    pretrained: str | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
+    stages: list[int] = Field(default=[-1], min_length=1, description="which feature maps, as timm's out_indices")
+    grid: PositiveInt | None = Field(default=7, description="the grid every feature map is pooled to")
 
 
 class Projector(Config):
     """What every connector can be told."""
 
-    norm: bool = Field(False, description="a LayerNorm on the tower's features first; for towers that end without one")
+    norm: bool = Field(default=False, description="a LayerNorm on the tower's features first; for towers that end without one")
 
 
 class LinearConnector(Projector):
@@ -89,17 +89,17 @@ class Scratch(Config):
 
     config: dict[str, Any] = Field(description="keys of the transformers config (d_model, num_layers, ...)")
     model_type: str = Field(description="transformers' model type: t5, llama, gpt2, ...")
-    vocab_size: Annotated[int, Field(ge=300)] = Field(512, description="of the byte-level BPE tokenizer")
+    vocab_size: Annotated[int, Field(ge=300)] = Field(default=512, description="of the byte-level BPE tokenizer")
 
 
 class Llm(Config):
     """The language model: an encoder-decoder (`seq2seq`: T5, Flan-T5) or a decoder (`causal`)."""
 
     kind: Literal["causal", "seq2seq"]
-    name: str | None = Field(None, description="a hub name or a local folder")
-    gguf_file: str | None = Field(None, description="a GGUF file in `name`, de-quantised at load")
+    name: str | None = Field(default=None, description="a hub name or a local folder")
+    gguf_file: str | None = Field(default=None, description="a GGUF file in `name`, de-quantised at load")
     scratch: Scratch | None = None
-    quantize: Literal["int8", "nf4"] | None = Field(None, description="load frozen linear layers in 8 or 4 bit")
+    quantize: Literal["int8", "nf4"] | None = Field(default=None, description="load frozen linear layers in 8 or 4 bit")
 
 
 class ModelSection(Config):
@@ -116,7 +116,7 @@ class ModelSection(Config):
 class Source(Config):
     """What every source can be told."""
 
-    limit: PositiveInt | None = Field(None, description="take the first n rows only")
+    limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
 
 
 class EasyVqaSource(Source):
@@ -124,9 +124,9 @@ class EasyVqaSource(Source):
 
     kind: Literal["easy_vqa"]
     split: Literal["train", "validation", "test"]
-    validation_images: NonNegativeInt = Field(200, description="how many train images are held out as `validation`")
-    task: Literal["vqa", "caption"] = Field("vqa", description="questions, or captions of what the questions reveal")
-    instructions: str = Field("vqa", description="a prompt set of data_templates/instructions, or a file")
+    validation_images: NonNegativeInt = Field(default=200, description="how many train images are held out as `validation`")
+    task: Literal["vqa", "caption"] = Field(default="vqa", description="questions, or captions of what the questions reveal")
+    instructions: str = Field(default="vqa", description="a prompt set of data_templates/instructions, or a file")
 
 
 class LlavaSource(Source):
@@ -134,7 +134,7 @@ class LlavaSource(Source):
 
     kind: Literal["llava"]
     path: str
-    image_root: str | None = Field(None, description="where image paths start; the file's own folder where not given")
+    image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
 
 
 class MessagesSource(Source):
@@ -142,7 +142,7 @@ class MessagesSource(Source):
 
     kind: Literal["messages"]
     path: str
-    image_root: str | None = Field(None, description="where image paths start; the file's own folder where not given")
+    image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
 
 
 AnySource = Annotated[EasyVqaSource | LlavaSource | MessagesSource, Field(discriminator="kind")]
@@ -151,24 +151,24 @@ AnySource = Annotated[EasyVqaSource | LlavaSource | MessagesSource, Field(discri
 class Augment(Config):
     """Random changes of training images, drawn from (seed, epoch, sample id)."""
 
-    flip: Fraction = Field(0.0, description="probability of a left-right mirror image")
-    transpose: Fraction = Field(0.0, description="probability of exchanging height and width (square images only)")
-    shift: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="largest shift, as a share of the side")
+    flip: Fraction = Field(default=0.0, description="probability of a left-right mirror image")
+    transpose: Fraction = Field(default=0.0, description="probability of exchanging height and width (square images only)")
+    shift: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="largest shift, as a share of the side")
 
 
 class DataSection(Config):
     """Where samples come from and how they become tokens."""
 
     train: list[AnySource] = Field(min_length=1)
-    validation: list[AnySource] = Field([], description="scored while training; chooses the best checkpoint")
-    test: list[AnySource] = Field([], description="scored once, by the finished model; never used to choose")
+    validation: list[AnySource] = Field(default=[], description="scored while training; chooses the best checkpoint")
+    test: list[AnySource] = Field(default=[], description="scored once, by the finished model; never used to choose")
     template: str = Field(description="a chat format of data_templates/chat, or a file")
-    system: str | None = Field(None, description="system text for conversations that bring none")
-    max_length: PositiveInt = Field(2048, description="longest example in tokens, image slots included")
-    overlong: Literal["fail", "drop"] = Field("fail", description="examples over max_length: stop, or drop and count")
+    system: str | None = Field(default=None, description="system text for conversations that bring none")
+    max_length: PositiveInt = Field(default=2048, description="longest example in tokens, image slots included")
+    overlong: Literal["fail", "drop"] = Field(default="fail", description="examples over max_length: stop, or drop and count")
     on_bad_row: Literal["fail", "skip"] = "fail"
-    max_bad_rows: NonNegativeInt = Field(100, description="with skip: more than this many bad rows is an error")
-    group: Literal["none", "image"] = Field("none", description="image: rows of one image are one unit of a batch")
+    max_bad_rows: NonNegativeInt = Field(default=100, description="with skip: more than this many bad rows is an error")
+    group: Literal["none", "image"] = Field(default="none", description="image: rows of one image are one unit of a batch")
     augment: Augment | None = None
 
 
@@ -180,12 +180,12 @@ class TuneRule(Config):
 
     match: str = Field(description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*")
     how: Literal["frozen", "full", "lora"]
-    learning_rate: PositiveFloat | None = Field(None, description="the train section's where not given")
-    r: PositiveInt | None = Field(None, description="LoRA rank (lora only)")
-    lora_alpha: PositiveFloat | None = Field(None, description="LoRA scale is lora_alpha / r (lora only)")
-    lora_dropout: Fraction | None = Field(None, description="lora only")
+    learning_rate: PositiveFloat | None = Field(default=None, description="the train section's where not given")
+    r: PositiveInt | None = Field(default=None, description="LoRA rank (lora only)")
+    lora_alpha: PositiveFloat | None = Field(default=None, description="LoRA scale is lora_alpha / r (lora only)")
+    lora_dropout: Fraction | None = Field(default=None, description="lora only")
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None, description="module names as in PEFT; all-linear leaves out the output head (lora only)"
+        default=None, description="module names as in PEFT; all-linear leaves out the output head (lora only)"
     )
 
 
@@ -209,31 +209,31 @@ class Schedule(Config):
     """The learning rate's course: linear warm-up, then this."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of all steps")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.03, description="share of all steps")
 
 
 class Checkpoints(Config):
     """When checkpoints are written and how many are kept; the best and the last always are."""
 
-    every: PositiveInt | None = Field(None, description="optimizer steps; at each evaluation and the end where not given")
+    every: PositiveInt | None = Field(default=None, description="optimizer steps; at each evaluation and the end where not given")
     keep: PositiveInt = 2
 
 
 class TrainSection(Config):
     """The training loop."""
 
-    epochs: PositiveFloat | None = Field(None, description="passes over the data; give this or steps")
-    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
-    batch_size: PositiveInt = Field(8, description="units (rows, or images with group: image) a device and micro-batch")
+    epochs: PositiveFloat | None = Field(default=None, description="passes over the data; give this or steps")
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
+    batch_size: PositiveInt = Field(default=8, description="units (rows, or images with group: image) a device and micro-batch")
     gradient_accumulation: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     schedule: Schedule = Schedule()
     max_grad_norm: PositiveFloat | None = 1.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
-    cache_features: bool = Field(True, description="compute a frozen tower's features once (not with augmentation)")
+    cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
@@ -242,12 +242,12 @@ class TrainSection(Config):
 class EvaluateSection(Config):
     """Evaluation while training and after it."""
 
-    every: PositiveInt | None = Field(None, description="optimizer steps; once an epoch where not given")
-    limit: PositiveInt | None = Field(None, description="score the first n validation rows only")
-    batch_size: PositiveInt = Field(64, description="rows")
+    every: PositiveInt | None = Field(default=None, description="optimizer steps; once an epoch where not given")
+    limit: PositiveInt | None = Field(default=None, description="score the first n validation rows only")
+    batch_size: PositiveInt = Field(default=64, description="rows")
     max_new_tokens: PositiveInt = 32
     num_beams: PositiveInt = 1
-    samples: NonNegativeInt = Field(12, description="how many answers the report shows before and after training")
+    samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
 
 
 class Stage(Config):

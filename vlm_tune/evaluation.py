@@ -124,7 +124,6 @@ def _loss(
     total, count = 0.0, 0
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
-        served: dict[str, Any] = {"features": fetch} if features else {"pixels": fetch}
-        found: Any = model(collate(chosen, model.processor.spec, **served).to(model.device))
+        found: Any = model(collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(model.device))
         total, count = total + float(found.sum), count + found.count
     return total, count

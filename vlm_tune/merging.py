@@ -131,7 +131,7 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.new("RGB", (model.tower.image_size,) * 2, (180, 60, 60)).save(buffer, format="PNG")
+    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(buffer, format="PNG")
     question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
     return [Conversation("probe", (question, Message("assistant", ("a red square",))))]
 
@@ -143,7 +143,7 @@ def observe(model: VisionLanguageModel, rows: Sequence[Conversation]) -> tuple[t
     examples = [example for row in rows for example in model.processor.examples(row)]
     found: list[torch.Tensor] = []
     for example in examples:
-        batch = collate([example], model.processor.spec, pixels=model.processor.images).to(model.device)
+        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(model.device)
         embeds: Any = model.embed(batch)
         found.append(model.llm.supervised_logits(embeds, batch.attention_mask, batch.labels).float().flatten())
     texts = model.answer(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)

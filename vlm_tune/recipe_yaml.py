@@ -159,7 +159,9 @@ def apply_override(located: Located, override: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(target, list):
             if not part.isdigit() or int(part) >= len(target):
-                raise RecipeError([Problem(where, f"{'.'.join(map(str, path))} is a list of {len(target)}; {part!r} is none of its places")])
+                raise RecipeError(
+                    [Problem(where, f"{'.'.join(map(str, path))} is a list of {len(target)}; {part!r} is none of its places")]
+                )
             key: str | int = int(part)
         elif isinstance(target, dict):
             key = part

@@ -20,11 +20,11 @@ def collate(
     examples: Sequence[Example],
     spec: InputSpec,
     *,
-    pixels: Fetch | None = None,
-    features: Fetch | None = None,
+    fetch: Fetch | None = None,
+    cached: bool = False,
     pad_left: bool = False,
 ) -> Batch:
-    """A batch of rows; media that rows share come once. One of `pixels` and `features` serves the media.
+    """A batch of rows; media that rows share come once, from `fetch`, which gives features if `cached`.
 
     `pad_left` is for generation with a decoder. `positions` and `branches` are there if any row is branched.
     """
@@ -51,7 +51,6 @@ def collate(
             branches[row, place] = 0 if example.branches is None else example.branches
     distinct: dict[Media, int] = {}
     index = [distinct.setdefault(media, len(distinct)) for example in examples for media in example.media]
-    fetch = features or pixels
     items = torch.stack([fetch(media) for media in distinct]) if distinct and fetch else None
     return Batch(
         ids=[example.id for example in examples],
@@ -60,8 +59,8 @@ def collate(
         image_mask=torch.from_numpy(slots),
         labels=torch.from_numpy(labels),
         media_index=torch.tensor(index, dtype=torch.int64),
-        pixels=None if features else items,
-        features=items if features else None,
+        pixels=None if cached else items,
+        features=items if cached else None,
         positions=None if positions is None else torch.from_numpy(positions),
         branches=None if branches is None else torch.from_numpy(branches),
         categories=[example.category for example in examples],

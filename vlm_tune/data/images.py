@@ -71,23 +71,23 @@ class ImageProcessor:
     def pixels(self, image: Image) -> torch.Tensor:
         """As above, for a decoded image."""
         import torch
-        from PIL import Image as images
+        from PIL import Image as Pil
 
         width, height = image.size
         if self.resize == "pad" and width != height:
             side = max(width, height)
             fill = tuple(round(255 * value) for value in self.mean)
-            square = images.new("RGB", (side, side), fill)  # type: ignore[arg-type]
+            square = Pil.new("RGB", (side, side), fill)  # type: ignore[arg-type]
             square.paste(image, ((side - width) // 2, (side - height) // 2))
             image = square
         elif self.resize == "crop" and width != height:
             scale = self.size / min(width, height)
             width, height = max(round(width * scale), self.size), max(round(height * scale), self.size)
-            image = image.resize((width, height), images.Resampling.BICUBIC)
+            image = image.resize((width, height), Pil.Resampling.BICUBIC)
             left, top = (width - self.size) // 2, (height - self.size) // 2
             image = image.crop((left, top, left + self.size, top + self.size))
         if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), images.Resampling.BICUBIC)
+            image = image.resize((self.size, self.size), Pil.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

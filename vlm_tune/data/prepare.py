@@ -80,9 +80,7 @@ def prepare(conversations: Sequence[Conversation], data: DataSection, processor:
     return prepared
 
 
-def micro_batches(
-    prepared: Prepared, *, seed: int, epoch: int, batch_size: int, ranks: int = 1, rank: int = 0
-) -> Iterator[list[Group]]:
+def micro_batches(prepared: Prepared, *, seed: int, epoch: int, batch_size: int, ranks: int = 1, rank: int = 0) -> Iterator[list[Group]]:
     """This rank's micro-batches of one epoch, `batch_size` units each; every unit comes exactly once over all ranks.
 
     Every rank has as many batches: the last ones share what is left, and a rank left without takes a unit whose

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config import Llm, Recipe, Scratch
+from vlm_tune.config import Llm, ModelSection, Recipe, Scratch
 from vlm_tune.data.images import ImageProcessor
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import ChatTemplate, load_template
@@ -56,23 +56,53 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
     )
 
 
+def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Processor:
+    """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
+    section, template = recipe.model, load_template(recipe.data.template)
+    with torch.device("meta"):
+        tower = build_tower(without_weights(section.tower))
+        tokens, width = tower.measure()
+        connector = build_connector(section.connector, width, 8)
+    if section.llm.scratch:
+        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
+    else:
+        tokenizer = load_tokenizer(section.llm)
+    return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
+
+
+def without_weights(tower: Any) -> Any:
+    """The same tower section with random weights in place of pretrained ones."""
+    if tower.kind == "open_clip":
+        return tower.model_copy(update={"pretrained": None})
+    return tower.model_copy(update={"pretrained": False}) if tower.kind == "timm" else tower
+
+
+def _processor(
+    section: ModelSection, tokenizer: Any, template: ChatTemplate, tokens: int, tower: VisionTower, system: str | None, max_length: int
+) -> Processor:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {section.llm.name!r} has no end token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Processor(
+        tokenizer=tokenizer,
+        template=template,
+        spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
+        images=ImageProcessor(tower.image_size, section.tower.resize, tower.mean),
+        system=system,
+    )
+
+
 def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, *, changed: set[str]) -> VisionLanguageModel:
     """A model from its parts, with a connector of random weights."""
     llm = LLMS[config.llm.kind](language)
     tower_tokens, width = tower.measure()
     connector = build_connector(config.model.connector, width, llm.width)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.llm.name!r} has no end token")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}")
-    processor = Processor(
-        tokenizer=tokenizer,
-        template=ChatTemplate.model_validate(config.template),
-        spec=InputSpec(connector.tokens(tower_tokens), config.llm.kind, config.max_length, pad, tokenizer.eos_token_id),
-        images=ImageProcessor(tower.image_size, config.model.tower.resize, tower.mean),
-        system=config.system,
-    )
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}"
+        )
+    template = ChatTemplate.model_validate(config.template)
+    processor = _processor(config.model, tokenizer, template, connector.tokens(tower_tokens), tower, config.system, config.max_length)
     model = VisionLanguageModel(config, tower, connector, llm, processor)
     model.changed = changed | ({"llm"} if config.llm.scratch else set())
     return model

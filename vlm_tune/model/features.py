@@ -38,9 +38,7 @@ class FeatureStore:
 
 
 @torch.inference_mode()
-def tower_features(
-    model: VisionLanguageModel, media: Sequence[Media], progress: Callable[[int, int], None] | None = None
-) -> FeatureStore:
+def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress: Callable[[int, int], None] | None = None) -> FeatureStore:
     """Features of all media by the model's tower in eval mode, computed in the tower's dtype where not cached.
 
     Raises `DataError` for an image that can't be decoded.

@@ -72,7 +72,9 @@ class LanguageModel(nn.Module):
         """fp32 logits [S, V] of the supervised tokens, in row order."""
         raise NotImplementedError
 
-    def generate(self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> torch.Tensor:
+    def generate(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+    ) -> torch.Tensor:
         """New ids [B, at most max_new_tokens]; decoders want their rows padded on the left."""
         raise NotImplementedError
 
@@ -148,10 +150,10 @@ class CausalLLM(LanguageModel):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def generate(self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> torch.Tensor:
-        return self.model.generate(
-            inputs_embeds=embeds, attention_mask=attention_mask.long(), **self._options(decoding, pad_id, stop_ids)
-        )
+    def generate(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+    ) -> torch.Tensor:
+        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask.long(), **self._options(decoding, pad_id, stop_ids))
 
 
 class Seq2SeqLLM(LanguageModel):
@@ -176,7 +178,9 @@ class Seq2SeqLLM(LanguageModel):
         output = self.model(inputs_embeds=embeds, attention_mask=attention_mask.long(), decoder_input_ids=inputs, use_cache=False)
         return output.logits[labels != IGNORE_INDEX].float()
 
-    def generate(self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> torch.Tensor:
+    def generate(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+    ) -> torch.Tensor:
         mask = attention_mask.long()
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
         ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **self._options(decoding, pad_id, stop_ids))

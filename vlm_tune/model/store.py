@@ -1,13 +1,13 @@
 """Self-contained model folders: written whole or not at all, and loaded only when their manifest holds.
 
-    config.json            VisionLanguageConfig
-    connector.safetensors
-    tower.safetensors      where the tower's weights are not those of its name
-    llm/                   the language model in transformers' layout, where its weights are not those of its name
-    adapter/               the LLM's LoRA adapter in PEFT's layout
-    tower_adapter/         the tower's
-    tokenizer.json, ...    the tokenizer, chat_template.jinja
-    manifest.json          sizes and sha256 of all the other files
+config.json            VisionLanguageConfig
+connector.safetensors
+tower.safetensors      where the tower's weights are not those of its name
+llm/                   the language model in transformers' layout, where its weights are not those of its name
+adapter/               the LLM's LoRA adapter in PEFT's layout
+tower_adapter/         the tower's
+tokenizer.json, ...    the tokenizer, chat_template.jinja
+manifest.json          sizes and sha256 of all the other files
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ class VisionTower(nn.Module):
     """
 
     image_size: int
+    scale: torch.Tensor
+    offset: torch.Tensor
     rebuild: dict[str, Any]
 
     def __init__(self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -75,7 +77,7 @@ class OpenClipVision(VisionTower):
             if config.name not in open_clip.list_models() and not config.name.startswith("hf-hub:"):
                 raise ModelError(f"open_clip has no model {config.name!r} (open_clip.list_models() lists them)")
             model = open_clip.create_model(config.name, pretrained=config.pretrained, force_image_size=config.image_size)
-            visual = model.visual
+            visual: Any = model.visual
             preprocess = open_clip.get_model_preprocess_cfg(model)
             known = open_clip.get_model_config(config.name) or {}
             source |= {"vision_cfg": known.get("vision_cfg", {}), "quick_gelu": _uses_quick_gelu(visual)}
@@ -136,10 +138,10 @@ class TransformersVision(VisionTower):
             model = CLIPVisionModel.from_pretrained(config.name, **options)
         vision: Any = model.config
         super().__init__(config, config.image_size or vision.image_size, mean, std)
-        blocks = model.vision_model.encoder.layers if hasattr(model, "vision_model") else model.encoder.layers
-        if not rebuild and -config.layer > len(blocks):
+        trunk: Any = getattr(model, "vision_model", model)
+        blocks = trunk.encoder.layers
+        if -config.layer > len(blocks):
             raise ModelError(f"the tower has {len(blocks)} blocks, there is no layer {config.layer}")
-        trunk: Any = model.vision_model if hasattr(model, "vision_model") else model
         self.rebuild = {"vision_config": vision.to_dict()}
         trunk.encoder.layers = blocks[: len(blocks) + config.layer + 1]
         trunk.post_layernorm = nn.Identity()

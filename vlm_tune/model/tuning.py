@@ -66,7 +66,9 @@ def apply_rules(model: VisionLanguageModel, rules: Sequence[TuneRule], *, learni
     """
     owner, uncovered = _owners(model, rules)
     if uncovered:
-        raise ModelError(f"no tune rule covers {', '.join(uncovered[:5])}{' ...' if len(uncovered) > 5 else ''}; end the list with a catch-all")
+        raise ModelError(
+            f"no tune rule covers {', '.join(uncovered[:5])}{' ...' if len(uncovered) > 5 else ''}; end the list with a catch-all"
+        )
     for place, rule in enumerate(rules):
         if place not in owner.values():
             raise ModelError(f"the tune rule {rule.match!r} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ...")
@@ -90,8 +92,11 @@ def _owners(model: VisionLanguageModel, rules: Sequence[TuneRule]) -> tuple[dict
 def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> None:
     """Brings each part's LoRA layers to what the rules ask for."""
     for part, module in parts(model).items():
-        asked = [place for place, rule in enumerate(rules) if rule.how == "lora" and any(
-            name.startswith(f"{part}.") and where == place for name, where in owner.items())]
+        asked = [
+            place
+            for place, rule in enumerate(rules)
+            if rule.how == "lora" and any(name.startswith(f"{part}.") and where == place for name, where in owner.items())
+        ]
         if len(asked) > 1:
             raise ModelError(f"{len(asked)} LoRA rules match the {part}; a part has one adapter")
         config = _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
@@ -184,8 +189,14 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
     members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in rules]
     totals = [0] * len(rules)
     for part, module in parts(model).items():
-        lora_place = next((p for p, rule in enumerate(rules) if rule.how == "lora" and any(
-            n.startswith(f"{part}.") and w == p for n, w in owner.items())), 0)
+        lora_place = next(
+            (
+                p
+                for p, rule in enumerate(rules)
+                if rule.how == "lora" and any(n.startswith(f"{part}.") and w == p for n, w in owner.items())
+            ),
+            0,
+        )
         for name, parameter in module.named_parameters():
             place = lora_place if "lora_" in name else owner[f"{part}.{clean(name)}"]
             totals[place] += _count(parameter)

@@ -55,7 +55,9 @@ class VisionLanguageModel(nn.Module):
     `adapters` holds the LoRA tuner of each part that has one.
     """
 
-    def __init__(self, config: VisionLanguageConfig, tower: VisionTower, connector: Connector, llm: LanguageModel, processor: Processor) -> None:
+    def __init__(
+        self, config: VisionLanguageConfig, tower: VisionTower, connector: Connector, llm: LanguageModel, processor: Processor
+    ) -> None:
         super().__init__()
         self.config, self.processor = config, processor
         self.tower, self.connector, self.llm = tower, connector, llm
@@ -126,18 +128,21 @@ class VisionLanguageModel(nn.Module):
     def answer(self, prompts: Sequence[Example], decoding: Decoding, *, fetch: Fetch, cached: bool = False) -> list[str]:
         """The generated answers of a batch of prompts; `fetch` gives pixels, or features where `cached`."""
         spec = self.processor.spec
-        served: dict[str, Any] = {"features": fetch} if cached else {"pixels": fetch}
-        batch = collate(prompts, spec, pad_left=spec.layout == "causal", **served).to(self.device)
+        batch = collate(prompts, spec, fetch=fetch, cached=cached, pad_left=spec.layout == "causal").to(self.device)
         return [self.processor.decode(ids) for ids in self.generate(batch, decoding)]
 
-    def chat(self, prompt: str | Sequence[dict[str, Any]], images: Sequence[Any] = (), *, max_new_tokens: int = 128, num_beams: int = 1) -> str:
+    def chat(
+        self, prompt: str | Sequence[dict[str, Any]], images: Sequence[Any] = (), *, max_new_tokens: int = 128, num_beams: int = 1
+    ) -> str:
         """The answer to one question. `prompt` is text, or turns [{"role", "content"}, ...]; images go first.
 
         `images` are paths, encoded bytes or PIL images. Raises `DataError` for an image that can't be decoded.
         """
         return self.chat_batch([{"prompt": prompt, "images": images}], max_new_tokens=max_new_tokens, num_beams=num_beams)[0]
 
-    def chat_batch(self, requests: Sequence[dict[str, Any]], *, max_new_tokens: int = 128, num_beams: int = 1, batch_size: int = 32) -> list[str]:
+    def chat_batch(
+        self, requests: Sequence[dict[str, Any]], *, max_new_tokens: int = 128, num_beams: int = 1, batch_size: int = 32
+    ) -> list[str]:
         """The answers to many questions [{"prompt": ..., "images": [...]}, ...], in their order."""
         was = self.training
         self.eval()

@@ -168,8 +168,9 @@ class StageLoop:
 
     def _collate(self, groups: list[Group], epoch: int) -> Batch:
         examples = [example for group in groups for example in group]
-        served: dict[str, Fetch] = {"features": self.data.features} if self.data.features else {"pixels": self._pixels(epoch)}
-        return collate(examples, self.model.processor.spec, **served).to(self.accelerator.device)
+        stored = self.data.features
+        batch = collate(examples, self.model.processor.spec, fetch=stored or self._pixels(epoch), cached=stored is not None)
+        return batch.to(self.accelerator.device)
 
     def _pixels(self, epoch: int) -> Fetch:
         augment = self.recipe.data.augment
@@ -186,7 +187,7 @@ class StageLoop:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
         counts = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=accelerator.device)
-        total = max(int(accelerator.reduce(counts, "sum")), 1)
+        total = max(int(_summed(accelerator, counts)), 1)
         summed = torch.zeros((), device=accelerator.device)
         for place, batch in enumerate(batches):
             rates.add(batch)
@@ -196,7 +197,7 @@ class StageLoop:
                 # DDP averages over ranks, so each rank's share of the global mean is scaled up by their number.
                 accelerator.backward(loss.sum * accelerator.num_processes / total)
             summed += loss.sum.detach()
-        value = float(accelerator.reduce(summed, "sum"))
+        value = float(_summed(accelerator, summed))
         if not math.isfinite(value):
             ids = ", ".join([identity for batch in batches for identity in batch.ids][:8])
             raise TrainingError(f"the loss is {value} at step {step}; the batch holds {ids}. A lower learning rate or bf16 may help")
@@ -204,7 +205,9 @@ class StageLoop:
         for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = full * factor
         if self.recipe.train.max_grad_norm is not None:
-            accelerator.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm)
+            accelerator.clip_grad_norm_(
+                [p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rates.loss, rates.count = rates.loss + value, rates.count + total
@@ -212,7 +215,7 @@ class StageLoop:
 
     def _stopping(self) -> bool:
         asked = torch.tensor(int(self.stop()), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum"))
+        return bool(_summed(self.accelerator, asked))
 
     def _evaluate(self, step: int) -> None:
         found = self._generated() if self.objective.generates else self._matched()
@@ -247,8 +250,8 @@ class StageLoop:
         self.model.eval()
         examples = [example for row in self.data.validation[: self.recipe.evaluate.limit] for example in self.model.processor.examples(row)]
         stored = self.data.validation_features
-        served: dict[str, Fetch] = {"features": stored} if stored else {"pixels": self.pixels}
-        batch = collate(examples, self.model.processor.spec, **served).to(self.accelerator.device)
+        batch = collate(examples, self.model.processor.spec, fetch=stored or self.pixels, cached=stored is not None)
+        batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             loss = self.objective(self.model, batch)
         return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
@@ -267,3 +270,9 @@ def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
     import contextlib
 
     return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)
+
+
+def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """A tensor's sum over all ranks."""
+    found: Any = accelerator.reduce(value, "sum")
+    return found

@@ -28,7 +28,7 @@ from vlm_tune.model.build import DTYPES, build, load_dtype
 from vlm_tune.model.features import FeatureStore, tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import restore_model, save_model
-from vlm_tune.model.tuning import Tuned, TuneRow, apply_rules
+from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.report import write_report
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
@@ -67,7 +67,9 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
-    accelerator = Accelerator(mixed_precision=MIXED[recipe.train.precision], log_with=list(recipe.train.trackers) or None, project_dir=str(run))
+    accelerator = Accelerator(
+        mixed_precision=MIXED[recipe.train.precision], log_with=list(recipe.train.trackers) or None, project_dir=str(run)
+    )
     if accelerator.is_main_process:
         open_run(run, recipe, text, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()
@@ -191,7 +193,9 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
         checkpoint, damaged = found
         progress = read_progress(checkpoint)
         for folder in damaged:
-            context.report({"event": "note", "text": f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"})
+            context.report(
+                {"event": "note", "text": f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"}
+            )
         _forget_after(context.run, progress)
         model = restore_model(checkpoint, dtype=load_dtype(recipe))
     else:
@@ -307,7 +311,7 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
         if rows:
             started = time.perf_counter()
             found = score_rows(model, rows, recipe, accelerator, context.report)
-            result |= {"accuracy": found.accuracy, "n": found.n, "loss": found.loss, "by_answer_type": found.by_category}
+            result |= {"accuracy": found.accuracy, "n": found.n, "by_answer_type": found.by_category}
             result["seconds_test"] = round(time.perf_counter() - started, 2)
             context.report({"event": "test", **found.summary()})
             (context.run / "answers.jsonl").write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in found.answers))
@@ -316,7 +320,9 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
     return result
 
 
-def score_rows(model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe, accelerator: Accelerator, report: Report) -> Scores:
+def score_rows(
+    model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe, accelerator: Accelerator, report: Report
+) -> Scores:
     """Scores rows as the recipe's evaluate section says."""
     settings = recipe.evaluate
     media = list(dict.fromkeys(item for row in rows for item in row.media))
@@ -328,6 +334,7 @@ def score_rows(model: VisionLanguageModel, rows: Sequence[Conversation], recipe:
             decoding=Decoding(settings.max_new_tokens, settings.num_beams),
             batch_size=settings.batch_size,
             features=features,
+            loss=False,
             progress=lambda done, of: report({"event": "scoring", "done": done, "of": of}),
         )
 

