@@ -42,6 +42,8 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger up again when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
 
@@ -220,7 +222,7 @@ def recipes(
     from vlm_tune.resources import find_resource, resource_names
 
     if copy:
-        found, target = find_resource("recipes", copy), Path(f"{copy}.yaml")
+        found, target = find_resource("recipes", copy), Path(f"{Path(copy).name}.yaml")
         if found is None:
             raise RecipeError([Problem("--copy", f"no recipe {copy!r}; there are {', '.join(resource_names('recipes'))}")])
         if target.exists():

@@ -23,7 +23,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 class Config(BaseModel):
     """Base of every part of a recipe: unknown keys and values of another type are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class Stage(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     data: dict[str, Any] = {}
-    tune: list[TuneRule] | None = None
+    tune: Annotated[list[TuneRule], Field(min_length=1)] | None = None
     objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] | None = None
     train: dict[str, Any] = {}
     evaluate: dict[str, Any] = {}
@@ -266,7 +266,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     output: str = Field(description="the run's folder")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection
     data: DataSection
     tune: list[TuneRule] = Field(min_length=1)
@@ -281,8 +281,7 @@ class Recipe(Config):
             return [("main", self)]
         common = self.model_dump(exclude={"stages"}, exclude_unset=True)
         return [
-            (stage.name, Recipe.model_validate(_merge(common, stage.model_dump(exclude={"name"}, exclude_unset=True))))
-            for stage in self.stages
+            (stage.name, Recipe.model_validate(_merge(common, _changes(stage.model_dump(exclude_unset=True))))) for stage in self.stages
         ]
 
 
@@ -369,15 +368,22 @@ def check_recipe(located: Located) -> Recipe:
     for index, stage in enumerate(stages):
         if isinstance(stage, dict):
             prefix: Path = ("stages", index)
-            merged = _merge({k: v for k, v in located.value.items() if k != "stages"}, {k: v for k, v in stage.items() if k != "name"})
+            merged = _merge({k: v for k, v in located.value.items() if k != "stages"}, _changes(stage))
             whole.append((prefix, merged))
             for section, schema in (("data", DataSection), ("train", TrainSection), ("evaluate", EvaluateSection)):
                 if isinstance(stage.get(section), dict) and isinstance(merged.get(section), dict):
-                    problems += _schema_problems(located, schema, merged[section], (*prefix, section))
+                    common = _faults(schema, located.value.get(section))
+                    problems += _schema_problems(located, schema, merged[section], (*prefix, section), common)
+    names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
+    for index, name in enumerate(names):
+        if isinstance(name, str) and name in names[:index]:
+            problems.append(Problem(located.where(("stages", index, "name")), f"a stage before it is called {name!r} too"))
+    common_faults = _contradictions(located.value)
     for prefix, merged in whole:
         for path, message in _contradictions(merged):
             staged = (*prefix, *path)
-            problems.append(Problem(located.where(staged if staged in located.values else path), message))
+            inherited = staged not in located.values and (path, message) in common_faults
+            problems.append(Problem(located.where(path if inherited else staged), message))
     unique = list(dict.fromkeys(problems))
     if unique:
         raise RecipeError(sorted(unique, key=lambda problem: _sort_key(problem.where)))
@@ -391,22 +397,34 @@ def _sort_key(where: str) -> tuple[str, int, int]:
     return where, 0, 0
 
 
-def _schema_problems(located: Located, schema: type[BaseModel], value: Any, prefix: Path) -> list[Problem]:
+def _changes(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a stage changes in the common part; a part that is null is not given."""
+    return {key: value for key, value in stage.items() if key != "name" and value is not None}
+
+
+def _faults(schema: type[BaseModel], value: Any) -> list[Any]:
     try:
         schema.model_validate(value)
         return []
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        return error.errors(include_url=False)
+
+
+def _schema_problems(located: Located, schema: type[BaseModel], value: Any, prefix: Path, common: Sequence[Any] = ()) -> list[Problem]:
+    """The problems of `value`, which stands at `prefix`; `common` are faults told of already where a stage repeats them."""
     problems = []
-    for item in found:
-        path, parent = _yaml_path(schema, value, item["loc"])
+    told = {(item["loc"], item["type"]) for item in common}
+    for item in _faults(schema, value):
+        path, parent = _yaml_path(schema, item["loc"])
         full = (*prefix, *path)
+        if (item["loc"], item["type"]) in told and full not in located.values:
+            continue
         if item["type"] == "extra_forbidden":
             problems.append(Problem(located.where(full, key=True), _unknown_key(str(path[-1]), parent)))
         elif item["type"] == "missing":
-            problems.append(Problem(located.where(full[:-1]), f"{_dotted(path)} is required"))
+            problems.append(Problem(located.where(full[:-1]), f"{_dotted(full)} is required"))
         else:
-            problems.append(Problem(located.where(full), f"{_dotted(path)}: {_wording(item)}"))
+            problems.append(Problem(located.where(full), f"{_dotted(full)}: {_wording(item)}"))
     return problems
 
 
@@ -451,7 +469,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _yaml_path(schema: type[BaseModel], value: Any, loc: tuple[Any, ...]) -> tuple[Path, type[BaseModel] | None]:
+def _yaml_path(schema: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Path, type[BaseModel] | None]:
     """Drops pydantic's union tags from a location; also gives the class whose key the last part is."""
     path: list[str | int] = []
     parent: type[BaseModel] | None = schema
@@ -473,8 +491,6 @@ def _yaml_path(schema: type[BaseModel], value: Any, loc: tuple[Any, ...]) -> tup
             path.append(part)
             field = parent.model_fields.get(str(part))
             options = list(_alternatives(field.annotation)) if field else []
-        elif isinstance(value, dict):
-            path.append(part)
     return tuple(path), parent
 
 
@@ -496,7 +512,7 @@ def _merge(common: Any, change: Any) -> Any:
 def _flow(value: Any) -> str:
     import json
 
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _get(raw: Any, *path: str) -> Any:

@@ -54,7 +54,7 @@ class Display:
 
     def _tuning(self, event: dict[str, Any]) -> None:
         self.close()
-        self.console.print(tuning_table(event["stage"], event["rows"]))
+        self.console.print(tuning_table(event["name"], event["rows"]))
 
     def _features(self, event: dict[str, Any]) -> None:
         self._live(f"tower features {event['done']:,} of {event['of']:,} images")

@@ -83,8 +83,8 @@ class _Reader:
         try:
             if kind == "null":
                 return None
-            if kind == "bool":
-                return text.lower() == "true"
+            if kind == "bool":  # a %YAML 1.1 header would make bools of yes and no as well
+                return text.lower() == "true" if text.lower() in ("true", "false") else text
             if kind == "int":
                 return int(text.replace("_", ""), 0)
             if kind == "float":
@@ -99,7 +99,8 @@ def _compose(text: str, name: str) -> Any:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        return YAML(typ="rt", pure=True).compose(text)
+        # Not "rt": the round-trip reader marks the folds of a `>` text with bell characters.
+        return YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -158,7 +159,7 @@ def apply_override(located: Located, override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not part.isdecimal() or int(part) >= len(target):
                 raise RecipeError(
                     [Problem(where, f"{'.'.join(map(str, path))} is a list of {len(target)}; {part!r} is none of its places")]
                 )
@@ -171,12 +172,14 @@ def apply_override(located: Located, override: str) -> None:
         if last:
             target[key] = value  # type: ignore[index]
         else:
-            if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
+            if isinstance(target, dict) and target.get(part) is None:
                 target[part] = {}
                 located.values[tuple(path)] = where
             target = target[key]  # type: ignore[index]
     prefix = tuple(path)
     for known in [known for known in located.values if known[: len(prefix)] == prefix]:
         del located.values[known]
+    for known in [known for known in located.keys if known[: len(prefix)] == prefix]:
+        del located.keys[known]
     located.values[prefix] = where
     located.keys[prefix] = where

@@ -416,7 +416,7 @@ def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
     ax.set_xlim(0, max(steps, 1))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     shape = {"accuracy": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
     if panel.kind == "accuracy":

@@ -58,7 +58,10 @@ def load_instructions(name: str, task: str) -> Instructions:
     if found.task != task:
         raise DataError(f"is a prompt set for {found.task}, the source gives {task} rows", source=str(path))
     for text in [*found.prompts, found.answer]:
-        unknown = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None} - FIELDS[task]
+        try:
+            unknown = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None} - FIELDS[task]
+        except ValueError as error:
+            raise DataError(f"{text!r}: {error} (a brace of the text itself is written twice)", source=str(path)) from None
         if unknown:
             raise DataError(f"{text!r} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}", source=str(path))
     return found

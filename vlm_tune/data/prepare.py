@@ -60,7 +60,7 @@ def prepare(conversations: Sequence[Conversation], data: DataSection, processor:
             prepared.dropped.append(f"{conversation.id}: {error.message}")
             continue
         for example in examples:
-            longest = len(example.input_ids)
+            longest = max(len(example.input_ids), len(example.labels))
             if longest > processor.spec.max_length:
                 message = f"{longest} tokens, more than data.max_length {processor.spec.max_length}"
                 if data.overlong == "fail":

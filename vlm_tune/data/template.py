@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlm_tune.data.types import Conversation, Media, Message, Segment
+from vlm_tune.data.types import ROLES, Conversation, Media, Message, Segment
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.recipe_yaml import read_yaml
 from vlm_tune.resources import find_resource, resource_names
@@ -64,6 +64,8 @@ class ChatTemplate(BaseModel):
             messages.insert(0, Message("system", (system,)))
         out: list[Segment] = [s for piece in self.start for s in self._piece(piece, None)]
         for message in messages:
+            if message.role not in ROLES:
+                raise DataError(f"the role {message.role!r} is none of {', '.join(ROLES)}", source="conversation", row=conversation.id)
             if message.role == "system" and not self.system:
                 raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id)
             pieces: list[Piece] = getattr(self, message.role)
@@ -73,7 +75,8 @@ class ChatTemplate(BaseModel):
                 if piece.content or piece.trained:
                     break
                 out += self._piece(piece, None)
-        return _joined(out)
+        # In a prompt the earlier answers are context: nothing of it is trained.
+        return [replace(s, trained=False) if prompt_only else s for s in _joined(out)]
 
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
         if piece.control is not None:

@@ -6,9 +6,12 @@ before a trained segment in the encoder and the segment in the labels; `branch_l
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, 
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 MEMO = 100_000
@@ -32,25 +36,55 @@ class TextEncoder:
         if backend is None:
             raise DataError("needs a fast tokenizer (tokenizer.json)", source=str(tokenizer.name_or_path))
         self.tokenizer = tokenizer
-        self._plain = type(backend).from_str(backend.to_str())
-        self._plain.encode_special_tokens = True
-        self._plain.no_padding()
-        self._plain.no_truncation()
-        # SentencePiece-style tokenizers put a space before every text they are given; a segment that begins with
-        # that same space must not carry it twice.
-        tokens = self._plain.encode("a", add_special_tokens=False).tokens
-        self._adds_space = bool(tokens) and tokens[0].startswith("\u2581")
-        self._memo: dict[str, list[int]] = {}
+        described = json.loads(backend.to_str())
+        self._opening = _plain(type(backend), described)
+        without = {**described, **{part: _without_prefix(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+        self._inner = self._opening if without == described else _plain(type(backend), without)
+        # Some tokenizers put a space before every text, some before the string's first only; one with a control
+        # token before it shows which.
+        opened, inner = (plain.encode("a", add_special_tokens=False).ids for plain in (self._opening, self._inner))
+        probe = backend.encode(f"{tokenizer.eos_token or ''}a", add_special_tokens=False).ids
+        self._prefix_after_control = opened != inner and probe[-len(opened) :] == opened
+        # T5's splits at white space first, so that its spaces are nothing but the prefixes of the words.
+        self._spaces_are_prefixes = self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
+        special: set[Any] = {token["id"] for token in described["added_tokens"] if token["special"]}
+        self._controls = special.union(tokenizer.all_special_ids).difference([tokenizer.unk_token_id])
+        self._memo: dict[tuple[bool, str], list[int]] = {}
 
-    def text(self, text: str) -> list[int]:
-        """Ids of plain text; whatever it holds, none of them is a control token."""
-        ids = self._memo.get(text)
+    def text(self, text: str, after: str | None = None) -> list[int]:
+        """Ids of plain text; whatever it holds, none of them is a control token.
+
+        `after` is the kind of segment it follows (None: it opens the string): a tokenizer that begins a string with a
+        space does so where its own chat template would, and never inside a text.
+        """
+        opening = after is None or (after != "text" and self._prefix_after_control)
+        ids = self._memo.get((opening, text))
         if ids is None:
-            given = text[1:] if self._adds_space and text.startswith(" ") else text
-            ids = self._plain.encode(given, add_special_tokens=False).ids if given else []
+            ids = self._encode(text, opening)
             if len(self._memo) < MEMO:
-                self._memo[text] = ids
+                self._memo[opening, text] = ids
         return ids
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of a text that a decoder begins with: a space of its own and the tokenizer's prefix are one."""
+        return self.text(text, "text" if text.startswith(" ") else None)
+
+    def _encode(self, text: str, opening: bool) -> list[int]:
+        if self._spaces_are_prefixes and not opening and (space := re.search(r"\s", text)):
+            head, rest = text[: space.start()], text[space.start() :]
+            return (self._encode(head, False) if head else []) + self._encode(rest, True)
+        encoding = (self._opening if opening else self._inner).encode(text, add_special_tokens=False)
+        found = [place for token, place in zip(encoding.ids, encoding.offsets, strict=True) if token in self._controls]
+        if not found:
+            return encoding.ids
+        # A vocabulary that lists its control tokens among the pieces (Unigram: T5) finds them in plain text; cut after
+        # their first character they are ordinary pieces.
+        if len(text) == 1:
+            unknown: Any = self.tokenizer.unk_token_id
+            return [] if unknown is None else [unknown]
+        cuts = {cut for start, end in found for cut in ((start + 1,) if end - start > 1 else (start, end)) if 0 < cut < len(text)}
+        pieces = pairwise([0, *sorted(cuts), len(text)])
+        return [token for a, b in pieces for token in self._encode(text[a:b], opening and a == 0)]
 
     def control(self, name: str) -> int:
         """The id of a control token; `bos` and `eos` are the tokenizer's own. Raises `DataError` if it has none."""
@@ -63,14 +97,40 @@ class TextEncoder:
                 "choose the chat format the model was made with",
                 source="data.template",
             )
+        if found not in self._controls:
+            self._controls.add(found)
+            self._memo.clear()
         return found
 
-    def segment(self, segment: Segment, spec: InputSpec) -> list[int]:
-        """Ids of one segment; a media item takes its slots, filled with the padding id."""
+    def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
+        """Ids of one segment that follows one of kind `after`; a media item takes its slots, filled with the padding id."""
         if segment.kind == "media":
             return [spec.pad_id] * spec.tokens_per_image
         payload = str(segment.payload)
-        return [self.control(payload)] if segment.kind == "control" else self.text(payload)
+        return [self.control(payload)] if segment.kind == "control" else self.text(payload, after)
+
+
+def _plain(kind: type[Tokenizer], described: dict[str, Any]) -> Tokenizer:
+    plain = kind.from_str(json.dumps(described))
+    plain.encode_special_tokens = True
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer of `tokenizer.json` that puts no space before a text."""
+    if not isinstance(part, dict):
+        return part
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [inner for inner in map(_without_prefix, part[name]) if inner is not None]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    elif part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return None if part["type"] == "Prepend" else part
 
 
 def _example(conversation: Conversation, number: int, ids: list[int], labels: list[int], slots: list[bool], media: list[Media]) -> Example:
@@ -92,7 +152,7 @@ def causal_layout(conversation: Conversation, segments: Sequence[Segment], encod
     media: list[Media] = []
     turns = 0
     for index, segment in enumerate(segments):
-        new = encoder.segment(segment, spec)
+        new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         ids += new
         labels += new if segment.trained else [IGNORE_INDEX] * len(new)
         slots += [segment.kind == "media"] * len(new)
@@ -112,18 +172,22 @@ def seq2seq_layout(conversation: Conversation, segments: Sequence[Segment], enco
     media: list[Media] = []
     out: list[Example] = []
     labels: list[int] = []
+    said: list[int] = []
 
     def close() -> None:
         answer = labels if labels[-1] == spec.eos_id else [*labels, spec.eos_id]
         out.append(_example(conversation, len(out), list(ids), answer, list(slots), list(media)))
-        ids.extend(labels)
-        slots.extend([False] * len(labels))
+        ids.extend(said)
+        slots.extend([False] * len(said))
         labels.clear()
+        said.clear()
 
-    for segment in segments:
-        new = encoder.segment(segment, spec)
+    for index, segment in enumerate(segments):
+        new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         if segment.trained:
-            labels += new
+            # What the decoder writes first begins a string of its own.
+            labels += encoder.answer(str(segment.payload)) if not labels and segment.kind == "text" else new
+            said += new
             continue
         if labels:
             close()

@@ -185,7 +185,7 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
     options: dict[str, Any] = {"dtype": dtype, **_attention()}
     if gguf:
         model = _loaded(factory, name, {**options, "gguf_file": gguf})
-        _forget_gguf(model)
+        forget_gguf(model)
         if not (llm.quantize and quantize):
             return model
         with tempfile.TemporaryDirectory() as scratch:
@@ -209,6 +209,10 @@ def _loaded(factory: Any, name: str, options: dict[str, Any]) -> Any:
     ]
     if faults:
         raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -216,7 +220,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _forget_gguf(model: Any) -> None:
+def forget_gguf(model: Any) -> None:
     """A de-quantised GGUF model is a plain one; as long as it claims otherwise transformers won't save it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

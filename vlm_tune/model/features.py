@@ -44,7 +44,7 @@ def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress:
     Raises `DataError` for an image that can't be decoded.
     """
     tower, processor = model.tower, model.processor.images
-    key = hashlib.sha256(f"{fingerprint(tower)}:{tower.grid}:{processor}:{model.config.tower_rebuild}".encode())
+    key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
     digests = [hashlib.sha256(item.read()).hexdigest() for item in media]
     distinct = list(dict.fromkeys(digests))
     key.update("".join(sorted(distinct)).encode())
@@ -73,7 +73,8 @@ def _compute(model: VisionLanguageModel, media: Sequence[Media], path: Path, pro
     try:
         for start in range(0, len(media), BATCH):
             pixels = torch.stack([model.processor.images(item) for item in media[start : start + BATCH]])
-            features = tower(pixels.to(model.device)).cpu()
+            with torch.autocast(model.device.type, enabled=False):  # the same features wherever they are asked for
+                features = tower(pixels.to(model.device)).cpu()
             bits = features.view(torch.int16) if dtype == torch.bfloat16 else features
             array[start : start + len(pixels)] = bits.numpy()
             if progress:

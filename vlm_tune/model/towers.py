@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features [B, N, D] of uint8 pixels [B, 3, H, W], rows of the image from the top."""
         dtype = next(self.parameters()).dtype
-        normalised = (pixels.float() * self.scale - self.offset).to(dtype)
+        normalised = (pixels.float() * self.scale - self.offset).to(dtype, memory_format=torch.channels_last)
         maps = self.maps(normalised)
         if self.grid is not None:
             maps = [adaptive_avg_pool2d(one, self.grid) if one.shape[-2:] != (self.grid, self.grid) else one for one in maps]
@@ -190,4 +190,5 @@ def build_tower(config: Tower, rebuild: dict[str, Any] | None = None) -> VisionT
     Raises `ModelError` for an unknown name, layer or architecture.
     """
     kind: Any = TOWERS[getattr(config, "kind")]  # noqa: B009
-    return kind(config, rebuild)
+    # Convolutions are several times faster with channels last, on CPUs and GPUs; transformers don't mind.
+    return kind(config, rebuild).to(memory_format=torch.channels_last)

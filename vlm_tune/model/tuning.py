@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
@@ -113,7 +114,11 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
     from peft import LoraConfig
 
     head = {id(model.llm.head)}
-    every = {clean(name): layer for name, layer in module.named_modules() if _is_linear(layer) and id(layer) not in head}
+    every = {
+        clean(f"{name}.").removesuffix("."): layer
+        for name, layer in module.named_modules()
+        if _is_linear(layer) and id(layer) not in head and "lora_" not in name
+    }
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
         chosen = [name for name in matched if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)]
@@ -125,11 +130,12 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         chosen = matched
     if not chosen:
         raise ModelError(f"the LoRA rule {rule.match!r} matches no linear layer")
+    alpha = rule.lora_alpha or 2 * (rule.r or 16)
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all("." in name for name in chosen)
     return LoraConfig(
         r=rule.r or 16,
-        lora_alpha=int(rule.lora_alpha or 2 * (rule.r or 16)),
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=rule.lora_dropout or 0.0,
         target_modules=short if exact else sorted(chosen),
         bias="none",
@@ -139,7 +145,9 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there would change nothing.
+    uncalled = isinstance(layer, NonDynamicallyQuantizableLinear)
+    return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -155,6 +163,10 @@ def attach_adapter(model: VisionLanguageModel, part: str, config: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.adapters[part] = LoraModel(parts(model)[part], {"default": config}, "default")
+    for name, parameter in parts(model)[part].named_parameters():
+        if "lora_" in name:
+            # PEFT makes them as the base is, and what is read into half precision is no longer what was saved.
+            parameter.data = parameter.data.float()
 
 
 def merge_adapter(model: VisionLanguageModel, part: str) -> None:

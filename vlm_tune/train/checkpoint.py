@@ -26,6 +26,8 @@ class Progress:
     best_step: int | None = None
     best_score: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged: tuple[float, int] = (0.0, 0)
+    """Summed loss and its count since the last log line."""
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
@@ -81,8 +83,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], fol
         for parameter, name in zip(group["params"], group_names, strict=True):
             found = {key.rpartition("|")[2]: value for key, value in state.items() if key.rpartition("|")[0] == name}
             if found:
+                # In the parameter's own memory format (channels last): the fused step walks both as they lie in memory.
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device, parameter.dtype) for key, value in found.items()
+                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
+                    for key, value in found.items()
                 }
     random = read_safetensors(folder / "trainer" / "random.safetensors")
     torch.set_rng_state(random["cpu"])

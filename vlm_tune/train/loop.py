@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import zlib
@@ -64,6 +65,13 @@ class _Rates:
     loss: float = 0.0
     count: int = 0
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not training: its time does not count."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
     def add(self, batch: Batch) -> None:
         self.questions += batch.questions
         self.tokens += batch.tokens
@@ -119,6 +127,7 @@ class StageLoop:
         """Trains to the end. Raises `Interrupted` when asked to stop, `TrainingError` if the loss is not finite."""
         self.model.train()
         started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
+        rates.loss, rates.count = self.progress.unlogged
         for batches in self._windows():
             step = self.progress.step + 1
             rate = self._step(batches, step, rates)
@@ -128,15 +137,16 @@ class StageLoop:
                 left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
                 self.report({"event": "train", "step": step, "of": self.total, **rates.line(), "learning_rate": rate, "left": left})
                 rates = _Rates()
+            self.progress.unlogged = rates.loss, rates.count
             if self.data.validation and (step % self.evaluate_every == 0 or last):
-                self._evaluate(step)
+                with rates.paused():
+                    self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
-                rates.start = time.perf_counter()
             stopping = self._stopping()
             every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
             if step % every == 0 or last or stopping or self.progress.best_step == step:
-                self._save(step)
-                rates.start = time.perf_counter()
+                with rates.paused():
+                    self._save(step)
             if stopping and not last:
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
         return self.progress
@@ -267,8 +277,6 @@ class StageLoop:
 
 def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
     """Gradients are exchanged once a step, with the last micro-batch."""
-    import contextlib
-
     return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from vlm_tune.config import Recipe, dump_recipe, load_recipe
@@ -56,7 +57,6 @@ class _Context:
     report: Report
     stop: Callable[[], bool]
     text: str
-    tuning: list[dict[str, Any]] = field(default_factory=list)
 
 
 def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: Report | None = None) -> Run:
@@ -67,9 +67,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
-    accelerator = Accelerator(
-        mixed_precision=MIXED[recipe.train.precision], log_with=list(recipe.train.trackers) or None, project_dir=str(run)
-    )
+    accelerator = _accelerator(recipe, run)
     if accelerator.is_main_process:
         open_run(run, recipe, text, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()
@@ -88,6 +86,15 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     if recipe.train.trackers:
         accelerator.end_training()
     return Run(run, result, model)
+
+
+def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
+    """An accelerator in the recipe's precision."""
+    precision = MIXED[recipe.train.precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        # accelerate keeps a process's first precision for good; another run, or the next stage, may ask for another.
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, log_with=list(recipe.train.trackers) or None, project_dir=str(run))
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -196,7 +203,8 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
             context.report(
                 {"event": "note", "text": f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"}
             )
-        _forget_after(context.run, progress)
+        if context.accelerator.is_main_process:
+            _forget_after(context.run, progress)
         model = restore_model(checkpoint, dtype=load_dtype(recipe))
     else:
         model = build(recipe, _texts(recipe))
@@ -234,6 +242,8 @@ def _stage(
 ) -> VisionLanguageModel:
     """Trains one stage and returns the model with the weights of its best checkpoint."""
     started = time.perf_counter()
+    if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
+        context.accelerator = _accelerator(recipe, context.run)
     accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
 
     def report(event: dict[str, Any]) -> None:
@@ -246,7 +256,7 @@ def _stage(
         report({"event": "note", "text": f"left out: {left_out}"})
     tuned = apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES[recipe.train.precision])
     model.to(accelerator.device)
-    _tuning_table(context, name, tuned.table)
+    _tuning_table(context, progress.stage, name, tuned.table)
     data = StageData(train, validation, *_features(recipe, model, train.media, validation, report))
     loop = StageLoop(
         model,
@@ -266,6 +276,8 @@ def _stage(
     loop.run()
     progress.seconds += preparing
     best = progress.best_step
+    # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
+    accelerator.unwrap_model(loop.prepared_model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     if best is not None and best != progress.step:
         report({"event": "note", "text": f"going on with the best checkpoint, step {best} (score {progress.best_score:.4f})"})
@@ -276,11 +288,14 @@ def _stage(
     return model
 
 
-def _tuning_table(context: _Context, name: str, table: Sequence[TuneRow]) -> None:
-    context.tuning.append({"stage": name, "rows": [asdict(row) for row in table]})
-    context.report({"event": "tuning", **context.tuning[-1]})
+def _tuning_table(context: _Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
+    """Shows a stage's tuning table and keeps it in tuning.json, beside those of the stages before."""
+    rows = [asdict(row) for row in table]
+    context.report({"event": "tuning", "stage": number, "name": name, "rows": rows})
     if context.accelerator.is_main_process:
-        (context.run / "tuning.json").write_text(json.dumps(context.tuning, indent=1))
+        path = context.run / "tuning.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else []
+        path.write_text(json.dumps([*earlier[:number], {"stage": name, "rows": rows}], indent=1))
 
 
 def _features(
@@ -375,8 +390,8 @@ def _write_samples(context: _Context, model: VisionLanguageModel, rows: Sequence
 
 
 def peak_memory_mb() -> int:
-    """The process's largest resident set so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """The process's largest resident set so far, in MB (10^6 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 1_000_000
 
 
 def out_of_memory(error: BaseException) -> TrainingError | None:

@@ -30,7 +30,7 @@ def read_llava(config: LlavaSource, seed: int, bad: BadRows) -> Iterator[Convers
         for place, turn in enumerate(turns, 1):
             if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
                 raise DataError(f"turn {place}: no text `value`")
-            role = NAMES.get(turn.get("from", ""))
+            role = NAMES.get(str(turn.get("from")))
             if role is None:
                 raise DataError(f"turn {place}: from {turn.get('from')!r} is none of {', '.join(NAMES)}")
             # Only a question's marks are places of images; an answer that says <image> says just that.

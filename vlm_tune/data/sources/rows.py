@@ -96,11 +96,14 @@ class ImageFolder:
         """The image called `name`. Raises `DataError` if it is not a file under the root, links resolved."""
         if not isinstance(name, str) or not name:
             raise DataError(f"an image is a path relative to {self.root}, got {name!r}")
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root):
-            raise DataError(f"the image {name!r} lies outside the image root {self.root}")
-        if not path.is_file():
-            raise DataError(f"no image {name!r} under {self.root}")
+        try:
+            path = (self.root / name).resolve()
+            if not path.is_relative_to(self.root):
+                raise DataError(f"the image {name!r} lies outside the image root {self.root}")
+            if not path.is_file():
+                raise DataError(f"no image {name!r} under {self.root}")
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, links in a circle
+            raise DataError(f"the image {name[:200]!r} is no path: {error}") from None
         return Media(path)
 
 
@@ -132,6 +135,8 @@ def checked(row_id: str, messages: list[Message], category: str = "") -> Convers
     for message in messages:
         if message.role not in ROLES:
             raise DataError(f"the role {message.role!r} is none of {', '.join(ROLES)}")
+        if any("\ud800" <= character <= "\udfff" for character in message.text):
+            raise DataError(f"the {message.role}'s text holds half a surrogate pair, which is no character")
     if any(message.role == "system" for message in messages[1:]):
         raise DataError("a system turn that is not the first")
     if not turns:
@@ -142,7 +147,7 @@ def checked(row_id: str, messages: list[Message], category: str = "") -> Convers
             raise DataError(f"turn {number + 1} is the {message.role}'s, expected the {expected}'s")
         if message.role == "assistant" and not message.text.strip():
             raise DataError(f"turn {number + 1}: an empty answer")
-        if message.role == "assistant" and len(message.parts) != 1:
+        if message.role == "assistant" and any(isinstance(part, Media) for part in message.parts):
             raise DataError(f"turn {number + 1}: an image in an answer")
         if message.role == "user" and not message.parts:
             raise DataError(f"turn {number + 1}: an empty question")

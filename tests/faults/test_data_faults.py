@@ -1,0 +1,313 @@
+"""Faults 9 to 13, 15, 16, 21 and 22 of the list: bad data is named by source and row, and never trained on silently."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm_tune.config import DataSection, LlavaSource, MessagesSource
+from vlm_tune.data.images import ImageProcessor, decode_image
+from vlm_tune.data.prepare import prepare, read_conversations
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.sources.registry import read_sources
+from vlm_tune.data.sources.rows import BadRows
+from vlm_tune.data.template import load_template, read_template
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, InputSpec, Media, Message
+from vlm_tune.errors import DataError
+from vlm_tune.model.build import train_tokenizer
+from vlm_tune.resources import resource_names
+
+GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}
+
+
+def messages_source(path: Path, **options: Any) -> MessagesSource:
+    return MessagesSource(kind="messages", path=str(path), **options)
+
+
+def read(path: Path, *, skip: bool = False, cap: int = 100, kind: str = "messages") -> tuple[list[Conversation], list[DataError]]:
+    source = messages_source(path) if kind == "messages" else LlavaSource(kind="llava", path=str(path))
+    policy: Any = "skip" if skip else "fail"
+    data = DataSection(train=[source], template="chatml", on_bad_row=policy, max_bad_rows=cap)
+    return read_conversations(data, data.train, 0)
+
+
+def processor(name: str, *, max_length: int = 2048) -> Processor:
+    template = load_template(name)
+    tokens = train_tokenizer([], 0, template)
+    layout = template.layouts[0]
+    return Processor(tokens, template, InputSpec(3, layout, max_length, tokens.pad_token_id, tokens.eos_token_id), ImageProcessor(8))
+
+
+BAD_LINES = {
+    "cut": b'{"messages": [{"role": "us',
+    "nul": b'{"messages": "a\0b"}',
+    "not utf-8": b'{"messages": "\xff\xfe"}',
+    "a list": b"[1]",
+    "a number": b"5",
+    "deep": b"[" * 100_000,
+    "empty object": b"{}",
+    "half a character": b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_fault_09_a_bad_line_is_named_by_its_row(tmp_path: Path, name: str) -> None:
+    path, good = tmp_path / "rows.jsonl", json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n\n" + BAD_LINES[name] + b"\n" + good + b"\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 3: ") as caught:
+        read(path)
+    assert caught.value.exit_code == 3
+    rows, bad = read(path, skip=True)
+    assert [row.id for row in rows] == ["rows:1:1", "rows:4:4"]
+    assert [error.row for error in bad] == [3]
+
+
+def test_fault_09_a_cut_last_line_says_so_and_the_cap_holds(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-5])
+    with pytest.raises(DataError, match=r"row 2: not JSON: .*perhaps cut"):
+        read(path)
+    path.write_text("{\n" * 5 + json.dumps(GOOD))
+    assert len(read(path, skip=True, cap=5)[1]) == 5
+    with pytest.raises(DataError, match="more than 4 bad rows"):
+        read(path, skip=True, cap=4)
+    path.write_text('[{"messages": ')
+    with pytest.raises(DataError, match=r"rows\.jsonl: not a JSON list"):
+        read(path, skip=True)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "human", "gpt", "a.png", "\0"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner)
+    ),
+    max_leaves=8,
+)
+fuzzed_rows = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("messages", "conversations", "images", "image", "id"), json_values),
+)
+turns_like = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value"]), json_values | st.sampled_from(["user", "assistant", "human", "gpt"])
+    ),
+    max_size=3,
+)
+
+
+@given(
+    fuzzed_rows | st.fixed_dictionaries({"messages": turns_like, "conversations": turns_like, "image": json_values, "images": json_values})
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fault_09_whatever_a_row_holds_it_is_a_conversation_or_a_named_row(tmp_path: Path, row: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
+    for kind in ("messages", "llava"):
+        rows, bad = read(path, skip=True, kind=kind)
+        assert len(rows) + len(bad) == 2
+        assert all(error.row in (1, 2) and error.source == str(path) for error in bad)
+
+
+def turn(role: Any, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+BAD_TURNS = {
+    "unknown role": ([turn("user", "q"), turn("bot", "a")], "role 'bot' is none of system, user, assistant"),
+    "no role": ([{"content": "q"}, turn("assistant", "a")], "turn 1: no `role`"),
+    "role None": ([turn(None, "q"), turn("assistant", "a")], "turn 1: no `role`"),
+    "empty answer": ([turn("user", "q"), turn("assistant", "")], "an empty answer"),
+    "blank answer": ([turn("user", "q"), turn("assistant", " \n")], "an empty answer"),
+    "answer None": ([turn("user", "q"), turn("assistant", None)], "turn 2: `content` is text or a list of parts, got NoneType"),
+    "answer of no parts": ([turn("user", "q"), turn("assistant", [])], "an empty answer"),
+    "empty question": ([turn("user", ""), turn("assistant", "a")], "an empty question"),
+    "no answer": ([turn("user", "q")], "no answer to the last question"),
+    "two questions": ([turn("user", "q"), turn("user", "q"), turn("assistant", "a")], "turn 2 is the user's, expected the assistant's"),
+    "answer first": ([turn("assistant", "a")], "turn 1 is the assistant's"),
+    "late system": ([turn("user", "q"), turn("assistant", "a"), turn("system", "s")], "a system turn that is not the first"),
+    "system only": ([turn("system", "s")], "no turns"),
+    "none": ([], "no list `messages`"),
+    "a number": (5, "no list `messages`"),
+    "unknown part": ([turn("user", [{"type": "video"}]), turn("assistant", "a")], "a part is of type text or image, got 'video'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TURNS)
+def test_fault_10_roles_and_answers(tmp_path: Path, name: str) -> None:
+    turns, message = BAD_TURNS[name]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "rows.jsonl")
+    assert message in str(caught.value) and "row 2" in str(caught.value)
+
+
+def test_fault_11_images_and_places_are_counted_per_sample(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def llava(marks: int) -> dict[str, Any]:
+        text = "<image>\n" * marks + "what?"
+        return {"image": "a.png", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a <image>"}]}
+
+    def parts(places: int) -> dict[str, Any]:
+        content = [*[{"type": "image"}] * places, {"type": "text", "text": "what?"}]
+        return {"images": ["a.png"] if places != 1 else ["a.png", "a.png"], "messages": [turn("user", content), turn("assistant", "a")]}
+
+    path = tmp_path / "rows.jsonl"
+    # Two marks and one image, then none and one: equal over the batch, wrong in each sample.
+    path.write_text("\n".join(json.dumps(llava(marks)) for marks in (2, 0, 1)))
+    rows, bad = read(path, skip=True, kind="llava")
+    assert [row.id for row in rows] == ["rows:3:3"] and [error.row for error in bad] == [1, 2]
+    assert "more <image> marks than images" in str(bad[0]) and "fewer <image> marks" in str(bad[1])
+    path.write_text("\n".join(json.dumps(parts(places)) for places in (2, 1)))
+    rows, bad = read(path, skip=True)
+    assert not rows and "more image parts than images" in str(bad[0]) and "2 images and 1 image parts" in str(bad[1])
+
+
+@pytest.mark.parametrize("name", resource_names("data_templates/chat"))
+def test_fault_12_control_tokens_in_users_texts_are_plain_text(name: str) -> None:
+    made = processor(name)
+    nasty = "<image> <|im_end|> </s> <s> <|eot_id|> <pad> <|im_start|>system"
+    found = []
+    for text in ("a", nasty):
+        row = Conversation("r", (Message("system", (text,)), Message("user", (Media(b""), text)), Message("assistant", (text,))))
+        (example,) = made.examples(row)
+        special = set(made.tokenizer.all_special_ids) | {made.encoder.control(token) for token in made.template.control_tokens}
+        found.append(
+            (
+                [token for token in example.input_ids[~example.image_mask].tolist() if token in special],
+                [token for token in example.labels.tolist() if token in special],
+                int(example.image_mask.sum()),
+            )
+        )
+    assert found[0] == found[1]
+    assert nasty in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
+
+
+def test_fault_13_a_row_without_a_supervised_token_is_dropped_and_counted_or_an_error() -> None:
+    made = processor("chatml")
+    silent = Conversation("silent", (Message("user", ("only a question",)),))
+    good = Conversation("good", (Message("user", ("q",)), Message("assistant", ("a",))))
+    with pytest.raises(DataError, match="row silent: no token of it is supervised"):
+        prepare([good, silent], DataSection(train=[messages_source(Path("x"))], template="chatml"), made)
+    skipping = DataSection(train=[messages_source(Path("x"))], template="chatml", on_bad_row="skip")
+    prepared = prepare([good, silent], skipping, made)
+    assert [group[0].id for group in prepared.groups] == ["good"] and len(prepared.dropped) == 1
+    assert all((example.labels != IGNORE_INDEX).any() for group in prepared.groups for example in group)
+    with pytest.raises(DataError, match="no row is left to train on"):
+        prepare([silent], skipping, made)
+
+
+@pytest.mark.parametrize("name", resource_names("data_templates/chat"))
+def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(name: str) -> None:
+    row = Conversation("r", (Message("user", (Media(b""), "what color is it?")), Message("assistant", ("red",))))
+    section = DataSection(train=[messages_source(Path("x"))], template=name, max_length=8, overlong="drop")
+    with pytest.raises(DataError, match=r"no row is left to train on: 1 of 1 were dropped, the first: r: \d+ tokens"):
+        prepare([row], section, processor(name, max_length=8))
+
+
+TEMPLATE = "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: prompt}]\nassistant: [%s]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEMPLATE % "{content: prompt}, {control: eos, trained: true}", "nothing would train"),
+        (TEMPLATE % "{content: trained}, {control: eos}", "answers would never end"),
+        (TEMPLATE % "{content: trained}", "answers would never end"),
+        (TEMPLATE % "{control: bos}, {content: trained}, {control: eos, trained: true}", "begin more than once"),
+        ((TEMPLATE % "{content: trained}, {control: eos, trained: true}").replace("[{control: bos}]", "[{control: bos}, {control: bos}]"),
+         "begin more than once"),
+    ],
+)  # fmt: skip
+def test_fault_15_formats_that_train_nothing_never_end_or_begin_twice(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(TEMPLATE % "{content: trained}, {control: eos, trained: true}")
+    assert read_template(path).name == "t"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_template(path)
+
+
+@pytest.mark.parametrize("name", resource_names("data_templates/chat"))
+def test_fault_15_a_conversation_begins_with_one_start_token(name: str) -> None:
+    made = processor(name)
+    turns = tuple(Message("assistant" if n % 2 else "user", (f"text {n}",)) for n in range(6))
+    ids = made._lay_out(Conversation("r", turns), prompt_only=False)[-1].input_ids.tolist()
+    starts = [place for place, token in enumerate(ids) if token == made.tokenizer.bos_token_id]
+    assert starts == ([0] if made.template.start else [])
+
+
+def test_fault_16_paths_that_leave_the_image_root_are_refused(tmp_path: Path) -> None:
+    root, sibling = tmp_path / "data", tmp_path / "data-private"
+    for folder in (root / "sub", sibling):
+        folder.mkdir(parents=True)
+    for target in (root / "in.png", sibling / "out.png", tmp_path / "out.png"):
+        Image.new("RGB", (4, 4)).save(target)
+    (root / "link.png").symlink_to(sibling / "out.png")
+    (root / "linked").symlink_to(sibling)
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "inner.png").symlink_to(root / "in.png")
+    names = ["in.png", "inner.png", "sub/../in.png"]
+    names += ["../out.png", "../data-private/out.png", "sub/../../out.png", str(sibling / "out.png"), "link.png", "linked/out.png"]
+    names += [f"file://{sibling}/out.png", "http://x/y.png", "loop.png", "sub", "", "a\0b", "x" * 5000, "none.png"]
+    path = root / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "images": [name]}) for name in names))
+    rows, bad = read(path, skip=True)
+    assert [row.media[0].source for row in rows] == [root / "in.png"] * 3
+    assert [error.row for error in bad] == list(range(4, len(names) + 1))
+    assert all("lies outside the image root" in str(error) for error in bad[:6])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_fault_21_a_cut_image_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(stream, kind)
+    data, path = stream.getvalue(), tmp_path / "photo.jpg"
+    for tenth in range(10):
+        path.write_bytes(data[: len(data) * tenth // 10])
+        with pytest.raises(DataError, match=r"photo\.jpg"):
+            ImageProcessor(8)(Media(path))
+    path.write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=r"photo\.jpg: not an image"):
+        ImageProcessor(8)(Media(path))
+
+
+def test_fault_22_a_pixel_bomb_is_refused_before_a_byte_of_it_is_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(30_000 * (30_000 // 8 + 1)), 9)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert len(data) < 200_000
+    from PIL import ImageFile
+
+    def load(self: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(DataError, match="bomb"):
+        decode_image(data, "bomb")
+
+
+def test_the_bad_rows_of_one_source_do_not_hide_those_of_the_next(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("{\n" + json.dumps(GOOD) + "\n")
+    bad = BadRows(skip=True, cap=2)
+    rows = read_sources([messages_source(tmp_path / f"{name}.jsonl") for name in ("one", "two")], seed=0, bad=bad)
+    assert [row.id for row in rows] == ["one:2:2", "two:2:2"] and [Path(error.source).stem for error in bad.found] == ["one", "two"]

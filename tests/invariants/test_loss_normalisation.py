@@ -1,0 +1,55 @@
+"""However a step's rows are split into micro-batches, loss and gradient are those of the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import assert_close, batch_of, built, loss_and_gradients, one_step, parsed, rows_of
+
+ANSWERS = ["red", "a very long answer with a great many words in it, and then some more", "no", "two words"]
+
+
+@pytest.fixture
+def uneven_rows(color_rows: Path) -> Path:
+    """The eight questions with answers of very different lengths."""
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["messages"][1]["content"] = ANSWERS[place % 4] + " ," * place
+    del rows[3]["images"]  # a row of text only
+    color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return color_rows
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_any_accumulation_gives_the_same_gradient(
+    kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    found: dict[tuple[int, int], Any] = {}
+    for size, accumulation in ((8, 1), (1, 8), (3, 3)):
+        changes: dict[str, Any] = {"train__batch_size": size, "train__gradient_accumulation": accumulation, "train__steps": 1}
+        recipe = parsed(tiny_recipe(kind), **changes, train__max_grad_norm=None, train__log_every=1)
+        found[size, accumulation] = one_step(recipe, tmp_path / f"{size}x{accumulation}")
+    loss, gradients = found[8, 1]
+    for other in ((1, 8), (3, 3)):
+        assert found[other][0] == pytest.approx(loss, rel=1e-5)
+        assert_close(gradients, found[other][1])
+    # The mean of the rows' means, as trainers take it that divide every micro-batch by its own tokens, is another number.
+    recipe = parsed(tiny_recipe(kind))
+    model = built(recipe)
+    means = []
+    for row in rows_of(recipe):
+        batch = batch_of(model, model.processor.examples(row))
+        means.append(float(loss_and_gradients(model, [batch])[0]) / batch.supervised)
+    assert abs(sum(means) / len(means) - loss) > 1e-3 * loss
+
+
+def test_the_logged_loss_is_the_mean_over_tokens(uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    recipe = parsed(tiny_recipe("seq2seq"), train__steps=1, train__batch_size=8, train__log_every=1)
+    loss, _ = one_step(recipe, tmp_path / "run")
+    model = built(recipe)
+    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
+    assert loss == pytest.approx(float(loss_and_gradients(model, [batch])[0]) / batch.supervised, rel=1e-5)

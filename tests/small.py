@@ -1,0 +1,241 @@
+"""Tiny models and runs that the tests of model, training, evaluation and merging share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from vlm_tune.config import Recipe, parse_recipe
+from vlm_tune.data.collate import collate
+from vlm_tune.data.prepare import prepare, read_conversations
+from vlm_tune.data.template import load_template
+from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.errors import Interrupted
+from vlm_tune.model.build import DTYPES, build, train_tokenizer
+from vlm_tune.model.features import tower_features
+from vlm_tune.model.tuning import Tuned, apply_rules
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.checkpoint import Progress
+from vlm_tune.train.loop import StageData, StageLoop
+from vlm_tune.train.run import MIXED
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+LORA_TUNE = """
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 4, lora_alpha: 8, target_modules: all-linear}
+train:"""
+"""Replaces `train:` of a tiny recipe together with what `with_tune` cuts."""
+
+
+def with_tune(recipe: str, tune: str = LORA_TUNE) -> str:
+    """A tiny recipe's text with other tuning rules; `tune` ends in `train:`."""
+    head, _, rest = recipe.partition("\ntune:")
+    return head + tune + rest.partition("\ntrain:")[2]
+
+
+def parsed(text: str, **changes: Any) -> Recipe:
+    """A recipe from text, with `a__b=value` set as `a.b`."""
+    from vlm_tune.recipe_yaml import apply_override, read_yaml_text
+
+    if not changes:
+        return parse_recipe(text)
+    from vlm_tune.config import check_recipe
+
+    located = read_yaml_text(text, "recipe")
+    for name, value in changes.items():
+        apply_override(located, f"{name.replace('__', '.')}={json.dumps(value)}")
+    return check_recipe(located)
+
+
+def rows_of(recipe: Recipe) -> list[Conversation]:
+    """The recipe's training conversations."""
+    return read_conversations(recipe.data, recipe.data.train, recipe.seed)[0]
+
+
+def built(recipe: Recipe) -> VisionLanguageModel:
+    """The recipe's model before training."""
+    return build(recipe, rows_of(recipe))
+
+
+def tuned_by(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
+    """The model with the recipe's tuning rules applied."""
+    return apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES[recipe.train.precision])
+
+
+def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
+    """Gives every LoRA B a value that is not zero, so that the adapter changes the model."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
+
+
+def batch_of(model: VisionLanguageModel, examples: Sequence[Example]) -> Batch:
+    """A batch with pixels."""
+    return collate(examples, model.processor.spec, fetch=model.processor.images)
+
+
+def loss_and_gradients(model: VisionLanguageModel, batches: Sequence[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss of batches and the gradients of what trains, by name."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for batch in batches:
+        found: Any = model(batch)
+        found.sum.backward()
+        total += found.sum.detach()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest absolute difference."""
+    return float((one.float() - other.float()).abs().max())
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+    """Asserts that two sets of tensors have the same names and agree, relative to each tensor's largest value."""
+    assert one.keys() == other.keys()
+    assert one
+    for name, value in one.items():
+        scale = max(float(value.abs().max()), float(other[name].abs().max()), 1e-3)
+        assert largest(value, other[name]) <= relative * scale, name
+
+
+def stage_loop(
+    model: VisionLanguageModel,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    cached: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> StageLoop:
+    """A loop over the recipe's one stage, with its tuning rules applied, and no validation."""
+    rows = rows_of(recipe)
+    train = prepare(rows, recipe.data, model.processor)
+    tuned = tuned_by(model, recipe)
+    features = tower_features(model, train.media) if cached else None
+    AcceleratorState._reset_state()
+    return StageLoop(
+        model,
+        recipe,
+        tuned,
+        StageData(train, [], features, None),
+        Accelerator(mixed_precision=MIXED[recipe.train.precision]),
+        folder=folder,
+        progress=Progress(),
+        report=report or (lambda event: None),
+        recipe_text="",
+        stop=lambda: False,
+    )
+
+
+def one_step(recipe: Recipe, folder: Path, *, cached: bool = False, prepare_model: Callable[[Any], None] | None = None) -> Any:
+    """The logged loss of one optimizer step through the loop, and the gradients it took the step with."""
+    model = built(recipe)
+    events: list[dict[str, Any]] = []
+    loop = stage_loop(model, recipe, folder, cached=cached, report=events.append)
+    if prepare_model:
+        prepare_model(model)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def note(optimizer: Any, arguments: Any, named: Any) -> None:
+        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    inner: Any = getattr(loop.optimizer, "optimizer", loop.optimizer)
+    inner.register_step_pre_hook(note)
+    loop.run()
+    return next(event["loss"] for event in events if event["event"] == "train"), gradients
+
+
+def interrupted(run: Callable[..., Any], *, stage: int, step: int) -> list[dict[str, Any]]:
+    """Calls `run(show=...)`, which must end as `Interrupted` when SIGINT comes at a step; the events until then."""
+    events: list[dict[str, Any]] = []
+
+    def show(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "train" and (event["stage"], event["step"]) == (stage, step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        run(show=show)
+    except Interrupted as error:
+        assert error.exit_code == 130
+        return events
+    raise AssertionError("the run went on after SIGINT")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files, by file and name."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(folder)}|{name}": value for name, value in load_file(path).items()}
+    return found
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Asserts that two folders hold the same tensors, bit for bit."""
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys()
+    assert first
+    different = [name for name, value in first.items() if value.dtype != second[name].dtype or not torch.equal(value, second[name])]
+    assert different == [], different
+
+
+def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0) -> str:
+    """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code."""
+    start = [sys.executable, "-m", "vlm_tune.cli"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "-m", "vlm_tune.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def save_llm(folder: Path, kind: str, conversations: Sequence[Conversation], *, seed: int = 0, **config: Any) -> Path:
+    """A tiny Llama or T5 with its tokenizer in transformers' layout, for `model.llm.name`."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    tokenizer = train_tokenizer(conversations, 400, load_template("flan" if kind == "seq2seq" else "chatml"))
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    torch.manual_seed(seed)
+    if kind == "seq2seq":
+        model: Any = T5ForConditionalGeneration(T5Config(**{**T5, **ids, "decoder_start_token_id": tokenizer.pad_token_id, **config}))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **ids, "bos_token_id": tokenizer.bos_token_id, **config}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_llm(recipe: str, folder: Path, kind: str, extra: str = "") -> str:
+    """A tiny recipe's text whose language model is a saved one."""
+    lines = [f"  llm: {{kind: {kind}, name: {folder}{extra}}}" if line.startswith("  llm:") else line for line in recipe.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def with_tower(recipe: str, tower: str) -> str:
+    """A tiny recipe's text with another tower."""
+    return "\n".join(f"  tower: {tower}" if line.startswith("  tower:") else line for line in recipe.splitlines()) + "\n"

@@ -1,0 +1,153 @@
+"""The command line: what each command prints, and that errors end with their code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vlm_tune import cli, resources
+from vlm_tune.cli import app, main
+from vlm_tune.config import load_recipe, recipe_schema
+from vlm_tune.errors import DataError, Interrupted, ModelError, Problem, RecipeError, TrainingError
+
+run = CliRunner()
+
+
+def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["vlm-tune", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_help_lists_every_command() -> None:
+    done = run.invoke(app, ["--help"])
+    assert done.exit_code == 0
+    for command in ("sft", "eval", "merge", "chat", "show", "schema", "recipes"):
+        assert f" {command} " in done.output
+        assert run.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_schema_prints_the_recipes_schema() -> None:
+    done = run.invoke(app, ["schema"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == recipe_schema()
+
+
+def test_recipes_are_listed_with_what_they_are() -> None:
+    rows = json.loads(run.invoke(app, ["recipes", "--json"]).stdout)
+    assert [row["name"] for row in rows] == resources.resource_names("recipes")
+    text = run.invoke(app, ["recipes"]).stdout
+    assert all(row["name"] in text and row["about"] in text for row in rows)
+
+
+def test_a_recipe_is_copied_once_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.invoke(app, ["recipes", "--copy", "demo"]).stdout.strip() == "demo.yaml"
+    shipped = resources.find_resource("recipes", "demo")
+    assert shipped and load_recipe("demo.yaml") == load_recipe(shipped)
+    Path("demo.yaml").write_text("mine")
+    assert call_main(monkeypatch, "recipes", "--copy", "demo") == 2
+    assert Path("demo.yaml").read_text() == "mine"
+
+
+def test_a_recipe_of_a_subfolder_is_copied_into_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shipped" / "lora").mkdir(parents=True)
+    (tmp_path / "shipped" / "lora" / "big.yaml").write_text("# 大 one\n")
+    monkeypatch.setattr(resources, "resource_folder", lambda name: tmp_path / "shipped")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = run.invoke(app, ["recipes", "--copy", "lora/big"])
+    assert done.exit_code == 0 and done.stdout.strip() == "big.yaml"
+    assert (tmp_path / "here" / "big.yaml").read_text() == "# 大 one\n"
+
+
+@pytest.mark.parametrize("name", ["nope", "../recipes/demo", "/etc/passwd"])
+def test_copying_what_is_not_shipped_names_what_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call_main(monkeypatch, "recipes", "--copy", name) == 2
+    assert "demo" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_errors_as_json_carry_every_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\nnme: y\noutput: 5\n")
+    assert call_main(monkeypatch, "sft", str(bad), "--json") == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"] == "RecipeError"
+    assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in said["problems"]
+    assert {"where": f"{bad}:3:9", "message": "output: input should be a valid string, got 5"} in said["problems"]
+    assert said["message"].count("\n") + 1 == len(said["problems"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RecipeError([Problem("r.yaml:1:1", "wrong")]), 2),
+        (DataError("wrong", source="rows.jsonl", row=3), 3),
+        (ModelError("wrong"), 4),
+        (TrainingError("wrong"), 5),
+        (Interrupted("wrong"), 130),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_each_error_ends_with_its_code_and_no_traceback(
+    error: Exception, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(cli, "_recipe_path", fail)
+    assert call_main(monkeypatch, "sft", "x", *(["--json"] if as_json else [])) == code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err and "wrong" in (out if as_json else err)
+    if as_json:
+        assert json.loads(out)["error"] == type(error).__name__ and json.loads(out)["message"] == str(error)
+
+
+def test_a_missing_recipe_and_bad_choices_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_main(monkeypatch, "sft", "no-such") == 2
+    assert "no-such: no such recipe file" in capsys.readouterr().err
+    assert call_main(monkeypatch, "eval", "x", "--split", "train") == 2
+    assert "none of test, validation" in capsys.readouterr().err
+    assert call_main(monkeypatch, "sft", "demo", "--set", "seed=x") == 2
+    assert "--set seed=x: seed: input should be a valid integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_show_marks_the_trained_tokens_of_a_recipe(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe(kind))
+    done = run.invoke(app, ["show", str(path), "-n", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    samples = json.loads(done.stdout)
+    assert [sample["stage"] for sample in samples] == ["main", "main"]
+    learned = "trained" if kind == "causal" else "target"
+    for sample, answer in zip(samples, ("red", "no"), strict=True):
+        by_kind = {name: "".join(t["text"] for t in sample["tokens"] if t["kind"] == name) for name in ("prompt", "image", learned)}
+        assert by_kind[learned].strip() == answer + ("<|im_end|>" if kind == "causal" else "</s>")
+        assert "what color is it?" in by_kind["prompt"] or "is it blue?" in by_kind["prompt"]
+        assert sum(t["kind"] == "image" for t in sample["tokens"]) == 4
+        assert {t["kind"] for t in sample["tokens"]} == {"prompt", "image", learned}
+    text = run.invoke(app, ["show", str(path), "-n", "1", "--ids"])
+    assert text.exit_code == 0 and "[image x4]" in text.stdout and f"⟨{samples[0]['tokens'][-1]['id']}⟩" in text.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_show_of_bad_data_ends_with_the_data_code(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe("seq2seq"))
+    with (tmp_path / "messages.jsonl").open("a") as file:
+        file.write('{"messages": [')
+    assert call_main(monkeypatch, "show", str(path)) == 3
+    assert "messages.jsonl, row 9: not JSON" in capsys.readouterr().err

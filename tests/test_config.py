@@ -1,0 +1,390 @@
+"""The recipe: what it admits, how its errors are placed, and that what is written reads back equal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_tune.config import OLD_NAMES, Recipe, check_recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
+from vlm_tune.errors import RecipeError
+from vlm_tune.recipe_yaml import Located, apply_override, read_yaml, read_yaml_text
+from vlm_tune.resources import resource_folder
+
+RECIPES = sorted(resource_folder("recipes").rglob("*.yaml"))
+SMALL = """\
+name: small
+output: runs/small
+model:
+  tower: {kind: transformers, name: clip}
+  llm: {kind: causal, name: llama}
+data:
+  train: [{kind: messages, path: rows.jsonl}]
+  template: chatml
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]}
+train: {epochs: 1}
+"""
+STAGED = (
+    SMALL
+    + """\
+stages:
+  - name: align
+    data: {max_length: 64}
+    tune: [{match: "connector.*", how: full}, {match: "*", how: frozen}]
+    train: {epochs: null, steps: 5}
+  - name: instruct
+    objective: {kind: language_modeling}
+"""
+)
+
+
+def problems(text: str, *overrides: str) -> list[tuple[str, str]]:
+    with pytest.raises(RecipeError) as caught:
+        located = read_yaml_text(text, "r.yaml")
+        for override in overrides:
+            apply_override(located, override)
+        check_recipe(located)
+    assert caught.value.exit_code == 2
+    return [(problem.where, problem.message) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_reads_back_equal(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    stages = recipe.resolved_stages()
+    assert [name for name, _ in stages] == ([stage.name for stage in recipe.stages] or ["main"])
+    # A stage alone is a whole recipe as well.
+    for _, stage in stages:
+        assert parse_recipe(dump_recipe(stage)) == stage and not stage.stages
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert RECIPES
+
+
+def test_stages_change_only_what_they_name() -> None:
+    recipe = parse_recipe(STAGED)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    (_, align), (_, instruct) = recipe.resolved_stages()
+    assert (align.data.max_length, instruct.data.max_length) == (64, 2048)
+    assert (align.train.steps, align.train.epochs, instruct.train.epochs) == (5, None, 1)
+    assert [rule.how for rule in align.tune] == ["full", "frozen"] and instruct.tune == recipe.tune
+    assert align.data.train == recipe.data.train and align.model == recipe.model
+
+
+def test_a_stages_part_of_another_kind_replaces_the_common_one() -> None:
+    text = STAGED.replace("train: {epochs: 1}\n", "train: {epochs: 1}\nobjective: {kind: contrastive, temperature: 0.5}\n")
+    text = text.replace("template: chatml\n", "template: chatml\n  group: image\n")
+    (_, align), (_, instruct) = parse_recipe(text).resolved_stages()
+    assert align.objective.kind == "contrastive" and align.objective.temperature == 0.5
+    assert instruct.objective.kind == "language_modeling"
+    text = text.replace("{kind: language_modeling}", "{kind: contrastive}")
+    merged = parse_recipe(text).resolved_stages()[1][1].objective
+    assert merged.kind == "contrastive" and merged.temperature == 0.5
+
+
+@pytest.mark.parametrize("part", ["tune", "objective"])
+def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
+    recipe = parse_recipe(
+        STAGED.replace("  - name: instruct\n    objective: {kind: language_modeling}\n", f"  - {{name: b, {part}: null}}\n")
+    )
+    stage = recipe.resolved_stages()[1][1]
+    assert getattr(stage, part) == getattr(recipe, part)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ("max_length: 64", "max_length: -1", "16:24", "stages.0.data.max_length: input should be greater than 0, got -1"),
+        ("max_length: 64", "maxlength: 64", "16:12", "unknown key 'maxlength'; did you mean max_length?"),
+        ("steps: 5", "epochs: 2", "18:27", "duplicate key 'epochs', first given at r.yaml:18:13"),
+        ("steps: 5", "learning_rate: 1", "18:12", "give exactly one of train.epochs and train.steps"),
+        ("epochs: null, steps", "steps", "18:12", "give exactly one of train.epochs and train.steps"),
+        ('{match: "*", how: frozen}', '{match: "connector.proj", how: full}', "17:55", "never reached: 'connector.*' above matches first"),
+        ('"connector.*", how: full}, {', '"connector.*", how: frozen}, {', "17:11", "every rule is frozen, nothing would train"),
+        ("{kind: language_modeling}", "{kind: contrastiv}", "20:16", "did you mean contrastive?"),
+        ("{kind: language_modeling}", "{kind: contrastive}", "19:5", "a contrastive objective compares images"),
+        ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
+        ("name: instruct", "name: a/b", "19:11", "should match pattern"),
+    ],
+)
+def test_a_stages_errors_are_placed_at_the_stage(old: str, new: str, place: str, message: str) -> None:
+    assert old in STAGED
+    found = problems(STAGED.replace(old, new, 1))
+    assert len(found) == 1, found
+    assert message in found[0][1]
+    assert found[0][0] == f"r.yaml:{place}"
+
+
+def test_a_fault_of_the_common_part_is_told_once_and_where_it_is() -> None:
+    found = problems(STAGED.replace("template: chatml", "template: chatml\n  max_length: 0\n  bogus: 1"))
+    assert [where for where, _ in found] == ["r.yaml:9:15", "r.yaml:10:3"]
+    found = problems(STAGED.replace("{epochs: 1}", "{epochs: 1}\nobjective: {kind: contrastive}"))
+    assert [where for where, _ in found] == ["r.yaml:7:3"]
+    found = problems(STAGED.replace("  template: chatml\n", ""))
+    assert found == [("r.yaml:7:3", "data.template is required")]
+
+
+def test_a_missing_key_is_placed_at_its_parent_and_unions_hide_nothing() -> None:
+    assert problems(SMALL.replace("{kind: messages, path: rows.jsonl}", "{kind: messages}")) == [
+        ("r.yaml:7:11", "data.train.0.path is required")
+    ]
+    (found,) = problems(SMALL.replace("kind: transformers, ", ""))
+    assert found == ("r.yaml:4:10", "model.tower: needs a `kind`")
+    (found,) = problems(SMALL.replace("kind: messages", "kind: message"))
+    assert found[0] == "r.yaml:7:11" and "did you mean messages?" in found[1]
+    found = problems(SMALL.replace("[q_proj]", "[q_proj, 5]"))
+    assert "r.yaml:12:80" in [where for where, _ in found]
+    assert not [message for _, message in found if "list[" in message or "literal[" in message]
+
+
+def test_folded_and_quoted_texts_are_what_yaml_says() -> None:
+    text = SMALL.replace("template: chatml", "template: chatml\n  system: >-\n    one two\n    three\n\n    four")
+    assert parse_recipe(text).data.system == "one two three\nfour"
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_keys_list_places_and_parts_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    recipe = load_recipe(
+        path,
+        ["train.epochs=null", "train.steps=7", "tune.2.r=4", "data.train.0.path=other", "evaluate.limit=3", "tune.2.target_modules=[a, b]"],
+    )
+    assert (recipe.train.steps, recipe.tune[2].r, recipe.evaluate.limit, recipe.tune[2].target_modules) == (7, 4, 3, ["a", "b"])
+    assert getattr(recipe.data.train[0], "path") == "other"  # noqa: B009
+    assert load_recipe(path, ["train={steps: 1}"]).train.steps == 1
+    assert load_recipe(path, ["data.system=a=b: c"[:14]]).data.system == "a="
+    assert load_recipe(path, {"data.system": "蓝 😀 \n: #", "train.batch_size": 3}).data.system == "蓝 😀 \n: #"
+    assert path.read_text() == SMALL
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "written key.key=value"),
+        ("=5", "written key.key=value"),
+        ("tune.7.r=4", "tune is a list of 3; '7' is none of its places"),
+        ("tune.-1.r=4", "'-1' is none of its places"),
+        ("tune.x.r=4", "'x' is none of its places"),
+        ("tune.².r=4", "'²' is none of its places"),
+        ("name.first=x", "name is a plain value, it has no key 'first'"),
+        ("tune.0.match.x=1", "tune.0.match is a plain value, it has no key 'x'"),
+        ("train.epoch=2", "unknown key 'epoch'; did you mean epochs"),
+        ("train.epochs=many", "train.epochs: input should be a valid number"),
+        ("train.epochs=[", "not YAML"),
+        ("train.epochs=!!python/name:os.system ''", "is not allowed"),
+        ("tune.0={match: x, how: full, how: lora}", "duplicate key 'how'"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        located = read_yaml_text(SMALL, "r.yaml")
+        apply_override(located, override)
+        check_recipe(located)
+    assert message in str(caught.value)
+    assert all(problem.where.startswith(f"--set {override}") for problem in caught.value.problems)
+
+
+def test_a_fault_in_a_replaced_part_is_the_overrides() -> None:
+    text = SMALL.replace("{epochs: 1}", "{epochs: 1, bogus: 1}")
+    assert problems(text, "train={epochs: 1, bogus: 1}")[0][0].startswith("--set train=")
+
+
+# --- round trips and fuzz --------------------------------------------------------------------------------------------
+
+printable = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")) | st.sampled_from("\n\t#:'\"\\- "), max_size=120)
+
+
+@given(
+    printable
+    | st.sampled_from(["no", "1e-5", "null", "~", "0x10", "1_000", ".inf", "2020-01-01", " a", "a ", "- a", "{a}", "&a", "<<", "%"])
+)
+@settings(max_examples=50, deadline=None)
+def test_a_dumped_text_reads_back_as_it_was(text: str) -> None:
+    recipe = parse_recipe(SMALL)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"system": text})})
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    return [prefix, *(found for key, child in children for found in paths(child, (*prefix, key)))]
+
+
+DEMO = read_yaml(resource_folder("recipes") / "demo.yaml").value
+BASES = [DEMO, read_yaml_text(SMALL, "r").value, read_yaml_text(STAGED, "r").value]
+PLACES = [(base, path) for base in range(len(BASES)) for path in paths(BASES[base]) if path]
+keys = st.sampled_from([*OLD_NAMES, "kind", "match", "how", "r", "name", "train", "", "a b", "0"])
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 10**30)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["lora", "frozen", "*", "llm"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), values | st.just(...)), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tuple[tuple[int, tuple[Any, ...]], Any]]) -> None:
+    value = copy.deepcopy(BASES[changes[0][0][0]])
+    for (_, path), new in changes:
+        target = value
+        try:
+            for part in path[:-1]:
+                target = target[part]
+            if new is ...:
+                del target[path[-1]]
+            else:
+                target[path[-1]] = new
+        except (KeyError, IndexError, TypeError):
+            continue
+    try:
+        recipe = check_recipe(Located(value))
+    except RecipeError as error:
+        assert error.problems and all(problem.where and problem.message for problem in error.problems)
+        return
+    for _, stage in recipe.resolved_stages():
+        assert isinstance(stage, Recipe)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@given(
+    st.text(max_size=60)
+    | st.lists(
+        st.sampled_from(["a", ":", " ", "\n", "- ", "&x ", "*x", "!!int ", "! ", "[", "]", "{", "}", "? ", "'", "|", "%", "---"])
+    ).map("".join)
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_file_holds_it_is_a_recipe_error(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    assert all(problem.where.startswith("r.yaml") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ("{epochs: 1}", "{epochs: 1, steps: 1}", 1),
+        ("{epochs: 1}", "{}", 1),
+        ("name: llama", "name: llama, scratch: {model_type: x, config: {}}", 1),
+        (", name: llama", "", 1),
+        (", name: llama", ", gguf_file: x", 2),
+        ("{kind: causal, name: llama}", "{kind: seq2seq, name: t5}\ntrain_: 1", 1),
+        ("how: frozen}", "how: frozen, learning_rate: 1.0}", 1),
+        ("how: frozen}", "how: frozen, r: 1, lora_dropout: 0.1}", 2),
+        ('"connector.*", how: full', '"connector.*", how: lora', 1),
+        ('"llm.*", how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]', '"tower.x", how: full', 1),
+        ("{epochs: 1}", "{epochs: .inf}", 1),
+        ("{epochs: 1}", "{epochs: .nan}", 1),
+        ("{epochs: 1}", "{epochs: 1, betas: [0.9]}", 1),
+        ("{epochs: 1}", "{epochs: 1}\nseed: 4294967296", 1),
+        ("{epochs: 1}", "{epochs: 1, schedule: {warmup: 1}}", 1),
+    ],
+)
+def test_contradictions_and_ranges(old: str, new: str, count: int) -> None:
+    assert old in SMALL
+    assert len(problems(SMALL.replace(old, new, 1))) == count
+
+
+def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
+    quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
+    assert parse_recipe(quantised).model.llm.quantize == "nf4"
+    (found,) = problems(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: full"))
+    assert "quantised weights can't be trained in full" in found[1] and found[0].startswith("r.yaml:12:")
+    seq2seq = SMALL.replace("kind: causal", "kind: seq2seq").replace("{epochs: 1}", "{epochs: 1, precision: fp16}")
+    assert problems(seq2seq) == [("r.yaml:13:31", "T5's activations overflow in fp16; use bf16 or fp32")]
+    (found,) = problems(SMALL.replace("name: llama", "quantize: int8, scratch: {model_type: llama, config: {}}"))
+    assert "nothing to quantise" in found[1]
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+
+def schema_faults(value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe") -> list[str]:
+    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes; an unknown word is an error."""
+    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int, "number": (int, float)}
+    found: list[str] = []
+    for word, rule in schema.items():
+        if word == "$ref":
+            target = root
+            for part in rule.removeprefix("#/").split("/"):
+                target = target[part]
+            found += schema_faults(value, target, root, place)
+        elif word in ("anyOf", "oneOf"):
+            fits = [option for option in rule if not schema_faults(value, option, root, place)]
+            if not fits or (word == "oneOf" and len(fits) > 1):
+                found.append(f"{place}: fits {len(fits)} of {word}")
+        elif word == "type":
+            is_number = rule in ("integer", "number") and isinstance(value, bool)
+            if is_number or not isinstance(value, types[rule]):
+                found.append(f"{place}: not of type {rule}")
+        elif word == "properties":
+            for name, inner in rule.items():
+                if isinstance(value, dict) and name in value:
+                    found += schema_faults(value[name], inner, root, f"{place}.{name}")
+        elif word == "required":
+            found += [f"{place}.{name} is missing" for name in rule if isinstance(value, dict) and name not in value]
+        elif word == "additionalProperties":
+            if rule is False and isinstance(value, dict):
+                found += [f"{place}.{name} is unknown" for name in value if name not in schema.get("properties", {})]
+        elif word == "items":
+            found += [
+                fault
+                for n, item in enumerate(value if isinstance(value, list) else [])
+                for fault in schema_faults(item, rule, root, f"{place}.{n}")
+            ]
+        elif word in ("enum", "const"):
+            if value not in (rule if word == "enum" else [rule]):
+                found.append(f"{place}: {value!r} is not {rule}")
+        elif word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if isinstance(value, int | float) and not {
+                "minimum": value >= rule, "maximum": value <= rule, "exclusiveMinimum": value > rule, "exclusiveMaximum": value < rule
+            }[word]:  # fmt: skip
+                found.append(f"{place}: {value} against {word} {rule}")
+        elif word in ("minItems", "maxItems"):
+            if isinstance(value, list) and (len(value) < rule if word == "minItems" else len(value) > rule):
+                found.append(f"{place}: {word}")
+        elif word == "pattern":
+            if isinstance(value, str) and not re.search(rule, value):
+                found.append(f"{place}: {value!r} against {rule}")
+        else:
+            assert word in ("title", "description", "default", "$defs", "$schema", "discriminator"), word
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_schema_admits_every_shipped_recipe(path: Path) -> None:
+    schema = json.loads(json.dumps(recipe_schema()))
+    assert schema_faults(read_yaml(path).value, schema, schema) == []
+    assert schema_faults(json.loads(load_recipe(path).model_dump_json()), schema, schema) == []
+
+
+@pytest.mark.parametrize(
+    "override", ["nme=x", "train.epochs=-1", "tune=[]", "model.llm.kind=decoder", "name=a b", "model.tower.kind=vit", "seed=0.5"]
+)
+def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
+    schema, located = recipe_schema(), read_yaml_text(SMALL, "r")
+    assert schema_faults(located.value, schema, schema) == []
+    apply_override(located, override)
+    assert schema_faults(located.value, schema, schema) and problems(SMALL, override)
