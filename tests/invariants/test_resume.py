@@ -61,13 +61,19 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "precision"), [("seq2seq", "fp32"), ("causal", "fp32"), ("seq2seq", "bf16"), ("causal", "bf16")])
-@pytest.mark.parametrize(("stage", "step"), [(0, 1), (0, 4), (1, 1), (1, 5)])
+@pytest.mark.parametrize(
+    ("kind", "precision", "stage", "step"),
+    [
+        ("causal", "fp32", 0, 1),
+        ("seq2seq", "fp32", 0, 4),
+        ("causal", "fp32", 1, 5),
+        ("causal", "bf16", 1, 1),
+        ("seq2seq", "bf16", 1, 5),
+    ],
+)
 def test_resumed_is_bit_for_bit_the_uninterrupted(
     kind: str, precision: str, stage: int, step: int, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    if precision == "bf16" and stage == 0 and step == 1:
-        pytest.skip("as in fp32")
     sft(two_stages(tiny_recipe, kind, "whole", precision))
     recipe = two_stages(tiny_recipe, kind, "parts", precision)
     interrupted(partial(run_of, recipe), stage=stage, step=step)

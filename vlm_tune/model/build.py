@@ -163,7 +163,7 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
 
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder or llm.name), **options)
+        return AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
 
@@ -175,6 +175,8 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    if llm.kind == "seq2seq" and dtype == torch.float16:
+        raise ModelError("T5's activations overflow in fp16; use bf16 or fp32")
     factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
     name = str(folder or llm.name)
     gguf = llm.gguf_file if folder is None else None
@@ -199,7 +201,9 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
 
 def _loaded(factory: Any, name: str, options: dict[str, Any]) -> Any:
     try:
-        model, info = factory.from_pretrained(name, output_loading_info=True, **options)
+        model, info = factory.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"can't load the language model {name!r}: {_first_line(error)}") from None
     faults = [

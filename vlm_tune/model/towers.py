@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vlm_tune.config import OpenClipTower, TimmTower, Tower, TransformersTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.model.weights import check_folder, check_safetensors, load_into, read_safetensors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -76,7 +76,7 @@ class OpenClipVision(VisionTower):
             assert config.name is not None
             if config.name not in open_clip.list_models() and not config.name.startswith("hf-hub:"):
                 raise ModelError(f"open_clip has no model {config.name!r} (open_clip.list_models() lists them)")
-            model = open_clip.create_model(config.name, pretrained=config.pretrained, force_image_size=config.image_size)
+            model = _pretrained_open_clip(config)
             visual: Any = model.visual
             preprocess = open_clip.get_model_preprocess_cfg(model)
             known = open_clip.get_model_config(config.name) or {}
@@ -120,6 +120,21 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
         raise ModelError(f"model.tower.config is no open_clip vision_cfg: {error}") from None
 
 
+def _pretrained_open_clip(config: OpenClipTower) -> Any:
+    """open_clip's model of a name, with the weights of its tag or file."""
+    import open_clip
+
+    file = Path(config.pretrained) if config.pretrained else None
+    if file is not None and file.is_file():
+        if file.suffix != ".safetensors":
+            raise ModelError(f"{file}: pickled weights are not loaded, convert them to safetensors")
+        check_safetensors(file)
+    try:
+        return open_clip.create_model(str(config.name), pretrained=config.pretrained, force_image_size=config.image_size)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ModelError(f"can't load the tower {config.name} with pretrained: {config.pretrained}: {error}") from None
+
+
 def _uses_quick_gelu(visual: nn.Module) -> bool:
     return any(type(module).__name__ == "QuickGELU" for module in visual.modules())
 
@@ -134,8 +149,7 @@ class TransformersVision(VisionTower):
         if rebuild:
             model = CLIPVisionModel(CLIPVisionConfig(**rebuild["vision_config"]))
         else:
-            options: dict[str, Any] = {"use_safetensors": True}
-            model = CLIPVisionModel.from_pretrained(config.name, **options)
+            model = _pretrained_clip(config.name)
         vision: Any = model.config
         super().__init__(config, config.image_size or vision.image_size, mean, std)
         trunk: Any = getattr(model, "vision_model", model)
@@ -152,6 +166,24 @@ class TransformersVision(VisionTower):
         resized = self.image_size != self.model.config.image_size
         hidden = self.model(pixel_values=pixels, interpolate_pos_encoding=resized).last_hidden_state[:, 1:]
         return [hidden.transpose(1, 2).unflatten(2, (self.side, self.side))]
+
+
+def _pretrained_clip(name: str) -> Any:
+    """transformers' CLIP vision model of a hub name or folder, with all of its weights."""
+    from transformers import CLIPVisionModel
+
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    factory: Any = CLIPVisionModel
+    try:
+        model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't load the tower {name!r}: {error}") from None
+    # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
+    unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if unfit:
+        raise ModelError(f"the weights in {name!r} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}")
+    return model
 
 
 class TimmVision(VisionTower):

@@ -30,10 +30,10 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            end = max(ends, default=0)
+            end = int(max(ends, default=0))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ModelError(f"{path}: its safetensors header can't be read") from None
-    if not isinstance(end, int) or size != 8 + length + end:
+    if size != 8 + length + end:
         raise ModelError(f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file was cut or changed")
     return header
 
@@ -89,7 +89,7 @@ def check_folder(folder: Path) -> None:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{index}: not an index of shards") from None
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
