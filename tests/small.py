@@ -207,7 +207,8 @@ def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0)
     """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code."""
     start = [sys.executable, "-m", "vlm_tune.cli"]
     if ranks > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "-m", "vlm_tune.cli"]
+        launch = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+        start = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
@@ -239,3 +240,12 @@ def with_llm(recipe: str, folder: Path, kind: str, extra: str = "") -> str:
 def with_tower(recipe: str, tower: str) -> str:
     """A tiny recipe's text with another tower."""
     return "\n".join(f"  tower: {tower}" if line.startswith("  tower:") else line for line in recipe.splitlines()) + "\n"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on (torchrun takes a given port as it is: 0 would hang)."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -19,6 +19,7 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import find_model, load_model, save_model
 from vlm_tune.model.tuning import merge_adapter
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters
 
 TOLERANCE = 2e-2
 PROBES = 4
@@ -58,7 +59,8 @@ def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
     base_logits = _without_adapters(model, probes)
     for part in merged_parts:
         merge_adapter(model, part)
-    model.to(precision).float()
+    cast_parameters(model, precision)
+    cast_parameters(model, torch.float32)
     merged_logits, merged_text = observe(model, probes)
     report = MergeReport(
         output=str(output),
@@ -70,7 +72,7 @@ def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
     )
     check_merge(report)
     model.changed |= {"tower", "llm"}
-    model.to(precision)
+    cast_parameters(model, precision)
 
     def extra(folder: Path) -> None:
         (folder / "merge.json").write_text(json.dumps(report.__dict__, indent=1))
@@ -82,9 +84,9 @@ def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
 
 def check_merge(report: MergeReport) -> None:
     """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
-    if report.difference_to_base == 0:
+    if not report.difference_to_base > 0:  # so that it holds for a difference that is no number
         raise ModelError("the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)")
-    if report.difference_to_adapter > TOLERANCE:
+    if not report.difference_to_adapter <= TOLERANCE:
         raise ModelError(
             f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {TOLERANCE}; "
             "nothing was written. Try --dtype fp32"

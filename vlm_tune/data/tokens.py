@@ -90,7 +90,7 @@ class TextEncoder:
         """The id of a control token; `bos` and `eos` are the tokenizer's own. Raises `DataError` if it has none."""
         own = {"bos": self.tokenizer.bos_token, "eos": self.tokenizer.eos_token}
         token = own.get(name, name)
-        found = self.tokenizer.get_vocab().get(str(token)) if token is not None else None
+        found = self._opening.token_to_id(str(token)) if token is not None else None
         if found is None:
             raise DataError(
                 f"the template's control token {name!r} is not in the tokenizer {self.tokenizer.name_or_path!r}: "

@@ -28,7 +28,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.build import assemble, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.tuning import attach_adapter, parts
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import load_into, read_safetensors, write_safetensors
+from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
 
 MANIFEST = "manifest.json"
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
@@ -61,6 +61,7 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -73,7 +74,6 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
-        old = target.parent / f".{target.name}.old-{os.getpid()}"
         if target.exists():
             target.rename(old)
         temporary.rename(target)
@@ -81,6 +81,8 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
 
 
@@ -195,7 +197,7 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
     dtype = dtype or torch.bfloat16
     model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters)
     for module in (model.tower, model.connector):
-        module.to(dtype)
+        cast_parameters(module, dtype)
     model.requires_grad_(False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

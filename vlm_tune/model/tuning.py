@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import castable
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -185,13 +186,13 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
 
 def _freeze_and_cast(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], precision: torch.dtype) -> None:
     for part, module in parts(model).items():
-        full = False
+        full, halves = False, {id(parameter) for parameter in castable(module)}
         for name, parameter in module.named_parameters():
             lora = "lora_" in name
             trained = lora or rules[owner[f"{part}.{clean(name)}"]].how == "full"
             full |= trained and not lora
             if parameter.dtype.is_floating_point:
-                parameter.data = parameter.data.to(torch.float32 if trained else precision)
+                parameter.data = parameter.data.to(precision if not trained and id(parameter) in halves else torch.float32)
                 parameter.requires_grad_(trained)
         if full and part != "connector":
             model.changed.add(part)

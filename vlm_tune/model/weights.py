@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,19 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no safetensors weights{hint}")
     for file in files:
         check_safetensors(file)
+
+
+def castable(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Floating-point parameters that may be in half precision: all but those beside batch statistics."""
+    for owner in module.modules():
+        if getattr(owner, "running_mean", None) is None:
+            yield from (parameter for parameter in owner.parameters(recurse=False) if parameter.dtype.is_floating_point)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what may be cast, in place. Buffers stay as they are: pixel scales, running statistics and rotary frequencies need fp32."""
+    for parameter in castable(module):
+        parameter.data = parameter.data.to(dtype)
 
 
 def fingerprint(module: nn.Module) -> str:

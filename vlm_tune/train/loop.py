@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
 from vlm_tune.data.collate import Fetch, collate
@@ -126,6 +127,12 @@ class StageLoop:
     def run(self) -> Progress:
         """Trains to the end. Raises `Interrupted` when asked to stop, `TrainingError` if the loss is not finite."""
         self.model.train()
+        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
+        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
+            self._run()
+        return self.progress
+
+    def _run(self) -> None:
         started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
         rates.loss, rates.count = self.progress.unlogged
         for batches in self._windows():
@@ -149,7 +156,6 @@ class StageLoop:
                     self._save(step)
             if stopping and not last:
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
-        return self.progress
 
     def _windows(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step still to do."""

@@ -1,0 +1,63 @@
+"""Two processes over gloo train as one with batches of twice the size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import assert_close, cli, parsed, tensors_of, with_tune
+
+from vlm_tune.api import sft
+from vlm_tune.config import dump_recipe
+
+LORA_BOTH = """
+tune:
+  - {match: "tower.*", how: lora, r: 4}
+  - {match: "connector.*", how: frozen}
+  - {match: "llm.*", how: lora, r: 4, target_modules: all-linear}
+train:"""
+FULL = """
+tune:
+  - {match: "*", how: full}
+train:"""
+
+
+def losses(run: Path) -> list[float]:
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tune", "images", "accumulation"),
+    [("causal", FULL, "all", 2), ("seq2seq", FULL, "one", 1), ("causal", LORA_BOTH, "one", 1), ("seq2seq", None, "one", 2)],
+)
+def test_two_ranks_train_as_one(
+    kind: str, tune: str | None, images: str, accumulation: int, tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    """With `images: one`, most batches of a rank hold no image at all; nine rows leave the last batch uneven."""
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    rows.append({"messages": [{"role": "user", "content": "and a long one?"}, {"role": "assistant", "content": "a long answer it is"}]})
+    for row in rows[1:] if images == "one" else []:
+        row.pop("images", None)
+    color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def recipe(output: str, size: int) -> Any:
+        text = tiny_recipe(kind, output=output)
+        changes: dict[str, Any] = {"train__steps": 5, "train__log_every": 1, "train__batch_size": size, "train__cache_features": tune is not FULL}
+        settings = {"train__gradient_accumulation": accumulation, "evaluate__every": 5}
+        return parsed(with_tune(text, tune) if tune else text, **changes, **settings, evaluate__samples=0)
+
+    one = sft(recipe("one", 4)).folder
+    (tmp_path / "two.yaml").write_text(dump_recipe(recipe("two", 2)))
+    cli("sft", str(tmp_path / "two.yaml"), "--json", ranks=2)
+    two = tmp_path / "two"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert_close(tensors_of(two / "model"), tensors_of(one / "model"), relative=1e-4)
+    scores = [json.loads((run / "stages" / "1-main" / "done.json").read_text())["history"] for run in (one, two)]
+    assert scores[0][0]["accuracy"] == scores[1][0]["accuracy"]
+    assert scores[0][0]["n"] == scores[1][0]["n"] == 9
+    assert scores[0][0]["loss"] == pytest.approx(scores[1][0]["loss"], rel=1e-4)

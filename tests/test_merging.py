@@ -1,0 +1,117 @@
+"""Merged models do what the adapter does, and say how far from it they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tune
+
+from vlm_tune.errors import ModelError
+from vlm_tune.merging import merge, observe, probe_rows
+from vlm_tune.model.store import load_model, verify_folder
+from vlm_tune.model.vlm import VisionLanguageModel
+
+BOTH = """
+tune:
+  - {match: "tower.*", how: lora, r: 2}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 4, target_modules: all-linear}
+train:"""
+
+
+def trained(text: str, folder: Path, tune: str = LORA_TUNE, scale: float = 0.3) -> tuple[Path, Any]:
+    recipe = parsed(with_tune(text, tune))
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model, scale)
+    model.save_pretrained(folder)
+    return folder, recipe
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("source", ["scratch", "named"])
+def test_merged_is_the_adapter_and_not_the_base(kind: str, dtype: str, source: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    text = tiny_recipe(kind)
+    if source == "named":
+        # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.
+        config = {"initializer_factor": 0.3} if kind == "seq2seq" else {}
+        text = with_llm(text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind)
+    saved, recipe = trained(text, tmp_path / "saved", scale=0.3 if dtype == "fp32" else 0.05)
+    report = merge(saved, tmp_path / "merged", dtype=dtype)
+    bound = 1e-4 if dtype == "fp32" else 2e-2
+    assert report.difference_to_adapter <= bound < report.difference_to_base
+    assert report.parts == ["llm"]
+    assert (dtype in report.base) and report.same_text
+    rows = rows_of(recipe)
+    precision = torch.float32 if dtype == "fp32" else torch.bfloat16
+    merged = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    adapter = load_model(saved, dtype=precision).float()
+    base = load_model(saved, dtype=precision, adapters=False).float()
+    found, texts = observe(merged, rows)
+    assert largest(found, observe(adapter, rows)[0]) <= bound
+    assert largest(found, observe(base, rows)[0]) > bound
+    assert texts == observe(adapter, rows)[1]
+    assert not merged.adapters
+    # The folder stands alone: nothing of the base's folder is read.
+    verify_folder(tmp_path / "merged")
+    if source == "named":
+        (tmp_path / "base").rename(tmp_path / "elsewhere")
+        again = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert torch.equal(observe(again, rows)[0], found)
+
+
+def test_merged_files(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    saved, _ = trained(tiny_recipe("causal"), tmp_path / "saved")
+    report = merge(saved, tmp_path / "merged", dtype="fp32")
+    names = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*") if path.is_file()}
+    expected = {"config.json", "connector.safetensors", "tower.safetensors", "llm/model.safetensors", "llm/config.json", "tokenizer.json"}
+    assert names >= expected | {"merge.json", "README.md", "manifest.json", "chat_template.jinja"}
+    assert not any("adapter" in name for name in names)
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["difference_to_base"] == report.difference_to_base
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "llm")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == plain.config.vocab_size
+
+
+def test_the_towers_adapter_is_merged_too(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    saved, recipe = trained(tiny_recipe("causal"), tmp_path / "saved", BOTH)
+    report = merge(saved, tmp_path / "merged", dtype="fp32")
+    assert report.parts == ["llm", "tower"]
+    rows = rows_of(recipe)
+    merged = load_model(tmp_path / "merged", dtype=torch.float32)
+    assert largest(observe(merged, rows)[0], observe(load_model(saved, dtype=torch.float32), rows)[0]) <= 1e-4
+
+
+def test_loading_in_half_precision_keeps_the_pixel_scale(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    """Buffers are not weights: pixels are normalised after loading as they were in training."""
+    saved, recipe = trained(tiny_recipe("causal"), tmp_path / "saved")
+    model, loaded = built(recipe), load_model(saved, dtype=torch.bfloat16)
+    assert torch.equal(model.tower.scale, loaded.tower.scale)
+    assert torch.equal(model.tower.offset, loaded.tower.offset)
+    assert {parameter.dtype for parameter in loaded.tower.parameters()} == {torch.bfloat16}
+
+
+def test_probes_are_the_runs_own_rows_or_a_plain_image(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    text = tiny_recipe("causal")
+    saved, recipe = trained(text, tmp_path / "run" / "saved")
+    model = load_model(saved)
+    assert [row.id for row in probe_rows(saved, model)] == ["probe"]
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    own = [row.id for row in probe_rows(saved, model)]
+    assert own == [row.id for row in rows_of(recipe)][::2]
+    (tmp_path / "messages.jsonl").unlink()
+    assert [row.id for row in probe_rows(saved, model)] == ["probe"]
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        merge(tmp_path / "nothing", tmp_path / "merged")
+    with pytest.raises(ModelError, match="holds no model"):
+        merge(tmp_path, tmp_path / "merged")
