@@ -210,9 +210,16 @@ def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0)
         launch = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
         start = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([*start, *arguments], stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment, start_new_session=True)
+    try:
+        out, said = child.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, said = child.communicate()
+        raise AssertionError(f"hangs; it said {out[-2000:]}{said[-4000:]}") from None
+    assert child.returncode == code, out[-2000:] + said[-4000:]
+    return out
 
 
 def save_llm(folder: Path, kind: str, conversations: Sequence[Conversation], *, seed: int = 0, **config: Any) -> Path:

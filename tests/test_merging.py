@@ -36,7 +36,9 @@ def trained(text: str, folder: Path, tune: str = LORA_TUNE, scale: float = 0.3) 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("source", ["scratch", "named"])
-def test_merged_is_the_adapter_and_not_the_base(kind: str, dtype: str, source: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_merged_is_the_adapter_and_not_the_base(
+    kind: str, dtype: str, source: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = tiny_recipe(kind)
     if source == "named":
         # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.

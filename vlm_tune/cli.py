@@ -60,13 +60,17 @@ def sft(
     recipe: RecipeArgument,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that is in the output folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what RECIPE says, score the result, and write a report."""
     from vlm_tune.config import load_recipe
+    from vlm_tune.runfolder import check_run
 
     loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite)
     _quiet()
     from vlm_tune.api import sft as train
     from vlm_tune.display import Display
@@ -76,7 +80,7 @@ def sft(
         run = train(loaded, resume=resume, overwrite=overwrite, show=display)
     finally:
         display.close()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         if as_json:
             _print_json({"run": str(run.folder), **run.result})
         else:

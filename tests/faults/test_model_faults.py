@@ -143,7 +143,10 @@ def test_fault_30_giant_header(length: int, tmp_path: Path) -> None:
         check_safetensors(path)
 
 
-@pytest.mark.parametrize("header", [b"[1,2]", b"{not json", b'{"a": 3}', b'{"a": {"data_offsets": "x"}}', b"[" * 5000, b'"text"', b'{"a": {"data_offsets": [0, "9"]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [b"[1,2]", b"{not json", b'{"a": 3}', b'{"a": {"data_offsets": "x"}}', b"[" * 5000, b'"text"', b'{"a": {"data_offsets": [0, "9"]}}'],
+)
 def test_fault_30_headers_that_make_no_sense(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
@@ -181,7 +184,9 @@ def test_fault_30_tower_weights(fault: str, tiny_recipe: Callable[..., str], tmp
         built(parsed(with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}")))
 
 
-@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "connector.safetensors", "tokenizer.json", "config.json", "llm/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter/adapter_model.safetensors", "connector.safetensors", "tokenizer.json", "config.json", "llm/model.safetensors"]
+)
 def test_fault_30_any_changed_byte_of_a_saved_model(name: str, saved: Path) -> None:
     path = saved / name
     content = bytearray(path.read_bytes())

@@ -198,7 +198,7 @@ def test_fault_07_old_names_are_told_their_new_one(old: str) -> None:
 
 def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
     from vlm_tune.config import dump_recipe
-    from vlm_tune.train.run import open_run
+    from vlm_tune.runfolder import open_run
 
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe())
@@ -216,7 +216,25 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(tmp_path: P
     (run / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match="--resume goes on with it"):
         open_run(run, recipe, text, resume=False, overwrite=False)
-    assert (run / "sub" / "mine.txt").read_text() == "mine"
+    (run / "stages").mkdir()
+    open_run(run, recipe, text, resume=False, overwrite=True)
+    assert not (run / "stages").exists()
+    assert (run / "sub" / "mine.txt").read_text() == "mine"  # only what a run writes is removed
+    before = sorted(run.rglob("*"))
+    code = f"""
+import sys
+sys.argv = ["vlm-tune", "sft", {str(path)!r}]
+from vlm_tune.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 2, end.code
+assert "torch" not in sys.modules, "torch was loaded"
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "--resume goes on with it, --overwrite starts anew" in told.stderr
+    assert sorted(run.rglob("*")) == before
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="not empty"):

@@ -36,7 +36,10 @@ def many_questions(color_rows: Path) -> Path:
     rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
     extra = [
         {
-            "messages": [{"role": "user", "content": "tell me " * (place + 2)}, {"role": "assistant", "content": "it is plain" * (place + 1)}],
+            "messages": [
+                {"role": "user", "content": "tell me " * (place + 2)},
+                {"role": "assistant", "content": "it is plain" * (place + 1)},
+            ],
             "images": rows[image]["images"],
         }
         for place, image in enumerate((0, 0, 2, 0))

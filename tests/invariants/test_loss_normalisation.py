@@ -25,9 +25,7 @@ def uneven_rows(color_rows: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_any_accumulation_gives_the_same_gradient(
-    kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
-) -> None:
+def test_any_accumulation_gives_the_same_gradient(kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
     found: dict[tuple[int, int], Any] = {}
     for size, accumulation in ((8, 1), (1, 8), (3, 3)):
         changes: dict[str, Any] = {"train__batch_size": size, "train__gradient_accumulation": accumulation, "train__steps": 1}

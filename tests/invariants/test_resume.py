@@ -34,7 +34,13 @@ train:"""
 def two_stages(tiny_recipe: Callable[..., str], kind: str, output: str, precision: str = "fp32", **changes: Any) -> Recipe:
     """Full training of the tower, then LoRA with dropout; 8 rows in batches of 3 or 2 with accumulation 2."""
     text = with_tune(tiny_recipe(kind, output=output, precision=precision), DROPOUT) + STAGES
-    settings = {"train__batch_size": 2, "train__gradient_accumulation": 2, "train__log_every": 1, "evaluate__every": 2, "evaluate__samples": 2}
+    settings = {
+        "train__batch_size": 2,
+        "train__gradient_accumulation": 2,
+        "train__log_every": 1,
+        "evaluate__every": 2,
+        "evaluate__samples": 2,
+    }
     return parsed(text, **settings, train__checkpoints={"keep": 10}, **changes)
 
 

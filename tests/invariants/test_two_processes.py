@@ -47,7 +47,12 @@ def test_two_ranks_train_as_one(
 
     def recipe(output: str, size: int) -> Any:
         text = tiny_recipe(kind, output=output)
-        changes: dict[str, Any] = {"train__steps": 5, "train__log_every": 1, "train__batch_size": size, "train__cache_features": tune is not FULL}
+        changes: dict[str, Any] = {
+            "train__steps": 5,
+            "train__log_every": 1,
+            "train__batch_size": size,
+            "train__cache_features": tune is not FULL,
+        }
         settings = {"train__gradient_accumulation": accumulation, "evaluate__every": 5}
         return parsed(with_tune(text, tune) if tune else text, **changes, **settings, evaluate__samples=0)
 

@@ -34,7 +34,9 @@ def digest(value: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "tune"), [("causal", LORA_TUNE), ("seq2seq", LORA_TUNE), ("causal", FULL), ("seq2seq", FULL), ("seq2seq", MIXED)])
+@pytest.mark.parametrize(
+    ("kind", "tune"), [("causal", LORA_TUNE), ("seq2seq", LORA_TUNE), ("causal", FULL), ("seq2seq", FULL), ("seq2seq", MIXED)]
+)
 def test_frozen_bytes_stay_and_trained_ones_change(
     kind: str, tune: str, precision: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -66,7 +66,9 @@ def test_only_the_blocks_are_packed(quantize: str, kind: str, quantized: Callabl
     assert type(head) is torch.nn.Linear
     assert head.weight.dtype == torch.bfloat16
     whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype in (torch.uint8, torch.int8)}
-    assert {name.removesuffix(".weight").removesuffix(".base_layer") for name in whole} == {name.removesuffix(".base_layer") for name in packed}
+    assert {name.removesuffix(".weight").removesuffix(".base_layer") for name in whole} == {
+        name.removesuffix(".base_layer") for name in packed
+    }
     assert not any(parameter.requires_grad for parameter in whole.values())
     assert {p.dtype for p in model.tower.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
@@ -149,7 +151,12 @@ def test_a_head_of_another_name_is_not_packed(quantized: Callable[..., str], tmp
     text = quantized("nf4")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "causal")
     config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
     )
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     tokenizer.save_pretrained(tmp_path / "neox")

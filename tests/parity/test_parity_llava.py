@@ -52,9 +52,7 @@ def their_logits(theirs: Any, ours: VisionLanguageModel, examples: list[Any]) ->
     assert batch.pixels is not None
     pixels = batch.pixels.float() * ours.tower.scale - ours.tower.offset
     ids = batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id)
-    output = theirs(
-        input_ids=ids, pixel_values=pixels[batch.media_index], attention_mask=batch.attention_mask.long(), labels=batch.labels
-    )
+    output = theirs(input_ids=ids, pixel_values=pixels[batch.media_index], attention_mask=batch.attention_mask.long(), labels=batch.labels)
     supervised = batch.labels[:, 1:] != IGNORE_INDEX
     return output.logits[:, :-1][supervised].float(), output.loss
 

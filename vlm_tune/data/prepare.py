@@ -15,6 +15,9 @@ from vlm_tune.data.tokens import branch_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import DataError
 
+BUCKET = 16
+"""Batches whose groups are sorted by length together: less padding, and still a mixture in every batch."""
+
 Group = list[Example]
 """The examples that make one unit of a batch: a row, or all rows of an image."""
 
@@ -42,9 +45,24 @@ class Prepared:
         """Question-answer pairs of one epoch."""
         return sum(example.questions for group in self.groups for example in group)
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's order of groups, int64[len(groups)]."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self.groups))
+    def order(self, seed: int, epoch: int, batch: int = 1) -> np.ndarray:
+        """The epoch's order of groups, int64[len(groups)]: shuffled, with groups of like length in the same `batch`.
+
+        Lengths are sorted within stretches of BUCKET batches only, so that batches stay mixed; the incomplete batch
+        is the last.
+        """
+        random = np.random.default_rng((seed, epoch))
+        shuffled = random.permutation(len(self.groups))
+        if batch == 1:
+            return shuffled
+        lengths = np.array([max(len(example.input_ids) for example in group) for group in self.groups])
+        whole = len(shuffled) // batch * batch
+        rows = []
+        for start in range(0, whole, batch * BUCKET):
+            stretch = shuffled[start : min(start + batch * BUCKET, whole)]
+            rows.append(stretch[np.argsort(lengths[stretch], kind="stable")].reshape(-1, batch))
+        batches = np.concatenate(rows) if rows else np.empty((0, batch), dtype=np.int64)
+        return np.concatenate([random.permutation(batches).reshape(-1), shuffled[whole:]])
 
 
 def prepare(conversations: Sequence[Conversation], data: DataSection, processor: Processor) -> Prepared:
@@ -86,8 +104,8 @@ def micro_batches(prepared: Prepared, *, seed: int, epoch: int, batch_size: int,
     Every rank has as many batches: the last ones share what is left, and a rank left without takes a unit whose
     labels are all ignored.
     """
-    order = prepared.order(seed, epoch)
     whole = batch_size * ranks
+    order = prepared.order(seed, epoch, whole)
     for first in range(0, len(order), whole):
         places = order[first : first + whole][rank::ranks]
         if len(places):

@@ -90,7 +90,7 @@ class VisionLanguageModel(nn.Module):
             return splice(embeds, connected[batch.media_index], batch.image_mask, batch.ids)
         if batch.image_mask.any():
             raise ModelError(f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}")
-        if self.training and any(parameter.requires_grad for parameter in self.connector.parameters()):
+        if self.training and any(p.requires_grad for part in (self.tower, self.connector) for p in part.parameters()):
             # Every rank must run the same modules, so a batch without media runs a blank one that counts nothing.
             size = self.tower.image_size
             blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)

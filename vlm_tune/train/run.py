@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -20,10 +19,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from vlm_tune.config import Recipe, dump_recipe, load_recipe
+from vlm_tune.config import Recipe, dump_recipe
 from vlm_tune.data.prepare import prepare, read_conversations
 from vlm_tune.data.types import Conversation
-from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.errors import TrainingError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.model.build import DTYPES, build, load_dtype
 from vlm_tune.model.features import FeatureStore, tower_features
@@ -32,6 +31,7 @@ from vlm_tune.model.store import restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.report import write_report
+from vlm_tune.runfolder import open_run
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
 from vlm_tune.train.loop import Report, StageData, StageLoop
 
@@ -89,42 +89,25 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
 
 
 def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
-    """An accelerator in the recipe's precision."""
+    """An accelerator in the recipe's precision. Raises `TrainingError` if it does not join all processes of a launch."""
     precision = MIXED[recipe.train.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # accelerate keeps a process's first precision for good; another run, or the next stage, may ask for another.
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, log_with=list(recipe.train.trackers) or None, project_dir=str(run))
+    found = Accelerator(
+        # Without a GPU accelerate joins the processes of a launch only where it is told that the CPU is meant.
+        cpu=not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+        mixed_precision=precision,
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=str(run),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if found.num_processes != launched:
+        raise TrainingError(f"{launched} processes were launched and accelerate joins {found.num_processes}")
+    return found
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
-
-
-def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run's folder and writes the recipe. Raises `RecipeError` rather than touch what is there."""
-    saved = run / "recipe.yaml"
-    if resume:
-        if not saved.is_file():
-            raise RecipeError([Problem(str(run), "there is no run to resume here (no recipe.yaml)")])
-        before, now = load_recipe(saved).model_dump(), recipe.model_dump()
-        changed = [f"{name}: {old} -> {new}" for name, old, new in _differences(before, now, "")]
-        if changed:
-            raise RecipeError([Problem(str(saved), f"the recipe differs from the run's: {line}") for line in changed])
-        return
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if not overwrite or not saved.is_file():
-            hint = "--resume goes on with it, --overwrite starts anew" if saved.is_file() else "choose another output"
-            raise RecipeError([Problem(str(run), f"the output folder is not empty; {hint}")])
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    saved.write_text(text)
-
-
-def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [found for key in keys for found in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))]
-    return [] if old == new else [(name, old, new)]
 
 
 @contextmanager
