@@ -118,7 +118,8 @@ class CausalLLM(LanguageModel):
     ) -> TokenLoss:
         rows, targets = self._supervised(embeds, attention_mask, labels, positions, branches)
         total = rows.sum() * 0.0
-        for start in range(0, len(rows), HEAD_ROWS):
+        # At least once: every rank must run the head, or the others would wait for its gradient.
+        for start in range(0, max(len(rows), 1), HEAD_ROWS):
             logits = self.logits(rows[start : start + HEAD_ROWS])
             total = total + cross_entropy(logits, targets[start : start + HEAD_ROWS], reduction="sum")
         return TokenLoss(total.float(), len(targets))
