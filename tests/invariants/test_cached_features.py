@@ -48,7 +48,7 @@ def test_what_is_read_back_is_what_was_computed(dtype: torch.dtype, tiny_recipe:
     again = tower_features(model, list(reversed(media)))
     with torch.no_grad():
         pixels = torch.stack([model.processor.images(item) for item in sorted(media, key=lambda item: item.name)])
-        expected = {item: row for item, row in zip(sorted(media, key=lambda item: item.name), model.tower(pixels), strict=True)}
+        expected = dict(zip(sorted(media, key=lambda item: item.name), model.tower(pixels), strict=True))
     for item in media:
         assert first(item).dtype == dtype
         assert torch.equal(first(item), again(item))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import assert_close, cli, parsed, tensors_of, with_tune
+from small import cli, largest, parsed, tensors_of, with_tune
 
 from vlm_tune.api import sft
 from vlm_tune.config import dump_recipe
@@ -61,7 +61,10 @@ def test_two_ranks_train_as_one(
     cli("sft", str(tmp_path / "two.yaml"), "--json", ranks=2)
     two = tmp_path / "two"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert_close(tensors_of(two / "model"), tensors_of(one / "model"), relative=1e-4)
+    first, second = tensors_of(one / "model"), tensors_of(two / "model")
+    assert first.keys() == second.keys()
+    # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but rounding.
+    assert max(largest(value, second[name]) for name, value in first.items()) <= 2e-5
     scores = [json.loads((run / "stages" / "1-main" / "done.json").read_text())["history"] for run in (one, two)]
     assert scores[0][0]["accuracy"] == scores[1][0]["accuracy"]
     assert scores[0][0]["n"] == scores[1][0]["n"] == 9

@@ -60,7 +60,7 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
     section, template = recipe.model, load_template(recipe.data.template)
     with torch.device("meta"):
-        tower = build_tower(without_weights(section.tower))
+        tower = bare_tower(section.tower)
         tokens, width = tower.measure()
         connector = build_connector(section.connector, width, 8)
     if section.llm.scratch:
@@ -70,11 +70,13 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
 
 
-def without_weights(tower: Any) -> Any:
-    """The same tower section with random weights in place of pretrained ones."""
-    if tower.kind == "open_clip":
-        return tower.model_copy(update={"pretrained": None})
-    return tower.model_copy(update={"pretrained": False}) if tower.kind == "timm" else tower
+def bare_tower(section: Any) -> VisionTower:
+    """The recipe's tower with random weights in place of pretrained ones; of a transformers tower only the config is read."""
+    if section.kind == "transformers":
+        from transformers import CLIPVisionConfig
+
+        return build_tower(section, {"vision_config": CLIPVisionConfig.from_pretrained(section.name).to_dict()})
+    return build_tower(section.model_copy(update={"pretrained": None if section.kind == "open_clip" else False}))
 
 
 def _processor(
