@@ -16,11 +16,12 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-# A fine-tune of a small CLIP tower and a small T5 on easy-VQA, from nothing: train, merge, ask.
+# A fine-tune of a small CLIP tower and a small T5 on easy-VQA, from nothing: train, merge, score the merged model, ask it.
 demo: setup
 	$(BIN)/vlm-tune sft recipes/demo.yaml --overwrite --set output=$(RUN)
 	rm -rf $(RUN)/merged
-	$(BIN)/vlm-tune merge $(RUN) --output $(RUN)/merged --dtype fp32
+	$(BIN)/vlm-tune merge $(RUN) --output $(RUN)/merged
+	$(BIN)/vlm-tune eval $(RUN)/merged
 	@echo "what color is the shape? (a test image)"
 	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
 

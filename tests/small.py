@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from vlm_tune.config import Recipe, parse_recipe
+from vlm_tune.config import Recipe
 from vlm_tune.data.collate import collate
 from vlm_tune.data.prepare import prepare, read_conversations
 from vlm_tune.data.template import load_template
@@ -25,6 +25,7 @@ from vlm_tune.model.build import DTYPES, build, train_tokenizer
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.recipe import parse_recipe
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.loop import StageData, StageLoop
 from vlm_tune.train.run import MIXED
@@ -60,7 +61,7 @@ def parsed(text: str, **changes: Any) -> Recipe:
 
     if not changes:
         return parse_recipe(text)
-    from vlm_tune.config import check_recipe
+    from vlm_tune.recipe import check_recipe
 
     located = read_yaml_text(text, "recipe")
     for name, value in changes.items():

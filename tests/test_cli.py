@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from vlm_tune import cli, resources
 from vlm_tune.cli import app, main
-from vlm_tune.config import load_recipe, recipe_schema
 from vlm_tune.errors import DataError, Interrupted, ModelError, Problem, RecipeError, TrainingError
+from vlm_tune.recipe import load_recipe, recipe_schema
 
 run = CliRunner()
 

@@ -13,6 +13,7 @@ LAYERS = [
     ["errors"],
     ["recipe_yaml", "resources"],
     ["config"],
+    ["recipe"],
     ["runfolder"],
     ["data"],
     ["model"],

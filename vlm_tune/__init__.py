@@ -8,13 +8,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlm_tune.api import evaluate, merge, sft
-    from vlm_tune.config import load_recipe
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+    from vlm_tune.recipe import load_recipe
 
 _HOMES = {
     "VisionLanguageModel": "vlm_tune.model.vlm",
     "VisionLanguageConfig": "vlm_tune.model.vlm",
-    "load_recipe": "vlm_tune.config",
+    "load_recipe": "vlm_tune.recipe",
     "sft": "vlm_tune.api",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.api",

@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vlm_tune.config import Recipe, load_recipe
+from vlm_tune.config import Recipe
 from vlm_tune.data.prepare import read_conversations
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.merging import MergeReport
 from vlm_tune.merging import merge as merge_folder
+from vlm_tune.model.build import DTYPES
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
+from vlm_tune.recipe import load_recipe
 from vlm_tune.train.loop import Report
 from vlm_tune.train.run import Run, out_of_memory
 from vlm_tune.train.run import sft as run_recipe
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def sft(
@@ -61,7 +59,7 @@ def evaluate(
     *,
     split: str = "test",
     limit: int | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     show: Report | None = None,
 ) -> Scores:
     """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage.
@@ -75,7 +73,7 @@ def evaluate(
     if not sources:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
     rows = read_conversations(stage.data, sources, stage.seed)[0][:limit]
-    vlm = load_model(folder, dtype=DTYPES[dtype])
+    vlm = load_model(folder, dtype=DTYPES[dtype] if dtype else None)
     media = list(dict.fromkeys(item for row in rows for item in row.media))
     return score(
         vlm,
@@ -88,6 +86,9 @@ def evaluate(
     )
 
 
-def merge(model: str | Path, output: str | Path, *, dtype: str = "bf16") -> MergeReport:
-    """Merges a run's LoRA into 16-bit base weights, verifies, and writes `output`; raises `ModelError` if it can't."""
+def merge(model: str | Path, output: str | Path, *, dtype: str | None = None) -> MergeReport:
+    """Merges a run's LoRA into 16-bit base weights (bf16, or fp16 where bf16 is too coarse), verifies, and writes `output`.
+
+    Raises `ModelError` if it can't.
+    """
     return merge_folder(Path(model), Path(output), dtype=dtype)

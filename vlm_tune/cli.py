@@ -24,7 +24,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
-DtypeOption = Annotated[str, typer.Option(help="bf16, fp16 or fp32")]
+DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
 
 
 def _recipe_path(name: str) -> str:
@@ -64,7 +64,7 @@ def sft(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what RECIPE says, score the result, and write a report."""
-    from vlm_tune.config import load_recipe
+    from vlm_tune.recipe import load_recipe
     from vlm_tune.runfolder import check_run
 
     loaded = load_recipe(_recipe_path(recipe), set_ or [])
@@ -95,16 +95,16 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or validation")] = "test",
     limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
     answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
-    dtype: DtypeOption = "bf16",
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MODEL's generated answers by exact match."""
     from dataclasses import asdict
 
-    from vlm_tune.config import load_recipe
+    from vlm_tune.recipe import load_recipe
 
     _choice("--split", split, ("test", "validation"))
-    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    _dtype(dtype)
     loaded = load_recipe(_recipe_path(recipe), set_ or []) if recipe else None
     _quiet()
     from vlm_tune.api import evaluate as run
@@ -128,13 +128,13 @@ def evaluate(
 def merge(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
-    dtype: DtypeOption = "bf16",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA weights into the 16-bit base, verify, and write a self-contained folder."""
     from dataclasses import asdict
 
-    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    _dtype(dtype)
     _quiet()
     from vlm_tune.api import merge as run
 
@@ -155,16 +155,16 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
     prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    dtype: DtypeOption = "bf16",
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
-    _choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    _dtype(dtype)
     _quiet()
-    from vlm_tune.api import DTYPES
+    from vlm_tune.model.build import DTYPES
     from vlm_tune.model.vlm import VisionLanguageModel
 
-    vlm = VisionLanguageModel.from_pretrained(model, dtype=DTYPES[dtype])
+    vlm = VisionLanguageModel.from_pretrained(model, dtype=DTYPES[dtype] if dtype else None)
     images = image or []
     if prompt is not None:
         answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
@@ -195,7 +195,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print training samples as the model sees them: trained tokens, prompt tokens, image slots."""
-    from vlm_tune.config import load_recipe
+    from vlm_tune.recipe import load_recipe
 
     loaded = load_recipe(_recipe_path(recipe), set_ or [])
     _quiet()
@@ -211,7 +211,7 @@ def show(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
-    from vlm_tune.config import recipe_schema
+    from vlm_tune.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -245,6 +245,11 @@ def recipes(
         return
     for row in rows:
         typer.echo(f"{row['name']:28} {row['about']}")
+
+
+def _dtype(value: str | None) -> None:
+    if value is not None:
+        _choice("--dtype", value, ("bf16", "fp16", "fp32"))
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:

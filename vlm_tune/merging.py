@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_tune.config import load_recipe
 from vlm_tune.data.collate import collate
 from vlm_tune.data.prepare import read_conversations
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.model.build import DTYPES
 from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import find_model, load_model, save_model
+from vlm_tune.model.store import find_model, load_model, read_config, save_model
 from vlm_tune.model.tuning import merge_adapter
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
+from vlm_tune.recipe import load_recipe
 
 TOLERANCE = 2e-2
 PROBES = 4
@@ -37,24 +38,44 @@ class MergeReport:
     same_text: bool
 
 
-def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
+def merge(path: Path, output: Path, *, dtype: str | None = None) -> MergeReport:
     """Merges a run's or checkpoint's adapters into 16-bit base weights (fp32 on request) and writes a model folder.
 
     A 4- or 8-bit run is merged into its base loaded in `dtype`, never into quantised weights. Before anything is
     written, the merged logits must equal the adapter's within 2e-2 (and give the same greedy text) and differ from
-    the base's. Raises `ModelError` if there is nothing to merge, the output exists, or verification fails.
+    the base's. Where no `dtype` is given it is bf16, or, if rounding to bf16 moves the logits further, fp16 (fp32 for
+    encoder-decoders, which overflow in fp16). Raises `ModelError` if there is nothing to merge, the output exists, or
+    verification fails.
     """
     source = find_model(Path(path))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: the output folder is not empty")
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config = read_config(source)
+    finer = "fp32" if config.llm.kind == "seq2seq" else "fp16"
+    for place, choice in enumerate(choices := [dtype] if dtype else ["bf16", finer]):
+        model, report = _merged(Path(path), source, output, choice, config.llm.quantize)
+        close = report.difference_to_adapter <= TOLERANCE and report.same_text
+        if close or place == len(choices) - 1:
+            break
+    check_merge(report)
+
+    def extra(folder: Path) -> None:
+        (folder / "merge.json").write_text(json.dumps(asdict(report), indent=1))
+        (folder / "README.md").write_text(model_card(model, report))
+
+    save_model(model, output, extra)
+    return report
+
+
+def _merged(path: Path, source: Path, output: Path, dtype: str, quantized: str | None) -> tuple[VisionLanguageModel, MergeReport]:
+    """A run's model merged in one precision, not yet written, and how far it is from adapter and base."""
+    precision = DTYPES[dtype]
     model = load_model(source, dtype=precision, quantize=False)
     if not model.adapters:
         raise ModelError(f"{source} has no adapter: nothing to merge, it can be used as it is")
     merged_parts = sorted(model.adapters)
-    quantized = _quantized(source)
     model.float()
-    probes = probe_rows(Path(path), model)
+    probes = probe_rows(path, model)
     adapter_logits, adapter_text = observe(model, probes)
     base_logits = _without_adapters(model, probes)
     for part in merged_parts:
@@ -62,7 +83,10 @@ def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
     cast_parameters(model, precision)
     cast_parameters(model, torch.float32)
     merged_logits, merged_text = observe(model, probes)
-    report = MergeReport(
+    model.changed |= {"tower", "llm"}
+    model.config = model.config.model_copy(update={"dtype": dtype})
+    cast_parameters(model, precision)
+    return model, MergeReport(
         output=str(output),
         parts=merged_parts,
         base=f"{model.config.llm.name or 'the trained base'} in {dtype}" + (f" (the run was {quantized})" if quantized else ""),
@@ -70,16 +94,6 @@ def merge(path: Path, output: Path, *, dtype: str = "bf16") -> MergeReport:
         difference_to_base=_largest(base_logits, merged_logits),
         same_text=adapter_text == merged_text,
     )
-    check_merge(report)
-    model.changed |= {"tower", "llm"}
-    cast_parameters(model, precision)
-
-    def extra(folder: Path) -> None:
-        (folder / "merge.json").write_text(json.dumps(report.__dict__, indent=1))
-        (folder / "README.md").write_text(model_card(model, report))
-
-    save_model(model, output, extra)
-    return report
 
 
 def check_merge(report: MergeReport) -> None:
@@ -93,12 +107,6 @@ def check_merge(report: MergeReport) -> None:
         )
     if not report.same_text:
         raise ModelError("the merged model's greedy text differs from the adapter's; nothing was written. Try --dtype fp32")
-
-
-def _quantized(source: Path) -> str | None:
-    from vlm_tune.model.store import read_config
-
-    return read_config(source).llm.quantize
 
 
 def _without_adapters(model: VisionLanguageModel, probes: Sequence[Conversation]) -> torch.Tensor:

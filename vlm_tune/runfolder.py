@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import Recipe, load_recipe
+from vlm_tune.config import Recipe
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.recipe import load_recipe
 
 FILES = ("log.jsonl", "tuning.json", "samples.json", "answers.jsonl", "result.json", "report.html", "recipe.yaml")
 FOLDERS = ("stages", "model")

@@ -11,7 +11,7 @@ import pytest
 from small import cli, largest, parsed, tensors_of, with_tune
 
 from vlm_tune.api import sft
-from vlm_tune.config import dump_recipe
+from vlm_tune.recipe import dump_recipe
 
 LORA_BOTH = """
 tune:

@@ -18,7 +18,7 @@ from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.llm import LLMS
-from vlm_tune.model.towers import VisionTower, build_tower
+from vlm_tune.model.towers import VisionTower, build_tower, open_clip_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, read_safetensors
 
@@ -48,6 +48,7 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
             template=template.model_dump(),
             system=data.system,
             max_length=data.max_length,
+            dtype=recipe.resolved_stages()[-1][1].train.precision,
         ),
         tower,
         tokenizer,
@@ -76,7 +77,10 @@ def bare_tower(section: Any) -> VisionTower:
         from transformers import CLIPVisionConfig
 
         return build_tower(section, {"vision_config": CLIPVisionConfig.from_pretrained(section.name).to_dict()})
-    return build_tower(section.model_copy(update={"pretrained": None if section.kind == "open_clip" else False}))
+    if section.kind == "timm":
+        return build_tower(section.model_copy(update={"pretrained": False}))
+    known = open_clip_config(section.name) if section.name else None
+    return build_tower(section, known)
 
 
 def _processor(

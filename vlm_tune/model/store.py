@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.build import assemble, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.build import DTYPES, assemble, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.tuning import attach_adapter, parts
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
@@ -189,13 +189,14 @@ def read_config(folder: Path) -> VisionLanguageConfig:
 
 
 def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
-    """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (bf16 where not given).
+    """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
 
     With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without its adapters.
     Raises `ModelError` for folders that are not whole and weights that don't fit.
     """
-    dtype = dtype or torch.bfloat16
-    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters)
+    folder = find_model(path)
+    dtype = dtype or DTYPES[read_config(folder).dtype]
+    model = restore_model(folder, dtype=dtype, quantize=quantize, adapters=adapters)
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype)
     model.requires_grad_(False)

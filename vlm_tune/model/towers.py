@@ -106,6 +106,16 @@ class OpenClipVision(VisionTower):
         return self.visual.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"]
 
 
+def open_clip_config(name: str) -> dict[str, Any]:
+    """What `build_tower` needs to make open_clip's model of a name without its weights. Raises `ModelError` if unknown."""
+    import open_clip
+
+    known = open_clip.get_model_config(name)
+    if known is None:
+        raise ModelError(f"open_clip has no model {name!r} (open_clip.list_models() lists them)")
+    return {"vision_cfg": known["vision_cfg"], "quick_gelu": known.get("quick_gelu", False), "mean": CLIP_MEAN, "std": CLIP_STD}
+
+
 def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
     """A vision tower with random weights; open_clip builds towers in pairs, so the text side is made minimal."""
     import open_clip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,17 @@ def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parame
                 yield f"{part}.{clean(name)}", parameter
 
 
-def apply_rules(model: VisionLanguageModel, rules: Sequence[TuneRule], *, learning_rate: float, precision: torch.dtype) -> Tuned:
+def apply_rules(
+    model: VisionLanguageModel,
+    rules: Sequence[TuneRule],
+    *,
+    learning_rate: float,
+    precision: torch.dtype,
+    exact: Collection[str] = (),
+) -> Tuned:
     """Freezes, unfreezes and adds LoRA as the rules say; frozen weights go to `precision`, trained ones to fp32.
+
+    The parts named in `exact` stay in fp32 though frozen: a later stage trains them in full.
 
     Adapters of an earlier stage stay if the rules ask for the same ones, else they are merged first. Raises
     `ModelError` for parameters no rule covers, rules that match nothing, and adapters that would have to be merged
@@ -75,7 +84,7 @@ def apply_rules(model: VisionLanguageModel, rules: Sequence[TuneRule], *, learni
         if place not in owner.values():
             raise ModelError(f"the tune rule {rule.match!r} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ...")
     _adapters(model, rules, owner)
-    _freeze_and_cast(model, rules, owner, precision)
+    _freeze_and_cast(model, rules, owner, precision, exact)
     return _collect(model, rules, owner, learning_rate)
 
 
@@ -184,9 +193,11 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
     model.changed.add(part)
 
 
-def _freeze_and_cast(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], precision: torch.dtype) -> None:
+def _freeze_and_cast(
+    model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], precision: torch.dtype, exact: Collection[str]
+) -> None:
     for part, module in parts(model).items():
-        full, halves = False, {id(parameter) for parameter in castable(module)}
+        full, halves = False, set() if part in exact else {id(parameter) for parameter in castable(module)}
         for name, parameter in module.named_parameters():
             lora = "lora_" in name
             trained = lora or rules[owner[f"{part}.{clean(name)}"]].how == "full"

@@ -40,6 +40,11 @@ def step_folder(stage: Path, step: int) -> Path:
     return stage / "checkpoints" / f"step-{step:07d}"
 
 
+def checkpoints(stage: Path) -> list[Path]:
+    """A stage's checkpoint folders, by step."""
+    return sorted((stage / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
 def save_checkpoint(
     folder: Path,
     model: VisionLanguageModel,
@@ -103,8 +108,7 @@ def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | N
     """The newest whole checkpoint of the furthest stage, and newer ones that are damaged; None where there is none."""
     damaged: list[Path] = []
     for number in reversed(range(len(stages))):
-        folder = stage_folder(run, number, stages[number]) / "checkpoints"
-        for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        for checkpoint in reversed(checkpoints(stage_folder(run, number, stages[number]))):
             if is_whole(checkpoint):
                 return checkpoint, damaged
             damaged.append(checkpoint)
@@ -113,7 +117,7 @@ def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | N
 
 def rotate(stage: Path, keep: int, best_step: int | None) -> None:
     """Removes the stage's oldest checkpoints but the last `keep` and the best; never the last whole one."""
-    found = sorted((stage / "checkpoints").glob("step-*"))
+    found = checkpoints(stage)
     kept = set(found[-keep:]) | ({step_folder(stage, best_step)} if best_step is not None else set())
     if not any(is_whole(checkpoint) for checkpoint in kept):
         return

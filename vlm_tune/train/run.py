@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from vlm_tune.config import Recipe, dump_recipe
+from vlm_tune.config import Recipe
 from vlm_tune.data.prepare import prepare, read_conversations
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError
@@ -30,6 +30,7 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import open_run
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
@@ -237,7 +238,12 @@ def _stage(
     train = prepare(rows, recipe.data, model.processor)
     for left_out in [*map(str, bad), *train.dropped][:20]:
         report({"event": "note", "text": f"left out: {left_out}"})
-    tuned = apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES[recipe.train.precision])
+    tuning: dict[str, Any] = {
+        "learning_rate": recipe.train.learning_rate,
+        "precision": DTYPES[recipe.train.precision],
+        "exact": trained_later(context.recipe, progress.stage),
+    }
+    tuned = apply_rules(model, recipe.tune, **tuning)
     model.to(accelerator.device)
     _tuning_table(context, progress.stage, name, tuned.table)
     data = StageData(train, validation, *_features(recipe, model, train.media, validation, report))
@@ -265,10 +271,16 @@ def _stage(
     if best is not None and best != progress.step:
         report({"event": "note", "text": f"going on with the best checkpoint, step {best} (score {progress.best_score:.4f})"})
         model = restore_model(step_folder(folder, best), dtype=load_dtype(context.recipe)).to(accelerator.device)
-        apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES[recipe.train.precision])
+        apply_rules(model, recipe.tune, **tuning)
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model
+
+
+def trained_later(recipe: Recipe, stage: int) -> set[str]:
+    """The parts that a stage after this one trains in full: rounding them meanwhile would lose digits."""
+    rules = [rule for _, later in recipe.resolved_stages()[stage + 1 :] for rule in later.tune if rule.how == "full"]
+    return {part for part in ("tower", "llm") if any(rule.match.split(".")[0] in (part, "*") for rule in rules)}
 
 
 def _tuning_table(context: _Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
