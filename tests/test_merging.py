@@ -44,7 +44,7 @@ def test_merged_is_the_adapter_and_not_the_base(
         # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.
         config = {"initializer_factor": 0.3} if kind == "seq2seq" else {}
         text = with_llm(text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind)
-    saved, recipe = trained(text, tmp_path / "saved", scale=0.3 if dtype == "fp32" else 0.07)
+    saved, recipe = trained(text, tmp_path / "saved", scale=0.3 if dtype == "fp32" else 0.05 if kind == "causal" else 0.07)
     report = merge(saved, tmp_path / "merged", dtype=dtype)
     bound = 1e-4 if dtype == "fp32" else 2e-2
     assert report.difference_to_adapter <= bound < report.difference_to_base

@@ -84,7 +84,7 @@ def _merged(path: Path, source: Path, output: Path, dtype: str, quantized: str |
     cast_parameters(model, torch.float32)
     merged_logits, merged_text = observe(model, probes)
     model.changed |= {"tower", "llm"}
-    model.config = model.config.model_copy(update={"dtype": dtype})
+    model.config = model.config.model_copy(update={"precision": dtype})
     cast_parameters(model, precision)
     return model, MergeReport(
         output=str(output),

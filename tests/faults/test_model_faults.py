@@ -300,7 +300,8 @@ def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(tiny_recipe: Callable[
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ModelError, match="fp16"):
         load_model(tmp_path / "saved", dtype=torch.float16)
-    assert load_model(tmp_path / "saved").llm.model.dtype == torch.bfloat16
+    assert load_model(tmp_path / "saved", dtype=torch.bfloat16).llm.model.dtype == torch.bfloat16
+    assert load_model(tmp_path / "saved").llm.model.dtype == torch.float32  # the run's own precision
 
 
 def test_every_model_fault_ends_with_exit_code_4() -> None:

@@ -48,7 +48,7 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
             template=template.model_dump(),
             system=data.system,
             max_length=data.max_length,
-            dtype=recipe.resolved_stages()[-1][1].train.precision,
+            precision=recipe.resolved_stages()[-1][1].train.precision,
         ),
         tower,
         tokenizer,

@@ -89,14 +89,16 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
 def verify_folder(folder: Path) -> None:
     """Raises `ModelError` unless every file of the manifest is there with its size and sha256."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = {
+            str(name): (int(entry["size"]), entry["sha256"]) for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{folder}: no whole model (its manifest.json is missing or unreadable)") from None
-    for name, entry in files.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise ModelError(f"{folder}: {name} is missing or cut")
-        if _digest(path) != entry["sha256"]:
+        if _digest(path) != sha256:
             raise ModelError(f"{folder}: {name} is not what was written (sha256 differs)")
 
 
@@ -194,16 +196,14 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
     With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without its adapters.
     Raises `ModelError` for folders that are not whole and weights that don't fit.
     """
-    folder = find_model(path)
-    dtype = dtype or DTYPES[read_config(folder).dtype]
-    model = restore_model(folder, dtype=dtype, quantize=quantize, adapters=adapters)
+    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters)
     for module in (model.tower, model.connector):
-        cast_parameters(module, dtype)
+        cast_parameters(module, dtype or DTYPES[model.config.precision])
     model.requires_grad_(False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def restore_model(folder: Path, *, dtype: torch.dtype, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
+def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
     """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved."""
     verify_folder(folder)
     config = read_config(folder)
@@ -212,7 +212,8 @@ def restore_model(folder: Path, *, dtype: torch.dtype, quantize: bool = True, ad
         config = config.model_copy(update={"model": section})
     own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
     tower = restore_tower(config, own_tower if own_tower.is_file() else None)
-    language = load_llm(config.llm, dtype=dtype, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
+    precision = dtype or DTYPES[config.precision]
+    language = load_llm(config.llm, dtype=precision, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
     model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
     model.changed = changed

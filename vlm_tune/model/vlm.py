@@ -25,7 +25,7 @@ from vlm_tune.model.towers import VisionTower
 
 
 class VisionLanguageConfig(Config):
-    """What `config.json` holds: all that makes the model again, weights apart; `dtype` is what it is loaded in."""
+    """What `config.json` holds: all that makes the model again, weights apart; `precision` is what it is loaded in."""
 
     model_type: str = "vlm_tune"
     model: ModelSection
@@ -33,7 +33,7 @@ class VisionLanguageConfig(Config):
     template: dict[str, Any]
     system: str | None
     max_length: int
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
     @property
     def llm(self) -> Llm:
