@@ -51,12 +51,11 @@ def merge(path: Path, output: Path, *, dtype: str | None = None) -> MergeReport:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output}: the output folder is not empty")
     config = read_config(source)
-    finer = "fp32" if config.llm.kind == "seq2seq" else "fp16"
-    for place, choice in enumerate(choices := [dtype] if dtype else ["bf16", finer]):
-        model, report = _merged(Path(path), source, output, choice, config.llm.quantize)
-        close = report.difference_to_adapter <= TOLERANCE and report.same_text
-        if close or place == len(choices) - 1:
-            break
+    model, report = _merged(Path(path), source, output, dtype or "bf16", config.llm.quantize)
+    close = report.difference_to_adapter <= TOLERANCE and report.same_text
+    if dtype is None and not close:
+        finer = "fp32" if config.llm.kind == "seq2seq" else "fp16"
+        model, report = _merged(Path(path), source, output, finer, config.llm.quantize)
     check_merge(report)
 
     def extra(folder: Path) -> None:
