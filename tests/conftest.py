@@ -65,8 +65,8 @@ model:
   connector: {{kind: mlp, norm: true}}
   llm: {{kind: {kind}, scratch: {TINY[kind]}}}
 data:
-  train: [{{kind: messages, path: {color_rows}}}]
-  validation: [{{kind: messages, path: {color_rows}}}]
+  train: [{{kind: file, path: {color_rows}}}]
+  validation: [{{kind: file, path: {color_rows}}}]
   template: {"flan" if kind == "seq2seq" else "chatml"}
   max_length: 128
 tune:

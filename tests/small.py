@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import signal
@@ -14,12 +16,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import DataSection, FileSource, Recipe
 from vlm_tune.data.collate import collate
-from vlm_tune.data.prepare import prepare, read_conversations
+from vlm_tune.data.feed import PreparedFeed
+from vlm_tune.data.images import PixelCache
+from vlm_tune.data.plan import Plan, Sizes
+from vlm_tune.data.prepare import conversations, prepare
+from vlm_tune.data.prepared import Prepared
+from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import load_template
-from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
 from vlm_tune.model.build import DTYPES, build, train_tokenizer
 from vlm_tune.model.features import tower_features
@@ -71,7 +79,46 @@ def parsed(text: str, **changes: Any) -> Recipe:
 
 def rows_of(recipe: Recipe) -> list[Conversation]:
     """The recipe's training conversations."""
-    return read_conversations(recipe.data, recipe.data.train, recipe.seed)[0]
+    return list(conversations(recipe.data, recipe.data.train, recipe.seed))
+
+
+def prepare_rows(path: Path, rows: Sequence[Any], made: Processor, **options: Any) -> Prepared:
+    """Rows (conversations, or dicts that are written as they are) as a JSONL file of messages, prepared."""
+    written = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Conversation):
+            turns = [{"role": m.role, "content": [_part(part, path.parent) for part in m.parts]} for m in row.messages]
+            row = {"id": row.id or str(number), "messages": turns, "category": row.category}
+        written.append(json.dumps(row) + "\n")
+    path.write_text("".join(written))
+    data = DataSection(train=[FileSource(kind="file", path=str(path), form="messages")], template=made.template.name, **options)
+    limited = data.model_copy(update={"max_length": options.get("max_length", made.spec.max_length)})
+    return prepare(limited, limited.train, made, seed=0)
+
+
+def _part(part: str | Media, folder: Path) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    name = f"{hashlib.sha256(part.read()).hexdigest()[:12]}.png"
+    (folder / name).write_bytes(part.read())
+    return {"type": "image", "image": name}
+
+
+def examples_of(prepared: Prepared) -> list[Example]:
+    """Every example of prepared rows, in order."""
+    return [prepared.store[number] for number in range(len(prepared.store))]
+
+
+def units_of(prepared: Prepared) -> list[list[Example]]:
+    """Every unit of prepared rows, in order."""
+    return [prepared.unit(number) for number in range(len(prepared))]
+
+
+def png(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (32, 32)) -> Media:
+    """A plain image by its bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, format="PNG")
+    return Media(buffer.getvalue())
 
 
 def built(recipe: Recipe) -> VisionLanguageModel:
@@ -131,16 +178,18 @@ def stage_loop(
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> StageLoop:
     """A loop over the recipe's one stage, with its tuning rules applied, and no validation."""
-    rows = rows_of(recipe)
-    train = prepare(rows, recipe.data, model.processor)
+    train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
     tuned = tuned_by(model, recipe)
     features = tower_features(model, train.media) if cached else None
+    plan = Plan(train, recipe.data, Sizes(recipe.train.batch_size, recipe.train.batch_tokens), recipe.seed)
+    fetch = features or PixelCache(model.processor.images)
+    feed = PreparedFeed(train, plan, model.processor.spec, fetch, cached=cached, augment=recipe.data.augment)
     AcceleratorState._reset_state()
     return StageLoop(
         model,
         recipe,
         tuned,
-        StageData(train, [], features, None),
+        StageData(feed, [], None),
         Accelerator(mixed_precision=MIXED[recipe.train.precision]),
         folder=folder,
         progress=Progress(),
@@ -257,3 +306,8 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def unshifted(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [B, L] as transformers takes them: the token that a position predicts stands at the next one, so [B, L + 1]."""
+    return torch.nn.functional.pad(labels, (1, 0), value=-100)

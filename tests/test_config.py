@@ -26,7 +26,7 @@ model:
   tower: {kind: transformers, name: clip}
   llm: {kind: causal, name: llama}
 data:
-  train: [{kind: messages, path: rows.jsonl}]
+  train: [{kind: file, path: rows.jsonl}]
   template: chatml
 tune:
   - {match: "tower.*", how: frozen}
@@ -141,13 +141,11 @@ def test_a_fault_of_the_common_part_is_told_once_and_where_it_is() -> None:
 
 
 def test_a_missing_key_is_placed_at_its_parent_and_unions_hide_nothing() -> None:
-    assert problems(SMALL.replace("{kind: messages, path: rows.jsonl}", "{kind: messages}")) == [
-        ("r.yaml:7:11", "data.train.0.path is required")
-    ]
+    assert problems(SMALL.replace("{kind: file, path: rows.jsonl}", "{kind: file}")) == [("r.yaml:7:11", "data.train.0.path is required")]
     (found,) = problems(SMALL.replace("kind: transformers, ", ""))
     assert found == ("r.yaml:4:10", "model.tower: needs a `kind`")
-    (found,) = problems(SMALL.replace("kind: messages", "kind: message"))
-    assert found[0] == "r.yaml:7:11" and "did you mean messages?" in found[1]
+    (found,) = problems(SMALL.replace("kind: file", "kind: fil"))
+    assert found[0] == "r.yaml:7:11" and "did you mean file?" in found[1]
     found = problems(SMALL.replace("[q_proj]", "[q_proj, 5]"))
     assert "r.yaml:12:80" in [where for where, _ in found]
     assert not [message for _, message in found if "list[" in message or "literal[" in message]

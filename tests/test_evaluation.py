@@ -63,7 +63,7 @@ def test_joined_scores_are_those_of_all_answers() -> None:
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_scores_of_a_model(kind: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every answer goes to its own question, whatever the order they are generated in."""
+    """Every answer is compared with its own question's."""
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe)
     rows = [replace(row, category="color" if place % 2 == 0 else "yes_no") for place, row in enumerate(rows_of(recipe))]
@@ -71,19 +71,18 @@ def test_scores_of_a_model(kind: str, tiny_recipe: Callable[..., str], monkeypat
     rows.insert(3, long)
     said: dict[str, str] = {row.id: row.messages[-1].text.upper() + ". " for row in rows}
     said[rows[0].id] = "wrong"
-    batches: list[int] = []
 
-    def fake(prompts: Any, *rest: Any, **named: Any) -> list[str]:
-        batches.append(len(prompts))
+    def fake(prompts: Any, decoding: Decoding, **named: Any) -> list[str]:
+        assert not model.training and named["batch_size"] == 4
+        named["progress"](len(prompts), len(prompts))
         return [said[prompt.id] for prompt in prompts]
 
-    monkeypatch.setattr(model, "answer", fake)
+    monkeypatch.setattr(model, "answers", fake)
     steps: list[tuple[int, int]] = []
     model.train()
     found = score(model, rows, decoding=Decoding(4), batch_size=4, progress=lambda done, of: steps.append((done, of)))
     assert model.training
-    assert batches == [4, 4, 1]
-    assert steps == [(4, 9), (8, 9), (9, 9)]
+    assert steps == [(9, 9)]
     assert (found.n, found.accuracy) == (9, 8 / 9)
     assert found.by_category == {
         "color": {"accuracy": 3 / 4, "n": 4},

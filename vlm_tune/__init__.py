@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlm_tune.api import evaluate, merge, sft
+    from vlm_tune.checking.checker import check
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
     from vlm_tune.recipe import load_recipe
 
@@ -16,11 +17,12 @@ _HOMES = {
     "VisionLanguageConfig": "vlm_tune.model.vlm",
     "load_recipe": "vlm_tune.recipe",
     "sft": "vlm_tune.api",
+    "check": "vlm_tune.checking.checker",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.api",
 }
 
-__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "evaluate", "load_recipe", "merge", "sft"]
+__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "check", "evaluate", "load_recipe", "merge", "sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.config import Recipe
-from vlm_tune.data.prepare import read_conversations
+from vlm_tune.data.prepare import read_part
+from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.merging import MergeReport
@@ -69,12 +70,12 @@ def evaluate(
     folder = Path(model)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or find_recipe(folder), overrides)
     stage = loaded.resolved_stages()[-1][1]
-    sources = stage.data.test if split == "test" else stage.data.validation
-    if not sources:
+    held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
+    if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
-    rows = read_conversations(stage.data, sources, stage.seed)[0][:limit]
     vlm = load_model(folder, dtype=DTYPES[dtype] if dtype else None)
-    media = list(dict.fromkeys(item for row in rows for item in row.media))
+    rows = read_part(stage.data, split, vlm.processor, stage.seed)[:limit]
+    media = distinct_media(rows)
     return score(
         vlm,
         rows,

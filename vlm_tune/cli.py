@@ -209,6 +209,41 @@ def show(
 
 
 @app.command()
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="read the first n rows of each source only")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with figures and a look at the odd rows to this file")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
+    from vlm_tune.recipe import load_recipe
+
+    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    _quiet()
+    from vlm_tune.checking.checker import check as run
+    from vlm_tune.display import Display, show_check
+
+    console = Console(stderr=as_json)
+    display = Display(console)
+    try:
+        report = run(loaded, sample=sample, show=display)
+    finally:
+        display.close()
+    if html:
+        from vlm_tune.checking.page import write_page
+
+        write_page(report, html)
+    if as_json:
+        _print_json(report.summary())
+    else:
+        show_check(console, report)
+        if html:
+            typer.echo(f"page: {html}")
+    sys.exit(report.exit_code)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from vlm_tune.recipe import recipe_schema

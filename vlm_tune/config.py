@@ -26,24 +26,33 @@ class Tower(Config):
     image_size: PositiveInt | None = Field(default=None, description="side in pixels; the tower's own where not given")
     resize: Literal["squash", "crop", "pad"] = Field(default="crop", description="how an image that is not square becomes square")
     grid: PositiveInt | None = Field(default=None, description="average-pool the patch features to grid x grid tokens")
+    tiles: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] = Field(
+        default=[],
+        description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the tiles of the grid that fits best",
+    )
+
+
+CLASS_TOKEN = Field(default=False, description="the class token's features first, where the tower has one")
 
 
 class OpenClipTower(Tower):
     """A CLIP vision tower from open_clip: a name with a `pretrained` tag or file, or a `config` built from scratch."""
 
     kind: Literal["open_clip"]
-    name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32")
+    name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder")
     pretrained: str | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
     config: dict[str, Any] | None = Field(default=None, description="an open_clip `vision_cfg`, randomly initialised")
     layer: int = Field(default=-1, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
+    class_token: bool = CLASS_TOKEN
 
 
 class TransformersTower(Tower):
-    """A CLIP vision tower from transformers: a hub name or a folder."""
+    """A vision tower from transformers (CLIP, SigLIP, DINOv2): a hub name or a folder."""
 
     kind: Literal["transformers"]
     name: str
     layer: int = Field(default=-2, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
+    class_token: bool = CLASS_TOKEN
 
 
 class TimmTower(Tower):
@@ -54,6 +63,23 @@ class TimmTower(Tower):
     pretrained: str | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
     stages: list[int] = Field(default=[-1], min_length=1, description="which feature maps, as timm's out_indices")
     grid: PositiveInt | None = Field(default=7, description="the grid every feature map is pooled to")
+    class_token: bool = CLASS_TOKEN
+
+
+SingleTower = Annotated[OpenClipTower | TransformersTower | TimmTower, Field(discriminator="kind")]
+
+
+class PairTower(Tower):
+    """Two towers side by side: an image goes to both, each in its own size, and their features are joined by channel.
+
+    `image_size` is the larger of theirs where not given; both are pooled to `grid`, or to the coarser of their grids.
+    """
+
+    kind: Literal["pair"]
+    towers: list[SingleTower] = Field(min_length=2, max_length=2)
+
+
+AnyTower = OpenClipTower | TransformersTower | TimmTower | PairTower
 
 
 class Projector(Config):
@@ -73,6 +99,81 @@ class MlpConnector(Projector):
 
     kind: Literal["mlp"]
     depth: Annotated[int, Field(ge=2, le=8)] = 2
+
+
+Depth = Annotated[int, Field(ge=1, le=8)]
+
+
+class PixelShuffleConnector(Projector):
+    """Squares of factor x factor tokens become one, joined by channel, then `depth` linear layers (Idefics3, InternVL)."""
+
+    kind: Literal["pixel_shuffle"]
+    factor: Annotated[int, Field(ge=2, le=8)] = Field(default=2, description="the tower's grid is this many times smaller, each way")
+    depth: Depth = Field(default=2, description="linear layers with GELU between them (Idefics3 and SmolVLM have 1)")
+
+
+class AvgPoolConnector(Projector):
+    """The mean over each cell of a grid x grid pattern, then `depth` linear layers."""
+
+    kind: Literal["avg_pool"]
+    grid: PositiveInt = Field(description="an image takes grid x grid tokens")
+    depth: Depth = 2
+
+
+class ResamplerConnector(Projector):
+    """A Perceiver resampler: learned latents read the features in `depth` layers (Flamingo)."""
+
+    kind: Literal["resampler"]
+    latents: PositiveInt = Field(default=64, description="tokens an image takes")
+    depth: PositiveInt = 6
+    heads: PositiveInt = 8
+    head_width: PositiveInt | None = Field(default=None, description="the tower's width / heads where not given")
+
+
+class QFormerConnector(Projector):
+    """A Q-Former: learned queries read the features, and the question where `text` is true (BLIP-2, InstructBLIP)."""
+
+    kind: Literal["qformer"]
+    queries: PositiveInt = Field(default=32, description="tokens an image takes")
+    width: PositiveInt = 768
+    depth: PositiveInt = Field(default=12, description="layers")
+    heads: PositiveInt = 12
+    every: PositiveInt = Field(default=2, description="every n-th layer, from the first, attends to the features")
+    text: bool = Field(default=False, description="the instruction joins the queries in self-attention (InstructBLIP)")
+    max_text: PositiveInt = Field(default=512, description="the last tokens of an instruction that are read")
+
+
+BaseConnector = LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
+"""Connectors that others build on."""
+
+
+class FusionConnector(Config):
+    """The tokens of `base`, each combined with the instruction: image and text features fused before the LLM."""
+
+    kind: Literal["fusion"]
+    how: Literal["concat", "attention", "gate", "product", "bilinear"]
+    base: Annotated[BaseConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
+    heads: PositiveInt = Field(default=8, description="of how: attention")
+    rank: PositiveInt | None = Field(
+        default=None, description="width of the product or number of bilinear forms; the LLM's width if not given"
+    )
+    factors: PositiveInt = Field(default=4, description="rank of each bilinear form")
+
+
+class CrossAttentionConnector(Config):
+    """Gated cross-attention blocks before every n-th layer of the LLM, which look at the tokens of `base` (Flamingo)."""
+
+    kind: Literal["cross_attention"]
+    every: PositiveInt = Field(default=4, description="a block before every n-th layer, the n-th first")
+    heads: PositiveInt = 8
+    head_width: PositiveInt | None = Field(default=None, description="the LLM's width / heads where not given")
+    images: Literal["last", "all"] = Field(
+        default="last", description="the images before it that a token sees: the last run of adjacent ones, or all"
+    )
+    base: Annotated[BaseConnector, Field(discriminator="kind")] = ResamplerConnector(kind="resampler")
+
+
+AnyConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttentionConnector
 
 
 class Scratch(Config):
@@ -96,8 +197,8 @@ class Llm(Config):
 class ModelSection(Config):
     """Tower, connector and LLM."""
 
-    tower: Annotated[OpenClipTower | TransformersTower | TimmTower, Field(discriminator="kind")]
-    connector: Annotated[LinearConnector | MlpConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
+    tower: Annotated[AnyTower, Field(discriminator="kind")]
+    connector: Annotated[AnyConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
     llm: Llm
 
 
@@ -105,9 +206,13 @@ class ModelSection(Config):
 
 
 class Source(Config):
-    """What every source can be told."""
+    """What every source can be told; rows are counted in units (a row, or an image with `group: image`)."""
 
     limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
+    weight: PositiveFloat | None = Field(default=None, description="share of every epoch, relative to the other sources")
+    count: PositiveInt | None = Field(default=None, description="units of every epoch; all where neither is given")
+    template: str | None = Field(default=None, description="a chat format; data.template where not given")
+    system: str | None = Field(default=None, description="system text for conversations that bring none; data.system where not given")
 
 
 class EasyVqaSource(Source):
@@ -120,31 +225,108 @@ class EasyVqaSource(Source):
     instructions: str = Field(default="vqa", description="a prompt set of data_templates/instructions, or a file")
 
 
-class LlavaSource(Source):
-    """LLaVA JSON or JSONL: rows with `conversations` (from human | gpt) and `image`."""
+Form = Literal[
+    "llava",
+    "sharegpt",
+    "messages",
+    "prompt_completion",
+    "alpaca",
+    "vqa",
+    "caption",
+    "classify",
+    "retrieval",
+    "ocr",
+    "translate",
+]
+"""What a row looks like, whatever file it is kept in."""
 
-    kind: Literal["llava"]
-    path: str
+
+class RowsSource(Source):
+    """What sources of rows can be told."""
+
+    form: Form | Literal["auto"] = Field(default="auto", description="what a row looks like; detected from the first rows and named")
+    columns: dict[str, str] = Field(default={}, description="our field names to the rows' own, as {question: query}")
     image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
+    instructions: str | None = Field(default=None, description="a prompt set for plain task rows; the task's own where not given")
+    shots: Annotated[int, Field(ge=0, le=16)] = Field(default=0, description="worked examples with their images before each question")
+    video_frames: PositiveInt = Field(default=8, description="frames taken of a video, evenly spaced")
+    video_fps: PositiveFloat | None = Field(default=None, description="of videos that are folders of frames; gives the frames their time")
 
 
-class MessagesSource(Source):
-    """JSONL rows with `messages` (role, content) and `images`, as OpenAI and Hugging Face write them."""
+class FileSource(RowsSource):
+    """Rows of JSON, JSONL, CSV, TSV, Parquet or Arrow files."""
 
-    kind: Literal["messages"]
+    kind: Literal["file"]
+    path: str = Field(description="a file, or a pattern as data/*.parquet")
+
+
+class DatasetSource(RowsSource):
+    """A data set of the datasets library: a hub name, or a folder that `save_to_disk` or `push_to_hub` wrote."""
+
+    kind: Literal["dataset"]
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(default=None, description="a commit of the hub's data set")
+
+
+class WebDatasetSource(RowsSource):
+    """Tar shards whose members of one stem (0001.jpg, 0001.json) are one row."""
+
+    kind: Literal["webdataset"]
+    path: str = Field(description="a shard, or a pattern as shards/*.tar")
+
+
+class FolderSource(Source):
+    """Images in one folder a class; the folder's name is the answer."""
+
+    kind: Literal["folder"]
     path: str
-    image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
+    instructions: str = Field(default="classify", description="a prompt set of data_templates/instructions, or a file")
 
 
-AnySource = Annotated[EasyVqaSource | LlavaSource | MessagesSource, Field(discriminator="kind")]
+AnySource = Annotated[EasyVqaSource | FileSource | DatasetSource | WebDatasetSource | FolderSource, Field(discriminator="kind")]
+
+
+class RandAugment(Config):
+    """`ops` random changes of strength `magnitude` (0 to 30), as torchvision's RandAugment."""
+
+    ops: PositiveInt = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
 
 
 class Augment(Config):
     """Random changes of training images, drawn from (seed, epoch, sample id)."""
 
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="smallest share of the area that a random crop keeps")
     flip: Fraction = Field(default=0.0, description="probability of a left-right mirror image")
     transpose: Fraction = Field(default=0.0, description="probability of exchanging height and width (square images only)")
     shift: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="largest shift, as a share of the side")
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(default=0.0, description="largest turn, in degrees")
+    colour: Fraction = Field(default=0.0, description="largest change of brightness, contrast and saturation, as a share")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="largest turn of the hue, as a share of the circle")
+    noise: Fraction = Field(default=0.0, description="standard deviation of added Gaussian noise, as a share of white")
+    rand_augment: RandAugment | None = None
+
+
+class Clean(Config):
+    """Rows that are left out, and counted, before anything is trained on."""
+
+    duplicates: Literal["keep", "bytes", "perceptual"] = Field(
+        default="keep", description="rows of equal text whose images are equal byte by byte, or look alike"
+    )
+    min_side: PositiveInt | None = Field(default=None, description="smallest side of an image, in pixels")
+    min_chars: PositiveInt | None = Field(default=None, description="shortest text of a row's turns together, in characters")
+    max_chars: PositiveInt | None = None
+    languages: list[str] = Field(default=[], description="ISO 639-1 codes that a row's text may be in (needs the `language` extra)")
+
+
+class Split(Config):
+    """Parts of the train sources that are held out; rows that share an image stay together."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stratify: bool = Field(default=False, description="the same shares within every category (answer type, class)")
 
 
 class DataSection(Config):
@@ -153,13 +335,25 @@ class DataSection(Config):
     train: list[AnySource] = Field(min_length=1)
     validation: list[AnySource] = Field(default=[], description="scored while training; chooses the best checkpoint")
     test: list[AnySource] = Field(default=[], description="scored once, by the finished model; never used to choose")
+    split: Split | None = Field(default=None, description="take validation and test from the train sources")
     template: str = Field(description="a chat format of data_templates/chat, or a file")
     system: str | None = Field(default=None, description="system text for conversations that bring none")
     max_length: PositiveInt = Field(default=2048, description="longest example in tokens, image slots included")
-    overlong: Literal["fail", "drop"] = Field(default="fail", description="examples over max_length: stop, or drop and count")
-    on_bad_row: Literal["fail", "skip"] = "fail"
-    max_bad_rows: NonNegativeInt = Field(default=100, description="with skip: more than this many bad rows is an error")
+    overlong: Literal["fail", "drop", "split", "trim"] = Field(
+        default="fail", description="examples over max_length: stop; leave out; split between turns; shorten the questions' text"
+    )
+    on_bad_row: Literal["fail", "skip", "quarantine"] = Field(
+        default="fail", description="rows that can't be used: stop; leave out; leave out and write to quarantine.jsonl"
+    )
+    max_bad_rows: NonNegativeInt = Field(default=100, description="with skip and quarantine: more bad rows than this is an error")
+    clean: Clean = Clean()
     group: Literal["none", "image"] = Field(default="none", description="image: rows of one image are one unit of a batch")
+    packing: bool = Field(default=False, description="fill each row of a batch with several samples that don't see each other")
+    row_length: PositiveInt = Field(default=1024, description="longest row in tokens that grouping or packing makes")
+    epoch_size: PositiveInt | None = Field(default=None, description="units of an epoch when sources have weights")
+    streaming: bool = Field(default=False, description="read, check and tokenise while training; for more rows than can be prepared")
+    shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a streamed epoch is shuffled within")
+    workers: NonNegativeInt | None = Field(default=None, description="processes that prepare; as many as cores where not given")
     augment: Augment | None = None
 
 
@@ -216,6 +410,7 @@ class TrainSection(Config):
     epochs: PositiveFloat | None = Field(default=None, description="passes over the data; give this or steps")
     steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
     batch_size: PositiveInt = Field(default=8, description="units (rows, or images with group: image) a device and micro-batch")
+    batch_tokens: PositiveInt | None = Field(default=None, description="padded tokens a device and micro-batch, instead of batch_size")
     gradient_accumulation: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -225,6 +420,7 @@ class TrainSection(Config):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
+    loader_workers: NonNegativeInt = Field(default=0, description="processes that decode images and make batches ahead")
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []

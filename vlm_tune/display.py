@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
+
+NAMED = 5
+"""Findings of a kind that are printed; the JSON and the page hold more."""
+BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
@@ -46,11 +53,15 @@ class Display:
 
     def _stage(self, event: dict[str, Any]) -> None:
         start = f", from step {event['from_step']}" if event["from_step"] else ""
-        self._line(
-            f"stage {event['stage'] + 1} {event['name']}: {event['questions']:,} question-answer pairs, "
-            f"{event['images']:,} images, {event['steps']:,} steps{start}",
-            "bold",
+        rows = (
+            "rows read as they come"
+            if event.get("streaming")
+            else f"{event['questions']:,} question-answer pairs, {event['images']:,} images"
         )
+        self._line(f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}", "bold")
+
+    def _preparing(self, event: dict[str, Any]) -> None:
+        self._live(f"preparing {event['name']}: {event['rows']:,} rows")
 
     def _tuning(self, event: dict[str, Any]) -> None:
         self.close()
@@ -66,7 +77,7 @@ class Display:
         text = (
             f"step {event['step']:,}/{event['of']:,}  loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  "
             f"{event['questions_per_s']:,.0f} qa/s  {event['tokens_per_s']:,.0f} tok/s  "
-            f"padding {event['padding']:.0%}  {duration(event['left'])} left"
+            f"padding {event['padding']:.1%}  {duration(event['left'])} left"
         )
         if self.console.is_terminal:
             self._live(text)
@@ -121,3 +132,64 @@ def score_table(accuracy: float, n: int, by_category: dict[str, dict[str, float]
     table.add_section()
     table.add_row("all", f"{accuracy:.2%}", f"{n:,}")
     return table
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def show_check(console: Console, report: CheckReport) -> None:
+    """Prints what a check found: rows by source and figures of each part, warnings, errors."""
+    if report.sample:
+        console.print(Text(f"a sample: the first {report.sample:,} rows of each source", style="yellow"))
+    for part in report.parts:
+        _show_part(console, part)
+    _show_findings(console, "warnings", "yellow", report.warnings, report.warning_counts)
+    _show_findings(console, "errors", "red", report.errors, report.error_counts)
+    errors, warnings = report.error_counts.total(), report.warning_counts.total()
+    verdict = Text(f"{errors:,} errors, {warnings:,} warnings, {report.seconds:.1f} s", style="bold red" if errors else "bold green")
+    console.print(verdict)
+
+
+def _show_part(console: Console, part: PartReport) -> None:
+    """The rows of each source by what became of them, and the part's figures."""
+    pairs = f": {part.questions:,} question-answer pairs" if part.questions is not None else ""
+    console.print(Text(f"\n{part.stage} {part.part}{pairs}", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("  source", overflow="fold")
+    table.add_column("form")
+    for name in ("rows", "bad", "left out", "images", "tokens", "trained"):
+        table.add_column(name, justify="right")
+    for source in part.sources:
+        bad = Text(f"{source.bad:,}", style="red" if source.bad else "")
+        figures = (source.left_out, source.images, source.tokens, source.supervised)
+        table.add_row(Text(f"  {source.source}"), source.form, f"{source.rows:,}", bad, *(f"{figure:,}" for figure in figures))
+    console.print(table)
+    lines = [("tokens a row", _bars(part.lengths))] if part.lengths else []
+    lines += [("longer side", _bars(part.image_sides, " px"))] if part.image_sides else []
+    for waste in part.padding:
+        lines.append((waste.name, f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question"))
+    if part.ms_per_row is not None:
+        lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
+    for name, text in lines:
+        console.print(Text(f"  {name:17}{text}"))
+
+
+def _bars(values: Histogram, unit: str = "") -> str:
+    """A histogram in one line: the lowest value, a bar for each bin, the highest."""
+    most = max(values.counts)
+    bars = "".join(BLOCKS[-(-8 * count // most)] for count in values.counts)
+    return f"{values.least:,} [{bars}] {values.most:,}{unit}, half up to {values.middle:,}"
+
+
+def _show_findings(console: Console, title: str, style: str, findings: list[Finding], counts: dict[str, int]) -> None:
+    """The counts of each kind with its meaning, and its first rows."""
+    from vlm_tune.data.kinds import KINDS
+
+    for kind, count in sorted(counts.items()):
+        shown = [finding for finding in findings if finding.kind == kind][:NAMED]
+        console.print(Text.assemble((f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"))
+        for finding in shown:
+            where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
+            console.print(Text(f"  {finding.stage} {finding.part}: {where}: {finding.message}"))
+        if count > len(shown):
+            console.print(Text(f"  and {count - len(shown):,} more", style="dim"))

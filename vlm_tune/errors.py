@@ -35,12 +35,15 @@ class RecipeError(VlmTuneError):
 
 
 class DataError(VlmTuneError):
-    """A row, an image or a template that can't be used; names the source and the row."""
+    """A row, an image or a template that can't be used; names the source and the row.
+
+    `kind` is what reports count by; `content` is the row as it was read, for the quarantine file.
+    """
 
     exit_code = EXIT_DATA
 
-    def __init__(self, message: str, *, source: str = "", row: int | str | None = None) -> None:
-        self.source, self.row, self.message = source, row, message
+    def __init__(self, message: str, *, source: str = "", row: int | str | None = None, kind: str = "row", content: object = None) -> None:
+        self.source, self.row, self.message, self.kind, self.content = source, row, message, kind, content
         place = source + (f", row {row}" if row is not None else "")
         super().__init__(f"{place}: {message}" if place else message)
 

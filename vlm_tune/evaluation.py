@@ -72,16 +72,9 @@ def score(
     model.eval()
     processor = model.processor
     prompts = processor.prompts(conversations)
-    order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place].input_ids), prompts[place].id))
     fetch = features or PixelCache(processor.images)
-    generated = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        texts = model.answer([prompts[place] for place in places], decoding, fetch=fetch, cached=features is not None)
-        for place, text in zip(places, texts, strict=True):
-            generated[place] = text
-        if progress:
-            progress(min(start + batch_size, len(order)), len(order))
+    cached = features is not None
+    generated = model.answers(prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress)
     total, count = _loss(model, conversations, batch_size, features, fetch) if loss else (0.0, 0)
     model.train(was)
     return _scores(_answers(conversations, generated), total / count if count else None, count)

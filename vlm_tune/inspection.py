@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from vlm_tune.config import Recipe
-from vlm_tune.data.prepare import prepare, read_conversations
+from vlm_tune.data.fitting import fit
+from vlm_tune.data.joining import branch_layout
+from vlm_tune.data.prepare import conversations
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.model.build import build_processor
+
+ROWS = 200
+"""Rows read for each unit that is shown: those of one image need not stand together."""
 
 STYLES = {"trained": "black on green", "prompt": "", "image": "white on blue", "target": "black on green"}
 
@@ -22,13 +28,19 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     `kind` is prompt, trained (decoders), image, or target (what an encoder-decoder's decoder learns).
     """
     stages = recipe.resolved_stages()
-    read = [(name, stage, read_conversations(stage.data, stage.data.train, stage.seed)[0]) for name, stage in stages]
-    processor = build_processor(recipe, [row for _, _, rows in read for row in rows])
+    texts = (row for _, stage in stages for row in conversations(stage.data, stage.data.train, stage.seed))
+    processor = build_processor(recipe, list(texts) if recipe.model.llm.scratch else [])
     found = []
-    for name, stage, rows in read:
+    for name, stage in stages:
         data = stage.data
-        groups = prepare(rows[: 200 * n], data, processor).groups[:n]
-        found += [{"stage": name, "id": example.id, "tokens": _tokens(example, processor)} for group in groups for example in group[:n]]
+        rows = list(islice(conversations(data, data.train, stage.seed), ROWS * n))
+        units: dict[Any, list[Example]] = {}
+        for row in rows:
+            for example in fit(row, processor, data.overlong).examples:
+                units.setdefault(example.media if data.group == "image" and example.media else example.id, []).append(example)
+        for unit in list(units.values())[:n]:
+            joined = branch_layout(unit, data.row_length) if processor.spec.layout == "causal" else unit
+            found += [{"stage": name, "id": example.id, "tokens": _tokens(example, processor)} for example in joined[:n]]
     return found
 
 
@@ -38,13 +50,18 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
 
     causal = processor.spec.layout == "causal"
     out: list[dict[str, Any]] = []
+    branch, trained = 0, False
     for place, token in enumerate(example.input_ids.tolist()):
-        branch = 0 if example.branches is None else int(example.branches[place])
-        if example.image_mask[place]:
-            out.append({"id": token, "text": "", "kind": "image", "branch": branch})
-        else:
-            trained = causal and example.labels[place] != IGNORE_INDEX
-            out.append({"id": token, "text": text(token), "kind": "trained" if trained else "prompt", "branch": branch})
+        # A branch begins where a token does not follow the one before it.
+        if place and example.positions is not None and example.positions[place] != example.positions[place - 1] + 1:
+            branch += 1
+        kind = "image" if example.image_mask[place] else "trained" if trained else "prompt"
+        out.append({"id": token, "text": "" if kind == "image" else text(token), "kind": kind, "branch": branch})
+        label = int(example.labels[place]) if causal else IGNORE_INDEX
+        following = place + 1 < len(example.input_ids) and (example.ends is None or place + 1 < example.ends[place])
+        trained = following and label != IGNORE_INDEX
+        if label != IGNORE_INDEX and not following:
+            out.append({"id": label, "text": text(label), "kind": "trained", "branch": branch})
     if not causal:
         out += [{"id": token, "text": text(token), "kind": "target", "branch": 0} for token in example.labels.tolist()]
     return out

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_tune.data.collate import collate
-from vlm_tune.data.prepare import read_conversations
+from vlm_tune.data.prepare import conversations
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.build import DTYPES
@@ -23,6 +24,8 @@ from vlm_tune.model.weights import cast_parameters
 from vlm_tune.recipe import load_recipe
 
 TOLERANCE = 2e-2
+PROBED = 10_000
+"""Rows that the probes are spread over."""
 PROBES = 4
 
 
@@ -127,7 +130,7 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
         if (folder / "recipe.yaml").is_file():
             try:
                 recipe = load_recipe(folder / "recipe.yaml").resolved_stages()[-1][1]
-                rows, _ = read_conversations(recipe.data, recipe.data.validation or recipe.data.train, recipe.seed)
+                rows = list(islice(conversations(recipe.data, recipe.data.validation or recipe.data.train, recipe.seed), PROBED))
             except Exception as error:  # the data may have moved since; a merge does not need it
                 if isinstance(error, RecipeError):
                     raise
@@ -154,8 +157,8 @@ def observe(model: VisionLanguageModel, rows: Sequence[Conversation]) -> tuple[t
     for example in examples:
         batch = collate([example], model.processor.spec, fetch=model.processor.images).to(model.device)
         embeds: Any = model.embed(batch)
-        found.append(model.llm.supervised_logits(embeds, batch.attention_mask, batch.labels).float().flatten())
-    texts = model.answer(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)
+        found.append(model.llm.supervised_logits(embeds, batch).float().flatten())
+    texts = model.answers(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)
     return torch.cat(found), texts
 
 

@@ -172,7 +172,7 @@ def _dotted(path: Path) -> str:
 
 def _unknown_key(key: str, parent: type[BaseModel] | None) -> str:
     names = list(parent.model_fields) if parent else []
-    near = difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(key, names, n=2, cutoff=0.7)
     message = f"unknown key {key!r}"
     if near:
         return f"{message}; did you mean {' or '.join(near)}?"
@@ -252,11 +252,71 @@ def _contradictions(raw: Any) -> list[tuple[Path, str]]:
         if llm.get("kind") == "seq2seq" and _get(raw, "train", "precision") == "fp16":
             found.append((("train", "precision"), "T5's activations overflow in fp16; use bf16 or fp32"))
     tower = _get(raw, "model", "tower")
-    if isinstance(tower, dict) and tower.get("kind") == "open_clip" and (tower.get("name") is None) == (tower.get("config") is None):
-        found.append((("model", "tower"), "give exactly one of model.tower.name and model.tower.config"))
+    pair = _get(tower, "towers")
+    towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
+    towers += [(("model", "tower", "towers", place), part) for place, part in enumerate(pair if isinstance(pair, list) else [])]
+    for path, part in towers:
+        if isinstance(part, dict) and part.get("kind") == "open_clip" and (part.get("name") is None) == (part.get("config") is None):
+            found.append((path, f"give exactly one of {_dotted(path)}.name and {_dotted(path)}.config"))
+    found += _data_contradictions(raw)
     found += _tune_contradictions(raw)
-    if _get(raw, "data", "group") in (None, "none") and _get(raw, "objective", "kind") == "contrastive":
-        found.append((("data", "group"), "a contrastive objective compares images, so it needs data.group: image"))
+    return found
+
+
+def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
+    found: list[tuple[Path, str]] = []
+    data = _get(raw, "data") if isinstance(_get(raw, "data"), dict) else {}
+    tiles, contrastive = _get(raw, "model", "tower", "tiles"), _get(raw, "objective", "kind") == "contrastive"
+    augment = data.get("augment")
+    if tiles and isinstance(augment, dict):
+        still = {"crop": 1, "flip": 0, "transpose": 0, "shift": 0, "rotation": 0, "rand_augment": None}
+        moved = [key for key, value in still.items() if augment.get(key) not in (None, value)]
+        message = "tiles are cut first, so each would move by itself; with model.tower.tiles images take colour, hue and noise"
+        found += [(("data", "augment", key), message) for key in moved]
+    reads = _get(raw, "model", "connector", "text") is True or _get(raw, "model", "connector", "kind") == "fusion"
+    if data.get("group") == "image" and not contrastive and reads and _get(raw, "model", "llm", "kind") == "causal":
+        found.append((("data", "group"), "a text-conditioned connector reads an image once a question, so it needs data.group: none"))
+    if contrastive:
+        if data.get("group") in (None, "none"):
+            found.append((("data", "group"), "a contrastive objective compares images, so it needs data.group: image"))
+        if tiles:
+            found.append((("model", "tower", "tiles"), "a contrastive objective takes one image a row, so no tiles"))
+        if data.get("packing"):
+            found.append((("data", "packing"), "a contrastive objective takes one image a row, so no packing"))
+    for part in ("train", "validation", "test"):
+        for index, source in enumerate(data[part] if isinstance(data.get(part), list) else []):
+            given = [key for key in ("weight", "count") if isinstance(source, dict) and source.get(key) is not None]
+            if given and part != "train":
+                found.append((("data", part, index, given[0]), f"{given[0]} shares out an epoch of training; {part} reads every row"))
+            elif len(given) == 2:
+                found.append((("data", part, index, "count"), "give at most one of weight and count"))
+    weighted = any(isinstance(source, dict) and source.get("weight") for source in data.get("train") or [])
+    if data.get("epoch_size") is not None and not weighted:
+        found.append((("data", "epoch_size"), "epoch_size is shared out by the sources' weights, and none has one"))
+    shares = [_get(data, "split", part) for part in ("validation", "test")]
+    if sum(share for share in shares if isinstance(share, int | float)) >= 1:
+        found.append((("data", "split"), "validation and test leave nothing to train on"))
+    least, most = _get(data, "clean", "min_chars"), _get(data, "clean", "max_chars")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        found.append((("data", "clean", "max_chars"), f"max_chars {most} is under min_chars {least}"))
+    return found + (_streaming_contradictions(raw, data) if data.get("streaming") is True else [])
+
+
+def _streaming_contradictions(raw: Any, data: Any) -> list[tuple[Path, str]]:
+    """What a stream, which knows no row before it comes, can't do."""
+    found: list[tuple[Path, str]] = []
+    if _get(raw, "train", "steps") is None:
+        found.append((("train",), "a stream has no epochs: give train.steps"))
+    if data.get("group") == "image":
+        found.append((("data", "group"), "a stream can't bring the rows of an image together; prepare (streaming: false) or group: none"))
+    cleaned = data.get("clean") if isinstance(data.get("clean"), dict) else {}
+    asked = {"split": data.get("split"), "clean": any(value not in (None, [], "keep") for value in cleaned.values())}
+    for key, given in {**asked, "epoch_size": data.get("epoch_size")}.items():
+        if given:
+            found.append((("data", key), f"{key} needs all rows at hand; prepare them (streaming: false)"))
+    for key in ("batch_tokens", "loader_workers"):
+        if _get(raw, "train", key):
+            found.append((("train", key), f"{key} needs prepared rows (data.streaming: false)"))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -14,80 +13,17 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.data.images import decode_image
-from vlm_tune.errors import DataError, Problem, RecipeError
+from vlm_tune.data.types import Media
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.page import LONG, percent, picture, section, table, write_html
 from vlm_tune.recipe_yaml import read_yaml_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-THUMBNAIL, SHOWN = 192, 112
-"""Pixels of an embedded image's longer side, and of the square it is shown in."""
-LONG = 120
-"""Characters from which a sample takes the page's whole width."""
-
 # Matplotlib can't write CSS variables: charts are drawn in these stand-ins, which are then exchanged for the theme's inks.
 SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
 INKS = {SOFT: "var(--soft)", RULE: "var(--rule)", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
-
-HEAD = """<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">"""
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1f2428; --soft: #5d666e; --rule: #dfe2e4;
-  --train: #2b6cb0; --validation: #c05d1a; --right: #1d7a4c; --wrong: #b23a30; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181b; --card: #1d2125; --ink: #e2e5e8; --soft: #9aa4ad; --rule: #343a40;
-  --train: #6cabea; --validation: #e59c5e; --right: #62c592; --wrong: #ef857b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100%; overflow-wrap: anywhere; }
-main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 1.6rem; font-weight: 600; line-height: 1.25; }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.1rem; font-weight: 600; }
-p { margin: 0; }
-.soft, figcaption, dt, th { color: var(--soft); font-size: .87rem; }
-.card, .sample { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
-.card { margin: .75rem 0 0; padding: .9rem 1rem; }
-.figures, .charts, .samples { display: grid; gap: .75rem; margin: .75rem 0 0; }
-.figures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 10rem), 1fr)); margin-top: 1.25rem; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
-.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
-.figures > *, .charts > *, dd { margin: 0; min-width: 0; }
-.figures b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.35; }
-figure { display: flex; flex-direction: column; }
-figure svg { width: 100%; height: auto; margin-top: auto; padding-top: .5rem; }
-figure svg text { font-family: inherit !important; }
-figcaption b { display: block; color: var(--ink); font-weight: 600; }
-.key { margin-right: .75rem; display: inline-block; }
-.line::before, .dots::before { content: ""; display: inline-block; width: .9em; height: .2em; margin: 0 .35em .25em 0;
-  background: var(--train); }
-.dots::before { width: .55em; height: .55em; margin-bottom: .05em; border-radius: 50%; background: var(--validation); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; overflow-wrap: normal; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-th { font-weight: 500; }
-tr:last-child > td { border-bottom: 0; }
-tbody th { color: var(--ink); font-weight: 600; padding-top: 1rem; }
-.number { text-align: right; }
-.bar { width: 45%; min-width: 5rem; vertical-align: middle; padding-right: 0; }
-.bar span, .bar i { display: block; height: .5rem; border-radius: 2px; background: var(--rule); }
-.bar i { background: var(--train); }
-.sample { display: flex; gap: .9rem; padding: .8rem; }
-.picture { flex: none; width: SHOWNpx; height: SHOWNpx; border-radius: 4px; background: var(--rule); object-fit: contain; }
-.tiny { image-rendering: pixelated; }
-p.picture { display: grid; place-items: center; padding: .5rem; text-align: center; font-size: .8rem; color: var(--soft); }
-.sample > div { min-width: 0; flex: 1; }
-.long { grid-column: 1 / -1; }
-.sample dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .75rem; margin: .35rem 0 0; align-items: baseline; }
-.sample dd { max-height: 9em; overflow-y: auto; white-space: pre-wrap; }
-.right { color: var(--right); }
-.wrong { color: var(--wrong); }
-ul { margin: 0; padding-left: 1.1rem; }
-summary { cursor: pointer; font-weight: 600; }
-pre { margin: .75rem 0 0; overflow-x: auto; overflow-wrap: normal; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-""".replace("SHOWN", str(SHOWN))
 
 
 def write_report(run: Path) -> Path:
@@ -114,11 +50,8 @@ def write_report(run: Path) -> Path:
         _notes(events),
         f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>',
     ]
-    head = f"<head>\n{HEAD}\n<title>{escape(name)}</title>\n<style>{STYLE}</style>\n</head>"
-    page = "\n".join(['<!doctype html>\n<html lang="en">', head, "<body>\n<main>", *filter(None, parts), "</main>\n</body>\n</html>\n"])
     path = run / "report.html"
-    # JSON may hold lone surrogates, which UTF-8 can't.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write_html(path, name, parts)
     return path
 
 
@@ -187,14 +120,6 @@ def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, floa
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    """A share in percent that says 100 only of all and 0 only of none."""
-    shown, least = round(100 * share, digits), 10.0**-digits
-    if 0 < share < 1 and shown in (0, 100):
-        return f"<{least:.{digits}f}%" if shown == 0 else f">{100 - least:.{digits}f}%"
-    return f"{shown:.{digits}f}%"
-
-
 def _duration(seconds: float) -> str:
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
@@ -208,17 +133,6 @@ def _count(value: Any, unit: str = "") -> str:
     return "" if number is None else f"{number:,.0f} {unit if number == 1 or not unit else unit + 's'}".rstrip()
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    said = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
-
-
-def _table(columns: Sequence[tuple[str, str]], bodies: Sequence[str]) -> str:
-    """A table in a card; a column is its class and its title."""
-    head = "".join(f'<th class="{kind}">{title}</th>' for kind, title in columns)
-    return f'<div class="card wide"><table><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>'
-
-
 def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     """The run's name, and the headline figures."""
     facts = [] if seed is None else [f"seed {seed}"]
@@ -228,7 +142,7 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
     figures = []
     if (accuracy := _number(result.get("accuracy"))) is not None:
         asked = _count(result.get("n"), "question")
-        figures.append(("Test accuracy", _percent(accuracy, 2), f"of {asked}" if asked else ""))
+        figures.append(("Test accuracy", percent(accuracy, 2), f"of {asked}" if asked else ""))
     if (loss := _number(result.get("loss"))) is not None:
         figures.append(("Test loss", f"{loss:.4g}", "per supervised token"))
     if (seconds := _number(result.get("seconds"))) is not None:
@@ -243,16 +157,16 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
     return f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>{listed}</header>'
 
 
-def _answer_types(table: Any) -> str:
+def _answer_types(scores: Any) -> str:
     rows = []
-    for name, found in table.items() if isinstance(table, dict) else ():
+    for name, found in scores.items() if isinstance(scores, dict) else ():
         accuracy = _number(found.get("accuracy")) if isinstance(found, dict) else None
         if accuracy is not None:
             bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
-            numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (_percent(accuracy), _count(found.get("n"))))
+            numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (percent(accuracy), _count(found.get("n"))))
             rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
     columns = [("", "answer type"), ("number", "accuracy"), ("number", "questions"), ("", "")]
-    return _section("Test accuracy by answer type", _table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
+    return section("Test accuracy by answer type", table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
 
 
 def _stage(stage: _Stage) -> str:
@@ -276,7 +190,7 @@ def _stage(stage: _Stage) -> str:
         # Of equal scores the later checkpoint is the one kept.
         step, best = max(accuracy, key=lambda point: (point[1], point[0]))
         panel = _Panel("accuracy", [], [(step, 100 * value) for step, value in accuracy])
-        charts.append(_chart("Accuracy", [("dots", f"validation, best {_percent(best)} at {step:,}")], [panel], steps))
+        charts.append(_chart("Accuracy", [("dots", f"validation, best {percent(best)} at {step:,}")], [panel], steps))
     panels = [_Panel(kind, points, []) for kind, points in (("learning rate", rate), ("questions/s", speed)) if points]
     if panels:
         keys = [("", f"highest {max(value for _, value in rate):.3g}")] if rate else []
@@ -285,7 +199,7 @@ def _stage(stage: _Stage) -> str:
         charts.append(_chart("Learning rate and speed", keys, panels, steps))
     title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
     body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-    return _section(title, body, ", ".join(filter(None, facts)))
+    return section(title, body, ", ".join(filter(None, facts)))
 
 
 def _tuning(stages: Sequence[dict[str, Any]]) -> str:
@@ -298,13 +212,13 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> str:
         head = f'<tr><th colspan="7" scope="rowgroup">{escape(str(stage.get("stage", "")))}</th></tr>'
         bodies.append(f"<tbody>{head}{''.join(map(_tuning_line, rows))}</tbody>" if rows else "")
     numbers = [("number", title) for title in ("learning rate", "trained", "of", "share")]
-    table = _table([("", "parameters"), ("", "how"), *numbers, ("", "detail")], bodies)
-    return _section("What was trained", table) if any(bodies) else ""
+    columns = [("", "parameters"), ("", "how"), *numbers, ("", "detail")]
+    return section("What was trained", table(columns, bodies)) if any(bodies) else ""
 
 
 def _tuning_line(row: dict[str, Any]) -> str:
     rate, trained, total = (_number(row.get(key)) for key in ("learning_rate", "trained", "total"))
-    share = _percent(trained / total, 2) if trained is not None and total else ""
+    share = percent(trained / total, 2) if trained is not None and total else ""
     match, how, detail = (f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail"))
     figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
     return f"<tr>{match}{how}{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
@@ -312,7 +226,7 @@ def _tuning_line(row: dict[str, Any]) -> str:
 
 def _notes(events: Sequence[dict[str, Any]]) -> str:
     notes = [f"<li>{escape(str(event['text']))}</li>" for event in events if event.get("event") == "note" and event.get("text")]
-    return _section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
+    return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -331,7 +245,7 @@ def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
         answers = f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>{_answer(row, 'before')}{_answer(row, 'after')}"
         words = f"<p>{_text(row.get('question'))}</p><dl>{answers}</dl>"
         cards.append(f'<article class="{kind}">{_picture(run, row)}<div>{words}</div></article>')
-    return _section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts)) if rows else ""
+    return section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts)) if rows else ""
 
 
 def _is_right(row: dict[str, Any], column: str) -> bool | None:
@@ -354,18 +268,7 @@ def _answer(row: dict[str, Any], column: str) -> str:
 
 def _picture(run: Path, row: dict[str, Any]) -> str:
     """The sample's image as an inline thumbnail, or that there is none."""
-    from PIL import Image
-
-    path = run / str(row.get("image") or "")
-    try:
-        image = decode_image(path.read_bytes(), path.name)
-    except (OSError, ValueError, DataError):
-        return f'<p class="picture">{"the image can&#x27;t be read" if row.get("image") else "no image"}</p>'
-    kind = "picture tiny" if max(image.size) <= SHOWN else "picture"
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    return f'<img class="{kind}" alt="{escape(path.name)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return picture(Media(run / str(row["image"]))) if row.get("image") else picture(None)
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------

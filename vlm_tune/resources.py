@@ -1,7 +1,8 @@
-"""Finds the templates and recipes that ship with the package."""
+"""Finds the templates and recipes that ship with the package, and where caches live."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -27,3 +28,8 @@ def find_resource(kind: str, name: str) -> Path | None:
         return folder / f"{name}.yaml"
     own = Path(name)
     return own if own.suffix in (".yaml", ".yml") and own.is_file() else None
+
+
+def cache_folder(name: str) -> Path:
+    """Where one kind of cache lives: under $VLM_TUNE_CACHE, or ~/.cache/vlm_tune."""
+    return Path(os.environ.get("VLM_TUNE_CACHE", Path.home() / ".cache" / "vlm_tune")) / name

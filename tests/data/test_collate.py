@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlm_tune.data.collate import collate
-from vlm_tune.data.tokens import branch_layout
+from vlm_tune.data.joining import branch_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media
 
 A, B = Media(b"a"), Media(b"b")
@@ -27,7 +27,7 @@ def example(name: str, ids: list[int], labels: list[int], media: tuple[Media, ..
 
 
 def causal(name: str, ids: list[int], media: tuple[Media, ...] = ()) -> Example:
-    return example(name, ids, [-100] * (2 * len(media) + len(ids) - 1) + ids[-1:], media)
+    return example(name, ids, [-100] * (2 * len(media) + len(ids) - 1) + [7], media)
 
 
 def fetch(media: Media) -> torch.Tensor:
@@ -83,10 +83,27 @@ def test_seq2seq_labels_have_a_width_of_their_own() -> None:
     assert collate(rows[2:], SEQ2SEQ).labels.tolist() == [[-100]]
 
 
-def test_branched_and_plain_rows_stand_in_one_batch() -> None:
-    (joined,) = branch_layout([causal("x", [5, 6, 7], (A,)), causal("y", [5, 8, 9], (A,))])
+def test_joined_and_plain_rows_stand_in_one_batch() -> None:
+    (joined,) = branch_layout([causal("x", [5, 6, 7], (A,)), causal("y", [5, 8, 9], (A,))], 99)
     batch = collate([causal("z", [4, 4]), joined], CAUSAL, fetch=fetch)
-    assert batch.positions is not None and batch.branches is not None
+    assert batch.positions is not None and batch.ends is not None and batch.samples is None
     assert batch.positions.tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 3, 4]]
-    assert batch.branches.tolist() == [[0] * 7, [0, 0, 0, 1, 1, 2, 2]]
+    assert batch.ends.tolist() == [[2, 2, 0, 0, 0, 0, 0], [7, 7, 7, 5, 5, 7, 7]]
     assert batch.questions == 3
+
+
+def test_rows_padded_on_the_left_see_the_same_tokens() -> None:
+    (joined,) = branch_layout([causal("x", [5, 6, 7], (A,)), causal("y", [5, 8, 9], (A,))], 99)
+    batch = collate([joined, causal("z", [4, 4])], CAUSAL, fetch=fetch, pad_left=True)
+    assert batch.ends is not None
+    assert batch.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [0, 0, 0, 0, 0, 7, 7]]
+
+
+def test_packed_and_plain_rows_of_an_encoder_decoder_stand_in_one_batch() -> None:
+    packed = pack_layout([example("x", [5, 6], [3, 1]), example("y", [8], [4, 4, 1], (A,))], "seq2seq")
+    batch = collate([packed, example("z", [4], [2, 1])], SEQ2SEQ, fetch=fetch)
+    assert batch.samples is not None and batch.label_samples is not None
+    assert batch.samples.tolist() == [[0, 0, 1, 1, 1], [0, -1, -1, -1, -1]]
+    assert batch.label_samples.tolist() == [[0, 0, 1, 1, 1], [0, 0, -1, -1, -1]]
+    assert batch.labels.tolist() == [[3, 1, 4, 4, 1], [2, 1, -100, -100, -100]]
+    assert batch.questions == 3 and batch.media_index.tolist() == [0]

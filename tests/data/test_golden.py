@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from chat_samples import CHAT, IMAGE, LAYOUTS, processor, turns
 
-from vlm_tune.data.types import IGNORE_INDEX, Conversation
+from vlm_tune.data.types import Conversation
 
 FOLDER = Path(__file__).parent.parent / "golden" / "chat"
 ROW = Conversation("golden", turns("Is it red?", "no", "What <|im_end|></s> then?", "blue, 蓝", system="Look.", image=True))
 
 
 def golden(name: str) -> dict[str, Any]:
-    """Ids (of bytes: the tokenizer has no merges) with the trained ones marked, by layout."""
+    """Ids (of bytes: the tokenizer has no merges) and labels, by layout."""
     found: dict[str, Any] = {}
     for layout in [layout for other, layout in LAYOUTS if other == name]:
         made = processor(name, "bytes", layout)
@@ -26,8 +26,7 @@ def golden(name: str) -> dict[str, Any]:
                 "text": made.tokenizer.decode(example.input_ids[~example.image_mask].tolist()),
                 "ids": example.input_ids.tolist(),
                 "image": [int(place) for place in example.image_mask.nonzero()[0]],
-                "trained": (example.labels != IGNORE_INDEX).astype(int).tolist() if layout == "causal" else None,
-                "labels": None if layout == "causal" else example.labels.tolist(),
+                "labels": example.labels.tolist(),
             }
             for example in made.examples(ROW)
         ]

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_tune.config import Augment
-from vlm_tune.data.images import FORMATS, ImageProcessor, PixelCache, augment_pixels, decode_image
-from vlm_tune.data.types import Media
+from vlm_tune.data.images import FORMATS, ImageProcessor, PixelCache, best_grid, decode_image, image_size
+from vlm_tune.data.types import Media, Slice, Tile
 from vlm_tune.errors import DataError
 
 
@@ -184,18 +184,6 @@ def test_crop_takes_the_middle_and_pad_keeps_all_on_the_mean() -> None:
     assert squash[:, 5, 5].tolist() == [255, 0, 0] and squash[:, 25, 25].tolist() == [0, 0, 255]
 
 
-def test_augmentation_is_a_function_of_its_key() -> None:
-    pixels = ImageProcessor(32).pixels(picture(32, 32))
-    augment = Augment(flip=0.5, transpose=0.5, shift=0.25)
-    changed = [augment_pixels(pixels, augment, (0, 1, sample)) for sample in range(20)]
-    assert all(torch.equal(one, augment_pixels(pixels, augment, (0, 1, sample))) for sample, one in enumerate(changed))
-    assert len({tuple(one.flatten().tolist()) for one in changed}) > 15
-    assert all(one.shape == pixels.shape for one in changed)
-    assert torch.equal(augment_pixels(pixels, Augment(), (0, 0, 0)), pixels)
-    assert torch.equal(augment_pixels(pixels, Augment(flip=1.0), (0, 0, 0)), pixels.flip(-1))
-    assert torch.equal(augment_pixels(pixels, Augment(transpose=1.0), (0, 0, 0)), pixels.transpose(-1, -2))
-
-
 def test_the_pixel_cache_stops_at_its_size_and_gives_the_same_pixels() -> None:
     processor = ImageProcessor(8)
     media = [Media(encoded(picture(w, 9))) for w in (8, 9, 10)]
@@ -203,3 +191,124 @@ def test_the_pixel_cache_stops_at_its_size_and_gives_the_same_pixels() -> None:
     for _ in range(2):
         assert all(torch.equal(cache(item), processor(item)) for item in media)
     assert len(cache._kept) == 2 and cache(media[0]) is cache(media[0])
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""LLaVA-NeXT's grids, (columns, rows)."""
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (2, 2)),
+        ((1000, 300), (3, 1)),
+        ((300, 1000), (1, 3)),
+        ((650, 320), (2, 1)),
+        ((320, 650), (1, 2)),
+        ((200, 200), (1, 2)),
+        ((4000, 3000), (2, 2)),
+    ],
+)
+def test_the_best_grid_of_known_sizes(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    assert best_grid(*size, NEXT, 336) == grid
+
+
+grids_of = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9, unique=True)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), grids_of, st.sampled_from([16, 224, 336]))
+@settings(max_examples=300, deadline=None)
+def test_the_best_grid_is_transformers_choice(width: int, height: int, grids: list[tuple[int, int]], size: int) -> None:
+    from transformers.image_processing_utils import select_best_resolution
+
+    high, wide = select_best_resolution((height, width), [(rows * size, columns * size) for columns, rows in grids])
+    assert best_grid(width, height, grids, size) == (wide // size, high // size)
+
+
+def test_an_image_and_its_tiles_show_all_of_it_in_reading_order() -> None:
+    data = encoded(picture(60, 40))
+    processor = ImageProcessor(16, mean=(1.0, 0.0, 0.0), tiles=((2, 2), (3, 2), (1, 1)))
+    whole, *tiles = processor.expand(Media(data))
+    assert whole == Media(data)
+    assert [item.tile for item in tiles] == [Tile(column, row, 3, 2) for row in range(2) for column in range(3)]
+    assert torch.equal(processor(whole), ImageProcessor(16).pixels(picture(60, 40)))
+    rows = [torch.cat([processor(item) for item in tiles[start : start + 3]], dim=2) for start in (0, 3)]
+    canvas = torch.cat(rows, dim=1)
+    fitted = np.asarray(picture(60, 40).resize((48, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(canvas.permute(1, 2, 0).numpy(), fitted)
+    # A tile stays what it is, and an image with room for one tile is seen once.
+    assert processor.expand(tiles[0]) == (tiles[0],)
+    assert ImageProcessor(16).expand(whole) == (whole,)
+    assert processor.expand(Media(encoded(picture(12, 12)))) == (Media(encoded(picture(12, 12))),)
+
+
+def test_what_an_image_leaves_of_its_grid_is_the_mean_colour() -> None:
+    data = encoded(Image.new("RGB", (64, 16), (0, 0, 255)))
+    processor = ImageProcessor(16, mean=(1.0, 0.0, 0.0), tiles=((2, 2),))
+    _, *tiles = processor.expand(Media(data))
+    for item in tiles:
+        pixels = processor(item).permute(1, 2, 0)
+        inner, outer = (pixels[12:], pixels[:12]) if item.tile and item.tile.row == 0 else (pixels[:4], pixels[4:])
+        assert (inner == torch.tensor([0, 0, 255])).all() and (outer == torch.tensor([255, 0, 0])).all()
+
+
+@pytest.mark.parametrize("size", [(199, 1), (1, 199), (1, 1), (2000, 10)])
+def test_extreme_shapes_have_tiles_of_the_towers_size(size: tuple[int, int]) -> None:
+    processor = ImageProcessor(8, tiles=((4, 1), (1, 4), (2, 2)))
+    assert all(processor(item).shape == (3, 8, 8) for item in processor.expand(Media(encoded(picture(*size)))))
+
+
+def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vlm_tune.data import images
+
+    path, decoded = tmp_path / "a.png", []
+
+    def counted(data: bytes, name: str) -> Image.Image:
+        decoded.append(name)
+        return decode_image(data, name)
+
+    monkeypatch.setattr(images, "decode_image", counted)
+    processor = ImageProcessor(8, tiles=((2, 2),))
+    path.write_bytes(encoded(picture()))
+    items = processor.expand(Media(path))
+    assert len(items) == 5
+    before = [processor(item) for item in items]
+    assert len(decoded) == 1
+    # A file that changed is another image.
+    path.write_bytes(encoded(picture().transpose(Image.Transpose.ROTATE_180)))
+    assert not any(torch.equal(processor(item), old) for item, old in zip(items, before, strict=True))
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_size_is_the_shown_one_and_nothing_is_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(picture(40, 30), kind, **({} if kind in ("BMP", "GIF") else {"exif": exif}))
+        path = tmp_path / f"{orientation}"
+        path.write_bytes(b"before" + data + b"after")
+        shown[orientation] = decode_image(data).size, data, Slice(path, 6, len(data))
+    from PIL import ImageFile
+
+    def load(self: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    for size, data, part in shown.values():
+        assert image_size(Media(data)) == image_size(Media(part)) == size
+    assert {size for size, _, _ in shown.values()} == ({(40, 30)} if kind in ("BMP", "GIF") else {(40, 30), (30, 40)})
+
+
+def test_a_size_that_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png: can't be"):
+        image_size(Media(tmp_path / "gone.png"))
+    with pytest.raises(DataError, match=r"gone\.png: can't be read"):
+        ImageProcessor(8)(Media(tmp_path / "gone.png"))
+    with pytest.raises(DataError, match="not an image"):
+        image_size(Media(b"<html>"))
+    with pytest.raises(DataError, match="pixels"):
+        image_size(Media(png_header(30_000, 30_000)))

@@ -1,11 +1,10 @@
-"""Layouts: labels are the trained segments, user text makes no control token, branches are the rows they came from."""
+"""Layouts: labels are the trained segments, and user text makes no control token."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from chat_samples import IMAGE, IMAGE_SLOTS, LAYOUTS, Kind, processor, tokenizer, turns
 from hypothesis import given, settings
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from vlm_tune.data.template import load_template
-from vlm_tune.data.tokens import TextEncoder, branch_layout, causal_layout
-from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Media, Message, Segment
+from vlm_tune.data.tokens import TextEncoder, causal_layout
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Message, Segment
 from vlm_tune.errors import DataError
 
 MARKS = ("<image>", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<|start_header_id|>", "<pad>", "<unk>", "<", "</")
@@ -81,7 +80,7 @@ def test_labels_are_exactly_the_trained_segments(name: str, layout: Any, convers
     else:
         (example,) = examples
         trained = example.labels != IGNORE_INDEX
-        assert (example.labels[trained] == example.input_ids[trained]).all()
+        assert (example.labels[:-1][trained[:-1]] == example.input_ids[1:][trained[:-1]]).all() and trained[-1]
         said, spans = example.labels[trained].tolist(), []
         while said:
             cut = said.index(end[0])
@@ -121,16 +120,17 @@ def test_a_decoders_answer_is_the_same_with_and_without_the_formats_space(kind: 
 
 def test_text_inside_a_text_gets_no_prefix_of_its_own() -> None:
     for kind in ("unigram", "metaspace_always", "prepend", "metaspace_first", "t5"):
-        encoder = TextEncoder(tokenizer("flan", kind))  # type: ignore[arg-type]
-        show = encoder.tokenizer.convert_ids_to_tokens
+        tokens = tokenizer("flan", kind)  # type: ignore[arg-type]
+        encoder, show = TextEncoder(tokens), tokens.convert_ids_to_tokens
         assert "".join(show(encoder.text("is red"))) == "\u2581is\u2581red"
         assert "".join(show(encoder.text("is red", "text"))) == "is\u2581red", kind
         assert "".join(show(encoder.text(" is red", "text"))) == "\u2581is\u2581red", kind
         if kind != "t5":
             assert show(encoder.text(" ", "text")) == ["\u2581"], kind
-    first = TextEncoder(tokenizer("flan", "metaspace_first"))
-    assert first.tokenizer.convert_ids_to_tokens(first.text("a", "control")) == ["a"]
-    assert "".join(first.tokenizer.convert_ids_to_tokens(first.text("a"))) == "\u2581a"
+    tokens = tokenizer("flan", "metaspace_first")
+    first = TextEncoder(tokens)
+    assert tokens.convert_ids_to_tokens(first.text("a", "control")) == ["a"]
+    assert "".join(tokens.convert_ids_to_tokens(first.text("a"))) == "\u2581a"
 
 
 def test_a_templates_token_that_is_no_special_one_is_kept_out_of_text_too() -> None:
@@ -153,103 +153,6 @@ def test_a_missing_control_token_names_the_token_and_the_cure() -> None:
 def test_a_format_for_decoders_is_refused_for_an_encoder_decoder() -> None:
     with pytest.raises(DataError, match="'chatml' is for causal models, this one is seq2seq"):
         processor("chatml", "bytes", "seq2seq")
-
-
-# --- branches --------------------------------------------------------------------------------------------------------
-
-
-def row(ids: list[int], labels: list[int], *, media: tuple[Media, ...] = (), slots: int = 0, name: str = "r") -> Example:
-    """`slots` image slots, then `ids`; a label of 0 is no label."""
-    return Example(
-        name,
-        np.array([9] * slots + ids, dtype=np.int32),
-        np.array([IGNORE_INDEX] * slots + [label or IGNORE_INDEX for label in labels], dtype=np.int32),
-        np.array([True] * slots + [False] * len(ids)),
-        media,
-    )
-
-
-def branches_of(joined: Example) -> list[tuple[list[int], list[int], list[int]]]:
-    """Each branch with its prefix, as the row it stands for: ids, labels, positions."""
-    assert joined.branches is not None and joined.positions is not None
-    found = []
-    for branch in range(1, int(joined.branches.max()) + 1):
-        keep = (joined.branches == 0) | (joined.branches == branch)
-        found.append((joined.input_ids[keep].tolist(), joined.labels[keep].tolist(), joined.positions[keep].tolist()))
-    return found
-
-
-def test_rows_of_one_image_become_a_prefix_and_branches() -> None:
-    rows = [row([1, 5, 6], [0, 0, 6], media=(IMAGE,), slots=2), row([1, 7, 8, 9], [0, 0, 8, 9], media=(IMAGE,), slots=2, name="s")]
-    (joined,) = branch_layout(rows)
-    assert joined.branches is not None and joined.positions is not None
-    assert joined.input_ids.tolist() == [9, 9, 1, 5, 6, 7, 8, 9]
-    assert joined.branches.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert joined.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
-    assert joined.labels.tolist() == [-100, -100, -100, -100, 6, -100, 8, 9]
-    assert joined.image_mask.tolist() == [True, True] + [False] * 6
-    assert joined.media == (IMAGE,) and joined.questions == 2
-
-
-def test_a_trained_first_token_moves_the_boundary_back() -> None:
-    """The first token of a branch has no predecessor in the joined row that could predict it."""
-    rows = [row([1, 2, 5], [0, 0, 5], media=(IMAGE,), slots=2), row([1, 2, 6], [0, 0, 6], media=(IMAGE,), slots=2)]
-    (joined,) = branch_layout(rows)
-    assert joined.branches is not None
-    assert joined.branches.tolist() == [0, 0, 0, 1, 1, 2, 2]
-    assert joined.input_ids.tolist() == [9, 9, 1, 2, 5, 2, 6]
-    assert joined.labels.tolist() == [-100, -100, -100, -100, 5, -100, 6]
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [row([1, 5], [0, 5], media=(IMAGE,), slots=2)],
-        [row([1, 5], [0, 5], media=(IMAGE,), slots=2), row([1, 6], [0, 6], media=(Media(b"two"),), slots=2)],
-        [row([1, 5], [0, 5]), row([2, 6], [0, 6])],
-    ],
-    ids=["alone", "other image", "no common prefix"],
-)
-def test_rows_that_share_nothing_come_back_unchanged(rows: list[Example]) -> None:
-    assert branch_layout(rows) == rows
-
-
-def test_an_image_that_is_not_in_the_common_prefix_stays_in_its_row() -> None:
-    late = [
-        Example("l", np.array([1, n, 9, 9, 5]), np.array([-100, -100, -100, -100, 5]), np.array([0, 0, 1, 1, 0], dtype=bool), (IMAGE,))
-        for n in (2, 3)
-    ]
-    assert branch_layout(late) == late
-
-
-@given(
-    st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    st.lists(
-        st.tuples(st.lists(st.integers(1, 3), max_size=4), st.lists(st.integers(1, 3), min_size=1, max_size=3)), min_size=2, max_size=5
-    ),
-)
-@settings(max_examples=100, deadline=None)
-def test_every_branch_with_its_prefix_is_the_row_it_came_from(prefix: list[int], rest: list[tuple[list[int], list[int]]]) -> None:
-    rows = [row([*prefix, *question, *answer], [0] * len(prefix + question) + answer, media=(IMAGE,), slots=2) for question, answer in rest]
-    joined = branch_layout(rows)
-    if len(joined) > 1:
-        assert joined == rows
-        return
-    expected = [(r.input_ids.tolist(), r.labels.tolist(), list(range(len(r.input_ids)))) for r in rows]
-    assert branches_of(joined[0]) == expected
-    assert joined[0].supervised == sum(r.supervised for r in rows)
-    assert joined[0].branches is not None
-    assert (joined[0].branches == 0).sum() >= 2
-    first_of_branch = np.flatnonzero(np.diff(joined[0].branches)) + 1
-    assert (joined[0].labels[first_of_branch] == IGNORE_INDEX).all()
-
-
-def test_branches_of_a_real_format_share_system_text_and_image() -> None:
-    made = processor("smollm2", "bytes", "causal")
-    rows = [made.examples(Conversation(q, turns(q, "yes", image=True)))[0] for q in ("one?", "only?", "two?")]
-    (joined,) = branch_layout(rows)
-    assert branches_of(joined) == [(r.input_ids.tolist(), r.labels.tolist(), list(range(len(r.input_ids)))) for r in rows]
-    assert joined.image_mask.sum() == IMAGE_SLOTS and len(joined.input_ids) < sum(len(r.input_ids) for r in rows) - 100
 
 
 def test_a_segment_list_of_media_only_gives_slots_only() -> None:

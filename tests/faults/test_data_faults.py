@@ -1,11 +1,14 @@
-"""Faults 9 to 13, 15, 16, 21 and 22 of the list: bad data is named by source and row, and never trained on silently."""
+"""Faults 9 to 13, 15 to 22 of the list: bad data is named by source and row, and never trained on silently."""
 
 from __future__ import annotations
 
 import io
 import json
+import pickle
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small import cli, examples_of, parsed, png, prepare_rows
 
-from vlm_tune.config import DataSection, LlavaSource, MessagesSource
+from vlm_tune.checking.checker import check
+from vlm_tune.config import DataSection, FileSource, WebDatasetSource
 from vlm_tune.data.images import ImageProcessor, decode_image
-from vlm_tune.data.prepare import prepare, read_conversations
+from vlm_tune.data.plan import Plan, Sizes
+from vlm_tune.data.prepare import conversations
 from vlm_tune.data.processor import Processor
-from vlm_tune.data.sources.registry import read_sources
-from vlm_tune.data.sources.rows import BadRows
+from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.template import load_template, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, InputSpec, Media, Message
 from vlm_tune.errors import DataError
@@ -30,15 +35,16 @@ from vlm_tune.resources import resource_names
 GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}
 
 
-def messages_source(path: Path, **options: Any) -> MessagesSource:
-    return MessagesSource(kind="messages", path=str(path), **options)
+def messages_source(path: Path, **options: Any) -> FileSource:
+    return FileSource(kind="file", path=str(path), **{"form": "messages", **options})
 
 
-def read(path: Path, *, skip: bool = False, cap: int = 100, kind: str = "messages") -> tuple[list[Conversation], list[DataError]]:
-    source = messages_source(path) if kind == "messages" else LlavaSource(kind="llava", path=str(path))
+def read(path: Path, *, skip: bool = False, cap: int = 100, form: str = "messages") -> tuple[list[Conversation], list[DataError]]:
+    source = messages_source(path, form=form)
     policy: Any = "skip" if skip else "fail"
     data = DataSection(train=[source], template="chatml", on_bad_row=policy, max_bad_rows=cap)
-    return read_conversations(data, data.train, 0)
+    bad = [row for row in read_all([open_source(source, seed=0)]) if isinstance(row, DataError)] if skip else []
+    return list(conversations(data, data.train, 0)), bad
 
 
 def processor(name: str, *, max_length: int = 2048) -> Processor:
@@ -117,8 +123,8 @@ turns_like = st.lists(
 def test_fault_09_whatever_a_row_holds_it_is_a_conversation_or_a_named_row(tmp_path: Path, row: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
-    for kind in ("messages", "llava"):
-        rows, bad = read(path, skip=True, kind=kind)
+    for form in ("messages", "llava"):
+        rows, bad = read(path, skip=True, form=form)
         assert len(rows) + len(bad) == 2
         assert all(error.row in (1, 2) and error.source == str(path) for error in bad)
 
@@ -143,7 +149,8 @@ BAD_TURNS = {
     "system only": ([turn("system", "s")], "no turns"),
     "none": ([], "no list `messages`"),
     "a number": (5, "no list `messages`"),
-    "unknown part": ([turn("user", [{"type": "video"}]), turn("assistant", "a")], "a part is of type text or image, got 'video'"),
+    "unknown part": ([turn("user", [{"type": "audio"}]), turn("assistant", "a")], "got 'audio'"),
+    "video without a video": ([turn("user", [{"type": "video"}]), turn("assistant", "a")], "more video parts than videos"),
 }
 
 
@@ -170,7 +177,7 @@ def test_fault_11_images_and_places_are_counted_per_sample(tmp_path: Path) -> No
     path = tmp_path / "rows.jsonl"
     # Two marks and one image, then none and one: equal over the batch, wrong in each sample.
     path.write_text("\n".join(json.dumps(llava(marks)) for marks in (2, 0, 1)))
-    rows, bad = read(path, skip=True, kind="llava")
+    rows, bad = read(path, skip=True, form="llava")
     assert [row.id for row in rows] == ["rows:3:3"] and [error.row for error in bad] == [1, 2]
     assert "more <image> marks than images" in str(bad[0]) and "fewer <image> marks" in str(bad[1])
     path.write_text("\n".join(json.dumps(parts(places)) for places in (2, 1)))
@@ -198,26 +205,41 @@ def test_fault_12_control_tokens_in_users_texts_are_plain_text(name: str) -> Non
     assert nasty in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
 
 
-def test_fault_13_a_row_without_a_supervised_token_is_dropped_and_counted_or_an_error() -> None:
-    made = processor("chatml")
-    silent = Conversation("silent", (Message("user", ("only a question",)),))
-    good = Conversation("good", (Message("user", ("q",)), Message("assistant", ("a",))))
-    with pytest.raises(DataError, match="row silent: no token of it is supervised"):
-        prepare([good, silent], DataSection(train=[messages_source(Path("x"))], template="chatml"), made)
-    skipping = DataSection(train=[messages_source(Path("x"))], template="chatml", on_bad_row="skip")
-    prepared = prepare([good, silent], skipping, made)
-    assert [group[0].id for group in prepared.groups] == ["good"] and len(prepared.dropped) == 1
-    assert all((example.labels != IGNORE_INDEX).any() for group in prepared.groups for example in group)
+@pytest.mark.parametrize("name", resource_names("data_templates/chat"))
+def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(tmp_path: Path, name: str) -> None:
+    row = Conversation("r", (Message("user", (png(), "what color is it?")), Message("assistant", ("red",))))
+    with pytest.raises(DataError, match=r"no row is left to train on, of 1; the first: .*row 1: \d+ tokens, more than data.max_length 8"):
+        prepare_rows(tmp_path / "rows.jsonl", [row], processor(name, max_length=8), overlong="drop")
+
+
+def test_fault_13_answers_that_are_all_context_train_nothing_and_are_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    rows = [GOOD, {"messages": turns}]
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no token of it is supervised"):
+        prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml"))
+    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml"), on_bad_row="skip")
+    assert len(prepared) == 1 and prepared.left_out == {"unsupervised": 1}
+    assert all(example.supervised for example in examples_of(prepared))
     with pytest.raises(DataError, match="no row is left to train on"):
-        prepare([silent], skipping, made)
+        prepare_rows(tmp_path / "rows.jsonl", rows[1:], processor("chatml"), on_bad_row="skip")
 
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
-def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(name: str) -> None:
-    row = Conversation("r", (Message("user", (Media(b""), "what color is it?")), Message("assistant", ("red",))))
-    section = DataSection(train=[messages_source(Path("x"))], template=name, max_length=8, overlong="drop")
-    with pytest.raises(DataError, match=r"no row is left to train on: 1 of 1 were dropped, the first: r: \d+ tokens"):
-        prepare([row], section, processor(name, max_length=8))
+def test_fault_14_image_slots_are_never_cut_whatever_the_limit(tmp_path: Path, name: str) -> None:
+    """A sweep across every boundary: a row is whole, shorter in its question's text, or left out and counted."""
+    row = Conversation("r", (Message("user", (png(), "what color is it " * 3)), Message("assistant", ("red",))))
+    whole = processor(name, max_length=999).examples(row)[0]
+    for limit in range(1, len(whole.input_ids) + 2, 3):
+        for overlong in ("drop", "split", "trim"):
+            try:
+                prepared = prepare_rows(tmp_path / "rows.jsonl", [row], processor(name, max_length=limit), overlong=overlong)
+            except DataError as error:
+                assert f"more than data.max_length {limit}" in error.message and len(whole.input_ids) > limit
+                continue
+            (example,) = examples_of(prepared)
+            assert len(example.input_ids) <= limit and example.image_mask.sum() == whole.image_mask.sum()
+            assert example.labels[example.labels != IGNORE_INDEX].tolist() == whole.labels[whole.labels != IGNORE_INDEX].tolist()
+            assert overlong == "trim" or example.input_ids.tolist() == whole.input_ids.tolist()
 
 
 TEMPLATE = "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: prompt}]\nassistant: [%s]\n"
@@ -273,6 +295,119 @@ def test_fault_16_paths_that_leave_the_image_root_are_refused(tmp_path: Path) ->
     assert all("lies outside the image root" in str(error) for error in bad[:6])
 
 
+def shard(path: Path, members: list[tarfile.TarInfo]) -> list[Conversation | DataError]:
+    """What is read of a shard of a good sample, then these members with its bytes, then another good sample."""
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(picture, "PNG")
+    good = [tarfile.TarInfo(f"{stem}.{ending}") for stem in ("000", "zzz") for ending in ("png", "txt")]
+    with tarfile.open(path, "w") as archive:
+        for member in [*good[:2], *members, *good[2:]]:
+            content = picture.getvalue() if member.name.endswith("png") else b"a red square"
+            member.size = len(content) if member.isreg() else 0
+            archive.addfile(member, io.BytesIO(content))
+    return list(read_all([open_source(WebDatasetSource(kind="webdataset", path=str(path)), seed=0)]))
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        tarfile.TarInfo("../escape.png"),
+        tarfile.TarInfo("a/../../escape.png"),
+        tarfile.TarInfo("/etc/escape.png"),
+        tarfile.TarInfo("..\\escape.png"),
+        tarfile.TarInfo("C:/escape.png"),
+        special("link.png", tarfile.SYMTYPE, "/etc/passwd"),
+        special("hard.png", tarfile.LNKTYPE, "000.png"),
+        special("device.png", tarfile.CHRTYPE),
+        special("../folder", tarfile.DIRTYPE),
+    ],
+    ids=lambda member: f"{member.type.decode()} {member.name}",
+)
+def test_fault_17_a_shard_that_links_or_leads_out_is_refused_by_member(tmp_path: Path, member: tarfile.TarInfo) -> None:
+    before, refused, after = shard(tmp_path / "shard.tar", [member])
+    assert isinstance(before, Conversation) and isinstance(after, Conversation) and after.row == 3
+    assert isinstance(refused, DataError) and refused.row == 2 and repr(member.name) in str(refused)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard.tar"]
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pickle", "pyd", "pt", "pth", "PKL", "features.pth", "pkl.gz"])
+def test_fault_18_pickles_in_a_shard_are_refused_and_never_read(tmp_path: Path, ending: str) -> None:
+    path, touched = tmp_path / "shard.tar", tmp_path / "touched"
+    pickle.loads(pickle.dumps(Payload(touched)))
+    assert touched.exists()  # the payload works
+    touched.unlink()
+    data = pickle.dumps(Payload(touched))
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("000.txt", b"a caption"), (f"000.{ending}", data)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (refused,) = read_all([open_source(WebDatasetSource(kind="webdataset", path=str(path), form="caption"), seed=0)])
+    assert isinstance(refused, DataError) and f"'000.{ending}' is a pickle" in str(refused) and not touched.exists()
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_fault_19_an_image_or_row_of_train_that_is_scored_too_is_named(
+    tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str], part: str
+) -> None:
+    def row(question: str, image: str) -> str:
+        return json.dumps({"messages": [turn("user", question), turn("assistant", "red")], "images": [image]}) + "\n"
+
+    (tmp_path / "renamed.png").write_bytes((tmp_path / "blue.png").read_bytes())
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "own.png")
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text(row("of its own?", "own.png") + row("another question?", "renamed.png") + row("What  color is it?", "red.png"))
+    sources = [{"kind": "file", "path": str(scored)}]
+    other = "test" if part == "validation" else "validation"
+    found = check(parsed(tiny_recipe("causal"), **{f"data__{part}": sources, f"data__{other}": []}))
+    assert [(error.source, error.row, error.kind) for error in found.errors] == [
+        (str(scored), 3, "leak_row"),
+        (str(scored), 2, "leak_image"),
+    ]
+    assert all(f"of {color_rows}" in error.message for error in found.errors) and found.exit_code == 3
+
+
+def test_fault_20_fewer_rows_than_a_global_batch_are_told_and_than_processes_refused(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(GOOD) + "\n")
+    sources = [{"kind": "file", "path": str(tmp_path / "one.jsonl")}]
+    recipe = parsed(tiny_recipe("causal"), data__train=sources, data__validation=[], train__gradient_accumulation=2)
+    (warning,) = check(recipe).warnings
+    assert warning.kind == "few_rows" and warning.message.startswith("1 rows an epoch, fewer than one global batch of 8")
+    prepared = prepare_rows(tmp_path / "rows.jsonl", [GOOD], processor("chatml"))
+    assert len(Plan(prepared, prepared.data, Sizes(4), 0).epoch(0)) == 1
+    with pytest.raises(DataError, match="1 rows an epoch for 2 processes") as caught:
+        Plan(prepared, prepared.data, Sizes(4, ranks=2), 0)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.slow
+def test_fault_20_sft_with_more_processes_than_rows_names_both_numbers(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(GOOD) + "\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny_recipe("causal"))
+    options = ["--set", f"data.train=[{{kind: file, path: {tmp_path / 'one.jsonl'}}}]", "--set", "data.validation=[]"]
+    assert "model:" in cli("sft", str(path), *options, "--set", f"output={tmp_path / 'alone'}")
+    said = cli("sft", str(path), *options, "--json", ranks=2, code=1)  # torchrun's own code for a process that failed
+    assert '"error": "DataError"' in said and "1 rows an epoch for 2 processes" in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_fault_21_a_cut_image_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     stream = io.BytesIO()
@@ -308,6 +443,7 @@ def test_fault_22_a_pixel_bomb_is_refused_before_a_byte_of_it_is_inflated(monkey
 def test_the_bad_rows_of_one_source_do_not_hide_those_of_the_next(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text("{\n" + json.dumps(GOOD) + "\n")
-    bad = BadRows(skip=True, cap=2)
-    rows = read_sources([messages_source(tmp_path / f"{name}.jsonl") for name in ("one", "two")], seed=0, bad=bad)
-    assert [row.id for row in rows] == ["one:2:2", "two:2:2"] and [Path(error.source).stem for error in bad.found] == ["one", "two"]
+    readers = [open_source(messages_source(tmp_path / f"{name}.jsonl"), seed=0) for name in ("one", "two")]
+    found = list(read_all(readers))
+    rows, bad = [row for row in found if isinstance(row, Conversation)], [error for error in found if isinstance(error, DataError)]
+    assert [row.id for row in rows] == ["one:2:2", "two:2:2"] and [Path(error.source).stem for error in bad] == ["one", "two"]

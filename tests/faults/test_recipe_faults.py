@@ -24,7 +24,7 @@ model:
   tower: {kind: transformers, name: clip}
   llm: {kind: causal, name: llama}
 data:
-  train: [{kind: messages, path: rows.jsonl}]
+  train: [{kind: file, path: rows.jsonl}]
   template: chatml
 tune:
   - {match: "*", how: full}
@@ -55,7 +55,7 @@ model:
   tower: {{kind: transformer, name: clip}}
   llm: {{kind: causal, name: llama, load_in_4bit: true}}
 data:
-  train: [{{kind: messages, path: rows.jsonl}}]
+  train: [{{kind: file, path: rows.jsonl}}]
   template: chatml
   max_length: long
 tune:

@@ -13,7 +13,8 @@ from PIL import Image
 from small import assert_close, built, one_step, parsed, rows_of, tensors_of, with_tower
 
 from vlm_tune.api import sft
-from vlm_tune.model.features import cache_folder, tower_features
+from vlm_tune.model.features import tower_features
+from vlm_tune.resources import cache_folder
 
 
 def media_of(recipe: Any) -> list[Any]:
@@ -33,7 +34,7 @@ def test_a_step_is_the_same(kind: str, tiny_recipe: Callable[..., str], tmp_path
 def test_a_run_is_the_same(tiny_recipe: Callable[..., str]) -> None:
     runs = [sft(parsed(tiny_recipe("causal", output=f"run{on}"), train__cache_features=on, evaluate__samples=0)) for on in (True, False)]
     cached, plain = (tensors_of(run.folder / "model") for run in runs)
-    assert list(cache_folder().glob("*.npy"))
+    assert list(cache_folder("features").glob("*.npy"))
     assert_close(cached, plain)
 
 
@@ -54,7 +55,7 @@ def test_what_is_read_back_is_what_was_computed(dtype: torch.dtype, tiny_recipe:
         assert torch.equal(first(item), again(item))
         assert torch.allclose(first(item), expected[item], atol=1e-6 if dtype == torch.float32 else 2e-2)
     assert len({float(first(item).float().sum()) for item in media}) == 4
-    assert len(list(cache_folder().glob("*.npy"))) == 1
+    assert len(list(cache_folder("features").glob("*.npy"))) == 1
 
 
 def test_other_weights_images_or_grids_have_their_own_cache(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -90,5 +91,5 @@ def test_other_feature_maps_of_one_backbone_have_their_own_cache(tiny_recipe: Ca
 @pytest.mark.slow
 def test_a_tower_that_trained_in_bf16_is_scored_on_the_test_part(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
     text = tiny_recipe("seq2seq", precision="bf16").replace('"tower.*", how: frozen', '"tower.*", how: full')
-    run = sft(parsed(text, data__test=[{"kind": "messages", "path": str(color_rows)}]))
+    run = sft(parsed(text, data__test=[{"kind": "file", "path": str(color_rows)}]))
     assert run.result["n"] == 8

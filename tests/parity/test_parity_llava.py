@@ -52,9 +52,9 @@ def their_logits(theirs: Any, ours: VisionLanguageModel, examples: list[Any]) ->
     assert batch.pixels is not None
     pixels = batch.pixels.float() * ours.tower.scale - ours.tower.offset
     ids = batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id)
-    output = theirs(input_ids=ids, pixel_values=pixels[batch.media_index], attention_mask=batch.attention_mask.long(), labels=batch.labels)
-    supervised = batch.labels[:, 1:] != IGNORE_INDEX
-    return output.logits[:, :-1][supervised].float(), output.loss
+    logits = theirs(input_ids=ids, pixel_values=pixels[batch.media_index], attention_mask=batch.attention_mask.long()).logits.float()
+    loss = theirs.loss_function(logits, None, theirs.config.text_config.vocab_size, shift_labels=batch.labels)
+    return logits[batch.labels != IGNORE_INDEX], loss
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_logits_equal_llava(pair: tuple[VisionLanguageModel, Any, list[Any]]) ->
     ours, theirs, examples = pair
     batch = batch_of(ours, examples)
     assert int(batch.image_mask.sum()) == 4 * len(examples)
-    logits = ours.llm.supervised_logits(ours.embed(batch), batch.attention_mask, batch.labels)
+    logits = ours.llm.supervised_logits(ours.embed(batch), batch)
     expected, loss = their_logits(theirs, ours, examples)
     assert logits.shape == expected.shape
     assert largest(logits, expected) <= 1e-5
@@ -78,7 +78,7 @@ def test_llava_weights_copied_into_ours(pair: tuple[VisionLanguageModel, Any, li
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     batch = batch_of(ours, examples)
     expected, _ = their_logits(theirs, ours, examples)
-    before = ours.llm.supervised_logits(ours.embed(batch), batch.attention_mask, batch.labels)
+    before = ours.llm.supervised_logits(ours.embed(batch), batch)
     assert largest(before, expected) > 1e-2
     projector = theirs.model.multi_modal_projector.state_dict()
     names = {"linear_1": "layers.0", "linear_2": "layers.2"}
@@ -88,7 +88,7 @@ def test_llava_weights_copied_into_ours(pair: tuple[VisionLanguageModel, Any, li
     tower: Any = ours.tower
     known = tower.model.state_dict()
     tower.model.load_state_dict({key: value for key, value in theirs.model.vision_tower.state_dict().items() if key in known})
-    after = ours.llm.supervised_logits(ours.embed(batch), batch.attention_mask, batch.labels)
+    after = ours.llm.supervised_logits(ours.embed(batch), batch)
     assert largest(after, expected) <= 1e-5
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, with_llm
+from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, unshifted, with_llm
 
 from vlm_tune.config import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
@@ -46,7 +46,7 @@ def test_t5_loss_equals_transformers(tiny_recipe: Callable[..., str], tmp_path: 
     found: Any = ours(batch)
     expected = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels)
     assert float(found.sum) / found.count == pytest.approx(float(expected.loss), abs=1e-5)
-    logits = ours.llm.supervised_logits(ours.embed(batch), batch.attention_mask, batch.labels)
+    logits = ours.llm.supervised_logits(ours.embed(batch), batch)
     assert largest(logits, expected.logits[batch.labels != -100]) <= 1e-5
 
 
@@ -60,7 +60,9 @@ def test_causal_loss_equals_transformers(tiny_recipe: Callable[..., str], tmp_pa
     theirs = LlamaForCausalLM.from_pretrained(folder).eval()
     batch = batch_of(ours, text_examples(ours.processor))
     found: Any = ours(batch)
-    expected = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels)
+    own = unshifted(batch.labels)
+    ids = torch.nn.functional.pad(batch.input_ids, (0, 1)).where(own == -100, own)
+    expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=own)
     assert float(found.sum) / found.count == pytest.approx(float(expected.loss), abs=1e-5)
 
 

@@ -15,7 +15,7 @@ from vlm_tune import VisionLanguageModel
 STAGES = """
 stages:
   - name: base
-    data: {{train: [{{kind: messages, path: {wrong}}}]}}
+    data: {{train: [{{kind: file, path: {wrong}}}]}}
     train: {{steps: 80}}
   - name: instruct
     tune:
@@ -71,7 +71,7 @@ def test_lora_learns_merges_and_chats(kind: str, tiny_recipe: Callable[..., str]
     wrong = color_rows.read_text().replace('"content": "red"', '"content": "none"').replace('"content": "blue"', '"content": "red"')
     (tmp_path / "wrong.jsonl").write_text(wrong.replace('"content": "no"', '"content": "yes"'))
     text = long_enough(tiny_recipe(kind), kind) + STAGES.format(wrong=tmp_path / "wrong.jsonl")
-    test = f"  test: [{{kind: messages, path: {color_rows}}}]\n  template:"
+    test = f"  test: [{{kind: file, path: {color_rows}}}]\n  template:"
     (tmp_path / "recipe.yaml").write_text(text.replace("  template:", test))
     done = json.loads(cli("sft", str(tmp_path / "recipe.yaml"), "--json").splitlines()[-1])
     assert (done["accuracy"], done["n"]) == (1.0, 8)

@@ -15,54 +15,68 @@ if TYPE_CHECKING:
 Fetch = Callable[[Media], "torch.Tensor"]
 """Gives the pixels uint8[3, H, W] or the features [N, D] of a media item."""
 
+FetchFor = Callable[[Media, str], "torch.Tensor"]
+"""Gives the pixels of a media item as the sample of that id shows it."""
+
 
 def collate(
     examples: Sequence[Example],
     spec: InputSpec,
     *,
     fetch: Fetch | None = None,
+    fetch_for: FetchFor | None = None,
+    owners: Sequence[str] | None = None,
     cached: bool = False,
     pad_left: bool = False,
 ) -> Batch:
     """A batch of rows; media that rows share come once, from `fetch`, which gives features if `cached`.
 
-    `pad_left` is for generation with a decoder. `positions` and `branches` are there if any row is branched.
+    With `fetch_for` they come once for each of the rows' `owners` instead: the samples that images are changed for.
+    `pad_left` is for generation with a decoder. `positions`, `ends`, `samples` and `label_samples` are there if any
+    row was joined of several.
     """
     import torch
 
     rows, length = len(examples), max(len(example.input_ids) for example in examples)
-    input_ids = np.full((rows, length), spec.pad_id, dtype=np.int64)
-    attention = np.zeros((rows, length), dtype=bool)
-    slots = np.zeros((rows, length), dtype=bool)
-    branched = any(example.branches is not None for example in examples)
-    positions = np.zeros((rows, length), dtype=np.int64) if branched else None
-    branches = np.zeros((rows, length), dtype=np.int64) if branched else None
-    width = length if spec.layout == "causal" else max(max(len(example.labels) for example in examples), 1)
-    labels = np.full((rows, width), IGNORE_INDEX, dtype=np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        place = slice(length - size, length) if pad_left else slice(0, size)
-        input_ids[row, place] = example.input_ids
-        attention[row, place] = True
-        slots[row, place] = example.image_mask
-        labels[row, place if spec.layout == "causal" else slice(0, len(example.labels))] = example.labels
-        if positions is not None and branches is not None:
-            positions[row, place] = np.arange(size) if example.positions is None else example.positions
-            branches[row, place] = 0 if example.branches is None else example.branches
-    distinct: dict[Media, int] = {}
-    index = [distinct.setdefault(media, len(distinct)) for example in examples for media in example.media]
-    items = torch.stack([fetch(media) for media in distinct]) if distinct and fetch else None
+    causal = spec.layout == "causal"
+    width = length if causal else max(max(len(example.labels) for example in examples), 1)
+    sizes = [len(example.input_ids) for example in examples]
+    inputs = [slice(length - size, length) if pad_left else slice(0, size) for size in sizes]
+    outputs = inputs if causal else [slice(0, len(example.labels)) for example in examples]
+
+    def padded(values: Sequence[np.ndarray | int], places: Sequence[slice], across: int, fill: int | bool) -> torch.Tensor:
+        found = np.full((rows, across), fill, dtype=bool if isinstance(fill, bool) else np.int64)
+        for row, (value, place) in enumerate(zip(values, places, strict=True)):
+            found[row, place] = value
+        return torch.from_numpy(found)
+
+    joined: dict[str, torch.Tensor] = {}
+    if any(example.ends is not None for example in examples):
+        shift = [place.start for place in inputs]
+        positions = [np.arange(size) if e.positions is None else e.positions for e, size in zip(examples, sizes, strict=True)]
+        ends = [(size if e.ends is None else e.ends) + start for e, size, start in zip(examples, sizes, shift, strict=True)]
+        joined |= {"positions": padded(positions, inputs, length, 0), "ends": padded(ends, inputs, length, 0)}
+    if any(example.samples is not None for example in examples):
+        joined["samples"] = padded([0 if e.samples is None else e.samples for e in examples], inputs, length, -1)
+        joined["label_samples"] = padded([0 if e.label_samples is None else e.label_samples for e in examples], outputs, width, -1)
+    distinct: dict[tuple[Media, str], int] = {}
+    shown = zip(examples, owners or [""] * rows, strict=True)
+    index = [distinct.setdefault((media, owner), len(distinct)) for example, owner in shown for media in example.media]
+    if fetch_for:
+        items = [fetch_for(media, owner) for media, owner in distinct]
+    else:
+        items = [fetch(media) for media, _ in distinct] if fetch else []
+    stacked = torch.stack(items) if items else None
     return Batch(
         ids=[example.id for example in examples],
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention),
-        image_mask=torch.from_numpy(slots),
-        labels=torch.from_numpy(labels),
+        input_ids=padded([example.input_ids for example in examples], inputs, length, spec.pad_id),
+        attention_mask=padded([1] * rows, inputs, length, False),
+        image_mask=padded([example.image_mask for example in examples], inputs, length, False),
+        labels=padded([example.labels for example in examples], outputs, width, IGNORE_INDEX),
         media_index=torch.tensor(index, dtype=torch.int64),
-        pixels=None if cached else items,
-        features=items if cached else None,
-        positions=None if positions is None else torch.from_numpy(positions),
-        branches=None if branches is None else torch.from_numpy(branches),
+        pixels=None if cached else stacked,
+        features=stacked if cached else None,
         categories=[example.category for example in examples],
         questions=sum(example.questions for example in examples),
+        **joined,
     )

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.recipe_yaml import read_yaml
 from vlm_tune.resources import find_resource, resource_names
 
-FIELDS = {"vqa": {"question", "answer"}, "caption": {"caption"}, "classify": {"choices", "label"}}
+FIELDS = {
+    "vqa": {"question", "answer"},
+    "caption": {"caption"},
+    "classify": {"choices", "label"},
+    "retrieval": {"candidates", "answer"},
+    "ocr": {"text"},
+    "translate": {"text", "source_language", "target_language", "translation"},
+}
+OPTIONAL = {"translate": {"text", "source_language"}}
+"""Fields that a row may lack: a prompt is drawn from those that use what the row has, and as much of it as any does."""
+
+Task = Literal["vqa", "caption", "classify", "retrieval", "ocr", "translate"]
 
 
 class Instructions(BaseModel):
@@ -22,21 +33,39 @@ class Instructions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    task: Literal["vqa", "caption", "classify"]
+    task: Task
     language: str
     prompts: Annotated[list[str], Field(min_length=1)]
     answer: str
     system: str | None = None
 
-    def conversation(self, row_id: str, media: Media, values: Mapping[str, str], *, seed: int, category: str = "") -> Conversation:
-        """The row as a user turn with its image first and an assistant turn; the phrasing is drawn from (seed, row id)."""
-        draw = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
-        prompt = self.prompts[int.from_bytes(draw, "big") % len(self.prompts)]
+    def messages(self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int) -> list[Message]:
+        """The row as a user turn, its media first, and an assistant turn; the phrasing is drawn from (seed, row id).
+
+        Raises `DataError` if no phrasing does with the fields that the row has.
+        """
+        prompts = self._fitting(values)
+        draw = hashlib.blake2b(f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        prompt = prompts[int.from_bytes(draw, "big") % len(prompts)]
         # format_map reads each field once, so braces inside a question are left as they are.
-        messages = [Message("user", (media, prompt.format_map(values))), Message("assistant", (self.answer.format_map(values),))]
+        messages = [Message("user", (*media, prompt.format_map(values))), Message("assistant", (self.answer.format_map(values),))]
         if self.system:
             messages.insert(0, Message("system", (self.system,)))
-        return Conversation(row_id, tuple(messages), category)
+        return messages
+
+    def _fitting(self, values: Mapping[str, str]) -> list[str]:
+        """The phrasings for rows with these fields."""
+        optional = OPTIONAL.get(self.task, set())
+        used = [fields_of(prompt) & optional for prompt in self.prompts]
+        most = max((len(fields) for fields in used if fields <= values.keys()), default=None)
+        if most is None:
+            raise DataError(f"no prompt of the set does without {', '.join(sorted(optional - values.keys()))}")
+        return [prompt for prompt, fields in zip(self.prompts, used, strict=True) if fields <= values.keys() and len(fields) == most]
+
+
+def fields_of(text: str) -> set[str]:
+    """The names in braces. Raises `ValueError` for a lone brace."""
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
 def load_instructions(name: str, task: str) -> Instructions:
@@ -59,7 +88,7 @@ def load_instructions(name: str, task: str) -> Instructions:
         raise DataError(f"is a prompt set for {found.task}, the source gives {task} rows", source=str(path))
     for text in [*found.prompts, found.answer]:
         try:
-            unknown = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None} - FIELDS[task]
+            unknown = fields_of(text) - FIELDS[task]
         except ValueError as error:
             raise DataError(f"{text!r}: {error} (a brace of the text itself is written twice)", source=str(path)) from None
         if unknown:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from vlm_tune.data.images import ImageProcessor
-from vlm_tune.data.template import ChatTemplate
+from vlm_tune.data.template import ChatTemplate, load_template
 from vlm_tune.data.tokens import LAYOUTS, TextEncoder
-from vlm_tune.data.types import Conversation, Example, InputSpec
+from vlm_tune.data.types import Conversation, Example, InputSpec, Media
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,15 +39,48 @@ class Processor:
         for name in self.template.control_tokens:
             self.encoder.control(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that prepare rows need no transformers: the tokenizer stays behind."""
+        return {**self.__dict__, "tokenizer": None}
+
+    def variant(self, template: str | None, system: str | None) -> Processor:
+        """This processor with another chat format or system text, where they are given."""
+        changes: dict[str, Any] = {"template": load_template(template)} if template is not None else {}
+        changes |= {"system": system} if system is not None else {}
+        return replace(self, **changes) if changes else self
+
+    def fingerprint(self) -> str:
+        """Changes when the examples it makes do."""
+        parts = (self.encoder.described(), self.template.model_dump_json(), self.spec, self.system, self.images.tiles, self.images.size)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
-        segments = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
+        segments = self.template.segments(self._tiled(conversation), prompt_only=prompt_only, system=self.system)
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
+
+    def _tiled(self, conversation: Conversation) -> Conversation:
+        """The conversation with the tiles of each image after it, where the tower takes tiles."""
+        if not self.images.tiles:
+            return conversation
+        try:
+            messages = tuple(
+                replace(
+                    message,
+                    parts=tuple(
+                        item for part in message.parts for item in (self.images.expand(part) if isinstance(part, Media) else (part,))
+                    ),
+                )
+                for message in conversation.messages
+            )
+        except DataError as error:
+            raise DataError(error.message, source=conversation.source, row=conversation.row or conversation.id, kind=error.kind) from None
+        return replace(conversation, messages=messages)
 
     def examples(self, conversation: Conversation) -> list[Example]:
         """Examples to train on. Raises `DataError` if none of a row's tokens is supervised."""
         found = self._lay_out(conversation, prompt_only=False)
         if any(example.supervised == 0 for example in found):
-            raise DataError("no token of it is supervised, it would train nothing", row=conversation.id)
+            raise DataError("no token of it is supervised, it would train nothing", row=conversation.id, kind="unsupervised")
         return found
 
     def prompt(self, conversation: Conversation) -> Example:

@@ -65,9 +65,11 @@ class ChatTemplate(BaseModel):
         out: list[Segment] = [s for piece in self.start for s in self._piece(piece, None)]
         for message in messages:
             if message.role not in ROLES:
-                raise DataError(f"the role {message.role!r} is none of {', '.join(ROLES)}", source="conversation", row=conversation.id)
+                raise DataError(
+                    f"the role {message.role!r} is none of {', '.join(ROLES)}", source="conversation", row=conversation.id, kind="role"
+                )
             if message.role == "system" and not self.system:
-                raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id)
+                raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id, kind="template")
             pieces: list[Piece] = getattr(self, message.role)
             out += [s for piece in pieces for s in self._piece(piece, message)]
         if prompt_only:
@@ -79,12 +81,13 @@ class ChatTemplate(BaseModel):
         return [replace(s, trained=False) if prompt_only else s for s in _joined(out)]
 
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
+        learned = message is None or message.trained
         if piece.control is not None:
-            return [Segment("control", piece.control, piece.trained)]
+            return [Segment("control", piece.control, piece.trained and learned)]
         if piece.text is not None:
-            return [Segment("text", piece.text, piece.trained)]
+            return [Segment("text", piece.text, piece.trained and learned)]
         assert message is not None
-        trained = piece.content == "trained"
+        trained = piece.content == "trained" and learned
         parts = list(message.parts)
         if self.strip:
             parts = _stripped(parts)

@@ -1,7 +1,7 @@
 """Segments become token ids; labels, masks and image slots are final when they leave this file.
 
 `causal_layout` puts everything in the input and the trained segments in the labels; `seq2seq_layout` puts what comes
-before a trained segment in the encoder and the segment in the labels; `branch_layout` joins rows that share an image.
+before a trained segment in the encoder and the segment in the labels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEMO = 100_000
+MEDIA_MARKS = ("<image>", "<video>")
+"""What some forms of rows write where an image belongs; left over in a text they are plain text."""
 
 
 class TextEncoder:
@@ -35,7 +37,6 @@ class TextEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError("needs a fast tokenizer (tokenizer.json)", source=str(tokenizer.name_or_path))
-        self.tokenizer = tokenizer
         described = json.loads(backend.to_str())
         self._opening = _plain(type(backend), described)
         without = {**described, **{part: _without_prefix(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
@@ -49,7 +50,13 @@ class TextEncoder:
         self._spaces_are_prefixes = self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
         special: set[Any] = {token["id"] for token in described["added_tokens"] if token["special"]}
         self._controls = special.union(tokenizer.all_special_ids).difference([tokenizer.unk_token_id])
+        self._unknown: Any = tokenizer.unk_token_id
+        self._own = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
         self._memo: dict[tuple[bool, str], list[int]] = {}
+        self._names: re.Pattern[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": {}}
 
     def text(self, text: str, after: str | None = None) -> list[int]:
         """Ids of plain text; whatever it holds, none of them is a control token.
@@ -64,6 +71,11 @@ class TextEncoder:
             if len(self._memo) < MEMO:
                 self._memo[opening, text] = ids
         return ids
+
+    def first_tokens(self, text: str, count: int) -> str:
+        """The beginning of a text that makes at most `count` tokens, cut between tokens and never inside a character."""
+        offsets = self._opening.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= count else text[: offsets[count][0]]
 
     def answer(self, text: str) -> list[int]:
         """Ids of a text that a decoder begins with: a space of its own and the tokenizer's prefix are one."""
@@ -80,27 +92,36 @@ class TextEncoder:
         # A vocabulary that lists its control tokens among the pieces (Unigram: T5) finds them in plain text; cut after
         # their first character they are ordinary pieces.
         if len(text) == 1:
-            unknown: Any = self.tokenizer.unk_token_id
-            return [] if unknown is None else [unknown]
+            return [] if self._unknown is None else [self._unknown]
         cuts = {cut for start, end in found for cut in ((start + 1,) if end - start > 1 else (start, end)) if 0 < cut < len(text)}
         pieces = pairwise([0, *sorted(cuts), len(text)])
         return [token for a, b in pieces for token in self._encode(text[a:b], opening and a == 0)]
 
+    def described(self) -> str:
+        """All that its ids depend on, as text: the tokenizer and the names of its own control tokens."""
+        return f"{self._opening.to_str()}{self._own}"
+
     def control(self, name: str) -> int:
         """The id of a control token; `bos` and `eos` are the tokenizer's own. Raises `DataError` if it has none."""
-        own = {"bos": self.tokenizer.bos_token, "eos": self.tokenizer.eos_token}
-        token = own.get(name, name)
+        token = self._own.get(name, name)
         found = self._opening.token_to_id(str(token)) if token is not None else None
         if found is None:
             raise DataError(
-                f"the template's control token {name!r} is not in the tokenizer {self.tokenizer.name_or_path!r}: "
-                "choose the chat format the model was made with",
+                f"the template's control token {name!r} is not in the model's tokenizer: choose the chat format the model was made with",
                 source="data.template",
             )
         if found not in self._controls:
             self._controls.add(found)
             self._memo.clear()
+            self._names = None
         return found
+
+    def controls_in(self, text: str) -> list[str]:
+        """The control tokens and media marks whose written form stands in a text, where they are plain text."""
+        if self._names is None:
+            names = {name for token in self._controls if (name := self._opening.id_to_token(token))} | set(MEDIA_MARKS)
+            self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        return list(dict.fromkeys(self._names.findall(text)))
 
     def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
         """Ids of one segment that follows one of kind `after`; a media item takes its slots, filled with the padding id."""
@@ -145,21 +166,30 @@ def _example(conversation: Conversation, number: int, ids: list[int], labels: li
 
 
 def causal_layout(conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec) -> list[Example]:
-    """One example: all segments in the input, the trained ones in the labels at their own places."""
+    """One example: every token that predicts something in the input, and as its label the trained token that follows it.
+
+    The only place where labels shift. What comes after the last position that predicts a trained token is left out:
+    nothing would come of it. A prompt keeps all of its tokens.
+    """
     ids: list[int] = []
-    labels: list[int] = []
+    trained: list[bool] = []
     slots: list[bool] = []
     media: list[Media] = []
     turns = 0
     for index, segment in enumerate(segments):
         new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         ids += new
-        labels += new if segment.trained else [IGNORE_INDEX] * len(new)
+        trained += [segment.trained] * len(new)
         slots += [segment.kind == "media"] * len(new)
         turns += segment.trained and (index == 0 or not segments[index - 1].trained)
         if isinstance(segment.payload, Media):
             media.append(segment.payload)
-    return [replace(_example(conversation, 0, ids, labels, slots, media), questions=max(turns, 1))]
+    labels = [token if own else IGNORE_INDEX for token, own in zip(ids[1:], trained[1:], strict=True)]
+    while labels and labels[-1] == IGNORE_INDEX and turns:
+        labels.pop()
+    kept = len(labels) if labels and turns else len(ids)
+    labels += [IGNORE_INDEX] * (kept - len(labels))
+    return [replace(_example(conversation, 0, ids[:kept], labels, slots[:kept], media), questions=max(turns, 1))]
 
 
 def seq2seq_layout(conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec) -> list[Example]:
@@ -198,43 +228,6 @@ def seq2seq_layout(conversation: Conversation, segments: Sequence[Segment], enco
     if labels:
         close()
     return out or [_example(conversation, 0, ids, [], slots, media)]
-
-
-def branch_layout(examples: Sequence[Example]) -> list[Example]:
-    """Causal rows that share their media as one row: the common prefix once, then each row's rest as a branch.
-
-    Positions restart after the prefix, so losses and gradients are those of the rows one by one. Rows that don't
-    share all their media in a common prefix come back unchanged.
-    """
-    first = examples[0]
-    if len(examples) < 2 or any(example.media != first.media for example in examples):
-        return list(examples)
-    shared = min(len(example.input_ids) for example in examples) - 1
-    for example in examples:
-        same = (example.input_ids[:shared] == first.input_ids[:shared]) & (example.labels[:shared] == IGNORE_INDEX)
-        same &= example.image_mask[:shared] == first.image_mask[:shared]
-        shared = min(shared, int(np.argmin(same)) if not same.all() else shared)
-    # The first token of a branch is predicted by no token of the joined row, so it must carry no label.
-    while shared and any(example.labels[shared] != IGNORE_INDEX for example in examples):
-        shared -= 1
-    if any(example.image_mask[shared:].any() for example in examples) or shared == 0:
-        return list(examples)
-    rests = [len(example.input_ids) - shared for example in examples]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(first, name)[:shared], *(getattr(example, name)[shared:] for example in examples)])
-
-    return [
-        replace(
-            first,
-            input_ids=joined("input_ids"),
-            labels=joined("labels"),
-            image_mask=joined("image_mask"),
-            positions=np.concatenate([np.arange(shared), *(np.arange(shared, shared + rest) for rest in rests)]).astype(np.int32),
-            branches=np.concatenate([np.zeros(shared), *(np.full(rest, k + 1) for k, rest in enumerate(rests))]).astype(np.int32),
-            questions=sum(example.questions for example in examples),
-        )
-    ]
 
 
 LAYOUTS = {"causal": causal_layout, "seq2seq": seq2seq_layout}

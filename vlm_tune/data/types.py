@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D wid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,14 +21,46 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Media:
-    """One image (later: video frames, audio), by file or by bytes; never decoded here."""
+class Slice:
+    """Bytes inside a file: `size` bytes from `offset`, as a tar's member."""
 
-    source: Path | bytes
+    path: Path
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        """The bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.offset}:{self.offset + self.size}]"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One cell of an image that is cut into a grid: its place, from 0, and the grid's size."""
+
+    column: int
+    row: int
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image, by file, by a part of a file, or by encoded bytes; never decoded here.
+
+    A video is several images. `tile` is set on a cell of a larger image; None is the whole.
+    """
+
+    source: Path | Slice | bytes
     modality: Literal["image"] = "image"
+    tile: Tile | None = None
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """The encoded bytes of the whole image. Raises `OSError` for a file that can't be read."""
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     @property
@@ -38,10 +71,11 @@ class Media:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `parts` are texts and media in reading order."""
+    """One turn; `parts` are texts and media in reading order. An answer that is not `trained` is context."""
 
     role: str
     parts: tuple[str | Media, ...]
+    trained: bool = True
 
     @property
     def text(self) -> str:
@@ -51,16 +85,23 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample: its turns, a stable id, and what evaluation groups and compares by."""
+    """A sample: its turns, a stable id, what evaluation groups by, and where it stands (source, row from 1)."""
 
     id: str
     messages: tuple[Message, ...]
     category: str = ""
+    source: str = ""
+    row: int = 0
 
     @property
     def media(self) -> tuple[Media, ...]:
         """All media in reading order."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+
+
+def distinct_media(conversations: Iterable[Conversation]) -> list[Media]:
+    """Every media item of the conversations once, in order of first use."""
+    return list(dict.fromkeys(item for row in conversations for item in row.media))
 
 
 @dataclass(frozen=True)
@@ -87,9 +128,12 @@ class InputSpec:
 class Example:
     """One row of token ids with final labels and reserved media slots.
 
-    input_ids: int32[L]; labels: int32[L] (causal) or int32[T] (seq2seq), IGNORE_INDEX where not supervised;
-    image_mask: bool[L]. `positions` and `branches` (int32[L]) are set on rows made by `branch_layout` only:
-    branch 0 is the shared prefix, and token i sees token j <= i of the prefix and of its own branch.
+    input_ids: int32[L]; labels: int32[L] (causal: what each position is to predict) or int32[T] (seq2seq: what the
+    decoder is to write), IGNORE_INDEX where not supervised; image_mask: bool[L].
+
+    Rows that `branch_layout` or `pack_layout` joined have, for a decoder, `positions` and `ends` (int32[L]): token i
+    sees token j where j <= i < ends[j]; for an encoder-decoder `samples` (int32[L]) and `label_samples` (int32[T]):
+    which of its samples a token belongs to, and no token sees another sample's.
     """
 
     id: str
@@ -99,7 +143,9 @@ class Example:
     media: tuple[Media, ...]
     category: str = ""
     positions: np.ndarray | None = None
-    branches: np.ndarray | None = None
+    ends: np.ndarray | None = None
+    samples: np.ndarray | None = None
+    label_samples: np.ndarray | None = None
     questions: int = 1
 
     @property
@@ -114,7 +160,8 @@ class Batch:
 
     input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T] (seq2seq).
     Distinct media come once: pixels uint8[U, 3, H, W] or features float[U, N, D], and media_index int64[M] names
-    the item each block of slots takes, in row order. positions and branches: int64[B, L] or None.
+    the item each block of slots takes, in row order. positions, ends, samples (int64[B, L]) and label_samples
+    (int64[B, T]) are None where no row has them.
     """
 
     ids: list[str]
@@ -126,7 +173,9 @@ class Batch:
     pixels: torch.Tensor | None = None
     features: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    branches: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    label_samples: torch.Tensor | None = None
     categories: list[str] = field(default_factory=list)
     questions: int = 0
 
@@ -138,6 +187,19 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(device, non_blocking=True))
         return self
+
+    @property
+    def packed(self) -> torch.Tensor | None:
+        """A number for each token [B, L] that is the same within a sample and differs between those of a row; None if none is joined."""
+        if self.samples is not None:
+            return self.samples
+        # A sample's first token is seen to the sample's end, and no token of it further.
+        return None if self.ends is None else self.ends.cummax(1).values
+
+    @property
+    def branched(self) -> bool:
+        """Whether any row has branches."""
+        return self.ends is not None and bool(((self.ends != self.ends.cummax(1).values) & self.attention_mask).any())
 
     @property
     def supervised(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config import Llm, ModelSection, Recipe, Scratch
+from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, Recipe, Scratch, TimmTower
 from vlm_tune.data.images import ImageProcessor
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import ChatTemplate, load_template
@@ -18,7 +18,7 @@ from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.llm import LLMS
-from vlm_tune.model.towers import VisionTower, build_tower, open_clip_config
+from vlm_tune.model.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, read_safetensors
 
@@ -53,8 +53,18 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
         tower,
         tokenizer,
         language,
-        changed={"tower"} if getattr(section.tower, "config", None) else set(),
+        changed={"tower"} if _from_scratch(section.tower) else set(),
     )
+
+
+def _from_scratch(tower: AnyTower) -> bool:
+    """Whether a tower's weights, or some of them, are random: then no name gives them again."""
+    if isinstance(tower, PairTower):
+        return any(_from_scratch(part) for part in tower.towers)
+    if isinstance(tower, OpenClipTower):
+        kept = str(tower.name).startswith(("hf-hub:", "local-dir:"))
+        return tower.config is not None or (tower.pretrained is None and not kept)
+    return isinstance(tower, TimmTower) and tower.pretrained is False
 
 
 def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Processor:
@@ -63,7 +73,8 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     with torch.device("meta"):
         tower = bare_tower(section.tower)
         tokens, width = tower.measure()
-        connector = build_connector(section.connector, width, 8)
+        # An image's slots don't depend on the LLM's width: any will do that the connector's heads divide.
+        connector = build_connector(section.connector, width, 8 * getattr(section.connector, "heads", 1))
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
     else:
@@ -71,16 +82,9 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
 
 
-def bare_tower(section: Any) -> VisionTower:
-    """The recipe's tower with random weights in place of pretrained ones; of a transformers tower only the config is read."""
-    if section.kind == "transformers":
-        from transformers import CLIPVisionConfig
-
-        return build_tower(section, {"vision_config": CLIPVisionConfig.from_pretrained(section.name).to_dict()})
-    if section.kind == "timm":
-        return build_tower(section.model_copy(update={"pretrained": False}))
-    known = open_clip_config(section.name) if section.name else None
-    return build_tower(section, known)
+def bare_tower(section: AnyTower) -> VisionTower:
+    """The recipe's tower with random weights in place of pretrained ones; of those only configs are read."""
+    return build_tower(section, architecture(section))
 
 
 def _processor(
@@ -93,7 +97,9 @@ def _processor(
         tokenizer=tokenizer,
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=ImageProcessor(tower.image_size, section.tower.resize, tower.mean),
+        images=ImageProcessor(
+            tower.image_size, section.tower.resize, tower.mean, tuple((columns, rows) for columns, rows in section.tower.tiles)
+        ),
         system=system,
     )
 
@@ -103,6 +109,7 @@ def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, l
     llm = LLMS[config.llm.kind](language)
     tower_tokens, width = tower.measure()
     connector = build_connector(config.model.connector, width, llm.width)
+    connector.attach(llm)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}"

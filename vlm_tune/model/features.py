@@ -1,6 +1,6 @@
 """Features of a frozen tower, computed once and kept in a memory-mapped file.
 
-The key is the tower's weights, its preprocessing and the images' bytes; what is read back is what was computed.
+The key is the tower's weights, its preprocessing, the images' bytes and places of tiles in them; what is read back is what was computed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vlm_tune.data.images import encoded_bytes
 from vlm_tune.data.types import Media
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import fingerprint
+from vlm_tune.resources import cache_folder
 
 BATCH = 64
-
-
-def cache_folder() -> Path:
-    """Where caches live: $VLM_TUNE_CACHE, or ~/.cache/vlm_tune."""
-    return Path(os.environ.get("VLM_TUNE_CACHE", Path.home() / ".cache" / "vlm_tune")) / "features"
 
 
 class FeatureStore:
@@ -39,24 +36,31 @@ class FeatureStore:
 
 @torch.inference_mode()
 def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress: Callable[[int, int], None] | None = None) -> FeatureStore:
-    """Features of all media by the model's tower in eval mode, computed in the tower's dtype where not cached.
+    """Features of all media and their tiles by the model's tower in eval mode, computed in the tower's dtype where not cached.
 
     Raises `DataError` for an image that can't be decoded.
     """
     tower, processor = model.tower, model.processor.images
     key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
-    digests = [hashlib.sha256(item.read()).hexdigest() for item in media]
+    media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
+    digests = _digests(media)
     distinct = list(dict.fromkeys(digests))
     key.update("".join(sorted(distinct)).encode())
     place = {digest: row for row, digest in enumerate(sorted(distinct))}
     rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
-    path = cache_folder() / f"{key.hexdigest()[:40]}.npy"
+    path = cache_folder("features") / f"{key.hexdigest()[:40]}.npy"
     if not path.is_file():
         first = dict(zip(digests, media, strict=True))
         _compute(model, [first[digest] for digest in sorted(distinct)], path, progress)
     raw = torch.from_numpy(np.load(path, mmap_mode="c"))
     dtype = next(tower.parameters()).dtype
     return FeatureStore(raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw, rows)
+
+
+def _digests(media: Sequence[Media]) -> list[str]:
+    """What each item is known by: its image's bytes, read once, and the place of a tile in it."""
+    whole = {source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest() for source in dict.fromkeys(item.source for item in media)}
+    return [whole[item.source] + (f":{item.tile}" if item.tile else "") for item in media]
 
 
 def _compute(model: VisionLanguageModel, media: Sequence[Media], path: Path, progress: Callable[[int, int], None] | None) -> None:

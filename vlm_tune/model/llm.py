@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.data.types import IGNORE_INDEX, Batch
 
 HEAD_ROWS = 4096
 """Supervised positions scored at once: bounds the logits' memory."""
@@ -57,18 +57,11 @@ class LanguageModel(nn.Module):
         """Input embeddings [B, L, E] of ids [B, L]."""
         return self.model.get_input_embeddings()(input_ids)
 
-    def forward(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        branches: torch.Tensor | None = None,
-    ) -> TokenLoss:
-        """Loss of the supervised labels, given embeds [B, L, E] and attention_mask bool[B, L]."""
+    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
+        """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
         raise NotImplementedError
 
-    def supervised_logits(self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
         """fp32 logits [S, V] of the supervised tokens, in row order."""
         raise NotImplementedError
 
@@ -93,14 +86,21 @@ class LanguageModel(nn.Module):
         return {"generation_config": config}
 
 
-def branch_mask(attention_mask: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
-    """bool[B, 1, L, L]: token i sees token j <= i of the prefix (branch 0) and of its own branch; padding sees itself."""
-    length = branches.shape[1]
-    order = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
-    own = branches[:, :, None] == branches[:, None, :]
-    prefix = branches[:, None, :] == 0
-    seen = order & (own | prefix) & attention_mask[:, None, :]
-    return (seen | torch.eye(length, dtype=torch.bool, device=branches.device))[:, None]
+def tree_mask(ends: torch.Tensor) -> torch.Tensor:
+    """bool[B, 1, L, L]: token i sees token j where j <= i < ends[j]; padding, whose end is 0, sees itself alone."""
+    place = torch.arange(ends.shape[1], device=ends.device)
+    seen = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :])
+    return (seen | torch.eye(len(place), dtype=torch.bool, device=ends.device))[:, None]
+
+
+def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """bool[B, 1, R, C]: whether token r of rows [B, R] and token c of columns [B, C] belong to one sample."""
+    return (rows[:, :, None] == columns[:, None, :])[:, None]
+
+
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to add to attention scores: 0 where seen, the least number elsewhere."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class CausalLLM(LanguageModel):
@@ -108,15 +108,8 @@ class CausalLLM(LanguageModel):
 
     layout = "causal"
 
-    def forward(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        branches: torch.Tensor | None = None,
-    ) -> TokenLoss:
-        rows, targets = self._supervised(embeds, attention_mask, labels, positions, branches)
+    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
+        rows, targets = self._supervised(embeds, batch)
         total = rows.sum() * 0.0
         # At least once: every rank must run the head, or the others would wait for its gradient.
         for start in range(0, max(len(rows), 1), HEAD_ROWS):
@@ -124,26 +117,15 @@ class CausalLLM(LanguageModel):
             total = total + cross_entropy(logits, targets[start : start + HEAD_ROWS], reduction="sum")
         return TokenLoss(total.float(), len(targets))
 
-    def _supervised(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        branches: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that predict supervised tokens, and those tokens [S]."""
-        mask = attention_mask.long()
-        if branches is not None:
-            seen = branch_mask(attention_mask, branches)
-            mask = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill_(~seen, torch.finfo(embeds.dtype).min)
-        hidden = self.model.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        # The only place where labels shift: the token at i is predicted from the hidden state at i - 1.
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        return hidden[:, :-1][supervised], labels[:, 1:][supervised]
+        mask = batch.attention_mask.long() if batch.ends is None else additive(tree_mask(batch.ends), embeds.dtype)
+        output = self.model.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.positions, use_cache=False)
+        supervised = batch.labels != IGNORE_INDEX
+        return output.last_hidden_state[supervised], batch.labels[supervised]
 
-    def supervised_logits(self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.logits(self._supervised(embeds, attention_mask, labels)[0])
+    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.logits(self._supervised(embeds, batch)[0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32[..., V] of hidden states [..., E], as the transformers model makes them."""
@@ -156,28 +138,70 @@ class CausalLLM(LanguageModel):
     ) -> torch.Tensor:
         return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask.long(), **self._options(decoding, pad_id, stop_ids))
 
+    def continue_branches(
+        self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, max_new_tokens: int, stop_ids: list[int]
+    ) -> torch.Tensor:
+        """New ids [B, K, at most max_new_tokens], greedy, after each of the tokens `leaves` int64[B, K] of a row of branches.
+
+        The rows are read once; then every branch grows by a token a step, and sees what its leaf sees and itself.
+        """
+        from transformers import DynamicCache
+
+        assert batch.ends is not None and batch.positions is not None
+        seen, stops = tree_mask(batch.ends), torch.tensor(stop_ids, device=embeds.device)
+        rows = torch.arange(len(leaves), device=embeds.device)[:, None]
+        cache = DynamicCache()
+        hidden = self._hidden(embeds, seen, batch.positions, cache)[rows, leaves]
+        visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
+        own = torch.eye(leaves.shape[1], dtype=torch.bool, device=embeds.device).expand(len(leaves), -1, -1)
+        ended = torch.zeros_like(leaves, dtype=torch.bool)
+        found: list[torch.Tensor] = []
+        while True:
+            found.append(self.logits(hidden).argmax(-1))
+            ended |= torch.isin(found[-1], stops)
+            if len(found) == max_new_tokens or bool(ended.all()):
+                return torch.stack(found, -1)
+            positions, visible = positions + 1, torch.cat([visible, own], -1)
+            hidden = self._hidden(self.embed(found[-1]), visible[:, None], positions, cache)
+
+    def _hidden(self, embeds: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Hidden states [B, S, E] of tokens that follow those in the cache, given what they see bool[B, 1, S, all]."""
+        mask = additive(seen, embeds.dtype)
+        found = self.model.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return found.last_hidden_state
+
 
 class Seq2SeqLLM(LanguageModel):
     """An encoder-decoder: T5, Flan-T5, mT5, UL2."""
 
     layout = "seq2seq"
 
-    def forward(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        branches: torch.Tensor | None = None,
-    ) -> TokenLoss:
-        targets = labels[labels != IGNORE_INDEX]
-        loss = cross_entropy(self.supervised_logits(embeds, attention_mask, labels), targets, reduction="sum")
+    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
+        targets = batch.labels[batch.labels != IGNORE_INDEX]
+        loss = cross_entropy(self.supervised_logits(embeds, batch), targets, reduction="sum")
         return TokenLoss(loss, len(targets))
 
-    def supervised_logits(self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        inputs = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        output = self.model(inputs_embeds=embeds, attention_mask=attention_mask.long(), decoder_input_ids=inputs, use_cache=False)
-        return output.logits[labels != IGNORE_INDEX].float()
+    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+        inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        masks: dict[str, Any] = {"attention_mask": batch.attention_mask.long()}
+        if batch.samples is not None and batch.label_samples is not None:
+            own, said = batch.samples, batch.label_samples
+            # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
+            # a sample are what they would be without its neighbours.
+            inputs[:, 1:][said[:, 1:] != said[:, :-1]] = self.model.config.decoder_start_token_id
+            order = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool, device=said.device).tril()
+            encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=additive(same_sample(own, own), embeds.dtype))
+            masks = {
+                "encoder_outputs": encoded,
+                "attention_mask": additive(same_sample(said, own), embeds.dtype),
+                "decoder_attention_mask": additive(same_sample(said, said) & order, embeds.dtype),
+            }
+        else:
+            masks["inputs_embeds"] = embeds
+        output = self.model(**masks, decoder_input_ids=inputs, use_cache=False)
+        return output.logits[batch.labels != IGNORE_INDEX].float()
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]

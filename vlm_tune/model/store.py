@@ -143,7 +143,8 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name.replace(".base_layer.", "."): value for name, value in module.state_dict().items() if "lora_" not in name}
+    # Contiguous, as merged projections' weights are not: they are views into one matrix.
+    return {name.replace(".base_layer.", "."): value.contiguous() for name, value in module.state_dict().items() if "lora_" not in name}
 
 
 def _adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:

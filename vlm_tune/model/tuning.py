@@ -170,6 +170,10 @@ def attach_adapter(model: VisionLanguageModel, part: str, config: Any) -> None:
     """Puts LoRA layers into a part, in place, weights as PEFT initialises them (a change of nothing)."""
     from peft.tuners.lora import LoraModel
 
+    from vlm_tune.model.fused import LoraLinear
+
+    if not model.config.llm.quantize or part != "llm":
+        config._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.adapters[part] = LoraModel(parts(model)[part], {"default": config}, "default")

@@ -1,12 +1,12 @@
-"""The vision-language model: tower, connector, splice, LLM; readable in one sitting.
+"""The vision-language model: tower, connector, LLM; readable in one sitting.
 
 Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens a media item, D tower width, E LLM width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,18 @@ from torch.nn.functional import normalize
 
 from vlm_tune.config import Config, Llm, ModelSection
 from vlm_tune.data.collate import Fetch, collate
+from vlm_tune.data.images import PixelCache, upright
+from vlm_tune.data.joining import Tree, trees
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Example, Media, Message
 from vlm_tune.errors import DataError, ModelError
-from vlm_tune.model.connectors import Connector
-from vlm_tune.model.llm import Decoding, LanguageModel, TokenLoss
+from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss
+from vlm_tune.model.projectors import Connector
+from vlm_tune.model.text import Text, instructions, places
 from vlm_tune.model.towers import VisionTower
+
+JOINED_PROMPTS = 1024
+"""Tokens of a row of prompts about one image."""
 
 
 class VisionLanguageConfig(Config):
@@ -78,31 +84,40 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def media(self, batch: Batch) -> torch.Tensor | None:
-        """Connected features [U, N, E] of the batch's distinct media; None where it has none."""
-        if batch.features is not None:
-            return self.connector(batch.features)
-        return None if batch.pixels is None else self.connector(self.tower(batch.pixels))
+        """Connected features [M, N, E] of the batch's media places, in row order; None where it has none."""
+        if batch.features is None and batch.pixels is None:
+            return None
+        features = self.tower(batch.pixels) if batch.features is None else batch.features
+        if not self.connector.needs_text:
+            return self.connector(features)[batch.media_index]
+        where = places(batch, self.processor.spec.tokens_per_image)
+        return self.connector(features[batch.media_index], self._text(batch, *where))
+
+    def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
+        embeds = self.llm.embed(batch.input_ids)
+        return instructions(batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal")
+
+    def _blank(self, batch: Batch) -> torch.Tensor:
+        """Connected features [1, N, E] of a black image, for a batch that has none."""
+        size, first = self.tower.image_size, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+        features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device))
+        return self.connector(features, self._text(batch, first, first)) if self.connector.needs_text else self.connector(features)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Input embeddings [B, L, E] with the media in their slots. Raises `ModelError` as `splice`."""
-        embeds = self.llm.embed(batch.input_ids)
+        """The LLM's input [B, L, E], media joined to the text. Raises `ModelError` if slots and media differ in number."""
         connected = self.media(batch)
-        if connected is not None:
-            return splice(embeds, connected[batch.media_index], batch.image_mask, batch.ids)
-        if batch.image_mask.any():
+        if connected is None and batch.image_mask.any():
             raise ModelError(f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}")
-        if self.training and any(p.requires_grad for part in (self.tower, self.connector) for p in part.parameters()):
+        if connected is None and self.training and any(p.requires_grad for part in (self.tower, self.connector) for p in part.parameters()):
             # Every rank must run the same modules, so a batch without media runs a blank one that counts nothing.
-            size = self.tower.image_size
-            blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=embeds.device)
-            embeds = embeds + 0.0 * self.connector(self.tower(blank)).sum().to(embeds.dtype)
-        return embeds
+            connected = self._blank(batch)
+        return self.connector.join(self.llm.embed(batch.input_ids), connected, batch)
 
     def forward(self, batch: Batch, *, align: bool = False) -> TokenLoss | Alignment:
         """The language modelling loss of a batch, or with `align` its images and captions as vectors."""
         if align:
             return self._align(batch)
-        return self.llm(self.embed(batch), batch.attention_mask, batch.labels, batch.positions, batch.branches)
+        return self.llm(self.embed(batch), batch)
 
     def _align(self, batch: Batch) -> Alignment:
         connected = self.media(batch)
@@ -113,7 +128,7 @@ class VisionLanguageModel(nn.Module):
             said &= batch.labels != stop
         words = self.llm.embed(batch.labels.clamp(min=0)).float() * said[..., None]
         return Alignment(
-            normalize(connected.float().mean(1), dim=-1)[batch.media_index],
+            normalize(connected.float().mean(1), dim=-1),
             normalize(words.sum(1), dim=-1),
         )
 
@@ -122,15 +137,69 @@ class VisionLanguageModel(nn.Module):
         """New ids of each row, up to and without the first stop id; a decoder's rows are padded on the left."""
         stops = self.processor.stop_ids
         pad = self.processor.spec.pad_id
-        ids = self.llm.generate(self.embed(batch), batch.attention_mask, decoding, pad, stops).tolist()
-        ends = [next((place for place, token in enumerate(row) if token in stops), len(row)) for row in ids]
-        return [row[:end] for row, end in zip(ids, ends, strict=True)]
+        return [self._up_to_stop(row) for row in self.llm.generate(self.embed(batch), batch.attention_mask, decoding, pad, stops).tolist()]
 
-    def answer(self, prompts: Sequence[Example], decoding: Decoding, *, fetch: Fetch, cached: bool = False) -> list[str]:
-        """The generated answers of a batch of prompts; `fetch` gives pixels, or features where `cached`."""
-        spec = self.processor.spec
-        batch = collate(prompts, spec, fetch=fetch, cached=cached, pad_left=spec.layout == "causal").to(self.device)
-        return [self.processor.decode(ids) for ids in self.generate(batch, decoding)]
+    def answers(
+        self,
+        prompts: Sequence[Example],
+        decoding: Decoding,
+        *,
+        fetch: Fetch,
+        cached: bool = False,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """The generated answers of prompts, in their order; `fetch` gives pixels, or features where `cached`.
+
+        A decoder's greedy answers to questions about one image are branches of one row: the image is read once.
+        """
+        collated = {"fetch": fetch, "cached": cached}
+        found = [""] * len(prompts)
+        done = 0
+        for batch in _batches(self._trees(prompts, decoding), batch_size):
+            rows = [tree.row for tree in batch]
+            if any(row.ends is not None for row in rows):
+                ids = self._continued(rows, [tree.leaves for tree in batch], decoding, collated)
+            else:
+                ids = self.generate(
+                    collate(rows, self.processor.spec, **collated, pad_left=self.llm.layout == "causal").to(self.device), decoding
+                )
+            for place, said in zip((place for tree in batch for place in tree.members), ids, strict=True):
+                found[place] = self.processor.decode(said)
+            done += sum(len(tree.members) for tree in batch)
+            if progress:
+                progress(done, len(prompts))
+        return found
+
+    def _trees(self, prompts: Sequence[Example], decoding: Decoding) -> list[Tree]:
+        """Prompts as rows, those that share an image joined where that can be; of like length together."""
+        joins = self.llm.layout == "causal" and decoding.num_beams == 1 and self.connector.fills_slots and not self.connector.needs_text
+        groups: dict[Any, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt.media if joins and prompt.media else place, []).append(place)
+        made = [
+            replace(tree, members=tuple(group[member] for member in tree.members))
+            for group in groups.values()
+            for tree in trees([prompts[place] for place in group], JOINED_PROMPTS)
+        ]
+        # Joined rows and plain ones are generated by different passes.
+        return sorted(made, key=lambda tree: (tree.row.ends is None, len(tree.row.input_ids), tree.row.id))
+
+    @torch.inference_mode()
+    def _continued(
+        self, rows: Sequence[Example], leaves: Sequence[tuple[int, ...]], decoding: Decoding, collated: dict[str, Any]
+    ) -> list[list[int]]:
+        """The new ids of every branch of joined rows, up to and without the first stop id."""
+        assert isinstance(self.llm, CausalLLM)
+        batch = collate(rows, self.processor.spec, **collated).to(self.device)
+        most = max(map(len, leaves))
+        ends = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in leaves], device=self.device)
+        ids = self.llm.continue_branches(self.embed(batch), batch, ends, decoding.max_new_tokens, self.processor.stop_ids).tolist()
+        return [self._up_to_stop(said) for row, own in zip(ids, leaves, strict=True) for said in row[: len(own)]]
+
+    def _up_to_stop(self, ids: list[int]) -> list[int]:
+        stops = self.processor.stop_ids
+        return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
     def chat(
         self, prompt: str | Sequence[dict[str, Any]], images: Sequence[Any] = (), *, max_new_tokens: int = 128, num_beams: int = 1
@@ -148,13 +217,7 @@ class VisionLanguageModel(nn.Module):
         was = self.training
         self.eval()
         prompts = self.processor.prompts([_conversation(number, request) for number, request in enumerate(requests)])
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].input_ids))
-        answers = [""] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            found = self.answer([prompts[place] for place in places], Decoding(max_new_tokens, num_beams), fetch=self.processor.images)
-            for place, text in zip(places, found, strict=True):
-                answers[place] = text
+        answers = self.answers(prompts, Decoding(max_new_tokens, num_beams), fetch=PixelCache(self.processor.images), batch_size=batch_size)
         self.train(was)
         return answers
 
@@ -172,15 +235,17 @@ class VisionLanguageModel(nn.Module):
         save_model(self, Path(path))
 
 
-def splice(embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
-    """embeds [B, L, E] with features [M, N, E] in the slots of image_mask bool[B, L], in row order.
-
-    Raises `ModelError` with both counts and the sample ids if slots and features differ in number.
-    """
-    slots, given = int(image_mask.sum()), features.shape[0] * features.shape[1]
-    if slots != given:
-        raise ModelError(f"{slots} image slots and {given} image features in {', '.join(ids)}")
-    return embeds.masked_scatter(image_mask[..., None], features.to(embeds.dtype))
+def _batches(made: Sequence[Tree], size: int) -> Iterator[list[Tree]]:
+    """Stretches of rows that are all joined or all plain, of about `size` prompts."""
+    batch: list[Tree] = []
+    for tree in made:
+        full = sum(len(other.members) for other in batch) >= size
+        if batch and (full or (batch[0].row.ends is None) != (tree.row.ends is None)):
+            yield batch
+            batch = []
+        batch.append(tree)
+    if batch:
+        yield batch
 
 
 def _conversation(number: int, request: dict[str, Any]) -> Conversation:
@@ -205,5 +270,7 @@ def _media(image: Any) -> Media:
     import io
 
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    # Neither format keeps the EXIF rotation of an opened photo; TIFF holds the modes that PNG can't (CMYK, I, F, ...).
+    kind = "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF"
+    upright(image).save(buffer, format=kind)
     return Media(buffer.getvalue())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
-from vlm_tune.data.collate import Fetch, collate
-from vlm_tune.data.images import PixelCache, augment_pixels
-from vlm_tune.data.prepare import Group, Prepared, micro_batches
-from vlm_tune.data.types import Batch, Conversation, Media
+from vlm_tune.data.collate import collate
+from vlm_tune.data.feed import Feed
+from vlm_tune.data.images import PixelCache
+from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
 from vlm_tune.model.features import FeatureStore
+from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -38,9 +39,8 @@ Report = Callable[[dict[str, Any]], None]
 class StageData:
     """What one stage trains on and is scored by."""
 
-    train: Prepared
+    feed: Feed
     validation: list[Conversation]
-    features: FeatureStore | None
     validation_features: FeatureStore | None
 
 
@@ -65,6 +65,7 @@ class _Rates:
     padded: int = 0
     loss: float = 0.0
     count: int = 0
+    waited: float = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,6 +86,7 @@ class _Rates:
             "questions_per_s": self.questions / seconds,
             "tokens_per_s": self.tokens / seconds,
             "padding": 1 - self.tokens / max(self.padded, 1),
+            "stall": self.waited / seconds,
         }
 
 
@@ -116,11 +118,12 @@ class StageLoop:
         if train.gradient_checkpointing:
             model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.prepared_model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.distributed_type is not DistributedType.FSDP:
+            fuse(model)
         if resume_from is not None:
             load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
-        batches = math.ceil(len(data.train.groups) / (train.batch_size * accelerator.num_processes))
-        self.steps_per_epoch = math.ceil(batches / train.gradient_accumulation)
-        self.total = train.steps or max(round((train.epochs or 1) * self.steps_per_epoch), 1)
+        self.total = train.steps or self._steps_of(train.epochs or 1)
+        self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
         self.pixels = PixelCache(model.processor.images)
 
@@ -135,8 +138,9 @@ class StageLoop:
     def _run(self) -> None:
         started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
         rates.loss, rates.count = self.progress.unlogged
-        for batches in self._windows():
+        for batches, waited in self._windows():
             step = self.progress.step + 1
+            rates.waited += waited
             rate = self._step(batches, step, rates)
             self.progress.step, self.progress.seconds = step, before + time.perf_counter() - started
             last = step == self.total
@@ -157,47 +161,41 @@ class StageLoop:
             if stopping and not last:
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
 
-    def _windows(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step still to do."""
+    def _steps_in(self, epoch: int) -> int | None:
+        """Optimizer steps of an epoch; None for a stream."""
+        batches = self.data.feed.micro_batches(epoch)
+        return None if batches is None else math.ceil(batches / self.recipe.train.gradient_accumulation)
+
+    def _steps_of(self, epochs: float) -> int:
+        """Optimizer steps of that many epochs, at least one."""
+        whole, part = divmod(epochs, 1)
+        steps = [self._steps_in(epoch) or 0 for epoch in range(math.ceil(epochs))]
+        return max(sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0), 1)
+
+    def _windows(self) -> Iterator[tuple[list[Batch], float]]:
+        """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
         self._first_step = self.progress.step
         accumulation, done = self.recipe.train.gradient_accumulation, 0
-        while done < self.total:
-            epoch = done // self.steps_per_epoch
-            window: list[list[Group]] = []
-            batches = list(
-                micro_batches(
-                    self.data.train,
-                    seed=self.recipe.seed,
-                    epoch=epoch,
-                    batch_size=self.recipe.train.batch_size,
-                    ranks=self.accelerator.num_processes,
-                    rank=self.accelerator.process_index,
-                )
-            )
-            for start in range(0, len(batches), accumulation):
+        if self.progress.step >= self.total:
+            return
+        for epoch in itertools.count():
+            steps = self._steps_in(epoch)
+            if steps is not None and done + steps <= self.progress.step:
+                done += steps
+                continue
+            skipped = self.progress.step - done if done < self.progress.step else 0
+            done += skipped
+            batches = self.data.feed.batches(epoch, skipped * accumulation)
+            while True:
+                asked = time.perf_counter()
+                window = [batch.to(self.accelerator.device) for batch in itertools.islice(batches, accumulation)]
+                waited = time.perf_counter() - asked
+                if not window:
+                    break
                 done += 1
-                if done > self.progress.step:
-                    window = batches[start : start + accumulation]
-                    yield [self._collate(groups, epoch) for groups in window]
+                yield window, waited
                 if done == self.total:
                     return
-
-    def _collate(self, groups: list[Group], epoch: int) -> Batch:
-        examples = [example for group in groups for example in group]
-        stored = self.data.features
-        batch = collate(examples, self.model.processor.spec, fetch=stored or self._pixels(epoch), cached=stored is not None)
-        return batch.to(self.accelerator.device)
-
-    def _pixels(self, epoch: int) -> Fetch:
-        augment = self.recipe.data.augment
-        if augment is None:
-            return self.pixels
-
-        def fetch(media: Media) -> torch.Tensor:
-            name = media.source if isinstance(media.source, bytes) else media.name.encode()
-            return augment_pixels(self.pixels(media), augment, (self.recipe.seed, epoch, zlib.crc32(name)))
-
-        return fetch
 
     def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""

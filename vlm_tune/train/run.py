@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from vlm_tune.config import Recipe
-from vlm_tune.data.prepare import prepare, read_conversations
-from vlm_tune.data.types import Conversation
+from vlm_tune.data.prepare import conversations, read_part
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import TrainingError
 from vlm_tune.evaluation import Scores, score
-from vlm_tune.model.build import DTYPES, build, load_dtype
-from vlm_tune.model.features import FeatureStore, tower_features
+from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype
+from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
@@ -33,8 +35,13 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import open_run
+from vlm_tune.train.allocator import keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
 from vlm_tune.train.loop import Report, StageData, StageLoop
+from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
+
+SAMPLED = 500
+"""Rows that the report's samples are chosen from."""
 
 MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
@@ -75,6 +82,8 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     set_seed(recipe.seed)
     if recipe.train.trackers:
         accelerator.init_trackers(recipe.name, config={"recipe": text})
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     started = time.perf_counter()
     with _log(run, accelerator, show) as report, _signals() as stop:
         context = _Context(recipe, run, accelerator, report, stop, text)
@@ -177,6 +186,10 @@ def _forget_after(run: Path, progress: Progress) -> None:
 def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, float]:
     """Runs the stages that are left; the model as the last one leaves it, and the seconds of all."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
+    texts = _texts(recipe)
+    # Data first: a bad row is told before any weights are loaded.
+    processor = build_processor(recipe, texts)
+    rows = [_read(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
     progress, checkpoint = Progress(), None
     samples = _sample_rows(recipe)
@@ -191,7 +204,7 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
             _forget_after(context.run, progress)
         model = restore_model(checkpoint, dtype=load_dtype(recipe))
     else:
-        model = build(recipe, _texts(recipe))
+        model = build(recipe, texts)
         if context.accelerator.is_main_process:
             _write_samples(context, model, samples, "before")
     seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
@@ -199,18 +212,30 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
             progress, checkpoint = Progress(stage=number), None
-        model = _stage(context, model, name, stage, progress, checkpoint)
+        model = _stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds
     if context.accelerator.is_main_process:
         _write_samples(context, model, samples, "after")
     return model, seconds
 
 
+def _read(context: _Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
+    """What a stage reads, with its own chat format and system text."""
+    data, common = recipe.data, context.recipe.data
+    return read_stage(
+        recipe,
+        processor.variant(data.template if data.template != common.template else None, data.system),
+        report=lambda event: context.report({**event, "stage": number, "name": name}),
+        stop=context.stop,
+        quarantine=context.run / "quarantine.jsonl" if context.accelerator.is_main_process else None,
+    )
+
+
 def _texts(recipe: Recipe) -> list[Conversation]:
     """The training conversations of every stage, for a tokenizer trained on them."""
     if not recipe.model.llm.scratch:
         return []
-    return [row for _, stage in recipe.resolved_stages() for row in read_conversations(stage.data, stage.data.train, stage.seed)[0]]
+    return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
 
 
 def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[float]:
@@ -222,7 +247,13 @@ def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[fl
 
 
 def _stage(
-    context: _Context, model: VisionLanguageModel, name: str, recipe: Recipe, progress: Progress, checkpoint: Path | None
+    context: _Context,
+    model: VisionLanguageModel,
+    name: str,
+    recipe: Recipe,
+    rows: StageRows,
+    progress: Progress,
+    checkpoint: Path | None,
 ) -> VisionLanguageModel:
     """Trains one stage and returns the model with the weights of its best checkpoint."""
     started = time.perf_counter()
@@ -233,11 +264,7 @@ def _stage(
     def report(event: dict[str, Any]) -> None:
         context.report({**event, "stage": progress.stage, "name": name})
 
-    rows, bad = read_conversations(recipe.data, recipe.data.train, recipe.seed)
-    validation, _ = read_conversations(recipe.data, recipe.data.validation, recipe.seed)
-    train = prepare(rows, recipe.data, model.processor)
-    for left_out in [*map(str, bad), *train.dropped][:20]:
-        report({"event": "note", "text": f"left out: {left_out}"})
+    train, validation = rows.train, rows.validation
     tuning: dict[str, Any] = {
         "learning_rate": recipe.train.learning_rate,
         "precision": DTYPES[recipe.train.precision],
@@ -246,7 +273,8 @@ def _stage(
     tuned = apply_rules(model, recipe.tune, **tuning)
     model.to(accelerator.device)
     _tuning_table(context, progress.stage, name, tuned.table)
-    data = StageData(train, validation, *_features(recipe, model, train.media, validation, report))
+    features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
+    data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
     loop = StageLoop(
         model,
         recipe,
@@ -260,7 +288,8 @@ def _stage(
         stop=context.stop,
         resume_from=checkpoint,
     )
-    report({"event": "stage", "steps": loop.total, "questions": train.questions, "images": len(train.media), "from_step": progress.step})
+    sizes = {"questions": train.questions, "images": len(train.media), "left_out": train.left_out} if train else {"streaming": True}
+    report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
@@ -293,22 +322,6 @@ def _tuning_table(context: _Context, number: int, name: str, table: Sequence[Tun
         path.write_text(json.dumps([*earlier[:number], {"stage": name, "rows": rows}], indent=1))
 
 
-def _features(
-    recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any], validation: Sequence[Conversation], report: Report
-) -> tuple[FeatureStore | None, FeatureStore | None]:
-    """Cached features of the training and validation images, where the tower is frozen and images are not augmented."""
-    frozen = not any(parameter.requires_grad for parameter in model.tower.parameters())
-    if not recipe.train.cache_features or not frozen or not media:
-        return None, None
-    seen = list(dict.fromkeys(item for row in validation for item in row.media))
-
-    def progress(done: int, of: int) -> None:
-        report({"event": "features", "done": done, "of": of})
-
-    held_out = tower_features(model, seen, progress) if seen else None
-    return None if recipe.data.augment else tower_features(model, media, progress), held_out
-
-
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +330,7 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
     recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
     if accelerator.is_main_process:
         save_model(model, context.run / "model")
-        rows, _ = read_conversations(recipe.data, recipe.data.test, recipe.seed)
+        rows = read_part(recipe.data, "test", model.processor, recipe.seed)
         if rows:
             started = time.perf_counter()
             found = score_rows(model, rows, recipe, accelerator, context.report)
@@ -335,7 +348,7 @@ def score_rows(
 ) -> Scores:
     """Scores rows as the recipe's evaluate section says."""
     settings = recipe.evaluate
-    media = list(dict.fromkeys(item for row in rows for item in row.media))
+    media = distinct_media(rows)
     with accelerator.autocast():
         features = tower_features(model, media) if media else None
         return score(
@@ -354,8 +367,8 @@ def _sample_rows(recipe: Recipe) -> list[Conversation]:
     last = recipe.resolved_stages()[-1][1]
     if not last.evaluate.samples:
         return []
-    rows, _ = read_conversations(last.data, last.data.validation or last.data.train, last.seed)
-    rows = [row for row in rows if row.media][:500] or rows[:500]
+    rows = list(islice(conversations(last.data, last.data.validation or last.data.train, last.seed), SAMPLED))
+    rows = [row for row in rows if row.media] or rows
     by_category: dict[str, list[Conversation]] = {}
     for row in rows:
         by_category.setdefault(row.category, []).append(row)

@@ -6,11 +6,12 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from vlm_tune.config import EasyVqaSource
 from vlm_tune.data.instructions import load_instructions
-from vlm_tune.data.sources.rows import BadRows
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, digest, files_digest
 from vlm_tune.data.types import Conversation, Media
 from vlm_tune.errors import DataError
 
@@ -25,17 +26,22 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
-def _questions(config: EasyVqaSource) -> tuple[Path, list[tuple[int, str, str, int]]]:
-    """The split's folder and its (row, question, answer, image) in file order."""
-    folder = _folder() / ("test" if config.split == "test" else "train")
+def part_folder(split: str) -> Path:
+    """The folder of the package's part that a split is taken from."""
+    return _folder() / ("test" if split == "test" else "train")
+
+
+def questions(split: str, validation_images: int) -> list[tuple[int, str, str, int]]:
+    """The split's (row, question, answer, image) in file order."""
+    folder = part_folder(split)
     rows = [(row, *fields) for row, fields in enumerate(json.loads((folder / "questions.json").read_text()))]
-    if config.split == "test":
-        return folder, rows
+    if split == "test":
+        return rows
     images = sorted({image for _, _, _, image in rows})
-    if config.validation_images >= len(images):
+    if validation_images >= len(images):
         raise DataError(f"validation_images leaves none of the {len(images)} images to train on", source="easy_vqa")
-    held_out = set(images[len(images) - config.validation_images :])
-    return folder, [row for row in rows if (row[3] in held_out) == (config.split == "validation")]
+    held_out = set(images[len(images) - validation_images :])
+    return [row for row in rows if (row[3] in held_out) == (split == "validation")]
 
 
 def answer_type(answer: str) -> str:
@@ -43,21 +49,53 @@ def answer_type(answer: str) -> str:
     return "yes/no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape"
 
 
-def read_easy_vqa(config: EasyVqaSource, seed: int, bad: BadRows) -> Iterator[Conversation]:
+class EasyVqa:
     """A conversation for each question, or for each caption that an image's questions and answers reveal."""
-    instructions = load_instructions(config.instructions, config.task)
-    folder, rows = _questions(config)
-    if config.task == "vqa":
-        for row, question, answer, image in rows:
-            media = Media(folder / "images" / f"{image}.png")
-            values = {"question": question, "answer": answer}
-            yield instructions.conversation(f"easy_vqa/{config.split}:{row}", media, values, seed=seed, category=answer_type(answer))
-        return
-    for image, captions in revealed(rows).items():
-        media = Media(folder / "images" / f"{image}.png")
-        for kind, caption in captions.items():
-            row_id = f"easy_vqa/{config.split}/caption:{image}:{kind}"
-            yield instructions.conversation(row_id, media, {"caption": caption}, seed=seed, category=kind)
+
+    def __init__(self, config: EasyVqaSource, *, seed: int) -> None:
+        """Raises `DataError` if the package is missing or all images are held out."""
+        self.name, self.form = f"easy_vqa/{config.split}", config.task
+        self._config, self._seed = config, seed
+        self._instructions = load_instructions(config.instructions, config.task)
+
+    def fingerprint(self) -> str:
+        """Of the package's file, what is taken from it, the prompt set and the seed."""
+        files = files_digest([part_folder(self._config.split) / "questions.json"])
+        options = (self._config.split, self._config.validation_images, self._config.task)
+        return digest(files, *options, self._instructions.model_dump_json(), self._seed)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Stretches of questions or captions."""
+        total = len(self._rows())
+        for number, start in enumerate(range(0, total, CHUNK_ROWS)):
+            yield Chunk(number, start + 1, min(CHUNK_ROWS, total - start))
+
+    def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
+        """The chunk's rows in order."""
+        start = chunk.first_row - 1
+        for row, (row_id, image, values, category) in enumerate(self._rows()[start : start + chunk.rows], chunk.first_row):
+            messages = self._instructions.messages(row_id, (Media(image),), values, seed=self._seed)
+            yield Conversation(row_id, tuple(messages), category, self.name, row)
+
+    def _rows(self) -> list[tuple[str, Path, dict[str, str], str]]:
+        return _rows(self._config.split, self._config.validation_images, self._config.task)
+
+
+@lru_cache(maxsize=4)
+def _rows(split: str, validation_images: int, task: str) -> list[tuple[str, Path, dict[str, str], str]]:
+    """(id, image file, the task's fields, category) of each row, read once a process."""
+    images = part_folder(split) / "images"
+    rows = questions(split, validation_images)
+    if task == "vqa":
+        return [
+            (f"easy_vqa/{split}:{row}", images / f"{image}.png", {"question": question, "answer": answer}, answer_type(answer))
+            for row, question, answer, image in rows
+        ]
+    return [
+        (f"easy_vqa/{split}/caption:{image}:{kind}", images / f"{image}.png", {"caption": caption}, kind)
+        for image, captions in revealed(rows).items()
+        for kind, caption in captions.items()
+    ]
 
 
 def revealed(rows: list[tuple[int, str, str, int]]) -> dict[int, dict[str, str]]:

@@ -2,28 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import Source
-from vlm_tune.data.sources.easy_vqa import read_easy_vqa
-from vlm_tune.data.sources.llava import read_llava
-from vlm_tune.data.sources.messages import read_messages
-from vlm_tune.data.sources.rows import BadRows
+from vlm_tune.config import DatasetSource, FileSource, Source, WebDatasetSource
+from vlm_tune.data.sources.class_folders import ClassFolders
+from vlm_tune.data.sources.easy_vqa import EasyVqa
+from vlm_tune.data.sources.files import Csv, FileFormat, FileRows, JsonLines, find_files, json_format
+from vlm_tune.data.sources.reader import RowsReader
+from vlm_tune.data.sources.rows import SourceReader
+from vlm_tune.data.sources.shards import TarShard
+from vlm_tune.data.sources.tables import ArrowFile, DatasetRows, Parquet
 from vlm_tune.data.types import Conversation
+from vlm_tune.errors import DataError
 
-SOURCES: dict[str, Callable[[Any, int, BadRows], Iterator[Conversation]]] = {
-    "easy_vqa": read_easy_vqa,
-    "llava": read_llava,
-    "messages": read_messages,
+FORMATS: dict[str, Callable[[Path], FileFormat]] = {
+    ".json": json_format,
+    ".jsonl": json_format,
+    ".ndjson": lambda path: JsonLines(),
+    ".csv": lambda path: Csv(),
+    ".tsv": lambda path: Csv("\t"),
+    ".parquet": lambda path: Parquet(),
+    ".arrow": lambda path: ArrowFile(),
+    ".feather": lambda path: ArrowFile(),
+}
+"""The format of a file by its ending."""
+SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def open_file(config: FileSource, seed: int, streaming: bool) -> SourceReader:
+    """Rows of a file, or of all files that a pattern names."""
+    files = find_files(config.path)
+    for path in files:
+        if path.suffix.lower() not in FORMATS:
+            hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
+            raise DataError(f"the ending {path.suffix!r} is none of {', '.join(FORMATS)}{hint}", source=str(path))
+    formats = tuple(FORMATS[path.suffix.lower()](path) for path in files)
+    return RowsReader(FileRows(config.path, tuple(files), formats), config, seed=seed)
+
+
+def open_webdataset(config: WebDatasetSource, seed: int, streaming: bool) -> SourceReader:
+    """Samples of tar shards."""
+    files = find_files(config.path)
+    for path in files:
+        if not path.name.endswith(SHARDS):
+            raise DataError(f"a shard ends in {', '.join(SHARDS)}", source=str(path))
+    return RowsReader(FileRows(config.path, tuple(files), (TarShard(),) * len(files)), config, seed=seed)
+
+
+def open_dataset(config: DatasetSource, seed: int, streaming: bool) -> SourceReader:
+    """Rows of a data set of the datasets library."""
+    return RowsReader(DatasetRows(config, streaming=streaming), config, seed=seed)
+
+
+SOURCES: dict[str, Callable[[Any, int, bool], SourceReader]] = {
+    "file": open_file,
+    "webdataset": open_webdataset,
+    "dataset": open_dataset,
+    "folder": lambda config, seed, streaming: ClassFolders(config, seed=seed),
+    "easy_vqa": lambda config, seed, streaming: EasyVqa(config, seed=seed),
 }
 
 
-def read_sources(sources: Sequence[Source], *, seed: int, bad: BadRows) -> list[Conversation]:
-    """All conversations of the sources in order; raises `DataError` as `bad` tells."""
-    return [
-        conversation
-        for source in sources
-        for conversation in islice(SOURCES[getattr(source, "kind")](source, seed, bad), source.limit)  # noqa: B009
-    ]
+def open_source(config: Source, *, seed: int, streaming: bool = False) -> SourceReader:
+    """A source's reader; a hub's data set is fetched first, or as it is read with `streaming`.
+
+    Raises `DataError` for what is not there, and for rows whose form can't be told.
+    """
+    return SOURCES[getattr(config, "kind")](config, seed, streaming)  # noqa: B009
+
+
+def read_all(readers: Iterable[SourceReader]) -> Iterator[Conversation | DataError]:
+    """All rows of the sources in order, read as they are asked for."""
+    for reader in readers:
+        for chunk in reader.chunks():
+            yield from reader.conversations(chunk)

@@ -1,0 +1,140 @@
+"""PEFT's LoRA layers against the fused ones, one decoder block's linear layers forward and backward: python -m benchmarks.lora_linear
+
+Shapes are SmolLM2-135M's. Passes are interleaved and medians compared, so that a busy machine slows all alike. The GEMM
+rate counts useful work only: 4 operations a frozen weight and token (outputs, and gradients of inputs), 6 an adapter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from vlm_tune.model.fused import LoraLinear, fuse
+from vlm_tune.train.allocator import keep_freed_memory
+
+BLOCK = {
+    "q_proj": (0, 0),
+    "k_proj": (0, 1),
+    "v_proj": (0, 1),
+    "o_proj": (0, 0),
+    "gate_proj": (0, 2),
+    "up_proj": (0, 2),
+    "down_proj": (2, 0),
+}
+"""Layers of a block, by the places of their input and output widths."""
+
+
+class Block(nn.ModuleDict):
+    """The linear layers of a decoder block, each fed with what it is fed with there, and nothing between them."""
+
+    def __init__(self, widths: tuple[int, int, int]) -> None:
+        super().__init__({name: nn.Linear(widths[read], widths[written], bias=False) for name, (read, written) in BLOCK.items()})
+
+    def forward(self, normed: torch.Tensor, mixed: torch.Tensor, inner: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs of all layers for inputs [B, L, d], [B, L, d] and [B, L, f]."""
+        given = [normed, normed, normed, mixed, mixed, mixed, inner]
+        return [layer(x) for layer, x in zip(self.values(), given, strict=True)]
+
+
+def block(kind: str, widths: tuple[int, int, int], rank: int, dtype: torch.dtype) -> nn.Module:
+    """A block with LoRA on every layer; kind is peft, fused (layer by layer) or merged (projections too)."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(BLOCK))
+    if kind != "peft":
+        config._register_custom_module({nn.Linear: LoraLinear})
+    model = Block(widths)
+    LoraModel(model, {"default": config}, "default")
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data.to(dtype)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    if kind == "merged":
+        fuse(model)
+    return model
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def gemm(widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: str) -> Callable[[], float]:
+    """A plain GEMM of the block's largest shape; called, it gives its operations."""
+    rows, weight = (
+        torch.randn(tokens, widths[0], dtype=dtype, device=device),
+        torch.randn(2 * widths[2], widths[0], dtype=dtype, device=device),
+    )
+
+    def work() -> float:
+        torch.mm(rows, weight.t())
+        return 2.0 * tokens * weight.numel()
+
+    return work
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1536)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--kv-width", type=int, default=192)
+    parser.add_argument("--inner", type=int, default=1536)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--plain-malloc", action="store_true", help="leave the C allocator as it is")
+    asked = parser.parse_args()
+    if not asked.plain_malloc:
+        keep_freed_memory()
+    widths, dtype, device = (asked.width, asked.kv_width, asked.inner), torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = ["peft", "fused", "merged"]
+    models = {kind: block(kind, widths, asked.rank, dtype).to(device) for kind in kinds}
+    fuse(models["merged"])
+    shape = (8, asked.tokens // 8)
+    inputs = [torch.randn(*shape, width, dtype=dtype, device=device).requires_grad_() for width in (asked.width, asked.width, asked.inner)]
+    outputs = [torch.randn(*shape, widths[written], dtype=dtype, device=device) for _, written in BLOCK.values()]
+
+    def work(model: nn.Module) -> None:
+        with torch.autocast(device, torch.bfloat16), disable_input_dtype_casting(model, active=True):
+            found = model(*inputs)
+        torch.autograd.backward(found, outputs)
+        for leaf in (*inputs, *model.parameters()):
+            leaf.grad = None
+
+    plain = gemm(widths, asked.tokens, dtype, device)
+    seconds: dict[str, list[float]] = {kind: [] for kind in (*kinds, "gemm")}
+    for place in range(asked.repeat + 3):
+        for kind in kinds:
+            found = timed(lambda kind=kind: work(models[kind]))
+            if place >= 3:
+                seconds[kind].append(found)
+        if place >= 3:
+            seconds["gemm"].append(timed(plain))
+    rate = plain() / statistics.median(seconds["gemm"])
+    frozen = sum(widths[read] * widths[written] for read, written in BLOCK.values())
+    low = sum(asked.rank * (widths[read] + widths[written]) for read, written in BLOCK.values())
+    useful = asked.tokens * (4 * frozen + 6 * low)
+    print(
+        f"{asked.tokens} tokens, widths {widths}, r={asked.rank}, bf16; GEMM {rate / 1e12:.2f} TFLOP/s, {torch.get_num_threads()} threads"
+    )
+    print(f"{'':8} {'ms':>8} {'x PEFT':>8} {'of GEMM':>8}")
+    for kind in kinds:
+        middle = statistics.median(seconds[kind])
+        ratio = statistics.median(one / other for one, other in zip(seconds["peft"], seconds[kind], strict=True))
+        print(f"{kind:8} {middle * 1e3:8.2f} {ratio:8.2f} {useful / middle / rate:8.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What all trainers of a comparison are given: the same questions in two row forms, and models of the same shapes.
+
+images/ and single.jsonl (a row a question), multi.jsonl (a row an image, its questions as turns)
+tower/   a CLIP vision tower of random weights, ViT-B/32 (49 tokens) or ViT-B/16 (196)
+llava/   LlavaForConditionalGeneration of that tower and a real decoder, with its processor
+t5/      a T5 of flan-t5-base's configuration, random weights, and a tokenizer trained on the questions
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% generation %}{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>{% endgeneration %}{% else %}\
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""ChatML with the image before the first question; what the assistant says is marked for TRL."""
+
+PATCH = {49: 32, 196: 16}
+"""Image tokens of a 224x224 image, by the patch size that gives them."""
+
+
+def write_rows(folder: Path, count: int) -> list[str]:
+    """Writes the questions about easy-VQA's first images in both forms; all answers, sorted."""
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install easy-vqa")
+    source = Path(spec.origin).parent / "data" / "train"
+    questions: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in json.loads((source / "questions.json").read_text()):
+        questions.setdefault(image, []).append((question, answer))
+    chosen = sorted(questions)[:count]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    single, multi = [], []
+    for image in chosen:
+        name = f"images/{image}.png"
+        shutil.copy(source / name, folder / name)
+        turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in questions[image]]
+        single += [{"messages": turn, "images": [name]} for turn in turns]
+        multi.append({"messages": [message for turn in turns for message in turn], "images": [name]})
+    for form, rows in (("single", single), ("multi", multi)):
+        (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sorted(answer for image in chosen for _, answer in questions[image])
+
+
+def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
+    """Writes the models where they are not there yet."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    if not (folder / "tower" / "config.json").is_file():
+        CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH[image_tokens], image_size=224)).save_pretrained(folder / "tower")
+    if not (folder / "llava" / "processor_config.json").is_file():
+        _write_llava(folder, decoder)
+    if not (folder / "t5" / "config.json").is_file():
+        _write_t5(folder)
+
+
+def _write_llava(folder: Path, decoder: Path) -> None:
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    language: Any = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.bfloat16)
+    language.resize_token_embeddings(len(tokenizer))
+    tower = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.bfloat16)
+    place = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=tower.config, text_config=language.config, image_token_id=place, tie_word_embeddings=True)
+    model: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    model.save_pretrained(folder / "llava")
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(),
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder / "llava")
+
+
+def _write_t5(folder: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from vlm_tune.config import MessagesSource
+    from vlm_tune.data.sources.registry import read_sources
+    from vlm_tune.data.sources.rows import BadRows
+    from vlm_tune.data.template import load_template
+    from vlm_tune.model.build import train_tokenizer
+
+    rows = read_sources([MessagesSource(kind="messages", path=str(folder / "single.jsonl"))], seed=0, bad=BadRows(skip=False, cap=0))
+    tokenizer = train_tokenizer(rows, 2000, load_template("flan"))
+    shape = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    config = T5Config(**shape, **ids, vocab_size=32128, tie_word_embeddings=False, dropout_rate=0.0)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    tokenizer.save_pretrained(folder / "t5")

@@ -1,0 +1,140 @@
+"""Batches of an epoch: every unit once over all ranks, shares that hold, little padding, all a function of the seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from vlm_tune.config import DataSection, FileSource
+from vlm_tune.data.plan import Epoch, Plan, Sizes, epoch_counts
+
+PREPARED: Any = type("Stub", (), {})
+"""Stands for prepared rows, of which a plan reads nothing but lengths and sources."""
+
+
+def source(**options: Any) -> FileSource:
+    return FileSource(kind="file", path="x", **options)
+
+
+def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None = None, of: list[int] | None = None, **options: Any) -> Plan:
+    """A plan over units of these lengths, `of` which source each is."""
+    sources = sources or [source()]
+    made = PREPARED()
+    made.unit_lengths = np.column_stack([lengths, lengths]).astype(np.int64).reshape(-1, 2)
+    made.unit_sources = np.array(of or [0] * len(lengths))
+    made.sources = sources
+    return Plan(made, DataSection(train=list(sources), template="chatml", **options), sizes, seed=3)
+
+
+def flat(epoch: Epoch, rank: int) -> list[list[int]]:
+    """The units of each micro-batch of a rank."""
+    return [[unit for row in epoch.rows(number, rank) for unit in row] for number in range(len(epoch))]
+
+
+lengths_of = st.lists(st.integers(1, 90), min_size=1, max_size=80)
+
+
+@given(lengths_of, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_every_unit_comes_once_over_all_ranks(lengths: list[int], size: int, ranks: int, epoch: int, packing: bool) -> None:
+    assume(len(lengths) >= ranks)
+    found = plan(lengths, Sizes(size, ranks=ranks), packing=packing, row_length=64).epoch(epoch)
+    shares = [flat(found, rank) for rank in range(ranks)]
+    assert Counter(unit for share in shares for batch in share for unit in batch) == Counter(range(len(lengths)))
+    assert all(len(found.rows(number, rank)) <= size for number in range(len(found)) for rank in range(ranks))
+    assert all(len(found.rows(number, 0)) == size for number in range(len(found) - 1))
+    # Which units a step sees does not depend on the number of processes.
+    single = flat(plan(lengths, Sizes(size * ranks), packing=packing, row_length=64).epoch(epoch), 0)
+    assert [sorted(batch) for batch in single] == [
+        sorted(chain.from_iterable(share[step] for share in shares)) for step in range(len(found))
+    ]
+
+
+@given(lengths_of, st.integers(1, 200), st.integers(1, 3), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_token_batches_hold_their_budget(lengths: list[int], tokens: int, ranks: int, packing: bool) -> None:
+    assume(len(lengths) >= ranks)
+    made = plan(lengths, Sizes(1, tokens, ranks), packing=packing, row_length=64)
+    found = made.epoch(0)
+    drawn = [unit for rank in range(ranks) for batch in flat(found, rank) for unit in batch]
+    assert Counter(drawn) == Counter(range(len(lengths)))
+    for number in range(len(found)):
+        for rank in range(ranks):
+            rows = [sum(lengths[unit] for unit in row) for row in found.rows(number, rank)]
+            assert not rows or len(rows) == 1 or len(rows) * max(rows) <= tokens
+
+
+@given(lengths_of, st.integers(1, 90))
+@settings(max_examples=150, deadline=None)
+def test_packed_rows_are_full_and_never_too_long(lengths: list[int], limit: int) -> None:
+    found = plan(lengths, Sizes(1), packing=True, row_length=limit).epoch(0)
+    rows = [found.rows(number, 0)[0] for number in range(len(found))]
+    totals = [sum(lengths[unit] for unit in row) for row in rows]
+    assert all(total <= limit or len(row) == 1 for total, row in zip(totals, rows, strict=True))
+    # No two rows could have been one.
+    short = sorted(total for total in totals if total <= limit)
+    assert len(short) < 2 or short[0] + short[1] > limit
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    lengths = list(range(1, 51))
+    one, other = plan(lengths, Sizes(4)), plan(lengths, Sizes(4))
+    assert [flat(one.epoch(epoch), 0) for epoch in (1, 0)] == [flat(other.epoch(epoch), 0) for epoch in (1, 0)]
+    assert flat(one.epoch(0), 0) != flat(one.epoch(1), 0)
+
+
+def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 400, 4000).tolist()
+    found = plan(lengths, Sizes(8)).epoch(0)
+    batches = [[lengths[unit] for unit in batch] for batch in flat(found, 0)]
+    padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+    assert padding < 0.05
+    means = np.array([np.mean(batch) for batch in batches])
+    assert abs(float(np.corrcoef(means[:-1], means[1:])[0, 1])) < 0.15
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("units", "sources", "size", "expected"),
+    [
+        ([5, 7], [source(), source()], None, [5, 7]),
+        ([5, 70], [source(), source(count=10)], None, [5, 10]),
+        ([100, 100], [source(weight=3.0), source(weight=1.0)], None, [100, 33]),
+        ([100, 100], [source(weight=3.0), source(weight=1.0)], 10, [8, 2]),
+        ([100, 100, 4], [source(weight=2.0), source(weight=1.0), source()], 9, [6, 3, 4]),
+        ([100, 0], [source(weight=1.0), source(weight=1.0)], None, [100, 0]),
+        ([3, 0], [source(), source(count=5)], None, [3, 0]),
+    ],
+)
+def test_shares_of_an_epoch(units: list[int], sources: list[FileSource], size: int | None, expected: list[int]) -> None:
+    assert epoch_counts(units, sources, size) == expected
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
+@settings(max_examples=80, deadline=None)
+def test_no_unit_comes_again_before_all_of_its_source_came(first: int, second: int, one: int, other: int) -> None:
+    made = plan([1] * (first + second), Sizes(4), sources=[source(count=one), source(count=other)], of=[0] * first + [1] * second)
+    drawn: Counter[int] = Counter()
+    for epoch in range(5):
+        own = Counter(unit for batch in flat(made.epoch(epoch), 0) for unit in batch)
+        assert sum(own[unit] for unit in range(first)) == one and sum(own.values()) == one + other
+        drawn += own
+        for units in (range(first), range(first, first + second)):
+            seen = [drawn[unit] for unit in units]
+            assert max(seen) - min(seen) <= 1
+
+
+def test_ratios_hold_within_an_epoch_too() -> None:
+    made = plan([1] * 4000, Sizes(8), sources=[source(weight=3.0), source(weight=1.0)], of=[0] * 2000 + [1] * 2000, epoch_size=2000)
+    batches = flat(made.epoch(0), 0)
+    first = [unit < 2000 for batch in batches[: len(batches) // 2] for unit in batch]
+    assert abs(np.mean(first) - 0.75) < 0.05

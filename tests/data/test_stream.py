@@ -1,0 +1,109 @@
+"""Streams: ratios to the row, batches that are a function of their number, bounded reading, bad rows by policy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_samples import processor
+from row_samples import write_rows
+
+from vlm_tune.config import DataSection, FileSource
+from vlm_tune.data.stream import StreamFeed, mixed, shuffled
+from vlm_tune.data.types import Batch, Media
+from vlm_tune.errors import DataError
+
+
+def talk(text: str) -> dict[str, Any]:
+    return {"id": text, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Files of 30 and of 10 rows."""
+    return [write_rows(tmp_path / f"{name}.jsonl", [talk(f"{name}{n}") for n in range(rows)]) for name, rows in (("a", 30), ("b", 10))]
+
+
+def feed(
+    files: list[Path], *, size: int = 4, rank: int = 0, ranks: int = 1, weights: tuple[float, ...] = (3.0, 1.0), **options: Any
+) -> StreamFeed:
+    sources = [FileSource(kind="file", path=str(path), weight=weight) for path, weight in zip(files, weights, strict=False)]
+    data = DataSection(train=list(sources), template="chatml", streaming=True, **options)
+    return StreamFeed(data, sources, processor("chatml", "bytes", "causal"), fetch, size, seed=5, rank=rank, ranks=ranks)
+
+
+def fetch(media: Media) -> torch.Tensor:
+    raise DataError(f"{media.name}: cut")
+
+
+def ids(batches: list[Batch]) -> list[list[str]]:
+    return [[name.split(":")[1] for name in batch.ids] for batch in batches]
+
+
+def test_ratios_hold_to_the_row(files: list[Path]) -> None:
+    made = feed(files)
+    drawn = [number for number, _ in islice(mixed(made.readers, made.sources, 5), 400)]
+    for end in range(4, 401):
+        assert abs(drawn[:end].count(0) - 0.75 * end) < 1
+    rows = Counter(row.id for _, row in islice(mixed(made.readers, made.sources, 5), 400))  # type: ignore[union-attr]
+    assert set(rows.values()) == {10}
+
+
+def test_a_buffer_mixes_and_loses_nothing() -> None:
+    rows: Any = ((0, number) for number in range(1000))
+    found = [row for _, row in islice(shuffled(rows, 50, 1), 900)]
+    assert len(set(found)) == 900 and found != sorted(found)
+    # A row is never drawn before it was read.
+    assert all(row <= place + 50 for place, row in enumerate(found))
+
+
+def test_batches_are_a_function_of_their_number(files: list[Path]) -> None:
+    whole = ids(list(islice(feed(files, shuffle_buffer=16).batches(0), 12)))
+    assert ids(list(islice(feed(files, shuffle_buffer=16).batches(0, 7), 5))) == whole[7:]
+    assert len({name for batch in whole for name in batch}) > 20
+
+
+def test_processes_share_the_rows_of_one(files: list[Path]) -> None:
+    single = ids(list(islice(feed(files, size=4, shuffle_buffer=8).batches(0), 6)))
+    shares = [ids(list(islice(feed(files, size=2, rank=rank, ranks=2, shuffle_buffer=8).batches(0), 6))) for rank in range(2)]
+    assert [sorted(batch) for batch in single] == [sorted(one + other) for one, other in zip(*shares, strict=True)]
+
+
+def test_bad_rows_leave_a_batch_smaller_and_are_counted(tmp_path: Path) -> None:
+    rows = [talk("good"), {"messages": []}, {**talk("cut"), "images": [str(tmp_path / "no.png")]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row [23]: "):
+        list(islice(feed([path], shuffle_buffer=1).batches(0), 3))
+    told: list[DataError] = []
+    made = feed([path], size=3, shuffle_buffer=1, on_bad_row="skip", max_bad_rows=6)
+    made.report = told.append
+    assert ids(list(islice(made.batches(0), 3))) == [["good"]] * 3
+    assert made.bad == 6 and {error.row for error in told} == {2, 3}
+    with pytest.raises(DataError, match="more than 6 bad rows"):
+        list(islice(made.batches(0), 1))
+
+
+def test_a_batch_without_a_usable_row_counts_nothing(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [talk("good"), {"messages": []}])
+    made = feed([path], size=1, shuffle_buffer=1, on_bad_row="skip")
+    batches = list(islice(made.batches(0), 6))
+    assert sorted(batch.supervised > 0 for batch in batches) == [False] * 3 + [True] * 3
+    assert [batch.questions for batch in batches if not batch.supervised] == [0] * 3
+
+
+def test_packed_streams_fill_their_rows(files: list[Path]) -> None:
+    plain = list(islice(feed(files, size=8, shuffle_buffer=8).batches(0), 3))
+    packed = list(islice(feed(files, size=8, shuffle_buffer=8, packing=True, row_length=256).batches(0), 3))
+    for one, other in zip(plain, packed, strict=True):
+        assert other.tokens == one.tokens and other.supervised == one.supervised and len(other.ids) < len(one.ids)
+        assert other.ends is not None
+
+
+def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        next(feed([tmp_path / "rows.jsonl"]).batches(0))

@@ -1,0 +1,74 @@
+"""The bench's own arithmetic: that both row forms hold the same questions, and what is counted as useful work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import examples_of, save_llm
+
+from benchmarks import material, ours
+from benchmarks.throughput import _within
+from vlm_tune.data.prepare import conversations, prepare
+from vlm_tune.model.build import build_processor
+from vlm_tune.model.llm import tree_mask
+from vlm_tune.recipe import parse_recipe
+
+
+def test_both_row_forms_hold_the_same_questions(tmp_path: Path) -> None:
+    answers = material.write_rows(tmp_path, 3)
+    forms = {form: [json.loads(line) for line in (tmp_path / f"{form}.jsonl").read_text().splitlines()] for form in ("single", "multi")}
+    said = {
+        form: sorted(
+            (row["images"][0], question["content"], answer["content"])
+            for row in rows
+            for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True)
+        )
+        for form, rows in forms.items()
+    }
+    assert said["single"] == said["multi"]
+    assert sorted(answer for _, _, answer in said["multi"]) == answers
+    assert (len(forms["single"]), len(forms["multi"])) == (len(answers), 3)
+    assert all((tmp_path / row["images"][0]).is_file() for row in forms["single"])
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
+    """4·T·N + 6·T·N_lora + 12·L·h·d_h·A + 4·S·d·V, with A counted from the decoder's own mask."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    answers = material.write_rows(tmp_path, 2)
+    CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=64)
+    ).save_pretrained(tmp_path / "tower")
+    blank = ours.recipe("causal", tmp_path, tmp_path, tmp_path / "run", batch=2, steps=1)
+    rows = list(conversations(parse_recipe(blank).data, parse_recipe(blank).data.train, 0))
+    folder = save_llm(tmp_path / ("llm" if kind == "causal" else "t5"), kind, rows)
+    text = ours.recipe(kind, tmp_path, folder, tmp_path / "run", batch=2, steps=1)
+    found = ours.work(text)
+    assert found.answers == answers
+    asked = parse_recipe(text)
+    examples = examples_of(prepare(asked.data, asked.data.train, build_processor(asked, []), seed=asked.seed))
+    assert found.tokens == pytest.approx(sum(len(example.input_ids) for example in examples) / len(answers))
+    assert found.supervised == pytest.approx(sum(example.supervised for example in examples) / len(answers))
+    if kind == "seq2seq":
+        assert found.operations > 4 * found.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
+        return
+    pairs = 0
+    for example in examples:
+        ends = np.full(len(example.input_ids), len(example.input_ids)) if example.ends is None else example.ends
+        pairs += int(tree_mask(torch.as_tensor(ends)[None]).sum())
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    frozen, low = sum(a * b for a, b in shapes), sum(16 * (a + b) for a, b in shapes)
+    tokens, supervised = found.tokens * len(answers), found.supervised * len(answers)
+    config = json.loads((folder / "config.json").read_text())
+    wanted = 2 * tokens * (4 * frozen + 6 * low) + 12 * 2 * 32 * pairs + 4 * supervised * 32 * config["vocab_size"]
+    assert found.operations * len(answers) == pytest.approx(wanted)
+
+
+def test_answers_are_matched_one_to_one() -> None:
+    assert _within(["no", "yes"], ["is it? yes", "red? no"])
+    assert not _within(["no", "no"], ["red? no", "is it? yes"])

@@ -1,0 +1,200 @@
+"""`vlm-tune check`: reads everything a run would read, and tells what is wrong with which row; no weights are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.checking.findings import CheckReport, Part, PartReport, SourceReport, histogram
+from vlm_tune.checking.rows import check_batches, check_rows, report_leaks
+from vlm_tune.config import Clean, DataSection, Recipe, Source
+from vlm_tune.data.overlap import PartRows, leaks
+from vlm_tune.data.padding import padding
+from vlm_tune.data.plan import Sizes
+from vlm_tune.data.prepare import prepare
+from vlm_tune.data.prepared import Prepared
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.shards import BAD, LEFT_OUT, OK
+from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.types import Conversation
+from vlm_tune.errors import DataError
+from vlm_tune.model.build import build_processor
+from vlm_tune.recipe import load_recipe
+
+STREAMED = 10_000
+"""Rows of each source that are read of a recipe that streams."""
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def check(
+    recipe: str | Path | Recipe, overrides: Sequence[str] | dict[str, Any] = (), *, sample: int | None = None, show: Show | None = None
+) -> CheckReport:
+    """Reads the rows of all stages (the first `sample` of each source) and reports on them; `show` is told of progress.
+
+    What is prepared is kept, so a run that follows starts at once. Raises `RecipeError`, and `DataError` or `ModelError`
+    for a chat format or tokenizer that can't be used.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    started = time.perf_counter()
+    stages = loaded.resolved_stages()
+    if sample is None and any(stage.data.streaming for _, stage in stages):
+        sample = STREAMED
+    stages = [(name, _sampled(stage, sample)) for name, stage in stages]
+    report = CheckReport(loaded.name, sample)
+    processor = build_processor(loaded, list(_texts(stages)) if loaded.model.llm.scratch else [])
+    for number, (name, stage) in enumerate(stages):
+        report.read += _parts(report, name, stage, processor, last=number == len(stages) - 1, show=show)
+    trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
+    # Stages that read the same rows are told of them once.
+    distinct: dict[Any, Part] = {}
+    for part in report.read:
+        data = part.recipe.data
+        distinct.setdefault((part.prepared.folder, part.name, data.on_bad_row, data.max_bad_rows), part)
+        report.parts.append(_part_report(part))
+        if part.name == "train":
+            check_batches(report, part)
+    for part in distinct.values():
+        check_rows(report, part)
+    scored = [part for part in distinct.values() if part.name != "train"]
+    for part, found in zip(scored, leaks([part.rows for part in scored], list(trained.values())), strict=True):
+        report_leaks(report, part, found)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _sampled(stage: Recipe, sample: int | None) -> Recipe:
+    """The stage with sources of at most `sample` rows."""
+    if sample is None:
+        return stage
+
+    def cut(sources: Sequence[Any]) -> list[Any]:
+        return [source.model_copy(update={"limit": min(source.limit or sample, sample)}) for source in sources]
+
+    parts = {part: cut(getattr(stage.data, part)) for part in ("train", "validation", "test")}
+    return stage.model_copy(update={"data": stage.data.model_copy(update=parts)})
+
+
+def _texts(stages: Sequence[tuple[str, Recipe]]) -> Iterator[Conversation]:
+    """The training conversations that can be used, for a tokenizer trained on them."""
+    for _, stage in stages:
+        for source in stage.data.train:
+            try:
+                reader = open_source(source, seed=stage.seed)
+                rows = (row for chunk in reader.chunks() for row in reader.conversations(chunk))
+                for place, row in enumerate(rows):
+                    if place == source.limit:
+                        break
+                    if isinstance(row, Conversation):
+                        yield row
+            except DataError:  # told of when it is prepared
+                continue
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, *, last: bool, show: Show | None) -> Iterator[Part]:
+    """The parts of a stage; the test part is the last one's."""
+    data = stage.data
+    own = processor.variant(data.template, data.system)
+    # What is scored is read row by row: cleaning, splitting and shortening are for training.
+    plain = data.model_copy(update={"split": None, "group": "none", "clean": Clean(), "overlong": "drop"})
+    for part in ("train", "validation", *(["test"] if last else [])):
+        sources: Sequence[Source] = getattr(data, part)
+        if not sources:
+            continue
+        prepared, ms = _prepared(report, name, part, stage, data if part == "train" else plain, sources, own, show)
+        if prepared is None:
+            continue
+        parts, usable = prepared.column("part"), prepared.column("status") == OK
+        everything = np.flatnonzero((parts == 0) | ~usable)
+        yield Part(name, part, stage, PartRows(prepared, np.flatnonzero(usable & (parts == 0))), everything, own, ms)
+        for number, held in ((1, "validation"), (2, "test")):
+            places = np.flatnonzero(usable & (parts == number))
+            if len(places) and (held != "test" or last):
+                yield Part(name, held, stage, PartRows(prepared, places), places, own, ms)
+
+
+def _prepared(
+    report: CheckReport,
+    name: str,
+    part: str,
+    stage: Recipe,
+    data: DataSection,
+    sources: Sequence[Source],
+    processor: Processor,
+    show: Show | None,
+) -> tuple[Prepared | None, float | None]:
+    """A part's prepared rows and the milliseconds of each; sources that can't be read are told of and left out."""
+    rows, started = 0, time.perf_counter()
+
+    def progress(done: int) -> None:
+        nonlocal rows
+        rows = done
+        if show:
+            show({"event": "preparing", "name": f"{name} {part}", "rows": done})
+
+    def made(some: Sequence[Source]) -> Prepared:
+        return prepare(data, some, processor, seed=stage.seed, lenient=True, progress=progress)
+
+    try:
+        found = made(sources)
+    except DataError:
+        readable = []
+        for source in sources:
+            try:
+                made([source])
+                readable.append(source)
+            except DataError as error:
+                report.add_whole(name, part, "source", error.message, error.source)
+        found = made(readable) if readable else None
+    return found, 1000 * (time.perf_counter() - started) / rows if rows else None
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _part_report(part: Part) -> PartReport:
+    prepared, train = part.prepared, part.recipe.train
+    numbers, status = prepared.column("number"), prepared.column("status")
+    forms = [open_source(config, seed=part.recipe.seed) for config in prepared.sources]
+    sources = []
+    for number, reader in enumerate(forms):
+        own = part.all_places[numbers[part.all_places] == number]
+        usable = PartRows(prepared, part.rows.places[numbers[part.rows.places] == number])
+        kinds = Counter(kind for kind in prepared.values("kind", own) if kind)
+        sources.append(
+            SourceReport(
+                source=reader.name,
+                form=reader.form,
+                rows=len(own),
+                usable=len(usable.places),
+                bad=int((status[own] == BAD).sum()),
+                left_out=int((status[own] == LEFT_OUT).sum()),
+                images=len(usable.first_rows),
+                tokens=int(prepared.column("tokens")[usable.places].sum()),
+                supervised=int(prepared.column("supervised")[usable.places].sum()),
+                kinds=dict(sorted(kinds.items())),
+            )
+        )
+    lengths = prepared.column("longest")[part.all_places]
+    sides = [max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height) for number in part.rows.first_rows]
+    held_out = part.name != "train" and bool(prepared.column("part")[part.rows.places].any())
+    batched = part.name == "train" and len(prepared) > 0
+    sizes = Sizes(train.batch_size, train.batch_tokens)
+    return PartReport(
+        stage=part.stage,
+        part=part.name,
+        sources=sources,
+        questions=None if held_out else prepared.questions,
+        lengths=histogram(lengths[lengths > 0]),
+        image_sides=histogram(np.array(sides, dtype=np.int64)),
+        padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
+        ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
+    )

@@ -1,0 +1,103 @@
+"""The changes that augmentation draws from; all randomness is the given generator's, never a global one's."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm_tune.config import RandAugment
+
+if TYPE_CHECKING:
+    import torch
+
+STRONGEST = 30
+"""RandAugment's largest magnitude."""
+OPERATIONS = (
+    *("identity", "shear_x", "shear_y", "shift_x", "shift_y", "turn", "brightness", "saturation", "contrast", "sharpness"),
+    *("posterize", "solarize", "autocontrast", "equalize"),
+)
+"""RandAugment's operations."""
+ASPECT = 4 / 3
+"""The most that a random crop stretches one side against the other."""
+
+
+def crop_box(random: np.random.Generator, height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop that keeps at least the share `smallest` of the area."""
+    share = random.uniform(smallest, 1)
+    # A stretch past 1 / share would need more than a whole side.
+    most = math.log(min(ASPECT, 1 / share))
+    stretch = math.exp(random.uniform(-most, most))
+    high = min(math.ceil(height * math.sqrt(share / stretch)), height)
+    wide = min(math.ceil(width * math.sqrt(share * stretch)), width)
+    return int(random.integers(0, height - high + 1)), int(random.integers(0, width - wide + 1)), high, wide
+
+
+def warp(
+    pixels: torch.Tensor, *, turn: float = 0.0, shift: tuple[float, float] = (0.0, 0.0), shear: tuple[float, float] = (0.0, 0.0)
+) -> torch.Tensor:
+    """uint8[3, H, W] turned about its middle (degrees, counter-clockwise), shifted (x, y: shares of the sides) and sheared.
+
+    Between pixels values are interpolated, and outside the image its edge goes on.
+    """
+    import torch
+    from torch.nn.functional import affine_grid, grid_sample
+
+    height, width = pixels.shape[-2:]
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    # Where in the old image each place of the new one lies, in shares of half a side from the middle.
+    back = np.array([[1, shear[0]], [shear[1], 1]]) @ np.array([[cos, -sin], [sin, cos]])
+    back *= np.array([[1, height / width], [width / height, 1]])
+    matrix = np.concatenate([back, [[-2 * shift[0]], [-2 * shift[1]]]], axis=1)
+    grid = affine_grid(torch.from_numpy(matrix).float()[None], [1, 3, height, width], align_corners=False)
+    moved = grid_sample(pixels[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    return moved.round().clamp(0, 255).to(torch.uint8)
+
+
+def rand_augment(pixels: torch.Tensor, settings: RandAugment, random: np.random.Generator) -> torch.Tensor:
+    """RandAugment (https://arxiv.org/abs/1909.13719): operations drawn evenly, with torchvision's list and strengths.
+
+    What an operation moves in from outside the image is its edge, where torchvision puts black.
+    """
+    from torchvision.transforms.v2 import functional as f
+
+    strength = settings.magnitude / STRONGEST
+    for operation in random.integers(0, len(OPERATIONS), settings.ops):
+        signed = strength if random.random() < 0.5 else -strength
+        match OPERATIONS[operation]:
+            case "shear_x":
+                pixels = warp(pixels, shear=(0.3 * signed, 0.0))
+            case "shear_y":
+                pixels = warp(pixels, shear=(0.0, 0.3 * signed))
+            case "shift_x":
+                pixels = warp(pixels, shift=(150 / 331 * signed, 0.0))
+            case "shift_y":
+                pixels = warp(pixels, shift=(0.0, 150 / 331 * signed))
+            case "turn":
+                pixels = warp(pixels, turn=30 * signed)
+            case "brightness":
+                pixels = f.adjust_brightness(pixels, 1 + 0.9 * signed)
+            case "saturation":
+                pixels = f.adjust_saturation(pixels, 1 + 0.9 * signed)
+            case "contrast":
+                pixels = f.adjust_contrast(pixels, 1 + 0.9 * signed)
+            case "sharpness":
+                pixels = f.adjust_sharpness(pixels, 1 + 0.9 * signed)
+            case "posterize":
+                pixels = f.posterize(pixels, 8 - round(4 * strength))
+            case "solarize":
+                pixels = f.solarize(pixels, 255 * (1 - strength))
+            case "autocontrast":
+                pixels = f.autocontrast(pixels)
+            case "equalize":
+                pixels = f.equalize(pixels)
+    return pixels
+
+
+def noisy(pixels: torch.Tensor, deviation: float, random: np.random.Generator) -> torch.Tensor:
+    """uint8[3, H, W] with Gaussian noise of a standard deviation that is a share of white, clipped."""
+    import torch
+
+    noise = random.standard_normal(tuple(pixels.shape), dtype=np.float32)
+    return (pixels + 255 * deviation * torch.from_numpy(noise)).round().clamp(0, 255).to(torch.uint8)

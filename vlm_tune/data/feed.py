@@ -1,0 +1,115 @@
+"""What the training loop takes its batches from: prepared rows by a plan, or rows that are read as they come."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vlm_tune.config import Augment
+from vlm_tune.data.collate import Fetch, collate
+from vlm_tune.data.images import augment_pixels
+from vlm_tune.data.joining import pack_layout
+from vlm_tune.data.plan import Plan
+from vlm_tune.data.prepared import Group, Prepared
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Feed(Protocol):
+    """Batches of every epoch, from any place of it."""
+
+    def micro_batches(self, epoch: int) -> int | None:
+        """How many an epoch has; None for an epoch without an end."""
+        ...
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches of an epoch from number `first`."""
+        ...
+
+
+class PreparedFeed:
+    """Batches of prepared rows; `fetch` gives features if `cached`, else pixels, which `augment` changes."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        plan: Plan,
+        spec: InputSpec,
+        fetch: Fetch,
+        *,
+        cached: bool = False,
+        augment: Augment | None = None,
+        rank: int = 0,
+        workers: int = 0,
+    ) -> None:
+        self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
+        self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
+
+    def micro_batches(self, epoch: int) -> int:
+        """How many an epoch has."""
+        return len(self.plan.epoch(epoch))
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """One micro-batch of this process; where the last one has no row for it, a row whose labels are ignored."""
+        planned = self.plan.epoch(epoch)
+        rows = planned.rows(number, self.rank)
+        if not rows:
+            (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(number, rank)))
+            return self._collate([[blank(self.prepared.unit(row[0]))]], epoch)
+        return self._collate([[self.prepared.unit(unit) for unit in row] for row in rows], epoch)
+
+    def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
+        made = [joined(row, self.spec.layout) for row in rows]
+        examples = [example for row in made for example in row]
+        if self.augment is None:
+            return collate(examples, self.spec, fetch=self.fetch, cached=self.cached)
+        owners = [row[0][0].id for row, found in zip(rows, made, strict=True) for _ in found]
+        return collate(examples, self.spec, fetch_for=Augmented(self.fetch, self.augment, self.plan.seed, epoch), owners=owners)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches from number `first`; made ahead by worker processes where there are any."""
+        numbers = range(first, self.micro_batches(epoch))
+        if not self.workers:
+            return (self.batch(epoch, number) for number in numbers)
+        return iter(_ahead(self, epoch, numbers))
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Pixels changed at random, drawn from (seed, epoch, sample id)."""
+
+    fetch: Fetch
+    augment: Augment
+    seed: int
+    epoch: int
+
+    def __call__(self, media: Media, sample: str) -> torch.Tensor:
+        """uint8[3, H, W]."""
+        return augment_pixels(self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode())))
+
+
+def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterable[Batch]:
+    from torch.utils.data import DataLoader, Dataset
+
+    class Numbered(Dataset[Batch]):
+        def __getitem__(self, index: int) -> Batch:
+            return feed.batch(epoch, index)
+
+    # Batches are a function of their number, so the workers need no sampler and no state.
+    return DataLoader(Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2)  # type: ignore[arg-type]
+
+
+def joined(units: list[Group], layout: str) -> list[Example]:
+    """The examples of one row: those of a unit as they are, those of several units packed into one."""
+    return units[0] if len(units) == 1 else [pack_layout([example for unit in units for example in unit], layout)]
+
+
+def blank(unit: Group) -> Group:
+    """A unit that counts nothing."""
+    return [replace(example, labels=np.full_like(example.labels, IGNORE_INDEX), questions=0) for example in unit]

@@ -1,0 +1,56 @@
+"""What can be the matter with a row: the kinds that errors, counts and `vlm-tune check` name, each with its meaning."""
+
+from __future__ import annotations
+
+BAD_ROWS = {
+    "not_json": "a line, element or member that is not JSON, or no object",
+    "not_csv": "a record that is not CSV, or not of the header's width",
+    "damaged": "a part of a file or shard that can't be read",
+    "unsafe": "a member of a shard that is a link, a pickle, or leads out of it",
+    "missing_field": "a field that the form needs is missing or empty",
+    "field": "a field holds what the form has no use for",
+    "unsupported": "audio, tools, a URL, or a video format that is not read",
+    "role": "a missing or unknown role",
+    "turns": "turns that don't alternate, or no answer to the last question",
+    "text": "half a character",
+    "empty_question": "a question without text and image",
+    "empty_answer": "an answer without text",
+    "image_count": "images and places for them differ in number, or none where one is needed",
+    "image_missing": "no such image or video file",
+    "image_outside": "an image or video path that leads out of the image root",
+    "image_unreadable": "an image that is cut, empty, too large, or of another format",
+    "video_unreadable": "a video that can't be decoded, or ends early",
+    "shots": "too few other rows to draw worked examples from",
+    "template": "turns that the chat format has no place for",
+    "unsupervised": "every label is masked: the row would train nothing",
+    "overlong": "more tokens than data.max_length",
+    "row": "anything else",
+}
+"""Rows that can't be used; `overlong` also names rows that are dropped, split or trimmed as the recipe says."""
+
+LEFT_OUT = {
+    "small_image": "a side under clean.min_side",
+    "short_text": "fewer characters than clean.min_chars",
+    "long_text": "more characters than clean.max_chars",
+    "language": "none of clean.languages",
+    "duplicate": "the text and images of an earlier row",
+}
+"""Rows that the recipe's cleaning rules leave out."""
+
+FOUND = {
+    "source": "a source that can't be opened or read to its end",
+    "too_many_bad": "more bad rows than data.max_bad_rows",
+    "no_rows": "no row is left to train on",
+    "few_rows": "fewer rows than one global batch, or than processes",
+    "leak_row": "a row of validation or test that is trained on",
+    "leak_image": "an image of validation or test that is trained on, byte for byte",
+    "leak_look": "an image of validation or test that looks like one that is trained on",
+    "image_tiny": "an image with a side under 16 pixels",
+    "image_huge": "an image of over 25 megapixels",
+    "image_narrow": "an image with sides of over 8 to 1",
+    "image_plain": "an image of one colour",
+    "control_text": "a text that spells a control token or media mark; it stays plain text",
+}
+"""What `vlm-tune check` finds beside them."""
+
+KINDS = BAD_ROWS | LEFT_OUT | FOUND

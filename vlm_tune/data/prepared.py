@@ -1,0 +1,167 @@
+"""Prepared rows as training uses them: units of examples by number, and what became of every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vlm_tune.config import DataSection, Source
+from vlm_tune.data.finish import PARTS
+from vlm_tune.data.shards import BAD, LEFT_OUT, file_stamp
+from vlm_tune.data.store import ExampleStore, MediaRow, media_rows, read_batches
+from vlm_tune.data.types import Example, Media, Slice
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Group = list[Example]
+"""The examples that make one unit of a batch: a row, or all rows of an image."""
+
+
+class Prepared:
+    """A part's prepared rows in a folder; examples are memory-mapped and made when they are asked for."""
+
+    def __init__(self, folder: Path, data: DataSection, sources: Sequence[Source], layout: Literal["causal", "seq2seq"]) -> None:
+        self.folder, self.data, self.sources, self.layout = folder, data, list(sources), layout
+        self.media_rows: list[MediaRow] = [row for batch in read_batches(folder / "media.arrow") for row in media_rows(batch, folder)]
+        self.store = ExampleStore(folder / "examples.arrow", [row.media for row in self.media_rows])
+        units = np.load(folder / "units.npz")
+        self.starts: np.ndarray = units["starts"]
+        self.unit_sources: np.ndarray = units["source"]
+
+    @classmethod
+    def open(cls, folder: Path, data: DataSection, sources: Sequence[Source], layout: Literal["causal", "seq2seq"]) -> Prepared | None:
+        """What is prepared in `folder`; None if nothing is, or an image has changed or gone since."""
+        if not (folder / "manifest.json").is_file():
+            return None
+        found = cls(folder, data, sources, layout)
+        stamps: dict[Path, int] = {}
+        for row in found.media_rows:
+            if row.stamp:
+                source = row.media.source
+                assert not isinstance(source, bytes)
+                path = source.path if isinstance(source, Slice) else source
+                if stamps.setdefault(path, file_stamp(path)) != row.stamp:
+                    return None
+        return found
+
+    # --- units ---
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def unit(self, number: int) -> Group:
+        """The examples of a unit."""
+        return [self.store[place] for place in range(self.starts[number], self.starts[number + 1])]
+
+    @cached_property
+    def unit_lengths(self) -> np.ndarray:
+        """Input tokens of each unit's longest example, and of all its examples: int64[len(self), 2]."""
+        if not len(self):
+            return np.empty((0, 2), dtype=np.int64)
+        lengths = self.store.lengths.astype(np.int64)
+        first = self.starts[:-1]
+        return np.column_stack([np.maximum.reduceat(lengths, first), np.add.reduceat(lengths, first)])
+
+    @property
+    def questions(self) -> int:
+        """Question-answer pairs of all units."""
+        return int(self.store.questions.sum())
+
+    @cached_property
+    def media(self) -> list[Media]:
+        """Every distinct media item that examples show."""
+        shown = np.zeros(len(self.media_rows), dtype=bool)
+        for number in range(len(self.store)):
+            shown[self.store.media_of(number)] = True
+        return [row.media for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used]
+
+    # --- rows ---
+
+    @cached_property
+    def row_batches(self) -> list[pa.RecordBatch]:
+        """The records of all rows in order, as `shards.RowRecord`, with `part` and `number` (of the source)."""
+        return read_batches(self.folder / "rows.arrow")
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column of the row records."""
+        found = [batch.column(name).to_numpy() for batch in self.row_batches]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def values(self, name: str, places: np.ndarray) -> list[Any]:
+        """A column's values for rows at ascending places."""
+        import pyarrow as pa
+
+        found, first = [], 0
+        for batch in self.row_batches:
+            start, end = np.searchsorted(places, [first, first + batch.num_rows])
+            if end > start:
+                found += batch.column(name).take(pa.array(places[start:end] - first)).to_pylist()
+            first += batch.num_rows
+        return found
+
+    @cached_property
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """The media numbers of all rows, and from where in them each row's own are: int32[all], int64[rows + 1]."""
+        listed = [batch.column("images") for batch in self.row_batches]
+        flat = [column.values.to_numpy()[column.offsets[0].as_py() : column.offsets[-1].as_py()] for column in listed]
+        sizes = [np.diff(column.offsets.to_numpy()) for column in listed]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes) if sizes else [])]).astype(np.int64)
+        return np.concatenate(flat) if flat else np.empty(0, dtype=np.int32), offsets
+
+    def records(self, *statuses: int) -> Iterator[dict[str, Any]]:
+        """The records of rows with one of the statuses."""
+        for batch in self.row_batches:
+            for place in np.flatnonzero(np.isin(batch.column("status").to_numpy(), statuses)).tolist():
+                yield {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+
+    @cached_property
+    def bad(self) -> int:
+        """How many rows can't be used."""
+        return int((self.column("status") == BAD).sum())
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many rows are not trained on, by kind; `overlong` counts examples."""
+        found = Counter(record["kind"] for record in self.records(BAD, LEFT_OUT) if record["kind"] != "overlong")
+        overlong = int(self.column("overlong").sum())
+        return dict(sorted(found.items())) | ({"overlong": overlong} if overlong else {})
+
+    def reasons(self, most: int) -> Iterator[str]:
+        """What is said of the first rows that are left out."""
+        for number, record in enumerate(self.records(BAD, LEFT_OUT)):
+            if number == most:
+                return
+            yield f"{record['source']}, row {record['row']}: {record['message']}"
+
+    def held_out(self, part: str) -> list[set[int]]:
+        """For each source, which of its rows (from 0, in reading order) `data.split` holds out for a part."""
+        parts, numbers = self.column("part"), self.column("number")
+        wanted = PARTS.index(part)
+        return [set(np.flatnonzero(parts[numbers == number] == wanted).tolist()) for number in range(len(self.sources))]
+
+    def check(self, *, lenient: bool) -> None:
+        """Raises `DataError` as the policy for bad rows tells (not if `lenient`), and if nothing is left to train on."""
+        if lenient:
+            return
+        data = self.data
+        capped = self.bad > data.max_bad_rows
+        for record in self.records(BAD):
+            message, overlong = record["message"], record["kind"] == "overlong"
+            if overlong:
+                message += " (overlong: drop, split or trim)"
+            elif capped and data.on_bad_row != "fail":
+                message = f"{self.bad} bad rows, more than {data.max_bad_rows} (data.max_bad_rows); the first: {message}"
+            # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
+            if data.on_bad_row == "fail" or capped or overlong:
+                raise DataError(message, source=record["source"], row=record["row"], kind=record["kind"])
+        if not len(self):
+            rows = len(self.column("status"))
+            first = next(self.reasons(1), "")
+            raise DataError(f"no row is left to train on, of {rows:,}" + (f"; the first: {first}" if first else ""), source="data.train")

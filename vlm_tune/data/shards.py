@@ -1,0 +1,266 @@
+"""One chunk of a source becomes a shard: its rows' examples, what was found of every row, and its images looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_tune.config import DataSection
+from vlm_tune.data.duplicates import ImageInfo, inspect_image
+from vlm_tune.data.fitting import fit, length
+from vlm_tune.data.languages import language_of
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.sources.rows import Chunk, SourceReader
+from vlm_tune.data.store import BLOB, MediaRow, example_batch, media_batch, write_batches
+from vlm_tune.data.types import Conversation, Example, Media, Slice
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OK, BAD, LEFT_OUT = 0, 1, 2
+"""What became of a row: its examples are there; it can't be used; a rule of the recipe leaves it out."""
+
+KNOWN_IMAGES = 200_000
+"""Images whose inspection a worker remembers: rows that share one are often far apart."""
+
+
+CONTENT = 10_000
+"""Characters kept of a row that can't be used."""
+
+
+@dataclass
+class RowRecord:
+    """What was found of one row.
+
+    `longest` is the length of its longest example before it is dropped, split or trimmed, `tokens` what is left of all.
+    `controls` names control tokens that its texts hold as plain text; `content` is the beginning of a row that can't be
+    used, as it was read.
+    """
+
+    row: int
+    source: str
+    id: str = ""
+    status: int = OK
+    kind: str = ""
+    message: str = ""
+    category: str = ""
+    text: int = 0
+    images: list[int] = field(default_factory=list)
+    longest: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    examples: int = 0
+    overlong: int = 0
+    controls: str = ""
+    content: str = ""
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the process that asked for a shard needs to know of it."""
+
+    folder: Path
+    rows: int
+    bad: tuple[str, int, str, str] | None
+    """source, row, kind and message of the first row that can't be used."""
+
+
+def text_hash(conversation: Conversation) -> int:
+    """64 bits of the roles and texts of a conversation, white space and letter case aside; images are not in it."""
+    turns = "\0".join(f"{message.role}\1{' '.join(message.text.casefold().split())}" for message in conversation.messages)
+    return int.from_bytes(hashlib.blake2b(turns.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+class ShardMaker:
+    """Makes shards in any process; picklable."""
+
+    def __init__(self, readers: Sequence[SourceReader], processors: Sequence[Processor], data: DataSection, folder: Path) -> None:
+        self.readers, self.processors, self.data, self.folder = readers, processors, data, folder
+        self._known: dict[Media, ImageInfo | DataError] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}}
+
+    def __call__(self, source: int, chunk: Chunk) -> ShardSummary:
+        """Writes the shard, or finds it written, and sums it up."""
+        folder = self.folder / f"{source:04}-{chunk.number:08}"
+        if not folder.is_dir():
+            temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._write(source, chunk, temporary, folder)
+            temporary.rename(folder)
+        return summary(folder)
+
+    def _write(self, source: int, chunk: Chunk, temporary: Path, folder: Path) -> None:
+        records: list[RowRecord] = []
+        examples: list[Example] = []
+        media = _MediaTable(temporary / BLOB, folder / BLOB)
+        for found in self.readers[source].conversations(chunk):
+            record, made = self._row(found, source, media, chunk.first_row + len(records))
+            records.append(record)
+            examples += made
+        numbers = [[media.number(item) for item in example.media] for example in examples]
+        media.close()
+        write_batches(temporary / "examples.arrow", [example_batch(examples, numbers)])
+        write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
+        write_batches(temporary / "rows.arrow", [record_batch(records)])
+
+    def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
+        if isinstance(found, DataError):
+            row = found.row if isinstance(found.row, int) else number
+            content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if found.content is not None else ""
+            return RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content), []
+        record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(found))
+        record.controls = self._controls(found, self.processors[source])
+        try:
+            record.images = [media.add(item, self._look(item)) for item in found.media]
+            reason = self._unwanted(found, [media.rows[image] for image in record.images])
+            if reason:
+                record.status, (record.kind, record.message) = LEFT_OUT, reason
+                return record, []
+            fitted = fit(found, self.processors[source], self.data.overlong)
+        except DataError as error:
+            record.status, record.kind, record.message = BAD, error.kind, error.message
+            return record, []
+        made, long = fitted.examples, fitted.overlong
+        record.examples, record.overlong, record.longest = len(made), len(long), fitted.longest
+        record.tokens = sum(len(example.input_ids) for example in made)
+        record.supervised = sum(example.supervised for example in made)
+        if long:
+            limit = self.processors[source].spec.max_length
+            record.kind, record.message = "overlong", f"{max(map(length, long))} tokens, more than data.max_length {limit}"
+            if self.data.overlong == "fail":
+                record.status, record.examples = BAD, 0
+                return record, []
+            if not made:
+                record.status = LEFT_OUT
+        for example in made:
+            for item in example.media:
+                media.add(item, self._look(replace(item, tile=None)))
+        return record, made
+
+    def _controls(self, conversation: Conversation, processor: Processor) -> str:
+        """Control tokens, and marks of media, that stand in the texts: the model sees plain text there."""
+        found = {name: message.role for message in conversation.messages for name in processor.encoder.controls_in(message.text)}
+        return ", ".join(f"{name} in the {role}'s text" for name, role in found.items())
+
+    def _look(self, item: Media) -> ImageInfo:
+        known = self._known.get(item)
+        if known is None:
+            try:
+                known = inspect_image(item)
+            except DataError as error:
+                known = DataError(error.message, kind=error.kind)
+            if len(self._known) < KNOWN_IMAGES:
+                self._known[item] = known
+        if isinstance(known, DataError):
+            raise known
+        return known
+
+    def _unwanted(self, conversation: Conversation, images: Sequence[MediaRow]) -> tuple[str, str] | None:
+        """Why the cleaning rules leave a row out; None if they don't."""
+        clean = self.data.clean
+        if clean.min_side is not None:
+            for image in images:
+                if min(image.info.width, image.info.height) < clean.min_side:
+                    return "small_image", f"{image.media.name}: {image.info.width}x{image.info.height}, a side under {clean.min_side}"
+        size = sum(len(message.text) for message in conversation.messages)
+        if clean.min_chars is not None and size < clean.min_chars:
+            return "short_text", f"{size} characters, under {clean.min_chars}"
+        if clean.max_chars is not None and size > clean.max_chars:
+            return "long_text", f"{size} characters, over {clean.max_chars}"
+        if clean.languages:
+            found = language_of(" ".join(message.text for message in conversation.messages))
+            if found is not None and found not in clean.languages:
+                return "language", f"in {found!r}, none of {', '.join(clean.languages)}"
+        return None
+
+
+class _MediaTable:
+    """The distinct media of a shard; encoded bytes go to its blob."""
+
+    def __init__(self, blob: Path, final: Path) -> None:
+        self.rows: list[MediaRow] = []
+        self._numbers: dict[Media, int] = {}
+        self._blob, self._final, self._file, self._size = blob, final, None, 0
+        self._placed: dict[bytes, Slice] = {}
+
+    def number(self, media: Media) -> int:
+        return self._numbers[media]
+
+    def add(self, media: Media, info: ImageInfo) -> int:
+        found = self._numbers.get(media)
+        if found is None:
+            found = self._numbers[media] = len(self.rows)
+            source = self._place(media.source) if isinstance(media.source, bytes) else media.source
+            stamp = 0 if isinstance(media.source, bytes) else file_stamp(source)
+            self.rows.append(MediaRow(replace(media, source=source), info, stamp))
+        return found
+
+    def _place(self, data: bytes) -> Slice:
+        found = self._placed.get(data)
+        if found is None:
+            self._file = self._file or self._blob.open("wb")
+            self._file.write(data)
+            found = self._placed[data] = Slice(self._final, self._size, len(data))
+            self._size += len(data)
+        return found
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def file_stamp(source: Path | Slice) -> int:
+    """When a file was last changed, in nanoseconds; -1 if it is gone."""
+    path = source.path if isinstance(source, Slice) else source
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
+    """Row records as one record batch."""
+    import pyarrow as pa
+
+    def column(name: str, kind: Callable[[], Any]) -> Any:
+        return pa.array([getattr(record, name) for record in records], kind())
+
+    return pa.RecordBatch.from_pydict(
+        {
+            "row": column("row", pa.int64),
+            "status": column("status", pa.int8),
+            "text": column("text", pa.uint64),
+            "longest": column("longest", pa.int32),
+            "tokens": column("tokens", pa.int32),
+            "supervised": column("supervised", pa.int32),
+            "examples": column("examples", pa.int32),
+            "overlong": column("overlong", pa.int32),
+            "images": column("images", lambda: pa.list_(pa.int32())),
+            **{name: column(name, pa.string) for name in ("source", "id", "kind", "message", "category", "controls", "content")},
+        }
+    )
+
+
+def summary(folder: Path) -> ShardSummary:
+    """What a written shard holds."""
+    from vlm_tune.data.store import read_batches
+
+    (rows,) = read_batches(folder / "rows.arrow")
+    bad = np.flatnonzero(rows.column("status").to_numpy() == BAD)
+    first = None
+    if len(bad):
+        row = {name: rows.column(name)[int(bad[0])].as_py() for name in ("source", "row", "kind", "message")}
+        first = (row["source"], row["row"], row["kind"], row["message"])
+    return ShardSummary(folder, rows.num_rows, first)

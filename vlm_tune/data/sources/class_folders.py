@@ -1,0 +1,73 @@
+"""Images in one folder a class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm_tune.config import FolderSource
+from vlm_tune.data.instructions import load_instructions
+from vlm_tune.data.sources.media import ImageFolder
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest
+from vlm_tune.data.types import Conversation
+from vlm_tune.data.video import IMAGE_SUFFIXES
+from vlm_tune.errors import DataError
+
+
+class ClassFolders:
+    """A classification of each image of a class's folder, sub-folders included; the choices are all folders' names."""
+
+    form = "classify"
+
+    def __init__(self, config: FolderSource, *, seed: int) -> None:
+        """Raises `DataError` for a path that holds no folders."""
+        self.name, self._seed = config.path, seed
+        self._root = Path(config.path)
+        if not self._root.is_dir():
+            raise DataError("no such folder", source=self.name)
+        self._classes = sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir() and not entry.name.startswith("."))
+        if not self._classes:
+            raise DataError("holds no folders; a class is a folder of images", source=self.name)
+        self._instructions = load_instructions(config.instructions, self.form)
+        self._listed: tuple[str, list[Path]] = ("", [])
+
+    def fingerprint(self) -> str:
+        """Of the images' names, the prompt set and the seed."""
+        listed = (str(path) for name in self._classes for path in _images(self._root / name))
+        return digest(self._instructions.model_dump_json(), self._seed, *self._classes, *listed)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Stretches of a class's images. Raises `DataError` for a class without images."""
+        number, first = 0, 1
+        for place, name in enumerate(self._classes):
+            images = len(_images(self._root / name))
+            if not images:
+                raise DataError(f"the class {name!r} has no image ({', '.join(IMAGE_SUFFIXES)})", source=self.name)
+            for start in range(0, images, CHUNK_ROWS):
+                count = min(CHUNK_ROWS, images - start)
+                yield Chunk(number, first, count, (place, start))
+                number, first = number + 1, first + count
+
+    def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
+        """The chunk's images in the order of their names."""
+        place, start = chunk.payload
+        label = self._classes[place]
+        values = {"choices": ", ".join(self._classes), "label": label}
+        folder = ImageFolder(self._root)
+        if self._listed[0] != label:  # a large class has many chunks
+            self._listed = (label, _images(self._root / label))
+        paths = self._listed[1][start : start + chunk.rows]
+        for row, path in enumerate(paths, chunk.first_row):
+            inner = path.relative_to(self._root).as_posix()
+            row_id = f"{self._root.name}/{inner}"
+            try:
+                messages = self._instructions.messages(row_id, (folder.find(inner),), values, seed=self._seed)
+                yield Conversation(row_id, checked(messages), label, self.name, row)
+            except DataError as error:
+                yield DataError(error.message, source=self.name, row=row, kind=error.kind)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images under a class's folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))

@@ -1,0 +1,149 @@
+"""Images and videos as rows name them: paths under one root, data URLs, bytes, members of an archive."""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.data.types import Media, Slice
+from vlm_tune.data.video import frame_files, frame_parts, video_parts
+from vlm_tune.errors import DataError
+
+REMEMBERED = 4096
+"""How many resolved folders an image root remembers."""
+
+
+class ImageFolder:
+    """Finds files under one root; nothing outside it is opened."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._folders: dict[str, Path | None] = {}
+
+    def find(self, name: Any) -> Media:
+        """The image called `name`. Raises `DataError` if it is not a file under the root, links resolved."""
+        return Media(self.path(name, "image"))
+
+    def path(self, name: Any, what: str, *, folder: bool = False) -> Path:
+        """The file (or, with `folder`, the file or folder) called `name`; raises as `find`."""
+        if not isinstance(name, str) or not name:
+            raise DataError(f"the {what} is a path relative to {self.root}, got {name!r:.200}", kind="image_missing")
+        try:
+            path, mode = self._resolved(name)
+        except FileNotFoundError:
+            raise DataError(f"no {what} {name!r} under {self.root}", kind="image_missing") from None
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, links in a circle
+            raise DataError(f"the {what} {name[:200]!r} is no path: {error}", kind="image_missing") from None
+        if path is None:
+            raise DataError(f"the {what} {name!r} lies outside the image root {self.root}", kind="image_outside")
+        if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
+            return path
+        raise DataError(f"no {what} {name!r} under {self.root}", kind="image_missing")
+
+    def _resolved(self, name: str) -> tuple[Path | None, int]:
+        """The path without links, None outside the root, and what it is.
+
+        Resolving asks the system about every folder on the way, so folders are remembered.
+        """
+        head, tail = os.path.split(name)
+        if tail not in ("", ".", ".."):
+            if head not in self._folders:
+                if len(self._folders) >= REMEMBERED:
+                    self._folders.clear()
+                folder = (self.root / head).resolve()
+                self._folders[head] = folder if folder.is_relative_to(self.root) else None
+            folder = self._folders[head]
+            if folder is not None:
+                path = folder / tail
+                mode = path.lstat().st_mode
+                if not stat.S_ISLNK(mode):
+                    return path, mode
+        path = (self.root / name).resolve()
+        return (path, path.lstat().st_mode) if path.is_relative_to(self.root) else (None, 0)
+
+
+@dataclass(frozen=True)
+class MediaFinder:
+    """Turns what a row holds for an image or a video into media; `images` is None where no path can be meant."""
+
+    images: ImageFolder | None
+    frames: int = 8
+    fps: float | None = None
+
+    def image(self, value: Any) -> Media:
+        """An image: a path, a data URL, bytes, {"bytes", "path"}, or a part of a file. Raises `DataError` for anything else."""
+        found = self._source(value, "image")
+        return Media(found if not isinstance(found, str) else self._root("image").path(found, "image"))
+
+    def video(self, value: Any) -> tuple[str | Media, ...]:
+        """A video's images with their times: a folder of frames, a list of frames, or a video file as for `image`."""
+        if isinstance(value, list):
+            return frame_parts([self.image(frame) for frame in value], frames=self.frames, fps=self.fps, name="of listed frames")
+        found = self._source(value, "video")
+        if isinstance(found, str):
+            root = self._root("video")
+            path = root.path(found, "video", folder=True)
+            if path.is_dir():
+                # A frame may itself be a link that leads out of the root.
+                frames = [root.find(str(frame)) for frame in frame_files(path)]
+                return frame_parts(frames, frames=self.frames, fps=self.fps, name=repr(found))
+            return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
+        return video_parts(found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps)
+
+    def _source(self, value: Any, what: str) -> str | bytes | Slice:
+        """A path's text, or where the bytes are."""
+        if isinstance(value, Mapping):
+            given = value.get("bytes")
+            value = given if given is not None else value.get("path") or value.get("url")
+        if isinstance(value, bytes | bytearray | memoryview):
+            if not len(value):
+                raise DataError(f"the {what} has no bytes", kind="image_unreadable")
+            return bytes(value)
+        if isinstance(value, str) and value[:5].lower() == "data:":
+            return data_url(value, what)
+        if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
+            raise DataError(
+                f"the {what} {value[:200]!r} is a URL, and nothing is fetched: download it and give its path", kind="unsupported"
+            )
+        if isinstance(value, str | Slice):
+            return value
+        raise DataError(f"the {what} is a path, a data URL or bytes, got {value!r:.200}", kind="field")
+
+    def _root(self, what: str) -> ImageFolder:
+        if self.images is None:
+            raise DataError(f"the {what} is a path, and the source has no folder: set image_root", kind="image_missing")
+        return self.images
+
+
+def _video_suffix(value: Any, found: bytes | Slice) -> str:
+    """How encoded bytes are packed, by the name that comes with them or by their first bytes."""
+    named = value.get("path") if isinstance(value, Mapping) else None
+    if isinstance(named, str):
+        return Path(named).suffix
+    start = found[:16] if isinstance(found, bytes) else Slice(found.path, found.offset, min(found.size, 16)).read_bytes()
+    if start[4:8] == b"ftyp":
+        return ".mp4"
+    if start.startswith(b"\x1a\x45\xdf\xa3"):
+        return ".mkv"
+    if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
+        return ".avi"
+    return ""
+
+
+def data_url(text: str, what: str = "image") -> bytes:
+    """The bytes of a base64 data URL. Raises `DataError` for another encoding and for bad base64."""
+    head, comma, body = text.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError(f"the {what}'s data URL is not base64: it begins {text[:40]!r}", kind="image_unreadable")
+    try:
+        data = base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:
+        raise DataError(f"the {what}'s data URL is bad base64: {error}", kind="image_unreadable") from None
+    if not data:
+        raise DataError(f"the {what}'s data URL is empty", kind="image_unreadable")
+    return data

@@ -1,0 +1,58 @@
+"""Worked examples before a question, drawn from a source's first rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from vlm_tune.data.types import Conversation, Message
+from vlm_tune.errors import DataError
+
+POOL_ROWS = 256
+"""How many of a source's first rows examples are drawn from: the same in every worker, and few enough to keep."""
+
+
+class Shots:
+    """Puts `count` examples before each question, as earlier turns that carry no loss; drawn from (seed, row id)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._pool: list[Conversation] | None = None
+
+    def fill(self, rows: Iterable[Conversation | DataError]) -> None:
+        """Takes the examples out of the source's first rows, once; rows that can't be used are none."""
+        if not self.count or self._pool is not None:
+            return
+        first = (found for _, found in zip(range(POOL_ROWS), rows, strict=False))
+        self._pool = [found for found in first if isinstance(found, Conversation)]
+
+    def before(self, row: Conversation) -> Conversation | DataError:
+        """The row after its examples; a `DataError` if too few rows have another image than the row's."""
+        if not self.count:
+            return row
+        pool = self._pool or []
+        own, chosen = set(row.media), set[int]()
+        turns: list[Message] = []
+        for number in range(self.count):
+            draw = hashlib.blake2b(f"{self.seed}:shot {number}:{row.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            start = int.from_bytes(draw, "big")
+            for step in range(len(pool)):
+                place = (start + step) % len(pool)
+                example = pool[place]
+                if place not in chosen and example.id != row.id and own.isdisjoint(example.media):
+                    chosen.add(place)
+                    turns += _first_answer(example)
+                    break
+            else:
+                message = f"shots: {self.count} needs as many rows with other images among the first {POOL_ROWS}; {len(chosen)} are usable"
+                return DataError(message, source=row.source, row=row.row, kind="shots")
+        system = [message for message in row.messages if message.role == "system"]
+        rest = [message for message in row.messages if message.role != "system"]
+        return replace(row, messages=(*system, *turns, *rest))
+
+
+def _first_answer(example: Conversation) -> list[Message]:
+    """The example's first question and its answer, as context."""
+    question, answer = [message for message in example.messages if message.role != "system"][:2]
+    return [question, replace(answer, trained=False)]

@@ -1,0 +1,178 @@
+"""Rows read, checked and tokenised while training: for more rows than can be prepared, and for hub streams.
+
+The order of raw rows is a function of the seed alone, so a place in it is a number of rows, and resuming reads up to it
+again without tokenising.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+from vlm_tune.config import DataSection, Source
+from vlm_tune.data.collate import Fetch, collate
+from vlm_tune.data.feed import Augmented, blank
+from vlm_tune.data.fitting import fit
+from vlm_tune.data.joining import pack_layout
+from vlm_tune.data.prepared import Group
+from vlm_tune.data.processor import Processor
+from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.sources.rows import SourceReader
+from vlm_tune.data.types import Batch, Conversation, Media
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Row = tuple[int, Conversation | DataError]
+"""A source's number and what was read."""
+
+
+def passes(reader: SourceReader, limit: int | None) -> Iterator[Conversation | DataError]:
+    """A source's rows over and over. Raises `DataError` if it has none."""
+    while True:
+        rows = 0
+        for chunk in reader.chunks():
+            for row in reader.conversations(chunk):
+                if limit is not None and rows == limit:
+                    break
+                rows += 1
+                yield row
+            if rows == limit:
+                break
+        if not rows:
+            raise DataError("no rows", source=reader.name)
+
+
+def mixed(readers: Sequence[SourceReader], sources: Sequence[Source], seed: int) -> Iterator[Row]:
+    """Rows of the sources without an end, drawn by their weights (or counts, or evenly) so that ratios hold to the row.
+
+    Every source is owed its share of each row drawn; the one that is owed most comes next.
+    """
+    shares = [source.weight or float(source.count or 1) for source in sources]
+    total = sum(shares)
+    streams = [passes(reader, source.limit) for reader, source in zip(readers, sources, strict=True)]
+    # Where two are owed the same, a drawn order decides.
+    order = random.Random(seed).sample(range(len(sources)), len(sources))
+    owed = [0.0] * len(sources)
+    while True:
+        owed = [debt + share / total for debt, share in zip(owed, shares, strict=True)]
+        chosen = max(order, key=lambda number: owed[number])
+        owed[chosen] -= 1
+        yield chosen, next(streams[chosen])
+
+
+def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
+    """The rows in an order mixed within a buffer of `size`."""
+    drawn = random.Random(seed)
+    buffer = list(islice(rows, size))
+    for row in rows:
+        place = drawn.randrange(len(buffer))
+        buffer[place], out = row, buffer[place]
+        yield out
+
+
+@dataclass
+class StreamFeed:
+    """Batches of rows that are read as they come; `report` is told of every row that can't be used.
+
+    A micro-batch is made of `batch_size` rows of each process: one that can't be used leaves it smaller, so a batch is
+    a function of its number. Raises `DataError` as the policy for bad rows tells.
+    """
+
+    data: DataSection
+    sources: Sequence[Source]
+    processor: Processor
+    fetch: Fetch
+    batch_size: int
+    seed: int
+    rank: int = 0
+    ranks: int = 1
+    report: Callable[[DataError], None] = lambda error: None
+    bad: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
+        self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
+        self._last: Group | None = None
+
+    def micro_batches(self, epoch: int) -> None:
+        """None: a stream has no epochs."""
+        return
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches from number `first`."""
+        rows = shuffled(mixed(self.readers, self.sources, self.seed), self.data.shuffle_buffer, self.seed)
+        whole = self.batch_size * self.ranks
+        # Every process draws all rows, so that none has to ask another.
+        rows = islice(rows, first * whole, None)
+        for number in count(first):
+            yield self._batch(list(islice(rows, whole))[self.rank :: self.ranks], number)
+
+    def _batch(self, rows: Sequence[Row], number: int) -> Batch:
+        pixels: dict[Media, torch.Tensor] = {}
+        groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
+        if groups:
+            self._last = groups[0]
+        elif self._last is None:
+            raise DataError("none of the first rows can be used", source="data.train")
+        else:
+            groups = [blank(self._last)]
+        spec = self.processor.spec
+        if self.data.packing:
+            groups = [[pack_layout(row, spec.layout)] for row in _filled(groups, self.data.row_length)]
+        examples = [example for group in groups for example in group]
+
+        def fetch(media: Media) -> torch.Tensor:
+            return self._pixels(media, pixels)
+
+        if self.data.augment is None:
+            return collate(examples, spec, fetch=fetch)
+        changed = Augmented(fetch, self.data.augment, self.seed, number)
+        return collate(examples, spec, fetch_for=changed, owners=[example.id for example in examples])
+
+    def _usable(self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]) -> Group:
+        """A row's examples, their images decoded; none if it can't be used."""
+        try:
+            if isinstance(row, DataError):
+                raise row
+            try:
+                fitted = fit(row, self.processors[number], self.data.overlong)
+                if fitted.overlong and self.data.overlong == "fail":
+                    raise DataError(f"more than data.max_length {self.processor.spec.max_length} tokens", kind="overlong")
+                for example in fitted.examples:
+                    for media in example.media:
+                        self._pixels(media, pixels)
+            except DataError as error:
+                raise DataError(error.message, source=row.source, row=row.row, kind=error.kind) from None
+            return fitted.examples
+        except DataError as error:
+            self.bad += 1
+            if self.data.on_bad_row == "fail" or error.kind == "overlong":
+                raise
+            if self.bad > self.data.max_bad_rows:
+                raise DataError(f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); the last: {error}") from None
+            self.report(error)
+            return []
+
+    def _pixels(self, media: Media, pixels: dict[Media, torch.Tensor]) -> torch.Tensor:
+        if media not in pixels:
+            pixels[media] = self.fetch(media)
+        return pixels[media]
+
+
+def _filled(groups: Sequence[Group], limit: int) -> list[Group]:
+    """The examples of all groups in rows of at most `limit` tokens, the longest first, each where it fits first."""
+    rows: list[tuple[int, Group]] = []
+    for example in sorted((example for group in groups for example in group), key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        for place, (used, row) in enumerate(rows):
+            if used + size <= limit:
+                rows[place] = (used + size, [*row, example])
+                break
+        else:
+            rows.append((size, [example]))
+    return [row for _, row in rows]
