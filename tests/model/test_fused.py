@@ -92,7 +92,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     if x.requires_grad:
         x = x.detach().clone().requires_grad_()
     output = model(x)
-    output.float().square().sum().backward()
+    output.to(torch.promote_types(output.dtype, torch.float32)).square().sum().backward()
     found = {"output": output.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
     return found | ({"x": x.grad} if x.grad is not None else {})
 
@@ -110,14 +110,15 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_layers_and_merged_projections_equal_peft(
     inputs: int, outputs: tuple[int, ...], rank: int, ranks: dict[str, int], bias: bool, shape: list[int], needs: bool
 ) -> None:
+    # In double precision, for a gradient of few numbers may be what two large ones leave of each other.
     options: dict[str, Any] = {"bias": bias, "r": rank, "lora_alpha": 5, "rank_pattern": ranks}
-    x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2)).requires_grad_(needs)
-    wanted = gradients(reader(inputs, outputs, custom=False, **options), x)
+    x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2)).double().requires_grad_(needs)
+    wanted = gradients(reader(inputs, outputs, custom=False, **options).double(), x)
     assert ("x" in wanted) == needs
-    single, merged = reader(inputs, outputs, **options), reader(inputs, outputs, **options)
+    single, merged = reader(inputs, outputs, **options).double(), reader(inputs, outputs, **options).double()
     assert fuse(merged) == 1
-    assert_near(gradients(single, x), wanted, 1e-5)
-    assert_near(gradients(merged, x), wanted, 1e-5)
+    assert_near(gradients(single, x), wanted, 1e-6)
+    assert_near(gradients(merged, x), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("merged", [False, True])
