@@ -135,7 +135,7 @@ def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
     """Gives every LoRA B a value that is not zero, so that the adapter changes the model."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B.default" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
 
 

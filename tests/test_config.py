@@ -293,6 +293,12 @@ def test_whatever_a_file_holds_it_is_a_recipe_error(text: str) -> None:
         ("how: frozen}", "how: frozen, learning_rate: 1.0}", 1),
         ("how: frozen}", "how: frozen, r: 1, lora_dropout: 0.1}", 2),
         ('"connector.*", how: full', '"connector.*", how: lora', 1),
+        ('"connector.*", how: full', '"connector.*", how: full, layers: 2, variant: dora, lora_plus_ratio: 4, tokens: 3', 4),
+        ('"connector.*", how: full', '"connector.*", how: norms, layer_decay: 0.5', 1),
+        ('"connector.*", how: full', '"connector.*", how: full, layer_decay: 1.5', 1),
+        ("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: last_layers", 1),
+        ("how: lora, r: 8,", "how: lora, r: 8, variant: dora, init: pissa,", 1),
+        ("how: lora, r: 8,", "how: lora, r: 8, layer_decay: 0.9,", 1),
         ('"llm.*", how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]', '"tower.x", how: full', 1),
         ("{epochs: 1}", "{epochs: .inf}", 1),
         ("{epochs: 1}", "{epochs: .nan}", 1),
@@ -310,7 +316,11 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
     assert parse_recipe(quantised).model.llm.quantize == "nf4"
     (found,) = problems(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: full"))
-    assert "quantised weights can't be trained in full" in found[1] and found[0].startswith("r.yaml:12:")
+    assert "quantised weights can't be trained" in found[1] and found[0].startswith("r.yaml:12:")
+    (found,) = problems(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: norms"))
+    assert "quantised weights can't be trained" in found[1]
+    (found,) = problems(quantised.replace("how: lora, r: 8,", "how: lora, r: 8, init: pissa,"))
+    assert "PiSSA takes the singular vectors of 16-bit weights" in found[1]
     seq2seq = SMALL.replace("kind: causal", "kind: seq2seq").replace("{epochs: 1}", "{epochs: 1, precision: fp16}")
     assert problems(seq2seq) == [("r.yaml:13:31", "T5's activations overflow in fp16; use bf16 or fp32")]
     (found,) = problems(SMALL.replace("name: llama", "quantize: int8, scratch: {model_type: llama, config: {}}"))

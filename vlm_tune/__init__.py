@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_tune.api import evaluate, merge, sft
+    from vlm_tune.api import evaluate, export, merge, sft
     from vlm_tune.checking.checker import check
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+    from vlm_tune.planning.planner import plan
     from vlm_tune.recipe import load_recipe
 
 _HOMES = {
@@ -20,9 +21,11 @@ _HOMES = {
     "check": "vlm_tune.checking.checker",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.api",
+    "export": "vlm_tune.api",
+    "plan": "vlm_tune.planning.planner",
 }
 
-__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "check", "evaluate", "load_recipe", "merge", "sft"]
+__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "check", "evaluate", "export", "load_recipe", "merge", "plan", "sft"]
 
 
 def __getattr__(name: str) -> Any:

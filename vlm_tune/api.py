@@ -1,4 +1,4 @@
-"""The functions of `import vlm_tune`: train, evaluate, merge; the command line calls the same."""
+"""The functions of `import vlm_tune`: train, evaluate, merge, export; the command line calls the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vlm_tune.data.prepare import read_part
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation import Scores, score
+from vlm_tune.exporting import ExportReport
+from vlm_tune.exporting import export as export_folder
 from vlm_tune.merging import MergeReport
 from vlm_tune.merging import merge as merge_folder
 from vlm_tune.model.build import DTYPES
@@ -93,3 +95,19 @@ def merge(model: str | Path, output: str | Path, *, dtype: str | None = None) ->
     Raises `ModelError` if it can't.
     """
     return merge_folder(Path(model), Path(output), dtype=dtype)
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "llava",
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = True,
+) -> ExportReport:
+    """Writes a model in another library's layout (`llava`, adapters merged, or `adapter`, a PEFT folder) and verifies it there.
+
+    Raises `ModelError` for a model that the format can't express, too little memory or disk, and a failed verification.
+    """
+    return export_folder(Path(model), Path(output), format=format, dtype=dtype, max_shard_size=max_shard_size, verify=verify)

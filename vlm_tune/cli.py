@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlm_tune.errors import RecipeError, VlmTuneError
+from vlm_tune.errors import EXIT_TRAINING, RecipeError, VlmTuneError
 
 app = typer.Typer(
     add_completion=False,
@@ -150,6 +150,32 @@ def merge(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    format_: Annotated[str, typer.Option("--format", help="llava: for transformers, adapters merged; adapter: a PEFT folder")] = "llava",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the merge's or the model's own where not given")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weights file")] = "5GB",
+    verify: Annotated[bool, typer.Option(help="open what was written and compare it with MODEL")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL in another library's layout and verify it there."""
+    from dataclasses import asdict
+
+    _choice("--format", format_, ("llava", "adapter"))
+    _dtype(dtype)
+    _quiet()
+    from vlm_tune.api import export as run
+
+    report = run(model, output, format=format_, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        proof = "not verified" if report.difference is None else f"verified: logits within {report.difference:.2g} of the model's"
+        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}; {proof}\nmodel: {output}")
+
+
+@app.command()
 def chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
     image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
@@ -241,6 +267,33 @@ def check(
         if html:
             typer.echo(f"page: {html}")
     sys.exit(report.exit_code)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many train together, one a device")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=2, help="length of a row; from the data, or max_length, where not given")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what RECIPE needs (parameters, memory by cause, FLOPs) without its weights; exit code 5 if it does not fit."""
+    from vlm_tune.recipe import load_recipe
+
+    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    _quiet()
+    from vlm_tune.display import show_plan
+    from vlm_tune.planning.planner import plan as run
+
+    found = run(loaded, gpu_memory=gpu_memory, processes=processes, zero=zero, tokens=tokens)
+    if as_json:
+        _print_json(found.summary())
+    else:
+        show_plan(Console(), found)
+    if found.fits is False:
+        sys.exit(EXIT_TRAINING)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
+    from vlm_tune.planning.planner import Plan, StagePlan
 
 NAMED = 5
 """Findings of a kind that are printed; the JSON and the page hold more."""
@@ -193,3 +194,78 @@ def _show_findings(console: Console, title: str, style: str, findings: list[Find
             console.print(Text(f"  {finding.stage} {finding.part}: {where}: {finding.message}"))
         if count > len(shown):
             console.print(Text(f"  and {count - len(shown):,} more", style="dim"))
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+CAUSES = {
+    "frozen": "frozen weights",
+    "trained": "trained weights (fp32)",
+    "adapters": "LoRA weights (fp32)",
+    "optimizer": "optimizer (AdamW)",
+    "gradients": "gradients",
+    "activations": "activations",
+    "logits": "logits",
+    "exchange": "exchange between processes",
+    "base": "process, libraries",
+}
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as 0.35 GB."""
+    return f"{size / 1e9:,.2f} GB"
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Prints what a recipe needs: parameters and memory of each stage, FLOPs, and what to change if it does not fit."""
+    where = f"{plan.processes} processes, ZeRO-{plan.zero}" if plan.processes > 1 else "1 process"
+    quantized = f", LLM in {plan.quantize}" if plan.quantize else ""
+    console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
+    for stage in plan.stages:
+        _show_stage(console, stage)
+    verdict = f"needs {gigabytes(plan.needed)} on each device"
+    if plan.gpu_memory is not None:
+        fits = plan.fits
+        verdict += f", {'fits' if fits else 'does not fit'} in {gigabytes(plan.gpu_memory)}"
+        console.print(Text(f"\n{verdict}", style="bold green" if fits else "bold red"))
+    else:
+        console.print(Text(f"\n{verdict}", style="bold"))
+    for advice in plan.advice:
+        mark = "fits" if plan.gpu_memory is not None and advice.needed <= plan.gpu_memory else "does not fit"
+        sets = "".join(f" --set {change}" for change in advice.changes)
+        console.print(Text(f"  {gigabytes(advice.needed):>10}  {mark:12}  {advice.text}{':' if sets else ''}{sets}"))
+    console.print(Text(f"planned in {plan.seconds:.1f} s", style="dim"))
+
+
+def _show_stage(console: Console, stage: StagePlan) -> None:
+    console.print(Text(f"\n{stage.name}", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("  part", "parameters", "trained", "of it LoRA", "share", "weights"):
+        table.add_column(name, justify="left" if name == "  part" else "right")
+    for part in stage.parts:
+        share = f"{part.trained / max(part.total, 1):.2%}"
+        table.add_row(f"  {part.part}", f"{part.total:,}", f"{part.trained:,}", f"{part.adapters:,}", share, gigabytes(part.bytes))
+    total, trained = sum(part.total for part in stage.parts), sum(part.trained for part in stage.parts)
+    adapters, held = sum(part.adapters for part in stage.parts), sum(part.bytes for part in stage.parts)
+    table.add_row("  all", f"{total:,}", f"{trained:,}", f"{adapters:,}", f"{trained / max(total, 1):.2%}", gigabytes(held), style="bold")
+    console.print(table)
+    memory = Table(box=None, pad_edge=False, header_style="dim")
+    memory.add_column("  memory at the peak")
+    memory.add_column("", justify="right")
+    for name, text in CAUSES.items():
+        if size := getattr(stage.memory, name):
+            memory.add_row(f"  {text}", gigabytes(size))
+    memory.add_row("  all", gigabytes(stage.memory.total), style="bold")
+    if stage.loading > stage.memory.total:
+        memory.add_row("  while the model is made", gigabytes(stage.loading), style="bold")
+    console.print(memory)
+    peak = stage.peak
+    labels = f", {peak.labels:,} label tokens" if peak.labels != peak.length else ""
+    cache = f"{gigabytes(stage.feature_cache)} on disk" if stage.feature_cache else "on disk, size unknown" if stage.cached else "none"
+    for name, text in (
+        ("batch", f"{peak.rows:,} rows x {peak.length:,} tokens{labels}"),
+        ("known from", stage.source),
+        ("step", f"{stage.flops / 1e12:,.3g} TFLOP a device, {stage.mean.tokens:,.0f} tokens a micro-batch"),
+        ("feature cache", cache),
+    ):
+        console.print(Text(f"  {name:15}{text}"))

@@ -15,10 +15,10 @@ from vlm_tune.data.collate import collate
 from vlm_tune.data.prepare import conversations
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.model.adapters import merge_adapter
 from vlm_tune.model.build import DTYPES
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import find_model, load_model, read_config, save_model
-from vlm_tune.model.tuning import merge_adapter
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.recipe import load_recipe
@@ -50,16 +50,8 @@ def merge(path: Path, output: Path, *, dtype: str | None = None) -> MergeReport:
     encoder-decoders, which overflow in fp16). Raises `ModelError` if there is nothing to merge, the output exists, or
     verification fails.
     """
-    source = find_model(Path(path))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ModelError(f"{output}: the output folder is not empty")
-    config = read_config(source)
-    model, report = _merged(Path(path), source, output, dtype or "bf16", config.llm.quantize)
-    close = report.difference_to_adapter <= TOLERANCE and report.same_text
-    if dtype is None and not close:
-        finer = "fp32" if config.llm.kind == "seq2seq" else "fp16"
-        model, report = _merged(Path(path), source, output, finer, config.llm.quantize)
-    check_merge(report)
+    check_output(output)
+    model, report = merged_model(Path(path), output, dtype)
 
     def extra(folder: Path) -> None:
         (folder / "merge.json").write_text(json.dumps(asdict(report), indent=1))
@@ -67,6 +59,25 @@ def merge(path: Path, output: Path, *, dtype: str | None = None) -> MergeReport:
 
     save_model(model, output, extra)
     return report
+
+
+def check_output(output: Path) -> None:
+    """Raises `ModelError` unless the output folder is free."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ModelError(f"{output}: the output folder is not empty")
+
+
+def merged_model(path: Path, output: Path, dtype: str | None) -> tuple[VisionLanguageModel, MergeReport]:
+    """The model that `merge` writes, verified, and its report. Raises `ModelError` as `merge`."""
+    source = find_model(path)
+    config = read_config(source)
+    model, report = _merged(path, source, output, dtype or "bf16", config.llm.quantize)
+    close = report.difference_to_adapter <= TOLERANCE and report.same_text
+    if dtype is None and not close:
+        finer = "fp32" if config.llm.kind == "seq2seq" else "fp16"
+        model, report = _merged(path, source, output, finer, config.llm.quantize)
+    check_merge(report)
+    return model, report
 
 
 def _merged(path: Path, source: Path, output: Path, dtype: str, quantized: str | None) -> tuple[VisionLanguageModel, MergeReport]:
@@ -138,6 +149,11 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
             if rows:
                 return rows[:: max(len(rows) // PROBES, 1)][:PROBES]
             break
+    return [plain_probe(model)]
+
+
+def plain_probe(model: VisionLanguageModel) -> Conversation:
+    """A question about an image of one colour."""
     import io
 
     from PIL import Image
@@ -145,7 +161,7 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
     buffer = io.BytesIO()
     Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(buffer, format="PNG")
     question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
-    return [Conversation("probe", (question, Message("assistant", ("a red square",))))]
+    return Conversation("probe", (question, Message("assistant", ("a red square",))))
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from vlm_tune.config import DataSection, EvaluateSection, Recipe, TrainSection, merge_parts, stage_changes
+from vlm_tune.config import TRAINS_BASE, DataSection, EvaluateSection, Recipe, TrainSection, TuneRule, merge_parts, stage_changes
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.recipe_yaml import Located, Path, apply_override, read_yaml, read_yaml_text
 
@@ -26,7 +26,7 @@ OLD_NAMES = {
     "lr_scheduler_type": "train.schedule.kind",
     "load_in_4bit": "model.llm.quantize: nf4",
     "load_in_8bit": "model.llm.quantize: int8",
-    "quantization_bit": "model.llm.quantize (int8 | nf4)",
+    "quantization_bit": "model.llm.quantize (nf4 | fp4 | int8)",
     "per_device_train_batch_size": "train.batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "num_train_epochs": "train.epochs",
@@ -35,7 +35,7 @@ OLD_NAMES = {
     "model_name_or_path": "model.llm.name",
     "vision_tower": "model.tower.name",
     "mm_projector_type": "model.connector.kind",
-    "finetuning_type": "tune: [{match: ..., how: frozen | full | lora}]",
+    "finetuning_type": "tune: [{match: ..., how: frozen | full | last_layers | lora | ...}]",
     "lora_r": "tune: [{how: lora, r: ...}]",
     "lora_rank": "tune: [{how: lora, r: ...}]",
     "lora_target": "tune: [{how: lora, target_modules: ...}]",
@@ -51,6 +51,21 @@ OLD_NAMES = {
     "learning_rate": "train.learning_rate",
 }
 """Names that other trainers and older releases use, and what they are called here."""
+
+LORA = ("lora",)
+RULE_KEYS = {
+    "r": LORA,
+    "lora_alpha": LORA,
+    "lora_dropout": LORA,
+    "target_modules": LORA,
+    "variant": LORA,
+    "init": LORA,
+    "lora_plus_ratio": LORA,
+    "layers": ("last_layers",),
+    "layer_decay": ("full", "last_layers"),
+    "tokens": ("prompt", "prefix"),
+}
+"""The keys of a tuning rule that only some kinds of tuning have."""
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str] | dict[str, Any] = ()) -> Recipe:
@@ -324,26 +339,60 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     rules = raw.get("tune") if isinstance(raw, dict) else None
     rules = [rule if isinstance(rule, dict) else {} for rule in rules] if isinstance(rules, list) else []
-    lora_keys = ("r", "lora_alpha", "lora_dropout", "target_modules")
     seen: list[str] = []
     for index, rule in enumerate(rules):
         match, how = rule.get("match"), rule.get("how")
-        for key in lora_keys:
-            if rule.get(key) is not None and how in ("frozen", "full"):
-                found.append((("tune", index, key), f"{key} belongs to how: lora, this rule is how: {how}"))
+        found += [(("tune", index, key), message) for key, message in _rule_contradictions(rule)]
         if how == "frozen" and rule.get("learning_rate") is not None:
             found.append((("tune", index, "learning_rate"), "a frozen part has no learning rate"))
         if how == "lora" and isinstance(match, str) and match.split(".")[0] not in ("llm", "tower"):
             found.append((("tune", index, "match"), "LoRA goes on the llm or the tower; train the connector with how: full"))
+        if how in ("prompt", "prefix"):
+            found += [(("tune", index, key), message) for key, message in _prompt_contradictions(raw, rule)]
         if isinstance(match, str):
             covered = [earlier for earlier in seen if fnmatch.fnmatchcase(match, earlier)]
             if covered:
                 found.append((("tune", index, "match"), f"never reached: {covered[0]!r} above matches first"))
             seen.append(match)
-        if how == "full" and isinstance(match, str) and match.startswith("llm") and _get(raw, "model", "llm", "quantize"):
-            found.append((("tune", index, "how"), "quantised weights can't be trained in full; use how: lora, or drop model.llm.quantize"))
+        if how in TRAINS_BASE and isinstance(match, str) and match.startswith("llm") and _get(raw, "model", "llm", "quantize"):
+            message = "quantised weights can't be trained; use how: lora, or drop model.llm.quantize"
+            found.append((("tune", index, "how"), message))
+        if rule.get("init") == "pissa" and _get(raw, "model", "llm", "quantize") and isinstance(match, str) and match.startswith("llm"):
+            message = "PiSSA takes the singular vectors of 16-bit weights; use init: default, or drop model.llm.quantize"
+            found.append((("tune", index, "init"), message))
     if rules and all(rule.get("how") == "frozen" for rule in rules):
         found.append((("tune",), "every rule is frozen, nothing would train"))
+    return found
+
+
+def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:
+    """What virtual tokens before an LLM's input don't go with."""
+    found, how, seq2seq = [], rule["how"], _get(raw, "model", "llm", "kind") == "seq2seq"
+    if isinstance(rule.get("match"), str) and rule["match"].split(".")[0] != "llm":
+        found.append(("match", f"virtual tokens stand before the llm's input, so how: {how} takes a rule for llm.*"))
+    if _get(raw, "model", "connector", "kind") == "cross_attention":
+        found.append(("how", f"how: {how} puts tokens before the text that the cross_attention connector does not know; use another"))
+    if how == "prefix" and seq2seq:
+        found.append(("how", "a prefix of keys and values is for decoders; an encoder-decoder takes how: prompt"))
+    if how == "prefix" and _get(raw, "train", "gradient_checkpointing") is True:
+        found.append(("how", "transformers drops a prefix of keys and values where it checkpoints gradients; drop one of them"))
+    if how == "prompt" and seq2seq and _get(raw, "data", "packing") is True:
+        found.append(("how", "an encoder reads a soft prompt together with one sample, so it takes no packed rows (data.packing)"))
+    return found
+
+
+def _rule_contradictions(rule: Any) -> list[tuple[str, str]]:
+    """Keys of one tuning rule that don't belong to its `how`, or not to each other."""
+    how, known = rule.get("how"), typing.get_args(TuneRule.model_fields["how"].annotation)
+    found = [
+        (key, f"{key} belongs to how: {' or '.join(owners)}, this rule is how: {how}")
+        for key, owners in RULE_KEYS.items()
+        if rule.get(key) is not None and how in known and how not in owners
+    ]
+    if how == "last_layers" and rule.get("layers") is None:
+        found.append(("how", "how: last_layers needs layers, the number of blocks that train"))
+    if rule.get("variant") == "dora" and rule.get("init") == "pissa":
+        found.append(("init", "PiSSA over DoRA can't be saved as an adapter of the unchanged base; drop one of them"))
     return found
 
 

@@ -10,7 +10,7 @@ from chat_samples import CHAT, IMAGE, KINDS, LAYOUTS, Kind, as_dicts, ends, proc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.template import load_template, read_template
+from vlm_tune.data.template import load_template, processor_jinja, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import DataError
 
@@ -173,3 +173,32 @@ def test_malformed_formats_are_refused(tmp_path: Path, old: str, new: str, messa
     path.write_text(GOOD.replace(old, new))
     with pytest.raises(DataError, match=message):
         read_template(path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)])
+def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) -> None:
+    """Contents as text and as lists; a format without system turns refuses them by name."""
+    template = load_template(name)
+    jinja, tokens = processor_jinja(template, None, "<image>"), tokenizer(name, kind)
+    for label, messages in BENIGN.items():
+        for prompt in (False, True):
+            texts = as_dicts(messages[:-1] if prompt else messages)
+            lists = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
+            for given_turns in (texts, lists):
+                ids = tokens.apply_chat_template(given_turns, chat_template=jinja, add_generation_prompt=prompt, return_dict=False)
+                assert ids == expected_ids(name, kind, messages, prompt=prompt), label
+
+
+def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:
+    template = load_template("llama3")
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " what {{ is }} 'this'?\n"}]}]
+    tokens = tokenizer("llama3", "llama3")
+    said = tokens.apply_chat_template(turns, chat_template=processor_jinja(template, ' Say "äöü 🙂". ', "<image>"), tokenize=False)
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert said == (
+        tokens.bos_token
+        + head.format("system")
+        + 'Say "äöü 🙂".<|eot_id|>'
+        + head.format("user")
+        + "<image> what {{ is }} 'this'?<|eot_id|>"
+    )

@@ -101,7 +101,7 @@ def test_fault_55_a_quantised_run_is_merged_into_its_16_bit_base(quantize: str, 
     assert torch.equal(merged["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
     with pytest.raises(ModelError, match="can't be merged into quantised weights"):
         store.load_model(saved)  # the packed base is what a run is used with ...
-        from vlm_tune.model.tuning import merge_adapter
+        from vlm_tune.model.adapters import merge_adapter
 
         merge_adapter(load_model(saved), "llm")  # ... and never what is merged into
 

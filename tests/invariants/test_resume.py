@@ -141,3 +141,35 @@ def test_lora_on_some_layers_of_many_resumes(tiny_recipe: Callable[..., str], tm
 def assert_same_runs_without_samples(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
     assert_same_bits(one / "model", other / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tower", "llm"),
+    [
+        ("causal", "how: full, layer_decay: 0.7", "how: lora, r: 4, init: pissa, lora_plus_ratio: 8, lora_dropout: 0.1"),
+        ("seq2seq", "how: norms", "how: lora, r: 4, variant: dora"),
+        ("causal", "how: biases", "how: last_layers, layers: 1, layer_decay: 0.5"),
+    ],
+)
+def test_every_kind_of_tuning_resumes(kind: str, tower: str, llm: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    tune = f"""
+tune:
+  - {{match: "tower.*", {tower}}}
+  - {{match: "connector.*", how: full}}
+  - {{match: "llm.*", {llm}}}
+train:"""
+
+    def recipe(output: str) -> Recipe:
+        text = with_tune(tiny_recipe(kind, output=output, precision="bf16"), tune)
+        return parsed(text, train__log_every=1, train__checkpoints={"keep": 10, "every": 1}, evaluate__samples=0)
+
+    sft(recipe("whole"))
+    interrupted(partial(run_of, recipe("parts")), stage=0, step=2)
+    sft(recipe("parts"), resume=True)
+    assert_same_runs_without_samples(tmp_path / "whole", tmp_path / "parts")
+    if "lora" in llm:
+        from vlm_tune.merging import merge
+
+        report = merge(tmp_path / "parts", tmp_path / "merged", dtype="fp32")
+        assert 0 <= report.difference_to_adapter <= 1e-4 < report.difference_to_base

@@ -49,14 +49,14 @@ def quantized(tiny_recipe: Callable[..., str], tmp_path: Path) -> Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
 def test_only_the_blocks_are_packed(quantize: str, kind: str, quantized: Callable[..., str]) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     recipe = parsed(quantized(quantize, kind))
     model = built(recipe)
     tuned_by(model, recipe)
-    packed_kind = Linear4bit if quantize == "nf4" else Linear8bitLt
+    packed_kind = Linear8bitLt if quantize == "int8" else Linear4bit
     packed = {name for name, module in model.named_modules() if isinstance(module, packed_kind)}
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert packed == {name for name in linears if ".layers." in name or ".block." in name} & packed
@@ -164,3 +164,39 @@ def test_a_head_of_another_name_is_not_packed(quantized: Callable[..., str], tmp
     packed = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert len(packed) == 8
     assert type(model.llm.head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_variants_train_on_packed_weights(variant: str, quantized: Callable[..., str]) -> None:
+    recipe = parsed(quantized("fp4").replace("r: 4,", f"r: 4, variant: {variant},"))
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    model.train()
+    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, gradients = loss_and_gradients(model, [batch])
+    assert all(float(value.abs().sum()) for name, value in gradients.items() if "lora_" in name)
+    assert any("lora_" in name for name in gradients)
+
+
+@pytest.mark.parametrize("fault", ["a packed connector", "a block left out", "another type"])
+def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(fault: str, quantized: Callable[..., str]) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from vlm_tune.model.build import check_packed
+
+    model: Any = built(parsed(quantized("nf4")))
+    check_packed(model)
+    mlp = model.llm.model.model.layers[1].mlp
+    if fault == "a packed connector":
+        model.connector.extra = Linear4bit(64, 64, quant_type="nf4")
+        said = r"connector\.extra is nf4, expected not packed"
+    elif fault == "a block left out":
+        mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+        said = r"layers\.1\.mlp\.up_proj is not packed, expected nf4"
+    else:
+        mlp.up_proj = Linear4bit(64, 128, bias=False, quant_type="fp4")
+        said = r"layers\.1\.mlp\.up_proj is fp4, expected nf4"
+    with pytest.raises(ModelError, match=said):
+        check_packed(model)

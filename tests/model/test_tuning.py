@@ -13,8 +13,9 @@ from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import observe
+from vlm_tune.model.adapters import parts
 from vlm_tune.model.build import load_dtype
-from vlm_tune.model.tuning import apply_rules, parts
+from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
 TOWER = {

@@ -200,8 +200,9 @@ class ImageProcessor:
         if self.resize == "pad" and width != height:
             image = self._centred(image, (max(width, height), max(width, height)))
         elif self.resize == "crop" and width != height:
-            scale = self.size / min(width, height)
-            width, height = max(round(width * scale), self.size), max(round(height * scale), self.size)
+            # The longer side is rounded down, as CLIP's own preprocessing does.
+            short = min(width, height)
+            width, height = self.size * width // short, self.size * height // short
             image = image.resize((width, height), Resampling.BICUBIC)
             left, top = (width - self.size) // 2, (height - self.size) // 2
             image = image.crop((left, top, left + self.size, top + self.size))
@@ -223,7 +224,7 @@ class ImageProcessor:
 
         if image.size == size:
             return image
-        fill = tuple(round(255 * value) for value in self.mean)
+        fill = tuple(int(255 * value) for value in self.mean)  # rounded down, as LLaVA's
         canvas = Pil.new("RGB", size, fill)  # type: ignore[arg-type]
         canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
         return canvas

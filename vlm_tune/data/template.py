@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -114,6 +115,59 @@ def _joined(segments: list[Segment]) -> list[Segment]:
         else:
             out.append(segment)
     return out
+
+
+def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> str:
+    """The format as a chat template of transformers' processors, whose contents are text, or lists of texts and images.
+
+    An image is written as the token `image`; `system` is what a conversation without system text gets, as in `segments`.
+    """
+    system = template.default_system if system is None else system
+    text = "part['text']"
+    if template.strip:
+        text = "(part['text'].lstrip() if loop.first else part['text'])"
+        text = f"({text}.rstrip() if loop.last else {text})"
+    lines = [
+        "{%- macro content(message) -%}",
+        f"{{%- if message['content'] is string -%}}{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
+        "{%- else -%}{%- for part in message['content'] -%}",
+        f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- endmacro -%}",
+        _written(template.start, ""),
+    ]
+    if system:
+        words = system.strip() if template.strip else system
+        lines += ["{%- if messages[0]['role'] != 'system' -%}", _written(template.system, _quoted(words)), "{%- endif -%}"]
+    lines.append("{%- for message in messages -%}")
+    for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
+        pieces = getattr(template, role)
+        refusal = f"{{{{- raise_exception({_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
+        lines += [f"{{%- {word} message['role'] == '{role}' -%}}", _written(pieces, "content(message)") if pieces else refusal]
+    opened: list[Piece] = []
+    for piece in template.assistant:
+        if piece.content or piece.trained:
+            break
+        opened.append(piece)
+    lines += ["{%- endif -%}", "{%- endfor -%}"]
+    lines += ["{%- if add_generation_prompt -%}", _written(opened, ""), "{%- endif -%}"]
+    return "\n".join(line for line in lines if line)
+
+
+def _written(pieces: list[Piece], content: str) -> str:
+    """A jinja expression that writes pieces, with `content` as the expression of the turn's content."""
+
+    def written(piece: Piece) -> str:
+        if piece.content:
+            return content
+        return f"{piece.control}_token" if piece.control in ("bos", "eos") else _quoted(piece.text or piece.control or "")
+
+    parts = [written(piece) for piece in pieces]
+    return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def load_template(name: str) -> ChatTemplate:

@@ -6,9 +6,11 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, Recipe, Scratch, TimmTower
 from vlm_tune.data.images import ImageProcessor
@@ -16,8 +18,11 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import ChatTemplate, load_template
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
+from vlm_tune.model.blocks import block_names
 from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.llm import LLMS
+from vlm_tune.model.llm import LLMS, LanguageModel
+from vlm_tune.model.packed import pack_linears
+from vlm_tune.model.projectors import Connector
 from vlm_tune.model.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, read_safetensors
@@ -32,28 +37,25 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
     Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
     """
     torch.manual_seed(recipe.seed)
-    section, data = recipe.model, recipe.data
-    template = load_template(data.template)
+    section, template = recipe.model, load_template(recipe.data.template)
     tower = build_tower(section.tower)
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
-        language = _scratch_llm(section.llm, section.llm.scratch, tokenizer)
+        language = _scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
     else:
         tokenizer = load_tokenizer(section.llm)
         language = load_llm(section.llm, dtype=load_dtype(recipe))
-    return assemble(
-        VisionLanguageConfig(
-            model=section,
-            tower_rebuild=tower.rebuild,
-            template=template.model_dump(),
-            system=data.system,
-            max_length=data.max_length,
-            precision=recipe.resolved_stages()[-1][1].train.precision,
-        ),
-        tower,
-        tokenizer,
-        language,
-        changed={"tower"} if _from_scratch(section.tower) else set(),
+    return assemble(_config(recipe, tower), tower, tokenizer, language, changed={"tower"} if _from_scratch(section.tower) else set())
+
+
+def _config(recipe: Recipe, tower: VisionTower) -> VisionLanguageConfig:
+    return VisionLanguageConfig(
+        model=recipe.model,
+        tower_rebuild=tower.rebuild,
+        template=load_template(recipe.data.template).model_dump(),
+        system=recipe.data.system,
+        max_length=recipe.data.max_length,
+        precision=recipe.resolved_stages()[-1][1].train.precision,
     )
 
 
@@ -70,15 +72,15 @@ def _from_scratch(tower: AnyTower) -> bool:
 def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Processor:
     """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
     section, template = recipe.model, load_template(recipe.data.template)
+    if section.llm.scratch:
+        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
+    else:
+        tokenizer = load_tokenizer(section.llm)
     with torch.device("meta"):
         tower = bare_tower(section.tower)
         tokens, width = tower.measure()
         # An image's slots don't depend on the LLM's width: any will do that the connector's heads divide.
         connector = build_connector(section.connector, width, 8 * getattr(section.connector, "heads", 1))
-    if section.llm.scratch:
-        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
-    else:
-        tokenizer = load_tokenizer(section.llm)
     return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
 
 
@@ -106,25 +108,98 @@ def _processor(
 
 def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, *, changed: set[str]) -> VisionLanguageModel:
     """A model from its parts, with a connector of random weights."""
-    llm = LLMS[config.llm.kind](language)
-    tower_tokens, width = tower.measure()
-    connector = build_connector(config.model.connector, width, llm.width)
-    connector.attach(llm)
+    llm, connector, tokens = _connected(config.model, tower.measure(), language)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}"
         )
     template = ChatTemplate.model_validate(config.template)
-    processor = _processor(config.model, tokenizer, template, connector.tokens(tower_tokens), tower, config.system, config.max_length)
+    processor = _processor(config.model, tokenizer, template, tokens, tower, config.system, config.max_length)
     model = VisionLanguageModel(config, tower, connector, llm, processor)
+    if getattr(language, "is_quantized", False) and config.llm.quantize:
+        check_packed(model)
     model.changed = changed | ({"llm"} if config.llm.scratch else set())
     return model
 
 
+def check_packed(model: VisionLanguageModel) -> None:
+    """Asserts that every linear layer of the LLM's blocks is packed as the recipe says, and nothing else is.
+
+    Raises `ModelError` naming layers that are packed by mistake (tower, connector, head, embeddings) or were left out.
+    """
+    quantize, language = model.config.llm.quantize, model.llm.model
+    blocks = tuple(f"llm.model.{block}." for block in block_names(language))
+    wrong: list[str] = []
+    for name, layer in model.named_modules():
+        kind = getattr(getattr(layer, "weight", None), "quant_type", "int8" if type(layer).__name__ == "Linear8bitLt" else None)
+        # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may be left out.
+        kept = name.rsplit(".", 1)[-1] in (getattr(language, "_keep_in_fp32_modules", None) or ())
+        wanted = quantize if isinstance(layer, nn.Linear) and name.startswith(blocks) and not kept else None
+        if kind != wanted and not (kept and kind == quantize):
+            wrong.append(f"{name} is {kind or 'not packed'}, expected {wanted or 'not packed'}")
+    if wrong:
+        raise ModelError(f"model.llm.quantize: {quantize} did not pack what it should: {'; '.join(wrong[:5])}")
+
+
+def _connected(section: ModelSection, measured: tuple[int, int], language: Any) -> tuple[LanguageModel, Connector, int]:
+    """The language model's adapter, a connector of random weights attached to it, and the slots an image takes.
+
+    `measured` are the tokens and the width that the tower gives.
+    """
+    llm = LLMS[section.llm.kind](language)
+    connector = build_connector(section.connector, measured[1], llm.width)
+    connector.attach(llm)
+    return llm, connector, connector.tokens(measured[0])
+
+
+def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None) -> tuple[VisionLanguageModel, tuple[int, int]]:
+    """The recipe's model on the meta device, and its tower's tokens an image and width.
+
+    Of the weights only configs are read, and a tokenizer is not needed. The model's processor knows the layout and the
+    special ids, and nothing of words. Raises `ModelError` for unknown names.
+    """
+    section = recipe.model
+    ids = tokenizer or SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
+    with torch.device("meta"):
+        tower = bare_tower(section.tower)
+        if section.llm.scratch:
+            size = len(tokenizer) if tokenizer else section.llm.scratch.vocab_size
+            language = _scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
+        else:
+            language = _bare_llm(section.llm, load_dtype(recipe), attention)
+        measured = tower.measure()
+        llm, connector, tokens = _connected(section, measured, language)
+    spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
+    processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
+    return VisionLanguageModel(_config(recipe, tower), tower, connector, llm, processor), measured
+
+
+def _bare_llm(llm: Llm, dtype: torch.dtype, attention: str | None) -> Any:
+    """The language model of a name or folder by its config alone, with layers that stand for quantised ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file else {}
+    try:
+        config: Any = AutoConfig.from_pretrained(str(llm.name), trust_remote_code=False, **options)
+        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+        model = factory.from_config(config, dtype=dtype, **_attention(attention))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read the config of {llm.name!r}: {_first_line(error)}") from None
+    if llm.quantize:
+        pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
+    return model
+
+
+def trained_later(recipe: Recipe, stage: int) -> set[str]:
+    """The parts whose own weights a stage after this one trains: rounding them meanwhile would lose digits."""
+    rules = [rule for _, later in recipe.resolved_stages()[stage + 1 :] for rule in later.tune if rule.trains_base]
+    return {part for part in ("tower", "llm") if any(rule.match.split(".")[0] in (part, "*") for rule in rules)}
+
+
 def load_dtype(recipe: Recipe) -> torch.dtype:
-    """Half precision to load frozen weights in; fp32 where any stage trains the LLM in full, so no digit is lost."""
+    """Half precision to load frozen weights in; fp32 where any stage trains the LLM's own weights, so no digit is lost."""
     full = any(
-        rule.how == "full" and (rule.match.startswith("llm") or rule.match.startswith("*"))
+        rule.trains_base and (rule.match.startswith("llm") or rule.match.startswith("*"))
         for _, stage in recipe.resolved_stages()
         for rule in stage.tune
     )
@@ -151,23 +226,24 @@ def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, temp
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS)
 
 
-def _scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any) -> Any:
+def _scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None) -> Any:
+    """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     if llm.kind == "seq2seq":
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
-        config = AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": len(tokenizer), **scratch.config})
+        config = AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-        return factory.from_config(config, **_attention())
+        return factory.from_config(config, **_attention(attention))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model.llm.scratch: {error}") from None
 
 
-def _attention() -> dict[str, Any]:
+def _attention(kind: str | None = None) -> dict[str, Any]:
     # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
-    return {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+    return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
@@ -254,7 +330,7 @@ def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=str(llm.quantize),
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=False,
         llm_int8_skip_modules=["lm_head"],

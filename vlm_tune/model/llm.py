@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.errors import ModelError
+from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
 
 HEAD_ROWS = 4096
 """Supervised positions scored at once: bounds the logits' memory."""
@@ -35,13 +37,26 @@ class Decoding:
 
 
 class LanguageModel(nn.Module):
-    """Base of the adapters; `model` is the transformers model, LoRA layers injected in place."""
+    """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
+
+    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some.
+    """
 
     layout: Literal["causal", "seq2seq"]
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.prompt: VirtualTokens | None = None
+
+    @property
+    def virtual(self) -> int:
+        """How many virtual tokens stand before every row."""
+        return 0 if self.prompt is None else self.prompt.tokens
+
+    def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
+        return embeds if self.prompt is None else self.prompt.before(embeds), pad(mask, (self.virtual, 0), value=True)
 
     @property
     def width(self) -> int:
@@ -119,10 +134,24 @@ class CausalLLM(LanguageModel):
 
     def _supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that predict supervised tokens, and those tokens [S]."""
-        mask = batch.attention_mask.long() if batch.ends is None else additive(tree_mask(batch.ends), embeds.dtype)
-        output = self.model.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.positions, use_cache=False)
-        supervised = batch.labels != IGNORE_INDEX
-        return output.last_hidden_state[supervised], batch.labels[supervised]
+        length, virtual, positions, ends = embeds.shape[1], self.virtual, batch.positions, batch.ends
+        cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
+        embeds, mask = self.prompted(embeds, batch.attention_mask)
+        if virtual and ends is not None:
+            # Every sample of a joined row sees the virtual tokens, and its own tokens come after them.
+            ends = pad(torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length)
+        if virtual and positions is not None:
+            first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
+            positions = torch.cat([first, positions + virtual], dim=1)[:, -embeds.shape[1] :]
+        output = self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask.long() if ends is None else additive(tree_mask(ends)[:, :, -embeds.shape[1] :], embeds.dtype),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=False,
+        )
+        hidden, supervised = output.last_hidden_state[:, -length:], batch.labels != IGNORE_INDEX
+        return hidden[supervised], batch.labels[supervised]
 
     def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.logits(self._supervised(embeds, batch)[0])
@@ -136,7 +165,13 @@ class CausalLLM(LanguageModel):
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
     ) -> torch.Tensor:
-        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask.long(), **self._options(decoding, pad_id, stop_ids))
+        embeds, mask = self.prompted(embeds, attention_mask)
+        options = self._options(decoding, pad_id, stop_ids)
+        if isinstance(self.prompt, KeyValuePrefix):
+            # transformers wants the whole input beside a cache, and drops what the cache stands for.
+            options["past_key_values"] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
+            embeds = pad(embeds, (0, 0, self.virtual, 0))
+        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def continue_branches(
         self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, max_new_tokens: int, stop_ids: list[int]
@@ -185,8 +220,11 @@ class Seq2SeqLLM(LanguageModel):
 
     def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
         inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
-        masks: dict[str, Any] = {"attention_mask": batch.attention_mask.long()}
+        embeds, mask = self.prompted(embeds, batch.attention_mask)
+        masks: dict[str, Any] = {"attention_mask": mask.long()}
         if batch.samples is not None and batch.label_samples is not None:
+            if self.virtual:
+                raise ModelError("an encoder reads a soft prompt together with one sample, so it takes no packed rows (data.packing)")
             own, said = batch.samples, batch.label_samples
             # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
             # a sample are what they would be without its neighbours.
@@ -206,9 +244,9 @@ class Seq2SeqLLM(LanguageModel):
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
     ) -> torch.Tensor:
-        mask = attention_mask.long()
-        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
-        ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **self._options(decoding, pad_id, stop_ids))
+        embeds, mask = self.prompted(embeds, attention_mask)
+        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
+        ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **self._options(decoding, pad_id, stop_ids))
         return ids[:, 1:]
 
 

@@ -6,6 +6,7 @@ tower.safetensors      where the tower's weights are not those of its name
 llm/                   the language model in transformers' layout, where its weights are not those of its name
 adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's
+prompt/                the LLM's soft prompt or prefix in PEFT's layout
 tokenizer.json, ...    the tokenizer, chat_template.jinja
 manifest.json          sizes and sha256 of all the other files
 """
@@ -25,14 +26,15 @@ from pydantic import ValidationError
 from torch import nn
 
 from vlm_tune.errors import ModelError
+from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
 from vlm_tune.model.build import DTYPES, assemble, load_llm, load_tokenizer, restore_tower
-from vlm_tune.model.tuning import attach_adapter, parts
+from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
 
 MANIFEST = "manifest.json"
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
-PREFIX = "base_model.model."
+PROMPT = "prompt"
 
 
 # --- folders that are whole ------------------------------------------------------------------------------------------
@@ -136,6 +138,8 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
         language.save_pretrained(folder / "llm", state_dict=_base_state(language))
     for part in model.adapters:
         write_adapter(model, part, folder / ADAPTERS[part])
+    if model.llm.prompt is not None:
+        write_prompt(model.llm.prompt, folder / PROMPT)
     tokenizer = model.processor.tokenizer
     tokenizer.save_pretrained(folder)
     if model.processor.template.jinja:
@@ -144,22 +148,17 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
 
 def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
     # Contiguous, as merged projections' weights are not: they are views into one matrix.
-    return {name.replace(".base_layer.", "."): value.contiguous() for name, value in module.state_dict().items() if "lora_" not in name}
-
-
-def _adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the keys PEFT writes."""
-    return {PREFIX + name.replace(".default", ""): value for name, value in module.state_dict().items() if "lora_" in name}
+    return {clean(name): value.contiguous() for name, value in module.state_dict().items() if not is_adapter(name)}
 
 
 def write_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
-    """A standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.adapters[part].peft_config["default"]
-    was, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(folder)
-    config.inference_mode = was
-    write_safetensors(_adapter_state(parts(model)[part]), folder / "adapter_model.safetensors")
+    plain_config(config).save_pretrained(folder)
+    if config.init_lora_weights == PISSA:
+        config.save_pretrained(folder / PISSA)
+    write_safetensors(adapter_state(parts(model)[part]), folder / "adapter_model.safetensors")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -222,6 +221,8 @@ def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = T
     for part, name in ADAPTERS.items():
         if adapters and (folder / name).is_dir():
             read_adapter(model, part, folder / name)
+    if adapters and (folder / PROMPT).is_dir():
+        model.llm.prompt = read_prompt(folder / PROMPT)
     return model
 
 
@@ -233,21 +234,15 @@ def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
     from peft import LoraConfig
 
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        config = LoraConfig.from_pretrained(str(folder / PISSA if (folder / PISSA).is_dir() else folder))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder}: no LoRA adapter ({error})") from None
     tensors = read_safetensors(folder / "adapter_model.safetensors")
-    module = parts(model)[part]
     try:
-        attach_adapter(model, part, config)
+        attach_adapter(model, part, config, fresh=False)
     except ValueError as error:
         raise ModelError(f"{folder}: the adapter fits no layer of the {part}: {error}") from None
-    wanted = _adapter_state(module)
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        said = "; ".join(f"{word} {', '.join(keys[:4])}" for word, keys in (("missing", missing), ("applies to nothing:", extra)) if keys)
-        raise ModelError(f"{folder}: the adapter does not fit the {part}; {said}")
-    for name, value in wanted.items():
-        if value.shape != tensors[name].shape:
-            raise ModelError(f"{folder}: {name} is {list(tensors[name].shape)}, expected {list(value.shape)}")
-        value.copy_(tensors[name])
+    try:
+        load_adapter_state(parts(model)[part], tensors)
+    except ModelError as error:
+        raise ModelError(f"{folder}: the adapter does not fit the {part}; {error}") from None

@@ -1,9 +1,8 @@
-"""Ordered rules decide what trains: frozen, full or LoRA; every parameter is covered, every rule matches something."""
+"""Ordered rules decide what trains, how, and at which rate; every parameter is covered, every rule matches something."""
 
 from __future__ import annotations
 
 import fnmatch
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
+from vlm_tune.model.adapters import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter
+from vlm_tune.model.blocks import block_names, columns, depths
+from vlm_tune.model.prompts import KINDS, new_prompt
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import castable
 
-HALF = (torch.bfloat16, torch.float16)
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA}
+"""PEFT's names of how LoRA's values begin."""
+TOKENS = 20
+"""Virtual tokens where a rule does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,11 @@ class Tuned:
     table: list[TuneRow]
 
 
-def parts(model: VisionLanguageModel) -> dict[str, nn.Module]:
-    """The model's parts under the names that rules use; llm.* continues with transformers' own names."""
-    return {"tower": model.tower, "connector": model.connector, "llm": model.llm.model}
-
-
-def clean(name: str) -> str:
-    """A parameter's name without what PEFT adds to it."""
-    return name.replace(".base_layer.", ".")
-
-
 def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that is not an adapter's, by rule name."""
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters():
-            if "lora_" not in name:
+            if not is_adapter(name):
                 yield f"{part}.{clean(name)}", parameter
 
 
@@ -71,9 +66,9 @@ def apply_rules(
 
     The parts named in `exact` stay in fp32 though frozen: a later stage trains them in full.
 
-    Adapters of an earlier stage stay if the rules ask for the same ones, else they are merged first. Raises
-    `ModelError` for parameters no rule covers, rules that match nothing, and adapters that would have to be merged
-    into quantised weights.
+    Adapters of an earlier stage stay if the rules ask for the same ones, else they are merged first; its virtual tokens
+    stay. Raises `ModelError` for parameters no rule covers, rules that match nothing or nothing that they could train,
+    adapters that would have to be merged into quantised weights, and other virtual tokens than those that are there.
     """
     owner, uncovered = _owners(model, rules)
     if uncovered:
@@ -84,7 +79,8 @@ def apply_rules(
         if place not in owner.values():
             raise ModelError(f"the tune rule {rule.match!r} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ...")
     _adapters(model, rules, owner)
-    _freeze_and_cast(model, rules, owner, precision, exact)
+    _prompt(model, rules, precision)
+    _freeze_and_cast(model, owner, _trained(model, rules, owner), precision, exact)
     return _collect(model, rules, owner, learning_rate)
 
 
@@ -112,12 +108,12 @@ def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict
             raise ModelError(f"{len(asked)} LoRA rules match the {part}; a part has one adapter")
         config = _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
         present = model.adapters.get(part)
-        if present is not None and config is not None and _same(present.peft_config["default"], config):
+        if present is not None and config is not None and same_adapter(present.peft_config["default"], config):
             continue
         if present is not None:
             merge_adapter(model, part)
         if config is not None:
-            attach_adapter(model, part, config)
+            attach_adapter(model, part, config, fresh=True)
 
 
 def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner: dict[str, int], model: VisionLanguageModel) -> Any:
@@ -127,7 +123,7 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
     every = {
         clean(f"{name}.").removesuffix("."): layer
         for name, layer in module.named_modules()
-        if _is_linear(layer) and id(layer) not in head and "lora_" not in name
+        if is_linear(layer) and id(layer) not in head and not is_adapter(name)
     }
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
@@ -149,72 +145,112 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         lora_dropout=rule.lora_dropout or 0.0,
         target_modules=short if exact else sorted(chosen),
         bias="none",
+        use_rslora=rule.variant == "rslora",
+        use_dora=rule.variant == "dora",
+        init_lora_weights=INITS[rule.init or "default"],
         task_type=None if part == "tower" else "SEQ_2_SEQ_LM" if model.llm.layout == "seq2seq" else "CAUSAL_LM",
         base_model_name_or_path=model.config.llm.name if part == "llm" else None,
     )
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
+    """Whether LoRA can go beside a layer: a linear one, of torch or of GPT-2's kind, that is called."""
     # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there would change nothing.
     uncalled = isinstance(layer, NonDynamicallyQuantizableLinear)
     return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
 
 
-def _same(one: Any, other: Any) -> bool:
-    return all(getattr(one, key) == getattr(other, key) for key in ("r", "lora_alpha", "lora_dropout")) and set(one.target_modules) == set(
-        other.target_modules
-    )
+def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: torch.dtype) -> None:
+    """Makes the virtual tokens the rules ask for; those of an earlier stage stay, and train on if asked for again."""
+    asked = [rule for rule in rules if rule.how in KINDS]
+    if len(asked) > 1:
+        raise ModelError(f"{len(asked)} rules put virtual tokens before the llm's input; one can")
+    present = model.llm.prompt
+    if asked:
+        kind, tokens = KINDS[asked[0].how], asked[0].tokens or TOKENS
+        if present is None:
+            with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+                model.llm.prompt = new_prompt(model.llm, asked[0].how, tokens, model.config.llm.name)
+        elif type(present) is not kind or present.tokens != tokens:
+            raise ModelError(
+                f"the llm has a {type(present).__name__} of {present.tokens} tokens already; a later stage can train it on "
+                "(with the same how and tokens) or leave it as it is, but not replace it"
+            )
+    if model.llm.prompt is not None:
+        model.llm.prompt.requires_grad_(bool(asked))
 
 
-def attach_adapter(model: VisionLanguageModel, part: str, config: Any) -> None:
-    """Puts LoRA layers into a part, in place, weights as PEFT initialises them (a change of nothing)."""
-    from peft.tuners.lora import LoraModel
-
-    from vlm_tune.model.fused import LoraLinear
-
-    if not model.config.llm.quantize or part != "llm":
-        config._register_custom_module({nn.Linear: LoraLinear})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.adapters[part] = LoraModel(parts(model)[part], {"default": config}, "default")
-    for name, parameter in parts(model)[part].named_parameters():
-        if "lora_" in name:
-            # PEFT makes them as the base is, and what is read into half precision is no longer what was saved.
-            parameter.data = parameter.data.float()
+def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> set[str]:
+    """Names of the base parameters that train. Raises `ModelError` for a rule that finds nothing of its kind."""
+    trained: set[str] = set()
+    for place, rule in enumerate(rules):
+        if not rule.trains_base:
+            continue
+        owned = {name for name, where in owner.items() if where == place}
+        found = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
+        if not found:
+            raise ModelError(f"the rule {rule.match!r} is how: {rule.how}, and there are none in what it matches")
+        trained |= found
+    return trained
 
 
-def merge_adapter(model: VisionLanguageModel, part: str) -> None:
-    """Adds a part's LoRA change to its base weights and removes the adapter.
+def _of_kind(model: VisionLanguageModel, rule: TuneRule, owned: set[str]) -> set[str]:
+    """Of all base parameters those in the last of the owned blocks, or all norms, or all biases."""
+    found: set[str] = set()
+    for part, module in parts(model).items():
+        if rule.how == "last_layers":
+            if any(name.startswith(f"{part}.") for name in owned):
+                found |= _last_blocks(part, module, rule, owned)
+            continue
+        for name, layer in module.named_modules():
+            for own, _ in layer.named_parameters(recurse=False):
+                norm = "norm" in type(layer).__name__.lower()
+                if norm if rule.how == "norms" else own == "bias" or own.endswith("_bias"):
+                    found.add(clean(f"{part}.{name}.{own}"))
+    return found
 
-    Raises `ModelError` for quantised base weights, which can't hold the sum, and for sums that are not finite.
-    """
-    if part == "llm" and model.config.llm.quantize:
-        raise ModelError("an adapter can't be merged into quantised weights; load the 16-bit base and merge into that")
-    try:
-        model.adapters.pop(part).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ModelError(f"merging the {part}'s adapter: {error}") from None
-    model.changed.add(part)
+
+def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) -> set[str]:
+    found: set[str] = set()
+    for prefix, column in columns(module).items():
+        blocks = [f"{part}.{prefix}{block}." for block in block_names(column)]
+        matched = [block for block in blocks if any(name.startswith(block) for name in owned)]
+        wanted = rule.layers or 1
+        if 0 < len(matched) < wanted:
+            raise ModelError(f"the rule {rule.match!r} wants the last {wanted} blocks, and matches {len(matched)}")
+        found |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
+    return found
 
 
 def _freeze_and_cast(
-    model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], precision: torch.dtype, exact: Collection[str]
+    model: VisionLanguageModel, owner: dict[str, int], trained: set[str], precision: torch.dtype, exact: Collection[str]
 ) -> None:
     for part, module in parts(model).items():
-        full, halves = False, set() if part in exact else {id(parameter) for parameter in castable(module)}
+        changes, halves = False, set() if part in exact else {id(parameter) for parameter in castable(module)}
+        halves -= _beside_trained(part, module, trained)
         for name, parameter in module.named_parameters():
-            lora = "lora_" in name
-            trained = lora or rules[owner[f"{part}.{clean(name)}"]].how == "full"
-            full |= trained and not lora
+            base = f"{part}.{clean(name)}" in trained
+            changes |= base
             if parameter.dtype.is_floating_point:
-                parameter.data = parameter.data.to(precision if not trained and id(parameter) in halves else torch.float32)
-                parameter.requires_grad_(trained)
-        if full and part != "connector":
+                half = not base and not is_adapter(name) and id(parameter) in halves
+                parameter.data = parameter.data.to(precision if half else torch.float32)
+                parameter.requires_grad_(base or is_trained_adapter(name))
+        if changes and part != "connector":
             model.changed.add(part)
 
 
+def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]:
+    """A norm's frozen weight stays in its trained bias's precision, and the reverse: torch takes no norm of two."""
+    found: set[int] = set()
+    for name, layer in module.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if all(value.dim() < 2 for value in own.values()) and any(clean(f"{part}.{name}.{key}") in trained for key in own):
+            found |= {id(value) for value in own.values()}
+    return found
+
+
 def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], learning_rate: float) -> Tuned:
-    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in rules]
+    members: list[list[tuple[str, nn.Parameter, float]]] = [[] for _ in rules]
     totals = [0] * len(rules)
     for part, module in parts(model).items():
         lora_place = next(
@@ -225,24 +261,66 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
             ),
             0,
         )
+        under = _depths(part, module, rules, owner)
         for name, parameter in module.named_parameters():
-            place = lora_place if "lora_" in name else owner[f"{part}.{clean(name)}"]
-            totals[place] += _count(parameter)
+            place = lora_place if is_adapter(name) else owner[f"{part}.{clean(name)}"]
+            totals[place] += count_of(parameter)
             if parameter.requires_grad:
-                members[place].append((f"{part}.{name}", parameter))
+                members[place].append((f"{part}.{name}", parameter, _factor(rules[place], name, under)))
+    prompt = next((place for place, rule in enumerate(rules) if rule.how in KINDS), None)
+    if prompt is not None and model.llm.prompt is not None:
+        values = model.llm.prompt.values
+        totals[prompt] += values.numel()
+        members[prompt].append(("llm.prompt.values", values, 1.0))
     groups, names, table = [], [], []
     for rule, found, total in zip(rules, members, totals, strict=True):
         rate = rule.learning_rate or learning_rate
-        if found:
-            groups.append({"params": [parameter for _, parameter in found], "lr": rate})
-            names.append([name for name, _ in found])
-        detail = f"r={rule.r or 16}, alpha={rule.lora_alpha or 2 * (rule.r or 16):g}" if rule.how == "lora" else ""
-        trained = sum(parameter.numel() for _, parameter in found)
-        table.append(TuneRow(rule.match, rule.how, rate if found else None, trained, total, detail))
+        factors = sorted({factor for _, _, factor in found}, reverse=True)
+        for factor in factors:
+            groups.append({"params": [parameter for _, parameter, own in found if own == factor], "lr": rate * factor})
+            names.append([name for name, _, own in found if own == factor])
+        trained = sum(parameter.numel() for _, parameter, _ in found)
+        table.append(TuneRow(rule.match, rule.how, rate if found else None, trained, total, _detail(rule, rate, factors)))
     return Tuned(groups, names, table)
 
 
-def _count(parameter: nn.Parameter) -> int:
+def _depths(part: str, module: nn.Module, rules: Sequence[TuneRule], owner: dict[str, int]) -> dict[str, int]:
+    """How deep the part's parameters lie, where a rule lets its rate decay along them."""
+    decayed = {place for place, rule in enumerate(rules) if rule.layer_decay is not None}
+    if not any(where in decayed and name.startswith(f"{part}.") for name, where in owner.items()):
+        return {}
+    return {
+        f"{prefix}{name}": depth
+        for prefix, column in columns(module).items()
+        for name, depth in depths(column, language=part == "llm").items()
+    }
+
+
+def _factor(rule: TuneRule, name: str, under: dict[str, int]) -> float:
+    """What a parameter's rate is multiplied by."""
+    if rule.lora_plus_ratio is not None:
+        return rule.lora_plus_ratio if "lora_B" in name else 1.0
+    return 1.0 if rule.layer_decay is None else rule.layer_decay ** under[name]
+
+
+def _detail(rule: TuneRule, rate: float, factors: Sequence[float]) -> str:
+    """What the table says of a rule beside its rate."""
+    said = []
+    if rule.how == "last_layers":
+        said.append(f"last {rule.layers}")
+    if rule.layer_decay is not None and factors:
+        said.append(f"decay={rule.layer_decay:g}, from {rate * factors[0]:.2g} to {rate * factors[-1]:.2g}")
+    if rule.how in KINDS:
+        said.append(f"{rule.tokens or TOKENS} tokens")
+    if rule.how == "lora":
+        said.append(f"r={rule.r or 16}, alpha={rule.lora_alpha or 2 * (rule.r or 16):g}")
+        said += [name for name in (rule.variant, rule.init) if name not in (None, "lora", "default")]
+        if rule.lora_plus_ratio is not None:
+            said.append(f"B at {rate * rule.lora_plus_ratio:.2g}")
+    return ", ".join(said)
+
+
+def count_of(parameter: nn.Parameter) -> int:
     """Numbers a parameter stands for: bitsandbytes packs two 4-bit weights in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

@@ -173,7 +173,9 @@ class VisionLanguageModel(nn.Module):
 
     def _trees(self, prompts: Sequence[Example], decoding: Decoding) -> list[Tree]:
         """Prompts as rows, those that share an image joined where that can be; of like length together."""
-        joins = self.llm.layout == "causal" and decoding.num_beams == 1 and self.connector.fills_slots and not self.connector.needs_text
+        greedy = self.llm.layout == "causal" and decoding.num_beams == 1
+        # What stands before every row, or reaches the LLM beside the slots, is not continued branch by branch.
+        joins = greedy and self.llm.prompt is None and self.connector.fills_slots and not self.connector.needs_text
         groups: dict[Any, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt.media if joins and prompt.media else place, []).append(place)

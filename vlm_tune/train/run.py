@@ -26,7 +26,7 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import TrainingError
 from vlm_tune.evaluation import Scores, score
-from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype
+from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import restore_model, save_model
@@ -304,12 +304,6 @@ def _stage(
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model
-
-
-def trained_later(recipe: Recipe, stage: int) -> set[str]:
-    """The parts that a stage after this one trains in full: rounding them meanwhile would lose digits."""
-    rules = [rule for _, later in recipe.resolved_stages()[stage + 1 :] for rule in later.tune if rule.how == "full"]
-    return {part for part in ("tower", "llm") if any(rule.match.split(".")[0] in (part, "*") for rule in rules)}
 
 
 def _tuning_table(context: _Context, number: int, name: str, table: Sequence[TuneRow]) -> None:

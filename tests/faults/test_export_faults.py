@@ -1,0 +1,272 @@
+"""FAULTS 54 and 56 to 59 of exports: corrupted, cut short, unreadable elsewhere, impossible, too large."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_samples import llava_text, photos, saved_model
+from safetensors.torch import load_file, save_file
+from small import built, parsed, with_tower
+
+from vlm_tune import exporting, merging
+from vlm_tune.errors import ModelError
+from vlm_tune.exporting import export, verify_llava
+from vlm_tune.merging import observe, probe_rows
+from vlm_tune.model.store import load_model, verify_folder
+from vlm_tune.model.vlm import VisionLanguageModel
+
+WITHOUT_EFFECT = ("post_layernorm", "k_proj.bias")
+"""A norm that no feature passes, and biases that add one number to all of a query's scores."""
+
+
+def test_fault_54_an_adapter_that_is_not_applied_is_not_exported(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved", lora=True, sharpen=1.0)
+    monkeypatch.setattr(merging, "merge_adapter", lambda model, part: model.adapters.pop(part).unload())
+    with pytest.raises(ModelError, match="the merge did nothing"):
+        export(run, tmp_path / "llava", verify=False)
+    assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
+
+
+def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    export(run, tmp_path / "llava", dtype="fp32")
+    ours = load_model(run / "model", dtype=torch.float32)
+    rows = probe_rows(run, ours)
+    logits, texts = observe(ours, rows)
+    expected = exporting.Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
+    difference, _ = verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+    assert difference <= 1e-5
+    whole = load_file(tmp_path / "llava" / "model.safetensors")
+    names = [name for name in whole if not name.endswith(WITHOUT_EFFECT) and "post_layernorm" not in name]
+    assert len(names) > 40
+    generator = torch.Generator().manual_seed(2)
+    for name in names:
+        changed = whole[name] + torch.randn(whole[name].shape, generator=generator) * 0.1
+        save_file({**whole, name: changed}, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="differ from the model's"):
+            verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+            raise AssertionError(name)
+    del whole[names[0]]
+    save_file(whole, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="don't fit"):
+        verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("chat_template.jinja", ("assistant", "Assistant"), "other token ids"),
+        ("processor_config.json", ('"shortest_edge": 32', '"shortest_edge": 40'), "other pixels"),
+        ("processor_config.json", ("0.48145466", "0.5"), "other pixels"),
+    ],
+)
+def test_fault_54_a_processor_that_does_something_else_is_found(
+    file: str, change: tuple[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    photos(tmp_path)
+
+    def corrupted(folder: Path, *rest: Any) -> Any:
+        text = (folder / file).read_text()
+        assert change[0] in text
+        (folder / file).write_text(text.replace(*change))
+        return verify_llava(folder, *rest)
+
+    monkeypatch.setattr(exporting, "verify_llava", corrupted)
+    with pytest.raises(ModelError, match=said):
+        export(run, tmp_path / "llava")
+    assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
+
+
+def test_fault_56_an_interrupted_export_leaves_no_folder(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    target = tmp_path / "out" / "llava"
+    for place, error in (("verify_llava", KeyboardInterrupt), ("model_card", OSError(28, "No space left on device"))):
+        with monkeypatch.context() as patch:
+
+            def fails(*arguments: Any, error: Any = error) -> None:
+                raise error
+
+            patch.setattr(exporting, place, fails)
+            with pytest.raises((KeyboardInterrupt, OSError)):
+                export(run, target)
+            assert list((tmp_path / "out").iterdir()) == []
+    child = os.fork()
+    if child == 0:
+        exporting.model_card = lambda *arguments: os._exit(9)
+        export(run, target)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not target.exists()
+    export(run, target)
+    verify_folder(target)
+    with pytest.raises(ModelError, match="not empty"):
+        export(run, target)
+
+
+PLAIN = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vlm_tune", "open_clip"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, asked = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+
+def answers(questions, **options):
+    turns = [
+        [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": text}]}]
+        for image, text in questions
+    ]
+    inputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=8, **options)
+    found = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [text.strip() for text in found]
+
+beams = {"num_beams": 3}
+print(json.dumps({
+    "greedy": [answers([one])[0] for one in asked],
+    "beams": [answers([one], **beams)[0] for one in asked],
+    "greedy batch": answers(asked),
+    "beams batch": answers(asked, **beams),
+    "modules": [name for name in sys.modules if name.startswith("vlm_tune")],
+}))
+"""
+
+
+@pytest.mark.parametrize("template", ["chatml", "vicuna", "smollm2", "flan"])
+def test_fault_57_plain_transformers_opens_it_offline_and_answers_the_same(
+    template: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = llava_text(tiny_recipe).replace("template: chatml", f"template: {template}").replace("max_length: 128", "max_length: 200")
+    photos(tmp_path)
+    run, _ = saved_model(text, tmp_path / "saved", sharpen=2.0)
+    export(run, tmp_path / "llava", dtype="fp32")
+    images = sorted(map(str, tmp_path.glob("*.png")))
+    asked = [(image, question) for image in images for question in ("what color is it?", "is it red? say yes or no, please")]
+    ours = VisionLanguageModel.from_pretrained(run, dtype=torch.float32)
+    requests = [{"prompt": question, "images": [image]} for image, question in asked]
+    greedy, beams = ours.chat_batch(requests, max_new_tokens=8), ours.chat_batch(requests, max_new_tokens=8, num_beams=3)
+    shutil.rmtree(run)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "llava"), json.dumps(asked)],
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["modules"] == []
+    assert found["greedy"] == found["greedy batch"] == greedy
+    assert found["beams"] == found["beams batch"] == beams
+    assert len(set(greedy)) > 1 and any(greedy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("seq2seq", ("", ""), "an encoder-decoder"),
+        ("causal", ("norm: true", "norm: true"), "begins with a LayerNorm"),
+        ("causal", ("{kind: mlp, norm: true}", "{kind: mlp, depth: 3}"), "has 3 layers"),
+        ("causal", ("{kind: mlp, norm: true}", "{kind: pixel_shuffle}"), "of kind pixel_shuffle"),
+        ("causal", ("{kind: mlp, norm: true}", "{kind: resampler, heads: 2}"), "of kind resampler"),
+        ("causal", ("image_size: 32}}", "image_size: 32}, grid: 1}"), "pools to a grid"),
+        ("causal", ("image_size: 32}}", "image_size: 32}, tiles: [[1, 2]]}"), "as tiles"),
+    ],
+)
+def test_fault_58_an_impossible_target_is_refused_first(
+    kind: str, change: tuple[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = tiny_recipe(kind)
+    assert change[0] in text
+    built(parsed(text.replace(*change))).save_pretrained(tmp_path / "saved")
+    for path in tmp_path.glob("saved/**/*.safetensors"):
+        path.unlink()  # no weights are needed to tell
+    with pytest.raises(ModelError, match=f"can't be exported as LLaVA: .*{said}"):
+        export(tmp_path / "saved", tmp_path / "llava")
+    assert not (tmp_path / "llava").exists()
+
+
+def test_fault_58_every_reason_is_named_at_once(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    text = with_tower(tiny_recipe("seq2seq"), "{kind: timm, name: resnet10t, image_size: 32}")
+    built(parsed(text)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match=r"of kind timm.*pools to a grid.*LayerNorm.*encoder-decoder"):
+        export(tmp_path / "saved", tmp_path / "llava")
+
+
+def test_fault_58_other_towers_of_open_clip_and_transformers(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)).save_pretrained(
+        tmp_path / "dino"
+    )
+    vit = "layers: 2, width: 32, head_width: 16, patch_size: 16, image_size: 32"
+    for number, (tower, said) in enumerate(
+        {
+            f"{{kind: transformers, name: {tmp_path / 'dino'}}}": "of type dinov2",
+            "{kind: open_clip, config: {layers: [1, 1, 1, 1], width: 16, image_size: 64, head_width: 16}}": "not a ViT",
+            f"{{kind: open_clip, config: {{{vit}, ls_init_value: 0.1}}}}": "no plain CLIP",
+            f"{{kind: open_clip, config: {{{vit}, no_ln_pre: true}}}}": "no plain CLIP",
+        }.items()
+    ):
+        built(parsed(with_tower(llava_text(tiny_recipe), tower))).save_pretrained(tmp_path / f"saved{number}")
+        with pytest.raises(ModelError, match=said):
+            export(tmp_path / f"saved{number}", tmp_path / "llava")
+    assert not (tmp_path / "llava").exists()
+
+
+def test_fault_58_a_decoder_that_scales_its_logits(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    model = built(parsed(llava_text(tiny_recipe)))
+    language: Any = model.llm.model
+    language.config.final_logit_softcapping = 30.0
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match="final_logit_softcapping of 30"):
+        export(tmp_path / "saved", tmp_path / "llava")
+
+
+def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+
+    def never(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(exporting, "load_model", never)
+    parameters = exporting.count_parameters(run / "model", load_model(run / "model").config)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
+    with pytest.raises(ModelError, match=r"takes 0\.8 MB of disk, 0\.8 MB are free; nothing was started"):
+        export(run, tmp_path / "llava", dtype="fp32")
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        export(run, tmp_path / "llava", dtype="bf16")
+    monkeypatch.setattr(exporting, "_available_memory", lambda: 1000)
+    with pytest.raises(ModelError, match=r"of memory, 0\.0 MB are free"):
+        export(run, tmp_path / "llava", dtype="bf16")
+    assert not (tmp_path / "llava").exists()

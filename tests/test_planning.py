@@ -1,0 +1,216 @@
+"""What a plan says against models that are really built, closed forms, and what autograd really keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import built, cli, parsed, rows_of, save_llm, with_llm, with_tower, with_tune
+from torch.autograd.graph import saved_tensors_hooks
+
+from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.model import tracing
+from vlm_tune.model.build import DTYPES, bare_model
+from vlm_tune.model.tuning import apply_rules
+from vlm_tune.planning.batches import longest_batch
+from vlm_tune.planning.planner import _memory, _Setting, parse_size, plan
+
+CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+DEEP = (
+    "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, num_hidden_layers: 9, num_attention_heads: 4}}"
+)
+
+TinyRecipe = Callable[..., str]
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_parameters_and_bytes_are_those_of_the_model_that_is_built(tiny_recipe: TinyRecipe, kind: str, lora: bool) -> None:
+    text = tiny_recipe(kind, precision="bf16")
+    recipe = parsed(with_tune(text) if lora else text)
+    (stage,) = plan(recipe).stages
+    model = built(recipe)
+    tuned = apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES["bf16"])
+    assert stage.tuning == tuned.table
+    for part, module in zip(stage.parts, (model.tower, model.connector, model.llm.model), strict=True):
+        parameters = list(module.parameters())
+        held = sum(t.nbytes for t in (*parameters, *module.buffers()))
+        assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), held)
+        assert part.trained == sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(part.bytes for part in stage.parts)
+    assert stage.memory.frozen + stage.memory.trained + stage.memory.adapters == weights
+    assert (stage.memory.adapters > 0) == lora
+    assert stage.memory.optimizer == 8 * sum(part.trained for part in stage.parts)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_what_the_trace_holds_is_what_autograd_saves(tiny_recipe: TinyRecipe, kind: str) -> None:
+    """At the end of the forward pass the traced live bytes are at least what the real step saved, and little more."""
+    recipe = parsed(with_tune(tiny_recipe(kind)), train__cache_features=False)
+    (stage,) = plan(recipe).stages
+    model = built(recipe)
+    apply_rules(model, recipe.tune, learning_rate=1e-3, precision=torch.float32)
+    spec = model.processor.spec
+    batch = longest_batch(recipe, spec, 64)
+    batch.pixels = torch.zeros(len(batch.media_index), 3, 32, 32, dtype=torch.uint8)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch).sum  # noqa: B018
+    (traced,) = plan(recipe, tokens=64).stages
+    held = traced.memory.activations + traced.memory.logits
+    assert sum(kept.values()) <= held <= 1.5 * sum(kept.values())
+    assert stage.peak.length < 64
+
+
+def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_recipe("causal", precision="bf16")
+    text = "\n".join(f"  llm: {{kind: causal, scratch: {DEEP}}}" if line.startswith("  llm:") else line for line in base.splitlines())
+    for recipe in (
+        parsed(text + "\n"),
+        parsed(with_tune(text + "\n")),
+        parsed(with_tune(text + "\n"), train__gradient_checkpointing=True, train__gradient_accumulation=2),
+    ):
+        few = plan(recipe, tokens=96).stages[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(tracing, "DEEP", 1000)
+            whole = plan(recipe, tokens=96).stages[0]
+        assert few.flops == pytest.approx(whole.flops, rel=1e-6)
+        one, other = asdict(few.memory), asdict(whole.memory)
+        assert sum(one.values()) - one["base"] == pytest.approx(sum(other.values()) - other["base"], rel=0.02)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_zero_divides_what_its_definition_says(zero: int) -> None:
+    held, trained, ranks = (8_000, 2_000, 400), 600, 4
+    found = _memory(np.array([0.0] * 6 + [50, 7, 2_400]), held, trained, 500, _Setting(ranks, zero, None, gpu=True))
+    share = [1, 1, 1, 1]
+    share[:zero] = [ranks] * zero
+    assert (found.frozen, found.trained, found.adapters) == (8_000 // share[2], 2_000 // share[2], 400 // share[2])
+    assert found.gradients == 2_400 // share[1]
+    assert found.optimizer == 8 * trained // share[0]
+    assert (found.activations, found.logits) == (50, 7)
+    assert found.exchange == 2_400 + (1_000 if zero == 3 else 0)
+
+
+def test_one_process_exchanges_nothing_and_the_optimizer_finds_all_gradients() -> None:
+    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), (0, 0, 0), 1_000, 0, _Setting(1, 0, None, gpu=True))
+    assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
+
+
+def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe) -> None:
+    """LoRA on a decoder: 4 T N + 6 T N_lora + 12 L h d A + 4 S d V, and 6 a weight of the connector."""
+    recipe = parsed(with_tune(tiny_recipe("causal")))
+    (stage,) = plan(recipe).stages
+    model = built(recipe)
+    apply_rules(model, recipe.tune, learning_rate=1e-3, precision=torch.float32)
+    named = [(n, p) for n, p in model.llm.model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    frozen = sum(p.numel() for n, p in named if "lora_" not in n)
+    lora = sum(p.numel() for n, p in named if "lora_" in n)
+    connector = sum(m.weight.numel() for m in model.connector.modules() if isinstance(m, torch.nn.Linear))
+    mean, width, vocabulary = stage.mean, 32, model.llm.head.weight.shape[0]
+    expected = mean.tokens * (4 * frozen + 6 * lora) + 12 * 2 * 32 * mean.attended + 4 * mean.supervised * width * vocabulary
+    images = mean.images * model.processor.spec.tokens_per_image
+    assert stage.flops == pytest.approx(expected + 6 * images * connector, rel=0.02)
+
+
+def test_advice_is_a_plan_of_its_own(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    found = plan(recipe, gpu_memory=1, tokens=100)
+    assert found.fits is False
+    changed = [advice for advice in found.advice if advice.changes]
+    assert len(changed) >= 2
+    for advice in changed:
+        values = dict(change.split("=") for change in advice.changes)
+        again = parsed(
+            with_tune(tiny_recipe("causal", precision="bf16")), **{k.replace(".", "__"): json.loads(v) for k, v in values.items()}
+        )
+        assert plan(again, gpu_memory=1, tokens=100).needed == advice.needed < found.needed
+    assert plan(recipe, gpu_memory="1TB", tokens=100).fits is True
+
+
+def test_advice_reaches_stages_that_set_what_it_changes(tiny_recipe: TinyRecipe) -> None:
+    stages = "stages:\n  - {name: one, train: {batch_size: 8}}\n  - {name: two}\n"
+    found = plan(parsed(tiny_recipe("causal") + stages), gpu_memory=1, tokens=100)
+    (halved,) = [advice for advice in found.advice if advice.text.startswith("half")]
+    assert halved.changes == [
+        "train.batch_size=2",
+        "train.gradient_accumulation=2",
+        "stages.0.train.batch_size=4",
+    ]
+
+
+def test_nothing_but_configs_is_read(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    """A 7B model of a folder that holds config.json alone, with its tokenizer missing: the real sizes, from max_length."""
+    text = with_llm(tiny_recipe("causal", precision="bf16"), CONFIGS / "vicuna-7b-v1.5", "causal", ", quantize: nf4")
+    text = with_tower(with_tune(text), f"{{kind: transformers, name: {CONFIGS / 'clip-vit-large-patch14-336'}}}")
+    (stage,) = plan(parsed(text.replace("max_length: 128", "max_length: 1024"))).stages
+    tower, _, llm = stage.parts
+    assert llm.total - llm.adapters == 6_738_415_616
+    assert 285_000_000 < tower.total < 305_000_000
+    linears = 6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096
+    assert llm.bytes == pytest.approx(linears * (0.5 + 4 / 64) + (2 * 32000 + 65) * 4096 * 2 + 4 * llm.adapters, rel=1e-5)
+    assert stage.source.startswith("max_length")
+    assert stage.peak.length == 1024
+
+
+def test_nf4_bytes_are_those_of_bitsandbytes(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = parsed(tiny_recipe("causal", precision="bf16"))
+    folder = save_llm(tmp_path / "llm", "causal", rows_of(base), hidden_size=64, intermediate_size=128, num_attention_heads=2)
+    recipe = parsed(with_tune(with_llm(tiny_recipe("causal", precision="bf16"), folder, "causal", ", quantize: nf4")))
+    (bare, _), real = bare_model(recipe), built(recipe)
+    for name, module in real.llm.model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            stand_in = bare.llm.model.get_submodule(name)
+            state = module.weight.quant_state
+            assert stand_in.weight.nbytes == module.weight.nbytes
+            assert stand_in.scales.nbytes == state.absmax.nbytes
+
+
+def test_lengths_come_from_the_data_where_it_is_there(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    read, given = plan(recipe).stages[0], plan(recipe, tokens=77).stages[0]
+    assert "batches of the data" in read.source
+    assert read.peak.length < recipe.data.max_length
+    assert read.feature_cache > 0
+    assert (given.peak.length, given.source) == (77, "--tokens 77")
+
+
+def test_longest_batch_supervises_text_and_no_image(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    batch = longest_batch(recipe, bare_model(recipe)[0].processor.spec, 50)
+    assert ((batch.labels == IGNORE_INDEX) == batch.image_mask).all()
+
+
+def test_a_name_without_a_config_and_a_size_that_is_none_are_told(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="config"):
+        plan(parsed(with_llm(tiny_recipe("causal"), tmp_path / "empty", "causal")), tokens=50)
+    assert (parse_size("24GB"), parse_size("1.5 GiB")) == (24 * 10**9, 3 * 2**29)
+    for text in ("much", "GB", "24XB"):
+        with pytest.raises(RecipeError, match="gpu-memory"):
+            parse_size(text)
+
+
+def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(tiny_recipe("causal"))
+    assert "optimizer (AdamW)" in cli("plan", str(path))
+    found = json.loads(cli("plan", str(path), "--json", "--gpu-memory", "1MB", "--processes", "2", "--zero", "2", code=5))
+    assert found["fits"] is False
+    assert found["advice"]
+    assert found["stages"][0]["memory"]["exchange"] > 0
