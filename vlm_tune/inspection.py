@@ -11,7 +11,7 @@ from rich.text import Text
 from vlm_tune.config import Recipe
 from vlm_tune.data.fitting import fit
 from vlm_tune.data.joining import branch_layout
-from vlm_tune.data.prepare import conversations
+from vlm_tune.data.prepare import conversations, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.model.build import build_processor
@@ -28,8 +28,7 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     `kind` is prompt, trained (decoders), image, or target (what an encoder-decoder's decoder learns).
     """
     stages = recipe.resolved_stages()
-    texts = (row for _, stage in stages for row in conversations(stage.data, stage.data.train, stage.seed))
-    processor = build_processor(recipe, list(texts) if recipe.model.llm.scratch else [])
+    processor = build_processor(recipe, scratch_texts(recipe))
     found = []
     for name, stage in stages:
         data = stage.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlm_tune.data.prepare import prepare
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import BAD, LEFT_OUT, OK
-from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import build_processor
@@ -85,13 +86,8 @@ def _texts(stages: Sequence[tuple[str, Recipe]]) -> Iterator[Conversation]:
     for _, stage in stages:
         for source in stage.data.train:
             try:
-                reader = open_source(source, seed=stage.seed)
-                rows = (row for chunk in reader.chunks() for row in reader.conversations(chunk))
-                for place, row in enumerate(rows):
-                    if place == source.limit:
-                        break
-                    if isinstance(row, Conversation):
-                        yield row
+                rows = islice(read_all([open_source(source, seed=stage.seed)]), source.limit)
+                yield from (row for row in rows if isinstance(row, Conversation))
             except DataError:  # told of when it is prepared
                 continue
 

@@ -24,12 +24,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import DataSection, Source
+from vlm_tune.config import DataSection, Recipe, Source
 from vlm_tune.data.finish import finish
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import ShardMaker, ShardSummary
-from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.sources.rows import Chunk, SourceReader
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, Interrupted
@@ -210,9 +210,7 @@ def conversations(data: DataSection, sources: Sequence[Source], seed: int) -> It
     """
     bad = 0
     for source in sources:
-        reader = open_source(source, seed=seed)
-        rows = chain.from_iterable(map(reader.conversations, reader.chunks()))
-        for row in islice(rows, source.limit):
+        for row in islice(read_all([open_source(source, seed=seed)]), source.limit):
             if isinstance(row, Conversation):
                 yield row
                 continue
@@ -223,17 +221,24 @@ def conversations(data: DataSection, sources: Sequence[Source], seed: int) -> It
                 raise DataError(f"more than {data.max_bad_rows} bad rows (data.max_bad_rows); the last: {row}")
 
 
-def read_part(data: DataSection, part: Any, processor: Processor, seed: int) -> list[Conversation]:
-    """The conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it."""
+def scratch_texts(recipe: Recipe) -> list[Conversation]:
+    """The training conversations of every stage, where the recipe's tokenizer is trained on them; else none."""
+    if not recipe.model.llm.scratch:
+        return []
+    return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
+
+
+def read_part(data: DataSection, part: Any, processor: Processor, seed: int, train: Prepared | None = None) -> list[Conversation]:
+    """The conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it.
+
+    `train` are the prepared training rows, where they are at hand.
+    """
     own = list(conversations(data, getattr(data, part), seed))
     if data.split is None or not getattr(data.split, part):
         return own
-    held = prepare(data, data.train, processor, seed=seed).held_out(part)
+    held = (train or prepare(data, data.train, processor, seed=seed)).held_out(part)
     for number, source in enumerate(data.train):
-        wanted = held[number]
-        reader = open_source(source, seed=seed)
-        rows = chain.from_iterable(map(reader.conversations, reader.chunks()))
-        for place, row in enumerate(islice(rows, source.limit)):
-            if place in wanted and isinstance(row, Conversation):
+        for place, row in enumerate(islice(read_all([open_source(source, seed=seed)]), source.limit)):
+            if place in held[number] and isinstance(row, Conversation):
                 own.append(row)
     return own

@@ -78,8 +78,7 @@ class Prepared:
     def media(self) -> list[Media]:
         """Every distinct media item that examples show."""
         shown = np.zeros(len(self.media_rows), dtype=bool)
-        for number in range(len(self.store)):
-            shown[self.store.media_of(number)] = True
+        shown[self.store.shown] = True
         return [row.media for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used]
 
     # --- rows ---

@@ -172,6 +172,11 @@ class ExampleStore:
         """Label positions of every example."""
         return self._every(lambda columns: np.diff(columns.offsets["labels"]))
 
+    @property
+    def shown(self) -> np.ndarray:
+        """The media numbers of all examples, one after the other."""
+        return self._every(lambda columns: columns.values["media"])
+
     @cached_property
     def questions(self) -> np.ndarray:
         """Question-answer pairs of every example."""

@@ -19,7 +19,7 @@ from vlm_tune.data.fitting import fit
 from vlm_tune.data.joining import pack_layout
 from vlm_tune.data.prepared import Group
 from vlm_tune.data.processor import Processor
-from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.sources.rows import SourceReader
 from vlm_tune.data.types import Batch, Conversation, Media
 from vlm_tune.errors import DataError
@@ -35,14 +35,9 @@ def passes(reader: SourceReader, limit: int | None) -> Iterator[Conversation | D
     """A source's rows over and over. Raises `DataError` if it has none."""
     while True:
         rows = 0
-        for chunk in reader.chunks():
-            for row in reader.conversations(chunk):
-                if limit is not None and rows == limit:
-                    break
-                rows += 1
-                yield row
-            if rows == limit:
-                break
+        for row in islice(read_all([reader]), limit):
+            rows += 1
+            yield row
         if not rows:
             raise DataError("no rows", source=reader.name)
 

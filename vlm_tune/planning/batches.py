@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from vlm_tune.config import Recipe
 from vlm_tune.data.feed import PreparedFeed
 from vlm_tune.data.plan import Plan, Sizes
-from vlm_tune.data.prepare import conversations, prepare
+from vlm_tune.data.prepare import prepare, scratch_texts
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Batch
@@ -58,17 +57,16 @@ class Reading:
 def readings(recipe: Recipe, tokens: int | None, processes: int) -> tuple[Any, list[Reading]]:
     """The tokenizer, if it can be had, and what is known of each stage's batches."""
     stages = recipe.resolved_stages()
-    processor, why = _processor(recipe, stages)
+    processor, why = _processor(recipe)
     tokenizer = processor.tokenizer if processor else None
     if tokens is not None:
         return tokenizer, [Reading(None, None, 0, f"--tokens {tokens:,}") for _ in stages]
     return tokenizer, [_read(stage, processor, why, recipe, processes) for _, stage in stages]
 
 
-def _processor(recipe: Recipe, stages: Sequence[tuple[str, Recipe]]) -> tuple[Processor | None, str]:
+def _processor(recipe: Recipe) -> tuple[Processor | None, str]:
     try:
-        rows = [row for _, s in stages for row in conversations(s.data, s.data.train, s.seed)] if recipe.model.llm.scratch else []
-        return build_processor(recipe, rows), ""
+        return build_processor(recipe, scratch_texts(recipe)), ""
     except ModelError as error:
         return None, str(error).partition(":")[0]
     except DataError as error:

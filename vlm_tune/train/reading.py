@@ -56,7 +56,7 @@ def read_stage(recipe: Recipe, processor: Processor, *, report: Report, stop: Ca
         _tell_left_out(train, report)
         if data.on_bad_row == "quarantine" and quarantine:
             _quarantine(train, quarantine)
-    return StageRows(processor, train, read_part(data, "validation", processor, recipe.seed))
+    return StageRows(processor, train, read_part(data, "validation", processor, recipe.seed, train))
 
 
 def _tell_left_out(train: Prepared, report: Report) -> None:

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from vlm_tune.config import Recipe
-from vlm_tune.data.prepare import conversations, read_part
+from vlm_tune.data.prepare import conversations, read_part, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import TrainingError
@@ -186,13 +186,13 @@ def _forget_after(run: Path, progress: Progress) -> None:
 def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, float]:
     """Runs the stages that are left; the model as the last one leaves it, and the seconds of all."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
-    texts = _texts(recipe)
+    texts = scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
     processor = build_processor(recipe, texts)
     rows = [_read(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
     progress, checkpoint = Progress(), None
-    samples = _sample_rows(recipe)
+    samples = _sample_rows(stages[-1][1], rows[-1].validation)
     if found:
         checkpoint, damaged = found
         progress = read_progress(checkpoint)
@@ -229,13 +229,6 @@ def _read(context: _Context, number: int, name: str, recipe: Recipe, processor: 
         stop=context.stop,
         quarantine=context.run / "quarantine.jsonl" if context.accelerator.is_main_process else None,
     )
-
-
-def _texts(recipe: Recipe) -> list[Conversation]:
-    """The training conversations of every stage, for a tokenizer trained on them."""
-    if not recipe.model.llm.scratch:
-        return []
-    return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
 
 
 def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[float]:
@@ -356,12 +349,11 @@ def score_rows(
         )
 
 
-def _sample_rows(recipe: Recipe) -> list[Conversation]:
+def _sample_rows(last: Recipe, validation: Sequence[Conversation]) -> list[Conversation]:
     """Rows of the last stage's validation part (or training part) for the report: of as many categories as there are."""
-    last = recipe.resolved_stages()[-1][1]
     if not last.evaluate.samples:
         return []
-    rows = list(islice(conversations(last.data, last.data.validation or last.data.train, last.seed), SAMPLED))
+    rows = list(islice(validation or conversations(last.data, last.data.train, last.seed), SAMPLED))
     rows = [row for row in rows if row.media] or rows
     by_category: dict[str, list[Conversation]] = {}
     for row in rows:
