@@ -60,6 +60,11 @@ def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh:
 
     if not model.config.llm.quantize or part != "llm":
         config._register_custom_module({nn.Linear: LoraLinear})
+    elif model.config.llm.quantize != "int8":
+        # Layers of int8 pack what they read as well, and stay PEFT's.
+        from bitsandbytes.nn import Linear4bit
+
+        config._register_custom_module({Linear4bit: LoraLinear})
     module, pissa = parts(model)[part], config.init_lora_weights == PISSA
     if pissa:
         # PEFT's own PiSSA would write the residual into the base weight.

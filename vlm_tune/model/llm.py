@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
-
-HEAD_ROWS = 4096
-"""Supervised positions scored at once: bounds the logits' memory."""
 
 
 @dataclass
@@ -74,11 +72,22 @@ class LanguageModel(nn.Module):
 
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
+        hidden, targets = self.supervised(embeds, batch)
+        return TokenLoss(token_loss(self.logits, hidden, targets, self.head), len(targets))
+
+    def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
         raise NotImplementedError
 
     def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
         """fp32 logits [S, V] of the supervised tokens, in row order."""
-        raise NotImplementedError
+        return self.logits(self.supervised(embeds, batch)[0])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32[..., V] of hidden states [..., E], as the transformers model makes them."""
+        logits = self.head(hidden).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
@@ -123,17 +132,7 @@ class CausalLLM(LanguageModel):
 
     layout = "causal"
 
-    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
-        rows, targets = self._supervised(embeds, batch)
-        total = rows.sum() * 0.0
-        # At least once: every rank must run the head, or the others would wait for its gradient.
-        for start in range(0, max(len(rows), 1), HEAD_ROWS):
-            logits = self.logits(rows[start : start + HEAD_ROWS])
-            total = total + cross_entropy(logits, targets[start : start + HEAD_ROWS], reduction="sum")
-        return TokenLoss(total.float(), len(targets))
-
-    def _supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hidden states [S, E] that predict supervised tokens, and those tokens [S]."""
+    def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         length, virtual, positions, ends = embeds.shape[1], self.virtual, batch.positions, batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
@@ -152,15 +151,6 @@ class CausalLLM(LanguageModel):
         )
         hidden, supervised = output.last_hidden_state[:, -length:], batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
-
-    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.logits(self._supervised(embeds, batch)[0])
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32[..., V] of hidden states [..., E], as the transformers model makes them."""
-        logits = self.head(hidden).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
@@ -213,15 +203,10 @@ class Seq2SeqLLM(LanguageModel):
 
     layout = "seq2seq"
 
-    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
-        targets = batch.labels[batch.labels != IGNORE_INDEX]
-        loss = cross_entropy(self.supervised_logits(embeds, batch), targets, reduction="sum")
-        return TokenLoss(loss, len(targets))
-
-    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
-        masks: dict[str, Any] = {"attention_mask": mask.long()}
+        mask, seen, order = mask.long(), mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
             if self.virtual:
                 raise ModelError("an encoder reads a soft prompt together with one sample, so it takes no packed rows (data.packing)")
@@ -229,17 +214,20 @@ class Seq2SeqLLM(LanguageModel):
             # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
             # a sample are what they would be without its neighbours.
             inputs[:, 1:][said[:, 1:] != said[:, :-1]] = self.model.config.decoder_start_token_id
-            order = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool, device=said.device).tril()
-            encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=additive(same_sample(own, own), embeds.dtype))
-            masks = {
-                "encoder_outputs": encoded,
-                "attention_mask": additive(same_sample(said, own), embeds.dtype),
-                "decoder_attention_mask": additive(same_sample(said, said) & order, embeds.dtype),
-            }
-        else:
-            masks["inputs_embeds"] = embeds
-        output = self.model(**masks, decoder_input_ids=inputs, use_cache=False)
-        return output.logits[batch.labels != IGNORE_INDEX].float()
+            earlier = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool, device=said.device).tril()
+            mask = additive(same_sample(own, own), embeds.dtype)
+            seen = additive(same_sample(said, own), embeds.dtype)
+            order = additive(same_sample(said, said) & earlier, embeds.dtype)
+        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        hidden = self.model.get_decoder()(
+            input_ids=inputs, attention_mask=order, encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False
+        ).last_hidden_state
+        supervised = batch.labels != IGNORE_INDEX
+        return hidden[supervised], batch.labels[supervised]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        scaled = getattr(self.model.config, "scale_decoder_outputs", False)
+        return super().logits(hidden * self.model.config.d_model**-0.5 if scaled else hidden)
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]

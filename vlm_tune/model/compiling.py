@@ -1,0 +1,66 @@
+"""The language model's blocks compiled for training: one graph for all that are alike, for every batch size and length.
+
+What is compiled is kept on disk, so that the next run takes it from there. Evaluation stays eager: it reads a few rows
+of other shapes with a cache, and would be compiled for more seconds than it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.model import projection
+from vlm_tune.model.blocks import block_names
+from vlm_tune.model.llm import LanguageModel
+from vlm_tune.resources import cache_folder
+
+LARGE = 50_000_000
+"""Parameters from which a language model is worth the compiler's half minute."""
+
+LONG = 50
+"""Optimizer steps from which a stage is."""
+
+
+def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
+    """Why the blocks are not compiled: empty where that is no news, None where they are."""
+    if asked is False:
+        return ""
+    if asked == "auto" and (steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE):
+        return ""
+    device = next(llm.parameters()).device.type
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
+    if any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in llm.parameters()):
+        return "the blocks are not compiled: their weights are sharded"
+    if any(getattr(parameter, "CB", None) is not None for parameter in llm.parameters()):
+        return "the blocks are not compiled: int8 layers can't be traced"
+    return None
+
+
+@contextlib.contextmanager
+def compiled(llm: LanguageModel) -> Iterator[None]:
+    """The blocks run compiled within; compiled when they are first called."""
+    # An operator is known to the cache by its name alone, so what it does is part of the folder's.
+    source = hashlib.sha256(Path(projection.__file__).read_bytes()).hexdigest()[:12]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled") / f"{torch.__version__}-{source}"))
+    blocks: list[Any] = [llm.model.get_submodule(name) for name in block_names(llm.model)]
+    for block in blocks:
+        # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.
+        block.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Within, compiled blocks run as they are written."""
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,169 @@
+"""The operator behind fused LoRA layers: y = x W^T + b + x A^T (s B)^T, forward and backward written out.
+
+To a compiler it is one operator, so that what stands around it is fused and its matrix products stay few and large.
+
+Shapes: T tokens, I inputs, O outputs, R the rank. Several layers that read the same x are one: O and R are then sums
+over them, A is stacked, and B is block diagonal, the outputs of a layer against its own ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def parts(sizes: Sequence[int]) -> list[slice]:
+    """Stretches of these sizes, one after another."""
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def wide_rank(rank: int) -> int:
+    """R rounded up so that rows of a matrix [O, I + R] are of whole 16 bytes, which GPU kernels want; the rest is zero."""
+    return -(-rank // 8) * 8
+
+
+def _down(downs: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
+    """A [R, I] of all layers, with rows of zeros up to `rank`."""
+    if len(downs) == 1 and len(downs[0]) == rank:
+        return downs[0].to(dtype)
+    return torch.cat([*downs, downs[0].new_zeros(rank - sum(map(len, downs)), downs[0].shape[1])]).to(dtype)
+
+
+def _fill(tail: Tensor, ups: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Writes the scaled B of each layer into its own rows and columns of `tail` [O, R]."""
+    for up, scale, rows, ranks in zip(ups, scales, parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), strict=True):
+        tail[rows, ranks].copy_(up * scale)
+
+
+def _matrix(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
+    """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
+    if not packing:
+        return weights[0]
+    import bitsandbytes  # noqa: F401 - registers the operator
+
+    kind, block = packing.split(":")
+    matrix = like.new_zeros(sum(map(len, ups)), width + room) if room else None
+    for codes, scales, up, rows in zip(weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True):
+        found = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, [len(up), width], like.dtype)
+        if matrix is None:
+            return found
+        matrix[rows, :width].copy_(found)
+    assert matrix is not None
+    return matrix
+
+
+@torch.library.custom_op("vlm_tune::project", mutates_args=())
+def project(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    packing: str,
+    room: int,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The outputs [T, O] of rows [T, I], and what the backward pass keeps beside its inputs.
+
+    `weights` is W [O, I] of one layer (`room` 0), and x A^T [T, R] is kept; or it is [W | room for s B] of
+    [O, I + room], all is one GEMM of [x | x A^T], and that is kept, in place of x. With a `packing` (the kind of 4-bit
+    codes and their block, as nf4:64) it is the codes and block scales of each layer, unpacked in either pass and kept
+    by neither.
+    """
+    width = rows.shape[1]
+    matrix = _matrix(weights, packing, room, ups, rows, width)
+    if not room:
+        kept = rows @ downs[0].to(rows.dtype).t()
+        return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
+    # Written in secret, as far as a compiler knows: the frozen columns stay what they were, and nobody else reads the rest.
+    _fill(matrix.data[:, width:], ups, scales)
+    kept = torch.cat([rows, rows @ _down(downs, room, rows.dtype).t()], 1)
+    return linear(kept, matrix, bias), kept
+
+
+@project.register_fake
+def _(
+    rows: Tensor, weights: Any, packing: str, room: int, bias: Tensor | None, downs: Any, ups: Any, scales: Any
+) -> tuple[Tensor, Tensor]:
+    kept = rows.shape[1] + room if room else len(downs[0])
+    return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
+
+
+@torch.library.custom_op("vlm_tune::project_backward", mutates_args=())
+def project_backward(
+    gradient: Tensor,
+    rows: Tensor | None,
+    kept: Tensor,
+    weights: Sequence[Tensor],
+    packing: str,
+    room: int,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O]."""
+    width = downs[0].shape[1]
+    matrix = _matrix(weights, packing, room, ups, kept, width)
+    if rows is None:
+        rows, low = kept[:, :width], kept[:, width:]
+        # The forward pass left s B beside W, so one GEMM gives what flows back through both.
+        if packing:
+            _fill(matrix[:, width:], ups, scales)
+        both = gradient @ matrix if needs_x else None
+        x_gradient, low_gradient = (None, gradient @ matrix[:, width:]) if both is None else (both[:, :width], both[:, width:])
+    else:
+        low = kept
+        low_gradient = gradient @ (ups[0] * scales[0]).to(low.dtype)
+        x_gradient = gradient @ matrix if needs_x else None
+    if x_gradient is None:
+        x_gradient = gradient.new_empty(0, width)
+    else:
+        x_gradient.addmm_(low_gradient, _down(downs, low.shape[1], low.dtype))
+    return x_gradient, low_gradient.t() @ rows, low.t() @ gradient
+
+
+@project_backward.register_fake
+def _(
+    gradient: Tensor, rows: Any, kept: Tensor, weights: Any, packing: str, room: int, downs: Any, ups: Any, scales: Any, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = downs[0].shape[1]
+    rank = kept.shape[1] - (width if rows is None else 0)
+    count = gradient.shape[0]
+    return (
+        gradient.new_empty_strided((count, width), (width + room, 1)) if needs_x else gradient.new_empty(0, width),
+        gradient.new_empty(rank, width),
+        gradient.new_empty(rank, gradient.shape[1]),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, weights, ctx.packing, ctx.room, _, downs, ups, ctx.scales = inputs
+    ctx.counts = len(weights), len(downs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1] if ctx.room else rows, output[1], *weights, *downs, *ups)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+    rows, kept, *rest = ctx.saved_tensors
+    own, layers = ctx.counts
+    weights, downs, ups = rest[:own], rest[own : own + layers], rest[own + layers :]
+    needs_x = ctx.needs_input_grad[0]
+    x, down, up = project_backward(
+        gradient, None if ctx.room else rows, kept, weights, ctx.packing, ctx.room, downs, ups, ctx.scales, needs_x
+    )
+    ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
+    of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
+    of_ups = [
+        (up[rank, where].t().to(each.dtype) * scale).contiguous()
+        for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
+    ]
+    return x if needs_x else None, [None] * own, None, None, None, of_downs, of_ups, None
+
+
+project.register_autograd(_backward, setup_context=_save)
