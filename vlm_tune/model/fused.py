@@ -37,8 +37,8 @@ class Packed:
 class LoraLinear(Linear):
     """PEFT's LoRA linear layer with a fused pass where that computes the same: plain LoRA on a frozen weight.
 
-    The weight may be packed in 4 bits, once `fuse` has seen it. DoRA and other variants, dropout in training, several adapters, merged or disabled ones, and weights that are
-    trained, sharded or offloaded take PEFT's own path.
+    The weight may be packed in 4 bits, once `fuse` has seen it. DoRA and other variants, dropout in training, several
+    adapters, merged or disabled ones, and weights that are trained, sharded or offloaded take PEFT's own path.
     """
 
     base_layer: Any

@@ -41,9 +41,7 @@ def _parts(hidden: torch.Tensor, targets: torch.Tensor, chunk: int) -> Any:
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, *trained: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, *trained: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden: list[torch.Tensor] = []
         of_trained: Sequence[torch.Tensor] = [torch.zeros_like(parameter) for parameter in trained]

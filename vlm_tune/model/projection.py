@@ -87,9 +87,7 @@ def project(
 
 
 @project.register_fake
-def _(
-    rows: Tensor, weights: Any, packing: str, room: int, bias: Tensor | None, downs: Any, ups: Any, scales: Any
-) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, weights: Any, packing: str, room: int, bias: Tensor | None, downs: Any, ups: Any, scales: Any) -> tuple[Tensor, Tensor]:
     kept = rows.shape[1] + room if room else len(downs[0])
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
 
