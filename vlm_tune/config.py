@@ -465,6 +465,44 @@ class EvaluateSection(Config):
     samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
 
 
+# --- engine ----------------------------------------------------------------------------------------------------------
+
+
+class AutoEngine(Config):
+    """What the launch asks for: one process alone, several by DDP, or what an accelerate config names."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class DdpEngine(Config):
+    """Every process holds the whole model; gradients are averaged."""
+
+    kind: Literal["ddp"]
+
+
+class DeepSpeedEngine(Config):
+    """DeepSpeed's ZeRO."""
+
+    kind: Literal["deepspeed"]
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=2, description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights too"
+    )
+    offload: list[Literal["optimizer", "parameters"]] = Field(
+        default=[], description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights (stage 3)"
+    )
+    config: dict[str, Any] = Field(default={}, description="more keys of a DeepSpeed configuration, as {zero_optimization: {...}}")
+
+
+class FsdpEngine(Config):
+    """torch's fully sharded data parallel, FSDP2."""
+
+    kind: Literal["fsdp"]
+    offload: bool = Field(default=False, description="weights and optimizer states lie in the CPU's memory")
+
+
+AnyEngine = AutoEngine | DdpEngine | DeepSpeedEngine | FsdpEngine
+
+
 class Stage(Config):
     """One stage of several: the recipe's common part with these parts changed."""
 
@@ -488,6 +526,7 @@ class Recipe(Config):
     objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] = LanguageModeling()
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
+    engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()
     stages: list[Stage] = []
 
     def resolved_stages(self) -> list[tuple[str, Recipe]]:

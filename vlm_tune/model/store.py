@@ -27,10 +27,10 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
-from vlm_tune.model.build import DTYPES, assemble, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
+from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 
 MANIFEST = "manifest.json"
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
@@ -129,36 +129,49 @@ def save_model(model: VisionLanguageModel, target: Path, extra: Callable[[Path],
 
 def write_model(model: VisionLanguageModel, folder: Path) -> None:
     """The files of a model folder, without the manifest."""
-    (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
-    write_safetensors(model.connector.state_dict(), folder / "connector.safetensors")
-    if "tower" in model.changed:
-        write_safetensors(_base_state(model.tower), folder / "tower.safetensors")
-    if "llm" in model.changed:
-        language: Any = model.llm.model
-        language.save_pretrained(folder / "llm", state_dict=_base_state(language))
-    for part in model.adapters:
-        write_adapter(model, part, folder / ADAPTERS[part])
-    if model.llm.prompt is not None:
-        write_prompt(model.llm.prompt, folder / PROMPT)
-    tokenizer = model.processor.tokenizer
-    tokenizer.save_pretrained(folder)
-    if model.processor.template.jinja:
-        (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+    capture_model(model)(folder)
+
+
+def capture_model(model: VisionLanguageModel) -> Callable[[Path], None]:
+    """What writes the model to a folder; of sharded weights every process must ask, and the first one may write."""
+    language: Any = model.llm.model
+    connector = whole_state(model.connector)
+    tower = _base_state(model.tower) if "tower" in model.changed else None
+    llm = _base_state(language) if "llm" in model.changed else None
+    adapters = {part: (model.adapters[part].peft_config["default"], adapter_state(parts(model)[part])) for part in model.adapters}
+    prompt = model.llm.prompt
+    virtual = whole_state(prompt) if prompt is not None else {}
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
+        write_safetensors(connector, folder / "connector.safetensors")
+        if tower is not None:
+            write_safetensors(tower, folder / "tower.safetensors")
+        if llm is not None:
+            language.save_pretrained(folder / "llm", state_dict=llm)
+        for part, (config, tensors) in adapters.items():
+            write_adapter(config, tensors, folder / ADAPTERS[part])
+        if prompt is not None:
+            write_prompt(prompt.config, virtual["values"], folder / PROMPT)
+        model.processor.tokenizer.save_pretrained(folder)
+        if model.processor.template.jinja:
+            (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+
+    return write
 
 
 def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
     # Contiguous, as merged projections' weights are not: they are views into one matrix.
-    return {clean(name): value.contiguous() for name, value in module.state_dict().items() if not is_adapter(name)}
+    return {clean(name): value.contiguous() for name, value in whole_state(module, lambda name: not is_adapter(name)).items()}
 
 
-def write_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+def write_adapter(config: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.adapters[part].peft_config["default"]
     plain_config(config).save_pretrained(folder)
     if config.init_lora_weights == PISSA:
         config.save_pretrained(folder / PISSA)
-    write_safetensors(adapter_state(parts(model)[part]), folder / "adapter_model.safetensors")
+    write_safetensors(tensors, folder / "adapter_model.safetensors")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -203,8 +216,10 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
-    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved."""
+def restore_model(
+    folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True, bare: bool = False
+) -> VisionLanguageModel:
+    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     verify_folder(folder)
     config = read_config(folder)
     if not quantize:
@@ -213,7 +228,11 @@ def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = T
     own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
     tower = restore_tower(config, own_tower if own_tower.is_file() else None)
     precision = dtype or DTYPES[config.precision]
-    language = load_llm(config.llm, dtype=precision, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
+    own = own_llm if own_llm.is_dir() else None
+    if bare:
+        language = bare_llm(config.llm, precision, folder=own)
+    else:
+        language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
     model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
     model.changed = changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.store import is_whole, save_model
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.store import commit_folder, is_whole
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 
 
@@ -46,17 +46,13 @@ def checkpoints(stage: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path,
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    names: list[list[str]],
-    progress: Progress,
-    recipe_text: str,
+    folder: Path, write: Callable[[Path], None], optimizer: dict[str, torch.Tensor], progress: Progress, recipe_text: str
 ) -> None:
-    """Writes model, optimizer, random state, progress and recipe to `folder`, whole or not at all."""
+    """Writes what `capture_model` gave, optimizer, random state, progress and recipe to `folder`, whole or not at all."""
 
-    def extra(target: Path) -> None:
-        write_safetensors(optimizer_state(optimizer, names), target / "trainer" / "optimizer.safetensors")
+    def everything(target: Path) -> None:
+        write(target)
+        write_safetensors(optimizer, target / "trainer" / "optimizer.safetensors")
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -64,35 +60,21 @@ def save_checkpoint(
         (target / "trainer" / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         (target / "recipe.yaml").write_text(recipe_text)
 
-    save_model(model, folder, extra)
+    commit_folder(folder, everything)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors as `<parameter>|<key>`."""
-    state: dict[str, torch.Tensor] = {}
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                state[f"{name}|{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], folder: Path) -> None:
-    """Puts a checkpoint's optimizer and random state back. Raises `ModelError` if it is another model's."""
+def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:
+    """A checkpoint's optimizer tensors as `<parameter>|<key>`. Raises `ModelError` if they are another model's."""
     state = read_safetensors(folder / "trainer" / "optimizer.safetensors")
     known = {name for group in names for name in group}
     strangers = sorted({key.rpartition("|")[0] for key in state} - known)
     if strangers:
         raise ModelError(f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}")
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            found = {key.rpartition("|")[2]: value for key, value in state.items() if key.rpartition("|")[0] == name}
-            if found:
-                # In the parameter's own memory format (channels last): the fused step walks both as they lie in memory.
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
-                    for key, value in found.items()
-                }
+    return state
+
+
+def load_random(folder: Path) -> None:
+    """Puts a checkpoint's random state back."""
     random = read_safetensors(folder / "trainer" / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():

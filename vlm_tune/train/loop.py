@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
@@ -24,11 +24,12 @@ from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
 from vlm_tune.model.features import FeatureStore
-from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import Decoding
+from vlm_tune.model.store import capture_model
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.checkpoint import Progress, load_optimizer, rotate, save_checkpoint, step_folder
+from vlm_tune.train.checkpoint import Progress, load_random, read_optimizer, rotate, save_checkpoint, step_folder
+from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
 
 Report = Callable[[dict[str, Any]], None]
@@ -99,7 +100,7 @@ class StageLoop:
         recipe: Recipe,
         tuned: Tuned,
         data: StageData,
-        accelerator: Accelerator,
+        engine: Engine,
         *,
         folder: Path,
         progress: Progress,
@@ -109,19 +110,16 @@ class StageLoop:
         resume_from: Path | None = None,
     ) -> None:
         self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
-        self.accelerator, self.folder, self.progress = accelerator, folder, progress
+        self.engine, self.accelerator, self.folder, self.progress = engine, engine.accelerator, folder, progress
         self.report, self.recipe_text, self.stop = report, recipe_text, stop
         train = recipe.train
         self.objective = build_objective(recipe.objective)
-        optimizer = torch.optim.AdamW(tuned.groups, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay, fused=True)
-        self.full_rates = [group["lr"] for group in tuned.groups]
         if train.gradient_checkpointing:
             model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.prepared_model, self.optimizer = accelerator.prepare(model, optimizer)
-        if accelerator.distributed_type is not DistributedType.FSDP:
-            fuse(model)
+        engine.prepare(model, tuned, train)
         if resume_from is not None:
-            load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
+            engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
+            load_random(resume_from)
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
@@ -206,33 +204,26 @@ class StageLoop:
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
-            with accelerator.autocast(), _unsynced(accelerator, self.prepared_model, synced=last):
-                loss = self.objective(self.prepared_model, batch)
-                # DDP averages over ranks, so each rank's share of the global mean is scaled up by their number.
-                accelerator.backward(loss.sum * accelerator.num_processes / total)
+            with self.engine.micro_batch(last=last):
+                loss = self.objective(self.engine.model, batch)
+                self.engine.backward(loss.sum / total)
             summed += loss.sum.detach()
         value = float(_summed(accelerator, summed))
         if not math.isfinite(value):
             ids = ", ".join([identity for batch in batches for identity in batch.ids][:8])
             raise TrainingError(f"the loss is {value} at step {step}; the batch holds {ids}. A lower learning rate or bf16 may help")
         factor = schedule_factor(self.recipe.train.schedule, step, self.total)
-        for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
-            group["lr"] = full * factor
-        if self.recipe.train.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(
-                [p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.step(factor)
         rates.loss, rates.count = rates.loss + value, rates.count + total
-        return factor * max(self.full_rates)
+        return factor * max(self.engine.rates)
 
     def _stopping(self) -> bool:
         asked = torch.tensor(int(self.stop()), device=self.accelerator.device)
         return bool(_summed(self.accelerator, asked))
 
     def _evaluate(self, step: int) -> None:
-        found = self._generated() if self.objective.generates else self._matched()
+        with self.engine.inference():
+            found = self._generated() if self.objective.generates else self._matched()
         self.report({"event": "evaluate", "step": step, **found})
         better = self.progress.best_score is None or found["accuracy"] > self.progress.best_score
         tied = found["accuracy"] == self.progress.best_score
@@ -245,7 +236,9 @@ class StageLoop:
     def _generated(self) -> dict[str, Any]:
         settings = self.recipe.evaluate
         rows = self.data.validation[: settings.limit]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
+        together = self.engine.sharded or self.accelerator.num_processes == 1
+        mine = rows if together else rows[self.accelerator.process_index :: self.accelerator.num_processes]
         with self.accelerator.autocast():
             found: Scores = score(
                 self.model,
@@ -254,7 +247,7 @@ class StageLoop:
                 batch_size=settings.batch_size,
                 features=self.data.validation_features,
             )
-        if self.accelerator.num_processes > 1:
+        if not together:
             found = join_scores(gather_object([found]))
         return found.summary()
 
@@ -272,16 +265,11 @@ class StageLoop:
 
     def _save(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
+        write, optimizer = capture_model(self.model), self.engine.optimizer_state()
         if self.accelerator.is_main_process:
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            save_checkpoint(step_folder(self.folder, step), self.model, inner, self.tuned.names, self.progress, self.recipe_text)
+            save_checkpoint(step_folder(self.folder, step), write, optimizer, self.progress, self.recipe_text)
             rotate(self.folder, self.recipe.train.checkpoints.keep, self.progress.best_step)
         self.accelerator.wait_for_everyone()
-
-
-def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
-    """Gradients are exchanged once a step, with the last micro-batch."""
-    return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)
 
 
 def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.data.prepare import conversations, read_part, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
@@ -37,6 +37,7 @@ from vlm_tune.report import write_report
 from vlm_tune.runfolder import open_run
 from vlm_tune.train.allocator import keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
+from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.loop import Report, StageData, StageLoop
 from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
 
@@ -65,6 +66,12 @@ class _Context:
     report: Report
     stop: Callable[[], bool]
     text: str
+    section: AnyEngine
+
+    @property
+    def holds(self) -> bool:
+        """Whether this process holds the language model before an engine takes it; of those that shard it the first alone does."""
+        return self.accelerator.is_main_process or not shards(self.section)
 
 
 def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: Report | None = None) -> Run:
@@ -75,6 +82,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
+    section = resolve_engine(recipe.engine)
     accelerator = _accelerator(recipe, run)
     if accelerator.is_main_process:
         open_run(run, recipe, text, resume=resume, overwrite=overwrite)
@@ -86,7 +94,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
         keep_freed_memory()
     started = time.perf_counter()
     with _log(run, accelerator, show) as report, _signals() as stop:
-        context = _Context(recipe, run, accelerator, report, stop, text)
+        context = _Context(recipe, run, accelerator, report, stop, text, section)
         model, seconds = _stages(context, resume=resume)
         result = _finish(context, model, {"seconds": seconds})
     result["seconds_total"] = round(time.perf_counter() - started, 2)
@@ -106,7 +114,7 @@ def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
         AcceleratorState._reset_state()
     found = Accelerator(
         # Without a GPU accelerate joins the processes of a launch only where it is told that the CPU is meant.
-        cpu=not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(run),
@@ -202,9 +210,9 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
             )
         if context.accelerator.is_main_process:
             _forget_after(context.run, progress)
-        model = restore_model(checkpoint, dtype=load_dtype(recipe))
+        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds)
     else:
-        model = build(recipe, texts)
+        model = build(recipe, texts, bare=not context.holds)
         if context.accelerator.is_main_process:
             _write_samples(context, model, samples, "before")
     seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
@@ -264,7 +272,8 @@ def _stage(
         "exact": trained_later(context.recipe, progress.stage),
     }
     tuned = apply_rules(model, recipe.tune, **tuning)
-    model.to(accelerator.device)
+    for part in (model.tower, model.connector) if shards(context.section) else (model,):
+        part.to(accelerator.device)
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
     data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
@@ -273,7 +282,7 @@ def _stage(
         recipe,
         tuned,
         data,
-        accelerator,
+        build_engine(context.section, accelerator),
         folder=folder,
         progress=progress,
         report=report,
@@ -287,13 +296,15 @@ def _stage(
     loop.run()
     progress.seconds += preparing
     best = progress.best_step
-    # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
-    accelerator.unwrap_model(loop.prepared_model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    if best is not None and best != progress.step:
-        report({"event": "note", "text": f"going on with the best checkpoint, step {best} (score {progress.best_score:.4f})"})
-        model = restore_model(step_folder(folder, best), dtype=load_dtype(context.recipe)).to(accelerator.device)
+    loop.engine.release()
+    if loop.engine.sharded or (best is not None and best != progress.step):
+        best = best or progress.step
+        if best != progress.step:
+            report({"event": "note", "text": f"going on with the best checkpoint, step {best} (score {progress.best_score:.4f})"})
+        model = restore_model(step_folder(folder, best), dtype=load_dtype(context.recipe), bare=not context.holds)
         apply_rules(model, recipe.tune, **tuning)
+        if context.holds:
+            model.to(accelerator.device)
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model
