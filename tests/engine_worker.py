@@ -1,6 +1,6 @@
 """One of several processes that train every recipe of a folder in turn; notes gradients and sample ids beside each.
 
-    python tests/engine_worker.py FOLDER [--resume]
+python tests/engine_worker.py FOLDER [--resume]
 """
 
 from __future__ import annotations

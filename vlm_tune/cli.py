@@ -77,7 +77,12 @@ def sft(
 
         if "RANK" in os.environ:
             raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
-        options = [*(f"--set={change}" for change in set_ or []), *["--resume"] * resume, *["--overwrite"] * overwrite, *["--json"] * as_json]
+        options = [
+            *(f"--set={change}" for change in set_ or []),
+            *["--resume"] * resume,
+            *["--overwrite"] * overwrite,
+            *["--json"] * as_json,
+        ]
         sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", "sft", recipe, *options], processes))
     _quiet()
     from vlm_tune.api import sft as train

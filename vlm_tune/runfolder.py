@@ -21,7 +21,8 @@ def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
     if resume:
         if not saved.is_file():
             raise RecipeError([Problem(str(run), "there is no run to resume here (no recipe.yaml)")])
-        before, now = load_recipe(saved).model_dump(), recipe.model_dump()
+        # A run may go on under another engine: its checkpoints are whole, and what is computed stays the same.
+        before, now = load_recipe(saved).model_dump(exclude={"engine"}), recipe.model_dump(exclude={"engine"})
         changed = [f"{name}: {old} -> {new}" for name, old, new in _differences(before, now, "")]
         if changed:
             raise RecipeError([Problem(str(saved), f"the recipe differs from the run's: {line}") for line in changed])

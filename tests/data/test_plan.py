@@ -26,6 +26,7 @@ def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None =
     """A plan over units of these lengths, `of` which source each is."""
     sources = sources or [source()]
     made = PREPARED()
+    made.unit_costs = lambda image_cost: np.array(lengths, dtype=np.float64)
     made.unit_lengths = np.column_stack([lengths, lengths]).astype(np.int64).reshape(-1, 2)
     made.unit_sources = np.array(of or [0] * len(lengths))
     made.sources = sources

@@ -74,8 +74,8 @@ def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
 class StreamFeed:
     """Batches of rows that are read as they come; `report` is told of every row that can't be used.
 
-    A micro-batch is made of `batch_size` rows of each process: one that can't be used leaves it smaller, so a batch is
-    a function of its number. Raises `DataError` as the policy for bad rows tells.
+    A micro-batch is made of `batch_size` rows of each `planned` process: one that can't be used leaves it smaller, so a
+    batch is a function of its number. Raises `DataError` as the policy for bad rows tells.
     """
 
     data: DataSection
@@ -86,10 +86,13 @@ class StreamFeed:
     seed: int
     rank: int = 0
     ranks: int = 1
+    planned: int | None = None
     report: Callable[[DataError], None] = lambda error: None
     bad: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.planned = self.planned or self.ranks
+        self.pieces = -(-self.planned // self.ranks)
         self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
         self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
         self._last: Group | None = None
@@ -101,11 +104,13 @@ class StreamFeed:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This process's micro-batches from number `first`."""
         rows = shuffled(mixed(self.readers, self.sources, self.seed), self.data.shuffle_buffer, self.seed)
-        whole = self.batch_size * self.ranks
+        whole, shares = self.batch_size * (self.planned or self.ranks), self.ranks * self.pieces
         # Every process draws all rows, so that none has to ask another.
-        rows = islice(rows, first * whole, None)
-        for number in count(first):
-            yield self._batch(list(islice(rows, whole))[self.rank :: self.ranks], number)
+        rows = islice(rows, first // self.pieces * whole, None)
+        for number in count(first // self.pieces):
+            drawn = list(islice(rows, whole))
+            for piece in range(self.pieces):
+                yield self._batch(drawn[self.rank + piece * self.ranks :: shares], number)
 
     def _batch(self, rows: Sequence[Row], number: int) -> Batch:
         pixels: dict[Media, torch.Tensor] = {}

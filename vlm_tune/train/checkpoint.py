@@ -26,6 +26,8 @@ class Progress:
     best_step: int | None = None
     best_score: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    ranks: int = 0
+    """Processes that the batches are planned for: those that the run began with."""
     unlogged: tuple[float, int] = (0.0, 0)
     """Summed loss and its count since the last log line."""
 

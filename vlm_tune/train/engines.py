@@ -29,6 +29,9 @@ from vlm_tune.model.weights import whole_tensor
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 """Under these accelerate wraps the model itself, in ways that change what is computed: weights cast, steps in `backward`."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state beside its step."""
+
 State = dict[str, torch.Tensor]
 """An optimizer's tensors on the CPU, each parameter's whole, as `<parameter>|<key>`."""
 
@@ -202,6 +205,8 @@ class DeepSpeed(Engine):
             # It sends the bytes as they lie in memory, which a channels-last weight's are not in order.
             parameter.data = parameter.data.contiguous()
         self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._adamw(tuned.groups, train), config=config)
+        if self.section.stage:
+            self._start_state()
         if not self.sharded:
             fuse(model)
 
@@ -236,20 +241,25 @@ class DeepSpeed(Engine):
         self._set_rates(factor)
         self.model.step()
 
+    def _start_state(self) -> None:
+        """Gives the optimizer its state before the first step: DeepSpeed ties parameters to what the first group's step made."""
+        flat = self.optimizer.fp32_partitioned_groups_flat if self.sharded else self.optimizer.single_partition_of_fp32_groups
+        for share in flat:
+            moments = {key: torch.zeros_like(share, requires_grad=False) for key in MOMENTS}
+            self.optimizer.optimizer.state[share] = {"step": torch.zeros((), device=share.device), **moments}
+
     def optimizer_state(self) -> State:
         if self.section.stage == 0:
             return super().optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        inner, state = self.optimizer.optimizer, {}
-        steps = [value["step"] for value in inner.state.values() if "step" in value]
+        state: State = {}
+        step = next(iter(self.optimizer.optimizer.state.values()))["step"]
         for name, parameter in self._named():
-            for key in ("exp_avg", "exp_avg_sq"):
-                found = safe_get_full_optimizer_state(parameter, key) if steps else None
-                if found is not None and self.accelerator.is_main_process:
-                    state[f"{name}|{key}"] = found.cpu()
-            if steps and self.accelerator.is_main_process:
-                state[f"{name}|step"] = steps[0].cpu()
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if self.accelerator.is_main_process:
+                state[f"{name}|step"] = step.cpu()
+                state |= {f"{name}|{key}": value.cpu() for key, value in moments.items() if value is not None}
         return state
 
     def load_optimizer_state(self, state: State) -> None:
@@ -258,22 +268,18 @@ class DeepSpeed(Engine):
             return
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        steps = [value for key, value in state.items() if key.endswith("|step")]
-        if not steps:
-            return
-        inner = self.optimizer.optimizer
-        flat = self.optimizer.fp32_partitioned_groups_flat if self.sharded else self.optimizer.single_partition_of_fp32_groups
-        for share in flat:
-            inner.state[share] = {"step": steps[0].clone(), "exp_avg": torch.zeros_like(share), "exp_avg_sq": torch.zeros_like(share)}
+        kept = by_parameter(state)
+        for held in self.optimizer.optimizer.state.values():
+            held["step"].copy_(next(iter(kept.values()))["step"])
         if not self.sharded:
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        kept = by_parameter(state)
         for name, parameter in self._named():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 value = kept[name][key].float()
                 if not self.sharded:
                     safe_set_full_optimizer_state(parameter, value, key)
                     continue
+                # The last rank's share is padded, which setting the whole value does not allow for.
                 size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
                 padded = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
                 safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.accelerator.process_index, size), key)

@@ -43,6 +43,8 @@ class StageData:
     feed: Feed
     validation: list[Conversation]
     validation_features: FeatureStore | None
+    image_cost: float = 0.0
+    """How many tokens an image costs."""
 
 
 def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
@@ -67,6 +69,8 @@ class _Rates:
     loss: float = 0.0
     count: int = 0
     waited: float = 0.0
+    largest: float = 0.0
+    mean: float = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -80,6 +84,10 @@ class _Rates:
         self.tokens += batch.tokens
         self.padded += batch.attention_mask.numel()
 
+    def work(self, costs: torch.Tensor) -> None:
+        """Notes what a step costs each rank."""
+        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.mean())
+
     def line(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
@@ -88,6 +96,7 @@ class _Rates:
             "tokens_per_s": self.tokens / seconds,
             "padding": 1 - self.tokens / max(self.padded, 1),
             "stall": self.waited / seconds,
+            "imbalance": self.largest / max(self.mean, 1e-9),
         }
 
 
@@ -120,6 +129,7 @@ class StageLoop:
         if resume_from is not None:
             engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
             load_random(resume_from)
+        self.accumulation = train.gradient_accumulation * data.feed.pieces
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
@@ -162,7 +172,7 @@ class StageLoop:
     def _steps_in(self, epoch: int) -> int | None:
         """Optimizer steps of an epoch; None for a stream."""
         batches = self.data.feed.micro_batches(epoch)
-        return None if batches is None else math.ceil(batches / self.recipe.train.gradient_accumulation)
+        return None if batches is None else math.ceil(batches / self.accumulation)
 
     def _steps_of(self, epochs: float) -> int:
         """Optimizer steps of that many epochs, at least one."""
@@ -173,7 +183,7 @@ class StageLoop:
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
         """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
         self._first_step = self.progress.step
-        accumulation, done = self.recipe.train.gradient_accumulation, 0
+        accumulation, done = self.accumulation, 0
         if self.progress.step >= self.total:
             return
         for epoch in itertools.count():
@@ -198,8 +208,10 @@ class StageLoop:
     def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
-        counts = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=accelerator.device)
-        total = max(int(_summed(accelerator, counts)), 1)
+        own = [sum(self.objective.count(batch) for batch in batches), sum(map(self._cost, batches))]
+        counts: Any = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device))
+        total = max(int(counts[:, 0].sum()), 1)
+        rates.work(counts[:, 1])
         summed = torch.zeros((), device=accelerator.device)
         for place, batch in enumerate(batches):
             rates.add(batch)
@@ -216,6 +228,11 @@ class StageLoop:
         self.engine.step(factor)
         rates.loss, rates.count = rates.loss + value, rates.count + total
         return factor * max(self.engine.rates)
+
+    def _cost(self, batch: Batch) -> float:
+        """What a batch's pass costs, in tokens."""
+        images = batch.pixels if batch.features is None else batch.features
+        return batch.input_ids.numel() + self.data.image_cost * (0 if images is None else len(images))
 
     def _stopping(self) -> bool:
         asked = torch.tensor(int(self.stop()), device=self.accelerator.device)

@@ -39,7 +39,7 @@ from vlm_tune.train.allocator import keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.loop import Report, StageData, StageLoop
-from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
+from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_features, stage_feed
 
 SAMPLED = 500
 """Rows that the report's samples are chosen from."""
@@ -219,7 +219,8 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
-            progress, checkpoint = Progress(stage=number), None
+            progress, checkpoint = Progress(stage=number, ranks=progress.ranks), None
+        progress.ranks = progress.ranks or context.accelerator.num_processes
         model = _stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds
     if context.accelerator.is_main_process:
@@ -276,7 +277,9 @@ def _stage(
         part.to(accelerator.device)
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
-    data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
+    cost = image_cost(model, cached=features is not None)
+    feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
+    data = StageData(feed, validation, held_out, cost)
     loop = StageLoop(
         model,
         recipe,
