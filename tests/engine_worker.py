@@ -1,12 +1,13 @@
-"""One of several processes that train every recipe of a folder in turn; notes gradients and sample ids beside each.
+"""One of several processes that train the recipes of a list in turn; notes gradients and sample ids beside each.
 
-python tests/engine_worker.py FOLDER [--resume]
+python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, "stop": step or null}, ...]
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlm_tune.api import sft
+from vlm_tune.errors import Interrupted
 from vlm_tune.model.weights import whole_tensor
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
@@ -51,23 +53,28 @@ def record(noted: dict[str, Any]) -> None:
         kind.step = before(kind.step)
     whole_step = StageLoop._step
 
-    def stepped(loop: StageLoop, batches: Any, *rest: Any) -> float:
-        noted["ids"].append([identity for batch in batches if batch.supervised for identity in batch.ids])
+    def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
+        noted["ids"][step] = [identity for batch in batches if batch.supervised for identity in batch.ids]
         noted["images"].append(sum(len(batch.media_index) for batch in batches))
-        return whole_step(loop, batches, *rest)
+        if step == noted["stop"]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_step(loop, batches, step, *rest)
 
     StageLoop._step = stepped
 
 
-def main(folder: Path, *, resume: bool) -> None:
+def main(runs: list[dict[str, Any]]) -> None:
     noted: dict[str, Any] = {}
     record(noted)
     rank = os.environ.get("RANK", "0")
-    for path in sorted(folder.glob("*.yaml")):
-        noted.update(gradients={}, ids=[], images=[])
+    for run in runs:
+        path = Path(run["recipe"])
+        noted.update(gradients={}, ids={}, images=[], stop=run.get("stop"))
         try:
-            sft(load_recipe(path), resume=resume, overwrite=not resume)
-        except Exception as error:
+            sft(load_recipe(path), resume=run.get("resume", False))
+        except Interrupted:
+            assert run.get("stop")
+        except BaseException as error:
             print(f"rank {rank}: {path.stem}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             raise
         print(f"rank {rank}: {path.stem}", file=sys.stderr, flush=True)
@@ -77,4 +84,4 @@ def main(folder: Path, *, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), resume="--resume" in sys.argv)
+    main(json.loads(Path(sys.argv[1]).read_text()))
