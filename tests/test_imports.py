@@ -14,6 +14,7 @@ LAYERS = [
     ["recipe_yaml", "resources"],
     ["config"],
     ["recipe"],
+    ["runlock"],
     ["runfolder"],
     ["data"],
     ["model"],

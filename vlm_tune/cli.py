@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlm_tune.errors import EXIT_TRAINING, RecipeError, VlmTuneError
+from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_TRAINING, RecipeError, VlmTuneError
 
 app = typer.Typer(
     add_completion=False,
@@ -61,6 +61,7 @@ def sft(
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
+    accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what RECIPE says, score the result, and write a report."""
@@ -70,14 +71,14 @@ def sft(
     loaded = load_recipe(_recipe_path(recipe), set_ or [])
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite)
+        check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     _quiet()
     from vlm_tune.api import sft as train
     from vlm_tune.display import Display
 
     display = Display(Console(stderr=as_json))
     try:
-        run = train(loaded, resume=resume, overwrite=overwrite, show=display)
+        run = train(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, show=display)
     finally:
         display.close()
     if first:
@@ -358,6 +359,9 @@ def main() -> None:
                 f"{type(error).__name__}\n{error}" if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}", err=True
             )
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,10 @@ from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.checkpoint import Progress, load_optimizer, rotate, save_checkpoint, step_folder
+from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_optimizer, load_random, random_state
 from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.trace import Step, cut_trace, digest, told, write_step
+from vlm_tune.train.watch import Watch
 
 Report = Callable[[dict[str, Any]], None]
 """Takes one event of the run: it is logged, shown and tracked."""
@@ -90,6 +93,10 @@ class _Rates:
         }
 
 
+class _CutShort(Exception):
+    """An evaluation that ends because the run is asked to stop."""
+
+
 class StageLoop:
     """Trains one stage from `progress` on; every epoch's order is a function of (seed, epoch)."""
 
@@ -107,6 +114,7 @@ class StageLoop:
         recipe_text: str,
         stop: Callable[[], bool],
         resume_from: Path | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
         self.accelerator, self.folder, self.progress = accelerator, folder, progress
@@ -122,22 +130,39 @@ class StageLoop:
             fuse(model)
         if resume_from is not None:
             load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
+            load_random(resume_from, accelerator.process_index)
+        progress.processes = accelerator.num_processes
+        self.watch = watch or Watch(accelerator, train.timeout)
+        self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
+        self._nonfinite = 0
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
         self.pixels = PixelCache(model.processor.images)
 
     def run(self) -> Progress:
-        """Trains to the end. Raises `Interrupted` when asked to stop, `TrainingError` if the loss is not finite."""
+        """Trains to the end.
+
+        Raises `Interrupted` when asked to stop, `TrainingError` if the loss stays not finite, a checkpoint can't be
+        written, or another process is lost.
+        """
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
-        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
-            self._run()
+        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"), self.watch.guarding():
+            try:
+                self._run()
+            finally:
+                self.writer.close()
         return self.progress
 
     def _run(self) -> None:
         started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
         rates.loss, rates.count = self.progress.unlogged
+        if self.accelerator.is_main_process:
+            cut_trace(self.folder, self.progress.step)
+        if self.progress.unscored:
+            self._evaluate(self.progress.step)
+            self._save(self.progress.step)
         for batches, waited in self._windows():
             step = self.progress.step + 1
             rates.waited += waited
@@ -154,12 +179,18 @@ class StageLoop:
                     self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
             stopping = self._stopping()
-            every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
-            if step % every == 0 or last or stopping or self.progress.best_step == step:
+            if self._due(step) or last or stopping or self.progress.best_step == step:
                 with rates.paused():
                     self._save(step)
-            if stopping and not last:
+            if stopping and (not last or self.progress.unscored):
+                self.writer.wait()
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
+        self.writer.wait()
+
+    def _due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint at this step."""
+        every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
+        return step % every == 0
 
     def _steps_in(self, epoch: int) -> int | None:
         """Optimizer steps of an epoch; None for a stream."""
@@ -185,8 +216,11 @@ class StageLoop:
                 continue
             skipped = self.progress.step - done if done < self.progress.step else 0
             done += skipped
+            # A process that is forked while a thread writes could wait for ever for what that thread holds.
+            self.writer.wait()
             batches = self.data.feed.batches(epoch, skipped * accumulation)
             while True:
+                self.watch.at(f"the batches of step {done + 1}")
                 asked = time.perf_counter()
                 window = [batch.to(self.accelerator.device) for batch in itertools.islice(batches, accumulation)]
                 waited = time.perf_counter() - asked
@@ -200,9 +234,13 @@ class StageLoop:
     def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
-        counts = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=accelerator.device)
-        total = max(int(_summed(accelerator, counts)), 1)
+        ids = [identity for batch in batches for identity in batch.ids]
+        self.watch.at(f"step {step}, meeting the others")
+        mine = torch.tensor([sum(self.objective.count(batch) for batch in batches), digest(ids)], device=accelerator.device)
+        total, samples = (int(value) for value in _summed(accelerator, mine))
+        total = max(total, 1)
         summed = torch.zeros((), device=accelerator.device)
+        self.watch.at(f"step {step}")
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
@@ -212,51 +250,98 @@ class StageLoop:
                 accelerator.backward(loss.sum * accelerator.num_processes / total)
             summed += loss.sum.detach()
         value = float(_summed(accelerator, summed))
-        if not math.isfinite(value):
-            ids = ", ".join([identity for batch in batches for identity in batch.ids][:8])
-            raise TrainingError(f"the loss is {value} at step {step}; the batch holds {ids}. A lower learning rate or bf16 may help")
         factor = schedule_factor(self.recipe.train.schedule, step, self.total)
         for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = full * factor
-        if self.recipe.train.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(
-                [p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm
-            )
-        self.optimizer.step()
+        norm = self._clipped()
+        if self._usable(step, value, norm, ids):
+            self.optimizer.step()
+            rates.loss, rates.count = rates.loss + value, rates.count + total
         self.optimizer.zero_grad(set_to_none=True)
-        rates.loss, rates.count = rates.loss + value, rates.count + total
+        if accelerator.is_main_process:
+            write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
         return factor * max(self.full_rates)
 
+    def _clipped(self) -> float | None:
+        """The norm of all gradients, which are clipped if the recipe says so; None where the engine keeps it to itself."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm or math.inf)
+        return None if norm is None else float(norm)
+
+    def _usable(self, step: int, loss: float, norm: float | None, ids: list[str]) -> bool:
+        """Whether the step may be taken: if its loss and gradient are finite. The samples of others are kept in a file.
+
+        Raises `TrainingError` when too many in a row are not, or the last.
+        """
+        # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
+        if math.isfinite(loss) and (norm is None or self.accelerator.scaler is not None or math.isfinite(norm)):
+            self._nonfinite = 0
+            return True
+        self._nonfinite += 1
+        held = [identity for part in gather_object([ids]) for identity in part]
+        path = self.folder / "nonfinite.jsonl"
+        if self.accelerator.is_main_process:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": held}) + "\n")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        said = f"{what} at step {step}; the batch holds {', '.join(held[:8])}"
+        if self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
+            self.report({"event": "note", "text": f"{said}; the step is left out", "step": step})
+            return False
+        row = f", the {self._nonfinite}th such step in a row" if self._nonfinite > 1 else ""
+        raise TrainingError(
+            f"{said} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
+            "the last checkpoint is from before: --resume goes on there"
+        )
+
     def _stopping(self) -> bool:
-        asked = torch.tensor(int(self.stop()), device=self.accelerator.device)
-        return bool(_summed(self.accelerator, asked))
+        """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
+        asked = torch.tensor([int(self.stop()), int(self.writer.failed())], device=self.accelerator.device)
+        stop, failed = (int(value) for value in _summed(self.accelerator, asked))
+        if failed:
+            self.writer.wait()
+            raise TrainingError("the first process could not write its checkpoint")
+        return bool(stop)
 
     def _evaluate(self, step: int) -> None:
+        self.watch.at(f"the evaluation of step {step}")
         found = self._generated() if self.objective.generates else self._matched()
+        self.model.train()
+        self.progress.unscored = found is None
+        if found is None:
+            return
         self.report({"event": "evaluate", "step": step, **found})
-        better = self.progress.best_score is None or found["accuracy"] > self.progress.best_score
-        tied = found["accuracy"] == self.progress.best_score
-        # Of equal scores the later is kept: it has seen more.
-        if better or tied:
+        better = self.progress.best_score is None or found["accuracy"] >= self.progress.best_score
+        # Of equal scores the later is kept: it has seen more. Weights that give no finite loss are never the best.
+        if better and math.isfinite(found["loss"] or 0.0) and not self._nonfinite:
             self.progress.best_score, self.progress.best_step = found["accuracy"], step
         self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
-        self.model.train()
 
-    def _generated(self) -> dict[str, Any]:
+    def _generated(self) -> dict[str, Any] | None:
+        """Scores of generated answers; None if the run is asked to stop meanwhile."""
         settings = self.recipe.evaluate
         rows = self.data.validation[: settings.limit]
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        with self.accelerator.autocast():
-            found: Scores = score(
+
+        def progress(done: int, of: int) -> None:
+            self.watch.at(f"the evaluation, {done} of {of} rows")
+            if self.stop():
+                raise _CutShort
+
+        found: Scores | None = None
+        with contextlib.suppress(_CutShort), self.accelerator.autocast():
+            found = score(
                 self.model,
                 mine or rows[:1],
                 decoding=Decoding(settings.max_new_tokens, settings.num_beams),
                 batch_size=settings.batch_size,
                 features=self.data.validation_features,
+                progress=progress,
             )
-        if self.accelerator.num_processes > 1:
-            found = join_scores(gather_object([found]))
-        return found.summary()
+        shards = gather_object([found])
+        if any(shard is None for shard in shards):
+            return None
+        return (join_scores(shards) if len(shards) > 1 else shards[0]).summary()
 
     @torch.no_grad()
     def _matched(self) -> dict[str, Any]:
@@ -271,12 +356,15 @@ class StageLoop:
         return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
 
     def _save(self, step: int) -> None:
-        self.accelerator.wait_for_everyone()
+        """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
+        if self._nonfinite:
+            return
+        self.watch.at(f"the checkpoint of step {step}")
+        states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            save_checkpoint(step_folder(self.folder, step), self.model, inner, self.tuned.names, self.progress, self.recipe_text)
-            rotate(self.folder, self.recipe.train.checkpoints.keep, self.progress.best_step)
-        self.accelerator.wait_for_everyone()
+            write = capture_checkpoint(self.model, inner, self.tuned.names, self.progress, self.recipe_text, states)
+            self.writer.save(step, write, self.progress.best_step)
 
 
 def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
