@@ -85,10 +85,10 @@ def worker(recipe: Path, output: Path) -> None:
         return model
 
     def measured(step: Any) -> Any:
-        def stepped(engine: Engine, factor: float) -> None:
+        def stepped(engine: Engine) -> None:
             if "stepped" not in figures:
                 figures["stepped"] = 1
-                step(engine, factor)
+                step(engine)
                 return
             figures["held"] = held()
             figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())

@@ -41,16 +41,16 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
 def record(noted: dict[str, Any]) -> None:
     """Notes the first step's gradient, and the sample ids of all steps."""
 
-    def before(step: Any) -> Any:
-        def stepped(engine: Engine, factor: float) -> None:
+    def before(clip: Any) -> Any:
+        def clipped(engine: Engine, factor: float) -> Any:
             if not noted["gradients"]:
                 noted["gradients"] = gradients(engine)
-            step(engine, factor)
+            return clip(engine, factor)
 
-        return stepped
+        return clipped
 
     for kind in (Engine, DeepSpeed, Fsdp):
-        kind.step = before(kind.step)
+        kind.clip = before(kind.clip)
     whole_step = StageLoop._step
 
     def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:

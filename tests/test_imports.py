@@ -15,6 +15,7 @@ LAYERS = [
     ["recipe_yaml", "resources"],
     ["config"],
     ["recipe"],
+    ["runlock"],
     ["runfolder"],
     ["data"],
     ["model"],

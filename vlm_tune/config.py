@@ -430,6 +430,9 @@ class Checkpoints(Config):
 
     every: PositiveInt | None = Field(default=None, description="optimizer steps; at each evaluation and the end where not given")
     keep: PositiveInt = 2
+    background: bool = Field(
+        default=True, description="write beside training, from a copy of what trains in the CPU's memory; false: training waits"
+    )
 
 
 class TrainSection(Config):
@@ -451,6 +454,10 @@ class TrainSection(Config):
     loader_workers: NonNegativeInt = Field(default=0, description="processes that decode images and make batches ahead")
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
+    max_nonfinite: PositiveInt = Field(
+        default=3, description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out"
+    )
+    timeout: PositiveFloat = Field(default=1800.0, description="seconds that a process waits for the others before it gives up")
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
 
 

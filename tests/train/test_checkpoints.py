@@ -34,20 +34,20 @@ def steps_of(stage: Path) -> list[int]:
 )
 def test_rotation_keeps_the_last_and_the_best(keep: int, best: int | None, left: list[int], tmp_path: Path) -> None:
     put(tmp_path, 10, 20, 30, 40)
-    rotate(tmp_path, keep, best)
+    rotate(tmp_path, keep, best, 40)
     assert steps_of(tmp_path) == left
 
 
 def test_rotation_never_removes_the_last_whole_one(tmp_path: Path) -> None:
     put(tmp_path, 10, 20)
     (step_folder(tmp_path, 20) / "a").write_text("b")
-    rotate(tmp_path, 1, None)
+    rotate(tmp_path, 1, None, 10_000_000)
     assert is_whole(step_folder(tmp_path, 10))
 
 
 def test_rotation_counts_by_step_and_not_by_name(tmp_path: Path) -> None:
     put(tmp_path, 9_999_999, 10_000_000)
-    rotate(tmp_path, 1, None)
+    rotate(tmp_path, 1, None, 10_000_000)
     assert steps_of(tmp_path) == [10_000_000]
 
 

@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 
 MANIFEST = "manifest.json"
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+"""What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
 
@@ -59,11 +62,12 @@ def _sync(path: Path) -> None:
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
 
-    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder.
+    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder, and what a
+    killed process leaves `recover_folders` puts right.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
+    old = target.parent / f".{target.name}{REPLACED}{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -86,6 +90,26 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def recover_folders(parent: Path) -> None:
+    """Puts right what a killed `commit_folder` or `remove_folder` left: a replaced folder without its successor comes back.
+
+    For the one process that may write there.
+    """
+    for left in [*parent.glob(f".*{REPLACED}*"), *parent.glob(f".*{TEMPORARY}*")]:
+        name, _, _ = left.name[1:].rpartition(REPLACED)
+        if name and not (parent / name).exists():
+            left.rename(parent / name)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that none is ever seen under its name with files missing."""
+    leaving = folder.parent / f".{folder.name}{TEMPORARY}{os.getpid()}"
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def verify_folder(folder: Path) -> None:
@@ -132,15 +156,21 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
     capture_model(model)(folder)
 
 
-def capture_model(model: VisionLanguageModel) -> Callable[[Path], None]:
-    """What writes the model to a folder; of sharded weights every process must ask, and the first one may write."""
+Tensors = Mapping[str, torch.Tensor]
+
+
+def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Callable[[Path], None]:
+    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
+
+    Of sharded weights every process must ask, and what the first one gets may write.
+    """
     language: Any = model.llm.model
-    connector = whole_state(model.connector)
-    tower = _base_state(model.tower) if "tower" in model.changed else None
-    llm = _base_state(language) if "llm" in model.changed else None
-    adapters = {part: (model.adapters[part].peft_config["default"], adapter_state(parts(model)[part])) for part in model.adapters}
+    connector = copied(whole_state(model.connector))
+    tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
+    llm = copied(_base_state(language)) if "llm" in model.changed else None
+    adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
     prompt = model.llm.prompt
-    virtual = whole_state(prompt) if prompt is not None else {}
+    virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
@@ -151,8 +181,8 @@ def capture_model(model: VisionLanguageModel) -> Callable[[Path], None]:
             language.save_pretrained(folder / "llm", state_dict=llm)
         for part, (config, tensors) in adapters.items():
             write_adapter(config, tensors, folder / ADAPTERS[part])
-        if prompt is not None:
-            write_prompt(prompt.config, virtual["values"], folder / PROMPT)
+        if prompt is not None and virtual is not None:
+            write_prompt(prompt.config, virtual, folder / PROMPT)
         model.processor.tokenizer.save_pretrained(folder)
         if model.processor.template.jinja:
             (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
@@ -165,7 +195,11 @@ def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {clean(name): value.contiguous() for name, value in whole_state(module, lambda name: not is_adapter(name)).items()}
 
 
-def write_adapter(config: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
+    return adapter_state(parts(model)[part])
+
+
+def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
     """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
     folder.mkdir(parents=True, exist_ok=True)
     plain_config(config).save_pretrained(folder)

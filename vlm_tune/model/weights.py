@@ -55,7 +55,15 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    written, seen = {}, set()
+    for name, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        # Copied only where it must be: a thread that writes beside training should not keep the cores busy.
+        alone = storage.data_ptr() not in seen and storage.nbytes() == own.numel() * own.element_size()
+        seen.add(storage.data_ptr())
+        written[name] = own if alone else own.clone()
+    save_file(written, path, metadata={"format": "pt"})
 
 
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ engine: the forward pass casts, nothing else does.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from vlm_tune.model.blocks import block_names
 from vlm_tune.model.fused import fuse
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.model.weights import whole_tensor
+from vlm_tune.model.weights import is_sharded, whole_tensor
 
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 """Under these accelerate wraps the model itself, in ways that change what is computed: weights cast, steps in `backward`."""
@@ -39,6 +40,8 @@ State = dict[str, torch.Tensor]
 class Engine:
     """One process, or several that hold the whole model and average gradients (DDP), by accelerate."""
 
+    skips = True
+    """Whether a step whose gradient is not finite can be left out."""
     sharded = False
     """Whether a rank holds only its share of the weights, so that all must run the same modules in the same order."""
 
@@ -51,7 +54,7 @@ class Engine:
         """Takes a model to train; from now on `self.model` is what the objective calls."""
         self.inner, self.names = model, tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
-        self.max_grad_norm = train.max_grad_norm
+        self.max_grad_norm = train.max_grad_norm or math.inf
         self.optimizer = self._adamw(tuned.groups, train)
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         fuse(model)
@@ -70,12 +73,22 @@ class Engine:
         """Adds the gradient of a rank's share of the loss."""
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self, factor: float) -> None:
-        """Clips the gradient and takes a step at `factor` times the full learning rates."""
+    def clip(self, factor: float) -> float | None:
+        """Makes a step ready, at `factor` times the full learning rates: the gradient's norm, which is clipped.
+
+        None where the engine clips as it steps.
+        """
         self._set_rates(factor)
-        if self.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+        return None if norm is None else float(norm)
+
+    def step(self) -> None:
+        """Takes the step."""
         self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Leaves the step out."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rates(self, factor: float) -> None:
@@ -98,7 +111,8 @@ class Engine:
         state: State = {}
         for name, parameter in self._named():
             for key, value in inner.state.get(parameter, {}).items():
-                found = whole_tensor(value if isinstance(value, torch.Tensor) else torch.tensor(value))
+                held = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                found = whole_tensor(held) if is_sharded(held) else held
                 if self.accelerator.is_main_process:
                     state[f"{name}|{key}"] = found
         return state
@@ -184,7 +198,12 @@ class _Filled(nn.Module):
 
 
 class DeepSpeed(Engine):
-    """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and weights (3) in shares, and on the CPU if asked."""
+    """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and weights (3) in shares, and on the CPU if asked.
+
+    Gradients are its own until the step is taken, and added to if it is not: a run stops at one that is not finite.
+    """
+
+    skips = False
 
     def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
         super().__init__(accelerator)
@@ -237,8 +256,10 @@ class DeepSpeed(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
-    def step(self, factor: float) -> None:
+    def clip(self, factor: float) -> None:
         self._set_rates(factor)
+
+    def step(self) -> None:
         self.model.step()
 
     def _start_state(self) -> None:
@@ -306,7 +327,7 @@ class Fsdp(Engine):
         device = self.accelerator.device
         self.inner, self.names = model, tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
-        self.max_grad_norm = train.max_grad_norm
+        self.max_grad_norm = train.max_grad_norm or math.inf
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (self.accelerator.num_processes,)),
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.section.offload else OffloadPolicy(),
@@ -330,12 +351,10 @@ class Fsdp(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.accelerator.num_processes).backward()
 
-    def step(self, factor: float) -> None:
+    def clip(self, factor: float) -> float:
         self._set_rates(factor)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import distribute_tensor
