@@ -353,6 +353,9 @@ class DataSection(Config):
     epoch_size: PositiveInt | None = Field(default=None, description="units of an epoch when sources have weights")
     streaming: bool = Field(default=False, description="read, check and tokenise while training; for more rows than can be prepared")
     shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a streamed epoch is shuffled within")
+    own_shards: bool = Field(
+        default=False, description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes"
+    )
     workers: NonNegativeInt | None = Field(default=None, description="processes that prepare; as many as cores where not given")
     augment: Augment | None = None
 

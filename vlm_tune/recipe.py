@@ -342,6 +342,8 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
     least, most = _get(data, "clean", "min_chars"), _get(data, "clean", "max_chars")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         found.append((("data", "clean", "max_chars"), f"max_chars {most} is under min_chars {least}"))
+    if data.get("own_shards") is True and data.get("streaming") is not True:
+        found.append((("data", "own_shards"), "own_shards is of data.streaming: true; prepared rows are read by number"))
     return found + (_streaming_contradictions(raw, data) if data.get("streaming") is True else [])
 
 

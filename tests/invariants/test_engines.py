@@ -62,10 +62,15 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
     if connector:
         text = with_connector(text, connector)
     settings: dict[str, Any] = {"train__steps": 1, "train__batch_size": size, "train__log_every": 1, "data__validation": []}
-    return parsed(with_tune(text, tune), **{**settings, "evaluate__samples": 0, **own, **changes})
+    return parsed(with_tune(text, tune), **{**settings, "evaluate__samples": 0, "train__max_grad_norm": None, **own, **changes})
 
 
-GOES_ON: dict[str, Any] = {"train__steps": 8, "train__gradient_accumulation": 2, "train__checkpoints": {"every": 8, "keep": 9}}
+GOES_ON: dict[str, Any] = {
+    "train__steps": 8,
+    "train__max_grad_norm": 1.0,
+    "train__gradient_accumulation": 2,
+    "train__checkpoints": {"every": 8, "keep": 9},
+}
 LINEAGES = {"one-two-one": "decoder-lora", "zero2-zero3": "t5-full"}
 
 
