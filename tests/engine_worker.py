@@ -34,7 +34,7 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
         else:
             value = parameter.grad
         assert value is not None, f"{name} has no gradient"
-        found[name] = whole_tensor(value).clone()
+        found[name] = whole_tensor(value).clone(memory_format=torch.contiguous_format)
     return found
 
 

@@ -74,7 +74,7 @@ def _wait(ranks: Sequence[subprocess.Popen[Any]]) -> int:
         if not left:
             return failed if failed >= 0 else EXIT_TRAINING
         if deadline is not None and time.monotonic() > deadline:
-            print(f"{'process' if len(left) == 1 else 'processes'} {', '.join(map(str, left))} did not end by themselves", file=sys.stderr)
+            print(f"killed after {GRACE:g} s of waiting: process {', '.join(map(str, left))}", file=sys.stderr)
             for number in left:
                 ranks[number].kill()
             deadline = float("inf")
