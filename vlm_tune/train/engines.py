@@ -48,6 +48,7 @@ class Engine:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.model: Any = None
+        self.inner: Any = None
         self.optimizer: Any = None
 
     def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
@@ -141,7 +142,7 @@ class Engine:
         # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
-        self.model = self.optimizer = None
+        self.model = self.inner = self.optimizer = None
 
 
 def by_parameter(state: State) -> dict[str, State]:
@@ -307,7 +308,7 @@ class DeepSpeed(Engine):
 
     def release(self) -> None:
         self.model.destroy()
-        self.model = self.optimizer = None
+        self.model = self.inner = self.optimizer = None
         self.accelerator.free_memory()
 
 
@@ -375,7 +376,7 @@ class Fsdp(Engine):
             self.model.reshard()
 
     def release(self) -> None:
-        self.model = self.optimizer = None
+        self.model = self.inner = self.optimizer = None
         self.accelerator.free_memory()
 
 
