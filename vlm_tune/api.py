@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from vlm_tune.config import Recipe
 from vlm_tune.data.prepare import read_part
 from vlm_tune.data.types import distinct_media
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import Problem, RecipeError, TrainingError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
@@ -21,7 +22,8 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.loop import Report
-from vlm_tune.train.run import Run, out_of_memory
+from vlm_tune.train.memory import is_out_of_memory, out_of_memory
+from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
 
@@ -31,20 +33,26 @@ def sft(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept_changes: bool = False,
     show: Report | None = None,
 ) -> Run:
     """Trains a recipe and returns the run (folder, result, model); `show` is given every event.
 
+    A run is resumed with its own recipe, or with `accept_changes` with this one.
     Raises the errors of `vlm_tune.errors`: a bad recipe, data, weights, or training that stopped.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     try:
-        return run_recipe(loaded, resume=resume, overwrite=overwrite, show=show)
+        return run_recipe(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, show=show)
     except (RuntimeError, MemoryError) as error:
-        advice = out_of_memory(error)
-        if advice is None:
+        if not is_out_of_memory(error):
             raise
-        raise advice from error
+        raise out_of_memory(error, loaded) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        said = f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume goes on from the last checkpoint"
+        raise TrainingError(said) from error
 
 
 def find_recipe(model: Path) -> Path:

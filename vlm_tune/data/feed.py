@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class Feed(Protocol):
-    """Batches of every epoch, from any place of it."""
+    """Batches of every epoch, from any place of it.
+
+    They are planned for a number of processes, and shared out among as many as there are: a process takes each planned
+    micro-batch in `pieces`, so that a resumed run sees the same rows in the same step and none takes more memory.
+    """
+
+    pieces: int
 
     def micro_batches(self, epoch: int) -> int | None:
         """How many an epoch has; None for an epoch without an end."""
@@ -46,19 +52,23 @@ class PreparedFeed:
         cached: bool = False,
         augment: Augment | None = None,
         rank: int = 0,
+        ranks: int | None = None,
         workers: int = 0,
     ) -> None:
+        self.ranks = ranks or plan.sizes.ranks
+        self.pieces = -(-plan.sizes.ranks // self.ranks)
         self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
         self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
 
     def micro_batches(self, epoch: int) -> int:
         """How many an epoch has."""
-        return len(self.plan.epoch(epoch))
+        return len(self.plan.epoch(epoch)) * self.pieces
 
     def batch(self, epoch: int, number: int) -> Batch:
         """One micro-batch of this process; where the last one has no row for it, a row whose labels are ignored."""
         planned = self.plan.epoch(epoch)
-        rows = planned.rows(number, self.rank)
+        number, piece = divmod(number, self.pieces)
+        rows = planned.rows(number, self.rank * self.pieces + piece, self.ranks * self.pieces)
         if not rows:
             (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(number, rank)))
             return self._collate([[blank(self.prepared.unit(row[0]))]], epoch)

@@ -37,7 +37,8 @@ class Decoding:
 class LanguageModel(nn.Module):
     """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
 
-    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some.
+    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some. With `whole_head`
+    the output head runs once a batch, not chunk by chunk.
     """
 
     layout: Literal["causal", "seq2seq"]
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.prompt: VirtualTokens | None = None
+        self.whole_head = False
 
     @property
     def virtual(self) -> int:
@@ -73,7 +75,7 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
-        return TokenLoss(token_loss(self.logits, hidden, targets, self.head), len(targets))
+        return TokenLoss(token_loss(self.logits, hidden, targets, self.head, whole=self.whole_head), len(targets))
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""

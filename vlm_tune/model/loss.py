@@ -20,11 +20,14 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """fp32 logits [S, V] of hidden states [S, E]."""
 
 
-def token_loss(logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+def token_loss(logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Module, *, whole: bool = False) -> torch.Tensor:
     """The summed cross-entropy (fp32 scalar) of hidden states [S, E] against targets int64[S]; S may be 0.
 
-    `head` is the module that `logits` calls, whose trained parameters get their gradient too.
+    `head` is the module that `logits` calls, whose trained parameters get their gradient too. With `whole` it is called
+    once, and the backward pass is autograd's.
     """
+    if whole:
+        return cross_entropy(logits(hidden), targets, reduction="sum")
     rows = next((len(parameter) for parameter in head.parameters() if parameter.dim() > 1), 1)
     chunk = max(CHUNK_BYTES // (4 * rows), 1)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, n virtual tokens, E LLM width, H heads of keys and val
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,13 @@ KINDS: dict[str, type[VirtualTokens]] = {"prompt": SoftPrompt, "prefix": KeyValu
 """By the rule's `how`."""
 
 
-def write_prompt(prompt: VirtualTokens, folder: Path) -> None:
+def write_prompt(config: Any, values: torch.Tensor, folder: Path) -> None:
     """A standard PEFT folder of prompt or prefix tuning."""
     folder.mkdir(parents=True, exist_ok=True)
-    was, prompt.config.inference_mode = prompt.config.inference_mode, True
-    prompt.config.save_pretrained(folder)
-    prompt.config.inference_mode = was
-    write_safetensors({KEY: prompt.values}, folder / "adapter_model.safetensors")
+    plain = deepcopy(config)
+    plain.inference_mode = True
+    plain.save_pretrained(folder)
+    write_safetensors({KEY: values}, folder / "adapter_model.safetensors")
 
 
 def read_prompt(folder: Path) -> VirtualTokens:

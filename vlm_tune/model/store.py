@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
-from vlm_tune.model.build import DTYPES, assemble, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
+from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 
 MANIFEST = "manifest.json"
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+"""What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
 
@@ -59,11 +62,12 @@ def _sync(path: Path) -> None:
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
 
-    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder.
+    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder, and what a
+    killed process leaves `recover_folders` puts right.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
+    old = target.parent / f".{target.name}{REPLACED}{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -86,6 +90,26 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def recover_folders(parent: Path) -> None:
+    """Puts right what a killed `commit_folder` or `remove_folder` left: a replaced folder without its successor comes back.
+
+    For the one process that may write there.
+    """
+    for left in [*parent.glob(f".*{REPLACED}*"), *parent.glob(f".*{TEMPORARY}*")]:
+        name, _, _ = left.name[1:].rpartition(REPLACED)
+        if name and not (parent / name).exists():
+            left.rename(parent / name)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that none is ever seen under its name with files missing."""
+    leaving = folder.parent / f".{folder.name}{TEMPORARY}{os.getpid()}"
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def verify_folder(folder: Path) -> None:
@@ -129,36 +153,59 @@ def save_model(model: VisionLanguageModel, target: Path, extra: Callable[[Path],
 
 def write_model(model: VisionLanguageModel, folder: Path) -> None:
     """The files of a model folder, without the manifest."""
-    (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
-    write_safetensors(model.connector.state_dict(), folder / "connector.safetensors")
-    if "tower" in model.changed:
-        write_safetensors(_base_state(model.tower), folder / "tower.safetensors")
-    if "llm" in model.changed:
-        language: Any = model.llm.model
-        language.save_pretrained(folder / "llm", state_dict=_base_state(language))
-    for part in model.adapters:
-        write_adapter(model, part, folder / ADAPTERS[part])
-    if model.llm.prompt is not None:
-        write_prompt(model.llm.prompt, folder / PROMPT)
-    tokenizer = model.processor.tokenizer
-    tokenizer.save_pretrained(folder)
-    if model.processor.template.jinja:
-        (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+    capture_model(model)(folder)
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Callable[[Path], None]:
+    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
+
+    Of sharded weights every process must ask, and what the first one gets may write.
+    """
+    language: Any = model.llm.model
+    connector = copied(whole_state(model.connector))
+    tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
+    llm = copied(_base_state(language)) if "llm" in model.changed else None
+    adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
+    prompt = model.llm.prompt
+    virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
+        write_safetensors(connector, folder / "connector.safetensors")
+        if tower is not None:
+            write_safetensors(tower, folder / "tower.safetensors")
+        if llm is not None:
+            language.save_pretrained(folder / "llm", state_dict=llm)
+        for part, (config, tensors) in adapters.items():
+            write_adapter(config, tensors, folder / ADAPTERS[part])
+        if prompt is not None and virtual is not None:
+            write_prompt(prompt.config, virtual, folder / PROMPT)
+        model.processor.tokenizer.save_pretrained(folder)
+        if model.processor.template.jinja:
+            (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+
+    return write
 
 
 def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
     # Contiguous, as merged projections' weights are not: they are views into one matrix.
-    return {clean(name): value.contiguous() for name, value in module.state_dict().items() if not is_adapter(name)}
+    return {clean(name): value.contiguous() for name, value in whole_state(module, lambda name: not is_adapter(name)).items()}
 
 
-def write_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
+    return adapter_state(parts(model)[part])
+
+
+def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
     """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.adapters[part].peft_config["default"]
     plain_config(config).save_pretrained(folder)
     if config.init_lora_weights == PISSA:
         config.save_pretrained(folder / PISSA)
-    write_safetensors(adapter_state(parts(model)[part]), folder / "adapter_model.safetensors")
+    write_safetensors(tensors, folder / "adapter_model.safetensors")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -203,8 +250,10 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
-    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved."""
+def restore_model(
+    folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True, bare: bool = False
+) -> VisionLanguageModel:
+    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     verify_folder(folder)
     config = read_config(folder)
     if not quantize:
@@ -213,7 +262,11 @@ def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = T
     own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
     tower = restore_tower(config, own_tower if own_tower.is_file() else None)
     precision = dtype or DTYPES[config.precision]
-    language = load_llm(config.llm, dtype=precision, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
+    own = own_llm if own_llm.is_dir() else None
+    if bare:
+        language = bare_llm(config.llm, precision, folder=own)
+    else:
+        language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
     model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
     model.changed = changed

@@ -153,10 +153,11 @@ def plan(
     processes: int = 1,
     zero: int = 0,
     tokens: int | None = None,
+    advise: bool = False,
 ) -> Plan:
     """What a recipe's run needs, without its weights; `gpu_memory` is bytes or a text as 24GB, `tokens` a row's length.
 
-    Where it does not fit, `advice` holds changes with the figure each gives. Raises `RecipeError` for a memory that is
+    Where it does not fit, or with `advise`, `advice` holds changes with the figure each gives. Raises `RecipeError` for a memory that is
     no size, `ModelError` for names and rules that don't fit.
     """
     started = time.perf_counter()
@@ -176,7 +177,7 @@ def plan(
         stages=stages,
         seconds=0.0,
     )
-    advice = [] if found.fits is not False else _advice(loaded, found, setting)
+    advice = _advice(loaded, found, setting) if advise or found.fits is False else []
     return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from vlm_tune.errors import ModelError
-from vlm_tune.model.store import is_whole, save_model
+from vlm_tune.errors import ModelError, TrainingError
+from vlm_tune.model.store import capture_model, commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.model.weights import read_safetensors, write_safetensors
+from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 
 
 @dataclass
@@ -28,6 +33,12 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     unlogged: tuple[float, int] = (0.0, 0)
     """Summed loss and its count since the last log line."""
+    unscored: bool = False
+    """Whether an evaluation that was due at this step was cut short."""
+    processes: int = 1
+    """How many trained together."""
+    ranks: int = 0
+    """For how many the batches are planned: those that the run began with."""
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
@@ -40,63 +51,154 @@ def step_folder(stage: Path, step: int) -> Path:
     return stage / "checkpoints" / f"step-{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(stage: Path) -> list[Path]:
     """A stage's checkpoint folders, by step."""
-    return sorted((stage / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted((stage / "checkpoints").glob("step-*"), key=step_of)
 
 
-def save_checkpoint(
-    folder: Path,
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def capture_checkpoint(
     model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    names: list[list[str]],
+    optimizer: Mapping[str, torch.Tensor],
     progress: Progress,
     recipe_text: str,
-) -> None:
-    """Writes model, optimizer, random state, progress and recipe to `folder`, whole or not at all."""
+    random_states: Sequence[Mapping[str, torch.Tensor]],
+) -> Callable[[Path], None]:
+    """What writes the training's state as it is now to a folder, while training goes on; one random state a process.
 
-    def extra(target: Path) -> None:
-        write_safetensors(optimizer_state(optimizer, names), target / "trainer" / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        write_safetensors(random, target / "trainer" / "random.safetensors")
-        (target / "trainer" / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-        (target / "recipe.yaml").write_text(recipe_text)
+    What trains is copied to the CPU's memory; frozen weights are not. Of sharded weights every process must ask, and the
+    first one may write.
+    """
+    kept = _Copies(model)
+    write_model = capture_model(model, kept)
+    state = kept(optimizer)
+    random_state = {f"{rank}.{key}": value for rank, found in enumerate(random_states) for key, value in found.items()}
+    told = json.dumps(asdict(progress), indent=1)
 
-    save_model(model, folder, extra)
+    def write(folder: Path) -> None:
+        write_model(folder)
+        write_safetensors(state, folder / "trainer" / "optimizer.safetensors")
+        write_safetensors(random_state, folder / "trainer" / "random.safetensors")
+        (folder / "trainer" / "progress.json").write_text(told)
+        (folder / "recipe.yaml").write_text(recipe_text)
 
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors as `<parameter>|<key>`."""
-    state: dict[str, torch.Tensor] = {}
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                state[f"{name}|{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return state
+    return write
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], folder: Path) -> None:
-    """Puts a checkpoint's optimizer and random state back. Raises `ModelError` if it is another model's."""
+class _Copies:
+    """Tensors as they are now: copies on the CPU, but for the model's frozen parameters; what is shared stays shared."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        parameters = [value for value in model.parameters() if not is_sharded(value)]
+        trained = {value.data_ptr() for value in parameters if value.requires_grad}
+        self._frozen = {value.data_ptr() for value in parameters} - trained
+        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By place and shape what was copied, kept so that no other takes its place, and its copy."""
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self._copy(value.detach()) for name, value in tensors.items()}
+
+    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+        if value.data_ptr() in self._frozen:
+            return value
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if not value.numel() or key not in self._made:
+            self._made[key] = value, value.to("cpu", copy=True).contiguous()
+        return self._made[key][1]
+
+
+class CheckpointWriter:
+    """Writes a stage's checkpoints beside training, one at a time; a failed one leaves those before it as they were."""
+
+    def __init__(self, stage: Path, keep: int, *, background: bool) -> None:
+        self.stage, self.keep, self.background = stage, keep, background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
+        """Begins to write a step's checkpoint once the one before is whole. Raises `TrainingError` as `wait`."""
+        self.wait()
+        if self._thread is None:
+            self._write(step, write, best_step)
+        else:
+            self._pending = self._thread.submit(self._write, step, write, best_step)
+
+    def failed(self) -> bool:
+        """Whether the last one could not be written."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when all is written. Raises `TrainingError` if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Lets the write that is under way end; whether it could is not told."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
+        folder = step_folder(self.stage, step)
+        try:
+            commit_folder(folder, write)
+            rotate(self.stage, self.keep, best_step, step)
+        except (OSError, SafetensorError, MemoryError) as error:
+            older = [found.name for found in checkpoints(self.stage)]
+            kept = f"kept: {', '.join(older)}; --resume goes on from there" if older else "there is none before it"
+            raise TrainingError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
+
+
+# --- what is in it ---------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of this process's random numbers: torch's, numpy's and Python's."""
+    _, keys, place, gaussian, cached = np.random.get_state(legacy=True)
+    version, words, following = random.getstate()
+    found = {
+        "cpu": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array([*keys, place, gaussian], dtype=np.int64)),
+        "numpy_gaussian": torch.tensor(cached, dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gaussian": torch.tensor([] if following is None else [following], dtype=torch.float64),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def load_random(folder: Path, rank: int) -> None:
+    """Puts a process's random state back, where the checkpoint has one of that rank."""
+    saved = read_safetensors(folder / "trainer" / "random.safetensors")
+    own = {name.removeprefix(f"{rank}."): value for name, value in saved.items() if name.startswith(f"{rank}.")}
+    if not own:
+        return
+    torch.set_rng_state(own["cpu"])
+    *keys, place, gaussian = own["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, gaussian, own["numpy_gaussian"].item()))
+    version, *words = own["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(own["python_gaussian"].tolist()), None)))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:
+    """A checkpoint's optimizer tensors as `<parameter>|<key>`. Raises `ModelError` if they are another model's."""
     state = read_safetensors(folder / "trainer" / "optimizer.safetensors")
     known = {name for group in names for name in group}
     strangers = sorted({key.rpartition("|")[0] for key in state} - known)
     if strangers:
         raise ModelError(f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}")
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            found = {key.rpartition("|")[2]: value for key, value in state.items() if key.rpartition("|")[0] == name}
-            if found:
-                # In the parameter's own memory format (channels last): the fused step walks both as they lie in memory.
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
-                    for key, value in found.items()
-                }
-    random = read_safetensors(folder / "trainer" / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    return state
+
+
+# --- which there are -------------------------------------------------------------------------------------------------
 
 
 def read_progress(folder: Path) -> Progress:
@@ -115,12 +217,28 @@ def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | N
     return None
 
 
-def rotate(stage: Path, keep: int, best_step: int | None) -> None:
-    """Removes the stage's oldest checkpoints but the last `keep` and the best; never the last whole one."""
-    found = checkpoints(stage)
-    kept = set(found[-keep:]) | ({step_folder(stage, best_step)} if best_step is not None else set())
-    if not any(is_whole(checkpoint) for checkpoint in kept):
+def best_checkpoint(stage: Path, progress: Progress) -> tuple[tuple[Path, float] | None, list[Path]]:
+    """The best-scored whole checkpoint with its score, the later of equal ones, and better ones that are damaged.
+
+    The last step counts as whole: its weights are still in memory.
+    """
+    damaged: list[Path] = []
+    scored = [(entry["accuracy"], entry["step"]) for entry in progress.history if math.isfinite(entry["loss"] or 0.0)]
+    for score, step in sorted(scored, reverse=True):
+        folder = step_folder(stage, step)
+        if step == progress.step or (folder.is_dir() and is_whole(folder)):
+            return (folder, score), damaged
+        if folder.is_dir():
+            damaged.append(folder)
+    return None, damaged
+
+
+def rotate(stage: Path, keep: int, best_step: int | None, step: int) -> None:
+    """Removes the stage's oldest checkpoints up to `step` but the last `keep` and the best; never the last whole one."""
+    found = [folder for folder in checkpoints(stage) if step_of(folder) <= step]
+    kept = found[-keep:] + ([step_folder(stage, best_step)] if best_step is not None else [])
+    if not any(is_whole(checkpoint) for checkpoint in reversed(kept)):
         return
     for checkpoint in found:
         if checkpoint not in kept:
-            shutil.rmtree(checkpoint)
+            remove_folder(checkpoint)

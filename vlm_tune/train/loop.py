@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
@@ -24,12 +25,14 @@ from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
 from vlm_tune.model.features import FeatureStore
-from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.checkpoint import Progress, load_optimizer, rotate, save_checkpoint, step_folder
+from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_optimizer
+from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.trace import Step, cut_trace, digest, told, write_step
+from vlm_tune.train.watch import Watch
 
 Report = Callable[[dict[str, Any]], None]
 """Takes one event of the run: it is logged, shown and tracked."""
@@ -42,6 +45,8 @@ class StageData:
     feed: Feed
     validation: list[Conversation]
     validation_features: FeatureStore | None
+    image_cost: float = 0.0
+    """How many tokens an image costs."""
 
 
 def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
@@ -66,6 +71,8 @@ class _Rates:
     loss: float = 0.0
     count: int = 0
     waited: float = 0.0
+    largest: float = 0.0
+    mean: float = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -79,6 +86,10 @@ class _Rates:
         self.tokens += batch.tokens
         self.padded += batch.attention_mask.numel()
 
+    def work(self, costs: torch.Tensor) -> None:
+        """Notes what a step costs each rank."""
+        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
+
     def line(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
@@ -87,7 +98,12 @@ class _Rates:
             "tokens_per_s": self.tokens / seconds,
             "padding": 1 - self.tokens / max(self.padded, 1),
             "stall": self.waited / seconds,
+            "imbalance": self.largest / max(self.mean, 1e-9),
         }
+
+
+class _CutShort(Exception):
+    """An evaluation that ends because the run is asked to stop."""
 
 
 class StageLoop:
@@ -99,7 +115,7 @@ class StageLoop:
         recipe: Recipe,
         tuned: Tuned,
         data: StageData,
-        accelerator: Accelerator,
+        engine: Engine,
         *,
         folder: Path,
         progress: Progress,
@@ -107,37 +123,52 @@ class StageLoop:
         recipe_text: str,
         stop: Callable[[], bool],
         resume_from: Path | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
-        self.accelerator, self.folder, self.progress = accelerator, folder, progress
+        self.engine, self.accelerator, self.folder, self.progress = engine, engine.accelerator, folder, progress
         self.report, self.recipe_text, self.stop = report, recipe_text, stop
         train = recipe.train
         self.objective = build_objective(recipe.objective)
-        optimizer = torch.optim.AdamW(tuned.groups, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay, fused=True)
-        self.full_rates = [group["lr"] for group in tuned.groups]
         if train.gradient_checkpointing:
             model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.prepared_model, self.optimizer = accelerator.prepare(model, optimizer)
-        if accelerator.distributed_type is not DistributedType.FSDP:
-            fuse(model)
+        engine.prepare(model, tuned, train)
         if resume_from is not None:
-            load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
+            engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
+            load_random(resume_from, self.accelerator.process_index)
+        progress.processes = self.accelerator.num_processes
+        self.accumulation = train.gradient_accumulation * data.feed.pieces
+        self.watch = watch or Watch(self.accelerator, train.timeout)
+        self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
+        self._nonfinite = 0
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
         self.pixels = PixelCache(model.processor.images)
 
     def run(self) -> Progress:
-        """Trains to the end. Raises `Interrupted` when asked to stop, `TrainingError` if the loss is not finite."""
+        """Trains to the end.
+
+        Raises `Interrupted` when asked to stop, `TrainingError` if the loss stays not finite, a checkpoint can't be
+        written, or another process is lost.
+        """
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
-        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
-            self._run()
+        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"), self.watch.guarding():
+            try:
+                self._run()
+            finally:
+                self.writer.close()
         return self.progress
 
     def _run(self) -> None:
         started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
         rates.loss, rates.count = self.progress.unlogged
+        if self.accelerator.is_main_process:
+            cut_trace(self.folder, self.progress.step)
+        if self.progress.unscored:
+            self._evaluate(self.progress.step)
+            self._save(self.progress.step)
         for batches, waited in self._windows():
             step = self.progress.step + 1
             rates.waited += waited
@@ -154,17 +185,23 @@ class StageLoop:
                     self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
             stopping = self._stopping()
-            every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
-            if step % every == 0 or last or stopping or self.progress.best_step == step:
+            if self._due(step) or last or stopping or self.progress.best_step == step:
                 with rates.paused():
                     self._save(step)
-            if stopping and not last:
+            if stopping and (not last or self.progress.unscored):
+                self.writer.wait()
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
+        self.writer.wait()
+
+    def _due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint at this step."""
+        every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
+        return step % every == 0
 
     def _steps_in(self, epoch: int) -> int | None:
         """Optimizer steps of an epoch; None for a stream."""
         batches = self.data.feed.micro_batches(epoch)
-        return None if batches is None else math.ceil(batches / self.recipe.train.gradient_accumulation)
+        return None if batches is None else math.ceil(batches / self.accumulation)
 
     def _steps_of(self, epochs: float) -> int:
         """Optimizer steps of that many epochs, at least one."""
@@ -175,7 +212,7 @@ class StageLoop:
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
         """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
         self._first_step = self.progress.step
-        accumulation, done = self.recipe.train.gradient_accumulation, 0
+        accumulation, done = self.accumulation, 0
         if self.progress.step >= self.total:
             return
         for epoch in itertools.count():
@@ -185,8 +222,11 @@ class StageLoop:
                 continue
             skipped = self.progress.step - done if done < self.progress.step else 0
             done += skipped
+            # A process that is forked while a thread writes could wait for ever for what that thread holds.
+            self.writer.wait()
             batches = self.data.feed.batches(epoch, skipped * accumulation)
             while True:
+                self.watch.at(f"the batches of step {done + 1}")
                 asked = time.perf_counter()
                 window = [batch.to(self.accelerator.device) for batch in itertools.islice(batches, accumulation)]
                 waited = time.perf_counter() - asked
@@ -200,63 +240,115 @@ class StageLoop:
     def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
-        counts = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=accelerator.device)
-        total = max(int(_summed(accelerator, counts)), 1)
+        ids = [identity for batch in batches for identity in batch.ids]
+        self.watch.at(f"step {step}, meeting the others")
+        mine = [sum(self.objective.count(batch) for batch in batches), digest(ids), round(sum(map(self._cost, batches)))]
+        told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+        rates.work(told_all[:, 2])
+        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum())
         summed = torch.zeros((), device=accelerator.device)
+        self.watch.at(f"step {step}")
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
-            with accelerator.autocast(), _unsynced(accelerator, self.prepared_model, synced=last):
-                loss = self.objective(self.prepared_model, batch)
-                # DDP averages over ranks, so each rank's share of the global mean is scaled up by their number.
-                accelerator.backward(loss.sum * accelerator.num_processes / total)
+            with self.engine.micro_batch(last=last):
+                loss = self.objective(self.engine.model, batch)
+                self.engine.backward(loss.sum / total)
             summed += loss.sum.detach()
         value = float(_summed(accelerator, summed))
-        if not math.isfinite(value):
-            ids = ", ".join([identity for batch in batches for identity in batch.ids][:8])
-            raise TrainingError(f"the loss is {value} at step {step}; the batch holds {ids}. A lower learning rate or bf16 may help")
         factor = schedule_factor(self.recipe.train.schedule, step, self.total)
-        for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
-            group["lr"] = full * factor
-        if self.recipe.train.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(
-                [p for group in self.optimizer.param_groups for p in group["params"]], self.recipe.train.max_grad_norm
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        rates.loss, rates.count = rates.loss + value, rates.count + total
-        return factor * max(self.full_rates)
+        norm = self.engine.clip(factor)
+        if self._usable(step, value, norm, ids):
+            self.engine.step()
+            rates.loss, rates.count = rates.loss + value, rates.count + total
+        else:
+            self.engine.skip()
+        if accelerator.is_main_process:
+            write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
+        return factor * max(self.engine.rates)
+
+    def _usable(self, step: int, loss: float, norm: float | None, ids: list[str]) -> bool:
+        """Whether the step may be taken: if its loss and gradient are finite. The samples of others are kept in a file.
+
+        Raises `TrainingError` when too many in a row are not, or the last.
+        """
+        # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
+        if math.isfinite(loss) and (norm is None or self.accelerator.scaler is not None or math.isfinite(norm)):
+            self._nonfinite = 0
+            return True
+        self._nonfinite += 1
+        held = [identity for part in gather_object([ids]) for identity in part]
+        path = self.folder / "nonfinite.jsonl"
+        if self.accelerator.is_main_process:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": held}) + "\n")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        said = f"{what} at step {step}; the batch holds {', '.join(held[:8])}"
+        if self.engine.skips and self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
+            self.report({"event": "note", "text": f"{said}; the step is left out", "step": step})
+            return False
+        row = f", the {self._nonfinite}th such step in a row" if self._nonfinite > 1 else ""
+        raise TrainingError(
+            f"{said} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
+            "the last checkpoint is from before: --resume goes on there"
+        )
+
+    def _cost(self, batch: Batch) -> float:
+        """What a batch's pass costs, in tokens."""
+        images = batch.pixels if batch.features is None else batch.features
+        return batch.input_ids.numel() + self.data.image_cost * (0 if images is None else len(images))
 
     def _stopping(self) -> bool:
-        asked = torch.tensor(int(self.stop()), device=self.accelerator.device)
-        return bool(_summed(self.accelerator, asked))
+        """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
+        asked = torch.tensor([int(self.stop()), int(self.writer.failed())], device=self.accelerator.device)
+        stop, failed = (int(value) for value in _summed(self.accelerator, asked))
+        if failed:
+            self.writer.wait()
+            raise TrainingError("the first process could not write its checkpoint")
+        return bool(stop)
 
     def _evaluate(self, step: int) -> None:
-        found = self._generated() if self.objective.generates else self._matched()
+        self.watch.at(f"the evaluation of step {step}")
+        with self.engine.inference():
+            found = self._generated() if self.objective.generates else self._matched()
+        self.model.train()
+        self.progress.unscored = found is None
+        if found is None:
+            return
         self.report({"event": "evaluate", "step": step, **found})
-        better = self.progress.best_score is None or found["accuracy"] > self.progress.best_score
-        tied = found["accuracy"] == self.progress.best_score
-        # Of equal scores the later is kept: it has seen more.
-        if better or tied:
+        better = self.progress.best_score is None or found["accuracy"] >= self.progress.best_score
+        # Of equal scores the later is kept: it has seen more. Weights that give no finite loss are never the best.
+        if better and math.isfinite(found["loss"] or 0.0) and not self._nonfinite:
             self.progress.best_score, self.progress.best_step = found["accuracy"], step
         self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
-        self.model.train()
 
-    def _generated(self) -> dict[str, Any]:
+    def _generated(self) -> dict[str, Any] | None:
+        """Scores of generated answers; None if the run is asked to stop meanwhile."""
         settings = self.recipe.evaluate
         rows = self.data.validation[: settings.limit]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        with self.accelerator.autocast():
-            found: Scores = score(
+        # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
+        together = self.engine.sharded
+        mine = rows if together else rows[self.accelerator.process_index :: self.accelerator.num_processes]
+
+        def progress(done: int, of: int) -> None:
+            self.watch.at(f"the evaluation, {done} of {of} rows")
+            if self._stopping() if together else self.stop():
+                raise _CutShort
+
+        found: Scores | None = None
+        with contextlib.suppress(_CutShort), self.accelerator.autocast():
+            found = score(
                 self.model,
                 mine or rows[:1],
                 decoding=Decoding(settings.max_new_tokens, settings.num_beams),
                 batch_size=settings.batch_size,
                 features=self.data.validation_features,
+                progress=progress,
             )
-        if self.accelerator.num_processes > 1:
-            found = join_scores(gather_object([found]))
-        return found.summary()
+        shards = gather_object([found])
+        if any(shard is None for shard in shards):
+            return None
+        return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
 
     @torch.no_grad()
     def _matched(self) -> dict[str, Any]:
@@ -271,17 +363,16 @@ class StageLoop:
         return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
 
     def _save(self, step: int) -> None:
-        self.accelerator.wait_for_everyone()
+        """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
+        if self._nonfinite:
+            return
+        self.watch.at(f"the checkpoint of step {step}")
+        states, optimizer = gather_object([random_state()]), self.engine.optimizer_state()
+        if not (self.accelerator.is_main_process or self.engine.sharded):
+            return
+        write = capture_checkpoint(self.model, optimizer, self.progress, self.recipe_text, states)
         if self.accelerator.is_main_process:
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            save_checkpoint(step_folder(self.folder, step), self.model, inner, self.tuned.names, self.progress, self.recipe_text)
-            rotate(self.folder, self.recipe.train.checkpoints.keep, self.progress.best_step)
-        self.accelerator.wait_for_everyone()
-
-
-def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
-    """Gradients are exchanged once a step, with the last micro-batch."""
-    return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)
+            self.writer.save(step, write, self.progress.best_step)
 
 
 def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:

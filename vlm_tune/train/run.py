@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.data.prepare import conversations, read_part, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
-from vlm_tune.errors import TrainingError
+from vlm_tune.errors import Interrupted, TrainingError, VlmTuneError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import restore_model, save_model
+from vlm_tune.model.store import recover_folders, restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
-from vlm_tune.runfolder import open_run
+from vlm_tune.runfolder import check_run, open_run
+from vlm_tune.runlock import run_lock
 from vlm_tune.train.allocator import keep_freed_memory
-from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
+from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
+from vlm_tune.train.engines import build_engine, resolve_engine, shards
+from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report, StageData, StageLoop
-from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
+from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_features, stage_feed
+from vlm_tune.train.signals import stop_requests
+from vlm_tune.train.trackers import Trackers
+from vlm_tune.train.watch import Watch
 
 SAMPLED = 500
 """Rows that the report's samples are chosen from."""
@@ -65,40 +70,82 @@ class _Context:
     report: Report
     stop: Callable[[], bool]
     text: str
+    watch: Watch
+    section: AnyEngine
+
+    @property
+    def holds(self) -> bool:
+        """Whether this process holds the language model before an engine takes it; of those that shard it the first alone does."""
+        return self.accelerator.is_main_process or not shards(self.section)
 
 
-def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: Report | None = None) -> Run:
+def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False, show: Report | None = None) -> Run:
     """Trains what the recipe says and returns the run; `show` is given every event as it happens.
 
     The folder gets recipe.yaml, log.jsonl, stages/ with checkpoints, model/ (the finished model), result.json and
-    report.html. Raises `RecipeError` for a folder that is in use or holds another recipe's run, `DataError`,
-    `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
+    report.html. Raises `RecipeError` for a folder that is in use or holds another recipe's run (unless a resumed run is
+    to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
-    accelerator = _accelerator(recipe, run)
-    if accelerator.is_main_process:
-        open_run(run, recipe, text, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    set_seed(recipe.seed)
-    if recipe.train.trackers:
-        accelerator.init_trackers(recipe.name, config={"recipe": text})
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    started = time.perf_counter()
-    with _log(run, accelerator, show) as report, _signals() as stop:
-        context = _Context(recipe, run, accelerator, report, stop, text)
-        model, seconds = _stages(context, resume=resume)
-        result = _finish(context, model, {"seconds": seconds})
-    result["seconds_total"] = round(time.perf_counter() - started, 2)
-    if accelerator.is_main_process:
-        (run / "result.json").write_text(json.dumps(result, indent=2))
-        write_report(run)
-    if recipe.train.trackers:
-        accelerator.end_training()
+    section = resolve_engine(recipe.engine)
+    accelerator = _accelerator(recipe)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
+        options = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+        notes = _together(accelerator, lambda: _open(stack, run, recipe, text, **options))
+        set_seed(recipe.seed)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+        started = time.perf_counter()
+        report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
+        report({"event": "environment", **environment(accelerator)})
+        for note in notes or []:
+            report({"event": "note", "text": note})
+        context = _Context(recipe, run, accelerator, report, stop, text, watch, section)
+        try:
+            model, seconds = _stages(context, resume=resume)
+            result = _finish(context, model, {"seconds": seconds})
+        except RuntimeError as error:
+            lost = watch.lost(error)
+            raise error if lost is None else lost from error
+        result["seconds_total"] = round(time.perf_counter() - started, 2)
+        if accelerator.is_main_process:
+            (run / "result.json").write_text(json.dumps(result, indent=2))
+            write_report(run)
     return Run(run, result, model)
 
 
-def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
+def _open(stack: ExitStack, run: Path, recipe: Recipe, text: str, *, resume: bool, **options: bool) -> list[str]:
+    """Takes the run's folder until the stack ends; what is to be told of it."""
+    check_run(run, recipe, resume=resume, **options)
+    notes = [note for note in [stack.enter_context(run_lock(run))] if note is not None]
+    notes += open_run(run, recipe, text, resume=resume, **options)
+    for folder in (run, *run.glob("stages/*/checkpoints")):
+        recover_folders(folder)
+    return notes
+
+
+def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[str] | None:
+    """What the first process does for all; its error is everyone's."""
+    done: list[str] | None = None
+    failure: VlmTuneError | None = None
+    if accelerator.is_main_process:
+        try:
+            done = act()
+        except VlmTuneError as error:
+            failure = error
+    told = broadcast_object_list([None if failure is None else (str(failure), failure.exit_code)])[0]
+    if failure is not None:
+        raise failure
+    if told is not None:
+        elsewhere = VlmTuneError(f"rank 0: {told[0]}")
+        elsewhere.exit_code = told[1]
+        raise elsewhere
+    return done
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
     """An accelerator in the recipe's precision. Raises `TrainingError` if it does not join all processes of a launch."""
     precision = MIXED[recipe.train.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -106,10 +153,9 @@ def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
         AcceleratorState._reset_state()
     found = Accelerator(
         # Without a GPU accelerate joins the processes of a launch only where it is told that the CPU is meant.
-        cpu=not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=str(run),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.timeout))],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if found.num_processes != launched:
@@ -121,46 +167,32 @@ def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
 
 
 @contextmanager
-def _log(run: Path, accelerator: Accelerator, show: Report | None) -> Any:
+def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: Report | None, watch: Watch) -> Any:
     """Gives a function that writes an event to log.jsonl, shows it, and passes its figures to the trackers."""
     path = run / "log.jsonl"
+    trackers: Trackers | None = None
 
     def report(event: dict[str, Any]) -> None:
+        watch.at(event["event"])
         if not accelerator.is_main_process:
             return
         event = {**event, "time": time.time()}
         with path.open("a") as file:
             file.write(json.dumps(event) + "\n")
-        if accelerator.trackers and event["event"] in ("train", "evaluate"):
+        if trackers is not None and event["event"] in ("train", "evaluate"):
             figures = {f"{event['event']}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
-            accelerator.log(figures, step=event["step"])
+            trackers.log(figures, step=event["step"])
         if show:
             show(event)
 
-    yield report
-
-
-@contextmanager
-def _signals() -> Any:
-    """Gives a function that says whether SIGINT or SIGTERM came; a second one ends the process at once."""
-    asked = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(130)
-        asked = True
-        print("stopping after this step (once more to leave at once)", file=sys.stderr)
-
+    if accelerator.is_main_process and recipe.train.trackers:
+        told = lambda note: report({"event": "note", "text": f"tracker {note}"})  # noqa: E731
+        trackers = Trackers(recipe.train.trackers, recipe.name, run, {"recipe": text}, told)
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are the caller's
-        before = {}
-    try:
-        yield lambda: asked
+        yield report
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if trackers is not None:
+            trackers.close()
 
 
 def _forget_after(run: Path, progress: Progress) -> None:
@@ -202,16 +234,17 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
             )
         if context.accelerator.is_main_process:
             _forget_after(context.run, progress)
-        model = restore_model(checkpoint, dtype=load_dtype(recipe))
+        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds)
     else:
-        model = build(recipe, texts)
+        model = build(recipe, texts, bare=not context.holds)
         if context.accelerator.is_main_process:
             _write_samples(context, model, samples, "before")
     seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
-            progress, checkpoint = Progress(stage=number), None
+            progress, checkpoint = Progress(stage=number, ranks=progress.ranks), None
+        progress.ranks = progress.ranks or context.accelerator.num_processes
         model = _stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds
     if context.accelerator.is_main_process:
@@ -239,6 +272,56 @@ def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[fl
     return found
 
 
+def stage_loop(
+    context: _Context,
+    model: VisionLanguageModel,
+    name: str,
+    recipe: Recipe,
+    rows: StageRows,
+    progress: Progress,
+    checkpoint: Path | None,
+) -> StageLoop:
+    """The loop that trains one stage, from its checkpoint where it has one."""
+    accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
+
+    def report(event: dict[str, Any]) -> None:
+        if event["event"] == "features" and context.stop():
+            raise Interrupted("stopped before the first step; go on with --resume")
+        context.report({**event, "stage": progress.stage, "name": name})
+
+    train, validation = rows.train, rows.validation
+    tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+    for part in (model.tower, model.connector) if shards(context.section) else (model,):
+        part.to(accelerator.device)
+    _tuning_table(context, progress.stage, name, tuned.table)
+    features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
+    cost = image_cost(model, cached=features is not None)
+    feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
+    data = StageData(feed, validation, held_out, cost)
+    loop = StageLoop(
+        model,
+        recipe,
+        tuned,
+        data,
+        build_engine(context.section, accelerator),
+        folder=folder,
+        progress=progress,
+        report=report,
+        recipe_text=context.text,
+        stop=context.stop,
+        resume_from=checkpoint,
+        watch=context.watch,
+    )
+    sizes = {"questions": train.questions, "images": len(train.media), "left_out": train.left_out} if train else {"streaming": True}
+    report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
+    return loop
+
+
+def _tuning(context: _Context, recipe: Recipe, stage: int) -> dict[str, Any]:
+    exact = trained_later(context.recipe, stage)
+    return {"learning_rate": recipe.train.learning_rate, "precision": DTYPES[recipe.train.precision], "exact": exact}
+
+
 def _stage(
     context: _Context,
     model: VisionLanguageModel,
@@ -251,52 +334,42 @@ def _stage(
     """Trains one stage and returns the model with the weights of its best checkpoint."""
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
-        context.accelerator = _accelerator(recipe, context.run)
+        context.accelerator = _accelerator(recipe)
     accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
-
-    def report(event: dict[str, Any]) -> None:
-        context.report({**event, "stage": progress.stage, "name": name})
-
-    train, validation = rows.train, rows.validation
-    tuning: dict[str, Any] = {
-        "learning_rate": recipe.train.learning_rate,
-        "precision": DTYPES[recipe.train.precision],
-        "exact": trained_later(context.recipe, progress.stage),
-    }
-    tuned = apply_rules(model, recipe.tune, **tuning)
-    model.to(accelerator.device)
-    _tuning_table(context, progress.stage, name, tuned.table)
-    features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
-    data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
-    loop = StageLoop(
-        model,
-        recipe,
-        tuned,
-        data,
-        accelerator,
-        folder=folder,
-        progress=progress,
-        report=report,
-        recipe_text=context.text,
-        stop=context.stop,
-        resume_from=checkpoint,
-    )
-    sizes = {"questions": train.questions, "images": len(train.media), "left_out": train.left_out} if train else {"streaming": True}
-    report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
+    loop = stage_loop(context, model, name, recipe, rows, progress, checkpoint)
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
-    best = progress.best_step
-    # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
-    accelerator.unwrap_model(loop.prepared_model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    if best is not None and best != progress.step:
-        report({"event": "note", "text": f"going on with the best checkpoint, step {best} (score {progress.best_score:.4f})"})
-        model = restore_model(step_folder(folder, best), dtype=load_dtype(context.recipe)).to(accelerator.device)
-        apply_rules(model, recipe.tune, **tuning)
+    loop.engine.release()
+    best = _best(context, folder, progress)
+    if best is None and loop.engine.sharded:
+        # What the ranks hold in shares is whole in the last checkpoint.
+        accelerator.wait_for_everyone()
+        best = step_folder(folder, progress.step)
+    if best is not None:
+        model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds)
+        apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+        if context.holds:
+            model.to(accelerator.device)
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model
+
+
+def _best(context: _Context, folder: Path, progress: Progress) -> Path | None:
+    """The best checkpoint that is whole; None where that is the model as it is."""
+    if progress.best_step is None:
+        return None
+    found, damaged = best_checkpoint(folder, progress)
+    found = broadcast_object_list([found])[0]
+    for checkpoint in damaged:
+        context.report({"event": "note", "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over"})
+    progress.best_step, progress.best_score = (progress.step, None) if found is None else (step_of(found[0]), found[1])
+    if found is None or progress.best_step == progress.step:
+        return None
+    text = f"going on with the best checkpoint, step {progress.best_step} (score {progress.best_score:.4f})"
+    context.report({"event": "note", "text": text})
+    return found[0]
 
 
 def _tuning_table(context: _Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
@@ -320,7 +393,7 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
         rows = read_part(recipe.data, "test", model.processor, recipe.seed)
         if rows:
             started = time.perf_counter()
-            found = score_rows(model, rows, recipe, accelerator, context.report)
+            found = _score_rows(context, model, rows, recipe)
             result |= {"accuracy": found.accuracy, "n": found.n, "by_answer_type": found.by_category}
             result["seconds_test"] = round(time.perf_counter() - started, 2)
             context.report({"event": "test", **found.summary()})
@@ -330,13 +403,17 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
     return result
 
 
-def score_rows(
-    model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe, accelerator: Accelerator, report: Report
-) -> Scores:
-    """Scores rows as the recipe's evaluate section says."""
+def _score_rows(context: _Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> Scores:
+    """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
     settings = recipe.evaluate
     media = distinct_media(rows)
-    with accelerator.autocast():
+
+    def progress(done: int, of: int) -> None:
+        context.report({"event": "scoring", "done": done, "of": of})
+        if context.stop():
+            raise Interrupted("stopped: the model is trained, the test part is not scored yet; --resume does that")
+
+    with context.accelerator.autocast():
         features = tower_features(model, media) if media else None
         return score(
             model,
@@ -345,7 +422,7 @@ def score_rows(
             batch_size=settings.batch_size,
             features=features,
             loss=False,
-            progress=lambda done, of: report({"event": "scoring", "done": done, "of": of}),
+            progress=progress,
         )
 
 
@@ -386,13 +463,3 @@ def _write_samples(context: _Context, model: VisionLanguageModel, rows: Sequence
 def peak_memory_mb() -> int:
     """The process's largest resident set so far, in MB (10^6 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 1_000_000
-
-
-def out_of_memory(error: BaseException) -> TrainingError | None:
-    """The advice for an out-of-memory error; None for any other."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return TrainingError(
-            "out of memory; halve train.batch_size and double train.gradient_accumulation (the same gradient), "
-            "or set train.gradient_checkpointing: true, or model.llm.quantize: nf4. Finished checkpoints are kept: --resume"
-        )
-    return None

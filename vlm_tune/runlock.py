@@ -1,0 +1,116 @@
+"""One run a folder: a lock that dies with its process, and says whose it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.errors import TrainingError
+
+NAME = "run.lock"
+REFRESH, STALE = 30.0, 300.0
+"""Seconds after which a lock is touched, and after which one of another host that was not is a dead process's."""
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[str | None]:
+    """Holds the folder's lock; gives a note if it was a dead process's. Raises `TrainingError` naming who holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run.resolve() / NAME
+    if path in _held:
+        raise TrainingError(f"{run} is in use by this very process")
+    descriptor, before = _taken(run, path)
+    _held.add(path)
+    ended = threading.Event()
+    threading.Thread(target=_refresh, args=(path, ended), name="lock", daemon=True).start()
+    try:
+        yield None if before is None else f"the lock of {_who(before)} is taken over: that process is gone"
+    finally:
+        ended.set()
+        _held.discard(path)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def check_lock(run: Path) -> None:
+    """Raises `TrainingError` if another process of this host runs in the folder; takes nothing."""
+    path = run / NAME
+    if path.is_file() and path.resolve() not in _held:
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            if not _locks(descriptor):
+                raise _refusal(run, _read(descriptor))
+        finally:
+            os.close(descriptor)
+
+
+def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
+    """The locked file, with this process's name in it, and whose it was."""
+    while True:
+        # A record lock, as it is not inherited by the worker processes that outlive a killed run for some seconds.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            free, before = _locks(descriptor), _read(descriptor)
+            if free and (not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino):
+                os.close(descriptor)
+                continue  # its owner has just removed it
+            elsewhere = before is not None and before.get("host") != socket.gethostname()
+            if not free or (elsewhere and time.time() - path.stat().st_mtime < STALE):
+                raise _refusal(run, before)
+        except TrainingError:
+            os.close(descriptor)
+            raise
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
+        return descriptor, before
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _read(descriptor: int) -> dict[str, Any] | None:
+    """Who wrote the lock; None for an empty one."""
+    text = os.pread(descriptor, 1000, 0)
+    try:
+        found = json.loads(text) if text else None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else None
+
+
+def _who(owner: dict[str, Any]) -> str:
+    started = owner.get("started")
+    since = f" since {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}" if isinstance(started, int | float) else ""
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}{since}"
+
+
+def _refusal(run: Path, owner: dict[str, Any] | None) -> TrainingError:
+    return TrainingError(
+        f"{run} is in use by {_who(owner or {})}; wait for it, stop it, or choose another output. "
+        f"({NAME} of a host that is gone is free {STALE / 60:.0f} minutes after its last sign of life)"
+    )
+
+
+def _refresh(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(REFRESH):
+        try:
+            os.utime(path)
+        except OSError:
+            return

@@ -1,0 +1,25 @@
+"""What a run's numbers depend on besides its recipe: versions, device, threads, processes."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """The values by name; two runs whose values differ may round differently."""
+    device = accelerator.device
+    return {
+        **{name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+    }

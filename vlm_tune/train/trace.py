@@ -1,0 +1,59 @@
+"""What every optimizer step did, a line each: by it a replay is compared with the run, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+NAME = "trace.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the summed loss, the gradients' norm before clipping, and a digest of the samples of all processes.
+
+    A value that is not finite is kept as text; `norm` is None where the engine does not tell it.
+    """
+
+    step: int
+    loss: float | str
+    norm: float | str | None
+    samples: str
+
+
+def told(value: float) -> float | str:
+    """A number as JSON can hold it."""
+    return value if math.isfinite(value) else str(value)
+
+
+def digest(ids: Iterable[str]) -> int:
+    """48 bits of the sample ids' sha256; the sum of all processes' digests tells whether each had the same."""
+    return int.from_bytes(hashlib.sha256("\n".join(ids).encode()).digest()[:6])
+
+
+def write_step(stage: Path, step: Step) -> None:
+    """Adds a step to a stage's trace."""
+    with (stage / NAME).open("a") as file:
+        file.write(json.dumps(asdict(step)) + "\n")
+
+
+def read_trace(stage: Path) -> list[Step]:
+    """A stage's steps; a line that a killed process left half is passed over."""
+    path, steps = stage / NAME, []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            steps.append(Step(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return steps
+
+
+def cut_trace(stage: Path, step: int) -> None:
+    """Forgets what was done after a step, because it is done again."""
+    kept = [found for found in read_trace(stage) if found.step <= step]
+    stage.mkdir(parents=True, exist_ok=True)
+    (stage / NAME).write_text("".join(json.dumps(asdict(found)) + "\n" for found in kept))

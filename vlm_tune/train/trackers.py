@@ -1,0 +1,56 @@
+"""Experiment trackers, by accelerate: what fails in one is told and never stops the training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+PATIENCE = 5
+"""Failures in a row after which a tracker is left alone."""
+
+
+class Trackers:
+    """The recipe's trackers; `tell` is given what fails in them."""
+
+    def __init__(self, names: Sequence[str], project: str, run: Path, config: dict[str, Any], tell: Callable[[str], None]) -> None:
+        self._tell, self._failures = tell, Counter[str]()
+        self._made: dict[str, GeneralTracker] = {}
+        known = {str(getattr(found, "value", found)) for found in get_available_trackers()}
+        for name in names:
+            if name not in known:
+                tell(f"{name} is not installed (pip install 'vlm_tune[{name}]'); training goes on without it")
+                continue
+            self._try(name, lambda name=name: self._start(name, project, run, config))
+
+    def _start(self, name: str, project: str, run: Path, config: dict[str, Any]) -> None:
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
+        made = kind(project, str(run)) if kind.requires_logging_directory else kind(project)
+        made.start()
+        made.store_init_configuration(config)
+        self._made[name] = made
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        """Hands figures to all."""
+        for name, tracker in list(self._made.items()):
+            self._try(name, lambda tracker=tracker: tracker.log(figures, step=step))
+            if self._failures[name] >= PATIENCE:
+                del self._made[name]
+                self._tell(f"{name} failed {PATIENCE} times in a row and is left alone from now on")
+
+    def close(self) -> None:
+        """Lets all finish."""
+        for name, tracker in self._made.items():
+            self._try(name, tracker.finish)
+
+    def _try(self, name: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+            self._failures[name] = 0
+        except Exception as error:  # whatever a tracker's library raises
+            self._failures[name] += 1
+            if self._failures[name] == 1:
+                self._tell(f"{name} failed ({type(error).__name__}: {error}); training goes on")

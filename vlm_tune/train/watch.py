@@ -1,0 +1,175 @@
+"""Keeps processes that train together from waiting for ever: each says where it is, so that a lost one can be named."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vlm_tune.errors import EXIT_TRAINING, TrainingError
+
+GRACE = 30.0
+"""Seconds after which a process ends that its collective still holds although the others are known to be lost."""
+
+
+@dataclass
+class _Seen:
+    """What was last heard of a process, and when it was new."""
+
+    said: dict[str, Any]
+    alive: float
+    moved: float
+
+
+class Watch:
+    """Says in the processes' common store where this one is, and looks where the others are when it waits too long.
+
+    `timeout` seconds without any progress of any process, or without a sign of life of one, end this process.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
+        self.rank, self.ranks, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
+        self.interval = min(2.0, timeout / 20)
+        self._place, self._count, self._since, self._guarding = "the start", 0, time.monotonic(), False
+        self._failure: str | None = None
+        self._diagnosis: str | None = None
+        self._seen: dict[int, _Seen] = {}
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._store: Any = None
+
+    def __enter__(self) -> Watch:
+        if self.ranks > 1:
+            from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+            self._store = PrefixStore("vlm_tune", _get_default_store().clone())
+            self._store.set_timeout(timedelta(seconds=max(self.interval, 5.0)))
+            threading.Thread(target=self._beat, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._ended.set()
+        if self._store is not None:
+            self._failure = f"{kind.__name__}: {error}"[:500] if kind is not None else None
+            with suppress(RuntimeError):
+                self._say(-1)
+
+    def at(self, place: str) -> None:
+        """Notes where this process is."""
+        self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Meanwhile `at` is called often, so that its silence means that something is stuck."""
+        self._since, self._guarding = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._guarding = False
+
+    def lost(self, error: BaseException) -> TrainingError | None:
+        """The error that names the processes which a failed collective waited for; None if it was none."""
+        text = str(error)
+        if self._store is None or not (isinstance(error, torch.distributed.DistError) or "gloo" in text.lower() or "NCCL" in text):
+            return None
+        deadline = time.monotonic() + 6 * self.interval
+        while self._diagnosis is None and time.monotonic() < deadline:
+            self._look()
+            if found := self._failed() or self._silent(3 * self.interval):
+                return TrainingError(f"{found}; {self._kept()}")
+            time.sleep(self.interval / 2)
+        return TrainingError(f"{self._diagnosis or self._places()}; {self._kept()} ({text.splitlines()[0][:200]})")
+
+    # --- the thread that looks ---
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._ended.wait(self.interval):
+            number += 1
+            try:
+                self._say(number)
+            except RuntimeError:
+                continue  # the store is gone: the collectives will fail, and tell
+            still = time.monotonic() - self._since
+            if self._guarding and still > 2 * self.interval:
+                with suppress(RuntimeError):
+                    self._look()
+                self._judge(still)
+
+    def _judge(self, still: float) -> None:
+        if self._diagnosis is None:
+            gone = self._failed() or (self._silent(self.timeout) if still > self.timeout else None)
+            if gone is None and still > 0.95 * self.timeout and not self._others_move():
+                gone = self._places()
+            if gone is not None:
+                self._diagnosis, self._told_at = gone, time.monotonic()
+                print(f"rank {self.rank}: {gone}", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._told_at > GRACE:
+            print(f"rank {self.rank}: still waiting after that, leaving; {self._kept()}", file=sys.stderr, flush=True)
+            os._exit(EXIT_TRAINING)
+
+    def _say(self, beat: int) -> None:
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "failure": self._failure}
+        with self._lock:
+            self._store.set(str(self.rank), json.dumps({"place": self._place, "count": self._count, "beat": beat, **who}))
+
+    def _look(self) -> None:
+        """Reads what all others said last."""
+        now = time.monotonic()
+        for rank in range(self.ranks):
+            if rank == self.rank:
+                continue
+            try:
+                with self._lock:
+                    said = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else {"count": -1, "place": "the start"}
+            except RuntimeError:
+                said = self._seen[rank].said if rank in self._seen else {"count": -1, "place": "the start"}
+            before = self._seen.get(rank)
+            if before is None:
+                self._seen[rank] = _Seen(said, now, now)
+            elif said != before.said:
+                moved = now if said["count"] != before.said["count"] else before.moved
+                self._seen[rank] = _Seen(said, now, moved)
+
+    # --- what is known ---
+
+    def _failed(self) -> str | None:
+        told = [f"rank {rank} ended: {seen.said['failure']}" for rank, seen in sorted(self._seen.items()) if seen.said.get("failure")]
+        return "; ".join(told) or None
+
+    def _silent(self, seconds: float) -> str | None:
+        now = time.monotonic()
+        told = [
+            f"rank {rank} (process {seen.said.get('pid', '?')} on {seen.said.get('host', '?')}) is lost: it gives no sign of life, "
+            f"last at {seen.said['place']}"
+            for rank, seen in sorted(self._seen.items())
+            if now - seen.alive > seconds
+        ]
+        return "; ".join(told) or None
+
+    def _others_move(self) -> bool:
+        return any(time.monotonic() - seen.moved < 0.9 * self.timeout for seen in self._seen.values())
+
+    def _places(self) -> str:
+        """Who is where, the least advanced first: the others wait for those."""
+        places: dict[tuple[int, str], list[int]] = defaultdict(list)
+        own = {"place": self._place, "count": self._count}
+        for rank, said in sorted({**{rank: seen.said for rank, seen in self._seen.items()}, self.rank: own}.items()):
+            places[said["count"], said["place"]].append(rank)
+        told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} at {place}" for (_, place), ranks in sorted(places.items())]
+        return f"no progress for {self.timeout:g} s (train.timeout), the least advanced first: {'; '.join(told)}"
+
+    def _kept(self) -> str:
+        return "finished checkpoints are kept: --resume"
