@@ -40,7 +40,7 @@ def _quiet() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root"):
+    for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger up again when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

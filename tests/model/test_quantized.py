@@ -31,6 +31,7 @@ from small import (
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import merge, observe
+from vlm_tune.model.fused import LoraLinear, fuse
 from vlm_tune.model.store import load_model
 
 SIZES = {"causal": {"hidden_size": 64, "intermediate_size": 128}, "seq2seq": {"d_model": 64, "d_kv": 32, "d_ff": 128}}
@@ -200,3 +201,27 @@ def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(fault: str, qua
         said = r"layers\.1\.mlp\.up_proj is fp4, expected nf4"
     with pytest.raises(ModelError, match=said):
         check_packed(model)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("quantize", ["nf4", "fp4"])
+def test_fused_layers_on_packed_weights_compute_what_pefts_do(
+    quantize: str, kind: str, quantized: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(quantized(quantize, kind, precision="fp32"))
+
+    def step(*, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model = built(recipe)
+        tuned_by(model, recipe)
+        wake_adapters(model)
+        if fused:
+            assert fuse(model) > 0
+            layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+            assert layers and all(layer.packed for layer in layers)
+        examples = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
+        return loss_and_gradients(model.train(), [batch_of(model, examples)])
+
+    found, gradients = step(fused=True)
+    loss, wanted = step(fused=False)
+    assert float((found - loss).abs() / loss) <= 1e-5
+    assert_close(gradients, wanted, 1e-4)

@@ -7,16 +7,13 @@ of other shapes with a cache, and would be compiled for more seconds than it tak
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_tune.model import projection
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.llm import LanguageModel
 from vlm_tune.resources import cache_folder
@@ -47,9 +44,11 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
 @contextlib.contextmanager
 def compiled(llm: LanguageModel) -> Iterator[None]:
     """The blocks run compiled within; compiled when they are first called."""
-    # An operator is known to the cache by its name alone, so what it does is part of the folder's.
-    source = hashlib.sha256(Path(projection.__file__).read_bytes()).hexdigest()[:12]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled") / f"{torch.__version__}-{source}"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        # torch's own place is a temporary folder.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
     blocks: list[Any] = [llm.model.get_submodule(name) for name in block_names(llm.model)]
     for block in blocks:
         # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.

@@ -8,13 +8,18 @@ over them, A is stacked, and B is block diagonal, the outputs of a layer against
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def parts(sizes: Sequence[int]) -> list[slice]:
@@ -57,7 +62,7 @@ def _matrix(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Te
     return matrix
 
 
-@torch.library.custom_op("vlm_tune::project", mutates_args=())
+@torch.library.custom_op(f"vlm_tune::project_{SOURCE}", mutates_args=())
 def project(
     rows: Tensor,
     weights: Sequence[Tensor],
@@ -92,7 +97,7 @@ def _(rows: Tensor, weights: Any, packing: str, room: int, bias: Tensor | None, 
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
 
 
-@torch.library.custom_op("vlm_tune::project_backward", mutates_args=())
+@torch.library.custom_op(f"vlm_tune::project_backward_{SOURCE}", mutates_args=())
 def project_backward(
     gradient: Tensor,
     rows: Tensor | None,

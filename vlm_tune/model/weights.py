@@ -82,7 +82,7 @@ def whole_tensor(value: torch.Tensor) -> torch.Tensor:
 
 def whole_state(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """The wanted part of a module's state dict; of sharded weights every process must ask, and the first one gets them whole."""
-    held: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
     found = {}
     for name, value in module.state_dict().items():
         if not wanted(name):

@@ -24,6 +24,7 @@ from vlm_tune.data.images import PixelCache
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
+from vlm_tune.model.compiling import compiled, eager, why_not
 from vlm_tune.model.features import FeatureStore
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tuning import Tuned
@@ -154,7 +155,8 @@ class StageLoop:
         """
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
-        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"), self.watch.guarding():
+        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+        with casts, self._compiled(), self.watch.guarding():
             try:
                 self._run()
             finally:
@@ -173,6 +175,9 @@ class StageLoop:
             step = self.progress.step + 1
             rates.waited += waited
             rate = self._step(batches, step, rates)
+            if self._compiles and step == self._first_step + 1:
+                taken = time.perf_counter() - started
+                self.report({"event": "note", "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled"})
             self.progress.step, self.progress.seconds = step, before + time.perf_counter() - started
             last = step == self.total
             if step % self.recipe.train.log_every == 0 or last:
@@ -192,6 +197,14 @@ class StageLoop:
                 self.writer.wait()
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
         self.writer.wait()
+
+    def _compiled(self) -> contextlib.AbstractContextManager[None]:
+        """Around training: the language model's blocks are compiled, where the recipe and the model allow it."""
+        why = why_not(self.model.llm, self.recipe.train.compile, self.total)
+        self._compiles = why is None
+        if why:
+            self.report({"event": "note", "text": why})
+        return compiled(self.model.llm) if self._compiles else contextlib.nullcontext()
 
     def _due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint at this step."""
@@ -309,7 +322,7 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         self.watch.at(f"the evaluation of step {step}")
-        with self.engine.inference():
+        with self.engine.inference(), eager():
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         self.progress.unscored = found is None
