@@ -102,14 +102,13 @@ def _write_llava(folder: Path, decoder: Path) -> None:
 def _write_t5(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from vlm_tune.config import MessagesSource
-    from vlm_tune.data.sources.registry import read_sources
-    from vlm_tune.data.sources.rows import BadRows
+    from vlm_tune.config import DataSection
+    from vlm_tune.data.prepare import conversations
     from vlm_tune.data.template import load_template
     from vlm_tune.model.build import train_tokenizer
 
-    rows = read_sources([MessagesSource(kind="messages", path=str(folder / "single.jsonl"))], seed=0, bad=BadRows(skip=False, cap=0))
-    tokenizer = train_tokenizer(rows, 2000, load_template("flan"))
+    data = DataSection.model_validate({"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]})
+    tokenizer = train_tokenizer(conversations(data, data.train, 0), 2000, load_template("flan"))
     shape = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
     config = T5Config(**shape, **ids, vocab_size=32128, tie_word_embeddings=False, dropout_rate=0.0)

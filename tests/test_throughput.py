@@ -11,7 +11,7 @@ import torch
 from small import examples_of, save_llm
 
 from benchmarks import material, ours
-from benchmarks.throughput import _within
+from benchmarks.runs import within
 from vlm_tune.data.prepare import conversations, prepare
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.llm import tree_mask
@@ -52,10 +52,10 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
     assert found.answers == answers
     asked = parse_recipe(text)
     examples = examples_of(prepare(asked.data, asked.data.train, build_processor(asked, []), seed=asked.seed))
-    assert found.tokens == pytest.approx(sum(len(example.input_ids) for example in examples) / len(answers))
-    assert found.supervised == pytest.approx(sum(example.supervised for example in examples) / len(answers))
+    assert found.mean.tokens == pytest.approx(sum(len(example.input_ids) for example in examples) / len(answers))
+    assert found.mean.supervised == pytest.approx(sum(example.supervised for example in examples) / len(answers))
     if kind == "seq2seq":
-        assert found.operations > 4 * found.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
+        assert found.operations > 4 * found.mean.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
         return
     pairs = 0
     for example in examples:
@@ -63,12 +63,12 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
         pairs += int(tree_mask(torch.as_tensor(ends)[None]).sum())
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     frozen, low = sum(a * b for a, b in shapes), sum(16 * (a + b) for a, b in shapes)
-    tokens, supervised = found.tokens * len(answers), found.supervised * len(answers)
+    tokens, supervised = found.mean.tokens * len(answers), found.mean.supervised * len(answers)
     config = json.loads((folder / "config.json").read_text())
     wanted = 2 * tokens * (4 * frozen + 6 * low) + 12 * 2 * 32 * pairs + 4 * supervised * 32 * config["vocab_size"]
     assert found.operations * len(answers) == pytest.approx(wanted)
 
 
 def test_answers_are_matched_one_to_one() -> None:
-    assert _within(["no", "yes"], ["is it? yes", "red? no"])
-    assert not _within(["no", "no"], ["red? no", "is it? yes"])
+    assert within(["no", "yes"], ["is it? yes", "red? no"])
+    assert not within(["no", "no"], ["red? no", "is it? yes"])
