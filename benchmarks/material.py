@@ -54,7 +54,9 @@ def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
     """Writes the models where they are not there yet."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     if not (folder / "tower" / "config.json").is_file():
         CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH[image_tokens], image_size=224)).save_pretrained(folder / "tower")

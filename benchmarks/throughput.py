@@ -36,11 +36,11 @@ OUR_RATES = {"causal": 40.0, "seq2seq": 10.0}
 class Comparison:
     """A comparison as it grows: what was measured, and the JSON that is saved after every round."""
 
-    def __init__(self, asked: argparse.Namespace, bench: Bench, known: dict[str, Any]) -> None:
+    def __init__(self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]) -> None:
         self.asked, self.bench = asked, bench
         self.kinds = [kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)]
         self.settings: dict[str, list[dict[str, Any]]] = {
-            name: found[: asked.finalists] for name, found in known.get("settings", {}).items() if name in self.names
+            name: found[: asked.finalists] for name, found in known.items() if name in self.names
         }
         self.sweep: list[Run] = []
         self.runs: list[Run] = []
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """All that is swept: ours for each kind of model , unless only the peers' settings are asked for, and the peers."""
+        """All that is swept: ours for each kind of model unless only the peers' settings are asked for, and the peers."""
         mine = [] if self.asked.sweep_only else [OURS[kind] for kind in self.kinds]
         return [*mine, *self.asked.against]
 
@@ -241,7 +241,13 @@ def arguments() -> argparse.Namespace:
     add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the decoder (`make models`)")
     add("--image-tokens", type=int, choices=sorted(material.PATCH), default=49)
     add("--images", type=int, default=96, help="easy-VQA images whose questions are trained on")
-    add("--settings", type=Path, help="the JSON of an earlier run: its best settings are taken, and only what it lacks is swept")
+    add(
+        "--settings",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="JSON of earlier runs: the best settings are taken from there, the rest is swept",
+    )
     add("--finalists", type=int, default=2, help="settings of each peer that are measured in turns; the better one counts")
     add("--rounds", type=int, default=3)
     add("--warm", type=int, default=2, help="steps at the start of a run that don't count")
@@ -273,9 +279,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures and prints; with --json also saves."""
     asked = arguments()
-    known = json.loads(asked.settings.read_text()) if asked.settings else {}
-    if known and known["image_tokens"] != asked.image_tokens:
-        print(f"the settings of {asked.settings} were found with {known['image_tokens']} image tokens")
+    known: dict[str, list[dict[str, Any]]] = {}
+    for path in asked.settings:
+        earlier = json.loads(path.read_text())
+        known |= earlier["settings"]
+        if earlier["image_tokens"] != asked.image_tokens:
+            print(f"the settings of {path} were found with {earlier['image_tokens']} image tokens")
     bench = Bench(
         folder=asked.cache.absolute(),
         peers_folder=asked.peers_folder.absolute(),
