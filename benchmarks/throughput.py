@@ -74,26 +74,25 @@ class Comparison:
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def tune(self, name: str) -> None:
-        """Finds the fastest settings: all at the first batch, then the best at the other batches."""
-        short, longer = Length(1, self.asked.sweep_steps, 15.0), Length(1, self.asked.sweep_steps + 1, 30.0)
+        """Finds the fastest settings, one after the other: each key's values are tried with the best of those before it."""
+        length, found = Length(1, self.asked.sweep_steps, 15.0), []
 
-        def tried(settings: dict[str, Any], length: Length) -> Run:
-            return self.measure(name, settings, length, self.sweep)
+        def tried(settings: dict[str, Any]) -> dict[str, Any]:
+            found.append(self.measure(name, settings, length, self.sweep))
+            return max(found, key=speed).settings
 
         if name in PEERS:
-            found = [tried(settings, short) for settings in PEERS[name].settings()]
-            best = max(found, key=speed).settings
-            others = [{**best, "batch": batch} for batch in PEERS[name].batches[best["rows"]][1:]]
+            best = tried(PEERS[name].start())
+            for key in (*PEERS[name].sweep, "batch"):
+                for settings in list(PEERS[name].changes(best, key)):
+                    best = tried(settings)
         else:
-            found, others = [], [{"batch": batch} for batch in OUR_BATCHES]
-        if not self.asked.quick:
-            found += [tried(settings, longer) for settings in others]
-        elif not found:
-            found = [tried(others[0], short)]
-        ranked = sorted(found, key=speed, reverse=True)
-        if not speed(ranked[0]):
-            raise SystemExit(f"no settings of {name} run: {ranked[0].failed}")
-        self.settings[name] = [run.settings for run in ranked if speed(run)][: 1 if name not in PEERS else self.asked.finalists]
+            for batch in OUR_BATCHES[: 1 if self.asked.quick else None]:
+                tried({"batch": batch})
+        ranked = [run.settings for run in sorted(found, key=speed, reverse=True) if speed(run)]
+        if not ranked:
+            raise SystemExit(f"no settings of {name} run: {found[0].failed}")
+        self.settings[name] = ranked[: self.asked.finalists if name in PEERS else 1]
 
     # --- the runs in turns -------------------------------------------------------------------------------------------
 
@@ -206,20 +205,21 @@ class Comparison:
 
     def expected(self) -> tuple[float, float]:
         """Seconds of the sweep that is left, and of the rounds."""
-        short, longer = Length(1, self.asked.sweep_steps, 15.0), Length(1, self.asked.sweep_steps + 1, 30.0)
-        sweep = 0.0
+        short, sweep = Length(1, self.asked.sweep_steps, 15.0), 0.0
         for name in self.names:
             if name in self.settings:
                 continue
-            own = [{"batch": batch} for batch in OUR_BATCHES] if name not in PEERS else list(PEERS[name].settings())
+            if name in PEERS:
+                peer, start = PEERS[name], PEERS[name].start()
+                own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
+                own += peer.changes(own[-1], "batch")
+            else:
+                own = [{"batch": batch} for batch in OUR_BATCHES]
             sweep += sum(self.seconds_of(name, settings, short) for settings in own)
-            if name in PEERS and not self.asked.quick:
-                last = list(PEERS[name].settings())[-1]
-                sweep += sum(self.seconds_of(name, {**last, "batch": b}, longer) for b in PEERS[name].batches[last["rows"]][1:])
         length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
         turn = 0.0
         for name in self.names:
-            first = next(iter(PEERS[name].settings())) if name in PEERS else {"batch": OUR_BATCHES[0]}
+            first = PEERS[name].start() if name in PEERS else {"batch": OUR_BATCHES[0]}
             given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
             turn += sum(self.seconds_of(name, settings, length) for settings in given)
             turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" else 0.0
@@ -257,7 +257,7 @@ def arguments() -> argparse.Namespace:
     add("--sweep-only", action="store_true", help="find and save the peers' best settings, nothing else")
     add("--cpu-time", action="store_true", help="with --sweep-only: rank by the process's own time, on a machine that does other work")
     add("--nf4", action="store_true", help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)")
-    add("--quick", action="store_true", help="every setting once, one measured step, one round: a trial of the bench itself")
+    add("--quick", action="store_true", help="two measured steps, one round, one batch of ours: a trial of the bench itself")
     add("--threads", type=int, default=os.cpu_count())
     add("--timeout", type=float, default=1800, help="seconds of one run")
     add("--cache", type=Path, default=cache_folder("throughput"), help="data and models of the comparison")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ SCRIPTS = Path(__file__).parent
 class Peer:
     """A trainer: what pip installs, its settings out of the box, the values to sweep, and what to expect on two cores.
 
-    `batches` are rows a step by row form, the first of which all other settings are tried with; `rates` are
-    question-answer pairs a second, from which the time of a comparison is foretold.
+    `sweep` goes from what is quickest to try; `batches` are rows a step by row form, the first of which the others are
+    tried with; `rates` are question-answer pairs a second, from which the time of a comparison is foretold.
     """
 
     kind: str
@@ -32,17 +31,23 @@ class Peer:
     batches: dict[str, tuple[int, ...]]
     rates: dict[str, float]
 
-    def settings(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the swept values, in the first batch."""
-        for values in product(*self.sweep.values()):
-            found = dict(zip(self.sweep, values, strict=True))
-            yield {**found, "batch": self.batches[found["rows"]][0]}
+    def start(self) -> dict[str, Any]:
+        """The settings that a sweep begins with: the first value of everything."""
+        first = {key: values[0] for key, values in self.sweep.items()}
+        return {**first, "batch": self.batches[first["rows"]][0]}
+
+    def changes(self, settings: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+        """Settings with another value for one key; another row form comes with its own first batch."""
+        for value in self.batches[settings["rows"]] if key == "batch" else self.sweep[key]:
+            if value != settings[key]:
+                batch = {"batch": self.batches[value][0]} if key == "rows" else {}
+                yield {**settings, key: value, **batch}
 
 
 DEFAULTS = {"rows": "single", "batch": None, "precision": None, "checkpointing": None}
 """Out of the box: rows as they come, and nothing said of the rest."""
 
-BATCHES = {"single": (8, 32), "multi": (4, 8, 16)}
+BATCHES = {"single": (8, 16, 32), "multi": (4, 2, 8)}
 """Rows of one question, and rows of all questions of an image."""
 
 PRECISIONS = ("bf16", "bf16_weights", "bf16_both")
@@ -55,7 +60,7 @@ PEERS = {
         kind="causal",
         script="train_trl.py",
         packages=("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", *TORCH),
-        sweep={"rows": ("single", "multi"), "precision": PRECISIONS, "checkpointing": (False, True)},
+        sweep={"precision": PRECISIONS, "checkpointing": (False, True), "rows": ("single", "multi")},
         batches=BATCHES,
         rates={"single": 2.6, "multi": 6.0},
     ),
@@ -64,7 +69,7 @@ PEERS = {
         script="train_llamafactory.py",
         packages=("llamafactory==0.9.5", *TORCH),
         # It loads weights in bf16 wherever it computes in bf16; "bf16_weights" also holds what is trained in bf16.
-        sweep={"rows": ("single", "multi"), "precision": ("bf16", "bf16_weights"), "checkpointing": (False, True)},
+        sweep={"precision": ("bf16", "bf16_weights"), "checkpointing": (False, True), "rows": ("single", "multi")},
         batches=BATCHES,
         rates={"single": 2.4, "multi": 7.0},
     ),
@@ -72,7 +77,7 @@ PEERS = {
         kind="seq2seq",
         script="train_seq2seq.py",
         packages=("transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2", *TORCH),
-        sweep={"rows": ("single",), "precision": PRECISIONS, "checkpointing": (False, True)},
+        sweep={"precision": PRECISIONS, "checkpointing": (False, True), "rows": ("single",)},
         batches={"single": (16, 8, 32)},
         rates={"single": 3.0},
     ),
