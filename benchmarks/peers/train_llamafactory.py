@@ -46,7 +46,6 @@ def options(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         given["per_device_train_batch_size"] = asked["batch"]
     if asked["precision"] is not None:
         given["bf16"] = asked["precision"] == "bf16"
-        given["pure_bf16"] = asked["precision"] == "bf16_weights"
     if asked["checkpointing"] is not None:
         given["disable_gradient_checkpointing"] = not asked["checkpointing"]
     return given
