@@ -43,11 +43,11 @@ def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
 
 
 def written(run: Path, folder: Path) -> tuple[Path, Path]:
-    """The run's model merged, and the merged one as LLaVA in fp32, so that both sides round the same weights."""
+    """The run's model merged in fp32, and that as LLaVA: both sides round the same weights."""
     from vlm_tune.api import export, merge
 
     merged, llava = folder / "merged", folder / "llava"
-    merge(run, merged)
+    merge(run, merged, dtype="fp32")
     export(merged, llava, dtype="fp32")
     return merged, llava
 
