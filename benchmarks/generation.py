@@ -24,8 +24,6 @@ from benchmarks.peers import SCRIPTS
 from benchmarks.runs import execute
 from vlm_tune.resources import cache_folder
 
-TEST = {"kind": "easy_vqa", "split": "test"}
-
 
 def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
     """A run of the comparison's LLaVA-shaped model (ViT-B/32 of random weights, SmolLM2) that gives answers of the data's form."""
@@ -52,13 +50,14 @@ def written(run: Path, folder: Path) -> tuple[Path, Path]:
     return merged, llava
 
 
-def write_chats(run: Path, merged: Path, path: Path, images: int | None) -> int:
-    """Writes the questions about the first test images as transformers takes them; their number."""
+def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> int:
+    """Writes the questions about the first test images as both sides take them; their number."""
     from vlm_tune.data.prepare import read_part
     from vlm_tune.model.store import load_model
     from vlm_tune.recipe import load_recipe
 
-    recipe = load_recipe(run / "recipe.yaml", overrides(images))
+    material.write_rows(folder, images, "test")
+    recipe = load_recipe(run / "recipe.yaml", overrides(folder))
     rows = read_part(recipe.data, "test", load_model(merged).processor, recipe.seed)
     chats = [
         [
@@ -73,13 +72,13 @@ def write_chats(run: Path, merged: Path, path: Path, images: int | None) -> int:
         ]
         for row in rows
     ]
-    path.write_text(json.dumps(chats))
+    (folder / "chats.json").write_text(json.dumps(chats))
     return len(chats)
 
 
-def overrides(images: int | None) -> dict[str, Any]:
+def overrides(folder: Path) -> dict[str, Any]:
     """What of the run's recipe is changed for the evaluation."""
-    return {"data.test": [TEST | ({"limit": images} if images else {})], "data.validation": []}
+    return {"data.test": [{"kind": "file", "path": str(folder / "single.jsonl")}], "data.validation": []}
 
 
 def answer(given: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +94,8 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_model(Path(given["folder"]), dtype=DTYPES[given["dtype"]])
     settings = {"evaluate.batch_size": given["batch"], "evaluate.max_new_tokens": given["max_new_tokens"]}
-    warm = load_recipe(given["recipe"], overrides(4) | settings)
-    evaluate_model(model, warm)
-    recipe = load_recipe(given["recipe"], overrides(given["images"]) | settings)
+    recipe = load_recipe(given["recipe"], overrides(Path(given["rows"])) | settings)
+    evaluate_model(model, recipe, limit=32)
     ready = time.perf_counter()
     found = evaluate_model(model, recipe)
     seconds = time.perf_counter() - ready
@@ -118,17 +116,17 @@ class Answering:
         self.counts = {images: write_chats(run, self.merged, self.rows(images), images) for images in {asked.images, asked.checked}}
 
     def rows(self, images: int | None) -> Path:
-        """The file of that many images' questions."""
-        return self.folder / f"rows-{images}.json"
+        """The folder of that many images' questions."""
+        return self.folder / f"test-{images}"
 
     def once(self, name: str, batch: int, dtype: str, images: int | None) -> dict[str, Any]:
         """One run: {"name", "batch", "dtype", "questions_per_s", "seconds", "texts", ...}."""
         given = {"batch": batch, "dtype": dtype, "max_new_tokens": self.asked.max_new_tokens, "threads": self.asked.threads}
         if name == "ours":
-            given |= {"folder": str(self.merged), "recipe": str(self.run / "recipe.yaml"), "images": images}
+            given |= {"folder": str(self.merged), "recipe": str(self.run / "recipe.yaml"), "rows": str(self.rows(images))}
             command = [sys.executable, "-m", "benchmarks.generation", "--part", json.dumps(given)]
         else:
-            given |= {"folder": str(self.llava), "rows": str(self.rows(images))}
+            given |= {"folder": str(self.llava), "rows": str(self.rows(images) / "chats.json")}
             command = [sys.executable, str(SCRIPTS / "generate_llava.py"), json.dumps(given)]
         with tempfile.TemporaryDirectory(dir=self.folder) as cache:  # no features of an earlier run
             before = os.environ.get("VLM_TUNE_CACHE")

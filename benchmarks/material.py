@@ -27,12 +27,12 @@ PATCH = {49: 32, 196: 16}
 """Image tokens of a 224x224 image, by the patch size that gives them."""
 
 
-def write_rows(folder: Path, count: int) -> list[str]:
-    """Writes the questions about easy-VQA's first images in both forms; all answers, sorted."""
+def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str]:
+    """Writes the questions about the first images of a part of easy-VQA in both forms; all answers, sorted."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install easy-vqa")
-    source = Path(spec.origin).parent / "data" / "train"
+    source = Path(spec.origin).parent / "data" / part
     questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in json.loads((source / "questions.json").read_text()):
         questions.setdefault(image, []).append((question, answer))

@@ -60,7 +60,7 @@ class Comparison:
     def measure(self, name: str, settings: dict[str, Any], length: Length, kept: list[Run]) -> Run:
         """One run, shown and kept."""
         run = self.bench.peer(name, settings, length) if name in PEERS else self.bench.ours(self.kind(name), settings, length)
-        if self.rates:
+        if self.rates and not self.asked.cpu_time:  # a rate of the clock's
             run.mfu = run.operations_per_s / self.rates[-1]
         print(line(run), flush=True)
         kept.append(run)
