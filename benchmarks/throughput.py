@@ -21,8 +21,8 @@ from benchmarks.peers import DEFAULTS, PEERS, versions
 from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rate, line
 from vlm_tune.resources import cache_folder
 
-OUR_BATCHES = (8, 4, 16, 32)
-"""Images a step that ours is tried with."""
+OUR_BATCHES = {"causal": (8, 4, 16), "seq2seq": (4, 2, 8)}
+"""Images a step that ours is tried with; an encoder-decoder reads an image again with every question, which takes memory."""
 
 OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
 
@@ -87,7 +87,7 @@ class Comparison:
                 for settings in list(PEERS[name].changes(best, key)):
                     best = tried(settings)
         else:
-            for batch in OUR_BATCHES[: 1 if self.asked.quick else None]:
+            for batch in OUR_BATCHES[self.kind(name)][: 1 if self.asked.quick else None]:
                 tried({"batch": batch})
         ranked = [run.settings for run in sorted(found, key=speed, reverse=True) if speed(run)]
         if not ranked:
@@ -214,16 +214,16 @@ class Comparison:
                 own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
                 own += peer.changes(own[-1], "batch")
             else:
-                own = [{"batch": batch} for batch in OUR_BATCHES]
+                own = [{"batch": batch} for batch in OUR_BATCHES[self.kind(name)]]
             sweep += sum(self.seconds_of(name, settings, short) for settings in own)
         length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
         turn = 0.0
         for name in self.names:
-            first = PEERS[name].start() if name in PEERS else {"batch": OUR_BATCHES[0]}
+            first = PEERS[name].start() if name in PEERS else {"batch": OUR_BATCHES[self.kind(name)][0]}
             given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
             turn += sum(self.seconds_of(name, settings, length) for settings in given)
             turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" else 0.0
-        turn += self.seconds_of("ours", {"batch": OUR_BATCHES[0]}, length) if self.asked.nf4 else 0.0
+        turn += self.seconds_of("ours", {"batch": OUR_BATCHES["causal"][0]}, length) if self.asked.nf4 else 0.0
         return sweep, self.asked.rounds * turn + START * len(self.asked.against)
 
 
