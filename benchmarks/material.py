@@ -27,12 +27,12 @@ PATCH = {49: 32, 196: 16}
 """Image tokens of a 224x224 image, by the patch size that gives them."""
 
 
-def write_rows(folder: Path, count: int) -> list[str]:
-    """Writes the questions about easy-VQA's first images in both forms; all answers, sorted."""
+def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str]:
+    """Writes the questions about the first images of a part of easy-VQA in both forms; all answers, sorted."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install easy-vqa")
-    source = Path(spec.origin).parent / "data" / "train"
+    source = Path(spec.origin).parent / "data" / part
     questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in json.loads((source / "questions.json").read_text()):
         questions.setdefault(image, []).append((question, answer))
@@ -54,7 +54,9 @@ def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
     """Writes the models where they are not there yet."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     if not (folder / "tower" / "config.json").is_file():
         CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH[image_tokens], image_size=224)).save_pretrained(folder / "tower")
@@ -102,14 +104,13 @@ def _write_llava(folder: Path, decoder: Path) -> None:
 def _write_t5(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from vlm_tune.config import MessagesSource
-    from vlm_tune.data.sources.registry import read_sources
-    from vlm_tune.data.sources.rows import BadRows
+    from vlm_tune.config import DataSection
+    from vlm_tune.data.prepare import conversations
     from vlm_tune.data.template import load_template
     from vlm_tune.model.build import train_tokenizer
 
-    rows = read_sources([MessagesSource(kind="messages", path=str(folder / "single.jsonl"))], seed=0, bad=BadRows(skip=False, cap=0))
-    tokenizer = train_tokenizer(rows, 2000, load_template("flan"))
+    data = DataSection.model_validate({"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]})
+    tokenizer = train_tokenizer(conversations(data, data.train, 0), 2000, load_template("flan"))
     shape = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
     config = T5Config(**shape, **ids, vocab_size=32128, tie_word_embeddings=False, dropout_rate=0.0)

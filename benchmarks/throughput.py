@@ -1,8 +1,8 @@
 """Training speed side by side with other trainers: python -m benchmarks.throughput --against trl,llamafactory,seq2seq
 
-Each peer is installed in its own environment, tried with all of its settings in short runs, and then measured with its
-defaults and its best ones, in turns with ours, so that a busy machine slows all alike. Every run trains on the same
-questions, which is checked from what its labels hold.
+Each peer is installed in its own environment and tried with all of its settings in short runs; the best ones are then
+measured in turns with ours, so that a busy machine slows all alike. Every run trains on the same questions, which is
+checked from what its labels hold. How this is done in detail: docs/speed.md.
 """
 
 from __future__ import annotations
@@ -11,276 +11,313 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import material, ours
-from benchmarks.peers import BATCHES, PEERS, SCRIPTS, install
+from benchmarks import material
+from benchmarks.peers import DEFAULTS, PEERS, versions
+from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rate, line
+from vlm_tune.resources import cache_folder
 
-WARM = 1
-"""Steps at the start of a run that don't count."""
+OUR_BATCHES = {"causal": (8, 4, 16), "seq2seq": (4, 2, 8)}
+"""Images a step that ours is tried with; an encoder-decoder reads an image again with every question, which takes memory."""
 
+OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
 
-@dataclass
-class Run:
-    """One measured run: medians over its steps, rates a second; peak memory is the process's largest resident set."""
+START = 20.0
+"""Seconds that a run takes before its first step on two cores: imports, loading, preparing."""
 
-    name: str
-    settings: dict[str, Any]
-    questions: float
-    questions_per_s: float
-    tokens_per_s: float
-    supervised_per_s: float
-    padding: float
-    spread: float
-    peak_memory_mb: int
-    seconds_total: float
-    failed: str = ""
+OUR_RATES = {"causal": 40.0, "seq2seq": 10.0}
+"""Question-answer pairs a second that the time of a comparison is foretold from, where nothing was measured yet."""
 
 
-def failed(name: str, settings: dict[str, Any], why: str) -> Run:
-    """A run that did not come to its end."""
-    return Run(name, settings, *[0.0] * 6, peak_memory_mb=0, seconds_total=0.0, failed=why)
+class Comparison:
+    """A comparison as it grows: what was measured, and the JSON that is saved after every round."""
 
-
-def spread(rates: list[float]) -> float:
-    """The range of the middle half over the median."""
-    if len(rates) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(rates, n=4)
-    return (high - low) / middle
-
-
-def execute(command: list[str], threads: int, timeout: float) -> tuple[int, str, str, int, float]:
-    """A child's exit code, output, errors, peak memory in MB and seconds."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
-        status = usage = None
-        while usage is None:
-            found, code, used = os.wait4(child.pid, os.WNOHANG)
-            if found:
-                status, usage = os.waitstatus_to_exitcode(code), used
-            elif time.perf_counter() - started > timeout:
-                child.kill()
-                _, _, usage = os.wait4(child.pid, 0)
-                status = -9
-            else:
-                time.sleep(0.05)
-        child.returncode = status
-        out.seek(0)
-        errors.seek(0)
-        return int(status or 0), out.read(), errors.read(), usage.ru_maxrss * 1024 // 1_000_000, time.perf_counter() - started
-
-
-class Bench:
-    """The comparison that was asked for."""
-
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked = asked
-        self.material: Path = asked.cache / f"material-{asked.images}-{asked.image_tokens}"
-        self.answers = material.write_rows(self.material, asked.images)
-        material.write_models(self.material, asked.decoder, asked.image_tokens)
-        self.pythons = {name: install(name, asked.peers_folder) for name in asked.against}
+    def __init__(self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]) -> None:
+        self.asked, self.bench = asked, bench
+        self.kinds = [kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)]
+        self.settings: dict[str, list[dict[str, Any]]] = {
+            name: found[: asked.finalists] for name, found in known.items() if name in self.names
+        }
+        self.sweep: list[Run] = []
+        self.runs: list[Run] = []
+        self.levels: dict[str, tuple[Run, float]] = {}
         self.rates: list[float] = []
 
-    def peer(self, name: str, settings: dict[str, Any], steps: int) -> Run:
-        """A run of a peer."""
-        given = {**settings, "material": str(self.material), "steps": steps + WARM, "threads": self.asked.threads}
-        command = [str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)]
-        code, out, errors, memory, seconds = execute(command, self.asked.threads, self.asked.timeout)
-        line = next((line for line in reversed(out.splitlines()) if line.startswith('{"steps"')), None)
-        if code or line is None:
-            return failed(name, settings, (errors.strip().splitlines() or [f"exit code {code}"])[-1])
-        found = json.loads(line)
-        self.check(name, found["answers"])
-        counted = [step for step in found["steps"][WARM:] if step["questions"]]
-        if not counted:
-            return failed(name, settings, "no step was measured")
-        middle = {key: statistics.median(step[key] / step["seconds"] for step in counted) for key in ("questions", "tokens", "supervised")}
-        return Run(
-            name,
-            settings,
-            statistics.median(step["questions"] for step in counted),
-            middle["questions"],
-            middle["tokens"],
-            middle["supervised"],
-            1 - sum(step["tokens"] for step in counted) / sum(step["padded"] for step in counted),
-            spread([step["questions"] / step["seconds"] for step in counted]),
-            memory,
-            seconds,
-        )
+    @property
+    def names(self) -> list[str]:
+        """All that is swept: ours for each kind of model unless only the peers' settings are asked for, and the peers."""
+        mine = [] if self.asked.sweep_only else [OURS[kind] for kind in self.kinds]
+        return [*mine, *self.asked.against]
 
-    def check(self, name: str, answers: list[str]) -> None:
-        """Raises `SystemExit` unless a run trains on exactly the answers that were written."""
-        # A loss on whole sequences holds the answers among other text.
-        if answers != self.answers and not (len(answers) == len(self.answers) and _within(self.answers, answers)):
-            raise SystemExit(
-                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of the data, e.g. {answers[:3]}"
-            )
+    def kind(self, name: str) -> str:
+        """causal or seq2seq."""
+        return PEERS[name].kind if name in PEERS else next(kind for kind, own in OURS.items() if own == name)
 
-    def ours(self, kind: str, batch: int, steps: int) -> tuple[Run, ours.Work]:
-        """A run of ours, batch in images."""
-        with tempfile.TemporaryDirectory() as scratch:
-            output = Path(scratch) / "run"
-            amount = {"batch": batch, "steps": steps + WARM}
-            if self.asked.recipe and kind == "causal":
-                text = ours.recipe_from(self.asked.recipe, self.material, self.asked.decoder, output, **amount)
-            else:
-                text = ours.recipe(kind, self.material, self.asked.decoder, output, **amount)
-            (Path(scratch) / "recipe.yaml").write_text(text)
-            command = [sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"]
-            code, _, errors, memory, seconds = execute(command, self.asked.threads, self.asked.timeout)
-            settings = {"kind": kind, "batch": batch}
-            work = ours.work(text)
-            self.check("vlm_tune", work.answers)
-            if code:
-                return failed("ours", settings, (errors.strip().splitlines() or [f"exit code {code}"])[-1]), work
-            lines = ours.logged(output)[WARM:]
-        rate = statistics.median(line["questions_per_s"] for line in lines)
-        return Run(
-            "ours",
-            settings,
-            batch * len(self.answers) / self.asked.images,
-            rate,
-            rate * work.tokens,
-            rate * work.supervised,
-            statistics.fmean(line["padding"] for line in lines),
-            spread([line["questions_per_s"] for line in lines]),
-            memory,
-            seconds,
-        ), work
+    def measure(self, name: str, settings: dict[str, Any], length: Length, kept: list[Run]) -> Run:
+        """One run, shown and kept."""
+        run = self.bench.peer(name, settings, length) if name in PEERS else self.bench.ours(self.kind(name), settings, length)
+        if self.rates and not self.asked.cpu_time:  # a rate of the clock's
+            run.mfu = run.operations_per_s / self.rates[-1]
+        print(line(run), flush=True)
+        kept.append(run)
+        return run
 
-    def tune(self, name: str) -> dict[str, Any]:
-        """The peer's fastest settings, found by short runs of all."""
-        found: list[Run] = []
-        for settings in PEERS[name].settings():
-            for batch in BATCHES[settings["rows"]]:
-                found.append(self.peer(name, {**settings, "batch": batch}, self.asked.sweep_steps))
-                show(found[-1])
-        best = max(found, key=lambda run: run.questions_per_s)
-        if not best.questions_per_s:
-            raise SystemExit(f"no settings of {name} run: {best.failed}")
-        return best.settings
+    def note_gemm(self) -> None:
+        """Notes the GEMM rate now."""
+        self.rates.append(gemm_rate(self.asked.threads))
+        print(f"bf16 GEMM {self.rates[-1] / 1e12:.2f} TFLOP/s, {self.asked.threads} threads", flush=True)
 
-    def gemm(self) -> None:
-        """Notes the machine's bf16 GEMM rate now, operations a second: the better of a square product and the model's widest."""
-        code = (
-            "import json, statistics, time, torch\n"
-            "def rate(rows, inner, wide):\n"
-            "    a, b = torch.randn(rows, inner).bfloat16(), torch.randn(inner, wide).bfloat16()\n"
-            "    seconds = []\n"
-            "    for _ in range(12):\n"
-            "        start = time.perf_counter(); a @ b; seconds.append(time.perf_counter() - start)\n"
-            "    return 2 * rows * inner * wide / statistics.median(seconds[2:])\n"
-            "print(json.dumps(max(rate(2048, 2048, 2048), rate(1536, 576, 3072))))\n"
-        )
-        status, out, errors, _, _ = execute([sys.executable, "-c", code], self.asked.threads, 60)
-        if status:
-            raise SystemExit(errors)
-        self.rates.append(json.loads(out))
+    # --- the sweep ---------------------------------------------------------------------------------------------------
 
+    def tune(self, name: str) -> None:
+        """Finds the fastest settings, one after the other: each key's values are tried with the best of those before it."""
+        length, found = Length(1, self.asked.sweep_steps, 15.0), []
 
-def _within(answers: list[str], texts: list[str]) -> bool:
-    """Whether each answer is in a text of its own."""
-    left = list(texts)
-    for answer in sorted(answers, key=len, reverse=True):
-        place = next((place for place, text in enumerate(left) if answer in text), None)
-        if place is None:
-            return False
-        left.pop(place)
-    return True
+        def tried(settings: dict[str, Any]) -> dict[str, Any]:
+            found.append(self.measure(name, settings, length, self.sweep))
+            return max(found, key=speed).settings
 
+        if name in PEERS:
+            best = tried(PEERS[name].start())
+            for key in (*PEERS[name].sweep, "batch"):
+                for settings in list(PEERS[name].changes(best, key)):
+                    best = tried(settings)
+        else:
+            for batch in OUR_BATCHES[self.kind(name)][: 1 if self.asked.quick else None]:
+                tried({"batch": batch})
+        ranked = [run.settings for run in sorted(found, key=speed, reverse=True) if speed(run)]
+        if not ranked:
+            raise SystemExit(f"no settings of {name} run: {found[0].failed}")
+        self.settings[name] = ranked[: self.asked.finalists if name in PEERS else 1]
 
-def show(run: Run) -> None:
-    """One line about a run."""
-    said = run.failed or (
-        f"{run.questions_per_s:8.1f} q/s {run.tokens_per_s:8.0f} tok/s {run.supervised_per_s:7.0f} sup/s {run.padding:6.1%} padding "
-        f"{run.spread:6.1%} spread {run.peak_memory_mb:6} MB"
-    )
-    print(f"{run.name:14} {json.dumps(run.settings):90} {said}", flush=True)
+    # --- the runs in turns -------------------------------------------------------------------------------------------
 
+    def contenders(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What a round measures of one kind of model, ours first."""
+        mine = self.settings[OURS[kind]][0]
+        yield OURS[kind], mine
+        if self.asked.nf4 and kind == "causal":
+            yield OURS[kind], {**mine, "quantize": "nf4"}
+        for name in self.asked.against:
+            if PEERS[name].kind == kind:
+                yield from ((name, settings) for settings in self.settings[name])
+                if name == "trl":
+                    yield name, DEFAULTS
 
-def compare(bench: Bench, name: str) -> dict[str, Any]:
-    """Measures one peer against ours in turns."""
-    asked, kind = bench.asked, "seq2seq" if name == "seq2seq" else "causal"
-    best = bench.tune(name)
-    contenders = {f"{name}_tuned": best} | ({f"{name}_default": PEERS[name].defaults} if name == "trl" else {})
-    runs: list[Run] = []
-    ratios: dict[str, list[float]] = {label: [] for label in contenders}
-    mfu: list[float] = []
-    for _ in range(asked.rounds):
-        for label, settings in contenders.items():
-            bench.gemm()
-            mine, work = bench.ours(kind, asked.batch, asked.steps)
-            theirs = bench.peer(name, settings, asked.steps)
-            for run in (mine, theirs):
-                show(run)
+    def round(self) -> None:
+        """Everything once."""
+        length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
+        for kind in self.kinds:
+            self.note_gemm()
+            for name, settings in self.contenders(kind):
+                run = self.measure(name, settings, length, self.runs)
                 if run.failed:
                     raise SystemExit(f"{run.name}: {run.failed}")
-            runs += [mine, theirs]
-            ratios[label].append(mine.questions_per_s / theirs.questions_per_s)
-            mfu.append(mine.questions_per_s * work.operations / bench.rates[-1])
-    tuned = [run for run in runs if run.name == name and run.settings == best]
-    # Memory is compared at the same questions a step.
-    images = max(round(tuned[0].questions * asked.images / len(bench.answers)), 1)
-    level, _ = bench.ours(kind, images, 1)
-    show(level)
-    return {
-        "ratios": {label: statistics.median(found) for label, found in ratios.items()},
-        "mfu": statistics.median(mfu),
-        "peak_memory_ratio": level.peak_memory_mb / max(run.peak_memory_mb for run in tuned),
-        "runs": [asdict(run) for run in [*runs, level]],
-    }
+
+    def median(self, name: str, settings: dict[str, Any], key: str = "questions_per_s") -> float:
+        """Over the rounds."""
+        return statistics.median(getattr(run, key) for run in self.runs if run.name == name and run.settings == settings)
+
+    def best(self, name: str) -> dict[str, Any]:
+        """The fastest of the settings that were measured in turns."""
+        return max(self.settings[name], key=lambda settings: self.median(name, settings))
+
+    def level_memory(self) -> None:
+        """Measures our peak memory at the questions a step of each peer's best settings."""
+        for name in self.asked.against:
+            best = self.best(name)
+            theirs = max(run.peak_memory_mb for run in self.runs if run.name == name and run.settings == best)
+            images = max(round(self.median(name, best, "questions") / self.bench.a_image), 1)
+            mine = OURS[PEERS[name].kind]
+            same = [run for run in self.runs if run.name == mine and run.settings == {"batch": images}]
+            run = same[0] if same else self.measure(mine, {"batch": images}, Length(1, 1, 0.0), [])
+            if not run.failed:
+                self.levels[name] = run, run.peak_memory_mb / theirs
+
+    # --- what is saved -----------------------------------------------------------------------------------------------
+
+    def result(self) -> dict[str, Any]:
+        """What `--json` holds."""
+        asked, ratios, mfu = self.asked, {}, {}
+        for kind in self.kinds if self.runs else []:
+            mine = self.settings[OURS[kind]][0]
+            rate = self.median(OURS[kind], mine)
+            mfu[kind] = self.median(OURS[kind], mine, "mfu")
+            for name in asked.against:
+                if PEERS[name].kind == kind:
+                    ratios[f"{name}_tuned"] = rate / self.median(name, self.best(name))
+                    if name == "trl":
+                        ratios["trl_default"] = rate / self.median(name, DEFAULTS)
+            if asked.nf4 and kind == "causal":
+                ratios["nf4_step"] = rate / self.median(OURS[kind], {**mine, "quantize": "nf4"})
+        memory = {name: ratio for name, (_, ratio) in self.levels.items()}
+        return {
+            "ratios": ratios,
+            "mfu": next(iter(mfu.values()), None),
+            "mfu_by_kind": mfu,
+            "peak_memory_ratio": next(iter(memory.values()), None),
+            "peak_memory_by_peer": memory,
+            "gemm": statistics.median(self.rates) if self.rates else None,
+            "threads": asked.threads,
+            "image_tokens": asked.image_tokens,
+            "questions": len(self.bench.answers),
+            "versions": {name: versions(python) for name, python in self.bench.pythons.items()},
+            "settings": self.settings,
+            "sweep": [asdict(run) for run in self.sweep],
+            "runs": [asdict(run) for run in [*self.runs, *(run for run, _ in self.levels.values())]],
+        }
+
+    def save(self) -> None:
+        """Writes the JSON where one was asked for."""
+        if self.asked.json:
+            self.asked.json.write_text(json.dumps(self.result(), indent=1))
+
+    def table(self) -> None:
+        """Prints medians of all that was measured in turns."""
+        print(f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image tokens\n{HEADER}")
+        fields = ("questions_per_s", "tokens_per_s", "supervised_per_s", "mfu", "padding", "stall", "spread", "seconds_total")
+        for kind in self.kinds:
+            for name, settings in self.contenders(kind):
+                found = Run(name, settings, **{key: self.median(name, settings, key) for key in fields})
+                found.peak_memory_mb = max(run.peak_memory_mb for run in self.runs if run.name == name and run.settings == settings)
+                print(line(found))
+        for name, (run, ratio) in self.levels.items():
+            print(f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its")
+
+    # --- how long ----------------------------------------------------------------------------------------------------
+
+    def seconds_of(self, name: str, settings: dict[str, Any], length: Length) -> float:
+        """What a run will take, roughly."""
+        if name in PEERS:
+            rate = PEERS[name].rates[settings["rows"]]
+            images = settings["batch"] or 8
+        else:
+            rate, images = OUR_RATES[self.kind(name)], settings["batch"]
+        step = images * (1.0 if settings.get("rows") == "single" else self.bench.a_image) / rate
+        measured = length.steps * step
+        if name in PEERS:
+            measured = min(measured, max(2 * step, length.seconds + step))
+        return START + length.warm * step + measured
+
+    def expected(self) -> tuple[float, float]:
+        """Seconds of the sweep that is left, and of the rounds."""
+        short, sweep = Length(1, self.asked.sweep_steps, 15.0), 0.0
+        for name in self.names:
+            if name in self.settings:
+                continue
+            if name in PEERS:
+                peer, start = PEERS[name], PEERS[name].start()
+                own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
+                own += peer.changes(own[-1], "batch")
+            else:
+                own = [{"batch": batch} for batch in OUR_BATCHES[self.kind(name)]]
+            sweep += sum(self.seconds_of(name, settings, short) for settings in own)
+        length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
+        turn = 0.0
+        for name in self.names:
+            first = PEERS[name].start() if name in PEERS else {"batch": OUR_BATCHES[self.kind(name)][0]}
+            given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
+            turn += sum(self.seconds_of(name, settings, length) for settings in given)
+            turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" else 0.0
+        turn += self.seconds_of("ours", {"batch": OUR_BATCHES["causal"][0]}, length) if self.asked.nf4 else 0.0
+        return sweep, self.asked.rounds * turn + START * len(self.asked.against)
+
+
+def speed(run: Run) -> float:
+    """By what settings are ranked."""
+    return run.questions_per_s
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=lambda text: text.split(","), default=["trl", "llamafactory", "seq2seq"])
-    parser.add_argument("--recipe", type=Path, help="how we train a decoder, instead of LoRA r=16 on every linear layer")
-    parser.add_argument("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the decoder")
-    parser.add_argument("--image-tokens", type=int, choices=sorted(material.PATCH), default=49)
-    parser.add_argument("--images", type=int, default=256, help="easy-VQA images whose questions are trained on")
-    parser.add_argument("--batch", type=int, default=8, help="our images a step")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
-    parser.add_argument("--sweep-steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds of one run")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/throughput").absolute())
-    parser.add_argument("--peers-folder", type=Path, default=Path(".cache/peers").absolute())
-    parser.add_argument("--json", type=Path)
+    add: Callable[..., Any] = parser.add_argument
+    add("--against", type=lambda text: text.split(","), default=list(PEERS), help=f"peers, of {', '.join(PEERS)}")
+    add("--recipe", type=Path, help="how we train a decoder, instead of LoRA r=16 on every linear layer in bf16")
+    add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the decoder (`make models`)")
+    add("--image-tokens", type=int, choices=sorted(material.PATCH), default=49)
+    add("--images", type=int, default=96, help="easy-VQA images whose questions are trained on")
+    add(
+        "--settings",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="JSON of earlier runs: the best settings are taken from there, the rest is swept",
+    )
+    add("--finalists", type=int, default=2, help="settings of each peer that are measured in turns; the better one counts")
+    add("--rounds", type=int, default=3)
+    add("--warm", type=int, default=2, help="steps at the start of a run that don't count")
+    add("--steps", type=int, default=6, help="measured steps of a run")
+    add("--seconds", type=float, default=20.0, help="a peer's run ends after two measured steps when its steps take this long")
+    add("--sweep-steps", type=int, default=1, help="measured steps of a run in the sweep")
+    add("--sweep-only", action="store_true", help="find and save the peers' best settings, nothing else")
+    add("--cpu-time", action="store_true", help="with --sweep-only: rank by the process's own time, on a machine that does other work")
+    add("--nf4", action="store_true", help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)")
+    add("--quick", action="store_true", help="two measured steps, one round, one batch of ours: a trial of the bench itself")
+    add("--threads", type=int, default=os.cpu_count())
+    add("--timeout", type=float, default=1800, help="seconds of one run")
+    add("--cache", type=Path, default=cache_folder("throughput"), help="data and models of the comparison")
+    add("--peers-folder", type=Path, default=cache_folder("peers"), help="environments of the peers")
+    add("--json", type=Path)
     asked = parser.parse_args()
     unknown = [name for name in asked.against if name not in PEERS]
     if unknown:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    asked.decoder, asked.cache, asked.peers_folder = asked.decoder.absolute(), asked.cache.absolute(), asked.peers_folder.absolute()
+    if not (asked.decoder / "config.json").is_file():
+        parser.error(f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with --decoder")
+    if asked.cpu_time and not asked.sweep_only:
+        parser.error("--cpu-time is for --sweep-only: what is compared is the clock's time")
+    if asked.quick:
+        asked.warm, asked.steps, asked.seconds, asked.rounds, asked.sweep_steps = 0, 2, 0.0, 1, 1
     return asked
 
 
 def main() -> None:
     """Measures and prints; with --json also saves."""
     asked = arguments()
-    bench = Bench(asked)
-    found = {name: compare(bench, name) for name in asked.against}
-    first = next(iter(found.values()))
-    result = {
-        "ratios": {label: ratio for each in found.values() for label, ratio in each["ratios"].items()},
-        "mfu": {name: each["mfu"] for name, each in found.items()} if len(found) > 1 else first["mfu"],
-        "peak_memory_ratio": first["peak_memory_ratio"],
-        "gemm": statistics.median(bench.rates),
-        "runs": [run for each in found.values() for run in each["runs"]],
-    }
-    print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1))
+    known: dict[str, list[dict[str, Any]]] = {}
+    for path in asked.settings:
+        earlier = json.loads(path.read_text())
+        known |= earlier["settings"]
+        if earlier["image_tokens"] != asked.image_tokens:
+            print(f"the settings of {path} were found with {earlier['image_tokens']} image tokens")
+    bench = Bench(
+        folder=asked.cache.absolute(),
+        peers_folder=asked.peers_folder.absolute(),
+        decoder=asked.decoder.absolute(),
+        against=asked.against,
+        recipe=asked.recipe,
+        image_tokens=asked.image_tokens,
+        images=asked.images,
+        threads=asked.threads,
+        timeout=asked.timeout,
+        cpu_time=asked.cpu_time,
+    )
+    comparison = Comparison(asked, bench, known)
+    sweep, rounds = comparison.expected()
+    print(f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: {sweep / 60:.0f} min for the sweep", end="")
+    print("" if asked.sweep_only else f", {rounds / 60:.0f} min for {asked.rounds} rounds", flush=True)
+    print(HEADER, flush=True)
+    comparison.note_gemm()
+    for name in comparison.names:
+        if name not in comparison.settings:
+            comparison.tune(name)
+            comparison.save()
+    if asked.sweep_only:
+        return
+    for _ in range(asked.rounds):
+        comparison.round()
+        comparison.save()
+    comparison.level_memory()
+    comparison.save()
+    comparison.table()
+    shown = ("ratios", "mfu", "peak_memory_ratio", "gemm")
+    result = comparison.result()
+    print(json.dumps({key: result[key] for key in shown}, indent=1))
 
 
 if __name__ == "__main__":

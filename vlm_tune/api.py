@@ -20,6 +20,7 @@ from vlm_tune.model.build import DTYPES
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
+from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.loop import Report
 from vlm_tune.train.memory import is_out_of_memory, out_of_memory
@@ -83,15 +84,22 @@ def evaluate(
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
-    vlm = load_model(folder, dtype=DTYPES[dtype] if dtype else None)
-    rows = read_part(stage.data, split, vlm.processor, stage.seed)[:limit]
+    return evaluate_model(load_model(folder, dtype=DTYPES[dtype] if dtype else None), loaded, split=split, limit=limit, show=show)
+
+
+def evaluate_model(
+    model: VisionLanguageModel, recipe: Recipe, *, split: str = "test", limit: int | None = None, show: Report | None = None
+) -> Scores:
+    """Scores a loaded model on the `test` or `validation` part of a recipe's last stage."""
+    stage = recipe.resolved_stages()[-1][1]
+    rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
     media = distinct_media(rows)
     return score(
-        vlm,
+        model,
         rows,
         decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
         batch_size=stage.evaluate.batch_size,
-        features=tower_features(vlm, media) if media else None,
+        features=tower_features(model, media) if media else None,
         loss=False,
         progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
     )

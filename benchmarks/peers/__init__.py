@@ -5,11 +5,11 @@ The scripts run in the peer's own environment, import nothing of vlm_tune, and p
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +18,68 @@ SCRIPTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Peer:
-    """A trainer: what pip installs, the script that runs it, its settings out of the box, and the values to sweep."""
+    """A trainer: what pip installs, its settings out of the box, the values to sweep, and what to expect on two cores.
 
+    `sweep` goes from what is quickest to try; `batches` are rows a step by row form, the first of which the others are
+    tried with; `rates` are question-answer pairs a second, from which the time of a comparison is foretold.
+    """
+
+    kind: str
     script: str
     packages: tuple[str, ...]
-    defaults: dict[str, Any]
     sweep: dict[str, tuple[Any, ...]]
+    batches: dict[str, tuple[int, ...]]
+    rates: dict[str, float]
 
-    def settings(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the swept values."""
-        for values in product(*self.sweep.values()):
-            yield dict(zip(self.sweep, values, strict=True))
+    def start(self) -> dict[str, Any]:
+        """The settings that a sweep begins with: the first value of everything."""
+        first = {key: values[0] for key, values in self.sweep.items()}
+        return {**first, "batch": self.batches[first["rows"]][0]}
+
+    def changes(self, settings: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+        """Settings with another value for one key; another row form comes with its own first batch."""
+        for value in self.batches[settings["rows"]] if key == "batch" else self.sweep[key]:
+            if value != settings[key]:
+                batch = {"batch": self.batches[value][0]} if key == "rows" else {}
+                yield {**settings, key: value, **batch}
 
 
-BATCHES = {"single": (8, 32), "multi": (4, 8, 16)}
-"""Rows a step that are tried: rows of one question, and rows of all questions of an image."""
+DEFAULTS = {"rows": "single", "batch": None, "precision": None, "checkpointing": None}
+"""Out of the box: rows as they come, and nothing said of the rest."""
 
-PRECISIONS = ("bf16", "bf16_weights")
-"""Autocast over fp32 weights, and weights that are loaded in bf16."""
+BATCHES = {"single": (8, 16, 32), "multi": (4, 2, 8)}
+"""Rows of one question, and rows of all questions of an image."""
+
+PRECISIONS = ("bf16", "bf16_weights", "bf16_both")
+"""Autocast over fp32 weights; weights that are loaded in bf16 without autocast; and with it."""
+
+TORCH = ("torch==2.14.1", "torchvision==0.29.1", "pillow")
 
 PEERS = {
     "trl": Peer(
+        kind="causal",
         script="train_trl.py",
-        packages=("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.14.1", "torchvision==0.29.1", "pillow"),
-        defaults={"rows": "single", "batch": None, "precision": None, "checkpointing": None},
-        sweep={"rows": ("single", "multi"), "precision": PRECISIONS, "checkpointing": (False, True)},
+        packages=("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", *TORCH),
+        sweep={"precision": PRECISIONS, "checkpointing": (False, True), "rows": ("single", "multi")},
+        batches=BATCHES,
+        rates={"single": 2.6, "multi": 6.0},
     ),
     "llamafactory": Peer(
+        kind="causal",
         script="train_llamafactory.py",
-        packages=("llamafactory==0.9.5", "pillow"),
-        defaults={"rows": "single", "batch": None, "precision": None, "checkpointing": None},
-        sweep={"rows": ("single", "multi"), "precision": PRECISIONS, "checkpointing": (False, True)},
+        packages=("llamafactory==0.9.5", *TORCH),
+        # It loads weights in bf16 wherever it computes in bf16, and refuses its `pure_bf16` on a CPU.
+        sweep={"precision": ("bf16", None), "checkpointing": (False, True), "rows": ("single", "multi")},
+        batches=BATCHES,
+        rates={"single": 2.4, "multi": 7.0},
     ),
     "seq2seq": Peer(
+        kind="seq2seq",
         script="train_seq2seq.py",
-        packages=("transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2", "torch==2.14.1", "torchvision==0.29.1", "pillow"),
-        defaults={"rows": "single", "batch": None, "precision": None, "checkpointing": None},
-        sweep={"rows": ("single",), "precision": PRECISIONS, "checkpointing": (False, True)},
+        packages=("transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2", *TORCH),
+        sweep={"precision": PRECISIONS, "checkpointing": (False, True), "rows": ("single",)},
+        batches={"single": (16, 8, 32)},
+        rates={"single": 3.0},
     ),
 }
 
@@ -69,3 +94,15 @@ def install(name: str, folder: Path) -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)
         stamp.write_text("\n".join(packages))
     return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Versions of what matters for speed in an environment."""
+    names = ["trl", "llamafactory", "transformers", "accelerate", "peft", "torch", "torchvision", "tokenizers", "datasets", "numpy"]
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "known = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+        "print(json.dumps({name: known[name] for name in sys.argv[1:] if name in known}))"
+    )
+    found = subprocess.run([str(python), "-c", code, *names], check=True, capture_output=True, text=True)
+    return json.loads(found.stdout)

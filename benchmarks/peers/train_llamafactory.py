@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from probe import LORA, Counted, arguments, clock, read_rows, report
+from probe import LORA, Counted, Times, arguments, clock, read_rows, report
 
 DATASET = {
     "formatting": "sharegpt",
@@ -30,6 +30,7 @@ def options(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         "freeze_multi_modal_projector": False,
         "additional_target": "multi_modal_projector",
         "template": "llava",
+        "default_system": "",  # as long a prompt as the others have
         "dataset": "questions",
         "dataset_dir": str(folder),
         "output_dir": str(folder / "run"),
@@ -45,7 +46,6 @@ def options(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         given["per_device_train_batch_size"] = asked["batch"]
     if asked["precision"] is not None:
         given["bf16"] = asked["precision"] == "bf16"
-        given["pure_bf16"] = asked["precision"] == "bf16_weights"
     if asked["checkpointing"] is not None:
         given["disable_gradient_checkpointing"] = not asked["checkpointing"]
     return given
@@ -61,7 +61,7 @@ def main() -> None:
     rows = read_rows(asked)
     for row in rows:
         row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
-    seconds: list[float] = []
+    times = Times()
     kept: dict[str, Any] = {}
     inner = workflow.CustomSeq2SeqTrainer
 
@@ -78,10 +78,10 @@ def main() -> None:
         folder = Path(scratch)
         (folder / "rows.json").write_text(json.dumps(rows))
         (folder / "dataset_info.json").write_text(json.dumps({"questions": {"file_name": "rows.json", **DATASET}}))
-        run_exp(options(asked, folder), callbacks=[clock(seconds)])
+        run_exp(options(asked, folder), callbacks=[clock(asked, times)])
     counted = kept["counted"]
-    answers = counted.answers(kept["rows"], kept["tokenizer"])
-    report(seconds, counted, answers)
+    answers = counted.answers(asked, kept["rows"], kept["tokenizer"])
+    report(times, counted, answers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from probe import LORA, Counted, arguments, clock, read_rows, report
+from probe import LORA, Counted, Times, arguments, clock, read_rows, report
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -66,19 +66,19 @@ def main() -> None:
     """Trains some steps and prints what they took."""
     asked = arguments()
     torch.set_num_threads(asked["threads"])
-    folder, half = asked["material"], asked["precision"] == "bf16_weights"
+    folder, half = asked["material"], asked["precision"] in ("bf16_weights", "bf16_both")
     dtype = torch.bfloat16 if half else torch.float32
     tower = CLIPVisionModel.from_pretrained(f"{folder}/tower", dtype=dtype)
     language: Any = T5ForConditionalGeneration.from_pretrained(f"{folder}/t5", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/t5")
     language = get_peft_model(language, LoraConfig(**LORA, target_modules=TARGETS, task_type="SEQ_2_SEQ_LM"))
     slots = (tower.config.image_size // tower.config.patch_size) ** 2
-    given: dict[str, Any] = {"bf16": asked["precision"] == "bf16", "gradient_checkpointing": bool(asked["checkpointing"])}
+    given: dict[str, Any] = {"bf16": asked["precision"] in ("bf16", "bf16_both"), "gradient_checkpointing": bool(asked["checkpointing"])}
     if asked["batch"] is not None:
         given["per_device_train_batch_size"] = asked["batch"]
     rows = read_rows(asked)
-    seconds: list[float] = []
-    counted = Counted(collator(tokenizer, CLIPImageProcessor.from_pretrained(f"{folder}/llava"), slots))
+    times = Times()
+    counted = Counted(collator(tokenizer, CLIPImageProcessor.from_pretrained(f"{folder}/llava"), slots), seq2seq=True)
     with tempfile.TemporaryDirectory() as output:
         trainer = Seq2SeqTrainer(
             model=Reader(tower, language),
@@ -93,11 +93,11 @@ def main() -> None:
             ),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=counted,
-            callbacks=[clock(seconds)],
+            callbacks=[clock(asked, times)],
         )
-        answers = counted.answers(rows, tokenizer)
+        answers = counted.answers(asked, rows, tokenizer)
         trainer.train()
-    report(seconds, counted, answers)
+    report(times, counted, answers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, Sequence
 from peft import LoraConfig
-from probe import LORA, Counted, arguments, clock, read_rows, report
+from probe import LORA, Counted, Times, arguments, clock, read_rows, report
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -21,7 +21,7 @@ def options(asked: dict[str, Any]) -> dict[str, Any]:
     if asked["batch"] is not None:
         given["per_device_train_batch_size"] = asked["batch"]
     if asked["precision"] is not None:
-        given["bf16"] = asked["precision"] == "bf16"
+        given["bf16"] = asked["precision"] in ("bf16", "bf16_both")
     if asked["checkpointing"] is not None:
         given["gradient_checkpointing"] = asked["checkpointing"]
     return given
@@ -32,7 +32,7 @@ def main() -> None:
     asked = arguments()
     torch.set_num_threads(asked["threads"])
     folder = f"{asked['material']}/llava"
-    half = asked["precision"] == "bf16_weights"
+    half = asked["precision"] in ("bf16_weights", "bf16_both")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     rows: Any = read_rows(asked)
@@ -40,7 +40,7 @@ def main() -> None:
         rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "images": row["images"]} for row in rows]
     data = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
     with tempfile.TemporaryDirectory() as output:
-        seconds: list[float] = []
+        times = Times()
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
@@ -56,12 +56,12 @@ def main() -> None:
             train_dataset=data,
             processing_class=processor,
             peft_config=LoraConfig(**LORA, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]),
-            callbacks=[clock(seconds)],
+            callbacks=[clock(asked, times)],
         )
         counted = trainer.data_collator = Counted(trainer.data_collator)
-        answers = counted.answers([data[place] for place in range(len(data))], processor.tokenizer)
+        answers = counted.answers(asked, data, processor.tokenizer)
         trainer.train()
-    report(seconds, counted, answers)
+    report(times, counted, answers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Evaluation by generation, ours against transformers' batched `generate`: python -m benchmarks.generation [--json FILE]
+
+Both answer the same test questions of easy-VQA with the same merged weights, transformers those of the exported LLaVA
+folder, in processes of their own and in turns. Timed is what follows loading: decoding images, tower, prompts, generating,
+text. The tower's features are computed anew in every run. In fp32 both must give the same texts; bf16 rounds otherwise
+where rows are laid out otherwise, so there the share of equal texts is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import material, ours
+from benchmarks.peers import SCRIPTS
+from benchmarks.runs import execute
+from vlm_tune.resources import cache_folder
+
+
+def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
+    """A run of the comparison's LLaVA-shaped model (ViT-B/32 of random weights, SmolLM2) that gives answers of the data's form."""
+    images, run = 256, folder / f"generation-{steps}"
+    if not (run / "result.json").is_file():
+        data = folder / f"material-{images}-49"
+        material.write_rows(data, images)
+        material.write_models(data, decoder, 49)
+        recipe = folder / f"generation-{steps}.yaml"
+        recipe.write_text(ours.recipe("causal", data, decoder, run, batch=8, steps=steps))
+        print(f"training a model for {steps} steps in {run}", flush=True)
+        command = [sys.executable, "-m", "vlm_tune.cli", "sft", str(recipe), "--overwrite"]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
+    return run
+
+
+def written(run: Path, folder: Path) -> tuple[Path, Path]:
+    """The run's model merged in fp32, and that as LLaVA: both sides round the same weights."""
+    from vlm_tune.api import export, merge
+
+    merged, llava = folder / "merged", folder / "llava"
+    merge(run, merged, dtype="fp32")
+    export(merged, llava, dtype="fp32")
+    return merged, llava
+
+
+def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> int:
+    """Writes the questions about the first test images as both sides take them; their number."""
+    from vlm_tune.data.prepare import read_part
+    from vlm_tune.model.store import load_model
+    from vlm_tune.recipe import load_recipe
+
+    material.write_rows(folder, images, "test")
+    recipe = load_recipe(run / "recipe.yaml", overrides(folder))
+    rows = read_part(recipe.data, "test", load_model(merged).processor, recipe.seed)
+    chats = [
+        [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part.source)}
+                    for part in turn.parts
+                ],
+            }
+            for turn in row.messages[:-1]
+        ]
+        for row in rows
+    ]
+    (folder / "chats.json").write_text(json.dumps(chats))
+    return len(chats)
+
+
+def overrides(folder: Path) -> dict[str, Any]:
+    """What of the run's recipe is changed for the evaluation."""
+    return {"data.test": [{"kind": "file", "path": str(folder / "single.jsonl")}], "data.validation": []}
+
+
+def answer(given: dict[str, Any]) -> dict[str, Any]:
+    """Ours, in this process."""
+    import torch
+
+    from vlm_tune.api import evaluate_model
+    from vlm_tune.model.build import DTYPES
+    from vlm_tune.model.store import load_model
+    from vlm_tune.recipe import load_recipe
+
+    torch.set_num_threads(given["threads"])
+    started = time.perf_counter()
+    model = load_model(Path(given["folder"]), dtype=DTYPES[given["dtype"]])
+    settings = {"evaluate.batch_size": given["batch"], "evaluate.max_new_tokens": given["max_new_tokens"]}
+    recipe = load_recipe(given["recipe"], overrides(Path(given["rows"])) | settings)
+    evaluate_model(model, recipe, limit=32)
+    ready = time.perf_counter()
+    found = evaluate_model(model, recipe)
+    seconds = time.perf_counter() - ready
+    return {
+        "seconds": seconds,
+        "texts": [answer.generated.strip() for answer in found.answers],
+        "load_s": ready - started,
+        "accuracy": found.accuracy,
+    }
+
+
+class Answering:
+    """Runs of both sides on the same questions."""
+
+    def __init__(self, asked: argparse.Namespace, run: Path, folder: Path) -> None:
+        self.asked, self.run, self.folder = asked, run, folder
+        self.merged, self.llava = written(run, folder)
+        self.counts = {images: write_chats(run, self.merged, self.rows(images), images) for images in {asked.images, asked.checked}}
+
+    def rows(self, images: int | None) -> Path:
+        """The folder of that many images' questions."""
+        return self.folder / f"test-{images}"
+
+    def once(self, name: str, batch: int, dtype: str, images: int | None) -> dict[str, Any]:
+        """One run: {"name", "batch", "dtype", "questions_per_s", "seconds", "texts", ...}."""
+        given = {"batch": batch, "dtype": dtype, "max_new_tokens": self.asked.max_new_tokens, "threads": self.asked.threads}
+        if name == "ours":
+            given |= {"folder": str(self.merged), "recipe": str(self.run / "recipe.yaml"), "rows": str(self.rows(images))}
+            command = [sys.executable, "-m", "benchmarks.generation", "--part", json.dumps(given)]
+        else:
+            given |= {"folder": str(self.llava), "rows": str(self.rows(images) / "chats.json")}
+            command = [sys.executable, str(SCRIPTS / "generate_llava.py"), json.dumps(given)]
+        with tempfile.TemporaryDirectory(dir=self.folder) as cache:  # no features of an earlier run
+            before = os.environ.get("VLM_TUNE_CACHE")
+            os.environ["VLM_TUNE_CACHE"] = cache
+            ended = execute(command, self.asked.threads, self.asked.timeout)
+            os.environ.pop("VLM_TUNE_CACHE") if before is None else os.environ.update(VLM_TUNE_CACHE=before)
+        if ended.code:
+            raise SystemExit(f"{name}, batch {batch}, {dtype}: {ended.why}")
+        found = json.loads(ended.out.strip().splitlines()[-1])
+        rate = len(found["texts"]) / found["seconds"]
+        print(
+            f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, {found['seconds']:6.1f} s, {ended.memory_mb:6} MB, "
+            f"loaded in {found['load_s']:.1f} s",
+            flush=True,
+        )
+        return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, "peak_memory_mb": ended.memory_mb, **found}
+
+    def best_batch(self, name: str) -> int:
+        """The batch with the most answers a second on the smaller part."""
+        runs = [self.once(name, batch, self.asked.dtype, self.asked.checked) for batch in self.asked.batches]
+        return max(runs, key=lambda run: run["questions_per_s"])["batch"]
+
+
+def equal(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The share of equal texts."""
+    pairs = list(zip(mine["texts"], theirs["texts"], strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def compare(bench: Answering) -> dict[str, Any]:
+    """Checks the texts in fp32, finds the best batches, and measures in turns."""
+    asked = bench.asked
+    exact = [bench.once(name, 16, "fp32", asked.checked) for name in ("ours", "transformers")]
+    same = equal(*exact)
+    print(f"fp32: {same:.2%} of {bench.counts[asked.checked]} texts are equal")
+    if same < 1:
+        odd = next(pair for pair in zip(exact[0]["texts"], exact[1]["texts"], strict=True) if pair[0] != pair[1])
+        raise SystemExit(f"ours says {odd[0]!r} where transformers says {odd[1]!r}: nothing is compared")
+    batches = {name: bench.best_batch(name) for name in ("transformers", "ours")}
+    runs = [bench.once(name, batches[name], asked.dtype, asked.images) for _ in range(asked.rounds) for name in batches]
+    rates = {name: statistics.median(run["questions_per_s"] for run in runs if run["name"] == name) for name in batches}
+    shares = [equal(mine, theirs) for theirs, mine in zip(runs[::2], runs[1::2], strict=True)]
+    return {
+        "ratio": rates["ours"] / rates["transformers"],
+        "questions_per_s": rates,
+        "batches": batches,
+        "questions": bench.counts[asked.images],
+        "dtype": asked.dtype,
+        "equal_texts": statistics.median(shares),
+        "equal_texts_fp32": same,
+        "accuracy": runs[-1]["accuracy"],
+        "runs": [{key: value for key, value in run.items() if key != "texts"} for run in runs],
+    }
+
+
+def main() -> None:
+    """Prints the ratio; with --json also saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", type=Path, help="a finished run that can be exported as LLaVA; without it one is trained for --train-steps")
+    add("--train-steps", type=int, default=60)
+    add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
+    add("--images", type=int, default=100, help="test images whose questions are answered; 0 for all 1,000")
+    add("--checked", type=int, default=12, help="test images of the check in fp32 and of the sweep over batches")
+    add("--batches", type=lambda text: [int(one) for one in text.split(",")], default=[16, 32, 64, 128])
+    add("--dtype", choices=["bf16", "fp32"], default="bf16")
+    add("--max-new-tokens", type=int, default=8)
+    add("--rounds", type=int, default=3)
+    add("--threads", type=int, default=os.cpu_count())
+    add("--timeout", type=float, default=1800)
+    add("--cache", type=Path, default=cache_folder("throughput"))
+    add("--json", type=Path)
+    add("--part", type=json.loads, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.part:
+        print(json.dumps(answer(asked.part)))
+        return
+    asked.images = asked.images or None
+    run = asked.run or trained(asked.cache.absolute(), asked.decoder.absolute(), asked.train_steps, asked.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(Answering(asked, run.absolute(), Path(folder)))
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=1))
+    print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

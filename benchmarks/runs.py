@@ -1,0 +1,272 @@
+"""One measured run, of ours or of a peer, in a process of its own; and the machine's GEMM rate."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks import material, ours
+from benchmarks.peers import PEERS, SCRIPTS, install
+
+GEMMS = ((2048, 2048, 2048), (1536, 576, 3072))
+"""Products whose better rate is the machine's: a square one, and SmolLM2's widest."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: steps that don't count, steps that do, and seconds after which a peer begins no third of them."""
+
+    warm: int
+    steps: int
+    seconds: float
+
+
+@dataclass
+class Run:
+    """One measured run: medians over its steps, rates a second; peak memory is the process's largest resident set."""
+
+    name: str
+    settings: dict[str, Any]
+    questions: float = 0.0
+    questions_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+    supervised_per_s: float = 0.0
+    operations_per_s: float = 0.0
+    mfu: float = 0.0
+    padding: float = 0.0
+    stall: float = 0.0
+    spread: float = 0.0
+    peak_memory_mb: int = 0
+    steps: int = 0
+    seconds_total: float = 0.0
+    preparing_s: float = 0.0
+    failed: str = ""
+
+
+def spread(rates: Sequence[float]) -> float:
+    """The range of the middle half over the median."""
+    if len(rates) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A child process that ended: exit code, output, errors, peak memory in MB, seconds."""
+
+    code: int
+    out: str
+    errors: str
+    memory_mb: int
+    seconds: float
+
+    @property
+    def why(self) -> str:
+        """The last line of its errors."""
+        lines = [line for line in self.errors.strip().splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit code {self.code}"
+
+
+def execute(command: Sequence[str], threads: int, timeout: float) -> Ended:
+    """Runs a command with that many threads; after `timeout` seconds it is killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
+        status = usage = None
+        while usage is None:
+            found, code, used = os.wait4(child.pid, os.WNOHANG)
+            if found:
+                status, usage = os.waitstatus_to_exitcode(code), used
+            elif time.perf_counter() - started > timeout:
+                child.kill()
+                _, _, usage = os.wait4(child.pid, 0)
+                status = -9
+            else:
+                time.sleep(0.05)
+        child.returncode = status
+        out.seek(0)
+        errors.seek(0)
+        return Ended(int(status or 0), out.read(), errors.read(), usage.ru_maxrss * 1024 // 1_000_000, time.perf_counter() - started)
+
+
+def gemm_rate(threads: int) -> float:
+    """The machine's bf16 GEMM rate now, operations a second, by the better of `GEMMS`."""
+    import torch
+
+    torch.set_num_threads(threads)
+    rates = []
+    for rows, inner, wide in GEMMS:
+        a, b = torch.randn(rows, inner).bfloat16(), torch.randn(inner, wide).bfloat16()
+        product, seconds = torch.empty(rows, wide, dtype=torch.bfloat16), []
+        for _ in range(24):
+            start = time.perf_counter()
+            torch.mm(a, b, out=product)
+            seconds.append(time.perf_counter() - start)
+        rates.append(2 * rows * inner * wide / statistics.median(seconds[4:]))
+    return max(rates)
+
+
+@dataclass
+class Bench:
+    """What all runs of a comparison share: the data, the models, the environments, and how they are run."""
+
+    folder: Path
+    peers_folder: Path
+    decoder: Path
+    against: Sequence[str]
+    recipe: Path | None = None
+    image_tokens: int = 49
+    images: int = 96
+    threads: int = 2
+    timeout: float = 1800
+    cpu_time: bool = False
+    checked: set[tuple[str, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.material = self.folder / f"material-{self.images}-{self.image_tokens}"
+        self.answers = material.write_rows(self.material, self.images)
+        material.write_models(self.material, self.decoder, self.image_tokens)
+        self.pythons = {name: install(name, self.peers_folder) for name in self.against}
+        self._works: dict[str, ours.Work] = {}
+
+    @cached_property
+    def a_image(self) -> float:
+        """Questions about an image, on average."""
+        return len(self.answers) / self.images
+
+    def peer(self, name: str, settings: dict[str, Any], length: Length) -> Run:
+        """A run of a peer."""
+        unchecked = (name, settings["rows"]) not in self.checked
+        given = {
+            **settings,
+            "material": str(self.material),
+            "warm": length.warm,
+            "steps": length.warm + length.steps,
+            "seconds": length.seconds,
+            "threads": self.threads,
+            "cpu_time": self.cpu_time,
+            "check": unchecked,
+        }
+        ended = execute([str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)], self.threads, self.timeout)
+        line = next((line for line in reversed(ended.out.splitlines()) if line.startswith('{"steps"')), None)
+        if ended.code or line is None:
+            return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
+        found = json.loads(line)
+        if unchecked:
+            self.check(name, found["answers"])
+            self.checked.add((name, settings["rows"]))
+        counted = [step for step in found["steps"][length.warm :] if step["questions"]]
+        if not counted:
+            return Run(name, settings, seconds_total=ended.seconds, failed="no step was measured")
+        formula = self.work(PEERS[name].kind).formula
+        for step in counted:
+            step["operations"] = formula.operations(ours.Amount(**{key: step[key] for key in ours.Amount.__dataclass_fields__}))
+
+        def rate(key: str) -> float:
+            return statistics.median(step[key] / step["seconds"] for step in counted)
+
+        return Run(
+            name,
+            settings,
+            questions=statistics.median(step["questions"] for step in counted),
+            questions_per_s=rate("questions"),
+            tokens_per_s=rate("tokens"),
+            supervised_per_s=rate("supervised"),
+            operations_per_s=rate("operations"),
+            padding=1 - sum(step["tokens"] for step in counted) / sum(step["padded"] for step in counted),
+            stall=sum(step["waited"] for step in counted) / sum(step["seconds"] for step in counted),
+            spread=spread([step["questions"] / step["seconds"] for step in counted]),
+            peak_memory_mb=ended.memory_mb,
+            steps=len(counted),
+            seconds_total=ended.seconds,
+        )
+
+    def check(self, name: str, answers: list[str]) -> None:
+        """Raises `SystemExit` unless a run trains on exactly the answers that were written."""
+        # A loss on whole sequences holds the answers among other text.
+        if answers != self.answers and not (len(answers) == len(self.answers) and within(self.answers, answers)):
+            raise SystemExit(
+                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of the data, e.g. {answers[:3]}"
+            )
+
+    def work(self, kind: str) -> ours.Work:
+        """The useful work of a question as we lay it out; what we train on is checked here."""
+        if kind not in self._works:
+            self._works[kind] = ours.work(self._recipe(kind, {"batch": 1}, Path("unused"), 1))
+            self.check("vlm_tune", self._works[kind].answers)
+        return self._works[kind]
+
+    def _recipe(self, kind: str, settings: dict[str, Any], output: Path, steps: int) -> str:
+        amount: dict[str, Any] = {"batch": settings["batch"], "steps": steps}
+        if self.recipe and kind == "causal":
+            return ours.recipe_from(self.recipe, self.material, self.decoder, output, quantize=settings.get("quantize"), **amount)
+        return ours.recipe(kind, self.material, self.decoder, output, quantize=settings.get("quantize"), **amount)
+
+    def ours(self, kind: str, settings: dict[str, Any], length: Length) -> Run:
+        """A run of ours; settings are batch (images), and quantize."""
+        work = self.work(kind)
+        name = "ours" if kind == "causal" else f"ours_{kind}"
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "run"
+            (Path(scratch) / "recipe.yaml").write_text(self._recipe(kind, settings, output, length.warm + length.steps))
+            ended = execute([sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"], self.threads, self.timeout)
+            if ended.code:
+                return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
+            lines, preparing = ours.logged(output)[length.warm :], ours.preparing(output)
+        rates = [line["questions_per_s"] for line in lines]
+        rate = statistics.median(rates)
+        return Run(
+            name,
+            settings,
+            questions=settings["batch"] * self.a_image,
+            questions_per_s=rate,
+            tokens_per_s=rate * work.mean.tokens,
+            supervised_per_s=rate * work.mean.supervised,
+            operations_per_s=rate * work.operations,
+            padding=statistics.fmean(line["padding"] for line in lines),
+            stall=statistics.fmean(line["stall"] for line in lines),
+            spread=spread(rates),
+            peak_memory_mb=ended.memory_mb,
+            steps=len(lines),
+            seconds_total=ended.seconds,
+            preparing_s=preparing,
+        )
+
+
+def within(answers: list[str], texts: list[str]) -> bool:
+    """Whether each answer is in a text of its own."""
+    left = list(texts)
+    for answer in sorted(answers, key=len, reverse=True):
+        place = next((place for place, text in enumerate(left) if answer in text), None)
+        if place is None:
+            return False
+        left.pop(place)
+    return True
+
+
+HEADER = (
+    f"{'':14} {'settings':86} {'qa/s':>7} {'tok/s':>7} {'sup/s':>6} {'MFU':>6} {'pad':>6} {'stall':>6} {'spread':>6} {'MB':>6} {'s':>5}"
+)
+
+
+def line(run: Run) -> str:
+    """One row of the table."""
+    settings = " ".join(f"{key}={value}" for key, value in run.settings.items() if value is not None)
+    if run.failed:
+        return f"{run.name:14} {settings:86} failed: {run.failed}"
+    return (
+        f"{run.name:14} {settings:86} {run.questions_per_s:7.2f} {run.tokens_per_s:7.0f} {run.supervised_per_s:6.0f} {run.mfu:6.1%} "
+        f"{run.padding:6.1%} {run.stall:6.2%} {run.spread:6.1%} {run.peak_memory_mb:6} {run.seconds_total:5.0f}"
+    )
