@@ -17,11 +17,13 @@ from export_samples import llava_text, photos, saved_model
 from safetensors.torch import load_file, save_file
 from small import built, parsed, with_tower
 
-from vlm_tune import exporting, merging
+from vlm_tune import merging
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting import export, verify_llava
+from vlm_tune.exporting import export, llava, source
+from vlm_tune.exporting.llava import verify_llava
+from vlm_tune.exporting.source import Expected, count_parameters, text_config
 from vlm_tune.merging import observe, probe_rows
-from vlm_tune.model.store import load_model, verify_folder
+from vlm_tune.model.store import load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageModel
 
 WITHOUT_EFFECT = ("post_layernorm", "k_proj.bias")
@@ -44,7 +46,7 @@ def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str],
     ours = load_model(run / "model", dtype=torch.float32)
     rows = probe_rows(run, ours)
     logits, texts = observe(ours, rows)
-    expected = exporting.Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
+    expected = Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
     difference, _ = verify_llava(tmp_path / "llava", ours, expected, 1e-5)
     assert difference <= 1e-5
     whole = load_file(tmp_path / "llava" / "model.safetensors")
@@ -83,7 +85,7 @@ def test_fault_54_a_processor_that_does_something_else_is_found(
         (folder / file).write_text(text.replace(*change))
         return verify_llava(folder, *rest)
 
-    monkeypatch.setattr(exporting, "verify_llava", corrupted)
+    monkeypatch.setattr(llava, "verify_llava", corrupted)
     with pytest.raises(ModelError, match=said):
         export(run, tmp_path / "llava")
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
@@ -100,13 +102,13 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
             def fails(*arguments: Any, error: Any = error) -> None:
                 raise error
 
-            patch.setattr(exporting, place, fails)
+            patch.setattr(llava, place, fails)
             with pytest.raises((KeyboardInterrupt, OSError)):
                 export(run, target)
             assert list((tmp_path / "out").iterdir()) == []
     child = os.fork()
     if child == 0:
-        exporting.model_card = lambda *arguments: os._exit(9)
+        llava.model_card = lambda *arguments: os._exit(9)
         export(run, target)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not target.exists()
@@ -258,15 +260,16 @@ def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
     def never(*arguments: Any, **named: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(exporting, "load_model", never)
-    parameters = exporting.count_parameters(run / "model", load_model(run / "model").config)
+    monkeypatch.setattr(source, "load_model", never)
+    config = read_config(run / "model")
+    parameters = count_parameters(text_config(run / "model", config), config)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
     with pytest.raises(ModelError, match=r"takes 0\.8 MB of disk, 0\.8 MB are free; nothing was started"):
         export(run, tmp_path / "llava", dtype="fp32")
     with pytest.raises(AssertionError, match="weights were loaded"):
         export(run, tmp_path / "llava", dtype="bf16")
-    monkeypatch.setattr(exporting, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(source, "available_memory", lambda: 1000)
     with pytest.raises(ModelError, match=r"of memory, 0\.0 MB are free"):
         export(run, tmp_path / "llava", dtype="bf16")
     assert not (tmp_path / "llava").exists()
