@@ -41,12 +41,17 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
 
 def mmproj_notes(model: VisionLanguageModel) -> list[str]:
     """What llama.cpp does otherwise with an image than the model was trained with."""
-    images = model.processor.images
+    images, notes = model.processor.images, []
+    if vision_weights(model.tower)[0].model_type == "clip_vision_model":
+        notes.append(
+            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put a CLIP tower's class token in the "
+            "wrong place, and see images wrongly; SigLIP towers have none"
+        )
     if images.resize != "pad":
-        return [f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images"]
-    if tuple(int(255 * value) for value in images.mean) != PAD:
-        return [f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own mean; give it square images"]
-    return []
+        notes.append(f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images")
+    elif tuple(int(255 * value) for value in images.mean) != PAD:
+        notes.append(f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own; give it square images")
+    return notes
 
 
 def write_mmproj(path: Path, model: VisionLanguageModel, dtype: str) -> None:
