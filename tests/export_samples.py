@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from small import LORA_TUNE, built, parsed, tuned_by, wake_adapters, with_tune
+from small import CLIP, LORA_TUNE, built, parsed, tuned_by, wake_adapters, with_tune
+
+OPEN_CLIP = "{layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}"
+SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 
 
 def photos(folder: Path) -> None:
@@ -45,3 +48,30 @@ def opened(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+def vision(folder: Path, kind: str) -> str:
+    """A saved tiny tower of transformers, by name."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(1)
+    model: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP)) if kind == "clip" else SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(folder / kind)
+    return str(folder / kind)
+
+
+def tower_text(tmp_path: Path, tower: str) -> str:
+    kinds = {
+        "open_clip": f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -2}}",
+        "open_clip class token, pad": f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -1, class_token: true, resize: pad}}",
+        "clip": "{kind: transformers, name: NAME, layer: -2}",
+        "clip class token": "{kind: transformers, name: NAME, layer: -1, class_token: true, resize: squash}",
+        "clip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 64, resize: pad}",
+        "siglip": "{kind: transformers, name: NAME, layer: -1, resize: squash}",
+        "siglip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 48}",
+    }
+    text = kinds[tower]
+    return text.replace("NAME", vision(tmp_path, tower.split()[0])) if "NAME" in text else text

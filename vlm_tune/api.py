@@ -122,7 +122,7 @@ def export(
     max_shard_size: str = "5GB",
     verify: bool = True,
 ) -> ExportReport:
-    """Writes a model in another library's layout (`llava`, adapters merged, or `adapter`, a PEFT folder) and verifies it there.
+    """Writes a model in another library's layout (`llava` or `gguf`, adapters merged, or `adapter`, a PEFT folder) and verifies it there.
 
     Raises `ModelError` for a model that the format can't express, too little memory or disk, and a failed verification.
     """

@@ -163,17 +163,22 @@ def merge(
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
-    format_: Annotated[str, typer.Option("--format", help="llava: for transformers, adapters merged; adapter: a PEFT folder")] = "llava",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the merge's or the model's own where not given")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest weights file")] = "5GB",
+    format_: Annotated[
+        str, typer.Option("--format", help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for llama.cpp, merged")
+    ] = "llava",
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not given")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
     verify: Annotated[bool, typer.Option(help="open what was written and compare it with MODEL")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Write MODEL in another library's layout and verify it there."""
     from dataclasses import asdict
 
-    _choice("--format", format_, ("llava", "adapter"))
-    _dtype(dtype)
+    _choice("--format", format_, ("llava", "adapter", "gguf"))
+    if dtype is not None:
+        _choice("--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ())))
     _quiet()
     from vlm_tune.api import export as run
 
@@ -182,7 +187,10 @@ def export(
         _print_json(asdict(report))
     else:
         proof = "not verified" if report.difference is None else f"verified: logits within {report.difference:.2g} of the model's"
-        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}; {proof}\nmodel: {output}")
+        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}; {proof}")
+        for note in report.notes:
+            typer.echo(f"note: {note}")
+        typer.echo(f"model: {output}")
 
 
 @app.command()

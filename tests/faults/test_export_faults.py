@@ -17,11 +17,14 @@ from export_samples import llava_text, photos, saved_model
 from safetensors.torch import load_file, save_file
 from small import built, parsed, with_tower
 
-from vlm_tune import exporting, merging
+from vlm_tune import merging
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting import export, verify_llava
+from vlm_tune.exporting import export, gguf, llava, source
+from vlm_tune.exporting.llava import verify_llava
+from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
 from vlm_tune.merging import observe, probe_rows
-from vlm_tune.model.store import load_model, verify_folder
+from vlm_tune.model.llamacpp.file import read_fields
+from vlm_tune.model.store import load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageModel
 
 WITHOUT_EFFECT = ("post_layernorm", "k_proj.bias")
@@ -44,7 +47,7 @@ def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str],
     ours = load_model(run / "model", dtype=torch.float32)
     rows = probe_rows(run, ours)
     logits, texts = observe(ours, rows)
-    expected = exporting.Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
+    expected = Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
     difference, _ = verify_llava(tmp_path / "llava", ours, expected, 1e-5)
     assert difference <= 1e-5
     whole = load_file(tmp_path / "llava" / "model.safetensors")
@@ -83,7 +86,7 @@ def test_fault_54_a_processor_that_does_something_else_is_found(
         (folder / file).write_text(text.replace(*change))
         return verify_llava(folder, *rest)
 
-    monkeypatch.setattr(exporting, "verify_llava", corrupted)
+    monkeypatch.setattr(llava, "verify_llava", corrupted)
     with pytest.raises(ModelError, match=said):
         export(run, tmp_path / "llava")
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
@@ -100,13 +103,13 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
             def fails(*arguments: Any, error: Any = error) -> None:
                 raise error
 
-            patch.setattr(exporting, place, fails)
+            patch.setattr(llava, place, fails)
             with pytest.raises((KeyboardInterrupt, OSError)):
                 export(run, target)
             assert list((tmp_path / "out").iterdir()) == []
     child = os.fork()
     if child == 0:
-        exporting.model_card = lambda *arguments: os._exit(9)
+        llava.model_card = lambda *arguments: os._exit(9)
         export(run, target)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not target.exists()
@@ -258,15 +261,129 @@ def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
     def never(*arguments: Any, **named: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(exporting, "load_model", never)
-    parameters = exporting.count_parameters(run / "model", load_model(run / "model").config)
+    monkeypatch.setattr(source, "load_model", never)
+    config = read_config(run / "model")
+    parameters = count_parameters(text_config(run / "model", config), config)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
     with pytest.raises(ModelError, match=r"takes 0\.8 MB of disk, 0\.8 MB are free; nothing was started"):
         export(run, tmp_path / "llava", dtype="fp32")
     with pytest.raises(AssertionError, match="weights were loaded"):
         export(run, tmp_path / "llava", dtype="bf16")
-    monkeypatch.setattr(exporting, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(source, "available_memory", lambda: 1000)
     with pytest.raises(ModelError, match=r"of memory, 0\.0 MB are free"):
         export(run, tmp_path / "llava", dtype="bf16")
     assert not (tmp_path / "llava").exists()
+
+
+# --- gguf ------------------------------------------------------------------------------------------------------------
+
+
+def test_fault_54_any_corrupted_tensor_of_a_gguf_is_found(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    export(run, tmp_path / "gguf", format="gguf", dtype="fp32")
+    ours = load_model(run / "model", dtype=torch.float32)
+    expected = expected_of(run, ours)
+    files = gguf.Files(tmp_path / "gguf" / "model-f32.gguf", tmp_path / "gguf" / "mmproj-f32.gguf")
+    assert gguf.verify_gguf(files, ours, expected, "fp32").difference <= 1e-5
+    generator = torch.Generator().manual_seed(2)
+    # One of each kind of tensor, of either file: all of them would take a minute.
+    for path, names in (
+        (files.language, ("token_embd", "output", "blk.0.attn_q", "blk.1.attn_k", "blk.1.attn_v", "blk.0.attn_output", "blk.1.ffn_gate")),
+        (files.language, ("blk.0.ffn_norm", "output_norm")),
+        (files.mmproj, ("v.class_embd", "v.patch_embd", "v.position_embd", "v.pre_ln", "v.blk.0.attn_q", "v.blk.0.ffn_up", "mm.0", "mm.2")),
+    ):
+        for name in names:
+            tensor = next(one for one in GGUFReader(path, "r+").tensors if one.name in (name, f"{name}.weight"))
+            before = tensor.data.copy()
+            tensor.data[...] += torch.randn(before.shape, generator=generator).numpy() * 0.1
+            with pytest.raises(ModelError, match="differ from the model's"):
+                gguf.verify_gguf(files, ours, expected, "fp32")
+                raise AssertionError(name)
+            tensor.data[...] = before
+    assert gguf.verify_gguf(files, ours, expected, "fp32").same_text
+
+
+def test_fault_54_a_gguf_with_another_tokenizer_is_found(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    for key, change in (
+        ("tokenizer.chat_template", lambda text: text.replace("assistant", "Assistant")),
+        ("tokenizer.ggml.merges", lambda merges: merges[: len(merges) // 2]),
+    ):
+
+        def altered(path: Path, key: str = key, change: Any = change) -> dict[str, Any]:
+            fields = read_fields(path)
+            return {**fields, key: change(fields[key])}
+
+        monkeypatch.setattr(gguf, "read_fields", altered)
+        with pytest.raises(ModelError, match="other token ids"):
+            export(run, tmp_path / "gguf", format="gguf")
+    assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []
+
+
+@pytest.mark.parametrize("place", ["write_mmproj", "verify_gguf", "model_card"])
+def test_fault_56_an_interrupted_gguf_export_leaves_no_folder(
+    place: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    monkeypatch.setattr(gguf, place, fails)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path / "out" / "gguf", format="gguf", verify=place == "verify_gguf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("seq2seq", {}, "an encoder-decoder"),
+        ("causal", {"{kind: mlp, norm: true}": "{kind: linear}"}, "of kind linear"),
+        ("causal", {"{kind: mlp, norm: true}": "{kind: mlp, depth: 3}"}, "has 3 layers"),
+        ("causal", {"image_size: 32}}": "image_size: 32}, class_token: true}"}, "gets the class token"),
+        ("causal", {"image_size: 32}}": "image_size: 32}, grid: 1}"}, "pools to a grid"),
+        ("causal", {"model_type: llama": "model_type: olmo"}, "type olmo, not llama, mistral, qwen2, qwen3"),
+        ("causal", {"hidden_size: 32,": "hidden_size: 32, attention_bias: true,"}, "has biases .attention_bias"),
+    ],
+)
+def test_fault_58_what_llama_cpp_can_not_hold_is_refused_first(
+    kind: str, changes: dict[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = tiny_recipe(kind)
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    model = built(parsed(text))
+    model.changed |= {"llm", "tower"}
+    model.save_pretrained(tmp_path / "saved")
+    for path in tmp_path.glob("saved/**/*.safetensors"):
+        path.unlink()  # no weights are needed to tell
+    with pytest.raises(ModelError, match=f"can't be exported as GGUF: .*{said}.*llama.cpp holds a decoder"):
+        export(tmp_path / "saved", tmp_path / "gguf", format="gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_fault_58_a_soft_prompt_has_no_place(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    (run / "model" / "prompt").mkdir()
+    for format in ("llava", "gguf"):
+        with pytest.raises(ModelError, match="has a soft prompt"):
+            export(run, tmp_path / "out", format=format)
+
+
+def test_fault_59_too_little_disk_for_a_gguf_is_said_before_starting(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
+    config = read_config(run / "model")
+    parameters = count_parameters(text_config(run / "model", config), config)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 2))
+    with pytest.raises(ModelError, match=r"of disk, .* nothing was started"):
+        export(run, tmp_path / "gguf", format="gguf", dtype="fp32")
+    assert export(run, tmp_path / "gguf", format="gguf", dtype="q8_0", verify=False).dtype == "q8_0"

@@ -39,14 +39,14 @@ OPEN_CLIP_STEM = {
 
 def check_target(config: VisionLanguageConfig) -> None:
     """Raises `ModelError` with every reason why a model can't be a LLaVA; no weights are needed to tell."""
-    reasons = [*_tower_reasons(config), *_connector_reasons(config)]
+    reasons = [*tower_reasons(config), *_connector_reasons(config)]
     if config.llm.kind != "causal":
         reasons.append("its language model is an encoder-decoder, LLaVA's a decoder")
     if reasons:
         raise ModelError(f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder")
 
 
-def _tower_reasons(config: VisionLanguageConfig) -> list[str]:
+def tower_reasons(config: VisionLanguageConfig) -> list[str]:
     tower, rebuild = config.model.tower, config.tower_rebuild
     reasons = []
     if isinstance(tower, TransformersTower):

@@ -1,0 +1,43 @@
+"""Writes models in the layouts of other libraries, and proves that these compute the same with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm_tune.errors import ModelError
+from vlm_tune.exporting.adapter import export_adapter
+from vlm_tune.exporting.gguf import export_gguf
+from vlm_tune.exporting.llava import export_llava
+from vlm_tune.exporting.source import ExportReport
+from vlm_tune.model.build import DTYPES
+from vlm_tune.model.llamacpp.file import TYPES
+
+FORMATS = ("llava", "adapter", "gguf")
+
+__all__ = ["FORMATS", "ExportReport", "export"]
+
+
+def export(
+    path: Path, output: Path, *, format: str = "llava", dtype: str | None = None, max_shard_size: str = "5GB", verify: bool = True
+) -> ExportReport:
+    """Writes a run, a checkpoint or a merged folder as a `LlavaForConditionalGeneration` that plain transformers opens.
+
+    With `format="adapter"` it is the LLM's adapter as a PEFT folder, with the connector and the tower's changes beside it;
+    with `format="gguf"` the two files that llama.cpp reads, whose `dtype` may also be q8_0.
+    Adapters are merged on the way, verified as by `merge`; where no `dtype` is given it is the merge's, or the model's
+    own. What is written is opened before it gets its name, the LLaVA and the GGUF's language model by transformers alone:
+    it must give the same token ids and greedy text, and logits within 1e-5 of the largest (2e-2 for a LLaVA in 16 bit).
+    Raises `ModelError` for a model that the format can't express, an output that exists, too little memory or disk, and a
+    failed verification; nothing is left then.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise ModelError(f"no export format {format!r}; there are {', '.join(FORMATS)}")
+    known = TYPES if format == "gguf" else DTYPES
+    if dtype not in (None, *known):
+        raise ModelError(f"{format} has no --dtype {dtype}; there are {', '.join(known)}")
+    if format == "llava":
+        return export_llava(path, output, dtype, max_shard_size, verify)
+    if format == "adapter":
+        return export_adapter(path, output, dtype, verify)
+    return export_gguf(path, output, dtype, verify)

@@ -1,0 +1,97 @@
+"""The LLM's adapter as a PEFT folder, and the proof that plain PEFT computes the same with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.errors import ModelError
+from vlm_tune.exporting.source import EXACT, ExportReport, run_lines
+from vlm_tune.merging import check_output, probe_rows
+from vlm_tune.model.build import load_llm
+from vlm_tune.model.store import ADAPTERS, commit_folder, find_model, load_model, read_config, verify_folder
+from vlm_tune.model.vlm import VisionLanguageConfig
+from vlm_tune.model.weights import read_safetensors
+
+BESIDE = ("connector.safetensors", "tower.safetensors", "tower_adapter", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What goes with an adapter, where the model's folder has it."""
+
+
+def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) -> ExportReport:
+    """Writes the LLM's adapter as a PEFT folder. Raises `ModelError` for a model without one, or whose base has no name."""
+    source = find_model(path)
+    config = read_config(source)
+    verify_folder(source)
+    if not (source / ADAPTERS["llm"]).is_dir():
+        raise ModelError(f"{source} has no adapter of the language model to export")
+    if (source / "llm").is_dir() or config.llm.name is None:
+        raise ModelError(f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava")
+    if dtype is not None:
+        raise ModelError("an adapter is exported as it was trained; leave out --dtype")
+    check_output(output)
+    found: list[tuple[float, bool]] = []
+    reports: list[ExportReport] = []
+
+    def write(folder: Path) -> None:
+        shutil.copytree(source / ADAPTERS["llm"], folder, dirs_exist_ok=True)
+        for name in BESIDE:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        tensors = read_safetensors(folder / "adapter_model.safetensors")
+        if verify:
+            found.append((verify_adapter(folder, path, source), True))
+        difference = found[0][0] if found else None
+        report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), difference, None)
+        (folder / "export.json").write_text(json.dumps(asdict(report), indent=1))
+        (folder / "README.md").write_text(_adapter_card(path, config, report))
+        reports.append(report)
+
+    commit_folder(output, write)
+    return reports[0]
+
+
+@torch.inference_mode()
+def verify_adapter(folder: Path, path: Path, source: Path) -> float:
+    """How far the logits of plain PEFT over the base are from the model's, for the text of probe rows, in fp32.
+
+    Raises `ModelError` if that is too far, or if the adapter changes nothing.
+    """
+    from peft import PeftModel
+
+    model = load_model(source, dtype=torch.float32, quantize=False)
+    rows = probe_rows(path, model)
+    ids = [
+        torch.from_numpy(e.input_ids[~e.image_mask]).long()[None].to(model.device) for row in rows for e in model.processor.examples(row)
+    ]
+    llm = model.config.llm.model_copy(update={"quantize": None})
+    base = load_llm(llm, dtype=torch.float32).to(model.device).eval()
+    seq2seq = model.llm.layout == "seq2seq"
+    own, plain = ([_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, base))
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    found = [_text_logits(theirs, one, seq2seq) for one in ids]
+    difference, change = (max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True)) for other in (found, plain))
+    if not change > 0:
+        raise ModelError("the adapter changes nothing: the model's logits equal its base's; nothing was written")
+    if not difference <= EXACT * max(1.0, *(float(one.abs().max()) for one in own)):
+        raise ModelError(f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written")
+    return difference
+
+
+def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
+    """fp32 logits of a text; an encoder-decoder has it as the input and as the answer."""
+    return module(input_ids=ids, **({"labels": ids} if seq2seq else {})).logits.float()
+
+
+def _adapter_card(path: Path, config: VisionLanguageConfig, report: ExportReport) -> str:
+    base = f"{config.llm.name}" + (f" ({config.llm.gguf_file})" if config.llm.gguf_file else "")
+    lines = ["---", "library_name: peft", f"base_model: {config.llm.name}", "---", ""]
+    lines += [f"The language model's LoRA adapter of a vision-language model, over {base}: {report.parameters:,} parameters."]
+    lines += ["Beside it: `connector.safetensors`, and what was changed of the tower."]
+    return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -1,0 +1,173 @@
+"""What exports have in common: the whole model to write, the room it takes, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.data.types import Conversation
+from vlm_tune.errors import ModelError
+from vlm_tune.merging import TOLERANCE, merged_model, observe, plain_probe, probe_rows
+from vlm_tune.model.build import DTYPES
+from vlm_tune.model.connectors import build_connector
+from vlm_tune.model.store import ADAPTERS, PROMPT, load_model
+from vlm_tune.model.towers import build_tower
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters
+
+EXACT = 1e-5
+"""How far the logits of an fp32 export may be from the model's, as a share of the largest of them where that is over 1."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far its logits are from the model's (largest absolute difference; None if not verified)."""
+
+    output: str
+    format: str
+    dtype: str
+    merged: list[str]
+    parameters: int
+    difference: float | None
+    same_text: bool | None
+    notes: list[str] = field(default_factory=list)
+    """What the reader of the format does otherwise than this model was trained with."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model does with probe rows: fp32 logits [S, V] of their supervised tokens, and greedy answers."""
+
+    rows: list[Conversation]
+    logits: torch.Tensor
+    texts: list[str]
+
+    def tolerance(self, dtype: str) -> float:
+        """How far the logits of an export may be from these."""
+        return EXACT * max(1.0, float(self.logits.abs().max())) if dtype == "fp32" else TOLERANCE
+
+
+def whole_model(path: Path, source: Path, output: Path, dtype: str | None) -> tuple[VisionLanguageModel, list[str]]:
+    """The model in 16 bit or fp32 without adapters or quantised weights, and the parts whose adapter was merged."""
+    if any((source / name).is_dir() for name in ADAPTERS.values()):
+        model, report = merged_model(path, output, dtype)
+        return model, report.parts
+    model = load_model(source, dtype=DTYPES[dtype] if dtype else None, quantize=False)
+    model.config = model.config.model_copy(update={"precision": dtype or model.config.precision})
+    return model, []
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def check_room(parameters: int, output: Path, width: float, copies: float) -> None:
+    """Raises `ModelError` if disk or memory hold less than parameters of `width` bytes, and `copies` fp32 copies beside them."""
+    disk, memory = int(parameters * width), int(parameters * (4 * copies + width))
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if disk > free:
+        raise ModelError(f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing was started")
+    available = available_memory()
+    if memory > available:
+        raise ModelError(f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing was started")
+
+
+def available_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def text_config(source: Path, config: VisionLanguageConfig) -> Any:
+    """transformers' config of a saved model's LLM. Raises `ModelError` if it can't be read."""
+    from transformers import AutoConfig
+
+    own = source / "llm"
+    name = str(own) if own.is_dir() else str(config.llm.name)
+    options = {"gguf_file": config.llm.gguf_file} if config.llm.gguf_file and not own.is_dir() else {}
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read the config of the language model {name!r}: {error}") from None
+
+
+def count_parameters(text: Any, config: VisionLanguageConfig) -> int:
+    """A decoder model's parameters, adapters left out, from its LLM's config and its own; no weights are loaded."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(text)
+        tower = build_tower(config.model.tower, config.tower_rebuild)
+        connector = build_connector(config.model.connector, tower.measure()[1], language.get_input_embeddings().embedding_dim)
+    return sum(parameter.numel() for part in (language, tower, connector) for parameter in part.parameters())
+
+
+def check_prompt(source: Path) -> None:
+    """Raises `ModelError` for a model with a soft prompt or prefix, which other formats have no place for."""
+    if (source / PROMPT).is_dir():
+        raise ModelError(f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; nothing was started")
+
+
+# --- what it answers -------------------------------------------------------------------------------------------------
+
+
+def expected_of(path: Path, model: VisionLanguageModel) -> Expected:
+    """What the model does, weights as they are and computed in fp32."""
+    cast_parameters(model, torch.float32)
+    controls = model.processor.encoder.controls_in
+    # A text that writes a control token is that token to a plain tokenizer: ours keeps it text, so ids may differ.
+    rows = [
+        row for row in probe_rows(path, model) if not any(controls(part) for m in row.messages for part in m.parts if isinstance(part, str))
+    ]
+    rows = rows or [plain_probe(model)]
+    logits, texts = observe(model, rows)
+    return Expected(rows, logits.unflatten(0, (-1, model.llm.head.weight.shape[0])), texts)  # type: ignore[union-attr]
+
+
+def check_answers(expected: Expected, logits: torch.Tensor, texts: list[str], tolerance: float) -> float:
+    """How far an export's logits [S, V] are from the model's. Raises `ModelError` where that is too far, and for other texts."""
+    difference = float((logits - expected.logits).abs().max())
+    if not difference <= tolerance:
+        raise ModelError(
+            f"the exported model's logits differ from the model's by {difference:.3g}, more than {tolerance:.2g}; nothing was written"
+        )
+    if texts != expected.texts:
+        odd = next(place for place, pair in enumerate(zip(texts, expected.texts, strict=True)) if pair[0] != pair[1])
+        raise ModelError(
+            f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model with {expected.texts[odd]!r}; "
+            "nothing was written"
+        )
+    return difference
+
+
+def check_ids(row: Conversation, own: Sequence[int], found: Sequence[int]) -> None:
+    """Raises `ModelError` for token ids that are not the model's own."""
+    if list(own) != list(found):
+        place = next((n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found)))
+        raise ModelError(
+            f"the chat template gives other token ids for {row.id} than the model was trained with, from place {place}: "
+            f"{list(found[place : place + 4])}, expected {list(own[place : place + 4])}; nothing was written"
+        )
+
+
+def run_lines(path: Path) -> list[str]:
+    """Scores and recipe of the run that a model lies in."""
+    run = next((folder for folder in (path, *path.resolve().parents) if (folder / "recipe.yaml").is_file()), None)
+    if run is None:
+        return []
+    scores: list[str] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        result = json.loads((run / "result.json").read_text())
+        scores = ["", "## Scores", "", f"Exact match on {result['n']:,} test questions: {result['accuracy']:.4f}"]
+    return [*scores, "", "## Recipe", "", "```yaml", (run / "recipe.yaml").read_text().rstrip(), "```"]

@@ -1,0 +1,105 @@
+"""Decoders in GGUF's form: which ones it can express, and their metadata and tensors under llama.cpp's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_tune.data.processor import Processor
+from vlm_tune.errors import ModelError
+from vlm_tune.model.llamacpp.tokens import describe_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's architecture for each model type of transformers that is exported."""
+ROPES = ("default", "llama3")
+ROTATED_IN_PAIRS = ("llama",)
+"""Architectures whose rotary embedding turns neighbouring pairs; transformers turns a head's two halves."""
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def decoder_reasons(text: Any) -> list[str]:
+    """Why a language model can't be written for llama.cpp, from its transformers config."""
+    if text.model_type not in FAMILIES:
+        return [f"its language model is of type {text.model_type}, not {', '.join(FAMILIES)}"]
+    reasons = []
+    if text.hidden_act != "silu":
+        reasons.append(f"its language model's activation is {text.hidden_act}, not silu")
+    rope = text.rope_parameters["rope_type"]
+    if rope not in ROPES:
+        reasons.append(f"its language model's rotary embedding is scaled by {rope}, not {' or '.join(ROPES)}")
+    biases = [name for name in ("attention_bias", "mlp_bias") if getattr(text, name, None)]
+    if biases:
+        reasons.append(f"its language model has biases ({', '.join(biases)})")
+    return reasons
+
+
+def _head_dim(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: int) -> None:
+    """Adds all metadata of a language model file; its embedding has `rows` rows."""
+    window = getattr(text, "sliding_window", None)
+    writer.add_name(f"{text.model_type} in a vision-language model")
+    writer.add_block_count(text.num_hidden_layers)
+    # llama.cpp looks through no window in these architectures: within one it computes the same.
+    writer.add_context_length(min(text.max_position_embeddings, window or text.max_position_embeddings))
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads)
+    writer.add_key_length(_head_dim(text))
+    writer.add_value_length(_head_dim(text))
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_dimension_count(_head_dim(text))
+    writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
+    writer.add_vocab_size(rows)
+    describe_tokenizer(writer, processor, rows)
+
+
+def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers decoder's tensors under llama.cpp's names.
+
+    Raises `ModelError` for one that has no place there.
+    """
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    text = language.config
+    name = FAMILIES[text.model_type]
+    names = get_tensor_name_map(next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == name), text.num_hidden_layers)
+    head, embedding = language.get_output_embeddings().weight, language.get_input_embeddings().weight
+    tied = head is embedding or torch.equal(head, embedding)
+    factors = _rope_factors(language)
+    if factors is not None:
+        yield ROPE_FACTORS, factors
+    for key, tensor in language.state_dict().items():
+        found = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"llama.cpp's {name} has no place for the language model's {key}")
+        if found == "output.weight" and tied:
+            continue  # llama.cpp takes the embedding where there is no head
+        if name in ROTATED_IN_PAIRS and ".attn_q." in found:
+            tensor = _paired(tensor, text.num_attention_heads)
+        elif name in ROTATED_IN_PAIRS and ".attn_k." in found:
+            tensor = _paired(tensor, text.num_key_value_heads)
+        yield found, tensor
+
+
+def _paired(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a projection [heads * d, ...] in the order of turned pairs: i and i + d/2 side by side."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _rope_factors(language: Any) -> torch.Tensor | None:
+    """By what each rotary frequency of a Llama 3 is divided [d / 2], None where none is."""
+    rope = language.config.rope_parameters
+    if rope["rope_type"] == "default":
+        return None
+    width = _head_dim(language.config)
+    plain = rope["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return (plain / language.base_model.rotary_emb.inv_freq.double().cpu()).float()
