@@ -16,9 +16,10 @@ from vlm_tune.data.images import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import TOLERANCE, check_output, merged_model, observe, plain_probe, probe_rows
-from vlm_tune.model.build import DTYPES, load_llm
+from vlm_tune.model.build import DTYPES, llm_config, load_llm
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.llava import IMAGE_TOKEN, check_logits, check_target, llava_model, llava_processor
+from vlm_tune.model.pretrained import find_vlm
 from vlm_tune.model.store import ADAPTERS, commit_folder, find_model, load_model, read_config, verify_folder
 from vlm_tune.model.towers import build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -145,15 +146,10 @@ def count_parameters(source: Path, config: VisionLanguageConfig) -> int:
 
     Raises `ModelError` for a language model whose config can't be read, and one that scales its logits.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     own = source / "llm"
-    name = str(own) if own.is_dir() else str(config.llm.name)
-    options = {"gguf_file": config.llm.gguf_file} if config.llm.gguf_file and not own.is_dir() else {}
-    try:
-        text: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"can't read the config of the language model {name!r}: {error}") from None
+    text = llm_config(config.llm, own if own.is_dir() else None)
     check_logits(text)
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(text)
@@ -288,6 +284,8 @@ def _export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) -
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava")
+    if find_vlm(config.llm.name) is not None:
+        raise ModelError(f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava")
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
     check_output(output)
