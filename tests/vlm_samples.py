@@ -95,7 +95,8 @@ def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False,
         if pad
         else CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
     )
-    LlavaProcessor(images, tokenizer, patch_size=16, vision_feature_select_strategy="default", image_token="<image>").save_pretrained(folder)
+    tokens: dict[str, Any] = {"patch_size": 16, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    LlavaProcessor(images, tokenizer, image_token="<image>", **tokens).save_pretrained(folder)
     return theirs
 
 

@@ -59,6 +59,14 @@ def their_step(model: Any, loss: torch.Tensor, names: Callable[[str], str | None
     return found
 
 
+def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Asserts that gradients agree within 1e-5, and that only those of weights that nothing depends on are left out."""
+    assert not [name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0]
+    known = {name: wanted[name] for name in found}
+    assert max(largest(found[name], known[name]) for name in found) <= 1e-5
+    assert_close(found, known, relative=1e-3)
+
+
 def llava_name(name: str) -> str | None:
     stems = {
         "model.vision_tower.": "tower.model.",
@@ -84,7 +92,7 @@ def same_as_llava(model: VisionLanguageModel, theirs: Any, source: Path, rows: l
         assert largest(model.llm.supervised_logits(model.embed(batch), batch), logits[supervised]) <= 1e-5
         theirs.zero_grad(set_to_none=True)
         loss = torch.nn.functional.cross_entropy(logits[supervised], batch.labels[supervised])
-        assert_close(our_step(model, batch), their_step(theirs, loss, llava_name))
+        same_gradients(our_step(model, batch), their_step(theirs, loss, llava_name))
         prompt = their_inputs(source, row, f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT:")
         said = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
         stops = model.processor.stop_ids
@@ -183,8 +191,7 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
         assert largest(logits, output.logits[0]) <= 1e-5
         wanted = their_step(theirs, output.loss, blip_name)
         found = our_step(model, batch)
-        assert_close(found, {name: wanted[name] for name in found} if kind == "instructblip" else wanted)
-        assert not [name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0]
+        same_gradients(found, wanted)
         said = theirs.generate(**given, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
         expected = said[: next((n for n, token in enumerate(said) if token in model.processor.stop_ids), len(said))]
         answer = model.answers([model.processor.prompt(row)], Decoding(6), fetch=model.processor.images)
