@@ -74,8 +74,15 @@ def bert_tokenizer(rows: Sequence[Conversation]) -> Any:
 
 def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False, **changes: Any) -> Any:
     """A tiny `LlavaForConditionalGeneration` with its processor."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaImageProcessor,
+        LlavaProcessor,
+    )
 
     tokenizer = text_tokenizer(rows, "vicuna", "<s> $A")
     tokenizer.add_tokens(["<image>"], special_tokens=True)

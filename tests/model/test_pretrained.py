@@ -100,7 +100,9 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert (tmp_path / "merged" / "connector_tokenizer" / "tokenizer.json").is_file()
     assert largest(logits_of(merged, rows), expected) <= 1e-4
-    assert merged.chat("what color is it?", images=[tmp_path / "red.png"]) == trained.chat("what color is it?", images=[tmp_path / "red.png"])
+    assert merged.chat("what color is it?", images=[tmp_path / "red.png"]) == trained.chat(
+        "what color is it?", images=[tmp_path / "red.png"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["llava", "instructblip"])
@@ -117,7 +119,9 @@ def test_quantised_loading_and_the_plan(kind: str, request: pytest.FixtureReques
     assert [(row.match, row.trained, row.total) for row in stage.tuning] == [(row.match, row.trained, row.total) for row in tuned.table]
     assert found.quantize == "nf4"
     bare, _ = bare_model(recipe)
-    assert bare.processor.spec.tokens_per_image == model.processor.spec.tokens_per_image == build_processor(recipe, []).spec.tokens_per_image
+    assert (
+        bare.processor.spec.tokens_per_image == model.processor.spec.tokens_per_image == build_processor(recipe, []).spec.tokens_per_image
+    )
 
 
 def test_what_the_recipe_says_of_tower_and_llm_is_used(llava: str) -> None:

@@ -6,6 +6,7 @@ can name such a model: the tower, the connector and the LLM then take what is th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -302,7 +303,14 @@ def part_tensors(vlm: Vlm, part: Part) -> dict[str, torch.Tensor]:
 
 
 def _tensor_names(vlm: Vlm) -> set[str]:
-    return {key for file in _files(vlm.name) for key in check_safetensors(file)}
+    """The names of all tensors, from the index of shards where there is one: a plan fetches no weights."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        index = cached_file(vlm.name, "model.safetensors.index.json")
+        return set(json.loads(Path(str(index)).read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {key for file in _files(vlm.name) for key in check_safetensors(file)}
 
 
 @cache
