@@ -13,7 +13,7 @@ from small import built, parsed, rows_of
 from vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.model.pretrained import _files, model_section
+from vlm_tune.model.pretrained import model_section
 
 Tiny = Callable[..., str]
 
@@ -69,7 +69,6 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
 def test_fault_28_pickled_weights_of_an_existing_model_are_refused(llava: tuple[Path, str], tmp_path: Path) -> None:
     folder, text = llava
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    _files.cache_clear()
     with pytest.raises(ModelError, match=r"found pytorch_model\.bin: pickled weights are not loaded"):
         built(parsed(text))
     parts = text.replace("vicuna", "chatml")

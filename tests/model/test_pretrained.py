@@ -78,7 +78,6 @@ def test_a_llava_is_trained_merged_and_exported_by_the_command_line(llava: str, 
 
 
 def test_an_exported_llava_is_a_start_again(llava: str, tmp_path: Path) -> None:
-    """Also one whose connector is linear, which LLaVA writes as two layers."""
     model = built(parsed(llava))
     rows = rows_of(parsed(llava))
     expected = logits_of(model, rows)
@@ -100,9 +99,8 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert (tmp_path / "merged" / "connector_tokenizer" / "tokenizer.json").is_file()
     assert largest(logits_of(merged, rows), expected) <= 1e-4
-    assert merged.chat("what color is it?", images=[tmp_path / "red.png"]) == trained.chat(
-        "what color is it?", images=[tmp_path / "red.png"]
-    )
+    said = [model.chat("what color is it?", images=[tmp_path / "red.png"]) for model in (merged, trained)]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("kind", ["llava", "instructblip"])
@@ -119,9 +117,8 @@ def test_quantised_loading_and_the_plan(kind: str, request: pytest.FixtureReques
     assert [(row.match, row.trained, row.total) for row in stage.tuning] == [(row.match, row.trained, row.total) for row in tuned.table]
     assert found.quantize == "nf4"
     bare, _ = bare_model(recipe)
-    assert (
-        bare.processor.spec.tokens_per_image == model.processor.spec.tokens_per_image == build_processor(recipe, []).spec.tokens_per_image
-    )
+    tokens = model.processor.spec.tokens_per_image
+    assert tokens == bare.processor.spec.tokens_per_image == build_processor(recipe, []).spec.tokens_per_image
 
 
 def test_what_the_recipe_says_of_tower_and_llm_is_used(llava: str) -> None:
@@ -169,4 +166,4 @@ def test_instructions_are_read_by_the_connectors_own_tokenizer(instructblip: str
     assert reader is not None
     rows = [example.input_ids[~example.image_mask] for example in examples[:2]]
     said = [reader.tokenizer.decode(reader._ids(tuple(row.tolist()))) for row in rows]
-    assert said == ["[CLS] what color is it? [SEP]", "[CLS] is it blue? [SEP]"]
+    assert said == ["[CLS] what color is it ? [SEP]", "[CLS] is it blue ? [SEP]"]

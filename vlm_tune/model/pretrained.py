@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,7 +246,7 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
         found: Any = AutoImageProcessor.from_pretrained(vlm.name, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.pretrained: {vlm.name!r} needs its preprocessor_config.json: {error}") from None
-    if int(found.resample) != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
+    if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
         _refuse(vlm, "an image processor that does not resize, rescale and normalise, or not bicubically", "resample: 3")
     if abs(found.rescale_factor * 255 - 1) > 1e-6:
         _refuse(vlm, f"pixels scaled by {found.rescale_factor}", "1/255")
@@ -313,15 +312,14 @@ def _tensor_names(vlm: Vlm) -> set[str]:
         return {key for file in _files(vlm.name) for key in check_safetensors(file)}
 
 
-@cache
-def _files(name: str) -> tuple[Path, ...]:
+def _files(name: str) -> list[Path]:
     """The weight files of a folder or a hub name, fetched where they are not here."""
     if Path(name).is_dir():
-        return tuple(check_folder(Path(name)))
+        return check_folder(Path(name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return tuple(check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))))
+        return check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"])))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(f"can't fetch the weights of {name!r}: {error}") from None
