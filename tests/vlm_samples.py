@@ -170,7 +170,9 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
     )
     theirs: Any = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     theirs.language_model.lm_head.weight = nn.Parameter(torch.zeros_like(theirs.language_model.lm_head.weight))
-    stir(theirs).save_pretrained(folder)
+    stir(theirs)
+    theirs.query_tokens.data *= 10  # a norm comes next: small queries would have gradients too large to compare
+    theirs.save_pretrained(folder)
     return theirs
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import LORA_TUNE, batch_of, built, cli, examples_of, largest, parsed, prepare_rows, rows_of, wake_adapters, with_tune
+from small import LORA_TUNE, batch_of, built, examples_of, largest, parsed, prepare_rows, rows_of, wake_adapters, with_tune
+from typer.testing import CliRunner
 from vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 
+from vlm_tune.cli import app
 from vlm_tune.exporting import export
 from vlm_tune.merging import merge
 from vlm_tune.model.build import bare_model, build_processor
@@ -21,6 +22,13 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.planning.planner import plan
 
 Tiny = Callable[..., str]
+
+
+def command(*arguments: str) -> str:
+    """What `vlm-tune` prints, in this process; asserts that it succeeds."""
+    found = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
 
 
 def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
@@ -50,10 +58,8 @@ def test_a_llava_is_trained_merged_and_exported_by_the_command_line(llava: str, 
     from transformers import LlavaForConditionalGeneration
 
     (tmp_path / "recipe.yaml").write_text(llava)
-    out = cli("sft", str(tmp_path / "recipe.yaml"), "--json")
-    assert json.loads(out)["run"] == str(tmp_path / "run")
-    shown = cli("show", str(tmp_path / "recipe.yaml"))
-    assert "USER:" in shown
+    command("sft", str(tmp_path / "recipe.yaml"))
+    assert "USER:" in command("show", str(tmp_path / "recipe.yaml"))
     rows = rows_of(parsed(llava))
     trained = load_model(tmp_path / "run", dtype=torch.float32)
     assert trained.config.model.llm.name == str(tmp_path / "llava")
@@ -90,7 +96,7 @@ def test_an_exported_llava_is_a_start_again(llava: str, tmp_path: Path) -> None:
 
 def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(instructblip)
-    cli("sft", str(tmp_path / "recipe.yaml"))
+    command("sft", str(tmp_path / "recipe.yaml"))
     rows = rows_of(parsed(instructblip))
     trained = load_model(tmp_path / "run", dtype=torch.float32)
     expected = logits_of(trained, rows)

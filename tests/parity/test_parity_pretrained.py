@@ -64,7 +64,6 @@ def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
     assert not [name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0]
     known = {name: wanted[name] for name in found}
     for name, gradient in known.items():
-        print("DBG", name, largest(found[name], gradient), float(gradient.abs().max())) if largest(found[name], gradient) > 1e-6 else 0
         assert largest(found[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
     assert_close(found, known, relative=1e-3)
 

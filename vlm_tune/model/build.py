@@ -202,6 +202,9 @@ def _bare_llm(llm: Llm, dtype: torch.dtype, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = llm_config(llm)
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # Flan-T5's head is its own; transformers' config says otherwise until it sees the weights.
+        config.tie_word_embeddings = False
     try:
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
         model = factory.from_config(config, dtype=dtype, **_attention(attention))

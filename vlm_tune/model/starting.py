@@ -85,8 +85,8 @@ def _renamed(connector: nn.Module, found: Tensors, name: str) -> Tensors:
     if other is None and isinstance(connector, Linear):
         return _product(found)
     if other is None:
-        names = {"linear_1": "layers.0", "linear_2": "layers.2"}
-        return {f"{names.get(stem, stem)}.{kind}": value for key, value in found.items() for stem, _, kind in [key.rpartition(".")]}
+        names = {"linear_1.": "layers.0.", "linear_2.": "layers.2."}
+        return {names.get(key[:9], key[:9]) + key[9:]: value for key, value in found.items()}
     return {f"{'linear' if isinstance(connector, Linear) else 'layers'}.{key}": value for key, value in found.items()}
 
 
