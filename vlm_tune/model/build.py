@@ -202,14 +202,14 @@ def _bare_llm(llm: Llm, dtype: torch.dtype, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = llm_config(llm)
-    if getattr(config, "scale_decoder_outputs", True) is False:
-        # Flan-T5's head is its own; transformers' config says otherwise until it sees the weights.
-        config.tie_word_embeddings = False
     try:
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
         model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
         raise ModelError(f"can't build the language model of {llm.name!r}: {_first_line(error)}") from None
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # Flan-T5's head is its own; transformers ties it until it sees the weights.
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     if llm.quantize:
         pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
     return model
@@ -341,6 +341,8 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         raise ModelError(f"can't load the language model {name!r}: {_first_line(error)}") from None
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
+        # It is a language model now: saved under its own names, not under those it was found by.
+        del model._weight_conversions
     faults = [
         f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
         for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))
