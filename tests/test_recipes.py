@@ -10,21 +10,24 @@ import torch
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.template import load_template
-from vlm_tune.model.build import assemble, bare_tower, train_tokenizer
+from vlm_tune.model.build import assemble, bare_model, bare_tower, train_tokenizer
+from vlm_tune.model.pretrained import model_section
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+"""Of a ViT-L/14."""
 
 
 def meta_model(recipe: Recipe, language: Any) -> VisionLanguageModel:
     template = load_template(recipe.data.template)
     tokenizer = train_tokenizer([], 300, template)
     with torch.device("meta"):
-        tower = bare_tower(recipe.model.tower)
+        tower = bare_tower(model_section(recipe).tower)
         config = VisionLanguageConfig(
-            model=recipe.model,
+            model=model_section(recipe),
             tower_rebuild=tower.rebuild,
             template=template.model_dump(),
             system=recipe.data.system,
@@ -74,16 +77,7 @@ def test_llava_7b_trains_in_full_at_its_real_shape(tmp_path: Path) -> None:
 def test_llava_style_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        hidden_act="quick_gelu",
-        projection_dim=768,
-    )
+    tower = CLIPVisionConfig(**LARGE, image_size=336, hidden_act="quick_gelu", projection_dim=768)
     tower.save_pretrained(tmp_path)
     recipe = load_recipe(RECIPES / "llava-1.5-style.yaml", {"model.tower.name": str(tmp_path)})
     (_, align), (_, instruct) = recipe.resolved_stages()
@@ -97,6 +91,39 @@ def test_llava_style_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> No
     layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
     assert counts == {"tower.*": 0, "connector.*": projector, "llm.*": 32 * 128 * layer}
     assert model.llm.head.weight.shape == (32000, 4096)
+
+
+def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """From configs alone: the model that `plan` makes."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(**LARGE, image_size=336, hidden_act="quick_gelu", projection_dim=768)
+    LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "llava-1.5-7b-qlora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((576, 1024), 576)
+    layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
+    assert trained(tuned(model, recipe)) == {"tower.*": 0, "connector.*": projector, "llm.*": 32 * 64 * layer}
+
+
+def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    from transformers import BlipImageProcessor, InstructBlipConfig, T5Config
+
+    shape = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+    text = T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    InstructBlipConfig(text_config=text, qformer_config={"vocab_size": 30523}).save_pretrained(tmp_path)
+    BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "instructblip-flan-t5-xl-lora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
+    counts = trained(tuned(model, recipe))
+    assert counts["llm.*"] == 2 * (24 + 24 + 24) * 16 * (2048 + 2048)
+    attention = lambda context: 2 * (768 + 1) * 768 + 2 * (context + 1) * 768 + 2 * 768  # noqa: E731
+    feed = (768 + 1) * 3072 + (3072 + 1) * 768 + 2 * 768
+    words = 32 * 768 + 2 * 768 + (30523 + 512) * 768 + (768 + 1) * 2048
+    assert counts["connector.*"] == words + 12 * (attention(768) + feed) + 6 * attention(1408) + 11 * feed
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

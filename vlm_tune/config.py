@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -47,11 +47,13 @@ class OpenClipTower(Tower):
 
 
 class TransformersTower(Tower):
-    """A vision tower from transformers (CLIP, SigLIP, DINOv2): a hub name or a folder."""
+    """A vision tower from transformers (CLIP, SigLIP, DINOv2, or a vision-language model's own): a hub name or a folder."""
 
     kind: Literal["transformers"]
     name: str
+    weights: str | None = Field(default=None, description="a vision-language model that holds the tower's weights, where `name` does not")
     layer: int = Field(default=-2, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
+    final_norm: bool = Field(default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)")
     class_token: bool = CLASS_TOKEN
 
 
@@ -86,6 +88,9 @@ class Projector(Config):
     """What every connector can be told."""
 
     norm: bool = Field(default=False, description="a LayerNorm on the tower's features first; for towers that end without one")
+    weights: str | None = Field(
+        default=None, description="where it starts from: a safetensors file, or a vision-language model; random where not given"
+    )
 
 
 class LinearConnector(Projector):
@@ -141,6 +146,10 @@ class QFormerConnector(Projector):
     every: PositiveInt = Field(default=2, description="every n-th layer, from the first, attends to the features")
     text: bool = Field(default=False, description="the instruction joins the queries in self-attention (InstructBLIP)")
     max_text: PositiveInt = Field(default=512, description="the last tokens of an instruction that are read")
+    tokenizer: str | None = Field(
+        default=None, description="reads the instruction by this tokenizer and word embeddings of its own; else by the LLM's"
+    )
+    vocab_size: PositiveInt | None = Field(default=None, description="rows of its own word embeddings, with `tokenizer`")
 
 
 BaseConnector = LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
@@ -200,6 +209,35 @@ class ModelSection(Config):
     tower: Annotated[AnyTower, Field(discriminator="kind")]
     connector: Annotated[AnyConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
     llm: Llm
+
+
+class PretrainedLlm(Config):
+    """What the language model of an existing vision-language model can be told."""
+
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
+
+
+class PretrainedModel(Config):
+    """An existing vision-language model (LLaVA-1.5, BLIP-2, InstructBLIP) to start from: its tower, connector and LLM.
+
+    What is set of `tower` is used in place of what the checkpoint's own configs say.
+    """
+
+    pretrained: str = Field(description="a hub name or a local folder")
+    tower: Tower = Tower()
+    llm: PretrainedLlm = PretrainedLlm()
+
+
+def _model_form(value: Any) -> str:
+    """The class that describes a recipe's model: by its parts, or one to start from."""
+    named = "pretrained" in value if isinstance(value, dict) else isinstance(value, PretrainedModel)
+    return PretrainedModel.__name__ if named else ModelSection.__name__
+
+
+AnyModel = Annotated[
+    Annotated[ModelSection, Tag(ModelSection.__name__)] | Annotated[PretrainedModel, Tag(PretrainedModel.__name__)],
+    Discriminator(_model_form),
+]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -533,7 +571,7 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     output: str = Field(description="the run's folder")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    model: ModelSection
+    model: AnyModel
     data: DataSection
     tune: list[TuneRule] = Field(min_length=1)
     objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] = LanguageModeling()
@@ -541,6 +579,11 @@ class Recipe(Config):
     evaluate: EvaluateSection = EvaluateSection()
     engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()
     stages: list[Stage] = []
+
+    @property
+    def scratch(self) -> Scratch | None:
+        """How the LLM is made, where it starts from random weights."""
+        return self.model.llm.scratch if isinstance(self.model, ModelSection) else None
 
     def resolved_stages(self) -> list[tuple[str, Recipe]]:
         """Each stage's name and complete recipe, in order; one stage named `main` where none are listed."""

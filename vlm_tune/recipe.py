@@ -12,7 +12,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from vlm_tune.config import TRAINS_BASE, DataSection, EvaluateSection, Recipe, TrainSection, TuneRule, merge_parts, stage_changes
+from vlm_tune.config import (
+    TRAINS_BASE,
+    DataSection,
+    EvaluateSection,
+    ModelSection,
+    Recipe,
+    TrainSection,
+    TuneRule,
+    merge_parts,
+    stage_changes,
+)
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.recipe_yaml import Located, Path, apply_override, read_yaml, read_yaml_text
 
@@ -223,7 +233,7 @@ def _yaml_path(schema: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Path, typ
             options = list(_alternatives(typing.get_args(lists[0])[0]))
             parent = None
             continue
-        tagged = [model for model in models if _kind_of(model) == part]
+        tagged = [model for model in models if part == _kind_of(model) or part == model.__name__]
         if tagged and len(models) > 1:
             options = tagged
             continue
@@ -259,7 +269,7 @@ def _contradictions(raw: Any) -> list[tuple[Path, str]]:
     if isinstance(_get(raw, "train"), dict) and (epochs is None) == (steps is None):
         found.append((("train",), "give exactly one of train.epochs and train.steps"))
     llm = _get(raw, "model", "llm")
-    if isinstance(llm, dict):
+    if isinstance(llm, dict) and _get(raw, "model", "pretrained") is None:
         if (llm.get("name") is None) == (llm.get("scratch") is None):
             found.append((("model", "llm"), "give exactly one of model.llm.name and model.llm.scratch"))
         if llm.get("gguf_file") is not None and llm.get("name") is None:
@@ -268,6 +278,11 @@ def _contradictions(raw: Any) -> list[tuple[Path, str]]:
             found.append((("model", "llm", "quantize"), "a scratch LLM has nothing to quantise: its random weights must train in full"))
         if llm.get("kind") == "seq2seq" and _get(raw, "train", "precision") == "fp16":
             found.append((("train", "precision"), "T5's activations overflow in fp16; use bf16 or fp32"))
+    connector = _get(raw, "model", "connector")
+    if isinstance(connector, dict) and (connector.get("tokenizer") is None) != (connector.get("vocab_size") is None):
+        found.append((("model", "connector"), "give model.connector.tokenizer and model.connector.vocab_size together, or neither"))
+    if _get(connector, "tokenizer") is not None and connector.get("text") is not True:
+        found.append((("model", "connector", "tokenizer"), "a Q-Former reads no instruction without model.connector.text: true"))
     tower = _get(raw, "model", "tower")
     pair = _get(tower, "towers")
     towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
@@ -424,6 +439,19 @@ def _rule_contradictions(rule: Any) -> list[tuple[str, str]]:
     if rule.get("variant") == "dora" and rule.get("init") == "pissa":
         found.append(("init", "PiSSA over DoRA can't be saved as an adapter of the unchanged base; drop one of them"))
     return found
+
+
+def check_parts(recipe: Recipe, model: ModelSection) -> None:
+    """Raises `RecipeError` where a recipe contradicts the parts that its `model.pretrained` turned out to have."""
+    problems = []
+    for _, stage in recipe.resolved_stages():
+        raw = {**stage.model_dump(), "model": model.model_dump()}
+        problems += [
+            Problem(_dotted(path), f"{message} (model.pretrained: {model.llm.name} is {model.llm.kind} with a {model.connector.kind})")
+            for path, message in _contradictions(raw)
+        ]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_text_conditioned_qformer_equals_instructblip() -> None:
     ours.positions.weight.data = theirs.embeddings.position_embeddings.weight.data
     features, ids = torch.randn(3, 9, 24), torch.randint(1, 50, (3, 6))
     mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
-    text = Text(theirs.embeddings.word_embeddings(ids), mask)
+    text = Text(theirs.embeddings.word_embeddings(ids), mask, ids)
     expected = theirs(
         input_ids=ids,
         attention_mask=torch.cat([torch.ones(3, 5, dtype=torch.long), mask.long()], 1),
@@ -108,7 +108,7 @@ def test_text_conditioned_qformer_equals_instructblip() -> None:
         encoder_hidden_states=features,
     ).last_hidden_state[:, :5]
     assert largest(ours(features, text), expected) <= 1e-5
-    other = Text(text.embeds, torch.ones_like(mask))
+    other = Text(text.embeds, torch.ones_like(mask), ids)
     assert largest(ours(features, other)[0], expected[0]) <= 1e-5
     assert largest(ours(features, other)[1:], expected[1:]) > 1e-2
 

@@ -72,13 +72,13 @@ def expected_fusion(fusion: Any, how: str, v: torch.Tensor, words: torch.Tensor)
 def test_fusion_equals_its_formula(how: Any, rank: int | None) -> None:
     connector = stir(build_connector(FusionConnector(kind="fusion", how=how, heads=2, rank=rank, factors=3), 5, WIDTH))
     features, words = torch.randn(2, 4, 5), torch.randn(2, 6, WIDTH)
-    lengths = [6, 2]
-    found = connector(features, Text(words, torch.arange(6) < torch.tensor(lengths)[:, None]))
+    lengths, ids = [6, 2], torch.zeros(2, 6, dtype=torch.int64)
+    found = connector(features, Text(words, torch.arange(6) < torch.tensor(lengths)[:, None], ids))
     image = connector.base(features)
     for row, length in enumerate(lengths):
         expected = expected_fusion(connector.fusion, how, image[row], normed(connector.norm, words[row, :length]))
         assert largest(found[row], expected) <= 1e-5
-    other = connector(features, Text(words.flip(0), torch.ones(2, 6, dtype=torch.bool)))
+    other = connector(features, Text(words.flip(0), torch.ones(2, 6, dtype=torch.bool), ids))
     assert largest(found, other) > 1e-2
 
 

@@ -48,7 +48,7 @@ def check(
         sample = STREAMED
     stages = [(name, _sampled(stage, sample)) for name, stage in stages]
     report = CheckReport(loaded.name, sample)
-    processor = build_processor(loaded, list(_texts(stages)) if loaded.model.llm.scratch else [])
+    processor = build_processor(loaded, list(_texts(stages)) if loaded.scratch else [])
     for number, (name, stage) in enumerate(stages):
         report.read += _parts(report, name, stage, processor, last=number == len(stages) - 1, show=show)
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}

@@ -223,7 +223,7 @@ def conversations(data: DataSection, sources: Sequence[Source], seed: int) -> It
 
 def scratch_texts(recipe: Recipe) -> list[Conversation]:
     """The training conversations of every stage, where the recipe's tokenizer is trained on them; else none."""
-    if not recipe.model.llm.scratch:
+    if not recipe.scratch:
         return []
     return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
 

@@ -14,6 +14,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.source import EXACT, ExportReport, run_lines
 from vlm_tune.merging import check_output, probe_rows
 from vlm_tune.model.build import load_llm
+from vlm_tune.model.pretrained import find_vlm
 from vlm_tune.model.store import ADAPTERS, commit_folder, find_model, load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageConfig
 from vlm_tune.model.weights import read_safetensors
@@ -31,6 +32,8 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava")
+    if find_vlm(config.llm.name) is not None:
+        raise ModelError(f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava")
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
     check_output(output)

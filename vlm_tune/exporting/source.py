@@ -15,7 +15,7 @@ import torch
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import TOLERANCE, merged_model, observe, plain_probe, probe_rows
-from vlm_tune.model.build import DTYPES
+from vlm_tune.model.build import DTYPES, llm_config
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.store import ADAPTERS, PROMPT, load_model
 from vlm_tune.model.towers import build_tower
@@ -91,15 +91,8 @@ def _size(count: int) -> str:
 
 def text_config(source: Path, config: VisionLanguageConfig) -> Any:
     """transformers' config of a saved model's LLM. Raises `ModelError` if it can't be read."""
-    from transformers import AutoConfig
-
     own = source / "llm"
-    name = str(own) if own.is_dir() else str(config.llm.name)
-    options = {"gguf_file": config.llm.gguf_file} if config.llm.gguf_file and not own.is_dir() else {}
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"can't read the config of the language model {name!r}: {error}") from None
+    return llm_config(config.llm, own if own.is_dir() else None)
 
 
 def count_parameters(text: Any, config: VisionLanguageConfig) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, Recipe, Scratch, TimmTower
+from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, QFormerConnector, Recipe, Scratch, TimmTower
 from vlm_tune.data.images import ImageProcessor
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import ChatTemplate, load_template
@@ -23,7 +23,10 @@ from vlm_tune.model.blocks import block_names
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.llm import LLMS, LanguageModel
 from vlm_tune.model.packed import pack_linears
+from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section
 from vlm_tune.model.projectors import Connector
+from vlm_tune.model.starting import load_words, start_connector
+from vlm_tune.model.text import Reader
 from vlm_tune.model.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, read_safetensors
@@ -40,7 +43,7 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
     """
     torch.manual_seed(recipe.seed)
-    section, template = recipe.model, load_template(recipe.data.template)
+    section, template = model_section(recipe), load_template(recipe.data.template)
     tower = build_tower(section.tower)
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
@@ -49,12 +52,15 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     else:
         tokenizer = load_tokenizer(section.llm)
         language = bare_llm(section.llm, load_dtype(recipe)) if bare else load_llm(section.llm, dtype=load_dtype(recipe))
-    return assemble(_config(recipe, tower), tower, tokenizer, language, changed={"tower"} if _from_scratch(section.tower) else set())
+    changed = {"tower"} if _from_scratch(section.tower) else set()
+    model = assemble(_config(recipe, section, tower), tower, tokenizer, language, load_words(section.connector), changed=changed)
+    start_connector(model.connector, section.connector)
+    return model
 
 
-def _config(recipe: Recipe, tower: VisionTower) -> VisionLanguageConfig:
+def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> VisionLanguageConfig:
     return VisionLanguageConfig(
-        model=recipe.model,
+        model=section,
         tower_rebuild=tower.rebuild,
         template=load_template(recipe.data.template).model_dump(),
         system=recipe.data.system,
@@ -75,7 +81,7 @@ def _from_scratch(tower: AnyTower) -> bool:
 
 def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Processor:
     """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
-    section, template = recipe.model, load_template(recipe.data.template)
+    section, template = model_section(recipe), load_template(recipe.data.template)
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
     else:
@@ -110,13 +116,20 @@ def _processor(
     )
 
 
-def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, *, changed: set[str]) -> VisionLanguageModel:
-    """A model from its parts, with a connector of random weights."""
+def assemble(
+    config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, words: Any = None, *, changed: set[str]
+) -> VisionLanguageModel:
+    """A model from its parts, with a connector of random weights; `words` is the connector's own tokenizer, where it has one.
+
+    Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for.
+    """
     llm, connector, tokens = _connected(config.model, tower.measure(), language)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}"
         )
+    if words is not None:
+        _connect_words(config, connector, tokenizer, words)
     template = ChatTemplate.model_validate(config.template)
     processor = _processor(config.model, tokenizer, template, tokens, tower, config.system, config.max_length)
     model = VisionLanguageModel(config, tower, connector, llm, processor)
@@ -124,6 +137,16 @@ def assemble(config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, l
         check_packed(model)
     model.changed = changed | ({"llm"} if config.llm.scratch else set())
     return model
+
+
+def _connect_words(config: VisionLanguageConfig, connector: Connector, tokenizer: Any, words: Any) -> None:
+    section = config.model.connector
+    assert isinstance(section, QFormerConnector)
+    if len(words) > (section.vocab_size or 0):
+        raise ModelError(
+            f"the connector's tokenizer has {len(words)} tokens, its embedding {section.vocab_size} (model.connector.vocab_size)"
+        )
+    connector.reader = Reader(tokenizer, words, section.max_text)
 
 
 def check_packed(model: VisionLanguageModel) -> None:
@@ -162,7 +185,7 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
     Of the weights only configs are read, and a tokenizer is not needed. The model's processor knows the layout and the
     special ids, and nothing of words. Raises `ModelError` for unknown names.
     """
-    section = recipe.model
+    section = model_section(recipe)
     ids = tokenizer or SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
     with torch.device("meta"):
         tower = bare_tower(section.tower)
@@ -175,25 +198,40 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
         llm, connector, tokens = _connected(section, measured, language)
     spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
-    return VisionLanguageModel(_config(recipe, tower), tower, connector, llm, processor), measured
+    return VisionLanguageModel(_config(recipe, section, tower), tower, connector, llm, processor), measured
 
 
 def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None) -> Any:
     """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
-    name = str(folder or llm.name)
+    config = llm_config(llm, folder)
     try:
-        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
         with torch.device("meta"):
             model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't read the config of {name!r}: {_first_line(error)}") from None
+        raise ModelError(f"can't build the language model of {llm.name!r}: {_first_line(error)}") from None
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # Flan-T5's head is its own; transformers ties it until it sees the weights.
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     if llm.quantize:
         pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
     return model
+
+
+def llm_config(llm: Llm, folder: Path | None = None) -> Any:
+    """transformers' config of a language model by its name, or of a saved folder. Raises `ModelError` if it can't be read."""
+    from transformers import AutoConfig
+
+    vlm = find_vlm(str(llm.name)) if folder is None else None
+    if vlm is not None:
+        return language_config(vlm)
+    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    try:
+        return AutoConfig.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read the config of the language model {str(folder or llm.name)!r}: {_first_line(error)}") from None
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
@@ -289,18 +327,27 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
             model.save_pretrained(scratch)
             return _loaded(factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)})
     options["use_safetensors"] = True
+    vlm = find_vlm(name) if folder is None else None
+    if vlm is not None:
+        config = language_config(vlm)
+        options |= {"config": config, "key_mapping": language_names(vlm, config)}
     if llm.quantize and quantize:
         options["quantization_config"] = _bitsandbytes(llm, dtype)
-    return _loaded(factory, name, options)
+    return _loaded(factory, name, options, vlm)
 
 
-def _loaded(factory: Any, name: str, options: dict[str, Any]) -> Any:
+def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = None) -> Any:
+    """A whole language model, or the one inside a vision-language model."""
     try:
         model, info = factory.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"can't load the language model {name!r}: {_first_line(error)}") from None
+    if vlm is not None:
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
+        # It is a language model now: saved under its own names, not under those it was found by.
+        del model._weight_conversions
     faults = [
         f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
         for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))

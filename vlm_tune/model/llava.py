@@ -59,6 +59,8 @@ def tower_reasons(config: VisionLanguageConfig) -> list[str]:
             reasons.append("its tower is not a ViT of open_clip's own")
     else:
         reasons.append(f"its tower is of kind {tower.kind}, LLaVA's is one CLIP or SigLIP ViT")
+    if isinstance(tower, TransformersTower) and tower.final_norm:
+        reasons.append("its tower's last norm is on the features (model.tower.final_norm)")
     if tower.grid is not None:
         reasons.append("its tower pools to a grid (model.tower.grid)")
     if tower.tiles:

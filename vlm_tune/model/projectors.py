@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vlm_tune.config import AvgPoolConnector, LinearConnector, MlpConnector, PixelShuffleConnector, Projector
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.model.text import Reader
 
 if TYPE_CHECKING:
     from vlm_tune.model.llm import LanguageModel
@@ -30,6 +31,9 @@ class Connector(nn.Module):
     needs_text = False
     fills_slots = True
     """Whether the slots hold all that it gives the LLM, so that what is generated has no other way to the image."""
+
+    reader: Reader | None = None
+    """What gives it the instruction in its own vocabulary, where it has one."""
 
     def tokens(self, tower_tokens: int) -> int:
         """Slots an image takes in the LLM's input, given the tower's tokens. Raises `ModelError` if they don't fit."""

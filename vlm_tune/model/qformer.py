@@ -47,7 +47,8 @@ class QFormer(Connector):
     """BLIP-2's Q-Former (arXiv:2301.12597); with `text` InstructBLIP's, which reads the instruction too (arXiv:2305.06500).
 
     The words come as the LLM's own input embeddings, through a learned projection: no second tokenizer, and a word
-    that the training data never holds has a meaning all the same.
+    that the training data never holds has a meaning all the same. With a `tokenizer` of its own, as InstructBLIP's, they
+    are embeddings of its own too.
     """
 
     def __init__(self, config: QFormerConnector, width: int, llm_width: int) -> None:
@@ -56,7 +57,8 @@ class QFormer(Connector):
         self.entry = entry(config, width)
         self.queries = nn.Parameter(0.02 * torch.randn(config.queries, inner))
         self.norm = nn.LayerNorm(inner, eps=EPSILON)
-        self.words = nn.Linear(llm_width, inner) if config.text else None
+        own = nn.Embedding(config.vocab_size, inner) if config.vocab_size else nn.Linear(llm_width, inner)
+        self.words = own if config.text else None
         self.positions = nn.Embedding(config.max_text, inner) if config.text else None
         # Nobody reads the text's states after the last layer: it has no feed-forward for them.
         self.layers = nn.ModuleList(
@@ -79,11 +81,19 @@ class QFormer(Connector):
         features, count = self.entry(features), len(self.queries)
         states, mask = self.queries.to(features.dtype).expand(len(features), -1, -1), None
         if text is not None and self.words is not None and self.positions is not None:
-            text = text.last(self.positions.num_embeddings)
-            read = self.words(text.embeds) + self.positions.weight[: text.mask.shape[1]]
+            words, seen = self._words(text.last(self.positions.num_embeddings))
+            read = words + self.positions.weight[: seen.shape[1]]
             states = torch.cat([states, read.to(states.dtype)], dim=1)
-            mask = torch.cat([text.mask.new_ones(len(features), count), text.mask], dim=1)[:, None]
+            mask = torch.cat([seen.new_ones(len(features), count), seen], dim=1)[:, None]
         states = self.norm(states)
         for layer in self.layers:
             states = layer(states, count, features, mask)
         return self.project(states[:, :count])
+
+    def _words(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+        """The instruction's word embeddings [M, T, W] and their mask bool[M, T]."""
+        if not isinstance(self.words, nn.Embedding):
+            return self.words(text.embeds), text.mask  # type: ignore[misc]
+        # A plan knows no words: it counts as many as the LLM has.
+        ids, mask = self.reader(text) if self.reader else (torch.zeros_like(text.ids), text.mask)
+        return self.words(ids), mask

@@ -8,6 +8,7 @@ adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
 tokenizer.json, ...    the tokenizer, chat_template.jinja
+connector_tokenizer/   the connector's own, where it has one
 manifest.json          sizes and sha256 of all the other files
 """
 
@@ -30,6 +31,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
 from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.prompts import read_prompt, write_prompt
+from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 
@@ -38,6 +40,7 @@ TEMPORARY, REPLACED = ".tmp-", ".old-"
 """What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
+WORDS = "connector_tokenizer"
 
 
 # --- folders that are whole ------------------------------------------------------------------------------------------
@@ -184,6 +187,8 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
         if prompt is not None and virtual is not None:
             write_prompt(prompt.config, virtual, folder / PROMPT)
         model.processor.tokenizer.save_pretrained(folder)
+        if model.connector.reader is not None:
+            model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
         if model.processor.template.jinja:
             (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
 
@@ -268,7 +273,8 @@ def restore_model(
     else:
         language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
-    model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
+    words = load_words(config.model.connector, folder / WORDS)
+    model = assemble(config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed)
     model.changed = changed
     load_into(model.connector, read_safetensors(folder / "connector.safetensors"), folder / "connector.safetensors")
     for part, name in ADAPTERS.items():

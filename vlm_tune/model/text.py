@@ -6,6 +6,8 @@ Shapes: B rows, L tokens of a row, M media places, T instruction tokens, E LLM w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -15,13 +17,14 @@ from vlm_tune.errors import ModelError
 
 @dataclass
 class Text:
-    """The instruction of each media place in the LLM's input embeddings: embeds [M, T, E], mask bool[M, T].
+    """The instruction of each media place: embeds [M, T, E] and ids int64[M, T] as the LLM has them, mask bool[M, T].
 
     Tokens stand at the left, in their order; each place has at least one (a padding token, where there is no word).
     """
 
     embeds: torch.Tensor
     mask: torch.Tensor
+    ids: torch.Tensor
 
     def last(self, most: int) -> Text:
         """The last `most` tokens of each instruction."""
@@ -29,7 +32,31 @@ class Text:
             return self
         skipped = (self.mask.sum(1, keepdim=True) - most).clamp(min=0)
         kept = skipped + torch.arange(most, device=skipped.device)
-        return Text(self.embeds.gather(1, kept[..., None].expand(-1, -1, self.embeds.shape[2])), self.mask.gather(1, kept))
+        embeds = self.embeds.gather(1, kept[..., None].expand(-1, -1, self.embeds.shape[2]))
+        return Text(embeds, self.mask.gather(1, kept), self.ids.gather(1, kept))
+
+
+class Reader:
+    """Gives instructions in the ids of a connector's own `tokenizer`, with that one's start and end tokens."""
+
+    def __init__(self, llm_tokenizer: Any, tokenizer: Any, most: int) -> None:
+        self.tokenizer = tokenizer
+        self._llm, self._most = llm_tokenizer, most
+        self._read = lru_cache(100_000)(self._ids)
+
+    def _ids(self, ids: tuple[int, ...]) -> list[int]:
+        text = self._llm.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer(text, truncation=True, max_length=self._most).input_ids
+
+    def __call__(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids int64[M, T'] and mask bool[M, T'] of each instruction, at the left."""
+        rows = [self._read(tuple(ids[mask].tolist())) for ids, mask in zip(text.ids.cpu(), text.mask.cpu(), strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), max(int(lengths.max()), 1), dtype=torch.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return ids.to(text.ids.device), mask.to(text.ids.device)
 
 
 def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,4 +93,4 @@ def instructions(batch: Batch, embeds: torch.Tensor, rows: torch.Tensor, columns
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
     kept = mask.gather(1, order)
     kept[:, 0] = True
-    return Text(embeds[rows[:, None], order], kept)
+    return Text(embeds[rows[:, None], order], kept, batch.input_ids[rows[:, None], order])

@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, Tower, TransformersTower
 from vlm_tune.errors import ModelError
+from vlm_tune.model.pretrained import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, check_safetensors, load_into, read_safetensors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -215,6 +216,12 @@ FAMILIES = {
     "siglip_vision_model": Family(
         "SiglipVisionConfig", "SiglipVisionModel", "layers", "post_layernorm", HALF, HALF, class_token=False, asks_to_interpolate=True
     ),
+    "blip_2_vision_model": Family(
+        "Blip2VisionConfig", "Blip2VisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+    ),
+    "instructblip_vision_model": Family(
+        "InstructBlipVisionConfig", "InstructBlipVisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+    ),
     "dinov2": Family("Dinov2Config", "Dinov2Model", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD),
     "dinov2_with_registers": Family(
         "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD
@@ -235,7 +242,7 @@ class TransformersVision(VisionTower):
         if rebuild:
             model: Any = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
         else:
-            model = _pretrained_vision(config.name, family)
+            model = _pretrained_vision(config, family, vision)
         super().__init__(config, config.image_size or vision["image_size"], source.get("mean", family.mean), source.get("std", family.std))
         if config.class_token and not family.class_token:
             raise ModelError(f"model.tower.class_token: a tower of type {vision['model_type']} has none")
@@ -243,6 +250,7 @@ class TransformersVision(VisionTower):
         if -config.layer > len(blocks):
             raise ModelError(f"the tower has {len(blocks)} blocks, there is no layer {config.layer}")
         setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
+        self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
         _drop_unused(model)
         self.rebuild, self.model, self.class_token = source, model, config.class_token
@@ -251,7 +259,7 @@ class TransformersVision(VisionTower):
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 
     def maps(self, pixels: torch.Tensor) -> Found:
-        hidden = self.model(pixel_values=pixels, **self.options).last_hidden_state
+        hidden = self.norm(self.model(pixel_values=pixels, **self.options).last_hidden_state)
         patches = hidden[:, hidden.shape[1] - self.side**2 :]  # class token and registers come first
         return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[:, :1] if self.class_token else None
 
@@ -290,10 +298,17 @@ def transformers_config(name: str) -> dict[str, Any]:
     return {"vision_config": vision.to_dict(), **{key: list(value) for key, value in scale.items()}}
 
 
-def _pretrained_vision(name: str, family: Family) -> Any:
-    """transformers' vision model of a hub name or folder, with all of its weights."""
+def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:
+    """transformers' vision model of a hub name or folder, or of a vision-language model's, with all of its weights."""
     import transformers
 
+    name, vlm = config.name, find_vlm(config.weights or config.name)
+    if vlm is not None:
+        found = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+        load_into(found, part_tensors(vlm, "tower"), f"the tower in {vlm.name!r}")
+        return found
+    if config.weights is not None:
+        raise ModelError(f"model.tower.weights: {config.weights!r} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
     if Path(name).is_dir():
         check_folder(Path(name))
     factory: Any = getattr(transformers, family.model)

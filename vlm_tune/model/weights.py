@@ -124,8 +124,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def check_folder(folder: Path) -> None:
-    """Checks the weight files of a local transformers folder before they are loaded.
+def check_folder(folder: Path) -> list[Path]:
+    """The weight files of a local transformers folder, checked before they are loaded.
 
     Raises `ModelError` for cut files, missing shards, and folders that hold pickled weights only.
     """
@@ -147,6 +147,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no safetensors weights{hint}")
     for file in files:
         check_safetensors(file)
+    return files
 
 
 def castable(module: nn.Module) -> Iterator[nn.Parameter]:

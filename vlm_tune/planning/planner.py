@@ -211,7 +211,7 @@ def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], settin
 
 def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
     model, (tokens, width) = bare_model(recipe, tokenizer, attention="sdpa" if setting.gpu else None)
-    made = _weights(model) if recipe.model.llm.scratch else 0
+    made = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate
     tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
@@ -423,7 +423,7 @@ def _changes(recipe: Recipe, setting: _Setting) -> Iterator[tuple[str, Change, s
     divided = all(stage.train.batch_size > 1 or stage.train.batch_tokens for stage in stages)
     unchecked = not all(stage.train.gradient_checkpointing for stage in stages)
     lone = all(not rule.match.startswith(("llm", "*")) for stage in stages for rule in stage.tune if rule.how == "full")
-    packs = recipe.model.llm.quantize is None and recipe.model.llm.scratch is None and lone
+    packs = recipe.model.llm.quantize is None and recipe.scratch is None and lone
     none: Change = lambda train: {}  # noqa: E731
     if divided:
         yield "half the batch, twice the accumulation (the same gradient)", _halved, None, setting.zero
@@ -467,5 +467,5 @@ def _with(recipe: Recipe, change: Change, quantize: str | None) -> Recipe:
         own = stage.get("train", {})
         stage["train"] = own | {key: value for key, value in change(resolved.train).items() if key in own}
     if quantize:
-        made["model"]["llm"]["quantize"] = quantize
+        made["model"].setdefault("llm", {})["quantize"] = quantize
     return Recipe.model_validate(made)
