@@ -302,11 +302,21 @@ def _loaded(factory: Any, name: str, options: dict[str, Any]) -> Any:
     ]
     if faults:
         raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
+    if "quantization_config" in options:
+        _own_memory(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@torch.no_grad()
+def _own_memory(model: nn.Module) -> None:
+    """Copies parameters that are views into the mapping of their file: one of them keeps all of it, packed weights' sources too."""
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
 
 
 def _first_line(error: Exception) -> str:

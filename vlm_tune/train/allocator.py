@@ -10,12 +10,16 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
-    """Makes glibc's malloc keep freed blocks of up to `largest` bytes for the process; False where there is no glibc.
+    """Makes glibc's malloc keep freed blocks of up to `largest` bytes from here on; False where there is no glibc.
 
     Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by one, which on a CPU
-    can take longer than the matrix product that fills them.
+    can take longer than the matrix product that fills them. What was freed before goes back to the system: what loading
+    a model leaves behind is of other sizes, and would stay beside the activations.
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is not None:
+        libc.malloc_trim(0)
     return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, largest)) and bool(mallopt(TRIM_THRESHOLD, -1))

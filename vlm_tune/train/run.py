@@ -82,8 +82,6 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     set_seed(recipe.seed)
     if recipe.train.trackers:
         accelerator.init_trackers(recipe.name, config={"recipe": text})
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     started = time.perf_counter()
     with _log(run, accelerator, show) as report, _signals() as stop:
         context = _Context(recipe, run, accelerator, report, stop, text)
@@ -265,6 +263,8 @@ def _stage(
     }
     tuned = apply_rules(model, recipe.tune, **tuning)
     model.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
     data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
