@@ -247,14 +247,19 @@ def _attention(kind: str | None = None) -> dict[str, Any]:
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
-    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded."""
+    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded.
+
+    A chat template that comes with it is left out: it is a program of whoever made the folder, and ours renders.
+    """
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:

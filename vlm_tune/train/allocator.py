@@ -1,12 +1,26 @@
-"""The C allocator of the process, told that what a training step frees the next one takes again."""
+"""Memory of the process beside tensors: what the C allocator keeps, and compiled kernels of shapes that are gone."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """mallopt's numbers for them (malloc.h)."""
+
+KERNELS = 128
+"""Kernels that are kept: some steps' worth, for a step has about thirty kinds of matrix product."""
+
+
+def forget_old_kernels() -> None:
+    """Bounds the two caches of oneDNN's kernels on a CPU, unless the environment says otherwise; before the first product.
+
+    A batch of a length not seen before brings kernels of its own, and by default each cache keeps 1,024 of them: a run on
+    rows of many lengths grows by as much as its gradients with nearly every step.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> bool:

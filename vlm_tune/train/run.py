@@ -35,7 +35,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import open_run
-from vlm_tune.train.allocator import keep_freed_memory
+from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress, stage_folder, step_folder
 from vlm_tune.train.loop import Report, StageData, StageLoop
 from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
@@ -75,6 +75,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show: 
     `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
+    forget_old_kernels()
     accelerator = _accelerator(recipe, run)
     if accelerator.is_main_process:
         open_run(run, recipe, text, resume=resume, overwrite=overwrite)
