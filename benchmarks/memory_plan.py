@@ -2,8 +2,7 @@
 
 Six models of different shape are planned, and trained for some steps by `sft`, each in a process of its own. Measured is
 the largest resident set up to the last step (VmHWM, so weights being made count), less what the process took after a run of
-a tiny model. Tensors of 64 KB and more are mapped one by one (MALLOC_MMAP_THRESHOLD_), so that what is freed is given back:
-glibc's own threshold grows with use, and its unused heap would count as the model's. Linux only.
+a tiny model. Linux only.
 """
 
 from __future__ import annotations
@@ -106,10 +105,7 @@ def recipe_of(run: dict[str, Any], folder: Path) -> Path:
 
 
 def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> Path:
-    """A random decoder in fp16 with a tokenizer of the rows' words, as a hub would hold it.
-
-    Weights stored in the dtype they are loaded in would stay a mapping of their file, whose pages count as resident.
-    """
+    """A random decoder in bf16 with a tokenizer of the rows' words, as a hub would hold it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +117,7 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
     data = DataSection.model_validate(recipe["data"])
     tokenizer = train_tokenizer(conversations(data, data.train, 0), 400, load_template(data.template))
     config = AutoConfig.for_model(scratch["model_type"], **scratch["config"])
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -167,8 +163,6 @@ def child(part: str, path: Path, cache: Path) -> dict[str, Any]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
         "VLM_TUNE_CACHE": str(cache),
     }
     command = [sys.executable, "-m", "benchmarks.memory_plan", "--part", part, str(path)]

@@ -19,7 +19,9 @@ from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.planning.batches import longest_batch
+from vlm_tune.planning.communication import communication, traffic
 from vlm_tune.planning.planner import _memory, _Setting, parse_size, plan
+from vlm_tune.planning.zero import Held, zero_memory
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 DEEP = (
@@ -93,22 +95,101 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
         assert sum(one.values()) - one["base"] == pytest.approx(sum(other.values()) - other["base"], rel=0.02)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_zero_divides_what_its_definition_says(zero: int) -> None:
-    held, trained, ranks = (8_000, 2_000, 400), 600, 4
-    found = _memory(np.array([0.0] * 6 + [50, 7, 2_400]), held, trained, 500, _Setting(ranks, zero, None, gpu=True))
-    share = [1, 1, 1, 1]
-    share[:zero] = [ranks] * zero
-    assert (found.frozen, found.trained, found.adapters) == (8_000 // share[2], 2_000 // share[2], 400 // share[2])
-    assert found.gradients == 2_400 // share[1]
-    assert found.optimizer == 8 * trained // share[0]
-    assert (found.activations, found.logits) == (50, 7)
+@pytest.mark.parametrize(
+    ("zero", "offload", "frozen", "trained", "gradients", "optimizer", "host"),
+    [
+        (0, "none", 1, 1, 1, 8, 0),
+        (1, "none", 1, 1, 1, 12 / 4, 0),
+        (2, "none", 1, 1, 1 / 4, 12 / 4, 0),
+        (3, "none", 1 / 4, 1 / 4, 1 / 4, 8 / 4, 0),
+        (1, "optimizer", 1, 1, 1, 0, 16 / 4),
+        (2, "optimizer", 1, 1, 1 / 4, 0, 16 / 4),
+        (3, "all", 0, 0, 1 / 4, 0, 16 / 4),
+    ],
+)
+def test_zero_divides_what_its_definition_says(
+    zero: int, offload: str, frozen: float, trained: float, gradients: float, optimizer: float, host: float
+) -> None:
+    """Shares of 8,000 B frozen, 2,000 trained, 400 LoRA for 600 numbers on 4 processes; optimizer and host in B a number."""
+    found = zero_memory(
+        Held(8_000, 2_000, 400, 500),
+        600,
+        stage=zero,
+        processes=4,
+        offload_optimizer=offload != "none",
+        offload_parameters=offload == "all",
+    )
+    assert (found.frozen, found.trained, found.adapters) == (8_000 * frozen, 2_000 * trained, 400 * trained)
+    assert (found.gradients, found.optimizer) == (2_400 * gradients, 600 * optimizer)
+    assert found.host == 600 * host + (10_400 / 4 if offload == "all" else 0)
     assert found.exchange == 2_400 + (1_000 if zero == 3 else 0)
 
 
-def test_one_process_exchanges_nothing_and_the_optimizer_finds_all_gradients() -> None:
-    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), (0, 0, 0), 1_000, 0, _Setting(1, 0, None, gpu=True))
+def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
+    def needed(stage: int, processes: int) -> int:
+        one = zero_memory(Held(2_000_000, 4_000_000, 0, 10_000), 1_000_000, stage=stage, processes=processes)
+        return one.frozen + one.trained + one.adapters + one.gradients + one.optimizer
+
+    for processes in (4, 16, 64):
+        stages = [needed(stage, processes) for stage in range(4)]
+        assert stages == sorted(stages, reverse=True) and len(set(stages)) == 4
+    for stage in (1, 2, 3):
+        assert needed(stage, 4) > needed(stage, 8) > needed(stage, 64)
+    assert zero_memory(Held(1, 1, 1, 1), 1, stage=0, processes=1).exchange == 0
+    for stage, offloaded in ((0, {"offload_optimizer": True}), (2, {"offload_parameters": True})):
+        with pytest.raises(ValueError, match=f"ZeRO-{stage}"):
+            zero_memory(Held(1, 1, 1, 1), 1, stage=stage, processes=2, **offloaded)
+
+
+def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
+    shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
+    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), shares, _Setting(1, 0, None, True, "none", 1, 100.0, None))
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
+
+
+@pytest.mark.parametrize(("stage", "micro", "expected"), [(0, 3, 2.0), (1, 3, 2.0), (2, 1, 2.0), (2, 3, 4.0)])
+def test_traffic_of_gradients_is_the_ring_s(stage: int, micro: int, expected: float) -> None:
+    """In units of (P - 1) / P of the gradients; frozen weights are not sent."""
+    sent = traffic(800, 10**9, 10**9, stage=stage, processes=4, accumulation=micro)
+    assert sent.total == pytest.approx(expected * 800 * 3 / 4)
+    assert sent.forward == sent.backward == 0
+
+
+def test_zero_3_gathers_weights_in_both_passes_of_every_micro_batch() -> None:
+    sent = traffic(800, 5_000, 3_000, stage=3, processes=4, accumulation=2)
+    assert asdict(sent) == {"gradients": 2 * 600, "updated": 0, "forward": 2 * 3_750, "backward": 2 * 2_250}
+    # The paper's 1.5 times of DDP: everything trains, and weights and gradients are of one size.
+    assert traffic(8, 8, 8, stage=3, processes=4).total == 1.5 * traffic(8, 8, 8, stage=0, processes=4).total
+
+
+def test_efficiency_is_the_share_of_a_step_that_computes() -> None:
+    sent = traffic(800, 0, 0, stage=0, processes=4)
+    found = communication(sent, 6e12, nodes=2, bandwidth=600.0, speed=2e12)
+    assert (found.seconds, found.computing, found.least, found.most) == (2.0, 3.0, 0.6, 1.0)
+    assert found.good / (found.good + found.seconds) == pytest.approx(0.9)
+    slow = communication(sent, 1e12, nodes=2, bandwidth=600.0, speed=1e12)
+    assert (slow.least, slow.most) == (pytest.approx(1 / 3), 0.5)
+    assert communication(sent, 1e12, nodes=2, bandwidth=600.0).least is None
+
+
+def test_lora_sends_its_own_gradients_and_zero_3_all_weights(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    by_stage = [plan(recipe, processes=4, nodes=2, zero=zero, tokens=60).stages[0] for zero in (0, 2, 3)]
+    tower, connector, llm = by_stage[0].parts
+    own = 4 * (connector.trained + llm.trained)
+    assert tower.trained == 0 and own < llm.bytes
+    sent = [stage.communication.traffic for stage in by_stage if stage.communication]
+    assert [one.total for one in sent[:2]] == [2 * own * 3 / 4] * 2
+    # The still tower's features are kept, so it does not run.
+    assert (sent[2].forward, sent[2].backward) == ((llm.bytes + connector.bytes) * 3 / 4,) * 2
+    assert plan(recipe, tokens=60).stages[0].communication is None
+
+
+def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    with pytest.raises(RecipeError) as told:
+        plan(recipe, processes=3, nodes=2, offload="all", zero=2, tflops=-1.0)
+    assert [problem.where for problem in told.value.problems] == ["--nodes", "--offload", "--tflops"]
 
 
 def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe) -> None:
@@ -214,3 +295,4 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(tiny_reci
     assert found["fits"] is False
     assert found["advice"]
     assert found["stages"][0]["memory"]["exchange"] > 0
+    assert found["stages"][0]["communication"]["traffic"]["gradients"] > 0

@@ -294,18 +294,24 @@ def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind")] = None,
     processes: Annotated[int, typer.Option(min=1, help="how many train together, one a device")] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage")] = 0,
+    offload: Annotated[str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")] = "none",
+    nodes: Annotated[int, typer.Option(min=1, help="machines that the processes are on")] = 1,
+    bandwidth: Annotated[float, typer.Option(help="Gbit/s of a node's link; on one node, of a device's")] = 100.0,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device reaches, for the expected efficiency")] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="length of a row; from the data, or max_length, where not given")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what RECIPE needs (parameters, memory by cause, FLOPs) without its weights; exit code 5 if it does not fit."""
+    """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit code 5 if it does not fit."""
     from vlm_tune.recipe import load_recipe
 
+    _choice("--offload", offload, ("none", "optimizer", "all"))
     loaded = load_recipe(_recipe_path(recipe), set_ or [])
     _quiet()
     from vlm_tune.display import show_plan
     from vlm_tune.planning.planner import plan as run
 
-    found = run(loaded, gpu_memory=gpu_memory, processes=processes, zero=zero, tokens=tokens)
+    places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
+    found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)
     if as_json:
         _print_json(found.summary())
     else:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
+    from vlm_tune.planning.communication import Communication
     from vlm_tune.planning.planner import Plan, StagePlan
 
 NAMED = 5
@@ -218,7 +219,10 @@ def gigabytes(size: float) -> str:
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Prints what a recipe needs: parameters and memory of each stage, FLOPs, and what to change if it does not fit."""
-    where = f"{plan.processes} processes, ZeRO-{plan.zero}" if plan.processes > 1 else "1 process"
+    where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
+    where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+    where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
+    where += {"none": "", "optimizer": ", optimizer offloaded", "all": ", optimizer and weights offloaded"}[plan.offload]
     quantized = f", LLM in {plan.quantize}" if plan.quantize else ""
     console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
     for stage in plan.stages:
@@ -269,3 +273,23 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
         ("feature cache", cache),
     ):
         console.print(Text(f"  {name:15}{text}"))
+    if stage.host:
+        console.print(Text(f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"))
+    if stage.communication:
+        _show_communication(console, stage.communication)
+
+
+def _show_communication(console: Console, found: Communication) -> None:
+    """What a step sends, by what it is, how long that takes, and the efficiency to expect."""
+    from vlm_tune.planning.communication import GOOD
+
+    sent, link = found.traffic, "a node's link" if found.nodes > 1 else "a device's link"
+    names = {"gradients": "gradients", "updated": "updated weights", "forward": "weights forward", "backward": "weights backward"}
+    kinds = ", ".join(f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name)))
+    console.print(Text(f"  {'sends':15}{gigabytes(sent.total)} a step from each process: {kinds}"))
+    console.print(Text(f"  {'link':15}{found.seconds:,.3g} s a step at {found.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"))
+    if found.computing is None or found.least is None or found.most is None:
+        said = f"{GOOD:.0%} and more where a step computes for {found.good:,.3g} s or longer (--tflops gives a figure)"
+    else:
+        said = f"{found.least:.0%} with nothing overlapped, up to {found.most:.0%}; a step computes for {found.computing:,.3g} s"
+    console.print(Text(f"  {'efficiency':15}{said}"))

@@ -272,7 +272,7 @@ def test_fault_32_an_adapter_for_layers_that_are_not_there(saved: Path) -> None:
         load_model(resealed(saved))
 
 
-# --- 33, 35 ----------------------------------------------------------------------------------------------------------
+# --- 33 to 35 --------------------------------------------------------------------------------------------------------
 
 
 def test_fault_33_tokenizer_larger_than_the_embedding(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -286,6 +286,37 @@ def test_fault_33_tokenizer_larger_than_the_embedding(tiny_recipe: Callable[...,
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match=rf"the tokenizer has {size + 1} tokens, the model's embedding {size}"):
         built(parsed(with_llm(text, folder, "causal")))
+
+
+MALICIOUS = {
+    "attribute access": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "nested loops": "{% for a in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4,
+    "a file": "{{ cycler.__init__.__globals__.os.system('touch TARGET') }}",
+}
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", list(MALICIOUS))
+def test_fault_34_a_folder_s_jinja_template_is_neither_run_nor_passed_on(
+    kind: str, place: str, folder: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    """Rendered, the first and last would raise or write a file, and the second would not end."""
+    program = MALICIOUS[kind].replace("TARGET", str(tmp_path / "touched"))
+    if place == "chat_template.jinja":
+        (folder / place).write_text(program)
+    else:
+        config = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps(config | {"chat_template": program}))
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).chat_template == program
+    model = built(parsed(with_llm(tiny_recipe("causal"), folder, "causal")))
+    assert model.processor.tokenizer.chat_template is None
+    assert isinstance(model.chat("what color is it?", max_new_tokens=2), str)
+    model.save_pretrained(tmp_path / "saved")
+    assert not any(program in path.read_text() for path in (tmp_path / "saved").rglob("*.j*"))
+    assert load_model(tmp_path / "saved").chat("what color is it?", max_new_tokens=2) is not None
+    assert not (tmp_path / "touched").exists()
 
 
 def test_fault_35_t5_in_fp16_is_refused_in_a_recipe(tiny_recipe: Callable[..., str]) -> None:

@@ -291,14 +291,19 @@ def _attention(kind: str | None = None) -> dict[str, Any]:
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
-    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded."""
+    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded.
+
+    A chat template that comes with it is left out: it is a program of whoever made the folder, and ours renders.
+    """
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:
@@ -355,11 +360,21 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
     ]
     if faults:
         raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
+    if "quantization_config" in options:
+        _own_memory(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@torch.no_grad()
+def _own_memory(model: nn.Module) -> None:
+    """Copies parameters that are views into the mapping of their file: one of them keeps all of it, packed weights' sources too."""
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
 
 
 def _first_line(error: Exception) -> str:

@@ -6,41 +6,36 @@ tensors (`model.tracing`). What each process holds of weights, gradients and opt
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config import Recipe, TrainSection
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.config import Recipe
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
-from vlm_tune.model.tracing import by_depth, to_fake, trace_step
-from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, is_linear, parts
-from vlm_tune.model.vlm import Alignment, VisionLanguageModel
+from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
+from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.planning.batches import Reading, Work, longest_batch, readings, work_of
+from vlm_tune.planning.changes import changed, changes, written
+from vlm_tune.planning.communication import GIGABIT, Communication, communication, traffic
+from vlm_tune.planning.step import ROWS, traced
+from vlm_tune.planning.zero import Held, Shares, zero_memory
 from vlm_tune.recipe import load_recipe
 
 CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries' work space take of a GPU."""
 
-BUCKET = 500_000_000 * 4
-"""Bytes of fp32 gradients that DeepSpeed exchanges at once, unless told otherwise."""
-
-Change = Callable[[TrainSection], dict[str, Any]]
-"""What of a train section is set to what."""
+Offload = Literal["none", "optimizer", "all"]
+"""What DeepSpeed keeps in the machine's memory: nothing, optimizer states, or those and the weights."""
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -83,7 +78,8 @@ class Memory:
 class StagePlan:
     """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
 
-    `loading` is the peak before the first step, where weights are made in fp32; `source` says where lengths are from.
+    `loading` is the peak before the first step, where weights are made in fp32; `source` says where lengths are from;
+    `host` are the bytes offloaded to the machine's memory; `communication` is None for one process.
     """
 
     name: str
@@ -97,6 +93,8 @@ class StagePlan:
     flops: float
     feature_cache: int
     cached: bool
+    host: int
+    communication: Communication | None
 
     @property
     def needed(self) -> int:
@@ -124,6 +122,8 @@ class Plan:
     quantize: str | None
     processes: int
     zero: int
+    nodes: int
+    offload: Offload
     gpu_memory: int | None
     stages: list[StagePlan]
     seconds: float
@@ -152,19 +152,26 @@ def plan(
     gpu_memory: str | int | None = None,
     processes: int = 1,
     zero: int = 0,
+    offload: Offload = "none",
+    nodes: int = 1,
+    bandwidth: float = 100.0,
+    tflops: float | None = None,
     tokens: int | None = None,
     advise: bool = False,
 ) -> Plan:
     """What a recipe's run needs, without its weights; `gpu_memory` is bytes or a text as 24GB, `tokens` a row's length.
 
-    Where it does not fit, or with `advise`, `advice` holds changes with the figure each gives. Raises `RecipeError` for a memory that is
-    no size, `ModelError` for names and rules that don't fit.
+    `processes` of all `nodes` together; `bandwidth` in Gbit/s is that of a node's link, or of a device's on one node, and
+    `tflops` what a device reaches. Where it does not fit, or with `advise`, `advice` holds changes with the figure each
+    gives. Raises `RecipeError` for a memory that is no size and for settings that can't be, `ModelError` for names and
+    rules that don't fit.
     """
     started = time.perf_counter()
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
-    setting = _Setting(processes, zero, tokens, gpu)
+    setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops)
+    _check(loaded, setting)
     stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
     found = Plan(
         name=loaded.name,
@@ -173,6 +180,8 @@ def plan(
         quantize=loaded.model.llm.quantize,
         processes=processes,
         zero=zero,
+        nodes=nodes,
+        offload=offload,
         gpu_memory=limit,
         stages=stages,
         seconds=0.0,
@@ -202,6 +211,28 @@ class _Setting:
     zero: int
     tokens: int | None
     gpu: bool
+    offload: Offload
+    nodes: int
+    bandwidth: float
+    tflops: float | None
+
+
+def _check(recipe: Recipe, setting: _Setting) -> None:
+    """Raises `RecipeError` for settings that exclude each other."""
+    quantize = recipe.model.llm.quantize
+    problems = []
+    if setting.processes % setting.nodes:
+        problems.append(Problem("--nodes", f"{setting.processes} processes can't be spread evenly over {setting.nodes} nodes"))
+    if setting.offload != "none" and setting.zero < (least := 3 if setting.offload == "all" else 1):
+        problems.append(
+            Problem("--offload", f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}")
+        )
+    if quantize and setting.zero == 3:
+        problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
+    if setting.bandwidth <= 0 or (setting.tflops is not None and setting.tflops <= 0):
+        problems.append(Problem("--bandwidth" if setting.bandwidth <= 0 else "--tflops", "expected a number above 0"))
+    if problems:
+        raise RecipeError(problems)
 
 
 def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:
@@ -214,15 +245,25 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
     made = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate
-    tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
+    with torch.device("meta"):
+        tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
     batch = reading.batch or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
     still = not any(parameter.requires_grad for parameter in model.tower.parameters())
     cached = still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
-    sizes, held, largest = _sizes(model), _held(model), _largest_layer(model)
+    sizes, held = _sizes(model), _held(model)
     item = next(model.tower.parameters()).element_size()
     peak, attention = work_of(batch), _attention_width(model)
-    figures = _traced(model, stage, batch, (tokens, width) if cached else None)
-    memory = _memory(figures[:9], held, sum(size.trained for size in sizes), largest, setting)
+    figures = traced(model, stage, batch, (tokens, width) if cached else None)
+    shares = zero_memory(
+        held,
+        sum(size.trained for size in sizes),
+        stage=setting.zero,
+        processes=setting.processes,
+        # A CPU's own memory is where offloaded parts would go.
+        offload_optimizer=setting.gpu and setting.offload != "none",
+        offload_parameters=setting.gpu and setting.offload == "all",
+    )
+    memory = _memory(figures[:9], shares, setting)
     mean = reading.mean or peak
     accumulation = stage.train.gradient_accumulation
     tower = 0.0 if cached else mean.images * tokens * (2 if still else 6) * sizes[0].total
@@ -236,11 +277,29 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         mean=mean,
         source=reading.source if reading.batch is not None or setting.tokens else f"{reading.source}: {peak.length:,} tokens a row",
         memory=memory,
+        host=shares.host,
         loading=made + memory.base,
         flops=flops,
         feature_cache=reading.images * tokens * width * item if cached else 0,
         cached=cached,
+        communication=_communication(sizes, accumulation, flops, cached, setting) if setting.processes > 1 else None,
     )
+
+
+def _communication(sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting) -> Communication:
+    """What joins the processes: the weights that run are all but a tower's whose features are kept."""
+    tower, connector, llm = sizes
+    returned = llm.bytes + connector.bytes * (connector.trained + tower.trained > 0) + tower.bytes * (tower.trained > 0)
+    sent = traffic(
+        4 * sum(size.trained for size in sizes),
+        llm.bytes + connector.bytes + (0 if cached else tower.bytes),
+        returned,
+        stage=setting.zero,
+        processes=setting.processes,
+        accumulation=accumulation,
+    )
+    speed = setting.tflops * 1e12 if setting.tflops else None
+    return communication(sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed)
 
 
 # --- what the model is -----------------------------------------------------------------------------------------------
@@ -266,17 +325,13 @@ def _weights(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _held(model: VisionLanguageModel) -> tuple[int, int, int]:
-    """Bytes of frozen weights, trained ones, and adapters."""
+def _held(model: VisionLanguageModel) -> Held:
+    """Bytes of frozen weights, trained ones, and adapters, and of the module with most weights of its own."""
     named = [(name, p.requires_grad, p.numel() * p.element_size()) for m in parts(model).values() for name, p in m.named_parameters()]
     adapters = sum(size for name, _, size in named if "lora_" in name)
     trained = sum(size for name, train, size in named if train and "lora_" not in name)
-    return sum(map(_weights, parts(model).values())) - trained - adapters, trained, adapters
-
-
-def _largest_layer(model: VisionLanguageModel) -> int:
-    """Bytes of the largest module that has weights of its own, which ZeRO-3 gathers whole."""
-    return max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
+    largest = max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
+    return Held(sum(map(_weights, parts(model).values())) - trained - adapters, trained, adapters, largest)
 
 
 def _attention_width(model: VisionLanguageModel) -> float:
@@ -286,101 +341,23 @@ def _attention_width(model: VisionLanguageModel) -> float:
     return float(config.num_hidden_layers * config.num_attention_heads * head)
 
 
-# --- what a step takes -----------------------------------------------------------------------------------------------
-
-ROWS = ("tokens", "label_tokens", "supervised", "images")
-"""What the rows of a matrix product are a multiple of, as `Work` names it."""
+# --- what a process holds ---------------------------------------------------------------------------------------------
 
 
-def _traced(model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None) -> np.ndarray:
-    """Bytes of the three peaks by kind (9 figures), and FLOPs for each row of ROWS (4 figures)."""
-    fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
-    dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
-    to_fake(model, fake)
-    model.train()
-    if stage.train.gradient_checkpointing:
-        model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with fake:
-        shown: Any = None
-        if count and features:
-            shown = torch.empty(count, *features, dtype=dtype)
-        elif count:
-            shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-    given = replace(batch, **{"features" if features else "pixels": shown})
-    half, vocabulary = DTYPES[stage.train.precision], model.llm.model.get_input_embeddings().num_embeddings
-    align = stage.objective.kind == "contrastive"
-
-    def step() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
-            found = model(given, align=align)
-            return found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
-
-    def measure() -> np.ndarray:
-        with _multiplied(model, batch) as products:
-            trace = trace_step(model, step, vocabulary, fake)
-        for parameter in model.parameters():
-            parameter.grad = None
-        return np.concatenate([*trace.peaks(accumulating=stage.train.gradient_accumulation > 1), products])
-
-    with disable_input_dtype_casting(model, active=half != torch.float32):
-        return by_depth(model.llm, measure)
-
-
-@contextmanager
-def _multiplied(model: VisionLanguageModel, batch: Batch) -> Iterator[np.ndarray]:
-    """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
-    products, seen, handles = np.zeros(len(ROWS)), set(), []
-    rows, said = batch.input_ids.numel(), int((batch.labels != IGNORE_INDEX).sum())
-    place_of = {said: 2, batch.labels.numel(): 1, rows: 0}
-    per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
-
-    def count(module: Any, given: tuple[torch.Tensor, ...], _: Any) -> None:
-        if id(module) in seen or module.weight is None:
-            return
-        seen.add(id(module))
-        taken = given[0].numel() // given[0].shape[-1]
-        place = 2 if module is model.llm.head else place_of.get(taken, 3)
-        taken = said if module is model.llm.head else taken
-        products[place] += (
-            (2 + 2 * given[0].requires_grad + 2 * module.weight.requires_grad) * count_of(module.weight) * taken / per_row[place]
-        )
-
-    for part in (model.connector, model.llm):
-        handles += [layer.register_forward_hook(count) for layer in part.modules() if is_linear(layer)]
-    try:
-        yield products
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _memory(peaks: np.ndarray, held: tuple[int, int, int], trained: int, layer: int, setting: _Setting) -> Memory:
-    """One process's share at the fullest moment; `trained` numbers train, of which the `layer` largest bytes are gathered."""
-    zero, ranks = setting.zero, setting.processes
-
-    def share(size: float, stage: int) -> int:
-        return math.ceil(size / ranks) if zero >= stage else math.ceil(size)
-
-    gradients = 4 * trained
-    exchange = 0
-    if ranks > 1:
-        exchange = (gradients if zero == 0 else min(gradients, BUCKET)) + (2 * layer if zero == 3 else 0)
+def _memory(peaks: np.ndarray, shares: Shares, setting: _Setting) -> Memory:
+    """One process's share at the fullest moment."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
-    moments = [*peaks.reshape(3, 3), np.array([0, 0, gradients])]
-    activations, logits, own = max(
-        ((int(a), int(o), share(float(g), 2)) for a, o, g in moments),
-        key=sum,
-    )
-    frozen, full, adapters = (share(size, 3) for size in held)
+    moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(3, 3)]
+    activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
     return Memory(
-        frozen=frozen,
-        trained=full,
-        adapters=adapters,
-        optimizer=share(8 * trained, 1),
-        gradients=own,
-        activations=activations,
-        logits=logits,
-        exchange=exchange,
+        frozen=shares.frozen,
+        trained=shares.trained,
+        adapters=shares.adapters,
+        optimizer=shares.optimizer,
+        gradients=math.ceil(gradients),
+        activations=int(activations),
+        logits=int(logits),
+        exchange=shares.exchange,
         base=CONTEXT if setting.gpu else resident(),
     )
 
@@ -399,73 +376,15 @@ def resident() -> int:
 def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
     """Changes that need less than the plan, each planned as the plan was; the least first."""
     advice = []
-    for text, change, quantize, at in _changes(recipe, setting):
-        changed = _with(recipe, change, quantize)
+    for text, change, quantize, at in changes(recipe, setting.processes, setting.zero):
+        other = changed(recipe, change, quantize)
         where = replace(setting, zero=at, processes=max(setting.processes, 2) if at > setting.zero else setting.processes)
-        stages = _stage_plans(changed, *readings(changed, where.tokens, where.processes), where)
-        written = _written("train", change(recipe.train))
+        stages = _stage_plans(other, *readings(other, where.tokens, where.processes), where)
+        sets = written("train", change(recipe.train))
         for number, stage in enumerate(recipe.stages):
             # What a stage sets itself is not changed by the common part.
             own = {key: value for key, value in change(recipe.resolved_stages()[number][1].train).items() if key in stage.train}
-            written += _written(f"stages.{number}.train", own)
-        written += [f"model.llm.quantize={quantize}"] if quantize else []
-        advice.append(Advice(text, written, at, max(stage.needed for stage in stages)))
+            sets += written(f"stages.{number}.train", own)
+        sets += [f"model.llm.quantize={quantize}"] if quantize else []
+        advice.append(Advice(text, sets, at, max(stage.needed for stage in stages)))
     return sorted((one for one in advice if one.needed < found.needed), key=lambda one: one.needed)
-
-
-def _written(where: str, values: dict[str, Any]) -> list[str]:
-    """Values as overrides of the command line."""
-    return [f"{where}.{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _changes(recipe: Recipe, setting: _Setting) -> Iterator[tuple[str, Change, str | None, int]]:
-    stages = [stage for _, stage in recipe.resolved_stages()]
-    divided = all(stage.train.batch_size > 1 or stage.train.batch_tokens for stage in stages)
-    unchecked = not all(stage.train.gradient_checkpointing for stage in stages)
-    lone = all(not rule.match.startswith(("llm", "*")) for stage in stages for rule in stage.tune if rule.how == "full")
-    packs = recipe.model.llm.quantize is None and recipe.scratch is None and lone
-    none: Change = lambda train: {}  # noqa: E731
-    if divided:
-        yield "half the batch, twice the accumulation (the same gradient)", _halved, None, setting.zero
-    if any(stage.train.batch_size > 2 and not stage.train.batch_tokens for stage in stages):
-        yield "one row at a time (the same gradient)", _alone, None, setting.zero
-    if unchecked:
-        yield "gradient checkpointing (a third more work)", _checkpointed, None, setting.zero
-    if packs:
-        yield "the LLM's frozen weights in nf4", none, "nf4", setting.zero
-    if divided + unchecked + packs > 1:
-        both: Change = lambda train: (_halved(train) if divided else {}) | (_checkpointed(train) if unchecked else {})  # noqa: E731
-        yield "all of these", both, "nf4" if packs else None, setting.zero
-    ranks = max(setting.processes, 2)
-    # Packed 4- and 8-bit weights can't be divided among processes.
-    for stage in (2,) if recipe.model.llm.quantize else (2, 3):
-        if setting.zero < stage:
-            yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
-
-
-def _halved(train: TrainSection) -> dict[str, Any]:
-    if train.batch_tokens:
-        smaller = {"batch_tokens": max(train.batch_tokens // 2, 1)}
-    else:
-        smaller = {"batch_size": max(train.batch_size // 2, 1)}
-    return {**smaller, "gradient_accumulation": 2 * train.gradient_accumulation}
-
-
-def _alone(train: TrainSection) -> dict[str, Any]:
-    return {"batch_size": 1, "gradient_accumulation": train.batch_size * train.gradient_accumulation}
-
-
-def _checkpointed(train: TrainSection) -> dict[str, Any]:
-    return {"gradient_checkpointing": True}
-
-
-def _with(recipe: Recipe, change: Change, quantize: str | None) -> Recipe:
-    """The recipe with every stage's train section changed, and its LLM quantised."""
-    made = recipe.model_dump(exclude_unset=True)
-    made["train"] |= change(recipe.train)
-    for stage, (_, resolved) in zip(made.get("stages", []), recipe.resolved_stages(), strict=False):
-        own = stage.get("train", {})
-        stage["train"] = own | {key: value for key, value in change(resolved.train).items() if key in own}
-    if quantize:
-        made["model"].setdefault("llm", {})["quantize"] = quantize
-    return Recipe.model_validate(made)

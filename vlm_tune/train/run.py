@@ -35,7 +35,7 @@ from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import check_run, open_run
 from vlm_tune.runlock import run_lock
-from vlm_tune.train.allocator import keep_freed_memory
+from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.environment import environment
@@ -87,6 +87,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
     to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
+    forget_old_kernels()
     section = resolve_engine(recipe.engine)
     accelerator = _accelerator(recipe)
     with ExitStack() as stack:
@@ -95,8 +96,6 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
         options = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
         notes = _together(accelerator, lambda: _open(stack, run, recipe, text, **options))
         set_seed(recipe.seed)
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
         report({"event": "environment", **environment(accelerator)})
@@ -293,6 +292,8 @@ def stage_loop(
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     for part in (model.tower, model.connector) if shards(context.section) else (model,):
         part.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
     cost = image_cost(model, cached=features is not None)

@@ -1,0 +1,71 @@
+"""Changes of a recipe that lessen its memory: what they set, and how they are written as overrides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vlm_tune.config import Recipe, TrainSection
+
+Change = Callable[[TrainSection], dict[str, Any]]
+"""What of a train section is set to what."""
+
+
+def changes(recipe: Recipe, processes: int, zero: int) -> Iterator[tuple[str, Change, str | None, int]]:
+    """Each change in words, what it sets in a train section, the LLM's quantisation, and the ZeRO stage."""
+    stages = [stage for _, stage in recipe.resolved_stages()]
+    divided = all(stage.train.batch_size > 1 or stage.train.batch_tokens for stage in stages)
+    unchecked = not all(stage.train.gradient_checkpointing for stage in stages)
+    lone = all(not rule.match.startswith(("llm", "*")) for stage in stages for rule in stage.tune if rule.how == "full")
+    packs = recipe.model.llm.quantize is None and recipe.scratch is None and lone
+    none: Change = lambda train: {}  # noqa: E731
+    if divided:
+        yield "half the batch, twice the accumulation (the same gradient)", _halved, None, zero
+    if any(stage.train.batch_size > 2 and not stage.train.batch_tokens for stage in stages):
+        yield "one row at a time (the same gradient)", _alone, None, zero
+    if unchecked:
+        yield "gradient checkpointing (a third more work)", _checkpointed, None, zero
+    if packs:
+        yield "the LLM's frozen weights in nf4", none, "nf4", zero
+    if divided + unchecked + packs > 1:
+        both: Change = lambda train: (_halved(train) if divided else {}) | (_checkpointed(train) if unchecked else {})  # noqa: E731
+        yield "all of these", both, "nf4" if packs else None, zero
+    ranks = max(processes, 2)
+    # Packed 4- and 8-bit weights can't be divided among processes.
+    for stage in (2,) if recipe.model.llm.quantize else (2, 3):
+        if zero < stage:
+            yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
+
+
+def _halved(train: TrainSection) -> dict[str, Any]:
+    if train.batch_tokens:
+        smaller = {"batch_tokens": max(train.batch_tokens // 2, 1)}
+    else:
+        smaller = {"batch_size": max(train.batch_size // 2, 1)}
+    return {**smaller, "gradient_accumulation": 2 * train.gradient_accumulation}
+
+
+def _alone(train: TrainSection) -> dict[str, Any]:
+    return {"batch_size": 1, "gradient_accumulation": train.batch_size * train.gradient_accumulation}
+
+
+def _checkpointed(train: TrainSection) -> dict[str, Any]:
+    return {"gradient_checkpointing": True}
+
+
+def changed(recipe: Recipe, change: Change, quantize: str | None) -> Recipe:
+    """The recipe with every stage's train section changed, and its LLM quantised."""
+    made = recipe.model_dump(exclude_unset=True)
+    made["train"] |= change(recipe.train)
+    for stage, (_, resolved) in zip(made.get("stages", []), recipe.resolved_stages(), strict=False):
+        own = stage.get("train", {})
+        stage["train"] = own | {key: value for key, value in change(resolved.train).items() if key in own}
+    if quantize:
+        made["model"].setdefault("llm", {})["quantize"] = quantize
+    return Recipe.model_validate(made)
+
+
+def written(where: str, values: dict[str, Any]) -> list[str]:
+    """Values as overrides of the command line."""
+    return [f"{where}.{key}={json.dumps(value)}" for key, value in values.items()]

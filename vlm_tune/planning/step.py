@@ -1,0 +1,85 @@
+"""What a training step takes: the bytes of its fullest moments and its FLOPs, from the real pass on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlm_tune.config import Recipe
+from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.model.build import DTYPES
+from vlm_tune.model.tracing import by_depth, to_fake, trace_step
+from vlm_tune.model.tuning import count_of, is_linear
+from vlm_tune.model.vlm import Alignment, VisionLanguageModel
+
+ROWS = ("tokens", "label_tokens", "supervised", "images")
+"""What the rows of a matrix product are a multiple of, as `Work` names it."""
+
+
+def traced(model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None) -> np.ndarray:
+    """Bytes of the three peaks by kind (9 figures), and FLOPs for each row of ROWS (4 figures)."""
+    fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
+    dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
+    model.train()
+    if stage.train.gradient_checkpointing:
+        model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with fake:
+        shown: Any = None
+        if count and features:
+            shown = torch.empty(count, *features, dtype=dtype)
+        elif count:
+            shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
+    given = replace(batch, **{"features" if features else "pixels": shown})
+    half, vocabulary = DTYPES[stage.train.precision], model.llm.model.get_input_embeddings().num_embeddings
+    align = stage.objective.kind == "contrastive"
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
+            found = model(given, align=align)
+            return found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
+
+    def measure() -> np.ndarray:
+        to_fake(model, fake)
+        with _multiplied(model, batch) as products:
+            trace = trace_step(model, step, vocabulary, fake)
+        for parameter in model.parameters():
+            parameter.grad = None
+        return np.concatenate([*trace.peaks(accumulating=stage.train.gradient_accumulation > 1), products])
+
+    with disable_input_dtype_casting(model, active=half != torch.float32):
+        return by_depth(model.llm, measure)
+
+
+@contextmanager
+def _multiplied(model: VisionLanguageModel, batch: Batch) -> Iterator[np.ndarray]:
+    """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
+    products, seen, handles = np.zeros(len(ROWS)), set(), []
+    rows, said = batch.input_ids.numel(), int((batch.labels != IGNORE_INDEX).sum())
+    place_of = {said: 2, batch.labels.numel(): 1, rows: 0}
+    per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
+
+    def count(module: Any, given: tuple[torch.Tensor, ...], _: Any) -> None:
+        if id(module) in seen or module.weight is None:
+            return
+        seen.add(id(module))
+        taken = given[0].numel() // given[0].shape[-1]
+        place = 2 if module is model.llm.head else place_of.get(taken, 3)
+        taken = said if module is model.llm.head else taken
+        products[place] += (
+            (2 + 2 * given[0].requires_grad + 2 * module.weight.requires_grad) * count_of(module.weight) * taken / per_row[place]
+        )
+
+    for part in (model.connector, model.llm):
+        handles += [layer.register_forward_hook(count) for layer in part.modules() if is_linear(layer)]
+    try:
+        yield products
+    finally:
+        for handle in handles:
+            handle.remove()
