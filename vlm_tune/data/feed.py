@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from vlm_tune.data.joining import pack_layout
 from vlm_tune.data.plan import Plan
 from vlm_tune.data.prepared import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,16 @@ class Feed(Protocol):
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This process's micro-batches of an epoch from number `first`."""
         ...
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which micro-batch of an epoch the worker processes are waited for, as a place in `numbers`."""
+
+    epoch: int
+    numbers: range
+    place: int
+    pids: list[int]
 
 
 class PreparedFeed:
@@ -50,6 +62,7 @@ class PreparedFeed:
     ) -> None:
         self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
         self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
+        self.loading: Loading | None = None
 
     def micro_batches(self, epoch: int) -> int:
         """How many an epoch has."""
@@ -77,7 +90,29 @@ class PreparedFeed:
         numbers = range(first, self.micro_batches(epoch))
         if not self.workers:
             return (self.batch(epoch, number) for number in numbers)
-        return iter(_ahead(self, epoch, numbers))
+        return _ahead(self, epoch, numbers)
+
+    def rows_of(self, epoch: int, number: int) -> list[str]:
+        """The rows that a micro-batch of this process is made of, as their samples' ids."""
+        rows = self.plan.epoch(epoch).rows(number, self.rank)
+        return [unit[0].id for row in rows for unit in map(self.prepared.unit, row)]
+
+    def killed_worker(self, error: RuntimeError) -> DataError | None:
+        """The error that names the rows a killed loader process was at; None if `error` tells of something else."""
+        if self.loading is None or "DataLoader worker" not in str(error):
+            return None
+        epoch, numbers, place, pids = astuple(self.loading)
+        said = re.search(r"pid\D*(\d+)", str(error))
+        worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % len(pids)
+        # Batches are dealt out in turns: it was at the first one of its own that is still to come.
+        number = next((numbers[turn] for turn in range(place, len(numbers)) if turn % len(pids) == worker), numbers[place])
+        return DataError(
+            f"a loader process was killed ({str(error).splitlines()[0]}) at micro-batch {number} of epoch {epoch + 1} or soon after: "
+            f"{', '.join(self.rows_of(epoch, number)[:8])}. train.loader_workers: 0 shows whether a row does it; if memory ran out, "
+            "fewer workers take less",
+            source="data.train",
+            kind="worker",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,15 +129,24 @@ class Augmented:
         return augment_pixels(self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode())))
 
 
-def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterable[Batch]:
+def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterator[Batch]:
+    """Batches made by worker processes."""
+    import torch
     from torch.utils.data import DataLoader, Dataset
 
     class Numbered(Dataset[Batch]):
         def __getitem__(self, index: int) -> Batch:
             return feed.batch(epoch, index)
 
-    # Batches are a function of their number, so the workers need no sampler and no state.
-    return DataLoader(Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2)  # type: ignore[arg-type]
+    # Batches are a function of their number, so the workers need no sampler and no state, and none of the random numbers
+    # that the training draws from.
+    loader: Any = DataLoader(
+        Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2, generator=torch.Generator()
+    )
+    batches = iter(loader)
+    for place in range(len(numbers)):
+        feed.loading = Loading(epoch, numbers, place, [worker.pid for worker in batches._workers])
+        yield next(batches)
 
 
 def joined(units: list[Group], layout: str) -> list[Example]:
