@@ -55,7 +55,7 @@ def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -
         os._exit(code)
 
 
-def ended(pids: list[int], timeout: float = 90) -> list[int]:
+def ended(pids: list[int], timeout: float = 400) -> list[int]:
     """The exit codes of processes; -9 for a killed one. Kills those that are not done in time, and fails."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout
@@ -72,7 +72,7 @@ def ended(pids: list[int], timeout: float = 90) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def until(condition: Callable[[], Any], timeout: float = 60) -> None:
+def until(condition: Callable[[], Any], timeout: float = 400) -> None:
     """Returns once a condition of another process holds."""
     deadline = time.monotonic() + timeout
     while not condition():

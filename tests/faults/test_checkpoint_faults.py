@@ -170,7 +170,7 @@ def test_fault_47_out_of_memory_says_what_to_change(
         return real(self, batches, step, rates)
 
     monkeypatch.setattr(StageLoop, "_step", step)
-    with pytest.raises(TrainingError, match=r"a process needs \d+\.\d\d GB; it needs \d+\.\d\d GB with .*--set train\.\w+=") as found:
+    with pytest.raises(TrainingError, match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=") as found:
         sft(runs(tiny_recipe))
     assert found.value.exit_code == 5
     assert hidden(tmp_path / "run") == []

