@@ -11,9 +11,11 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,17 @@ def write_rows(folder: Path) -> Path:
     return path
 
 
-def attempt(recipe: Recipe, *, resume: bool, after: float | None) -> bool:
-    """Runs in a fork, which is killed after so many seconds; whether it came to the end."""
+@dataclass
+class Moment:
+    """When an attempt is killed: so many seconds after its start, or after its n-th step."""
+
+    seconds: float
+    steps: int | None = None
+
+
+def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> bool:
+    """Runs in a fork, which is killed at a moment; whether it came to the end before."""
+    trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"
     pid = os.fork()
     if pid == 0:
         try:
@@ -90,14 +101,21 @@ def attempt(recipe: Recipe, *, resume: bool, after: float | None) -> bool:
 
             traceback.print_exc()
             os._exit(1)
-    deadline = None if after is None else time.monotonic() + after
+    deadline = None if kill is None or kill.steps is not None else time.monotonic() + kill.seconds
+    # What is done again is taken out of the trace first, which makes a new file of it.
+    before, done = trace.stat().st_mtime_ns if trace.is_file() else 0, None
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
             code = os.waitstatus_to_exitcode(status)
             if code:
                 raise RuntimeError(f"the run ended with code {code}")
             return True
+        if kill is not None and kill.steps is not None and deadline is None and trace.is_file() and trace.stat().st_mtime_ns != before:
+            lines = trace.read_bytes().count(b"\n")
+            done = lines if done is None else done
+            if lines - done >= kill.steps:
+                deadline = time.monotonic() + kill.seconds
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(pid, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -125,28 +143,27 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
         for name in ("whole", "killed")
     }
     started = time.monotonic()
-    attempt(recipes["whole"], resume=False, after=None)
-    alone = time.monotonic() - started
+    attempt(recipes["whole"], resume=False, kill=None)
     run, drawn = folder / "killed", random.Random(seed)
     stage = run / "stages" / "1-main"
     where: Counter[str] = Counter()
-    done, start_up = 0, alone / 4
-    finished = False
-    while done < kills and not finished:
-        # A third of the kills hit the start; the others leave time for about a share of the run that lasts for all of them.
-        after = drawn.uniform(0, start_up) if drawn.random() < 1 / 3 else start_up + drawn.uniform(0, 1.5 * alone / kills)
-        before = len(read_trace(stage))
-        finished = attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), after=after)
+    done, finished, start_up = 0, False, time.monotonic() - started
+    while done < kills:
+        # A third of the kills hit the start; the others come at any moment of the steps that fall to a kill, and of the save
+        # after them.
+        early = drawn.random() < 1 / 3
+        kill = Moment(drawn.uniform(0, start_up)) if early else Moment(drawn.uniform(0, 0.1), drawn.randrange(2 * steps // kills + 1))
+        began = time.monotonic()
+        finished = attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=kill)
         if finished:
             break
         done += 1
-        where["in a save" if list(run.glob("stages/*/checkpoints/.*")) else "between saves"] += 1
-        if len(read_trace(stage)) == before:
-            # It did not come to a step: the machine is slower than when the start was measured.
-            where["before the first step of the attempt"] += 1
-            start_up *= 1.02
+        if not early:
+            start_up = min(start_up, time.monotonic() - began)
+        where["in a save" if list(run.glob("stages/*/checkpoints/.*")) else "at the start" if early else "between saves"] += 1
+        print(f"kill {done} at step {len(read_trace(stage))}", file=sys.stderr, flush=True)
     if not finished:
-        attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), after=None)
+        attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=None)
     last = checkpoints(stage)[-1].name
     return {
         "kills": done,

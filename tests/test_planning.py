@@ -19,7 +19,7 @@ from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.planning.batches import longest_batch
-from vlm_tune.planning.planner import _memory, _Setting, parse_size, plan
+from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 DEEP = (
