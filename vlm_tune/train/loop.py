@@ -202,11 +202,11 @@ class StageLoop:
             for batches, _ in self._windows():
                 step = self.progress.step = self.progress.step + 1
                 self._step(batches, step, _Rates())
-                states = gather_object([random_state()])
-                if step in at and self.accelerator.is_main_process:
+                write = self._captured() if step in at else None
+                if write is not None:
                     written = trace / f"replayed-{step}"
                     written.mkdir()
-                    self._captured(states)(written)
+                    write(written)
                     yield step, written
                     shutil.rmtree(written)
                 if self._stopping():
@@ -214,7 +214,11 @@ class StageLoop:
                 if step == end:
                     return
 
-    def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def _captured(self) -> Callable[[Path], None] | None:
+        """What writes the state as it is now, for the first process; all must ask."""
+        states = gather_object([random_state()])
+        if not self.accelerator.is_main_process:
+            return None
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return capture_checkpoint(self.model, inner, self.tuned.names, self.progress, self.recipe_text, states)
 
@@ -391,9 +395,9 @@ class StageLoop:
         if self._nonfinite:
             return
         self.watch.at(f"the checkpoint of step {step}")
-        states = gather_object([random_state()])
-        if self.accelerator.is_main_process:
-            self.writer.save(step, self._captured(states), self.progress.best_step)
+        write = self._captured()
+        if write is not None:
+            self.writer.save(step, write, self.progress.best_step)
 
 
 def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
