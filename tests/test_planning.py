@@ -19,7 +19,7 @@ from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.planning.batches import longest_batch
-from vlm_tune.planning.planner import _memory, _Setting, parse_size, plan
+from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 DEEP = (
@@ -96,7 +96,7 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_divides_what_its_definition_says(zero: int) -> None:
     held, trained, ranks = (8_000, 2_000, 400), 600, 4
-    found = _memory(np.array([0.0] * 6 + [50, 7, 2_400]), held, trained, 500, _Setting(ranks, zero, None, gpu=True))
+    found = _memory(np.array([0.0] * 6 + [50, 7, 2_400]), held, trained, 500, _Setting(ranks, zero, None, gpu=True, base=CONTEXT))
     share = [1, 1, 1, 1]
     share[:zero] = [ranks] * zero
     assert (found.frozen, found.trained, found.adapters) == (8_000 // share[2], 2_000 // share[2], 400 // share[2])
@@ -107,7 +107,7 @@ def test_zero_divides_what_its_definition_says(zero: int) -> None:
 
 
 def test_one_process_exchanges_nothing_and_the_optimizer_finds_all_gradients() -> None:
-    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), (0, 0, 0), 1_000, 0, _Setting(1, 0, None, gpu=True))
+    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), (0, 0, 0), 1_000, 0, _Setting(1, 0, None, gpu=True, base=CONTEXT))
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
 
 

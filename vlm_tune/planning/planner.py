@@ -164,7 +164,7 @@ def plan(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
-    setting = _Setting(processes, zero, tokens, gpu)
+    setting = _Setting(processes, zero, tokens, gpu, CONTEXT if gpu else resident())
     stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
     found = Plan(
         name=loaded.name,
@@ -196,12 +196,13 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Where a run is to happen; `tokens` is a row's length where the user says it."""
+    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before."""
 
     processes: int
     zero: int
     tokens: int | None
     gpu: bool
+    base: int
 
 
 def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:
@@ -381,7 +382,7 @@ def _memory(peaks: np.ndarray, held: tuple[int, int, int], trained: int, layer: 
         activations=activations,
         logits=logits,
         exchange=exchange,
-        base=CONTEXT if setting.gpu else resident(),
+        base=setting.base,
     )
 
 
