@@ -31,15 +31,14 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture
-def color_rows(tmp_path: Path) -> Path:
+def write_color_rows(folder: Path) -> Path:
     """messages.jsonl: four images of one color each and two questions about each, eight rows."""
     rng = np.random.default_rng(0)
     rows = []
     for name, color in COLORS.items():
         noise = rng.integers(-20, 20, (32, 32, 3))
         pixels = (np.full((32, 32, 3), color) + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        Image.fromarray(pixels).save(folder / f"{name}.png")
         for question, answer in (("what color is it?", name), (f"is it {'red' if name != 'red' else 'blue'}?", "no")):
             rows.append(
                 {
@@ -47,26 +46,23 @@ def color_rows(tmp_path: Path) -> Path:
                     "images": [f"{name}.png"],
                 }
             )
-    path = tmp_path / "messages.jsonl"
+    path = folder / "messages.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.fixture
-def tiny_recipe(color_rows: Path, tmp_path: Path) -> Callable[..., str]:
-    """Text of a recipe that trains a tiny scratch model ("causal" or "seq2seq") in full on `color_rows`."""
-
-    def make(kind: str = "seq2seq", *, output: str = "run", precision: str = "fp32") -> str:
-        return f"""
+def tiny_text(kind: str, rows: Path, output: Path, precision: str = "fp32") -> str:
+    """Text of a recipe that trains a tiny scratch model ("causal" or "seq2seq") in full on rows of messages."""
+    return f"""
 name: tiny
-output: {tmp_path / output}
+output: {output}
 model:
   tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
   connector: {{kind: mlp, norm: true}}
   llm: {{kind: {kind}, scratch: {TINY[kind]}}}
 data:
-  train: [{{kind: file, path: {color_rows}}}]
-  validation: [{{kind: file, path: {color_rows}}}]
+  train: [{{kind: file, path: {rows}}}]
+  validation: [{{kind: file, path: {rows}}}]
   template: {"flan" if kind == "seq2seq" else "chatml"}
   max_length: 128
 tune:
@@ -75,5 +71,19 @@ tune:
 train: {{steps: 4, batch_size: 4, learning_rate: 3.0e-3, precision: {precision}, schedule: {{warmup: 0}}}}
 evaluate: {{max_new_tokens: 6, samples: 2}}
 """
+
+
+@pytest.fixture
+def color_rows(tmp_path: Path) -> Path:
+    """The rows of `write_color_rows`."""
+    return write_color_rows(tmp_path)
+
+
+@pytest.fixture
+def tiny_recipe(color_rows: Path, tmp_path: Path) -> Callable[..., str]:
+    """Texts of `tiny_text` on `color_rows`."""
+
+    def make(kind: str = "seq2seq", *, output: str = "run", precision: str = "fp32") -> str:
+        return tiny_text(kind, color_rows, tmp_path / output, precision)
 
     return make

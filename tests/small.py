@@ -35,6 +35,7 @@ from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import parse_recipe
 from vlm_tune.train.checkpoint import Progress
+from vlm_tune.train.engines import Engine
 from vlm_tune.train.loop import StageData, StageLoop
 from vlm_tune.train.run import MIXED
 
@@ -190,7 +191,7 @@ def stage_loop(
         recipe,
         tuned,
         StageData(feed, [], None),
-        Accelerator(mixed_precision=MIXED[recipe.train.precision]),
+        Engine(Accelerator(mixed_precision=MIXED[recipe.train.precision])),
         folder=folder,
         progress=Progress(),
         report=report or (lambda event: None),
@@ -211,7 +212,7 @@ def one_step(recipe: Recipe, folder: Path, *, cached: bool = False, prepare_mode
     def note(optimizer: Any, arguments: Any, named: Any) -> None:
         gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    inner: Any = getattr(loop.optimizer, "optimizer", loop.optimizer)
+    inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(note)
     loop.run()
     return next(event["loss"] for event in events if event["event"] == "train"), gradients
@@ -255,15 +256,19 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0) -> str:
     """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code."""
-    start = [sys.executable, "-m", "vlm_tune.cli"]
-    if ranks > 1:
-        launch = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-        start = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if ranks == 1:
+        return run([sys.executable, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
+    launch = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return run([sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
+
+
+def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, seconds: int = 120, **environment: str) -> str:
+    """A command's standard output; asserts its exit code, and that it ends."""
+    everything = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     pipe = subprocess.PIPE
-    child = subprocess.Popen([*start, *arguments], stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment, start_new_session=True)
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=everything, start_new_session=True)
     try:
-        out, said = child.communicate(timeout=120)
+        out, said = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         out, said = child.communicate()

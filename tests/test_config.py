@@ -397,3 +397,25 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
     assert schema_faults(located.value, schema, schema) == []
     apply_override(located, override)
     assert schema_faults(located.value, schema, schema) and problems(SMALL, override)
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "said"),
+    [
+        ("{kind: deepspeed, stage: 3}", {"model.llm.quantize": "nf4"}, "ZeRO-3 shares out a weight's numbers"),
+        ("{kind: fsdp}", {"model.llm.quantize": "int8"}, "fsdp shares out a weight's numbers"),
+        ("{kind: deepspeed}", {"train.precision": "fp16"}, "fp16 needs its loss scaled, which engine ZeRO-2"),
+        ("{kind: deepspeed, stage: 2, offload: [parameters]}", {}, "only stage 3 shares out weights"),
+        ("{kind: deepspeed, stage: 0, offload: [optimizer]}", {}, "stage 0 shares out nothing"),
+        ("{kind: deepspeed, stage: 3}", {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]}, "virtual tokens"),
+        ("{kind: deepspeed, stage: 4}", {}, "less than or equal to 3"),
+        ("{kind: horovod}", {}, "'horovod' is none of auto, ddp, deepspeed, fsdp"),
+    ],
+)
+def test_engines_refuse_what_they_cant_train(engine: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{SMALL}engine: {engine}\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path, changes)
+    assert said in str(refused.value)
+    assert len(refused.value.problems) == 1

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "vlm_tune"
 # Each layer may import itself and the layers before it.
 LAYERS = [
     ["errors"],
+    ["launching"],
     ["recipe_yaml", "resources"],
     ["config"],
     ["recipe"],

@@ -58,6 +58,19 @@ def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:
     assert counts["llm.*"] == 2 * (24 + 24 + 24) * 16 * (2048 + 2048)
 
 
+def test_llava_7b_trains_in_full_at_its_real_shape(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    CLIPVisionConfig(**shape, image_size=336, patch_size=14, hidden_act="quick_gelu", projection_dim=768).save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "llava-7b-zero3.yaml", {"model.tower.name": str(tmp_path)})
+    with torch.device("meta"):
+        language = LlamaForCausalLM(LlamaConfig(vocab_size=32000))
+    counts = trained(tuned(meta_model(recipe, language), recipe))
+    assert counts["tower.*"] == 0
+    assert counts["*"] == 6_738_415_616 + (1024 + 1) * 4096 + (4096 + 1) * 4096
+
+
 def test_llava_style_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 

@@ -61,6 +61,7 @@ def sft(
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")] = 1,
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,6 +73,14 @@ def sft(
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+    if processes > 1:
+        from vlm_tune.launching import launch
+
+        if "RANK" in os.environ:
+            raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
+        flags = {"--resume": resume, "--overwrite": overwrite, "--accept-changes": accept_changes, "--json": as_json}
+        options = [*(f"--set={change}" for change in set_ or []), *(name for name, given in flags.items() if given)]
+        sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", "sft", recipe, *options], processes))
     _quiet()
     from vlm_tune.api import sft as train
     from vlm_tune.display import Display

@@ -353,6 +353,9 @@ class DataSection(Config):
     epoch_size: PositiveInt | None = Field(default=None, description="units of an epoch when sources have weights")
     streaming: bool = Field(default=False, description="read, check and tokenise while training; for more rows than can be prepared")
     shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a streamed epoch is shuffled within")
+    own_shards: bool = Field(
+        default=False, description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes"
+    )
     workers: NonNegativeInt | None = Field(default=None, description="processes that prepare; as many as cores where not given")
     augment: Augment | None = None
 
@@ -472,6 +475,44 @@ class EvaluateSection(Config):
     samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
 
 
+# --- engine ----------------------------------------------------------------------------------------------------------
+
+
+class AutoEngine(Config):
+    """What the launch asks for: one process alone, several by DDP, or what an accelerate config names."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class DdpEngine(Config):
+    """Every process holds the whole model; gradients are averaged."""
+
+    kind: Literal["ddp"]
+
+
+class DeepSpeedEngine(Config):
+    """DeepSpeed's ZeRO."""
+
+    kind: Literal["deepspeed"]
+    stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=2, description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights too"
+    )
+    offload: list[Literal["optimizer", "parameters"]] = Field(
+        default=[], description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights (stage 3)"
+    )
+    config: dict[str, Any] = Field(default={}, description="more keys of a DeepSpeed configuration, as {zero_optimization: {...}}")
+
+
+class FsdpEngine(Config):
+    """torch's fully sharded data parallel, FSDP2."""
+
+    kind: Literal["fsdp"]
+    offload: bool = Field(default=False, description="weights and optimizer states lie in the CPU's memory")
+
+
+AnyEngine = AutoEngine | DdpEngine | DeepSpeedEngine | FsdpEngine
+
+
 class Stage(Config):
     """One stage of several: the recipe's common part with these parts changed."""
 
@@ -495,6 +536,7 @@ class Recipe(Config):
     objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] = LanguageModeling()
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
+    engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()
     stages: list[Stage] = []
 
     def resolved_stages(self) -> list[tuple[str, Recipe]]:

@@ -47,6 +47,8 @@ OLD_NAMES = {
     "save_steps": "train.checkpoints.every",
     "save_total_limit": "train.checkpoints.keep",
     "eval_steps": "evaluate.every",
+    "deepspeed": "engine: {kind: deepspeed, stage: ...}",
+    "fsdp": "engine: {kind: fsdp}",
     "max_grad_norm": "train.max_grad_norm",
     "learning_rate": "train.learning_rate",
 }
@@ -275,6 +277,32 @@ def _contradictions(raw: Any) -> list[tuple[Path, str]]:
             found.append((path, f"give exactly one of {_dotted(path)}.name and {_dotted(path)}.config"))
     found += _data_contradictions(raw)
     found += _tune_contradictions(raw)
+    found += _engine_contradictions(raw)
+    return found
+
+
+def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
+    """What an engine can't train, with the reason."""
+    found: list[tuple[Path, str]] = []
+    engine = raw.get("engine") if isinstance(raw, dict) else None
+    if not isinstance(engine, dict) or engine.get("kind") not in ("deepspeed", "fsdp"):
+        return found
+    stage, offload = engine.get("stage", 2), engine.get("offload")
+    zero3 = engine["kind"] == "deepspeed" and stage == 3
+    name = "fsdp" if engine["kind"] == "fsdp" else f"ZeRO-{stage}"
+    if (zero3 or engine["kind"] == "fsdp") and _get(raw, "model", "llm", "quantize"):
+        message = f"{name} shares out a weight's numbers, and packed 4- and 8-bit weights are none; use deepspeed with stage 2, or ddp"
+        found.append((("model", "llm", "quantize"), message))
+    if _get(raw, "train", "precision") == "fp16":
+        found.append((("train", "precision"), f"fp16 needs its loss scaled, which engine {name} is not told of; use bf16 or fp32"))
+    if zero3 and any(isinstance(rule, dict) and rule.get("how") in ("prompt", "prefix") for rule in raw.get("tune") or []):
+        message = "ZeRO-3 gathers weights as their modules run, and virtual tokens are no module that runs; use stage 2 or fsdp"
+        found.append((("engine", "stage"), message))
+    if engine["kind"] == "deepspeed" and isinstance(offload, list):
+        if "parameters" in offload and not zero3:
+            found.append((("engine", "offload"), "only stage 3 shares out weights, so only there they can lie in the CPU's memory"))
+        if "optimizer" in offload and stage == 0:
+            found.append((("engine", "offload"), "stage 0 shares out nothing, so nothing can be offloaded; use stage 1, 2 or 3"))
     return found
 
 
@@ -314,6 +342,8 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
     least, most = _get(data, "clean", "min_chars"), _get(data, "clean", "max_chars")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         found.append((("data", "clean", "max_chars"), f"max_chars {most} is under min_chars {least}"))
+    if data.get("own_shards") is True and data.get("streaming") is not True:
+        found.append((("data", "own_shards"), "own_shards is of data.streaming: true; prepared rows are read by number"))
     return found + (_streaming_contradictions(raw, data) if data.get("streaming") is True else [])
 
 

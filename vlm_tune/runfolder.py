@@ -44,8 +44,9 @@ def _holds_files(run: Path) -> bool:
 
 
 def changes(saved: Path, recipe: Recipe) -> list[str]:
-    """What a recipe changes in a saved one: `dotted.name: old -> new`."""
-    return [f"{name}: {old} -> {new}" for name, old, new in _differences(load_recipe(saved).model_dump(), recipe.model_dump(), "")]
+    """What a recipe changes in a saved one: `dotted.name: old -> new`; its engine may be another, which computes the same."""
+    old, new = (found.model_dump(exclude={"engine"}) for found in (load_recipe(saved), recipe))
+    return [f"{name}: {before} -> {now}" for name, before, now in _differences(old, new, "")]
 
 
 def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool) -> list[str]:

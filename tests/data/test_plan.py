@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config import DataSection, FileSource
-from vlm_tune.data.plan import Epoch, Plan, Sizes, epoch_counts
+from vlm_tune.data.plan import Epoch, Plan, Sizes, epoch_counts, even_shares
 
 PREPARED: Any = type("Stub", (), {})
 """Stands for prepared rows, of which a plan reads nothing but lengths and sources."""
@@ -26,6 +26,7 @@ def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None =
     """A plan over units of these lengths, `of` which source each is."""
     sources = sources or [source()]
     made = PREPARED()
+    made.unit_costs = lambda image_cost: np.array(lengths, dtype=np.float64)
     made.unit_lengths = np.column_stack([lengths, lengths]).astype(np.int64).reshape(-1, 2)
     made.unit_sources = np.array(of or [0] * len(lengths))
     made.sources = sources
@@ -138,3 +139,36 @@ def test_ratios_hold_within_an_epoch_too() -> None:
     batches = flat(made.epoch(0), 0)
     first = [unit < 2000 for batch in batches[: len(batches) // 2] for unit in batch]
     assert abs(np.mean(first) - 0.75) < 0.05
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 5))
+@settings(max_examples=150, deadline=None)
+def test_shares_are_even(costs: list[int], ranks: int) -> None:
+    """Within the dearest row of each other where every share has as many rows, and never worse than one over the other."""
+    rows, values = np.arange(len(costs)), np.array(costs, dtype=np.float64)
+    shares = even_shares(rows, values, ranks)
+    assert sorted(row for share in shares for row in share.tolist()) == list(range(len(costs)))
+    numbers = [len(share) for share in shares]
+    assert max(numbers) <= -(-len(costs) // ranks)
+    spent = [values[share].sum() for share in shares]
+    dealt = [values[np.argsort(values)][rank::ranks].sum() for rank in range(ranks)]
+    assert max(spent) <= max(dealt) + values.max()
+
+
+def test_dear_rows_are_spread_over_the_ranks() -> None:
+    costs = np.array([100.0] * 4 + [1.0] * 12)
+    assert [float(costs[share].sum()) for share in even_shares(np.arange(16), costs, 4)] == [103.0] * 4
+
+
+@given(lengths_of, st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_other_ranks_share_the_same_micro_batches(lengths: list[int], size: int, planned: int, ranks: int) -> None:
+    assume(len(lengths) >= planned)
+    made = plan(lengths, Sizes(size, ranks=planned)).epoch(0)
+    pieces = -(-planned // ranks)
+    for number in range(len(made)):
+        whole = sorted(unit for rank in range(planned) for row in made.rows(number, rank) for unit in row)
+        shares = [made.rows(number, share, ranks * pieces) for share in range(ranks * pieces)]
+        assert sorted(unit for share in shares for row in share for unit in row) == whole
+        # A process never takes more rows at once than it was planned to.
+        assert max(map(len, shares)) <= size

@@ -107,3 +107,45 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"rows\.jsonl"):
         next(feed([tmp_path / "rows.jsonl"]).batches(0))
+
+
+def shards(tmp_path: Path, rank: int, ranks: int, planned: int = 2) -> StreamFeed:
+    """A feed of two rows a planned process, each of which has its own of six files of five rows."""
+    for file in range(6):
+        write_rows(tmp_path / f"shard-{file}.jsonl", [talk(f"{file}-{row}") for row in range(5)])
+    source = FileSource(kind="file", path=str(tmp_path / "shard-*.jsonl"))
+    data = DataSection(train=[source], template="chatml", streaming=True, own_shards=True, shuffle_buffer=8)
+    made = processor("chatml", "bytes", "causal")
+    return StreamFeed(data, [source], made, fetch, 2, seed=5, rank=rank, ranks=ranks, planned=planned)
+
+
+def test_each_process_reads_its_own_shards(tmp_path: Path) -> None:
+    shares = [ids(list(islice(shards(tmp_path, rank, 2).batches(0), 9))) for rank in range(2)]
+    files = [{name.partition("-")[0] for batch in share for name in batch} for share in shares]
+    assert files == [{"0", "2", "4"}, {"1", "3", "5"}]
+    assert ids(list(islice(shards(tmp_path, 1, 2).batches(0, 4), 5))) == shares[1][4:]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_other_processes_go_on_with_the_shards_of_those_before(tmp_path: Path, ranks: int) -> None:
+    planned = [ids(list(islice(shards(tmp_path, rank, 2).batches(0), 6))) for rank in range(2)]
+    whole = [sorted(one + other) for one, other in zip(*planned, strict=True)]
+    feeds = [shards(tmp_path, rank, ranks) for rank in range(ranks)]
+    pieces = feeds[0].pieces
+    taken = [
+        [[name for batch in batches if batch.supervised for name in ids([batch])[0]] for batches in _windows(made, pieces, 6)]
+        for made in feeds
+    ]
+    assert [sorted(name for own in taken for name in own[step]) for step in range(6)] == whole
+
+
+def _windows(made: StreamFeed, pieces: int, steps: int) -> list[list[Batch]]:
+    batches = list(islice(made.batches(0), pieces * steps))
+    return [batches[step * pieces : (step + 1) * pieces] for step in range(steps)]
+
+
+def test_a_source_of_few_chunks_is_shared_by_rows(files: list[Path]) -> None:
+    shares = [ids(list(islice(feed([files[0]], rank=rank, ranks=2, own_shards=True, weights=(1.0,)).batches(0), 3))) for rank in range(2)]
+    named = [{name for batch in share for name in batch} for share in shares]
+    assert not named[0] & named[1]
+    assert named[0] | named[1] <= {f"a{number}" for number in range(30)}

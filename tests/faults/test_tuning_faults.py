@@ -54,7 +54,7 @@ def test_fault_52_a_frozen_weight_changes(
     def note(optimizer: Any, arguments: Any, named: Any) -> None:
         steps.append({own: float(p.grad.abs().sum()) for own, p in model.named_parameters() if p.grad is not None})
 
-    inner: Any = getattr(loop.optimizer, "optimizer", loop.optimizer)
+    inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(note)
     loop.run()
     assert len(steps) == 2

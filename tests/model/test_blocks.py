@@ -146,7 +146,7 @@ def test_after_warm_up_the_optimizers_rates_are_the_formulas(kind: str, tiny_rec
     model = built(recipe)
     loop = stage_loop(model, recipe, tmp_path / "run")
     seen: list[dict[int, float]] = []
-    inner: Any = getattr(loop.optimizer, "optimizer", loop.optimizer)
+    inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(lambda o, a, k: seen.append({id(p): g["lr"] for g in o.param_groups for p in g["params"]}))
     loop.run()
     assert len(seen) == 4

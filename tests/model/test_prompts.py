@@ -238,7 +238,7 @@ def test_what_is_no_prompt_is_refused(how: str, kind: str, named: Any, tmp_path:
 
     model, _, _ = named(kind)
     applied(model, how)
-    write_prompt(model.llm.prompt, tmp_path / "prompt")
+    write_prompt(model.llm.prompt.config, model.llm.prompt.values, tmp_path / "prompt")
     write_safetensors({"prompt_embeddings": model.llm.prompt.values[:3]}, tmp_path / "prompt" / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="does not fit its config"):
         read_prompt(tmp_path / "prompt")

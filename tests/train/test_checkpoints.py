@@ -15,7 +15,7 @@ from small import assert_same_bits, built, parsed, stage_loop, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError, TrainingError
 from vlm_tune.model.store import commit_folder, find_model, is_whole, load_model, verify_folder
-from vlm_tune.train.checkpoint import last_checkpoint, load_optimizer, rotate, step_folder
+from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, step_folder
 
 
 def put(stage: Path, *steps: int) -> None:
@@ -91,7 +91,7 @@ def test_optimizer_state_of_other_parameters_is_refused(tiny_recipe: Callable[..
     other = parsed(tiny_recipe("seq2seq"), train__steps=1)
     stranger = stage_loop(built(other), other, tmp_path / "other")
     with pytest.raises(ModelError, match="its optimizer state is of other parameters"):
-        load_optimizer(stranger.optimizer.optimizer, stranger.tuned.names, checkpoint)  # type: ignore[attr-defined]
+        read_optimizer(checkpoint, stranger.tuned.names)
 
 
 def test_optimizer_state_lies_in_memory_as_its_parameter_does(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_optimizer_state_lies_in_memory_as_its_parameter_does(tiny_recipe: Calla
         model.tower.to(memory_format=torch.channels_last)
     loops = [stage_loop(model, recipe, tmp_path / str(place)) for place, model in enumerate(models)]
     loops[0].run()
-    inner: list[Any] = [loop.optimizer.optimizer for loop in loops]  # type: ignore[attr-defined]
-    load_optimizer(inner[1], loops[1].tuned.names, step_folder(tmp_path / "0", 1))
+    inner: list[Any] = [loop.engine.optimizer.optimizer for loop in loops]
+    loops[1].engine.load_optimizer_state(read_optimizer(step_folder(tmp_path / "0", 1), loops[1].tuned.names))
     for one, other in zip(inner[0].param_groups[0]["params"], inner[1].param_groups[0]["params"], strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(inner[0].state[one][key], inner[1].state[other][key])

@@ -78,5 +78,6 @@ def collate(
         features=stacked if cached else None,
         categories=[example.category for example in examples],
         questions=sum(example.questions for example in examples),
+        cached=cached,
         **joined,
     )

@@ -14,7 +14,7 @@ from vlm_tune.config import Augment
 from vlm_tune.data.collate import Fetch, collate
 from vlm_tune.data.images import augment_pixels
 from vlm_tune.data.joining import pack_layout
-from vlm_tune.data.plan import Plan
+from vlm_tune.data.plan import Plan, Rows
 from vlm_tune.data.prepared import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 from vlm_tune.errors import DataError
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class Feed(Protocol):
-    """Batches of every epoch, from any place of it."""
+    """Batches of every epoch, from any place of it.
+
+    They are planned for a number of processes, and shared out among as many as there are: a process takes each planned
+    micro-batch in `pieces`, so that a resumed run sees the same rows in the same step and none takes more memory.
+    """
+
+    pieces: int
 
     def micro_batches(self, epoch: int) -> int | None:
         """How many an epoch has; None for an epoch without an end."""
@@ -58,24 +64,32 @@ class PreparedFeed:
         cached: bool = False,
         augment: Augment | None = None,
         rank: int = 0,
+        ranks: int | None = None,
         workers: int = 0,
     ) -> None:
+        self.ranks = ranks or plan.sizes.ranks
+        self.pieces = -(-plan.sizes.ranks // self.ranks)
         self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
         self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
         self.loading: Loading | None = None
 
     def micro_batches(self, epoch: int) -> int:
         """How many an epoch has."""
-        return len(self.plan.epoch(epoch))
+        return len(self.plan.epoch(epoch)) * self.pieces
 
     def batch(self, epoch: int, number: int) -> Batch:
         """One micro-batch of this process; where the last one has no row for it, a row whose labels are ignored."""
-        planned = self.plan.epoch(epoch)
-        rows = planned.rows(number, self.rank)
+        rows = self._rows(epoch, number)
         if not rows:
-            (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(number, rank)))
+            planned, place = self.plan.epoch(epoch), number // self.pieces
+            (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(place, rank)))
             return self._collate([[blank(self.prepared.unit(row[0]))]], epoch)
         return self._collate([[self.prepared.unit(unit) for unit in row] for row in rows], epoch)
+
+    def _rows(self, epoch: int, number: int) -> Rows:
+        """The rows of a micro-batch of this process."""
+        place, piece = divmod(number, self.pieces)
+        return self.plan.epoch(epoch).rows(place, self.rank * self.pieces + piece, self.ranks * self.pieces)
 
     def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
         made = [joined(row, self.spec.layout) for row in rows]
@@ -94,8 +108,7 @@ class PreparedFeed:
 
     def rows_of(self, epoch: int, number: int) -> list[str]:
         """The rows that a micro-batch of this process is made of, as their samples' ids."""
-        rows = self.plan.epoch(epoch).rows(number, self.rank)
-        return [unit[0].id for row in rows for unit in map(self.prepared.unit, row)]
+        return [unit[0].id for row in self._rows(epoch, number) for unit in map(self.prepared.unit, row)]
 
     def killed_worker(self, error: RuntimeError) -> DataError | None:
         """The error that names the rows a killed loader process was at; None if `error` tells of something else."""

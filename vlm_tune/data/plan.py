@@ -1,7 +1,11 @@
-"""Which units make which batch: a function of (seed, epoch), the same for any number of processes of one global batch."""
+"""Which units make which batch: a function of (seed, epoch), the same for any number of processes of one global batch.
+
+A micro-batch is shared out among the processes so that each has as much to do: tokens, and images by what they cost.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,27 +27,50 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How batches are cut: rows, or padded tokens, of one process's micro-batch."""
+    """How batches are cut: rows, or padded tokens, of one process's micro-batch; an image costs as much as some tokens."""
 
     batch_size: int
     batch_tokens: int | None = None
     ranks: int = 1
+    image_cost: float = 0.0
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: rows (`units` from `starts`), and the micro-batches of rows with one share for each rank."""
+    """One epoch: rows (`units` from `starts`) and what each costs, and the micro-batches of rows with one share for each rank."""
 
     units: np.ndarray
     starts: np.ndarray
+    costs: np.ndarray
     batches: list[list[np.ndarray]]
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def rows(self, batch: int, rank: int) -> Rows:
-        """The rows of a rank's share of a micro-batch; none where the last one is too small for all."""
-        return [self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in self.batches[batch][rank].tolist()]
+    def rows(self, batch: int, rank: int, ranks: int | None = None) -> Rows:
+        """The rows of a rank's share of a micro-batch; none where the last one is too small for all.
+
+        With `ranks` the whole micro-batch is shared out among so many instead of those it was planned for.
+        """
+        shares = self.batches[batch]
+        if ranks is not None and ranks != len(shares):
+            shares = even_shares(np.concatenate(shares), self.costs, ranks)
+        return [self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in shares[rank].tolist()]
+
+
+def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Rows in shares of equal number, or one less, whose costs are as even as giving out the dearest first makes them."""
+    if ranks == 1:
+        return [rows]
+    room = [-(-len(rows) // ranks)] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0.0, rank) for rank in range(ranks)]
+    for place in np.argsort(-costs[rows], kind="stable").tolist():
+        spent, rank = heapq.heappop(heap)
+        shares[rank].append(place)
+        if len(shares[rank]) < room[rank]:
+            heapq.heappush(heap, (spent + float(costs[rows[place]]), rank))
+    return [rows[np.array(sorted(share), dtype=np.int64)] for share in shares]
 
 
 class Plan:
@@ -51,7 +78,7 @@ class Plan:
 
     def __init__(self, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> None:
         self.data, self.sizes, self.seed = data, sizes, seed
-        self.lengths = prepared.unit_lengths
+        self.lengths, self.unit_costs = prepared.unit_lengths, prepared.unit_costs(sizes.image_cost)
         self.by_source = [np.flatnonzero(prepared.unit_sources == number) for number in range(len(prepared.sources))]
         self.counts = epoch_counts([len(units) for units in self.by_source], prepared.sources, data.epoch_size)
         if 0 < sum(self.counts) < sizes.ranks:
@@ -88,14 +115,15 @@ class Plan:
             alone = np.diff(starts) == 1
             longest = np.where(alone, self.lengths[units[starts[:-1]], 0], np.add.reduceat(self.lengths[units, 1], starts[:-1]))
         ranks = self.sizes.ranks
+        costs = np.add.reduceat(self.unit_costs[units], starts[:-1]) if len(longest) else np.empty(0)
         if self.sizes.batch_tokens is not None:
-            batches = _by_tokens(longest, self.sizes.batch_tokens, ranks)
+            batches = _by_tokens(longest, costs, self.sizes.batch_tokens, ranks)
             whole = len(batches)
         else:
             size = self.sizes.batch_size * ranks
-            batches = [[batch[rank::ranks] for rank in range(ranks)] for batch in _by_number(longest, size)]
+            batches = [even_shares(batch, costs, ranks) for batch in _by_number(longest, size)]
             whole = len(longest) // size
-        return Epoch(units, starts, [*(batches[place] for place in random.permutation(whole)), *batches[whole:]])
+        return Epoch(units, starts, costs, [*(batches[place] for place in random.permutation(whole)), *batches[whole:]])
 
     def _packed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Units as rows of at most `row_length` tokens together: of a stretch the longest first, each where it fits best."""
@@ -150,19 +178,20 @@ def _by_number(lengths: np.ndarray, batch: int) -> list[np.ndarray]:
     return [*found, np.arange(whole, len(lengths))] if whole < len(lengths) else found
 
 
-def _by_tokens(lengths: np.ndarray, tokens: int, ranks: int) -> list[list[np.ndarray]]:
-    """Batches of at most `tokens` padded tokens (a longer row stands alone), one for each rank, of like length."""
+def _by_tokens(lengths: np.ndarray, costs: np.ndarray, tokens: int, ranks: int) -> list[list[np.ndarray]]:
+    """Batches of at most `tokens` padded tokens (a longer row stands alone), one for each rank, of like length and cost."""
     window = max(int(BUCKET * tokens * ranks / max(lengths.mean(), 1)), 1) if len(lengths) else 1
     batches: list[np.ndarray] = []
     for start in range(0, len(lengths), window):
         places = np.arange(start, min(start + window, len(lengths)))
         places = places[np.argsort(lengths[places], kind="stable")]
-        first = 0
+        first, cut = 0, len(batches)
         for place in range(1, len(places) + 1):
             # Sorted, so that the row that comes is the longest.
             if place == len(places) or (place - first + 1) * lengths[places[place]] > tokens:
                 batches.append(places[first:place])
                 first = place
+        batches[cut:] = sorted(batches[cut:], key=lambda batch: float(costs[batch].sum()))
     empty = np.empty(0, dtype=np.int64)
     batches += [empty] * (-len(batches) % ranks)
     return [batches[start : start + ranks] for start in range(0, len(batches), ranks)]

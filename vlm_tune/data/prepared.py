@@ -69,6 +69,13 @@ class Prepared:
         first = self.starts[:-1]
         return np.column_stack([np.maximum.reduceat(lengths, first), np.add.reduceat(lengths, first)])
 
+    def unit_costs(self, image_cost: float) -> np.ndarray:
+        """What each unit's pass costs, in input tokens, where an image costs as much as `image_cost` of them: float64[len(self)]."""
+        tokens = self.unit_lengths[:, 1].astype(np.float64)
+        if not image_cost or not len(self):
+            return tokens
+        return tokens + image_cost * np.add.reduceat(self.store.media_counts.astype(np.float64), self.starts[:-1])
+
     @property
     def questions(self) -> int:
         """Question-answer pairs of all units."""

@@ -173,6 +173,11 @@ class ExampleStore:
         return self._every(lambda columns: np.diff(columns.offsets["labels"]))
 
     @property
+    def media_counts(self) -> np.ndarray:
+        """How many media every example shows."""
+        return self._every(lambda columns: np.diff(columns.offsets["media"]))
+
+    @property
     def shown(self) -> np.ndarray:
         """The media numbers of all examples, one after the other."""
         return self._every(lambda columns: columns.values["media"])

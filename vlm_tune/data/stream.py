@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING
 
 from vlm_tune.config import DataSection, Source
@@ -31,25 +31,37 @@ Row = tuple[int, Conversation | DataError]
 """A source's number and what was read."""
 
 
-def passes(reader: SourceReader, limit: int | None) -> Iterator[Conversation | DataError]:
-    """A source's rows over and over. Raises `DataError` if it has none."""
+Share = tuple[int, int]
+"""Which of how many processes' own rows."""
+
+
+def passes(reader: SourceReader, limit: int | None, share: Share = (0, 1)) -> Iterator[Conversation | DataError]:
+    """A source's rows over and over, or the share of one of several. Raises `DataError` if it has none."""
     while True:
         rows = 0
-        for row in islice(read_all([reader]), limit):
+        for row in _shared(reader, limit, share):
             rows += 1
             yield row
         if not rows:
-            raise DataError("no rows", source=reader.name)
+            raise DataError(f"no rows{f' for process {share[0]} of {share[1]}' if share[1] > 1 else ''}", source=reader.name)
 
 
-def mixed(readers: Sequence[SourceReader], sources: Sequence[Source], seed: int) -> Iterator[Row]:
-    """Rows of the sources without an end, drawn by their weights (or counts, or evenly) so that ratios hold to the row.
+def _shared(reader: SourceReader, limit: int | None, share: Share) -> Iterator[Conversation | DataError]:
+    """One process's share of a source: every n-th chunk (shards, stretches of files); every n-th row of a source of few chunks."""
+    number, of = share
+    if limit is not None or len(list(islice(reader.chunks(), of))) < of:
+        return islice(read_all([reader]), number, limit, of)
+    return (row for chunk in reader.chunks() if chunk.number % of == number for row in reader.conversations(chunk))
+
+
+def mixed(readers: Sequence[SourceReader], sources: Sequence[Source], seed: int, share: Share = (0, 1)) -> Iterator[Row]:
+    """Rows of the sources, or a share of each, without an end, drawn by their weights (or counts, or evenly), ratios to the row.
 
     Every source is owed its share of each row drawn; the one that is owed most comes next.
     """
     shares = [source.weight or float(source.count or 1) for source in sources]
     total = sum(shares)
-    streams = [passes(reader, source.limit) for reader, source in zip(readers, sources, strict=True)]
+    streams = [passes(reader, source.limit, share) for reader, source in zip(readers, sources, strict=True)]
     # Where two are owed the same, a drawn order decides.
     order = random.Random(seed).sample(range(len(sources)), len(sources))
     owed = [0.0] * len(sources)
@@ -74,8 +86,8 @@ def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
 class StreamFeed:
     """Batches of rows that are read as they come; `report` is told of every row that can't be used.
 
-    A micro-batch is made of `batch_size` rows of each process: one that can't be used leaves it smaller, so a batch is
-    a function of its number. Raises `DataError` as the policy for bad rows tells.
+    A micro-batch is made of `batch_size` rows of each `planned` process: one that can't be used leaves it smaller, so a
+    batch is a function of its number. Raises `DataError` as the policy for bad rows tells.
     """
 
     data: DataSection
@@ -86,10 +98,13 @@ class StreamFeed:
     seed: int
     rank: int = 0
     ranks: int = 1
+    planned: int | None = None
     report: Callable[[DataError], None] = lambda error: None
     bad: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.planned = self.planned or self.ranks
+        self.pieces = -(-self.planned // self.ranks)
         self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
         self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
         self._last: Group | None = None
@@ -100,12 +115,26 @@ class StreamFeed:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This process's micro-batches from number `first`."""
-        rows = shuffled(mixed(self.readers, self.sources, self.seed), self.data.shuffle_buffer, self.seed)
-        whole = self.batch_size * self.ranks
-        # Every process draws all rows, so that none has to ask another.
-        rows = islice(rows, first * whole, None)
-        for number in count(first):
-            yield self._batch(list(islice(rows, whole))[self.rank :: self.ranks], number)
+        planned, shares = self.planned or self.ranks, self.ranks * self.pieces
+        if not self.data.own_shards:
+            # Every process draws all rows, so that none has to ask another.
+            streams, size = [self._stream((0, 1))], self.batch_size * planned
+        else:
+            mine = range(self.rank * self.pieces, (self.rank + 1) * self.pieces) if shares == planned else range(planned)
+            streams, size = [self._stream((number, planned)) for number in mine], self.batch_size
+        streams = [islice(rows, first // self.pieces * size, None) for rows in streams]
+        for number in count(first // self.pieces):
+            drawn = [list(islice(rows, size)) for rows in streams]
+            every = list(chain.from_iterable(drawn))
+            for piece in range(self.pieces):
+                own = self.data.own_shards and shares == planned
+                yield self._batch(drawn[piece] if own else every[self.rank + piece * self.ranks :: shares], number)
+
+    def _stream(self, share: Share) -> Iterator[Row]:
+        """The rows, shuffled, that a share of the processes' own shards brings."""
+        number, of = share
+        rows = mixed(self.readers, self.sources, self.seed, share)
+        return shuffled(rows, max(self.data.shuffle_buffer // of, 1), self.seed + number)
 
     def _batch(self, rows: Sequence[Row], number: int) -> Batch:
         pixels: dict[Media, torch.Tensor] = {}

@@ -161,7 +161,7 @@ class Batch:
     input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T] (seq2seq).
     Distinct media come once: pixels uint8[U, 3, H, W] or features float[U, N, D], and media_index int64[M] names
     the item each block of slots takes, in row order. positions, ends, samples (int64[B, L]) and label_samples
-    (int64[B, T]) are None where no row has them.
+    (int64[B, T]) are None where no row has them. `cached` batches bring features, never pixels.
     """
 
     ids: list[str]
@@ -178,6 +178,7 @@ class Batch:
     label_samples: torch.Tensor | None = None
     categories: list[str] = field(default_factory=list)
     questions: int = 0
+    cached: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""

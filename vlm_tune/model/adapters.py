@@ -17,6 +17,7 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import whole_state
 
 PREFIX = "base_model.model."
 TRAINED, INITIAL = "default", "initial"
@@ -128,7 +129,7 @@ def plain_config(config: Any) -> Any:
 
 def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Under each key that PEFT writes the tensors that are its value, joined along the rank where they are two."""
-    state = module.state_dict()
+    state = whole_state(module, is_adapter)
     return {
         _key(name): [value] + ([state[initial]] if (initial := name.replace(f".{TRAINED}.", f".{INITIAL}.")) in state else [])
         for name, value in state.items()

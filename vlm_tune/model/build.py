@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
-def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLanguageModel:
+def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool = False) -> VisionLanguageModel:
     """The recipe's model before training; `conversations` are what a scratch tokenizer is trained on.
+
+    A `bare` one has its language model on the meta device, for a process that is given its share of the weights by another.
 
     Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
     """
@@ -41,10 +44,11 @@ def build(recipe: Recipe, conversations: Iterable[Conversation]) -> VisionLangua
     tower = build_tower(section.tower)
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
-        language = _scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
+        with torch.device("meta") if bare else nullcontext():
+            language = _scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
     else:
         tokenizer = load_tokenizer(section.llm)
-        language = load_llm(section.llm, dtype=load_dtype(recipe))
+        language = bare_llm(section.llm, load_dtype(recipe)) if bare else load_llm(section.llm, dtype=load_dtype(recipe))
     return assemble(_config(recipe, tower), tower, tokenizer, language, changed={"tower"} if _from_scratch(section.tower) else set())
 
 
@@ -166,7 +170,7 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
             size = len(tokenizer) if tokenizer else section.llm.scratch.vocab_size
             language = _scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
         else:
-            language = _bare_llm(section.llm, load_dtype(recipe), attention)
+            language = bare_llm(section.llm, load_dtype(recipe), attention=attention)
         measured = tower.measure()
         llm, connector, tokens = _connected(section, measured, language)
     spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
@@ -174,17 +178,19 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
     return VisionLanguageModel(_config(recipe, tower), tower, connector, llm, processor), measured
 
 
-def _bare_llm(llm: Llm, dtype: torch.dtype, attention: str | None) -> Any:
-    """The language model of a name or folder by its config alone, with layers that stand for quantised ones."""
+def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None) -> Any:
+    """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file else {}
+    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    name = str(folder or llm.name)
     try:
-        config: Any = AutoConfig.from_pretrained(str(llm.name), trust_remote_code=False, **options)
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-        model = factory.from_config(config, dtype=dtype, **_attention(attention))
+        with torch.device("meta"):
+            model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't read the config of {llm.name!r}: {_first_line(error)}") from None
+        raise ModelError(f"can't read the config of {name!r}: {_first_line(error)}") from None
     if llm.quantize:
         pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
     return model

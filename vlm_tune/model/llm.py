@@ -39,7 +39,8 @@ class Decoding:
 class LanguageModel(nn.Module):
     """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
 
-    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some.
+    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some. `head_rows` are
+    the supervised positions that the output head scores at once, None for all.
     """
 
     layout: Literal["causal", "seq2seq"]
@@ -48,6 +49,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.prompt: VirtualTokens | None = None
+        self.head_rows: int | None = HEAD_ROWS
 
     @property
     def virtual(self) -> int:
@@ -127,9 +129,10 @@ class CausalLLM(LanguageModel):
         rows, targets = self._supervised(embeds, batch)
         total = rows.sum() * 0.0
         # At least once: every rank must run the head, or the others would wait for its gradient.
-        for start in range(0, max(len(rows), 1), HEAD_ROWS):
-            logits = self.logits(rows[start : start + HEAD_ROWS])
-            total = total + cross_entropy(logits, targets[start : start + HEAD_ROWS], reduction="sum")
+        size = self.head_rows or max(len(rows), 1)
+        for start in range(0, max(len(rows), 1), size):
+            logits = self.logits(rows[start : start + size])
+            total = total + cross_entropy(logits, targets[start : start + size], reduction="sum")
         return TokenLoss(total.float(), len(targets))
 
     def _supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

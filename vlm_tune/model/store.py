@@ -28,10 +28,10 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
-from vlm_tune.model.build import DTYPES, assemble, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, restore_tower
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, write_safetensors
+from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 
 MANIFEST = "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -160,14 +160,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Callable[[Path], None]:
-    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then."""
+    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
+
+    Of sharded weights every process must ask, and what the first one gets may write.
+    """
     language: Any = model.llm.model
-    connector = copied(model.connector.state_dict())
+    connector = copied(whole_state(model.connector))
     tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
     llm = copied(_base_state(language)) if "llm" in model.changed else None
     adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
     prompt = model.llm.prompt
-    virtual = copied({"": prompt.values})[""] if prompt is not None else None
+    virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
@@ -189,7 +192,7 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
 
 def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
     # Contiguous, as merged projections' weights are not: they are views into one matrix.
-    return {clean(name): value.contiguous() for name, value in module.state_dict().items() if not is_adapter(name)}
+    return {clean(name): value.contiguous() for name, value in whole_state(module, lambda name: not is_adapter(name)).items()}
 
 
 def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
@@ -247,8 +250,10 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
-    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved."""
+def restore_model(
+    folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True, bare: bool = False
+) -> VisionLanguageModel:
+    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     verify_folder(folder)
     config = read_config(folder)
     if not quantize:
@@ -257,7 +262,11 @@ def restore_model(folder: Path, *, dtype: torch.dtype | None, quantize: bool = T
     own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
     tower = restore_tower(config, own_tower if own_tower.is_file() else None)
     precision = dtype or DTYPES[config.precision]
-    language = load_llm(config.llm, dtype=precision, folder=own_llm if own_llm.is_dir() else None, quantize=quantize)
+    own = own_llm if own_llm.is_dir() else None
+    if bare:
+        language = bare_llm(config.llm, precision, folder=own)
+    else:
+        language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
     model = assemble(config, tower, load_tokenizer(config.llm, folder), language, changed=changed)
     model.changed = changed

@@ -37,6 +37,7 @@ class VisionTower(nn.Module):
     scale: torch.Tensor
     offset: torch.Tensor
     rebuild: dict[str, Any]
+    measured: tuple[int, int] | None = None
 
     def __init__(self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -62,13 +63,16 @@ class VisionTower(nn.Module):
         return features if first is None else torch.cat([first, features], dim=1)
 
     def measure(self) -> tuple[int, int]:
-        """(tokens an image, width), from one blank image."""
+        """(tokens an image, width), from one blank image; remembered, since a sharded tower can't be run by one rank."""
+        if self.measured:
+            return self.measured
         parameter = next(self.parameters())
         was, blank = self.training, torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device)
         with torch.no_grad():
             _, tokens, width = self.eval()(blank).shape
         self.train(was)
-        return tokens, width
+        self.measured = tokens, width
+        return self.measured
 
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss
 from vlm_tune.model.projectors import Connector
 from vlm_tune.model.text import Text, instructions, places
 from vlm_tune.model.towers import VisionTower
+from vlm_tune.model.weights import is_sharded
 
 JOINED_PROMPTS = 1024
 """Tokens of a row of prompts about one image."""
@@ -100,7 +101,10 @@ class VisionLanguageModel(nn.Module):
     def _blank(self, batch: Batch) -> torch.Tensor:
         """Connected features [1, N, E] of a black image, for a batch that has none."""
         size, first = self.tower.image_size, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
-        features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device))
+        if batch.cached:  # other ranks don't run the tower either
+            features = torch.zeros(1, *self.tower.measure(), device=first.device)
+        else:
+            features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device))
         return self.connector(features, self._text(batch, first, first)) if self.connector.needs_text else self.connector(features)
 
     def embed(self, batch: Batch) -> torch.Tensor:
@@ -108,10 +112,16 @@ class VisionLanguageModel(nn.Module):
         connected = self.media(batch)
         if connected is None and batch.image_mask.any():
             raise ModelError(f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}")
-        if connected is None and self.training and any(p.requires_grad for part in (self.tower, self.connector) for p in part.parameters()):
+        if connected is None and self.training and self._runs_blank:
             # Every rank must run the same modules, so a batch without media runs a blank one that counts nothing.
             connected = self._blank(batch)
         return self.connector.join(self.llm.embed(batch.input_ids), connected, batch)
+
+    @property
+    def _runs_blank(self) -> bool:
+        """Whether other ranks wait for what a batch without media would leave out: its gradients, or its share of weights."""
+        found = (parameter for part in (self.tower, self.connector) for parameter in part.parameters())
+        return any(parameter.requires_grad or is_sharded(parameter) for parameter in found)
 
     def forward(self, batch: Batch, *, align: bool = False) -> TokenLoss | Alignment:
         """The language modelling loss of a batch, or with `align` its images and captions as vectors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,42 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         seen.add(storage.data_ptr())
         written[name] = own if alone else own.clone()
     save_file(written, path, metadata={"format": "pt"})
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A tensor whole on the CPU; of one that processes hold in shares (ZeRO-3, FSDP) every one of them must ask for it."""
+    held: Any = value
+    if hasattr(held, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([held]):
+            return value.detach().cpu().clone()
+    if hasattr(held, "full_tensor"):
+        # Offloaded shares are gathered where the processes can talk to each other.
+        return held.detach().to(held.device_mesh.device_type).full_tensor().cpu()
+    return value.detach().cpu()
+
+
+def whole_state(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """The wanted part of a module's state dict; of sharded weights every process must ask, and the first one gets them whole."""
+    held: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, value in module.state_dict().items():
+        if not wanted(name):
+            continue
+        own = held.get(name, value)
+        if not is_sharded(own):
+            found[name] = value
+            continue
+        whole = whole_tensor(own)
+        if torch.distributed.get_rank() == 0:
+            found[name] = whole
+    return found
+
+
+def is_sharded(value: torch.Tensor) -> bool:
+    """Whether processes hold a tensor in shares."""
+    return hasattr(value, "ds_id") or hasattr(value, "full_tensor")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from vlm_tune.errors import ModelError, TrainingError
 from vlm_tune.model.store import capture_model, commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.model.weights import read_safetensors, write_safetensors
+from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Progress:
     """Whether an evaluation that was due at this step was cut short."""
     processes: int = 1
     """How many trained together."""
+    ranks: int = 0
+    """For how many the batches are planned: those that the run began with."""
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
@@ -64,19 +66,19 @@ def checkpoints(stage: Path) -> list[Path]:
 
 def capture_checkpoint(
     model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    names: list[list[str]],
+    optimizer: Mapping[str, torch.Tensor],
     progress: Progress,
     recipe_text: str,
     random_states: Sequence[Mapping[str, torch.Tensor]],
 ) -> Callable[[Path], None]:
     """What writes the training's state as it is now to a folder, while training goes on; one random state a process.
 
-    What trains is copied to the CPU's memory; frozen weights are not.
+    What trains is copied to the CPU's memory; frozen weights are not. Of sharded weights every process must ask, and the
+    first one may write.
     """
     kept = _Copies(model)
     write_model = capture_model(model, kept)
-    state = kept(optimizer_state(optimizer, names))
+    state = kept(optimizer)
     random_state = {f"{rank}.{key}": value for rank, found in enumerate(random_states) for key, value in found.items()}
     told = json.dumps(asdict(progress), indent=1)
 
@@ -94,7 +96,7 @@ class _Copies:
     """Tensors as they are now: copies on the CPU, but for the model's frozen parameters; what is shared stays shared."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        parameters = list(model.parameters())
+        parameters = [value for value in model.parameters() if not is_sharded(value)]
         trained = {value.data_ptr() for value in parameters if value.requires_grad}
         self._frozen = {value.data_ptr() for value in parameters} - trained
         self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -186,32 +188,14 @@ def load_random(folder: Path, rank: int) -> None:
         torch.cuda.set_rng_state(own["cuda"])
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors as `<parameter>|<key>`."""
-    state: dict[str, torch.Tensor] = {}
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                state[f"{name}|{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], folder: Path) -> None:
-    """Puts a checkpoint's optimizer state back. Raises `ModelError` if it is another model's."""
+def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:
+    """A checkpoint's optimizer tensors as `<parameter>|<key>`. Raises `ModelError` if they are another model's."""
     state = read_safetensors(folder / "trainer" / "optimizer.safetensors")
     known = {name for group in names for name in group}
     strangers = sorted({key.rpartition("|")[0] for key in state} - known)
     if strangers:
         raise ModelError(f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}")
-    for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        for parameter, name in zip(group["params"], group_names, strict=True):
-            found = {key.rpartition("|")[2]: value for key, value in state.items() if key.rpartition("|")[0] == name}
-            if found:
-                # In the parameter's own memory format (channels last): the fused step walks both as they lie in memory.
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
-                    for key, value in found.items()
-                }
+    return state
 
 
 # --- which there are -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
@@ -26,11 +26,11 @@ from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
 from vlm_tune.model.features import FeatureStore
-from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_optimizer, load_random, random_state
+from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_optimizer
+from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.trace import Step, cut_trace, digest, told, write_step
 from vlm_tune.train.watch import Watch
@@ -46,6 +46,8 @@ class StageData:
     feed: Feed
     validation: list[Conversation]
     validation_features: FeatureStore | None
+    image_cost: float = 0.0
+    """How many tokens an image costs."""
 
 
 def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
@@ -70,6 +72,8 @@ class _Rates:
     loss: float = 0.0
     count: int = 0
     waited: float = 0.0
+    largest: float = 0.0
+    mean: float = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,6 +87,10 @@ class _Rates:
         self.tokens += batch.tokens
         self.padded += batch.attention_mask.numel()
 
+    def work(self, costs: torch.Tensor) -> None:
+        """Notes what a step costs each rank."""
+        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
+
     def line(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
@@ -91,6 +99,7 @@ class _Rates:
             "tokens_per_s": self.tokens / seconds,
             "padding": 1 - self.tokens / max(self.padded, 1),
             "stall": self.waited / seconds,
+            "imbalance": self.largest / max(self.mean, 1e-9),
         }
 
 
@@ -107,7 +116,7 @@ class StageLoop:
         recipe: Recipe,
         tuned: Tuned,
         data: StageData,
-        accelerator: Accelerator,
+        engine: Engine,
         *,
         folder: Path,
         progress: Progress,
@@ -118,22 +127,19 @@ class StageLoop:
         watch: Watch | None = None,
     ) -> None:
         self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
-        self.accelerator, self.folder, self.progress = accelerator, folder, progress
+        self.engine, self.accelerator, self.folder, self.progress = engine, engine.accelerator, folder, progress
         self.report, self.recipe_text, self.stop = report, recipe_text, stop
         train = recipe.train
         self.objective = build_objective(recipe.objective)
-        optimizer = torch.optim.AdamW(tuned.groups, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay, fused=True)
-        self.full_rates = [group["lr"] for group in tuned.groups]
         if train.gradient_checkpointing:
             model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.prepared_model, self.optimizer = accelerator.prepare(model, optimizer)
-        if accelerator.distributed_type is not DistributedType.FSDP:
-            fuse(model)
+        engine.prepare(model, tuned, train)
         if resume_from is not None:
-            load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tuned.names, resume_from)
-            load_random(resume_from, accelerator.process_index)
-        progress.processes = accelerator.num_processes
-        self.watch = watch or Watch(accelerator, train.timeout)
+            engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
+            load_random(resume_from, self.accelerator.process_index)
+        progress.processes = self.accelerator.num_processes
+        self.accumulation = train.gradient_accumulation * data.feed.pieces
+        self.watch = watch or Watch(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
         self._nonfinite = 0
         self.total = train.steps or self._steps_of(train.epochs or 1)
@@ -202,25 +208,22 @@ class StageLoop:
             for batches, _ in self._windows():
                 step = self.progress.step = self.progress.step + 1
                 self._step(batches, step, _Rates())
-                write = self._captured() if step in at else None
-                if write is not None:
+                states = gather_object([random_state()])
+                if step in at and self.accelerator.is_main_process:
                     written = trace / f"replayed-{step}"
                     written.mkdir()
-                    write(written)
+                    self._captured(states)(written)
                     yield step, written
                     shutil.rmtree(written)
+                elif step in at and self.engine.collects:
+                    self._captured(states)
                 if self._stopping():
                     raise Interrupted("the replay was stopped")
                 if step == end:
                     return
 
-    def _captured(self) -> Callable[[Path], None] | None:
-        """What writes the state as it is now, for the first process; all must ask."""
-        states = gather_object([random_state()])
-        if not self.accelerator.is_main_process:
-            return None
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return capture_checkpoint(self.model, inner, self.tuned.names, self.progress, self.recipe_text, states)
+    def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states)
 
     def _due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint at this step."""
@@ -230,7 +233,7 @@ class StageLoop:
     def _steps_in(self, epoch: int) -> int | None:
         """Optimizer steps of an epoch; None for a stream."""
         batches = self.data.feed.micro_batches(epoch)
-        return None if batches is None else math.ceil(batches / self.recipe.train.gradient_accumulation)
+        return None if batches is None else math.ceil(batches / self.accumulation)
 
     def _steps_of(self, epochs: float) -> int:
         """Optimizer steps of that many epochs, at least one."""
@@ -241,7 +244,7 @@ class StageLoop:
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
         """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
         self._first_step = self.progress.step
-        accumulation, done = self.recipe.train.gradient_accumulation, 0
+        accumulation, done = self.accumulation, 0
         if self.progress.step >= self.total:
             return
         for epoch in itertools.count():
@@ -271,37 +274,30 @@ class StageLoop:
         accelerator = self.accelerator
         ids = [identity for batch in batches for identity in batch.ids]
         self.watch.at(f"step {step}, meeting the others")
-        mine = torch.tensor([sum(self.objective.count(batch) for batch in batches), digest(ids)], device=accelerator.device)
-        total, samples = (int(value) for value in _summed(accelerator, mine))
-        total = max(total, 1)
+        mine = [sum(self.objective.count(batch) for batch in batches), digest(ids), round(sum(map(self._cost, batches)))]
+        told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+        rates.work(told_all[:, 2])
+        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum())
         summed = torch.zeros((), device=accelerator.device)
         self.watch.at(f"step {step}")
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
-            with accelerator.autocast(), _unsynced(accelerator, self.prepared_model, synced=last):
-                loss = self.objective(self.prepared_model, batch)
-                # DDP averages over ranks, so each rank's share of the global mean is scaled up by their number.
-                accelerator.backward(loss.sum * accelerator.num_processes / total)
+            with self.engine.micro_batch(last=last):
+                loss = self.objective(self.engine.model, batch)
+                self.engine.backward(loss.sum / total)
             summed += loss.sum.detach()
         value = float(_summed(accelerator, summed))
         factor = schedule_factor(self.recipe.train.schedule, step, self.total)
-        for group, full in zip(self.optimizer.param_groups, self.full_rates, strict=True):
-            group["lr"] = full * factor
-        norm = self._clipped()
+        norm = self.engine.clip(factor)
         if self._usable(step, value, norm, ids):
-            self.optimizer.step()
+            self.engine.step()
             rates.loss, rates.count = rates.loss + value, rates.count + total
-        self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.engine.skip()
         if accelerator.is_main_process:
             write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
-        return factor * max(self.full_rates)
-
-    def _clipped(self) -> float | None:
-        """The norm of all gradients, which are clipped if the recipe says so; None where the engine keeps it to itself."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm or math.inf)
-        return None if norm is None else float(norm)
+        return factor * max(self.engine.rates)
 
     def _usable(self, step: int, loss: float, norm: float | None, ids: list[str]) -> bool:
         """Whether the step may be taken: if its loss and gradient are finite. The samples of others are kept in a file.
@@ -320,7 +316,7 @@ class StageLoop:
                 file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": held}) + "\n")
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         said = f"{what} at step {step}; the batch holds {', '.join(held[:8])}"
-        if self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
+        if self.engine.skips and self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
             self.report({"event": "note", "text": f"{said}; the step is left out", "step": step})
             return False
         row = f", the {self._nonfinite}th such step in a row" if self._nonfinite > 1 else ""
@@ -328,6 +324,11 @@ class StageLoop:
             f"{said} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
             "the last checkpoint is from before: --resume goes on there"
         )
+
+    def _cost(self, batch: Batch) -> float:
+        """What a batch's pass costs, in tokens."""
+        images = batch.pixels if batch.features is None else batch.features
+        return batch.input_ids.numel() + self.data.image_cost * (0 if images is None else len(images))
 
     def _stopping(self) -> bool:
         """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
@@ -340,7 +341,8 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         self.watch.at(f"the evaluation of step {step}")
-        found = self._generated() if self.objective.generates else self._matched()
+        with self.engine.inference():
+            found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         self.progress.unscored = found is None
         if found is None:
@@ -356,11 +358,13 @@ class StageLoop:
         """Scores of generated answers; None if the run is asked to stop meanwhile."""
         settings = self.recipe.evaluate
         rows = self.data.validation[: settings.limit]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
+        together = self.engine.sharded
+        mine = rows if together else rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the evaluation, {done} of {of} rows")
-            if self.stop():
+            if self._stopping() if together else self.stop():
                 raise _CutShort
 
         found: Scores | None = None
@@ -376,7 +380,7 @@ class StageLoop:
         shards = gather_object([found])
         if any(shard is None for shard in shards):
             return None
-        return (join_scores(shards) if len(shards) > 1 else shards[0]).summary()
+        return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
 
     @torch.no_grad()
     def _matched(self) -> dict[str, Any]:
@@ -395,14 +399,11 @@ class StageLoop:
         if self._nonfinite:
             return
         self.watch.at(f"the checkpoint of step {step}")
-        write = self._captured()
-        if write is not None:
-            self.writer.save(step, write, self.progress.best_step)
-
-
-def _unsynced(accelerator: Accelerator, model: Any, *, synced: bool) -> Any:
-    """Gradients are exchanged once a step, with the last micro-batch."""
-    return contextlib.nullcontext() if synced or accelerator.num_processes == 1 else accelerator.no_sync(model)
+        states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            self.writer.save(step, self._captured(states), self.progress.best_step)
+        elif self.engine.collects:
+            self._captured(states)
 
 
 def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:

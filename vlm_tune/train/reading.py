@@ -21,6 +21,7 @@ from vlm_tune.data.shards import BAD
 from vlm_tune.data.stream import StreamFeed
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.model.features import FeatureStore, tower_features
+from vlm_tune.model.tuning import count_of
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.loop import Report
 
@@ -76,8 +77,17 @@ def _quarantine(train: Prepared, path: Path) -> None:
         file.write("".join(line + "\n" for line in lines))
 
 
-def stage_feed(recipe: Recipe, rows: StageRows, features: FeatureStore | None, accelerator: Accelerator, report: Report) -> Feed:
-    """What the stage's loop takes its batches from."""
+def stage_feed(
+    recipe: Recipe,
+    rows: StageRows,
+    features: FeatureStore | None,
+    accelerator: Accelerator,
+    report: Report,
+    *,
+    planned: int,
+    image_cost: float,
+) -> Feed:
+    """What the stage's loop takes its batches from; `planned` are the processes that the run began with."""
     settings, data = recipe.train, recipe.data
     train, processor = rows.train, rows.processor
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -91,9 +101,10 @@ def stage_feed(recipe: Recipe, rows: StageRows, features: FeatureStore | None, a
             recipe.seed,
             rank=rank,
             ranks=ranks,
+            planned=planned,
             report=lambda error: report({"event": "note", "text": f"left out: {error}"}),
         )
-    plan = Plan(train, data, Sizes(settings.batch_size, settings.batch_tokens, ranks), recipe.seed)
+    plan = Plan(train, data, Sizes(settings.batch_size, settings.batch_tokens, planned, image_cost), recipe.seed)
     return PreparedFeed(
         train,
         plan,
@@ -102,8 +113,17 @@ def stage_feed(recipe: Recipe, rows: StageRows, features: FeatureStore | None, a
         cached=features is not None,
         augment=data.augment,
         rank=rank,
+        ranks=ranks,
         workers=settings.loader_workers,
     )
+
+
+def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
+    """How many tokens of the LLM an image costs in the tower, by the weights that each is multiplied with."""
+    if cached:
+        return 0.0
+    language = sum(count_of(parameter) for parameter in model.llm.parameters())
+    return model.tower.measure()[0] * sum(parameter.numel() for parameter in model.tower.parameters()) / language
 
 
 def stage_features(

@@ -22,6 +22,7 @@ from vlm_tune.model.weights import read_safetensors
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.allocator import keep_freed_memory
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
+from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report
 from vlm_tune.train.run import MIXED, Context, accelerator_of, read_rows, stage_loop
@@ -95,9 +96,11 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
-        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch)
+        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, resolve_engine(recipe.engine))
         rows = read_rows(context, number, name, stage, build_processor(recipe, scratch_texts(recipe)))
-        loop = stage_loop(context, restore_model(start, dtype=load_dtype(recipe)), name, stage, rows, progress, start)
+        loop = stage_loop(
+            context, restore_model(start, dtype=load_dtype(recipe), bare=not context.holds), name, stage, rows, progress, start
+        )
         kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
         for step, written in loop.replay(end, scratch, set(kept)):
             report.checkpoints.append(step)

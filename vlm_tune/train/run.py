@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.data.prepare import conversations, read_part, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
@@ -36,10 +36,11 @@ from vlm_tune.report import write_report
 from vlm_tune.runfolder import check_run, open_run
 from vlm_tune.runlock import run_lock
 from vlm_tune.train.allocator import keep_freed_memory
-from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_of
+from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
+from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report, StageData, StageLoop
-from vlm_tune.train.reading import StageRows, read_stage, stage_features, stage_feed
+from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_features, stage_feed
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.watch import Watch
@@ -70,6 +71,12 @@ class Context:
     stop: Callable[[], bool]
     text: str
     watch: Watch
+    section: AnyEngine
+
+    @property
+    def holds(self) -> bool:
+        """Whether this process holds the language model before an engine takes it; of those that shard it the first alone does."""
+        return self.accelerator.is_main_process or not shards(self.section)
 
 
 def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False, show: Report | None = None) -> Run:
@@ -80,6 +87,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
     to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
+    section = resolve_engine(recipe.engine)
     accelerator = accelerator_of(recipe)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
@@ -94,7 +102,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
         report({"event": "environment", **environment(accelerator)})
         for note in notes or []:
             report({"event": "note", "text": note})
-        context = Context(recipe, run, accelerator, report, stop, text, watch)
+        context = Context(recipe, run, accelerator, report, stop, text, watch, section)
         try:
             model, seconds = _stages(context, resume=resume)
             result = _finish(context, model, {"seconds": seconds})
@@ -145,7 +153,7 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
         AcceleratorState._reset_state()
     found = Accelerator(
         # Without a GPU accelerate joins the processes of a launch only where it is told that the CPU is meant.
-        cpu=not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.timeout))],
     )
@@ -226,16 +234,17 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
             )
         if context.accelerator.is_main_process:
             _forget_after(context.run, progress)
-        model = restore_model(checkpoint, dtype=load_dtype(recipe))
+        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds)
     else:
-        model = build(recipe, texts)
+        model = build(recipe, texts, bare=not context.holds)
         if context.accelerator.is_main_process:
             _write_samples(context, model, samples, "before")
     seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
-            progress, checkpoint = Progress(stage=number), None
+            progress, checkpoint = Progress(stage=number, ranks=progress.ranks), None
+        progress.ranks = progress.ranks or context.accelerator.num_processes
         model = _stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds
     if context.accelerator.is_main_process:
@@ -282,16 +291,19 @@ def stage_loop(
 
     train, validation = rows.train, rows.validation
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
-    model.to(accelerator.device)
+    for part in (model.tower, model.connector) if shards(context.section) else (model,):
+        part.to(accelerator.device)
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
-    data = StageData(stage_feed(recipe, rows, features, accelerator, report), validation, held_out)
+    cost = image_cost(model, cached=features is not None)
+    feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
+    data = StageData(feed, validation, held_out, cost)
     loop = StageLoop(
         model,
         recipe,
         tuned,
         data,
-        accelerator,
+        build_engine(context.section, accelerator),
         folder=folder,
         progress=progress,
         report=report,
@@ -328,13 +340,17 @@ def _stage(
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
-    # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
-    accelerator.unwrap_model(loop.prepared_model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
+    loop.engine.release()
     best = _best(context, folder, progress)
+    if best is None and loop.engine.sharded:
+        # What the ranks hold in shares is whole in the last checkpoint.
+        accelerator.wait_for_everyone()
+        best = step_folder(folder, progress.step)
     if best is not None:
-        model = restore_model(best, dtype=load_dtype(context.recipe)).to(accelerator.device)
+        model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds)
         apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+        if context.holds:
+            model.to(accelerator.device)
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model

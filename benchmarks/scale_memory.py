@@ -1,0 +1,130 @@
+"""What each rank holds by engine: two processes train a 61M-parameter decoder in full, in fp32, on this machine.
+
+    python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
+
+For every engine, rank by rank: resident memory that the model took to build and load (`built`), and the bytes of all
+live tensors when the second step is about to be taken, with weights, gradients and the optimizer's state (`held`), in MB
+(10^6 bytes). `theory` counts 4 bytes a parameter for weights, gradients, each of
+Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine shares out counts once
+over all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    **{f"zero{stage}": {"kind": "deepspeed", "stage": stage} for stage in range(4)},
+    "fsdp": {"kind": "fsdp"},
+}
+WHOLE = {"ddp": 16, "zero0": 16, "zero1": 8, "zero2": 4, "zero3": 0, "fsdp": 0}
+"""Bytes a parameter that every rank holds."""
+SHARED = {"ddp": 0, "zero0": 0, "zero1": 12, "zero2": 16, "zero3": 20, "fsdp": 16}
+"""Bytes a parameter that the ranks share out."""
+RECIPE = """
+name: memory
+output: {output}
+model:
+  tower: {{kind: open_clip, config: {{layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  connector: {{kind: linear}}
+  llm: {{kind: causal, scratch: {{model_type: llama, vocab_size: 512, config: {{hidden_size: 640, intermediate_size: 1792,
+    num_hidden_layers: 12, num_attention_heads: 10, num_key_value_heads: 10, max_position_embeddings: 256}}}}}}
+data:
+  train: [{{kind: easy_vqa, split: train, limit: 64}}]
+  template: chatml
+  max_length: 128
+tune: [{{match: "*", how: full}}]
+train: {{steps: 2, batch_size: 2, precision: fp32, cache_features: false}}
+evaluate: {{samples: 0}}
+engine: {engine}
+"""
+
+
+def resident() -> float:
+    """The process's resident memory in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def held() -> float:
+    """Bytes of the storages of all live tensors, in MB."""
+    import torch
+
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and found.device.type != "meta":
+            local = getattr(found, "_local_tensor", found)
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values()) / 1e6
+
+
+def worker(recipe: Path, output: Path) -> None:
+    """One rank: trains up to its second step, writes what it holds then, and ends there."""
+    from vlm_tune.api import sft
+    from vlm_tune.recipe import load_recipe
+    from vlm_tune.train import run
+    from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
+
+    figures: dict[str, float] = {}
+    build = run.build
+
+    def built(*arguments: Any, **options: Any) -> Any:
+        start = resident()
+        model = build(*arguments, **options)
+        figures["built"] = resident() - start
+        return model
+
+    def measured(step: Any) -> Any:
+        def stepped(engine: Engine) -> None:
+            if "stepped" not in figures:
+                figures["stepped"] = 1
+                step(engine)
+                return
+            figures["held"] = held()
+            figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())
+            output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
+            engine.accelerator.wait_for_everyone()
+            os._exit(0)
+
+        return stepped
+
+    run.build = built
+    for kind in (Engine, DeepSpeed, Fsdp):
+        kind.step = measured(kind.step)
+    sft(load_recipe(recipe))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    options = parser.parse_args()
+    print(f"{'engine':8} {'theory':>8}  {'held, MB by rank':24} {'built, MB by rank':24}")
+    for name in options.engines:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            (folder / "recipe.yaml").write_text(RECIPE.format(output=folder / "run", engine=json.dumps(ENGINES[name])))
+            code = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+            rank = [sys.executable, "-m", "benchmarks.scale_memory", "--worker", str(folder / "recipe.yaml"), str(folder / "found")]
+            subprocess.run([sys.executable, "-c", code, str(options.processes), *rank], check=True, stdout=subprocess.DEVNULL)
+            found = [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(options.processes)]
+        theory = found[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
+        columns = [" ".join(f"{figures[key]:8.0f}" for figures in found) for key in ("held", "built")]
+        print(f"{name:8} {theory:8.0f}  {columns[0]:24} {columns[1]:24}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()

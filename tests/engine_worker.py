@@ -1,0 +1,87 @@
+"""One of several processes that train the recipes of a list in turn; notes gradients and sample ids beside each.
+
+python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, "stop": step or null}, ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vlm_tune.api import sft
+from vlm_tune.errors import Interrupted
+from vlm_tune.model.weights import whole_tensor
+from vlm_tune.recipe import load_recipe
+from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
+from vlm_tune.train.loop import StageLoop
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    """The gradient that a step is about to be taken with, whole, by parameter."""
+    found = {}
+    for name, parameter in engine._named():
+        if isinstance(engine, DeepSpeed):
+            from deepspeed.utils import safe_get_full_grad
+
+            value: Any = safe_get_full_grad(parameter)
+        else:
+            value = parameter.grad
+        assert value is not None, f"{name} has no gradient"
+        found[name] = whole_tensor(value).clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def record(noted: dict[str, Any]) -> None:
+    """Notes the first step's gradient, and the sample ids of all steps."""
+
+    def before(clip: Any) -> Any:
+        def clipped(engine: Engine, factor: float) -> Any:
+            if not noted["gradients"]:
+                noted["gradients"] = gradients(engine)
+            return clip(engine, factor)
+
+        return clipped
+
+    for kind in (Engine, DeepSpeed, Fsdp):
+        kind.clip = before(kind.clip)
+    whole_step = StageLoop._step
+
+    def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
+        noted["ids"][step] = [identity for batch in batches if batch.supervised for identity in batch.ids]
+        noted["images"].append(sum(len(batch.media_index) for batch in batches))
+        if step == noted["stop"]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_step(loop, batches, step, *rest)
+
+    StageLoop._step = stepped
+
+
+def main(runs: list[dict[str, Any]]) -> None:
+    noted: dict[str, Any] = {}
+    record(noted)
+    rank = os.environ.get("RANK", "0")
+    for run in runs:
+        path = Path(run["recipe"])
+        noted.update(gradients={}, ids={}, images=[], stop=run.get("stop"))
+        try:
+            sft(load_recipe(path), resume=run.get("resume", False))
+        except Interrupted:
+            assert run.get("stop")
+        except BaseException as error:
+            print(f"rank {rank}: {path.stem}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise
+        print(f"rank {rank}: {path.stem}", file=sys.stderr, flush=True)
+        path.with_suffix(f".rank{rank}.json").write_text(json.dumps({"ids": noted["ids"], "images": noted["images"]}))
+        if rank == "0":
+            save_file(noted["gradients"], path.with_suffix(".safetensors"))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,178 @@
+"""Every engine with two processes computes what one process does, whatever its ranks hold; and any may go on where another stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_text, write_color_rows
+from connector_kinds import with_connector
+from safetensors.torch import load_file
+from small import LORA_TUNE, assert_close, interrupted, one_step, parsed, run, with_tune
+
+from vlm_tune.api import sft
+from vlm_tune.config import Recipe
+from vlm_tune.recipe import dump_recipe
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    **{f"zero{stage}": {"kind": "deepspeed", "stage": stage} for stage in range(4)},
+    "offload": {"kind": "deepspeed", "stage": 3, "offload": ["optimizer", "parameters"]},
+    "fsdp": {"kind": "fsdp"},
+}
+FULL = """
+tune:
+  - {match: "*", how: full}
+train:"""
+BLIND = """
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: frozen}
+  - {match: "llm.*", how: lora, r: 4, target_modules: all-linear}
+train:"""
+"""A rank without images has no gradient to bring for what it leaves out, and still must gather its weights."""
+MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
+    "decoder-lora": ("causal", LORA_TUNE, None, {}),
+    "decoder-full": ("causal", FULL, None, {"train__cache_features": False}),
+    "t5-lora": ("seq2seq", LORA_TUNE, None, {}),
+    "t5-full": ("seq2seq", FULL, None, {"train__cache_features": False}),
+    "frozen": ("causal", BLIND, None, {"train__cache_features": False}),
+    "qformer-text": ("causal", LORA_TUNE, "qformer-text", {"train__cache_features": False}),
+    "fusion": ("seq2seq", LORA_TUNE, "fusion-attention", {}),
+    "cross": ("causal", LORA_TUNE, "cross_attention", {}),
+}
+SHARDED = ("zero3", "fsdp")
+RUNS = [
+    (model, engine)
+    for model in MODELS
+    for engine in (ENGINES if "lora" in model or "full" in model else SHARDED)
+    if engine != "offload" or model in ("decoder-lora", "t5-full")
+]
+WORKER = Path(__file__).parent.parent / "engine_worker.py"
+
+
+def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) -> Recipe:
+    """One step over all eight rows, of which only one has an image: where there are two ranks, one has none."""
+    kind, tune, connector, own = MODELS[model]
+    text = tiny_text(kind, folder / "messages.jsonl", folder / name)
+    if connector:
+        text = with_connector(text, connector)
+    settings: dict[str, Any] = {"train__steps": 1, "train__batch_size": size, "train__log_every": 1, "data__validation": []}
+    return parsed(with_tune(text, tune), **{**settings, "evaluate__samples": 0, "train__max_grad_norm": None, **own, **changes})
+
+
+GOES_ON: dict[str, Any] = {
+    "train__steps": 8,
+    "train__max_grad_norm": 1.0,
+    "train__gradient_accumulation": 2,
+    "train__checkpoints": {"every": 8, "keep": 9},
+}
+LINEAGES = {"one-two-one": "decoder-lora", "zero2-zero3": "t5-full"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two processes, by one launch: importing the libraries takes longer than the runs."""
+    folder = tmp_path_factory.mktemp("engines")
+    rows = [json.loads(line) for line in write_color_rows(folder).read_text().splitlines()]
+    for row in rows[1:]:
+        row.pop("images")
+    (folder / "messages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan: list[dict[str, Any]] = []
+
+    def add(name: str, made: Recipe, **how: Any) -> None:
+        (folder / f"{name}.yaml").write_text(dump_recipe(made))
+        plan.append({"recipe": str(folder / f"{name}.yaml"), **how})
+
+    for model, engine in RUNS:
+        name = f"{model}-{engine}"
+        add(name, recipe(folder, name, model, size=4, engine=ENGINES[engine]))
+    # One process alone to step 3, two to step 6; ZeRO-2 to step 3, ZeRO-3 from there.
+    goes_on = recipe(folder, "one-two-one", "decoder-lora", size=2, **GOES_ON)
+    interrupted(lambda show: sft(goes_on, show=show), stage=0, step=3)
+    add("one-two-one", goes_on, resume=True, stop=6)
+    for stage, how in ((2, {"stop": 3}), (3, {"resume": True})):
+        made = recipe(folder, "zero2-zero3", "t5-full", size=1, engine={"kind": "deepspeed", "stage": stage}, **GOES_ON)
+        add(f"zero2-zero3-{stage}", made, **how)
+    (folder / "runs.json").write_text(json.dumps(plan))
+    command = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[1:], 2))"
+    run([sys.executable, "-c", command, sys.executable, str(WORKER), str(folder / "runs.json")], seconds=1500, VLM_TUNE_CACHE=str(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", list(MODELS))
+def test_two_ranks_take_the_gradient_of_one(model: str, trained: Path, tmp_path: Path) -> None:
+    _, gradients = one_step(recipe(trained, f"{model}-alone", model, size=8), tmp_path)
+    alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
+    engines = [engine for other, engine in RUNS if other == model]
+    assert engines
+    for engine in engines:
+        images = [json.loads((trained / f"{model}-{engine}.rank{rank}.json").read_text())["images"][0] for rank in range(2)]
+        assert sorted(images) == [0, 1]
+        assert_close(alone, load_file(trained / f"{model}-{engine}.safetensors"))
+
+
+def losses(folder: Path) -> list[float]:
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+def noted_ids(trained: Path, name: str) -> dict[str, list[str]]:
+    """The ids of each step's samples over both ranks."""
+    shares = [json.loads((trained / f"{name}.rank{rank}.json").read_text())["ids"] for rank in range(2)]
+    return {step: sorted(shares[0][step] + shares[1][step]) for step in shares[0]}
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The ids of each step that this process takes."""
+    from vlm_tune.train.loop import StageLoop
+
+    found: dict[str, list[str]] = {}
+    whole: Callable[..., float] = StageLoop._step
+
+    def noted(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
+        found[str(step)] = sorted(identity for batch in batches if batch.supervised for identity in batch.ids)
+        return whole(loop, batches, step, *rest)
+
+    monkeypatch.setattr(StageLoop, "_step", noted)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(LINEAGES))
+def test_a_run_goes_on_with_other_ranks_and_stages(name: str, trained: Path, order: dict[str, list[str]]) -> None:
+    alone = name == "one-two-one"
+    whole = recipe(trained, f"{name}-whole", LINEAGES[name], size=2, **GOES_ON)
+    sft(whole)
+    expected, ids = losses(trained / f"{name}-whole"), dict(order)
+    assert len(expected) == 8
+    order.clear()
+    seen = noted_ids(trained, name) if alone else noted_ids(trained, f"{name}-2") | noted_ids(trained, f"{name}-3")
+    if alone:
+        sft(recipe(trained, name, LINEAGES[name], size=2, **GOES_ON), resume=True)
+        assert sorted(order) == ["7", "8"]
+    assert sorted(seen) == [str(step) for step in range(4 if alone else 1, 7 if alone else 9)]
+    assert {step: ids[step] for step in seen} == seen
+    assert {step: ids[step] for step in order} == order
+    found = losses(trained / name)
+    assert max(abs(one - other) for one, other in zip(expected, found, strict=True)) <= 1e-4
+
+
+def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm_tune.config import AutoEngine, DdpEngine, FsdpEngine
+    from vlm_tune.errors import RecipeError
+    from vlm_tune.train.engines import resolve_engine
+
+    assert resolve_engine(AutoEngine()) == DdpEngine(kind="ddp")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert resolve_engine(AutoEngine()) == FsdpEngine(kind="fsdp", offload=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="the recipe says ddp and the accelerate config fsdp"):
+        resolve_engine(DdpEngine(kind="ddp"))

@@ -1,0 +1,81 @@
+"""Several processes on this machine, as `vlm-tune sft --processes N` starts them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from vlm_tune.errors import EXIT_TRAINING
+
+GRACE = 10.0
+"""Seconds that the others have to end by themselves once a process has failed; most often all find the same fault."""
+POLL = 0.1
+PARENT_DIED = 1
+"""prctl's number for the signal that a process gets when its parent is gone."""
+
+
+def launch(command: Sequence[str], processes: int) -> int:
+    """Runs a command as the ranks of one job and returns the job's exit code: the first failure's, 5 if that was killed.
+
+    SIGINT and SIGTERM go on to every rank. When one fails the others are killed after a grace period.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    threads = str(max((os.cpu_count() or 1) // processes, 1))
+    common = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks: list[subprocess.Popen[Any]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in range(processes):
+            environment = common | {"RANK": str(number), "LOCAL_RANK": str(number)}
+            # Sessions of their own: a terminal's Ctrl-C comes here alone, and reaches each rank once.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent))
+        return _wait(ranks)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[Any]]) -> int:
+    """Waits for all ranks; the exit code of the job."""
+    failed, deadline = 0, None
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if deadline is None and any(codes):
+            number = next(number for number, code in enumerate(codes) if code)
+            failed, deadline = codes[number] or 0, time.monotonic() + GRACE
+            if failed < 0:
+                print(f"process {number} of {len(ranks)} was ended by {signal.Signals(-failed).name}", file=sys.stderr)
+        left = [number for number, code in enumerate(codes) if code is None]
+        if not left:
+            return failed if failed >= 0 else EXIT_TRAINING
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"killed after {GRACE:g} s of waiting: process {', '.join(map(str, left))}", file=sys.stderr)
+            for number in left:
+                ranks[number].kill()
+            deadline = float("inf")
+        time.sleep(POLL)
