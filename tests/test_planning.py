@@ -20,7 +20,7 @@ from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.planning.batches import longest_batch
 from vlm_tune.planning.communication import communication, traffic
-from vlm_tune.planning.planner import _memory, _Setting, parse_size, plan
+from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
 from vlm_tune.planning.zero import Held, zero_memory
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
@@ -143,7 +143,7 @@ def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
 
 def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
     shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
-    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), shares, _Setting(1, 0, None, True, "none", 1, 100.0, None))
+    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT))
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
 
 

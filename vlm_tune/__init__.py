@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_tune.api import evaluate, export, merge, sft
+    from vlm_tune.api import evaluate, export, merge, sft, verify_run
     from vlm_tune.checking.checker import check
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
     from vlm_tune.planning.planner import plan
@@ -21,11 +21,23 @@ _HOMES = {
     "check": "vlm_tune.checking.checker",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.api",
+    "verify_run": "vlm_tune.api",
     "export": "vlm_tune.api",
     "plan": "vlm_tune.planning.planner",
 }
 
-__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "check", "evaluate", "export", "load_recipe", "merge", "plan", "sft"]
+__all__ = [
+    "VisionLanguageConfig",
+    "VisionLanguageModel",
+    "check",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "merge",
+    "plan",
+    "sft",
+    "verify_run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.loop import Report
 from vlm_tune.train.memory import is_out_of_memory, out_of_memory
+from vlm_tune.train.replay import ReplayReport
+from vlm_tune.train.replay import verify_run as replay_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
@@ -54,6 +56,14 @@ def sft(
             raise
         said = f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume goes on from the last checkpoint"
         raise TrainingError(said) from error
+
+
+def verify_run(run: str | Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
+    """Replays steps of a run from one of its checkpoints and compares samples, losses, gradient norms and tensors bit for bit.
+
+    Raises `RecipeError` if no checkpoint is kept to start from.
+    """
+    return replay_run(Path(run), steps=steps, show=show)
 
 
 def find_recipe(model: Path) -> Path:

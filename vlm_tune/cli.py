@@ -134,6 +134,27 @@ def evaluate(
         console.print(score_table(found.accuracy, found.n, found.by_category))
 
 
+@app.command("verify-run")
+def verify_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    steps: Annotated[int | None, typer.Option(min=1, help="how many; up to the next kept checkpoint where not given")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if anything differs."""
+    _quiet()
+    from vlm_tune.api import verify_run as replay
+    from vlm_tune.display import replay_lines
+
+    found = replay(run, steps=steps)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if as_json:
+            _print_json(found.summary())
+        else:
+            typer.echo("\n".join(replay_lines(found)))
+    if not found.agrees:
+        sys.exit(EXIT_TRAINING)
+
+
 @app.command()
 def merge(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
     from vlm_tune.planning.communication import Communication
     from vlm_tune.planning.planner import Plan, StagePlan
+    from vlm_tune.train.replay import ReplayReport
 
 NAMED = 5
 """Findings of a kind that are printed; the JSON and the page hold more."""
@@ -134,6 +135,26 @@ def score_table(accuracy: float, n: int, by_category: dict[str, dict[str, float]
     table.add_section()
     table.add_row("all", f"{accuracy:.2%}", f"{n:,}")
     return table
+
+
+def replay_lines(report: ReplayReport) -> list[str]:
+    """What a replay found: what agrees, and where first what does not."""
+    differs = {found.what: found for found in report.differences}
+    names = {"samples": "sample ids", "loss": "losses", "norm": "gradient norms"}
+    lines = [f"stage {report.stage}, steps {report.start + 1:,} to {report.end:,} replayed in {report.seconds:.1f} s"]
+    for what in report.compared:
+        found = differs.get(what)
+        said = "equal" if found is None else f"differ first at step {found.step:,}: the run had {found.run}, the replay {found.replay}"
+        lines.append(f"  {names[what]}: {said}")
+    for step in report.checkpoints:
+        tensors = report.tensors[step]
+        first = ", ".join(tensors[:NAMED]) + (f" and {len(tensors) - NAMED} more" if len(tensors) > NAMED else "")
+        lines.append(f"  checkpoint of step {step:,}: " + (f"{len(tensors)} tensors differ: {first}" if tensors else "equal, bit for bit"))
+    if not report.checkpoints:
+        lines.append("  no kept checkpoint lies among these steps: weights are not compared")
+    for name, (then, now) in report.environment.items():
+        lines.append(f"  {name} was {then} and is {now}" + ("" if report.agrees else ", which may be why"))
+    return [*lines, "the run agrees" if report.agrees else "the run differs"]
 
 
 # --- check -----------------------------------------------------------------------------------------------------------

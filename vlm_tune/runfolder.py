@@ -15,6 +15,8 @@ from vlm_tune.runlock import check_lock
 FILES = ("log.jsonl", "tuning.json", "samples.json", "answers.jsonl", "result.json", "report.html", "recipe.yaml")
 FOLDERS = ("stages", "model")
 """What a run writes; starting anew removes these and nothing else."""
+WRITTEN = ".recipe.yaml"
+"""The recipe in the making: all that a start leaves that was killed before it became a run."""
 
 
 def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool) -> None:
@@ -38,7 +40,7 @@ def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accep
 
 
 def _holds_files(run: Path) -> bool:
-    return any(path.name != LOCK for path in run.iterdir())
+    return any(path.name not in (LOCK, WRITTEN) for path in run.iterdir())
 
 
 def changes(saved: Path, recipe: Recipe) -> list[str]:
@@ -58,7 +60,7 @@ def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: b
         for name in FOLDERS:
             shutil.rmtree(run / name, ignore_errors=True)
     if changed or not resume:
-        written = run / ".recipe.yaml"
+        written = run / WRITTEN
         written.write_text(text)
         written.replace(run / "recipe.yaml")
     return [f"resumed with a changed recipe: {line}" for line in changed]

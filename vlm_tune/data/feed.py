@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,9 +14,10 @@ from vlm_tune.config import Augment
 from vlm_tune.data.collate import Fetch, collate
 from vlm_tune.data.images import augment_pixels
 from vlm_tune.data.joining import pack_layout
-from vlm_tune.data.plan import Plan
+from vlm_tune.data.plan import Plan, Rows
 from vlm_tune.data.prepared import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,16 @@ class Feed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Which micro-batch of an epoch the worker processes are waited for, as a place in `numbers`."""
+
+    epoch: int
+    numbers: range
+    place: int
+    pids: list[int]
+
+
 class PreparedFeed:
     """Batches of prepared rows; `fetch` gives features if `cached`, else pixels, which `augment` changes."""
 
@@ -59,6 +71,7 @@ class PreparedFeed:
         self.pieces = -(-plan.sizes.ranks // self.ranks)
         self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
         self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
+        self.loading: Loading | None = None
 
     def micro_batches(self, epoch: int) -> int:
         """How many an epoch has."""
@@ -66,13 +79,17 @@ class PreparedFeed:
 
     def batch(self, epoch: int, number: int) -> Batch:
         """One micro-batch of this process; where the last one has no row for it, a row whose labels are ignored."""
-        planned = self.plan.epoch(epoch)
-        number, piece = divmod(number, self.pieces)
-        rows = planned.rows(number, self.rank * self.pieces + piece, self.ranks * self.pieces)
+        rows = self._rows(epoch, number)
         if not rows:
-            (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(number, rank)))
+            planned, place = self.plan.epoch(epoch), number // self.pieces
+            (row, *_) = next(rows for rank in range(self.plan.sizes.ranks) if (rows := planned.rows(place, rank)))
             return self._collate([[blank(self.prepared.unit(row[0]))]], epoch)
         return self._collate([[self.prepared.unit(unit) for unit in row] for row in rows], epoch)
+
+    def _rows(self, epoch: int, number: int) -> Rows:
+        """The rows of a micro-batch of this process."""
+        place, piece = divmod(number, self.pieces)
+        return self.plan.epoch(epoch).rows(place, self.rank * self.pieces + piece, self.ranks * self.pieces)
 
     def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
         made = [joined(row, self.spec.layout) for row in rows]
@@ -87,7 +104,28 @@ class PreparedFeed:
         numbers = range(first, self.micro_batches(epoch))
         if not self.workers:
             return (self.batch(epoch, number) for number in numbers)
-        return iter(_ahead(self, epoch, numbers))
+        return _ahead(self, epoch, numbers)
+
+    def rows_of(self, epoch: int, number: int) -> list[str]:
+        """The rows that a micro-batch of this process is made of, as their samples' ids."""
+        return [unit[0].id for row in self._rows(epoch, number) for unit in map(self.prepared.unit, row)]
+
+    def killed_worker(self, error: RuntimeError) -> DataError | None:
+        """The error that names the rows a killed loader process was at; None if `error` tells of something else."""
+        if self.loading is None or "DataLoader worker" not in str(error):
+            return None
+        epoch, numbers, place, pids = astuple(self.loading)
+        said = re.search(r"pid\D*(\d+)", str(error))
+        worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % len(pids)
+        # Batches are dealt out in turns: it was at the first one of its own that is still to come.
+        number = next((numbers[turn] for turn in range(place, len(numbers)) if turn % len(pids) == worker), numbers[place])
+        return DataError(
+            f"a loader process was killed ({str(error).splitlines()[0]}) at micro-batch {number} of epoch {epoch + 1} or soon after: "
+            f"{', '.join(self.rows_of(epoch, number)[:8])}. train.loader_workers: 0 shows whether a row does it; if memory ran out, "
+            "fewer workers take less",
+            source="data.train",
+            kind="worker",
+        )
 
 
 @dataclass(frozen=True)
@@ -104,15 +142,24 @@ class Augmented:
         return augment_pixels(self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode())))
 
 
-def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterable[Batch]:
+def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterator[Batch]:
+    """Batches made by worker processes."""
+    import torch
     from torch.utils.data import DataLoader, Dataset
 
     class Numbered(Dataset[Batch]):
         def __getitem__(self, index: int) -> Batch:
             return feed.batch(epoch, index)
 
-    # Batches are a function of their number, so the workers need no sampler and no state.
-    return DataLoader(Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2)  # type: ignore[arg-type]
+    # Batches are a function of their number, so the workers need no sampler and no state, and none of the random numbers
+    # that the training draws from.
+    loader: Any = DataLoader(
+        Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2, generator=torch.Generator()
+    )
+    batches = iter(loader)
+    for place in range(len(numbers)):
+        feed.loading = Loading(epoch, numbers, place, [worker.pid for worker in batches._workers])
+        yield next(batches)
 
 
 def joined(units: list[Group], layout: str) -> list[Example]:

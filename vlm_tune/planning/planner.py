@@ -170,7 +170,7 @@ def plan(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
-    setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops)
+    setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops, CONTEXT if gpu else resident())
     _check(loaded, setting)
     stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
     found = Plan(
@@ -205,7 +205,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Where a run is to happen; `tokens` is a row's length where the user says it."""
+    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before."""
 
     processes: int
     zero: int
@@ -215,6 +215,7 @@ class _Setting:
     nodes: int
     bandwidth: float
     tflops: float | None
+    base: int
 
 
 def _check(recipe: Recipe, setting: _Setting) -> None:
@@ -358,7 +359,7 @@ def _memory(peaks: np.ndarray, shares: Shares, setting: _Setting) -> Memory:
         activations=int(activations),
         logits=int(logits),
         exchange=shares.exchange,
-        base=CONTEXT if setting.gpu else resident(),
+        base=setting.base,
     )
 
 

@@ -42,6 +42,8 @@ class Engine:
 
     skips = True
     """Whether a step whose gradient is not finite can be left out."""
+    collects = False
+    """Whether all ranks must take part where what a checkpoint holds is collected."""
     sharded = False
     """Whether a rank holds only its share of the weights, so that all must run the same modules in the same order."""
 
@@ -208,7 +210,7 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
         super().__init__(accelerator)
-        self.section, self.sharded = section, shards(section)
+        self.section, self.sharded, self.collects = section, shards(section), section.stage > 0
 
     def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
         import deepspeed
@@ -315,7 +317,7 @@ class DeepSpeed(Engine):
 class Fsdp(Engine):
     """torch's fully sharded data parallel (FSDP2): weights, gradients and optimizer states in shares, block by block."""
 
-    sharded = True
+    collects = sharded = True
 
     def __init__(self, accelerator: Accelerator, section: FsdpEngine) -> None:
         super().__init__(accelerator)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
 from vlm_tune.data.collate import collate
-from vlm_tune.data.feed import Feed
+from vlm_tune.data.feed import Feed, PreparedFeed
 from vlm_tune.data.images import PixelCache
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
@@ -159,6 +160,9 @@ class StageLoop:
         with casts, self._compiled(), self.watch.guarding():
             try:
                 self._run()
+            except RuntimeError as error:
+                killed = self.data.feed.killed_worker(error) if isinstance(self.data.feed, PreparedFeed) else None
+                raise error if killed is None else killed from error
             finally:
                 self.writer.close()
         return self.progress
@@ -205,6 +209,35 @@ class StageLoop:
         if why:
             self.report({"event": "note", "text": why})
         return compiled(self.model.llm) if self._compiles else contextlib.nullcontext()
+
+    def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
+        """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
+
+        Raises `Interrupted` when asked to stop.
+        """
+        self.folder = trace
+        self.model.train()
+        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+        with casts, self._compiled(), self.watch.guarding():
+            for batches, _ in self._windows():
+                step = self.progress.step = self.progress.step + 1
+                self._step(batches, step, _Rates())
+                states = gather_object([random_state()])
+                if step in at and self.accelerator.is_main_process:
+                    written = trace / f"replayed-{step}"
+                    written.mkdir()
+                    self._captured(states)(written)
+                    yield step, written
+                    shutil.rmtree(written)
+                elif step in at and self.engine.collects:
+                    self._captured(states)
+                if self._stopping():
+                    raise Interrupted("the replay was stopped")
+                if step == end:
+                    return
+
+    def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states)
 
     def _due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint at this step."""
@@ -380,12 +413,11 @@ class StageLoop:
         if self._nonfinite:
             return
         self.watch.at(f"the checkpoint of step {step}")
-        states, optimizer = gather_object([random_state()]), self.engine.optimizer_state()
-        if not (self.accelerator.is_main_process or self.engine.sharded):
-            return
-        write = capture_checkpoint(self.model, optimizer, self.progress, self.recipe_text, states)
+        states = gather_object([random_state()])
         if self.accelerator.is_main_process:
-            self.writer.save(step, write, self.progress.best_step)
+            self.writer.save(step, self._captured(states), self.progress.best_step)
+        elif self.engine.collects:
+            self._captured(states)
 
 
 def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,10 @@ from vlm_tune.errors import TrainingError, VlmTuneError
 
 NAMED = 3
 """Changes that the message names."""
+GENERAL = (
+    "Halve train.batch_size and double train.gradient_accumulation (the same gradient), or set "
+    "train.gradient_checkpointing: true, or model.llm.quantize: nf4"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,7 +29,7 @@ def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    said = f"out of memory ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}). "
+    said = f"out of memory ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}); "
     kept = "Finished checkpoints are kept: --resume --accept-changes goes on with the changes"
     return TrainingError(f"{said}{_by_plan(recipe)}. {kept}")
 
@@ -36,14 +40,11 @@ def _by_plan(recipe: Recipe) -> str:
     try:
         found = plan(recipe, processes=int(os.environ.get("WORLD_SIZE", "1")), advise=True)
     except (VlmTuneError, RuntimeError, MemoryError, OSError, ValueError):
-        return (
-            "Halve train.batch_size and double train.gradient_accumulation (the same gradient), or set "
-            "train.gradient_checkpointing: true, or model.llm.quantize: nf4; `vlm-tune plan` says what each takes"
-        )
+        return f"{GENERAL}; `vlm-tune plan` says what each takes"
     changes = [
         f"{advice.needed / 1e9:.2f} GB with {advice.text}"
         + (f" ({' '.join(f'--set {c}' for c in advice.changes)})" if advice.changes else "")
         for advice in found.advice[:NAMED]
     ]
-    less = f"; it needs {', '.join(changes)}" if changes else ""
-    return f"By `vlm-tune plan` a process needs {found.needed / 1e9:.2f} GB{less}"
+    needs = f"by `vlm-tune plan` a process needs {found.needed / 1e9:.2f} GB"
+    return f"{needs}, and {'; '.join(changes)}" if changes else f"{needs}. {GENERAL}"

@@ -61,7 +61,7 @@ class Run:
 
 
 @dataclass
-class _Context:
+class Context:
     """What the steps of a run share."""
 
     recipe: Recipe
@@ -89,7 +89,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
     run, text = Path(recipe.output), dump_recipe(recipe)
     forget_old_kernels()
     section = resolve_engine(recipe.engine)
-    accelerator = _accelerator(recipe)
+    accelerator = accelerator_of(recipe)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
@@ -101,7 +101,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
         report({"event": "environment", **environment(accelerator)})
         for note in notes or []:
             report({"event": "note", "text": note})
-        context = _Context(recipe, run, accelerator, report, stop, text, watch, section)
+        context = Context(recipe, run, accelerator, report, stop, text, watch, section)
         try:
             model, seconds = _stages(context, resume=resume)
             result = _finish(context, model, {"seconds": seconds})
@@ -144,7 +144,7 @@ def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[st
     return done
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def accelerator_of(recipe: Recipe) -> Accelerator:
     """An accelerator in the recipe's precision. Raises `TrainingError` if it does not join all processes of a launch."""
     precision = MIXED[recipe.train.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -214,13 +214,13 @@ def _forget_after(run: Path, progress: Progress) -> None:
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
-def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, float]:
+def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, float]:
     """Runs the stages that are left; the model as the last one leaves it, and the seconds of all."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
     texts = scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
     processor = build_processor(recipe, texts)
-    rows = [_read(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
+    rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
     progress, checkpoint = Progress(), None
     samples = _sample_rows(stages[-1][1], rows[-1].validation)
@@ -251,7 +251,7 @@ def _stages(context: _Context, *, resume: bool) -> tuple[VisionLanguageModel, fl
     return model, seconds
 
 
-def _read(context: _Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
+def read_rows(context: Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
     """What a stage reads, with its own chat format and system text."""
     data, common = recipe.data, context.recipe.data
     return read_stage(
@@ -272,7 +272,7 @@ def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[fl
 
 
 def stage_loop(
-    context: _Context,
+    context: Context,
     model: VisionLanguageModel,
     name: str,
     recipe: Recipe,
@@ -318,13 +318,13 @@ def stage_loop(
     return loop
 
 
-def _tuning(context: _Context, recipe: Recipe, stage: int) -> dict[str, Any]:
+def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:
     exact = trained_later(context.recipe, stage)
     return {"learning_rate": recipe.train.learning_rate, "precision": DTYPES[recipe.train.precision], "exact": exact}
 
 
 def _stage(
-    context: _Context,
+    context: Context,
     model: VisionLanguageModel,
     name: str,
     recipe: Recipe,
@@ -335,7 +335,7 @@ def _stage(
     """Trains one stage and returns the model with the weights of its best checkpoint."""
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
-        context.accelerator = _accelerator(recipe)
+        context.accelerator = accelerator_of(recipe)
     accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
     loop = stage_loop(context, model, name, recipe, rows, progress, checkpoint)
     preparing = time.perf_counter() - started
@@ -357,7 +357,7 @@ def _stage(
     return model
 
 
-def _best(context: _Context, folder: Path, progress: Progress) -> Path | None:
+def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
     """The best checkpoint that is whole; None where that is the model as it is."""
     if progress.best_step is None:
         return None
@@ -373,7 +373,7 @@ def _best(context: _Context, folder: Path, progress: Progress) -> Path | None:
     return found[0]
 
 
-def _tuning_table(context: _Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
+def _tuning_table(context: Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
     """Shows a stage's tuning table and keeps it in tuning.json, beside those of the stages before."""
     rows = [asdict(row) for row in table]
     context.report({"event": "tuning", "stage": number, "name": name, "rows": rows})
@@ -386,7 +386,7 @@ def _tuning_table(context: _Context, number: int, name: str, table: Sequence[Tun
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any]) -> dict[str, Any]:
+def _finish(context: Context, model: VisionLanguageModel, result: dict[str, Any]) -> dict[str, Any]:
     """Saves the finished model, scores it on the test part, and fills the result."""
     recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
     if accelerator.is_main_process:
@@ -404,7 +404,7 @@ def _finish(context: _Context, model: VisionLanguageModel, result: dict[str, Any
     return result
 
 
-def _score_rows(context: _Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> Scores:
+def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> Scores:
     """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
     settings = recipe.evaluate
     media = distinct_media(rows)
@@ -445,7 +445,7 @@ def _sample_rows(last: Recipe, validation: Sequence[Conversation]) -> list[Conve
     return chosen
 
 
-def _write_samples(context: _Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str) -> None:
+def _write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str) -> None:
     """Adds the model's answers to samples.json under `before` or `after`."""
     if not rows:
         return

@@ -1,0 +1,195 @@
+"""One training run killed with SIGKILL at random moments and resumed each time, against the run that was never killed.
+
+Every attempt is a fork of this process, which has loaded the libraries, so it starts at once and dies as any process does.
+Run: python -m benchmarks.random_kills [--kills 50] [--steps 400] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlm_tune.api import sft
+from vlm_tune.config import Recipe
+from vlm_tune.recipe import parse_recipe
+from vlm_tune.train.checkpoint import checkpoints
+from vlm_tune.train.trace import read_trace
+
+RECIPE = """
+name: random-kills
+output: {output}
+model:
+  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  connector: {{kind: mlp, norm: true}}
+  llm:
+    kind: causal
+    scratch:
+      model_type: llama
+      vocab_size: 400
+      config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1}}
+data:
+  train: [{{kind: file, path: {rows}}}]
+  validation: [{{kind: file, path: {rows}, limit: 4}}]
+  template: chatml
+  max_length: 128
+  workers: 0
+tune:
+  - {{match: "tower.*", how: frozen}}
+  - {{match: "connector.*", how: full}}
+  - {{match: "llm.*", how: lora, r: 4, lora_dropout: 0.2, target_modules: all-linear}}
+train:
+  steps: {steps}
+  batch_size: 3
+  gradient_accumulation: 2
+  learning_rate: 1.0e-3
+  precision: fp32
+  log_every: 1
+  checkpoints: {{every: 5, keep: 2}}
+evaluate: {{every: {evaluate}, max_new_tokens: 4, samples: 0}}
+"""
+
+
+def write_rows(folder: Path) -> Path:
+    """Forty questions about ten noisy images."""
+    drawn, rows = np.random.default_rng(0), []
+    for number in range(10):
+        color = drawn.integers(0, 256, 3)
+        pixels = (color + drawn.integers(-20, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        for name, value in zip(("red", "green", "blue", "brightest"), [*color.tolist(), int(color.argmax())], strict=True):
+            turns = [{"role": "user", "content": f"how {name}?"}, {"role": "assistant", "content": str(value)}]
+            rows.append(json.dumps({"messages": turns, "images": [f"{number}.png"]}))
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@dataclass
+class Moment:
+    """When an attempt is killed: so many seconds after its start, or after its n-th step."""
+
+    seconds: float
+    steps: int | None = None
+
+
+def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> bool:
+    """Runs in a fork, which is killed at a moment; whether it came to the end before."""
+    trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sft(recipe, resume=resume)
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    deadline = None if kill is None or kill.steps is not None else time.monotonic() + kill.seconds
+    # What is done again is taken out of the trace first, which makes a new file of it.
+    before, done = trace.stat().st_mtime_ns if trace.is_file() else 0, None
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code:
+                raise RuntimeError(f"the run ended with code {code}")
+            return True
+        if kill is not None and kill.steps is not None and deadline is None and trace.is_file() and trace.stat().st_mtime_ns != before:
+            lines = trace.read_bytes().count(b"\n")
+            done = lines if done is None else done
+            if lines - done >= kill.steps:
+                deadline = time.monotonic() + kill.seconds
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        time.sleep(0.002)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder by file and name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{path.relative_to(folder)}|{name}": value for path in files for name, value in load_file(path).items()}
+
+
+def different(one: Path, two: Path) -> list[str]:
+    """The tensors that are not the same bits."""
+    first, second = tensors(one), tensors(two)
+    return [name for name in first.keys() | second.keys() if name not in first or name not in second or not first[name].equal(second[name])]
+
+
+def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
+    """Kills a run so many times, at moments drawn from the seed, and compares it with one that was left alone."""
+    rows = write_rows(folder)
+    os.environ["VLM_TUNE_CACHE"] = str(folder / "cache")
+    recipes = {
+        name: parse_recipe(RECIPE.format(output=folder / name, rows=rows, steps=steps, evaluate=max(steps // 8, 1)))
+        for name in ("whole", "killed")
+    }
+    started = time.monotonic()
+    attempt(recipes["whole"], resume=False, kill=None)
+    run, drawn = folder / "killed", random.Random(seed)
+    stage = run / "stages" / "1-main"
+    where: Counter[str] = Counter()
+    done, finished, start_up = 0, False, time.monotonic() - started
+    while done < kills:
+        # A third of the kills hit the start; the others come at any moment of the steps that fall to a kill, and of the save
+        # after them.
+        early = drawn.random() < 1 / 3
+        kill = Moment(drawn.uniform(0, start_up)) if early else Moment(drawn.uniform(0, 0.1), drawn.randrange(2 * steps // kills + 1))
+        began = time.monotonic()
+        finished = attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=kill)
+        if finished:
+            break
+        done += 1
+        if not early:
+            start_up = min(start_up, time.monotonic() - began)
+        where["in a save" if list(run.glob("stages/*/checkpoints/.*")) else "at the start" if early else "between saves"] += 1
+        print(f"kill {done} at step {len(read_trace(stage))}", file=sys.stderr, flush=True)
+    if not finished:
+        attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=None)
+    last = checkpoints(stage)[-1].name
+    return {
+        "kills": done,
+        "steps": steps,
+        "where": dict(where),
+        "model": different(folder / "whole" / "model", run / "model"),
+        "state": different(*(folder / name / "stages" / "1-main" / "checkpoints" / last for name in ("whole", "killed"))),
+        "trace": read_trace(folder / "whole" / "stages" / "1-main") == read_trace(stage),
+        "tensors": len(tensors(run / "model")) + len(tensors(checkpoints(stage)[-1])),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> None:
+    """Prints what was found as JSON; ends with 1 if the runs differ or ended before the kills were done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_and_compare(Path(folder), kills=asked.kills, steps=asked.steps, seed=asked.seed)
+    print(json.dumps(found, indent=1))
+    raise SystemExit(not (found["kills"] == asked.kills and found["trace"] and not found["model"] and not found["state"]))
+
+
+if __name__ == "__main__":
+    main()

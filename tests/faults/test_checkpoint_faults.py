@@ -1,0 +1,242 @@
+"""FAULTS 37, 38, 40 to 42, 47 to 49: what is on disk survives kills, full disks and flipped bytes; resumed is uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ended, killed_at, start
+from small import assert_same_bits, built, interrupted, parsed, stage_loop, tensors_of, with_tune
+
+from vlm_tune.api import sft
+from vlm_tune.config import Recipe
+from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.model.store import is_whole, recover_folders
+from vlm_tune.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    capture_checkpoint,
+    checkpoints,
+    last_checkpoint,
+    random_state,
+    step_folder,
+)
+from vlm_tune.train.loop import StageLoop
+from vlm_tune.train.trace import read_trace
+
+DROPOUT = """
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 4, lora_dropout: 0.2, target_modules: all-linear}
+train:"""
+
+
+def runs(tiny_recipe: Callable[..., str], output: str = "run", **changes: Any) -> Recipe:
+    """A decoder with LoRA and dropout on eight rows, a checkpoint each step and no validation."""
+    common = {"data__validation": [], "data__workers": 0, "train__steps": 4, "train__log_every": 1, "evaluate__samples": 0}
+    saves = {"train__checkpoints": {"every": 1, "keep": 10}}
+    return parsed(with_tune(tiny_recipe("causal", output=output), DROPOUT), **(common | saves | changes))
+
+
+def stage_of(run: Path) -> Path:
+    return run / "stages" / "1-main"
+
+
+def hidden(run: Path) -> list[str]:
+    """Folders in the making that were left behind."""
+    return [str(path) for path in run.rglob(".*") if path.is_dir()]
+
+
+def flip(path: Path) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    """A save that replaces a damaged folder and rotates one away: the one before it and the best are whole after any kill."""
+    recipe = runs(tiny_recipe, train__steps=1)
+    loop = stage_loop(built(recipe), recipe, tmp_path / "once")
+    objective: Any = loop.objective(loop.engine.model, next(loop.data.feed.batches(0)))
+    loop.engine.backward(objective.sum)
+    loop.engine.step()
+    stage = stage_of(tmp_path / "run")
+
+    def save(step: int, keep: int) -> None:
+        told = Progress(step=step, best_step=0)
+        write = capture_checkpoint(loop.model, loop.engine.optimizer_state(), told, "", [random_state()])
+        CheckpointWriter(stage, keep, background=False).save(step, write, 0)
+
+    # In a process of its own: a fork of one that has written before may wait for a thread that it does not have.
+    assert ended(start(lambda: [save(step, 9) for step in (0, 1, 2, 3)], tmp_path / "said")) == [0]
+    flip(step_folder(stage, 3) / "connector.safetensors")
+    before = tmp_path / "before"
+    (tmp_path / "run").rename(before)
+    kills, ends = 0, set()
+    while True:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(before, tmp_path / "run")
+        if not killed_at(lambda: save(3, 2), kills):
+            break
+        recover_folders(stage / "checkpoints")
+        found = last_checkpoint(tmp_path / "run", ["main"])
+        assert found is not None and is_whole(step_folder(stage, 0)), kills
+        ends.add(found[0].name)
+        assert hidden(tmp_path / "run") == []
+        if kills % 20 == 0:  # what is whole by its manifest has the bits that were saved
+            assert_same_bits(found[0], step_folder(stage_of(before), 2))
+        kills += 1
+    assert kills > 100
+    assert ends == {"step-0000002", "step-0000003"}
+    assert [path.name for path in checkpoints(stage)] == [f"step-000000{step}" for step in (0, 2, 3)]
+
+
+@pytest.mark.slow
+def test_fault_38_a_full_disk_keeps_the_older_checkpoint(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    recipe = runs(tiny_recipe, train__steps=20)
+
+    def fill(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    assert ended(start(lambda: sft(recipe, show=fill), tmp_path / "said")) == [5]
+    said = (tmp_path / "said.0").read_text()
+    assert "step-0000002 could not be written" in said and "File too large" in said and "kept: step-0000001; --resume" in said
+    assert hidden(tmp_path / "run") == []
+    assert [path.name for path in checkpoints(stage_of(tmp_path / "run"))] == ["step-0000001"]
+    assert is_whole(step_folder(stage_of(tmp_path / "run"), 1))
+    assert sft(recipe, resume=True).folder == tmp_path / "run"
+
+
+EXACT = {
+    "accumulation, mid-epoch": ({"train__batch_size": 2, "train__gradient_accumulation": 2, "train__steps": 5}, [3]),
+    "the epoch's end, two loader workers": ({"train__batch_size": 4, "train__loader_workers": 2, "train__steps": 6}, [4]),
+    "mid-epoch, two loader workers": ({"train__batch_size": 2, "train__loader_workers": 2, "train__steps": 5}, [1]),
+    "a stream": ({"train__batch_size": 3, "data__streaming": True, "data__shuffle_buffer": 3, "train__steps": 6}, [2]),
+    "twice": ({"train__batch_size": 3, "train__gradient_accumulation": 2, "train__steps": 6}, [2, 5]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT)
+def test_fault_40_and_41_resumed_once_and_twice_is_the_same_run(case: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    changes, stops = EXACT[case]
+    sft(runs(tiny_recipe, "whole", **changes))
+    recipe = runs(tiny_recipe, "parts", **changes)
+    for place, step in enumerate(stops):
+        interrupted(partial(sft, recipe, resume=place > 0), stage=0, step=step)
+    sft(recipe, resume=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trace = read_trace(stage_of(whole))
+    assert [step.step for step in trace] == list(range(1, changes["train__steps"] + 1))
+    assert len({step.samples for step in trace}) > 1
+    assert trace == read_trace(stage_of(parts))
+    assert_same_bits(whole / "model", parts / "model")
+    assert_same_bits(*(step_folder(stage_of(run), changes["train__steps"]) for run in (whole, parts)))
+
+
+@pytest.mark.slow
+def test_fault_42_a_changed_recipe_is_refused_with_a_diff_unless_told(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    interrupted(partial(sft, runs(tiny_recipe)), stage=0, step=2)
+    changed = runs(tiny_recipe, train__learning_rate=0.01)
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.003 -> 0\.01(.|\n)*--accept-changes"):
+        sft(changed, resume=True)
+    events: list[dict[str, Any]] = []
+    sft(changed, resume=True, accept_changes=True, show=events.append)
+    assert "resumed with a changed recipe: train.learning_rate: 0.003 -> 0.01" in [event.get("text") for event in events]
+    assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
+    sft(changed, resume=True)  # from now on it is the run's own
+
+
+@pytest.mark.slow
+def test_fault_47_out_of_memory_says_what_to_change(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = StageLoop._step
+
+    def step(self: StageLoop, batches: Any, step: int, rates: Any) -> float:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real(self, batches, step, rates)
+
+    monkeypatch.setattr(StageLoop, "_step", step)
+    with pytest.raises(TrainingError, match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=") as found:
+        sft(runs(tiny_recipe))
+    assert found.value.exit_code == 5
+    assert hidden(tmp_path / "run") == []
+    assert all(is_whole(path) for path in checkpoints(stage_of(tmp_path / "run")))
+    assert checkpoints(stage_of(tmp_path / "run"))[-1].name == "step-0000002"
+
+
+@pytest.mark.slow
+def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    sft(runs(tiny_recipe, "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    recipe = runs(tiny_recipe)
+    for step, name in ((4, "connector.safetensors"), (3, "trainer/optimizer.safetensors")):
+        flip(step_folder(stage_of(tmp_path / "run"), step) / name)
+    events: list[dict[str, Any]] = []
+    sft(recipe, resume=True, accept_changes=True, show=events.append)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    for step in (4, 3):
+        assert f"step-000000{step} of 1-main is damaged; going on from step-0000002" in notes
+    assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
+    assert_same_bits(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    assert read_trace(stage_of(tmp_path / "whole")) == read_trace(stage_of(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.9, 0.1])
+    monkeypatch.setattr(StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8})
+    validation = [{"kind": "file", "path": str(color_rows)}]
+    recipe = runs(tiny_recipe, data__validation=validation, evaluate__every=1, train__steps=3)
+    events: list[dict[str, Any]] = []
+
+    def show(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "evaluate" and event["step"] == 3:
+            flip(step_folder(stage_of(tmp_path / "run"), 2) / "connector.safetensors")
+
+    run = sft(recipe, show=show).folder
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert "step-0000002 of 1-main, which scored better, is damaged: passed over" in notes
+    assert "going on with the best checkpoint, step 1 (score 0.5000)" in notes
+    first = tensors_of(step_folder(stage_of(run), 1))
+    assert all(torch.equal(value, first[name]) for name, value in tensors_of(run / "model").items())
+    assert json.loads((stage_of(run) / "done.json").read_text())["best_step"] == 1
+
+
+def test_fault_49_rotation_never_removes_the_last_good_or_the_best(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("a")
+
+    writer = CheckpointWriter(tmp_path, 1, background=True)
+    for step, best, left in ((1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 3]), (4, 4, [4])):
+        writer.save(step, write, best)
+        writer.wait()
+        assert [path.name for path in checkpoints(tmp_path)] == [f"step-000000{step}" for step in left]
+        assert all(is_whole(path) for path in checkpoints(tmp_path))
+
+    def fails(folder: Path) -> None:
+        (folder / "a").write_text("a")
+        raise OSError(28, os.strerror(28))
+
+    writer.save(5, fails, 4)
+    with pytest.raises(TrainingError, match=r"step-0000005 could not be written .*No space left.*kept: step-0000004"):
+        writer.wait()
+    writer.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]

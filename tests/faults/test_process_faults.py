@@ -1,0 +1,274 @@
+"""FAULTS 39, 44, 45, 46, 50, 51: signals, steps that are not finite, killed workers and ranks, two runs in a folder, trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ended, start, until
+from small import assert_same_bits
+from test_checkpoint_faults import hidden, runs, stage_of
+
+from vlm_tune.api import sft
+from vlm_tune.errors import DataError, TrainingError
+from vlm_tune.model.features import FeatureStore
+from vlm_tune.model.store import is_whole
+from vlm_tune.train import loop, trackers
+from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
+from vlm_tune.train.trace import read_trace
+
+
+def two_ranks(tiny_recipe: Callable[..., str], color_rows: Path, output: str, **changes: Any) -> Any:
+    validation = [{"kind": "file", "path": str(color_rows)}]
+    return runs(tiny_recipe, output, **({"data__validation": validation, "train__batch_size": 2, "evaluate__every": 2} | changes))
+
+
+def once(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls `act` before the first call only."""
+    calls: list[int] = []
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            if not calls:
+                calls.append(1)
+                act()
+            return real(*arguments, **named)
+
+        return wrapped
+
+    return wrap
+
+
+@pytest.mark.slow
+def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_run_is_the_same(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    whole = two_ranks(tiny_recipe, color_rows, "whole")
+    assert ended(start(lambda: sft(whole), tmp_path / "whole-said", ranks=2)) == [0, 0]
+    for where, owner, name, rank, number in (
+        ("step", loop.StageLoop, "_step", 1, signal.SIGTERM),
+        ("evaluation", loop, "score", 1, signal.SIGINT),
+        ("save", CheckpointWriter, "_write", 0, signal.SIGTERM),
+    ):
+        recipe, said = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
+
+        def act(recipe: Any = recipe, owner: Any = owner, name: str = name, rank: int = rank, number: Any = number) -> None:
+            def kill() -> None:
+                if os.environ["RANK"] == str(rank):
+                    os.kill(os.getpid(), number)
+
+            setattr(owner, name, once(kill)(getattr(owner, name)))
+            sft(recipe)
+
+        assert ended(start(act, said, ranks=2)) == [130, 130], Path(f"{said}.0").read_text()
+        assert "go on with --resume" in Path(f"{said}.1").read_text()
+        stopped = read_trace(stage_of(tmp_path / where))[-1].step
+        assert stopped < 4 and is_whole(step_folder(stage_of(tmp_path / where), stopped))
+        assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), said, ranks=2)) == [0, 0]
+        assert read_trace(stage_of(tmp_path / where)) == read_trace(stage_of(tmp_path / "whole"))
+        # Dropout draws from each rank's own random numbers.
+        assert_same_bits(tmp_path / where / "model", tmp_path / "whole" / "model")
+        scores = [json.loads((stage_of(tmp_path / run) / "done.json").read_text())["history"] for run in (where, "whole")]
+        assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_fault_39_a_second_signal_leaves_at_once_without_harm(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    def twice(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = runs(tiny_recipe)
+    assert ended(start(lambda: sft(recipe, show=twice), tmp_path / "said")) == [130]
+    found = checkpoints(stage_of(tmp_path / "run"))
+    # That of step 2 may still have been in the making.
+    assert found[0].name == "step-0000001" and all(is_whole(path) for path in found)
+    sft(recipe, resume=True)
+    assert hidden(tmp_path / "run") == []
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes the features of one image NaN."""
+    real = FeatureStore.__call__
+    monkeypatch.setattr(
+        FeatureStore, "__call__", lambda self, media: real(self, media) * (float("nan") if media.name.endswith(name) else 1.0)
+    )
+
+
+@pytest.mark.slow
+def test_fault_44_a_poisoned_sample_stops_after_k_steps_with_its_ids_dumped(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, "green.png")
+    validation = {"data__validation": [{"kind": "file", "path": str(color_rows)}], "evaluate__every": 1}
+    recipe = runs(tiny_recipe, train__batch_size=8, train__max_nonfinite=2, **validation)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step in a row"):
+        sft(recipe)
+    dumped = [json.loads(line) for line in (stage_of(tmp_path / "run") / "nonfinite.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], len(line["samples"])) for line in dumped] == [(1, "nan", 8), (2, "nan", 8)]
+    assert checkpoints(stage_of(tmp_path / "run")) == []
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
+def test_fault_44_single_steps_are_left_out_and_never_marked_best(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, "green.png")
+    validation = {"data__validation": [{"kind": "file", "path": str(color_rows)}], "evaluate__every": 1}
+    events: list[dict[str, Any]] = []
+    # Of eight batches of one row two hold the poisoned image; the last step is a good one.
+    recipe = runs(tiny_recipe, train__batch_size=1, train__steps=7, train__max_nonfinite=3, seed=3, **validation)
+    sft(recipe, show=events.append)
+    trace = read_trace(stage_of(tmp_path / "run"))
+    left_out = [step.step for step in trace if step.loss == "nan"]
+    assert left_out and [event["step"] for event in events if "left out" in event.get("text", "")] == left_out
+    done = json.loads((stage_of(tmp_path / "run") / "done.json").read_text())
+    assert len(done["history"]) == 7 and done["best_step"] is None
+    assert {path.name for path in checkpoints(stage_of(tmp_path / "run"))} == {
+        f"step-{step:07d}" for step in range(1, 8) if step not in left_out
+    }
+
+
+@pytest.mark.slow
+def test_fault_45_a_killed_loader_worker_names_the_sample(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, real = os.getpid(), FeatureStore.__call__
+
+    def fetch(self: FeatureStore, media: Any) -> torch.Tensor:
+        if media.name.endswith("green.png") and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, media)
+
+    monkeypatch.setattr(FeatureStore, "__call__", fetch)
+    with pytest.raises(DataError, match=r"a loader process was killed .*at micro-batch 0 of epoch 1") as found:
+        sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
+    assert "messages:2" in str(found.value) or "messages:3" in str(found.value)
+    assert found.value.exit_code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
+    number: signal.Signals, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0, train__checkpoints={"every": 2, "keep": 2})
+    pids = start(lambda: sft(recipe), tmp_path / "said", ranks=2)
+    try:
+        until(lambda: len(read_trace(stage_of(tmp_path / "run"))) > 5)
+        os.kill(pids[1], number)
+        assert ended(pids[:1]) == [5], (tmp_path / "said.0").read_text()
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+    assert ended(pids[1:]) == [-9]
+    said = (tmp_path / "said.0").read_text()
+    assert f"rank 1 (process {pids[1]} on " in said and "is lost" in said and "--resume" in said
+    kept = checkpoints(stage_of(tmp_path / "run"))
+    assert kept and any(is_whole(path) for path in kept)
+
+
+@pytest.mark.slow
+def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0)
+
+    def act() -> None:
+        real = loop.StageLoop._step
+
+        def step(self: Any, batches: Any, number: int, rates: Any) -> float:
+            if number == 3 and os.environ["RANK"] == "1":
+                signal.pause()  # alive, and never comes
+            return real(self, batches, number, rates)
+
+        loop.StageLoop._step = step  # type: ignore[method-assign]
+        sft(recipe)
+
+    pids = start(act, tmp_path / "said", ranks=2)
+    try:
+        assert ended(pids[:1]) == [5]
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+    ended(pids[1:])
+    said = (tmp_path / "said.0").read_text()
+    assert "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3, meeting the others" in said
+
+
+@pytest.mark.slow
+def test_fault_50_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken_over(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = runs(tiny_recipe, train__steps=100_000, train__checkpoints={"every": 2, "keep": 1})
+    (first,) = start(lambda: sft(recipe), tmp_path / "first")
+    try:
+        until(lambda: len(read_trace(stage_of(tmp_path / "run"))) > 3)
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(TrainingError, match=rf"run is in use by process {first} on \S+ since 20\d\d-"):
+                sft(recipe, **options)
+    finally:
+        os.kill(first, signal.SIGKILL)
+    assert ended([first]) == [-9]
+    events: list[dict[str, Any]] = []
+
+    def stop(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "train":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    from vlm_tune.errors import Interrupted
+
+    with pytest.raises(Interrupted):
+        sft(recipe, resume=True, show=stop)
+    assert any(f"the lock of process {first} on " in event.get("text", "") for event in events)
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+class Broken:
+    """A tracker whose library fails at one place."""
+
+    requires_logging_directory = False
+    where = ""
+
+    def __init__(self, project: str) -> None:
+        self._at("init")
+
+    def _at(self, where: str) -> None:
+        if where == self.where:
+            raise ConnectionError("no route to the tracker")
+
+    def start(self) -> None:
+        self._at("start")
+
+    def store_init_configuration(self, config: Any) -> None:
+        self._at("config")
+
+    def log(self, figures: Any, step: int) -> None:
+        self._at("log")
+
+    def finish(self) -> None:
+        self._at("finish")
+
+
+@pytest.mark.slow
+def test_fault_51_a_tracker_that_fails_does_not_stop_training(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["tensorboard", "wandb", "mlflow"]
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: names)
+    for name, where in zip(names, ("init", "log", "finish"), strict=True):
+        monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, name, type(name, (Broken,), {"where": where}))
+    events: list[dict[str, Any]] = []
+    run = sft(runs(tiny_recipe, train__steps=6, train__trackers=[*names, "trackio"]), show=events.append)
+    assert (run.folder / "model").is_dir()
+    notes = [event["text"] for event in events if event.get("text", "").startswith("tracker")]
+    assert notes == [
+        "tracker tensorboard failed (ConnectionError: no route to the tracker); training goes on",
+        "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training goes on without it",
+        "tracker wandb failed (ConnectionError: no route to the tracker); training goes on",
+        "tracker wandb failed 5 times in a row and is left alone from now on",
+        "tracker mlflow failed (ConnectionError: no route to the tracker); training goes on",
+    ]

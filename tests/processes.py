@@ -1,0 +1,128 @@
+"""Runs in processes of their own that can be signalled, filled and killed: forks of the test's, so that they start at once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from small import free_port
+
+from vlm_tune.errors import VlmTuneError
+
+
+def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
+    """Forks `ranks` processes that call `act` as one launch; what rank n prints goes to the file `said` with .n added."""
+    port = free_port()
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _run(act, Path(f"{said}.{rank}"), rank, ranks, port)
+        pids.append(pid)
+    return pids
+
+
+def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -> None:
+    from accelerate.state import AcceleratorState
+
+    code = 1
+    try:
+        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for place in (1, 2):
+            os.dup2(descriptor, place)
+        sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if ranks > 1:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address})
+        act()
+        code = 0
+    except VlmTuneError as error:
+        print(f"{type(error).__name__}: {error}")
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pids: list[int], timeout: float = 400) -> list[int]:
+    """The exit codes of processes; -9 for a killed one. Kills those that are not done in time, and fails."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+        time.sleep(0.02)
+        if time.monotonic() > deadline:
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+            raise AssertionError("hangs")
+    return [codes[pid] for pid in pids]
+
+
+def until(condition: Callable[[], Any], timeout: float = 400) -> None:
+    """Returns once a condition of another process holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
+
+
+# --- killed at a system call -----------------------------------------------------------------------------------------
+
+CALLS = {
+    "x86_64": {"write": 1, "open": 2, "pwrite": 18, "writev": 20, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "unlink": 87,
+               "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "openat": 257, "mkdirat": 258, "unlinkat": 263,
+               "renameat": 264, "renameat2": 316, "fallocate": 285, "copy_file_range": 326, "sendfile": 40, "close": 3},
+    "aarch64": {"write": 64, "pwrite": 68, "writev": 66, "fsync": 82, "fdatasync": 83, "truncate": 45, "ftruncate": 46, "openat": 56,
+                "mkdirat": 34, "unlinkat": 35, "renameat": 38, "renameat2": 276, "fallocate": 47, "copy_file_range": 285,
+                "sendfile": 71, "close": 57},
+}  # fmt: skip
+TRACEME, CONTINUE_TO_CALL, SET_OPTIONS, GET_CALL = 0, 24, 0x4200, 0x420E
+EXIT_KILL = 0x100000
+
+
+def killed_at(act: Callable[[], None], number: int) -> bool:
+    """Calls `act` in a fork and kills it with SIGKILL before its file operation `number` (from 0); False if it has fewer."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    calls, seen = set(CALLS[platform.machine()].values()), 0
+    pid = os.fork()
+    if pid == 0:
+        libc.ptrace(TRACEME, 0, None, None)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        act()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert libc.ptrace(SET_OPTIONS, pid, None, EXIT_KILL | 1) == 0
+    info = ctypes.create_string_buffer(88)
+    passed = 0
+    while True:
+        libc.ptrace(CONTINUE_TO_CALL, pid, None, passed)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return False
+        stopped = os.WSTOPSIG(status)
+        passed = 0 if stopped == signal.SIGTRAP | 0x80 else stopped
+        if passed:
+            continue
+        libc.ptrace(GET_CALL, pid, 88, info)
+        if info.raw[0] == 1 and int.from_bytes(info.raw[24:32], sys.byteorder) in calls:
+            if seen == number:
+                os.kill(pid, signal.SIGKILL)
+                assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+                return True
+            seen += 1

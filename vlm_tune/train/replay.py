@@ -1,0 +1,168 @@
+"""Replays steps of a finished or stopped run from one of its checkpoints and compares them with what the run kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from vlm_tune.data.prepare import scratch_texts
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.model.build import build_processor, load_dtype
+from vlm_tune.model.store import is_whole, restore_model
+from vlm_tune.model.weights import read_safetensors
+from vlm_tune.recipe import load_recipe
+from vlm_tune.train.allocator import keep_freed_memory
+from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
+from vlm_tune.train.engines import resolve_engine
+from vlm_tune.train.environment import environment
+from vlm_tune.train.loop import Report
+from vlm_tune.train.run import MIXED, Context, accelerator_of, read_rows, stage_loop
+from vlm_tune.train.signals import stop_requests
+from vlm_tune.train.trace import Step, read_trace
+from vlm_tune.train.watch import Watch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step at which a figure of the replay is not the run's."""
+
+    what: str
+    step: int
+    run: Any
+    replay: Any
+
+
+@dataclass
+class ReplayReport:
+    """What a replay found: from where to where, which figures and checkpoints were compared, and what differs first.
+
+    `environment` holds what is not as it was when the run began: name to [then, now].
+    """
+
+    stage: str
+    start: int
+    end: int
+    compared: list[str] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    tensors: dict[int, list[str]] = field(default_factory=dict)
+    environment: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all that was compared is equal, bit for bit."""
+        return not self.differences and not any(self.tensors.values())
+
+    def summary(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return {"agrees": self.agrees, **asdict(self)}
+
+
+def verify_run(run: Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
+    """Replays steps of a run and compares losses, gradient norms, sample ids and, at kept checkpoints, all tensors.
+
+    Starts at the last whole checkpoint that has one after it, and ends there; with `steps` it does that many, from the
+    last checkpoint that has as many after it. Nothing in the run's folder changes. Raises `RecipeError` for a folder
+    that has no such checkpoint and for another number of processes than the run's, `ModelError` and `DataError`.
+    """
+    started = time.perf_counter()
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError([Problem(str(run), "no run: there is no recipe.yaml")])
+    recipe = load_recipe(run / "recipe.yaml")
+    stages = recipe.resolved_stages()
+    number, start, end = _span(run, [name for name, _ in stages], steps)
+    name, stage = stages[number]
+    folder = stage_folder(run, number, name)
+    progress = read_progress(start)
+    accelerator = accelerator_of(recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage)
+    if accelerator.num_processes != progress.processes:
+        hint = f"the run was trained by {progress.processes} processes, this is {accelerator.num_processes}; launch as many"
+        raise RecipeError([Problem(str(run), hint)])
+    report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator)))
+    set_seed(recipe.seed)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
+        stop = stack.enter_context(stop_requests())
+        watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
+        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, resolve_engine(recipe.engine))
+        rows = read_rows(context, number, name, stage, build_processor(recipe, scratch_texts(recipe)))
+        loop = stage_loop(
+            context, restore_model(start, dtype=load_dtype(recipe), bare=not context.holds), name, stage, rows, progress, start
+        )
+        kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
+        for step, written in loop.replay(end, scratch, set(kept)):
+            report.checkpoints.append(step)
+            report.tensors[step] = _different(kept[step], written)
+        if accelerator.is_main_process:
+            _compare(report, read_trace(folder), read_trace(scratch))
+    report.seconds = round(time.perf_counter() - started, 2)
+    return report
+
+
+def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, int]:
+    """The stage, the checkpoint to start from, and the last step to do."""
+    for number in reversed(range(len(names))):
+        folder = stage_folder(run, number, names[number])
+        done = max((step.step for step in read_trace(folder)), default=0)
+        whole = [path for path in checkpoints(folder) if step_of(path) <= done and is_whole(path)]
+        if steps is None:
+            for before, after in reversed(list(pairwise(whole))):
+                return number, before, step_of(after)
+        for path in reversed(whole):
+            if step_of(path) < done and done - step_of(path) >= (steps or 1):
+                return number, path, done if steps is None else step_of(path) + steps
+    what = f"{steps} steps" if steps else "any step"
+    raise RecipeError(
+        [Problem(str(run), f"no whole checkpoint is kept that {what} were made after; train.checkpoints.keep says how many are")]
+    )
+
+
+def _changed(run: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
+    then: dict[str, Any] = {}
+    path = run / "log.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        event = json.loads(line)
+        if event.get("event") == "environment":
+            then = event
+    return {key: [then[key], value] for key, value in now.items() if key in then and then[key] != value}
+
+
+def _different(kept: Path, written: Path) -> list[str]:
+    """The tensors of two checkpoints that are not the same bits, as `file|name`."""
+    found = []
+    for path in sorted(kept.rglob("*.safetensors")):
+        name = str(path.relative_to(kept))
+        other = written / name
+        one, two = read_safetensors(path), read_safetensors(other) if other.is_file() else {}
+        for key in sorted(one.keys() | two.keys()):
+            if key not in one or key not in two or not _same_bits(one[key], two[key]):
+                found.append(f"{name}|{key}")
+    return found
+
+
+def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    return torch.equal(one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8))
+
+
+def _compare(report: ReplayReport, run: list[Step], replay: list[Step]) -> None:
+    before = {step.step: step for step in run}
+    pairs = [(before[step.step], step) for step in replay if step.step in before]
+    for what in ("samples", "loss", "norm"):
+        report.compared.append(what)
+        first = next(((one, two) for one, two in pairs if getattr(one, what) != getattr(two, what)), None)
+        if first is not None:
+            report.differences.append(Difference(what, first[0].step, getattr(first[0], what), getattr(first[1], what)))
