@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,6 +214,11 @@ class DeepSpeed(Engine):
         self.section, self.sharded, self.collects = section, shards(section), section.stage > 0
 
     def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+        # It says on the standard output what it builds, where a command's result belongs.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._prepare(model, tuned, train)
+
+    def _prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
         import deepspeed
 
         self.inner, self.names = model, tuned.names
