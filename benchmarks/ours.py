@@ -30,7 +30,7 @@ tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "connector.*", how: full, learning_rate: 1.0e-3}}
   - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 2.0e-4}}
-train: {{steps: {steps}, batch_size: {batch}, precision: bf16, log_every: 1, checkpoints: {{every: 1000000}}}}
+train: {{steps: {steps}, batch_size: {batch}, precision: bf16, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
 evaluate: {{samples: 0}}
 """
 

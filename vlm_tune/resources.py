@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,3 +34,30 @@ def find_resource(kind: str, name: str) -> Path | None:
 def cache_folder(name: str) -> Path:
     """Where one kind of cache lives: under $VLM_TUNE_CACHE, or ~/.cache/vlm_tune."""
     return Path(os.environ.get("VLM_TUNE_CACHE", Path.home() / ".cache" / "vlm_tune")) / name
+
+
+def cache_limit() -> int:
+    """Bytes that a cache folder may hold: $VLM_TUNE_CACHE_GB times 10^9, or 100 GB."""
+    return int(float(os.environ.get("VLM_TUNE_CACHE_GB", "100")) * 1e9)
+
+
+def trim_cache(folder: Path, keep: Path) -> list[Path]:
+    """Removes what was used longest ago from a folder of files until it is within its limit, `keep` excepted; what it removed.
+
+    A process that has one of them mapped keeps reading it.
+    """
+    found = []
+    for path in folder.iterdir():
+        if ".tmp-" in path.name:  # another process's, in the making
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total, removed = sum(size for _, size, _ in found), []
+    for _, size, path in sorted(found):
+        if total <= cache_limit():
+            break
+        if path.stem != keep.stem:
+            path.unlink(missing_ok=True)
+            total -= size
+            removed.append(path)
+    return removed

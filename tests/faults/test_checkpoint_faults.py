@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, killed_at, start
+from processes import ended, killed_at, start, until
 from small import assert_same_bits, built, interrupted, parsed, stage_loop, tensors_of, with_tune
 
 from vlm_tune.api import sft
@@ -108,6 +108,7 @@ def test_fault_38_a_full_disk_keeps_the_older_checkpoint(tiny_recipe: Callable[.
 
     def fill(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 2:
+            until(lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 1)))  # it is written beside training
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     assert ended(start(lambda: sft(recipe, show=fill), tmp_path / "said")) == [5]

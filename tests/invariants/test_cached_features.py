@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from small import assert_close, built, one_step, parsed, rows_of, tensors_of, wi
 
 from vlm_tune.api import sft
 from vlm_tune.model.features import tower_features
-from vlm_tune.resources import cache_folder
+from vlm_tune.resources import cache_folder, trim_cache
 
 
 def media_of(recipe: Any) -> list[Any]:
@@ -93,3 +94,14 @@ def test_a_tower_that_trained_in_bf16_is_scored_on_the_test_part(tiny_recipe: Ca
     text = tiny_recipe("seq2seq", precision="bf16").replace('"tower.*", how: frozen', '"tower.*", how: full')
     run = sft(parsed(text, data__test=[{"kind": "file", "path": str(color_rows)}]))
     assert run.result["n"] == 8
+
+
+def test_the_cache_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, name in enumerate(("new.npy", "new.json", "older.npy", "oldest.npy", "oldest.tmp-7.npy")):
+        (tmp_path / name).write_bytes(bytes(1_000))
+        os.utime(tmp_path / name, (1_000_000 - age, 1_000_000 - age))
+    monkeypatch.setenv("VLM_TUNE_CACHE_GB", str(3_500 / 1e9))
+    assert [path.name for path in trim_cache(tmp_path, tmp_path / "new.npy")] == ["oldest.npy"]
+    monkeypatch.setenv("VLM_TUNE_CACHE_GB", "0")
+    trim_cache(tmp_path, tmp_path / "new.npy")
+    assert {path.name for path in tmp_path.iterdir()} == {"new.npy", "new.json", "oldest.tmp-7.npy"}

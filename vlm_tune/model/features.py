@@ -18,7 +18,7 @@ from vlm_tune.data.images import encoded_bytes
 from vlm_tune.data.types import Media
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import fingerprint
-from vlm_tune.resources import cache_folder
+from vlm_tune.resources import cache_folder, trim_cache
 
 BATCH = 64
 
@@ -52,6 +52,8 @@ def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress:
     if not path.is_file():
         first = dict(zip(digests, media, strict=True))
         _compute(model, [first[digest] for digest in sorted(distinct)], path, progress)
+        trim_cache(path.parent, path)
+    os.utime(path)
     raw = torch.from_numpy(np.load(path, mmap_mode="c"))
     dtype = next(tower.parameters()).dtype
     return FeatureStore(raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw, rows)
