@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +157,12 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
 
     fields, name = read_fields(path), path.name
     config = AutoConfig.from_pretrained(path.parent, gguf_file=name)
-    # transformers reads neither of these two from the file.
+    # transformers reads it for some architectures only.
     config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]
-    found: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    with redirect_stderr(StringIO()):  # its progress bar has no switch
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
+        )
     theirs, info = found
     faults = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if faults:
