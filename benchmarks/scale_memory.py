@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
 
-For every engine, rank by rank: resident memory that the model took to build and load (`built`), and the bytes of all
-live tensors when the second step is about to be taken, with weights, gradients and the optimizer's state (`held`), in MB
-(10^6 bytes). `theory` counts 4 bytes a parameter for weights, gradients, each of
+For every engine, rank by rank: resident memory that the model took to build and load (`built`), and the most bytes of live
+tensors after a backward pass of the second step, which has two, with weights, gradients and the optimizer's state (`held`),
+in MB (10^6 bytes). `theory` counts 4 bytes a parameter for weights, gradients, each of
 Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine shares out counts once
 over all ranks.
 """
@@ -43,7 +43,7 @@ data:
   template: chatml
   max_length: 128
 tune: [{{match: "*", how: full}}]
-train: {{steps: 2, batch_size: 2, precision: fp32, cache_features: false}}
+train: {{steps: 2, batch_size: 2, gradient_accumulation: 2, precision: fp32, cache_features: false}}
 evaluate: {{samples: 0}}
 engine: {engine}
 """
@@ -84,13 +84,20 @@ def worker(recipe: Path, output: Path) -> None:
         figures["built"] = resident() - start
         return model
 
+    def noted(backward: Any) -> Any:
+        def passed(engine: Engine, loss: Any) -> None:
+            backward(engine, loss)
+            if "stepped" in figures:
+                figures["held"] = max(figures.get("held", 0.0), held())
+
+        return passed
+
     def measured(step: Any) -> Any:
         def stepped(engine: Engine) -> None:
             if "stepped" not in figures:
                 figures["stepped"] = 1
                 step(engine)
                 return
-            figures["held"] = held()
             figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())
             output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
             engine.accelerator.wait_for_everyone()
@@ -100,7 +107,9 @@ def worker(recipe: Path, output: Path) -> None:
 
     run.build = built
     for kind in (Engine, DeepSpeed, Fsdp):
-        kind.step = measured(kind.step)
+        for name, wrapped in (("step", measured), ("backward", noted)):
+            if name in vars(kind):
+                setattr(kind, name, wrapped(vars(kind)[name]))
     sft(load_recipe(recipe))
 
 
