@@ -44,7 +44,7 @@ def test_fault_01_unknown_key_gives_place_and_nearest_names() -> None:
     assert refused(text + "zebra: 1\n") == (
         "r.yaml:8:3: unknown key 'maxlength'; did you mean max_length?\n"
         "r.yaml:12:20: unknown key 'bach_size'; did you mean batch_size?\n"
-        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, tune, objective, train, evaluate, stages"
+        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, tune, objective, train, evaluate, engine, stages"
     )
 
 
@@ -210,15 +210,15 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(tmp_path: P
     (run / "sub" / "mine.txt").write_text("mine")
     for overwrite in (False, True):  # a folder that is no run is not deleted even when told to overwrite
         with pytest.raises(RecipeError, match="not empty; choose another output"):
-            open_run(run, recipe, text, resume=False, overwrite=overwrite)
+            open_run(run, recipe, text, resume=False, overwrite=overwrite, accept_changes=False)
     with pytest.raises(RecipeError, match="no run to resume"):
-        open_run(run, recipe, text, resume=True, overwrite=False)
+        open_run(run, recipe, text, resume=True, overwrite=False, accept_changes=False)
     assert [p.relative_to(run).as_posix() for p in sorted(run.rglob("*"))] == ["sub", "sub/mine.txt"]
     (run / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match="--resume goes on with it"):
-        open_run(run, recipe, text, resume=False, overwrite=False)
+        open_run(run, recipe, text, resume=False, overwrite=False, accept_changes=False)
     (run / "stages").mkdir()
-    open_run(run, recipe, text, resume=False, overwrite=True)
+    open_run(run, recipe, text, resume=False, overwrite=True, accept_changes=False)
     assert not (run / "stages").exists()
     assert (run / "sub" / "mine.txt").read_text() == "mine"  # only what a run writes is removed
     before = sorted(run.rglob("*"))
@@ -239,7 +239,7 @@ assert "torch" not in sys.modules, "torch was loaded"
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="not empty"):
-        open_run(tmp_path / "file", recipe, text, resume=False, overwrite=True)
+        open_run(tmp_path / "file", recipe, text, resume=False, overwrite=True, accept_changes=False)
 
 
 def test_a_reader_problem_names_line_and_column() -> None:
