@@ -190,7 +190,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             path = recipe_of(run, folder)
-            row = {"run": name} | child("predict", path, folder / "cache") | child("measure", path, folder / "cache")
+            # The run prepares the rows, so the plan knows their lengths however slow the machine is.
+            measured = child("measure", path, folder / "cache")
+            row = {"run": name} | child("predict", path, folder / "cache") | measured
         row["ratio"] = row["predicted"] / row["measured"]
         rows.append(row)
         if not arguments.json:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # One vlm_tune run on several machines, by torchrun: start this on each of them, with the same arguments.
 #   HEAD=10.0.0.1 NODES=2 GPUS=8 sh torchrun.sh recipe.yaml [options of `vlm-tune sft`]
-# Run as two "nodes" on one machine without GPUs (HEAD=127.0.0.1, GPUS=1); not run on a GPU.
+# Not run on several machines, nor on a GPU.
 set -eu
 exec torchrun \
   --nnodes "${NODES:-2}" --nproc_per_node "${GPUS:-8}" \
