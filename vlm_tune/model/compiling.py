@@ -34,8 +34,6 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
     device = next(llm.parameters()).device.type
     if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
-    if any(type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in llm.parameters()):
-        return "the blocks are not compiled: their weights are sharded"
     if any(getattr(parameter, "CB", None) is not None for parameter in llm.parameters()):
         return "the blocks are not compiled: int8 layers can't be traced"
     return None

@@ -47,6 +47,8 @@ class Engine:
     """Whether all ranks must take part where what a checkpoint holds is collected."""
     sharded = False
     """Whether a rank holds only its share of the weights, so that all must run the same modules in the same order."""
+    compiles = True
+    """Whether the language model's blocks may be compiled: not where weights or gradients are handled from hooks within them."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -208,6 +210,7 @@ class DeepSpeed(Engine):
     """
 
     skips = False
+    compiles = False
 
     def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
         super().__init__(accelerator)

@@ -204,7 +204,7 @@ class StageLoop:
 
     def _compiled(self) -> contextlib.AbstractContextManager[None]:
         """Around training: the language model's blocks are compiled, where the recipe and the model allow it."""
-        why = why_not(self.model.llm, self.recipe.train.compile, self.total)
+        why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
         self._compiles = why is None
         if why:
             self.report({"event": "note", "text": why})
