@@ -327,6 +327,7 @@ class Fsdp(Engine):
     """torch's fully sharded data parallel (FSDP2): weights, gradients and optimizer states in shares, block by block."""
 
     collects = sharded = True
+    compiles = False
 
     def __init__(self, accelerator: Accelerator, section: FsdpEngine) -> None:
         super().__init__(accelerator)
