@@ -25,9 +25,9 @@ demo: setup
 	@echo "what color is the shape? (a test image)"
 	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
 
-# All tests, slow ones too.
+# All tests, slow ones too, in two processes of one thread each.
 test: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -81,15 +81,16 @@ def write_rows(folder: Path) -> Path:
 
 @dataclass
 class Moment:
-    """When an attempt is killed: so many seconds after its start, or after its n-th step."""
+    """When an attempt is killed: so many seconds after its start, or after the run has made `step` steps."""
 
     seconds: float
-    steps: int | None = None
+    step: int | None = None
 
 
-def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> bool:
-    """Runs in a fork, which is killed at a moment; whether it came to the end before."""
+def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool, float | None]:
+    """Runs in a fork, which is killed at a moment; whether it came to the end before, and the seconds to its first step."""
     trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"
+    before, started, first = trace.stat().st_mtime_ns if trace.is_file() else 0, time.monotonic(), None
     pid = os.fork()
     if pid == 0:
         try:
@@ -101,24 +102,22 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> bool:
 
             traceback.print_exc()
             os._exit(1)
-    deadline = None if kill is None or kill.steps is not None else time.monotonic() + kill.seconds
-    # What is done again is taken out of the trace first, which makes a new file of it.
-    before, done = trace.stat().st_mtime_ns if trace.is_file() else 0, None
+    deadline = started + kill.seconds if kill is not None and kill.step is None else None
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
             if code:
                 raise RuntimeError(f"the run ended with code {code}")
-            return True
-        if kill is not None and kill.steps is not None and deadline is None and trace.is_file() and trace.stat().st_mtime_ns != before:
-            lines = trace.read_bytes().count(b"\n")
-            done = lines if done is None else done
-            if lines - done >= kill.steps:
+            return True, first
+        # What is done again is taken out of the trace first, which makes a new file of it.
+        if trace.is_file() and trace.stat().st_mtime_ns != before:
+            first = first or time.monotonic() - started
+            if kill is not None and kill.step is not None and deadline is None and trace.read_bytes().count(b"\n") >= kill.step:
                 deadline = time.monotonic() + kill.seconds
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(pid, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, first
         time.sleep(0.002)
 
 
@@ -143,23 +142,22 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
         for name in ("whole", "killed")
     }
     started = time.monotonic()
-    attempt(recipes["whole"], resume=False, kill=None)
+    _, start_up = attempt(recipes["whole"], resume=False, kill=None)
+    assert start_up is not None
     run, drawn = folder / "killed", random.Random(seed)
     stage = run / "stages" / "1-main"
     where: Counter[str] = Counter()
-    done, finished, start_up = 0, False, time.monotonic() - started
+    done, finished = 0, False
     while done < kills:
         # A third of the kills hit the start; the others come at any moment of the steps that fall to a kill, and of the save
         # after them.
         early = drawn.random() < 1 / 3
-        kill = Moment(drawn.uniform(0, start_up)) if early else Moment(drawn.uniform(0, 0.1), drawn.randrange(2 * steps // kills + 1))
-        began = time.monotonic()
-        finished = attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=kill)
+        step = int(steps * (done + drawn.random()) / (kills + 1))
+        kill = Moment(drawn.uniform(0, start_up)) if early else Moment(drawn.uniform(0, 0.05), step)
+        finished, _ = attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=kill)
         if finished:
             break
         done += 1
-        if not early:
-            start_up = min(start_up, time.monotonic() - began)
         where["in a save" if list(run.glob("stages/*/checkpoints/.*")) else "at the start" if early else "between saves"] += 1
         print(f"kill {done} at step {len(read_trace(stage))}", file=sys.stderr, flush=True)
     if not finished:
