@@ -95,8 +95,11 @@ TRACEME, CONTINUE_TO_CALL, SET_OPTIONS, GET_CALL = 0, 24, 0x4200, 0x420E
 EXIT_KILL = 0x100000
 
 
-def killed_at(act: Callable[[], None], number: int) -> bool:
-    """Calls `act` in a fork and kills it with SIGKILL before its file operation `number` (from 0); False if it has fewer."""
+def stopped_at(act: Callable[[], None], visit: Callable[[int], bool]) -> None:
+    """Calls `act` in a fork that is stopped before each of its file operations, where `visit` is called with its number.
+
+    The fork is killed with SIGKILL where that returns True: no step of it comes after that.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     calls, seen = set(CALLS[platform.machine()].values()), 0
@@ -116,15 +119,15 @@ def killed_at(act: Callable[[], None], number: int) -> bool:
         status = os.waitpid(pid, 0)[1]
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
-            return False
+            return
         stopped = os.WSTOPSIG(status)
         passed = 0 if stopped == signal.SIGTRAP | 0x80 else stopped
         if passed:
             continue
         libc.ptrace(GET_CALL, pid, 88, info)
         if info.raw[0] == 1 and int.from_bytes(info.raw[24:32], sys.byteorder) in calls:
-            if seen == number:
+            if visit(seen):
                 os.kill(pid, signal.SIGKILL)
                 assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-                return True
+                return
             seen += 1

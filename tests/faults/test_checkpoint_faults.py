@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, killed_at, start, until
+from processes import ended, start, stopped_at, until
 from small import assert_same_bits, built, interrupted, parsed, stage_loop, tensors_of, with_tune
 
 from vlm_tune.api import sft
@@ -63,6 +64,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    """Every file's size by its place; folders in the making have a name of their own in every attempt."""
+    found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"/\.(\w+)-[^/]*", r"/.\1", name): size for name, size in found.items()}
+
+
 @pytest.mark.slow
 def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
     """A save that replaces a damaged folder and rotates one away: the one before it and the best are whole after any kill."""
@@ -81,23 +88,35 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Ca
     # In a process of its own: a fork of one that has written before may wait for a thread that it does not have.
     assert ended(start(lambda: [save(step, 9) for step in (0, 1, 2, 3)], tmp_path / "said")) == [0]
     flip(step_folder(stage, 3) / "connector.safetensors")
-    before = tmp_path / "before"
-    (tmp_path / "run").rename(before)
-    kills, ends = 0, set()
-    while True:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(before, tmp_path / "run")
-        if not killed_at(lambda: save(3, 2), kills):
-            break
-        recover_folders(stage / "checkpoints")
-        found = last_checkpoint(tmp_path / "run", ["main"])
-        assert found is not None and is_whole(step_folder(stage, 0)), kills
+    run, before, states = tmp_path / "run", tmp_path / "before", tmp_path / "states"
+    shutil.copytree(run, before)
+
+    def keep(number: int) -> bool:
+        # On disk is what a kill at this moment leaves there.
+        shutil.copytree(run, states / str(number))
+        return False
+
+    stopped_at(lambda: save(3, 2), keep)
+    count = len(list(states.iterdir()))
+    for number in range(0, count, 50):  # and what a real one leaves is the same
+        shutil.rmtree(run)
+        shutil.copytree(before, run)
+        stopped_at(lambda: save(3, 2), lambda seen, number=number: seen == number)
+        assert sizes(run) == sizes(states / str(number)), number
+    ends = set()
+    for number in range(count):
+        left = states / str(number)
+        recover_folders(stage_of(left) / "checkpoints")
+        found = last_checkpoint(left, ["main"])
+        assert found is not None and is_whole(step_folder(stage_of(left), 0)), number
         ends.add(found[0].name)
-        assert hidden(tmp_path / "run") == []
-        if kills % 20 == 0:  # what is whole by its manifest has the bits that were saved
+        assert hidden(left) == []
+        if number % 20 == 0 and found[0].name == "step-0000002":  # what is whole by its manifest has the bits that were saved
             assert_same_bits(found[0], step_folder(stage_of(before), 2))
-        kills += 1
-    assert kills > 100
+    shutil.rmtree(run)
+    shutil.copytree(before, run)
+    stopped_at(lambda: save(3, 2), lambda seen: False)
+    assert count > 100
     assert ends == {"step-0000002", "step-0000003"}
     assert [path.name for path in checkpoints(stage)] == [f"step-000000{step}" for step in (0, 2, 3)]
 
