@@ -28,6 +28,7 @@ from vlm_tune.api import sft
 from vlm_tune.config import Recipe
 from vlm_tune.recipe import parse_recipe
 from vlm_tune.train.checkpoint import checkpoints
+from vlm_tune.train.replay import different_tensors
 from vlm_tune.train.trace import read_trace
 
 RECIPE = """
@@ -121,18 +122,6 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool,
         time.sleep(0.002)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder by file and name."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {f"{path.relative_to(folder)}|{name}": value for path in files for name, value in load_file(path).items()}
-
-
-def different(one: Path, two: Path) -> list[str]:
-    """The tensors that are not the same bits."""
-    first, second = tensors(one), tensors(two)
-    return [name for name in first.keys() | second.keys() if name not in first or name not in second or not first[name].equal(second[name])]
-
-
 def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """Kills a run so many times, at moments drawn from the seed, and compares it with one that was left alone."""
     rows = write_rows(folder)
@@ -167,10 +156,12 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
         "kills": done,
         "steps": steps,
         "where": dict(where),
-        "model": different(folder / "whole" / "model", run / "model"),
-        "state": different(*(folder / name / "stages" / "1-main" / "checkpoints" / last for name in ("whole", "killed"))),
+        "model": different_tensors(folder / "whole" / "model", run / "model"),
+        "state": different_tensors(*(folder / name / "stages" / "1-main" / "checkpoints" / last for name in ("whole", "killed"))),
         "trace": read_trace(folder / "whole" / "stages" / "1-main") == read_trace(stage),
-        "tensors": len(tensors(run / "model")) + len(tensors(checkpoints(stage)[-1])),
+        "tensors": sum(
+            len(load_file(path)) for folder in (run / "model", checkpoints(stage)[-1]) for path in folder.rglob("*.safetensors")
+        ),
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -14,9 +14,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from small import free_port
+from small import free_port, parsed, with_tune
 
+from vlm_tune.config import Recipe
 from vlm_tune.errors import VlmTuneError
+
+DROPOUT = """
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 4, lora_dropout: 0.2, target_modules: all-linear}
+train:"""
+
+
+def runs(tiny_recipe: Callable[..., str], output: str = "run", **changes: Any) -> Recipe:
+    """A decoder with LoRA and dropout on eight rows, a checkpoint each step and no validation."""
+    common = {"data__validation": [], "data__workers": 0, "train__steps": 4, "train__log_every": 1, "evaluate__samples": 0}
+    saves = {"train__checkpoints": {"every": 1, "keep": 10}}
+    return parsed(with_tune(tiny_recipe("causal", output=output), DROPOUT), **(common | saves | changes))
+
+
+def stage_of(run: Path) -> Path:
+    return run / "stages" / "1-main"
+
+
+def hidden(run: Path) -> list[str]:
+    """Folders in the making that were left behind."""
+    return [str(path) for path in run.rglob(".*") if path.is_dir()]
 
 
 def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, start, stopped_at, until
-from small import assert_same_bits, built, interrupted, parsed, stage_loop, tensors_of, with_tune
+from processes import ended, hidden, runs, stage_of, start, stopped_at, until
+from small import assert_same_bits, built, interrupted, stage_loop, tensors_of
 
 from vlm_tune.api import sft
-from vlm_tune.config import Recipe
 from vlm_tune.errors import RecipeError, TrainingError
 from vlm_tune.model.store import is_whole, recover_folders
 from vlm_tune.train.checkpoint import (
@@ -32,29 +31,6 @@ from vlm_tune.train.checkpoint import (
 )
 from vlm_tune.train.loop import StageLoop
 from vlm_tune.train.trace import read_trace
-
-DROPOUT = """
-tune:
-  - {match: "tower.*", how: frozen}
-  - {match: "connector.*", how: full}
-  - {match: "llm.*", how: lora, r: 4, lora_dropout: 0.2, target_modules: all-linear}
-train:"""
-
-
-def runs(tiny_recipe: Callable[..., str], output: str = "run", **changes: Any) -> Recipe:
-    """A decoder with LoRA and dropout on eight rows, a checkpoint each step and no validation."""
-    common = {"data__validation": [], "data__workers": 0, "train__steps": 4, "train__log_every": 1, "evaluate__samples": 0}
-    saves = {"train__checkpoints": {"every": 1, "keep": 10}}
-    return parsed(with_tune(tiny_recipe("causal", output=output), DROPOUT), **(common | saves | changes))
-
-
-def stage_of(run: Path) -> Path:
-    return run / "stages" / "1-main"
-
-
-def hidden(run: Path) -> list[str]:
-    """Folders in the making that were left behind."""
-    return [str(path) for path in run.rglob(".*") if path.is_dir()]
 
 
 def flip(path: Path) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, start, until
+from processes import ended, hidden, runs, stage_of, start, until
 from small import assert_same_bits
-from test_checkpoint_faults import hidden, runs, stage_of
 
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlm_tune.config import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
 from vlm_tune.model.connectors import build_connector
+from vlm_tune.model.starting import QFORMER_LAYER
 from vlm_tune.model.text import Text
 
 QFORMER = {
@@ -22,24 +23,6 @@ QFORMER = {
     "cross_attention_frequency": 2,
     "vocab_size": 50,
     "max_position_embeddings": 16,
-}
-BERT_NAMES = {
-    "attention.query": "attention.attention.query",
-    "attention.key": "attention.attention.key",
-    "attention.value": "attention.attention.value",
-    "attention.out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "cross.query": "crossattention.attention.query",
-    "cross.key": "crossattention.attention.key",
-    "cross.value": "crossattention.attention.value",
-    "cross.out": "crossattention.output.dense",
-    "cross_norm": "crossattention.output.LayerNorm",
-    "feed.0": "intermediate_query.dense",
-    "feed.2": "output_query.dense",
-    "feed_norm": "output_query.LayerNorm",
-    "text_feed.0": "intermediate.dense",
-    "text_feed.2": "output.dense",
-    "text_norm": "output.LayerNorm",
 }
 
 
@@ -62,7 +45,7 @@ def copy_qformer(ours: Any, theirs: Any, norm: nn.LayerNorm) -> None:
     for name in ours.layers.state_dict():
         place, rest = name.split(".", 1)
         stem, kind = rest.rsplit(".", 1)
-        tensors[name] = known.pop(f"{place}.{BERT_NAMES[stem]}.{kind}")
+        tensors[name] = known.pop(f"{place}.{QFORMER_LAYER[stem]}.{kind}")
     ours.layers.load_state_dict(tensors)
     ours.norm.load_state_dict(norm.state_dict())
     as_identity(ours.project)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.source import EXACT, ExportReport, run_lines
+from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines
 from vlm_tune.merging import check_output, probe_rows
 from vlm_tune.model.build import load_llm
 from vlm_tune.model.pretrained import find_vlm
-from vlm_tune.model.store import ADAPTERS, commit_folder, find_model, load_model, read_config, verify_folder
+from vlm_tune.model.store import ADAPTERS, find_model, load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageConfig
 from vlm_tune.model.weights import read_safetensors
 
@@ -37,10 +35,8 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
     check_output(output)
-    found: list[tuple[float, bool]] = []
-    reports: list[ExportReport] = []
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> tuple[ExportReport, str]:
         shutil.copytree(source / ADAPTERS["llm"], folder, dirs_exist_ok=True)
         for name in BESIDE:
             if (source / name).is_dir():
@@ -48,16 +44,11 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
             elif (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         tensors = read_safetensors(folder / "adapter_model.safetensors")
-        if verify:
-            found.append((verify_adapter(folder, path, source), True))
-        difference = found[0][0] if found else None
+        difference = verify_adapter(folder, path, source) if verify else None
         report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), difference, None)
-        (folder / "export.json").write_text(json.dumps(asdict(report), indent=1))
-        (folder / "README.md").write_text(_adapter_card(path, config, report))
-        reports.append(report)
+        return report, _adapter_card(path, config, report)
 
-    commit_folder(output, write)
-    return reports[0]
+    return commit_export(output, write)
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from vlm_tune.exporting.source import (
     check_ids,
     check_prompt,
     check_room,
+    commit_export,
     count_parameters,
     expected_of,
     run_lines,
@@ -36,7 +36,7 @@ from vlm_tune.model.llamacpp.file import TYPES, WIDTHS, as_stored, check_gguf, r
 from vlm_tune.model.llamacpp.mmproj import Mmproj, mmproj_notes, mmproj_reasons, write_mmproj
 from vlm_tune.model.llamacpp.tokens import MARKER, read_tokenizer, tokenizer_reasons
 from vlm_tune.model.llava import vision_weights
-from vlm_tune.model.store import commit_folder, find_model, read_config
+from vlm_tune.model.store import find_model, read_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
 
@@ -56,20 +56,16 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool) -> Ex
     dtype, precision = dtype or model.config.precision, model.config.precision
     expected = expected_of(path, model) if verify else None
     cast_parameters(model, DTYPES[precision])
-    reports: list[ExportReport] = []
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> tuple[ExportReport, str]:
         files = Files(folder / f"model-{TYPES[dtype]}.gguf", folder / f"mmproj-{TYPES[precision]}.gguf")
         write_files(files, model, dtype)
         report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, mmproj_notes(model))
         if expected is not None:
             report = replace(report, **asdict(verify_gguf(files, model, expected, dtype)))
-        (folder / "export.json").write_text(json.dumps(asdict(report), indent=1))
-        (folder / "README.md").write_text(model_card(path, model, files, report))
-        reports.append(report)
+        return report, model_card(path, model, files, report)
 
-    commit_folder(output, write)
-    return reports[0]
+    return commit_export(output, write)
 
 
 def check_target(source: Path, config: VisionLanguageConfig) -> Any:

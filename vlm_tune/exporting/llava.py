@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from vlm_tune.exporting.source import (
     check_ids,
     check_prompt,
     check_room,
+    commit_export,
     count_parameters,
     expected_of,
     run_lines,
@@ -28,7 +27,7 @@ from vlm_tune.exporting.source import (
 from vlm_tune.merging import check_output
 from vlm_tune.model.build import DTYPES
 from vlm_tune.model.llava import IMAGE_TOKEN, check_logits, check_target, llava_model, llava_processor
-from vlm_tune.model.store import commit_folder, find_model, read_config
+from vlm_tune.model.store import find_model, read_config
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
 
@@ -51,21 +50,17 @@ def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: st
     dtype = model.config.precision
     expected = expected_of(path, model) if verify else None
     cast_parameters(model, DTYPES[dtype])
-    reports: list[ExportReport] = []
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> tuple[ExportReport, str]:
         processor = llava_processor(model)
         image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         llava_model(model, image_token, DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         found = (None, None) if expected is None else verify_llava(folder, model, expected, expected.tolerance(dtype))
         report = ExportReport(str(output), "llava", dtype, merged, parameters, *found)
-        (folder / "export.json").write_text(json.dumps(asdict(report), indent=1))
-        (folder / "README.md").write_text(model_card(path, model, report))
-        reports.append(report)
+        return report, model_card(path, model, report)
 
-    commit_folder(output, write)
-    return reports[0]
+    return commit_export(output, write)
 
 
 def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, tolerance: float) -> tuple[float, bool]:

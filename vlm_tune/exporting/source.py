@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.merging import TOLERANCE, merged_model, observe, plain_probe, probe_rows
 from vlm_tune.model.build import DTYPES, llm_config
 from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.store import ADAPTERS, PROMPT, load_model
+from vlm_tune.model.store import ADAPTERS, PROMPT, commit_folder, load_model
 from vlm_tune.model.towers import build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
@@ -62,6 +62,20 @@ def whole_model(path: Path, source: Path, output: Path, dtype: str | None) -> tu
     model = load_model(source, dtype=DTYPES[dtype] if dtype else None, quantize=False)
     model.config = model.config.model_copy(update={"precision": dtype or model.config.precision})
     return model, []
+
+
+def commit_export(output: Path, write: Callable[[Path], tuple[ExportReport, str]]) -> ExportReport:
+    """Makes a folder of what `write` puts into it and of its report and card; there is none if `write` raises."""
+    reports: list[ExportReport] = []
+
+    def make(folder: Path) -> None:
+        report, card = write(folder)
+        (folder / "export.json").write_text(json.dumps(asdict(report), indent=1))
+        (folder / "README.md").write_text(card)
+        reports.append(report)
+
+    commit_folder(output, make)
+    return reports[0]
 
 
 # --- room ------------------------------------------------------------------------------------------------------------

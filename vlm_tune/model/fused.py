@@ -54,13 +54,18 @@ class LoraLinear(Linear):
     def _name(self) -> str:
         return self.active_adapters[0]
 
+    def _holds_codes(self) -> bool:
+        """Whether `packed` still is what the layer holds: a move of the model makes other codes."""
+        packed = self.packed
+        return packed is not None and (torch.compiler.is_compiling() or packed.codes.data_ptr() == self.base_layer.weight.data_ptr())
+
     def _plain(self, x: torch.Tensor) -> bool:
         base, active = self.base_layer, self.active_adapters
         if self.disable_adapters or self.merged or self.lora_variant or len(active) != 1 or active[0] not in self.lora_A:
             return False
         weight, bias = base.weight, base.bias
         return (
-            (type(base) is nn.Linear or self.packed is not None)
+            (type(base) is nn.Linear or self._holds_codes())
             and not (weight.requires_grad or (bias is not None and bias.requires_grad))
             and not (self.training and isinstance(self.lora_dropout[active[0]], nn.Dropout))
             and self.lora_B[active[0]].bias is None

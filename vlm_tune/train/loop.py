@@ -143,6 +143,7 @@ class StageLoop:
         self.watch = watch or Watch(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
         self._nonfinite = 0
+        self._compiles = False
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
@@ -154,10 +155,7 @@ class StageLoop:
         Raises `Interrupted` when asked to stop, `TrainingError` if the loss stays not finite, a checkpoint can't be
         written, or another process is lost.
         """
-        self.model.train()
-        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
-        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
-        with casts, self._compiled(), self.watch.guarding():
+        with self._training():
             try:
                 self._run()
             except RuntimeError as error:
@@ -202,13 +200,18 @@ class StageLoop:
                 raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
         self.writer.wait()
 
-    def _compiled(self) -> contextlib.AbstractContextManager[None]:
-        """Around training: the language model's blocks are compiled, where the recipe and the model allow it."""
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        """Around steps: the model's blocks compiled where recipe, model and engine allow it, and the other processes watched."""
         why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
         self._compiles = why is None
         if why:
             self.report({"event": "note", "text": why})
-        return compiled(self.model.llm) if self._compiles else contextlib.nullcontext()
+        self.model.train()
+        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
+        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+        with casts, compiled(self.model.llm) if self._compiles else contextlib.nullcontext(), self.watch.guarding():
+            yield
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
@@ -216,9 +219,7 @@ class StageLoop:
         Raises `Interrupted` when asked to stop.
         """
         self.folder = trace
-        self.model.train()
-        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
-        with casts, self._compiled(), self.watch.guarding():
+        with self._training():
             for batches, _ in self._windows():
                 step = self.progress.step = self.progress.step + 1
                 self._step(batches, step, _Rates())
@@ -355,7 +356,7 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         self.watch.at(f"the evaluation of step {step}")
-        with self.engine.inference(), eager():
+        with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext():
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         self.progress.unscored = found is None

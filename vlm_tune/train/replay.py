@@ -20,7 +20,7 @@ from vlm_tune.model.build import build_processor, load_dtype
 from vlm_tune.model.store import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.recipe import load_recipe
-from vlm_tune.train.allocator import keep_freed_memory
+from vlm_tune.train.allocator import forget_old_kernels
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
 from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
@@ -82,6 +82,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     stages = recipe.resolved_stages()
     number, start, end = _span(run, [name for name, _ in stages], steps)
     name, stage = stages[number]
+    forget_old_kernels()
     folder = stage_folder(run, number, name)
     progress = read_progress(start)
     accelerator = accelerator_of(recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage)
@@ -90,8 +91,6 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         raise RecipeError([Problem(str(run), hint)])
     report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator)))
     set_seed(recipe.seed)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
@@ -104,7 +103,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
         for step, written in loop.replay(end, scratch, set(kept)):
             report.checkpoints.append(step)
-            report.tensors[step] = _different(kept[step], written)
+            report.tensors[step] = different_tensors(kept[step], written)
         if accelerator.is_main_process:
             _compare(report, read_trace(folder), read_trace(scratch))
     report.seconds = round(time.perf_counter() - started, 2)
@@ -139,13 +138,11 @@ def _changed(run: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
     return {key: [then[key], value] for key, value in now.items() if key in then and then[key] != value}
 
 
-def _different(kept: Path, written: Path) -> list[str]:
-    """The tensors of two checkpoints that are not the same bits, as `file|name`."""
+def different_tensors(first: Path, second: Path) -> list[str]:
+    """The tensors of two folders that are not the same bits, as `file|name`."""
     found = []
-    for path in sorted(kept.rglob("*.safetensors")):
-        name = str(path.relative_to(kept))
-        other = written / name
-        one, two = read_safetensors(path), read_safetensors(other) if other.is_file() else {}
+    for name in sorted({str(path.relative_to(folder)) for folder in (first, second) for path in folder.rglob("*.safetensors")}):
+        one, two = (read_safetensors(folder / name) if (folder / name).is_file() else {} for folder in (first, second))
         for key in sorted(one.keys() | two.keys()):
             if key not in one or key not in two or not _same_bits(one[key], two[key]):
                 found.append(f"{name}|{key}")
