@@ -273,7 +273,7 @@ class StageLoop:
             self.writer.wait()
             batches = self.data.feed.batches(epoch, skipped * accumulation)
             while True:
-                self.watch.at(f"the batches of step {done + 1}")
+                self.watch.at(f"the batches of step {done + 1}", (done + 1, 0))
                 asked = time.perf_counter()
                 window = [batch.to(self.accelerator.device) for batch in itertools.islice(batches, accumulation)]
                 waited = time.perf_counter() - asked
@@ -288,13 +288,13 @@ class StageLoop:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
         ids = [identity for batch in batches for identity in batch.ids]
-        self.watch.at(f"step {step}, meeting the others")
+        self.watch.at(f"step {step}, meeting the others", (step, 1))
         mine = [sum(self.objective.count(batch) for batch in batches), digest(ids), round(sum(map(self._cost, batches)))]
         told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
         rates.work(told_all[:, 2])
         total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum())
         summed = torch.zeros((), device=accelerator.device)
-        self.watch.at(f"step {step}")
+        self.watch.at(f"step {step}", (step, 2))
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
@@ -355,7 +355,7 @@ class StageLoop:
         return bool(stop)
 
     def _evaluate(self, step: int) -> None:
-        self.watch.at(f"the evaluation of step {step}")
+        self.watch.at(f"the evaluation of step {step}", (step, 3))
         with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext():
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
@@ -413,7 +413,7 @@ class StageLoop:
         """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
         if self._nonfinite:
             return
-        self.watch.at(f"the checkpoint of step {step}")
+        self.watch.at(f"the checkpoint of step {step}", (step, 4))
         states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             self.writer.save(step, self._captured(states), self.progress.best_step)

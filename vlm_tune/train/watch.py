@@ -24,6 +24,9 @@ GRACE = 30.0
 """Seconds after which a process ends that its collective still holds although the others are known to be lost."""
 
 
+_NOTHING: dict[str, Any] = {"place": "the start", "count": -1, "reached": [0, 0, 0]}
+
+
 @dataclass
 class _Seen:
     """What was last heard of a process, and when it was new."""
@@ -43,6 +46,7 @@ class Watch:
         self.rank, self.ranks, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
         self.interval = min(2.0, timeout / 20)
         self._place, self._count, self._since, self._guarding = "the start", 0, time.monotonic(), False
+        self._stage, self._reached = 0, (0, 0)
         self._failure: str | None = None
         self._diagnosis: str | None = None
         self._seen: dict[int, _Seen] = {}
@@ -56,6 +60,9 @@ class Watch:
 
             self._store = PrefixStore("vlm_tune", _get_default_store().clone())
             self._store.set_timeout(timedelta(seconds=max(self.interval, 5.0)))
+            # At once, so that even a process which dies in its first second can be named.
+            with suppress(RuntimeError):
+                self._say(0)
             threading.Thread(target=self._beat, name="watch", daemon=True).start()
         return self
 
@@ -66,14 +73,16 @@ class Watch:
             with suppress(RuntimeError):
                 self._say(-1)
 
-    def at(self, place: str) -> None:
-        """Notes where this process is."""
+    def at(self, place: str, reached: tuple[int, int] | None = None) -> None:
+        """Notes where this process is; `reached` is how far that is: the step, and the phase of it in the order they are done."""
         self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+        self._reached = reached or self._reached
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Meanwhile `at` is called often, so that its silence means that something is stuck."""
         self._since, self._guarding = time.monotonic(), True
+        self._stage, self._reached = self._stage + 1, (0, 0)
         try:
             yield
         finally:
@@ -123,7 +132,10 @@ class Watch:
     def _say(self, beat: int) -> None:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "failure": self._failure}
         with self._lock:
-            self._store.set(str(self.rank), json.dumps({"place": self._place, "count": self._count, "beat": beat, **who}))
+            self._store.set(str(self.rank), json.dumps({**self._own(), "beat": beat, **who}))
+
+    def _own(self) -> dict[str, Any]:
+        return {"place": self._place, "count": self._count, "reached": [self._stage, *self._reached]}
 
     def _look(self) -> None:
         """Reads what all others said last."""
@@ -133,9 +145,9 @@ class Watch:
                 continue
             try:
                 with self._lock:
-                    said = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else {"count": -1, "place": "the start"}
+                    said = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else _NOTHING
             except RuntimeError:
-                said = self._seen[rank].said if rank in self._seen else {"count": -1, "place": "the start"}
+                said = self._seen[rank].said if rank in self._seen else _NOTHING
             before = self._seen.get(rank)
             if before is None:
                 self._seen[rank] = _Seen(said, now, now)
@@ -164,10 +176,9 @@ class Watch:
 
     def _places(self) -> str:
         """Who is where, the least advanced first: the others wait for those."""
-        places: dict[tuple[int, str], list[int]] = defaultdict(list)
-        own = {"place": self._place, "count": self._count}
-        for rank, said in sorted({**{rank: seen.said for rank, seen in self._seen.items()}, self.rank: own}.items()):
-            places[said["count"], said["place"]].append(rank)
+        places: dict[tuple[tuple[int, ...], str], list[int]] = defaultdict(list)
+        for rank, said in sorted({**{rank: seen.said for rank, seen in self._seen.items()}, self.rank: self._own()}.items()):
+            places[tuple(said["reached"]), said["place"]].append(rank)
         told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} at {place}" for (_, place), ranks in sorted(places.items())]
         return f"no progress for {self.timeout:g} s (train.timeout), the least advanced first: {'; '.join(told)}"
 
