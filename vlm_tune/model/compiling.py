@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.llm import LanguageModel
+from vlm_tune.model.tree_attention import compiler
 from vlm_tune.resources import cache_folder
 
 LARGE = 50_000_000
@@ -32,7 +32,7 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
     if asked == "auto" and (steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE):
         return ""
     device = next(llm.parameters()).device.type
-    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+    if device == "cpu" and compiler() is None:
         return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
     if any(getattr(parameter, "CB", None) is not None for parameter in llm.parameters()):
         return "the blocks are not compiled: int8 layers can't be traced"

@@ -16,6 +16,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
+from vlm_tune.model.tree_attention import attends
 
 
 @dataclass
@@ -144,9 +145,13 @@ class CausalLLM(LanguageModel):
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)[:, -embeds.shape[1] :]
+        if attends(self):
+            seen: torch.Tensor = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[:, None, None]
+        else:
+            seen = mask.long() if ends is None else additive(tree_mask(ends)[:, :, -embeds.shape[1] :], embeds.dtype)
         output = self.model.base_model(
             inputs_embeds=embeds,
-            attention_mask=mask.long() if ends is None else additive(tree_mask(ends)[:, :, -embeds.shape[1] :], embeds.dtype),
+            attention_mask=seen,
             position_ids=positions,
             past_key_values=cache,
             use_cache=False,

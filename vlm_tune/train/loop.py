@@ -28,6 +28,7 @@ from vlm_tune.evaluation import Scores, join_scores, score
 from vlm_tune.model.compiling import compiled, eager, why_not
 from vlm_tune.model.features import FeatureStore
 from vlm_tune.model.llm import Decoding
+from vlm_tune.model.tree_attention import attending, usable
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_optimizer
@@ -144,6 +145,7 @@ class StageLoop:
         self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
         self._nonfinite = 0
         self._compiles = False
+        self._attention = model.llm.model.config._attn_implementation
         self.total = train.steps or self._steps_of(train.epochs or 1)
         self.steps_per_epoch = self._steps_in(0) or self.total
         self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
@@ -210,8 +212,15 @@ class StageLoop:
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
         casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
-        with casts, compiled(self.model.llm) if self._compiles else contextlib.nullcontext(), self.watch.guarding():
+        llm = self.model.llm
+        with casts, self._attending(), compiled(llm) if self._compiles else contextlib.nullcontext(), self.watch.guarding():
             yield
+
+    def _attending(self) -> contextlib.AbstractContextManager[None]:
+        """Attention by the kernel, where there is one for the model as it is trained."""
+        llm = self.model.llm
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else llm.model.dtype
+        return attending(llm) if usable(llm, dtype) else contextlib.nullcontext()
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
@@ -356,7 +365,7 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         self.watch.at(f"the evaluation of step {step}", (step, 3))
-        with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext():
+        with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext(), attending(self.model.llm, self._attention):
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         self.progress.unscored = found is None

@@ -1,0 +1,142 @@
+"""The attention kernel: as near to the truth as plain products in bf16, for every shape, and taken where it computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import LORA_TUNE, batch_of, built, examples_of, loss_and_gradients, parsed, tuned_by, wake_adapters, with_tune
+from torch.nn.functional import softmax
+
+from vlm_tune.api import sft
+from vlm_tune.data.prepare import prepare
+from vlm_tune.model import tree_attention
+from vlm_tune.model.llm import tree_mask
+from vlm_tune.model.tree_attention import attend, attending, attends, library, usable
+
+WIDE = "hidden_size: 64, head_dim: 32"
+needs_kernel = pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported() or tree_attention.compiler() is None, reason="wants a CPU with AMX and a C++ compiler"
+)
+
+
+def ends_of(rows: int, length: int) -> torch.Tensor:
+    """A trunk that all see, branches of some tokens, and in the second row padding."""
+    generator = torch.Generator().manual_seed(length)
+    ends = torch.full((rows, length), length, dtype=torch.int32)
+    for row in ends:
+        start = length // 3
+        while start < length:
+            stop = min(start + int(torch.randint(1, 20, (1,), generator=generator)), length)
+            row[start:stop] = stop
+            start = stop
+    ends[1] = torch.where(torch.arange(length) < length - 3, ends[1].clamp(max=length - 3), 0)
+    return ends
+
+
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[B, L, H, D] by products and a softmax over the whole of [L, L]."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    weights = softmax(scores.masked_fill(~tree_mask(ends), -1e30), -1, dtype=torch.promote_types(query.dtype, torch.float32))
+    return (weights.to(query.dtype) @ value).transpose(1, 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("heads", "groups", "length", "width"),
+    [(4, 2, 37, 64), (3, 3, 128, 32), (9, 3, 133, 64), (2, 1, 200, 96), (2, 2, 5, 128), (2, 2, 64, 256)],
+)
+def test_outputs_and_gradients_are_as_near_as_plain_products(heads: int, groups: int, length: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, length, count, width, generator=generator).bfloat16() for count in (heads, groups, groups, heads)]
+    ends = ends_of(2, length)
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, dtype in (("true", torch.float64), ("plain", torch.bfloat16), ("kernel", torch.bfloat16)):
+        inputs = [each.to(dtype).transpose(1, 2).detach().requires_grad_() for each in drawn[:3]]
+        query, key, value = inputs
+        out = attend(query, key, value, ends, width**-0.5)[0] if name == "kernel" else plain(query, key, value, ends)
+        # What stands at padding is nobody's.
+        real = (ends > 0)[:, :, None, None]
+        (out * real).backward(drawn[3].to(dtype))
+        found[name] = [(out * real).double(), *(each.grad.double() for each in inputs if each.grad is not None)]
+    for true, theirs, ours in zip(*found.values(), strict=True):
+        assert float((ours - true).norm()) <= 1.4 * float((theirs - true).norm()) < 0.02 * float(true.norm())
+
+
+@needs_kernel
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
+    query, key, value = (torch.randn(1, 2, 40, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ends = torch.full((1, 40), 40, dtype=torch.int32)
+    ends[0, :] = torch.where(torch.arange(40) < 20, 20, 0)
+    out = attend(query, key, value, ends, 1.0)[0]
+    out.sum().backward()
+    assert bool((out[:, 20:] == 0).all()) and bool(out[:, :20].any())
+    for gradient in (query.grad, key.grad, value.grad):
+        assert gradient is not None and bool((gradient[:, :, 20:] == 0).all()) and bool(gradient.isfinite().all())
+
+
+@needs_kernel
+@pytest.mark.parametrize("group", ["none", "image"])
+def test_a_decoder_gives_the_same_loss_and_gradients_by_the_kernel(group: str, tiny_recipe: Callable[..., str]) -> None:
+    text = with_tune(tiny_recipe("causal", precision="bf16"), LORA_TUNE).replace("hidden_size: 32", WIDE)
+    recipe = parsed(text, data__group=group)
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    examples = examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0))
+    batch = batch_of(model, examples)
+    assert (batch.ends is not None) == (group == "image")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, wanted = loss_and_gradients(model, [batch])
+        assert usable(model.llm, torch.bfloat16) and not attends(model.llm)
+        with attending(model.llm):
+            loss, gradients = loss_and_gradients(model, [batch])
+    assert not attends(model.llm)
+    assert abs(float(loss - expected)) <= 2e-2 * abs(float(expected))
+    for name, gradient in wanted.items():
+        assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()) + 1e-4, name
+
+
+@needs_kernel
+def test_training_takes_the_kernel_and_evaluation_does_not(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, ...]] = []
+    real = tree_attention.attend
+
+    def seen(query: torch.Tensor, *rest: Any) -> Any:
+        taken.append(tuple(query.shape))
+        return real(query, *rest)
+
+    monkeypatch.setattr(tree_attention, "attend", seen)
+    text = tiny_recipe("causal", precision="bf16").replace("hidden_size: 32", WIDE)
+    sft(parsed(text, train__gradient_checkpointing=True))
+    # Two layers, four steps, in the forward pass and again in the backward pass of checkpointed blocks.
+    assert len(taken) == 2 * 4 * 2
+    assert (tmp_path / "run" / "report.html").is_file()
+    taken.clear()
+    sft(parsed(text, output=str(tmp_path / "fp32"), train__precision="fp32"))
+    assert not taken
+
+
+def test_what_the_kernel_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = built(parsed(tiny_recipe("causal").replace("hidden_size: 32", WIDE))).llm
+    monkeypatch.setattr(tree_attention, "library", lambda: object())
+    assert usable(llm, torch.bfloat16)
+    assert not usable(llm, torch.float32)
+    for name, value in (("sliding_window", 16), ("attention_dropout", 0.1), ("layer_types", ["sliding_attention"]), ("head_dim", 16)):
+        before = getattr(llm.model.config, name, None)
+        setattr(llm.model.config, name, value)
+        assert not usable(llm, torch.bfloat16), name
+        setattr(llm.model.config, name, before)
+    assert not usable(built(parsed(tiny_recipe("seq2seq"))).llm, torch.bfloat16)
+    monkeypatch.undo()
+    library.cache_clear()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert library() is None
+    library.cache_clear()

@@ -1,0 +1,355 @@
+// Attention of rows whose tokens see intervals: key j is seen by the queries j <= i < ends[j]. Forward and backward for a
+// CPU with AMX, one row and key head at a time, so that scores live and die in a core's cache and are never kept.
+//
+// Scores are held transposed, a row per key: what a key is seen by is then one run of columns, sums over keys are sums of
+// vectors, and the results are in the layouts in which AMX wants its operands.
+//
+// Shapes: B rows, H query heads, G key heads, L tokens, D head width; strides are in elements, D is contiguous.
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using bf16 = at::BFloat16;
+using at::native::cpublas::brgemm;
+
+constexpr int64_t Q = 32;  // queries a block: two vectors of columns
+constexpr int64_t K = 32;  // keys a block
+
+struct Strided {
+  const bf16* data;
+  int64_t row, head, token;
+  const bf16* at(int64_t b, int64_t h, int64_t i) const { return data + b * row + h * head + i * token; }
+};
+
+struct Shape {
+  int64_t B, H, G, L, D;
+  float scale;
+  int64_t padded() const { return (L + K - 1) / K * K; }
+};
+
+struct Run {
+  int64_t from, to, place;  // keys from..to, and where they stand in the scores
+};
+
+// The bits of columns that see a key, for the queries from `first` on.
+uint32_t seen_by(int64_t key, int64_t end, int64_t first, int64_t count) {
+  const int64_t low = std::max<int64_t>(key - first, 0), high = std::min<int64_t>(end - first, count);
+  if (high <= low) return 0;
+  const uint32_t below = low ? (1u << low) - 1 : 0;
+  return (high >= 32 ? ~0u : (1u << high) - 1) & ~below;
+}
+
+// Which keys a block of queries sees, as runs of whole blocks of keys, and for each of those keys which queries see it.
+int64_t visible(const int32_t* ends, int64_t L, int64_t first, int64_t count, std::vector<Run>& runs, std::vector<uint32_t>& masks) {
+  runs.clear();
+  masks.clear();
+  for (int64_t block = 0; block < first + count; block += K) {
+    uint32_t bits[K], any = 0;
+    for (int64_t j = 0; j < K; ++j) {
+      const int64_t key = block + j;
+      bits[j] = key < L ? seen_by(key, ends[key], first, count) : 0;
+      any |= bits[j];
+    }
+    if (!any) continue;
+    if (!runs.empty() && runs.back().to == block) runs.back().to += K;
+    else runs.push_back({block, block + K, static_cast<int64_t>(masks.size())});
+    masks.insert(masks.end(), bits, bits + K);
+  }
+  return static_cast<int64_t>(masks.size());
+}
+
+__m512 exponential(__m512 x) {
+  // 2^n * 2^f with |f| <= 1/2, and f's power by a polynomial: within 2e-7.
+  const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504089f)), _mm512_set1_ps(-150.f));
+  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(y, n);
+  __m512 p = _mm512_set1_ps(1.5403530e-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+__m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// Two keys' values side by side, as AMX wants the second operand of a product over keys.
+void store_pair(bf16* to, __m256i even, __m256i odd) {
+  const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(to, both);
+}
+
+// A 16 x 16 block of 32-bit values, transposed.
+void transpose16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(static_cast<const int32_t*>(from) + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  int32_t* out = static_cast<int32_t*>(to);
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + (i) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(out + (i + 4) * to_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(out + (i + 12) * to_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+
+// [Q, D] as the second operand of a product over D: pairs of a row side by side, [D / 2, Q].
+void pack_columns(const bf16* block, int64_t D, bf16* to) {
+  for (int64_t d = 0; d < D / 2; d += 16)
+    for (int64_t i = 0; i < Q; i += 16) transpose16(block + i * D + 2 * d, D / 2, to + (d * Q + i) * 2, Q);
+}
+
+// [Q, D] as the second operand of a product over Q: pairs of rows side by side, [Q / 2, D].
+void pack_rows(const bf16* block, int64_t D, bf16* to) {
+  for (int64_t i = 0; i < Q; i += 2)
+    for (int64_t d = 0; d < D; d += 16) {
+      const auto* even = reinterpret_cast<const __m256i*>(block + i * D + d);
+      const auto* odd = reinterpret_cast<const __m256i*>(block + (i + 1) * D + d);
+      store_pair(to + (i / 2 * D + d) * 2, _mm256_loadu_si256(even), _mm256_loadu_si256(odd));
+    }
+}
+
+// Tokens first..first + count of one head as [room, D], zeros after them.
+void copy_rows(const Strided& from, int64_t b, int64_t h, int64_t first, int64_t count, int64_t room, int64_t D, bf16* to) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * D, from.at(b, h, first + i), D * sizeof(bf16));
+  std::memset(to + count * D, 0, (room - count) * D * sizeof(bf16));
+}
+
+void transpose(const bf16* from, int64_t rows, int64_t D, bf16* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < D; ++d) to[d * rows + i] = from[i * D + d];
+}
+
+// [D, Q] in fp32 as rows of bf16, `count` of them, each times its factor.
+void store_transposed(const float* from, int64_t D, int64_t count, const float* factor, bf16* to, int64_t stride, float* scratch) {
+  for (int64_t d = 0; d < D; d += 16)
+    for (int64_t i = 0; i < Q; i += 16) transpose16(from + d * Q + i, Q, scratch + i * D + d, D);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < D; d += 16) {
+      const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(scratch + i * D + d), _mm512_set1_ps(factor[i]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * stride + d), rounded(value));
+    }
+}
+
+// Memory of one thread, taken once a call.
+class Room {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    parts_.emplace_back((count * sizeof(T) + 127) / 64 * 64);
+    auto address = reinterpret_cast<uintptr_t>(parts_.back().data());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<std::vector<char>> parts_;
+};
+
+void forward(const Shape& s, Strided q, Strided k, Strided v, const int32_t* ends, bf16* out, float* lse) {
+  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G;
+  at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
+    Room room;
+    auto* keys = room.take<bf16>(P * D);
+    auto* values = room.take<bf16>(P * D);
+    auto* values_t = room.take<bf16>(P * D);
+    auto* block = room.take<bf16>(Q * D);
+    auto* columns = room.take<bf16>(Q * D);
+    auto* scores = room.take<float>(P * Q);
+    auto* weights = room.take<bf16>(P * Q);
+    auto* sums = room.take<float>(D * Q);
+    auto* scratch = room.take<float>(D * Q);
+    std::vector<Run> runs;
+    std::vector<uint32_t> masks;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / s.G, g = task % s.G;
+      copy_rows(k, b, g, 0, L, P, D, keys);
+      copy_rows(v, b, g, 0, L, P, D, values);
+      transpose(values, P, D, values_t);
+      for (int64_t first = 0; first < L; first += Q) {
+        const int64_t count = std::min(Q, L - first), held = visible(ends + b * L, L, first, count, runs, masks);
+        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+          copy_rows(q, b, h, first, count, Q, D, block);
+          pack_columns(block, D, columns);
+          for (const Run& run : runs) brgemm(run.to - run.from, Q, D, D, Q, Q, false, keys + run.from * D, columns, scores + run.place * Q);
+          float inverse[Q], logs[Q];
+          for (int64_t half = 0; half < Q; half += 16) {
+            const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+            __m512 most = least, sum = _mm512_setzero_ps();
+            for (int64_t j = 0; j < held; ++j)
+              most = _mm512_mask_max_ps(most, masks[j] >> half, most, _mm512_loadu_ps(scores + j * Q + half));
+            most = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, least, _CMP_EQ_OQ), _mm512_setzero_ps());
+            const __m512 scale = _mm512_set1_ps(s.scale);
+            for (int64_t j = 0; j < held; j += 2) {
+              __m512 p[2];
+              for (int two = 0; two < 2; ++two) {
+                const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + (j + two) * Q + half), most), scale);
+                p[two] = _mm512_maskz_mov_ps(masks[j + two] >> half, exponential(x));
+                sum = _mm512_add_ps(sum, p[two]);
+              }
+              store_pair(weights + (j / 2 * Q + half) * 2, rounded(p[0]), rounded(p[1]));
+            }
+            float total[16], top[16];
+            _mm512_storeu_ps(total, sum);
+            _mm512_storeu_ps(top, most);
+            for (int i = 0; i < 16; ++i) {
+              // A query that sees nothing has zeros, and gives no gradient.
+              inverse[half + i] = total[i] > 0 ? 1.f / total[i] : 0.f;
+              logs[half + i] = total[i] > 0 ? top[i] * s.scale + std::log(total[i]) : std::numeric_limits<float>::infinity();
+            }
+          }
+          std::memset(sums, 0, D * Q * sizeof(float));
+          for (const Run& run : runs)
+            brgemm(D, Q, run.to - run.from, P, Q, Q, true, values_t + run.from, weights + run.place * Q, sums);
+          store_transposed(sums, D, count, inverse, out + ((b * L + first) * s.H + h) * D, s.H * D, scratch);
+          std::memcpy(lse + (b * s.H + h) * L + first, logs, count * sizeof(float));
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+void backward(
+    const Shape& s, Strided dout, Strided q, Strided k, Strided v, Strided out, const float* lse, const int32_t* ends, bf16* dq, bf16* dk, bf16* dv) {
+  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G;
+  at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
+    Room room;
+    auto* keys = room.take<bf16>(P * D);
+    auto* keys_t = room.take<bf16>(P * D);
+    auto* values = room.take<bf16>(P * D);
+    auto* block = room.take<bf16>(Q * D);
+    auto* q_columns = room.take<bf16>(Q * D);
+    auto* q_rows = room.take<bf16>(Q * D);
+    auto* do_columns = room.take<bf16>(Q * D);
+    auto* do_rows = room.take<bf16>(Q * D);
+    auto* scores = room.take<float>(P * Q);
+    auto* flows = room.take<float>(P * Q);
+    auto* weights = room.take<bf16>(P * Q);
+    auto* slopes = room.take<bf16>(P * Q);
+    auto* slopes_pairs = room.take<bf16>(P * Q);
+    auto* dq_t = room.take<float>(D * Q);
+    auto* scratch = room.take<float>(D * Q);
+    auto* dks = room.take<float>(P * D);
+    auto* dvs = room.take<float>(P * D);
+    std::vector<Run> runs;
+    std::vector<uint32_t> masks;
+    float ones[Q];
+    std::fill(ones, ones + Q, 1.f);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / s.G, g = task % s.G;
+      copy_rows(k, b, g, 0, L, P, D, keys);
+      copy_rows(v, b, g, 0, L, P, D, values);
+      transpose(keys, P, D, keys_t);
+      std::memset(dks, 0, P * D * sizeof(float));
+      std::memset(dvs, 0, P * D * sizeof(float));
+      for (int64_t first = 0; first < L; first += Q) {
+        const int64_t count = std::min(Q, L - first), held = visible(ends + b * L, L, first, count, runs, masks);
+        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+          copy_rows(q, b, h, first, count, Q, D, block);
+          pack_columns(block, D, q_columns);
+          pack_rows(block, D, q_rows);
+          copy_rows(dout, b, h, first, count, Q, D, block);
+          pack_columns(block, D, do_columns);
+          pack_rows(block, D, do_rows);
+          float delta[Q] = {}, logs[Q];
+          for (int64_t i = 0; i < count; ++i) {
+            const bf16 *one = block + i * D, *other = out.at(b, h, first + i);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t d = 0; d < D; d += 32)
+              sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(one + d), (__m512bh)_mm512_loadu_si512(other + d));
+            delta[i] = _mm512_reduce_add_ps(sum);
+            logs[i] = lse[(b * s.H + h) * L + first + i];
+          }
+          std::fill(logs + count, logs + Q, std::numeric_limits<float>::infinity());
+          for (const Run& run : runs) {
+            brgemm(run.to - run.from, Q, D, D, Q, Q, false, keys + run.from * D, q_columns, scores + run.place * Q);
+            brgemm(run.to - run.from, Q, D, D, Q, Q, false, values + run.from * D, do_columns, flows + run.place * Q);
+          }
+          const __m512 scale = _mm512_set1_ps(s.scale);
+          for (int64_t half = 0; half < Q; half += 16) {
+            const __m512 log = _mm512_loadu_ps(logs + half), mean = _mm512_loadu_ps(delta + half);
+            for (int64_t j = 0; j < held; j += 2) {
+              __m256i slope[2];
+              for (int two = 0; two < 2; ++two) {
+                const int64_t place = (j + two) * Q + half;
+                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, log);
+                const __m512 p = _mm512_maskz_mov_ps(masks[j + two] >> half, exponential(x));
+                const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(flows + place), mean));
+                slope[two] = rounded(ds);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + place), rounded(p));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(slopes + place), slope[two]);
+              }
+              store_pair(slopes_pairs + (j / 2 * Q + half) * 2, slope[0], slope[1]);
+            }
+          }
+          std::memset(dq_t, 0, D * Q * sizeof(float));
+          for (const Run& run : runs) {
+            const int64_t held_here = run.to - run.from;
+            brgemm(held_here, D, Q, Q, D, D, true, weights + run.place * Q, do_rows, dvs + run.from * D);
+            brgemm(held_here, D, Q, Q, D, D, true, slopes + run.place * Q, q_rows, dks + run.from * D);
+            brgemm(D, Q, held_here, P, Q, Q, true, keys_t + run.from, slopes_pairs + run.place * Q, dq_t);
+          }
+          store_transposed(dq_t, D, count, ones, dq + ((b * L + first) * s.H + h) * D, s.H * D, scratch);
+        }
+      }
+      for (int64_t j = 0; j < L; ++j)
+        for (int64_t d = 0; d < D; d += 16) {
+          const int64_t to = ((b * L + j) * s.G + g) * D + d;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(dk + to), rounded(_mm512_loadu_ps(dks + j * D + d)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(dv + to), rounded(_mm512_loadu_ps(dvs + j * D + d)));
+        }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+Strided strided(const void* data, const int64_t* strides) { return {static_cast<const bf16*>(data), strides[0], strides[1], strides[2]}; }
+
+}  // namespace
+
+extern "C" {
+
+// out [B, L, H, D]; lse fp32 [B, H, L]. `shape` is B, H, G, L, D; `strides` those of q, k and v by row, head and token.
+void attend(
+    const int64_t* shape, float scale, const int64_t* strides, const void* q, const void* k, const void* v, const void* ends, void* out, void* lse) {
+  const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], scale};
+  forward(
+      s, strided(q, strides), strided(k, strides + 3), strided(v, strides + 6), static_cast<const int32_t*>(ends), static_cast<bf16*>(out),
+      static_cast<float*>(lse));
+}
+
+// dq [B, L, H, D], dk and dv [B, L, G, D]; `strides` those of dout, q, k, v and out.
+void attend_backward(
+    const int64_t* shape, float scale, const int64_t* strides, const void* dout, const void* q, const void* k, const void* v, const void* out,
+    const void* lse, const void* ends, void* dq, void* dk, void* dv) {
+  const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], scale};
+  backward(
+      s, strided(dout, strides), strided(q, strides + 3), strided(k, strides + 6), strided(v, strides + 9), strided(out, strides + 12),
+      static_cast<const float*>(lse), static_cast<const int32_t*>(ends), static_cast<bf16*>(dq), static_cast<bf16*>(dk), static_cast<bf16*>(dv));
+}
+}

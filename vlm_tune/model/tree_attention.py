@@ -1,0 +1,233 @@
+"""Attention of decoder rows whose tokens see intervals, by a kernel of our own for CPUs with AMX.
+
+Scores are made, used and dropped inside a core's cache, in both passes, so nothing of [L, L] is written to memory or
+kept for the backward pass; keys that no query of a block sees are left out. The kernel (tree_attention.cpp) is compiled
+by the machine's C++ compiler when it is first wanted, in some seconds, and kept in the cache folder.
+
+Shapes: B rows, H query heads, G key heads, L tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlm_tune.model.prompts import KeyValuePrefix
+from vlm_tune.resources import cache_folder
+
+if TYPE_CHECKING:
+    from vlm_tune.model.llm import LanguageModel
+
+NAME = "vlm_tune_tree"
+"""What transformers knows the attention by."""
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+UNSUPPORTED = (
+    "sliding_window",
+    "attn_logit_softcapping",
+    "attention_dropout",
+    "attn_pdrop",
+    "kv_lora_rank",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+)
+"""Settings of a language model with which attention is something else."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch's own compiler would take too."""
+    return next((found for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None where the CPU has no AMX or it can't be compiled."""
+    cxx = compiler()
+    if cxx is None or not torch.cpu._is_amx_tile_supported():
+        return None
+    name = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {cxx}".encode()).hexdigest()[:16]
+    path = cache_folder("compiled") / f"tree_attention-{name}.so"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(cxx, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error).encode()
+        logging.getLogger(__name__).warning(
+            "the attention kernel can't be used, a step takes longer: %s", said.decode(errors="replace")[-300:]
+        )
+        return None
+
+
+def _compile(cxx: str, path: Path) -> None:
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
+        options = ["-O3", "-march=sapphirerapids", "-std=c++20", "-fPIC"]
+        unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        steps = [
+            [cxx, *options, "-fopenmp", "-c", f"-I{root}/include", str(SOURCE), "-o", str(unlinked)],
+            [cxx, "-shared", str(unlinked), "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
+        ]
+        for step in steps:
+            subprocess.run(step, check=True, capture_output=True, timeout=300)
+        # Two processes may compile at once: whichever is last puts the same in its place.
+        linked.replace(path)
+
+
+def _plain(config: Any) -> bool:
+    """Whether attention is softmax(q k) v and nothing else."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not any(getattr(config, name, None) for name in UNSUPPORTED)
+
+
+def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
+    """Whether a language model can attend by the kernel when it computes in `dtype`."""
+    if llm.layout != "causal" or dtype != torch.bfloat16 or isinstance(llm.prompt, KeyValuePrefix):
+        return False
+    config = llm.model.config
+    if next(llm.parameters()).device.type != "cpu" or not llm.model._supports_attention_backend or not _plain(config):
+        return False
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width % 32 == 0 and library() is not None
+
+
+@contextmanager
+def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
+    """Within, a language model attends by the function of that name, the kernel's where not given."""
+    config = llm.model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attends(llm: LanguageModel) -> bool:
+    """Whether a language model attends by the kernel now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
+    return llm.model.config._attn_implementation == NAME
+
+
+def _strides(*tensors: Tensor) -> Any:
+    found = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(found))(*found)
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With the values of a head side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _shape(query: Tensor, key: Tensor) -> Any:
+    (rows, heads, length, width), groups = query.shape, key.shape[1]
+    return (ctypes.c_int64 * 5)(rows, heads, groups, length, width)
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found
+
+
+KERNEL = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
+
+
+@torch.library.custom_op(f"vlm_tune::attend_{KERNEL}", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention outputs [B, L, H, D] of bf16 query [B, H, L, D], key and value [B, G, L, D], and fp32 [B, H, L] the logs of their sums.
+
+    Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
+    """
+    query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
+    rows, heads, length, width = query.shape
+    out = query.new_empty(rows, length, heads, width)
+    logs = query.new_empty(rows, heads, length, dtype=torch.float32)
+    _library().attend(
+        _shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *_pointers(query, key, value, ends, out, logs)
+    )
+    return out, logs
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows, heads, length, width = query.shape
+    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"vlm_tune::attend_backward_{KERNEL}", mutates_args=())
+def attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
+    query, key, value, ends, gradient = _rows(query), _rows(key), _rows(value), ends.contiguous(), _rows(gradient)
+    rows, heads, length, width = query.shape
+    found = [query.new_empty(rows, length, count, width) for count in (heads, key.shape[1], key.shape[1])]
+    _library().attend_backward(
+        _shape(query, key),
+        ctypes.c_float(scale),
+        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2)),
+        *_pointers(gradient, query, key, value, out, logs, ends, *found),
+    )
+    return found[0], found[1], found[2]
+
+
+@attend_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    return (
+        query.new_empty(rows, length, heads, width),
+        query.new_empty(rows, length, groups, width),
+        query.new_empty(rows, length, groups, width),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ends, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, ends)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, out, logs, ends = ctx.saved_tensors
+    found = attend_backward(gradient, query, key, value, out, logs, ends, ctx.scale)
+    return *(each.transpose(1, 2) for each in found), None, None
+
+
+attend.register_autograd(_backward, setup_context=_save)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls it, with int32[B, 1, 1, L] for a mask."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
+    return attend(query, key, value, attention_mask[:, 0, 0], scale)[0], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
