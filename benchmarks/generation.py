@@ -138,11 +138,10 @@ class Answering:
         found = json.loads(ended.out.strip().splitlines()[-1])
         rate = len(found["texts"]) / found["seconds"]
         print(
-            f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, {found['seconds']:6.1f} s, {ended.memory_mb:6} MB, "
-            f"loaded in {found['load_s']:.1f} s",
+            f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, {found['seconds']:6.1f} s, loaded in {found['load_s']:.1f} s",
             flush=True,
         )
-        return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, "peak_memory_mb": ended.memory_mb, **found}
+        return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, **found}
 
     def best_batch(self, name: str) -> int:
         """The batch with the most answers a second on the smaller part."""

@@ -5,6 +5,7 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
-from vlm_tune.model.tree_attention import attends
+from vlm_tune.model.tree_attention import attending, attends, usable
 
 
 @dataclass
@@ -181,9 +182,12 @@ class CausalLLM(LanguageModel):
 
         assert batch.ends is not None and batch.positions is not None
         seen, stops = tree_mask(batch.ends), torch.tensor(stop_ids, device=embeds.device)
+        kernel = usable(self, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embeds.dtype)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         cache = DynamicCache()
-        hidden = self._hidden(embeds, seen, batch.positions, cache)[rows, leaves]
+        with attending(self) if kernel else nullcontext():
+            mask = batch.ends.int()[:, None, None] if kernel else additive(seen, embeds.dtype)
+            hidden = self._hidden(embeds, mask, batch.positions, cache)[rows, leaves]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
         own = torch.eye(leaves.shape[1], dtype=torch.bool, device=embeds.device).expand(len(leaves), -1, -1)
         ended = torch.zeros_like(leaves, dtype=torch.bool)
@@ -194,11 +198,10 @@ class CausalLLM(LanguageModel):
             if len(found) == max_new_tokens or bool(ended.all()):
                 return torch.stack(found, -1)
             positions, visible = positions + 1, torch.cat([visible, own], -1)
-            hidden = self._hidden(self.embed(found[-1]), visible[:, None], positions, cache)
+            hidden = self._hidden(self.embed(found[-1]), additive(visible[:, None], embeds.dtype), positions, cache)
 
-    def _hidden(self, embeds: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states [B, S, E] of tokens that follow those in the cache, given what they see bool[B, 1, S, all]."""
-        mask = additive(seen, embeds.dtype)
+    def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Hidden states [B, S, E] of tokens that follow those in the cache, given a mask for what they see."""
         found = self.model.base_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )

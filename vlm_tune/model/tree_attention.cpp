@@ -22,6 +22,7 @@ using at::native::cpublas::brgemm;
 
 constexpr int64_t Q = 32;  // queries a block: two vectors of columns
 constexpr int64_t K = 32;  // keys a block
+constexpr int64_t CACHED = 1 << 17;  // scores that a core's cache should hold
 
 struct Strided {
   const bf16* data;
@@ -33,6 +34,8 @@ struct Shape {
   int64_t B, H, G, L, D;
   float scale;
   int64_t padded() const { return (L + K - 1) / K * K; }
+  // How many heads of a key head go together: their products share an operand, and few large ones are quicker than many small.
+  int64_t together() const { return std::max<int64_t>(1, std::min({H / G, int64_t{4}, CACHED / (padded() * Q)})); }
 };
 
 struct Run {
@@ -118,10 +121,10 @@ void transpose16(const void* from, int64_t from_stride, void* to, int64_t to_str
   }
 }
 
-// [Q, D] as the second operand of a product over D: pairs of a row side by side, [D / 2, Q].
-void pack_columns(const bf16* block, int64_t D, bf16* to) {
+// [Q, D] as the second operand of a product over D: pairs of a row side by side, [D / 2, Q] of rows of N.
+void pack_columns(const bf16* block, int64_t D, int64_t N, bf16* to) {
   for (int64_t d = 0; d < D / 2; d += 16)
-    for (int64_t i = 0; i < Q; i += 16) transpose16(block + i * D + 2 * d, D / 2, to + (d * Q + i) * 2, Q);
+    for (int64_t i = 0; i < Q; i += 16) transpose16(block + i * D + 2 * d, D / 2, to + (d * N + i) * 2, N);
 }
 
 // [Q, D] as the second operand of a product over Q: pairs of rows side by side, [Q / 2, D].
@@ -145,15 +148,75 @@ void transpose(const bf16* from, int64_t rows, int64_t D, bf16* to) {
     for (int64_t d = 0; d < D; ++d) to[d * rows + i] = from[i * D + d];
 }
 
-// [D, Q] in fp32 as rows of bf16, `count` of them, each times its factor.
-void store_transposed(const float* from, int64_t D, int64_t count, const float* factor, bf16* to, int64_t stride, float* scratch) {
+// [D, Q] of rows of N in fp32 as rows of bf16, `count` of them, each times its factor.
+void store_transposed(const float* from, int64_t D, int64_t N, int64_t count, const float* factor, bf16* to, int64_t stride, float* scratch) {
   for (int64_t d = 0; d < D; d += 16)
-    for (int64_t i = 0; i < Q; i += 16) transpose16(from + d * Q + i, Q, scratch + i * D + d, D);
+    for (int64_t i = 0; i < Q; i += 16) transpose16(from + d * N + i, N, scratch + i * D + d, D);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < D; d += 16) {
       const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(scratch + i * D + d), _mm512_set1_ps(factor[i]));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * stride + d), rounded(value));
     }
+}
+
+// The weights of N columns' queries over the keys held, not yet divided by their sums: those inverted, and the logs of all.
+void softmax(
+    const float* scores, const std::vector<uint32_t>& masks, int64_t held, int64_t N, float factor, bf16* weights, float* inverse, float* logs) {
+  const __m512 scale = _mm512_set1_ps(factor), least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t column = 0; column < N; column += 16) {
+    const int64_t shift = column % Q;
+    __m512 most = least, sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < held; ++j)
+      most = _mm512_mask_max_ps(most, masks[j] >> shift, most, _mm512_loadu_ps(scores + j * N + column));
+    most = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, least, _CMP_EQ_OQ), _mm512_setzero_ps());
+    for (int64_t j = 0; j < held; j += 2) {
+      __m512 p[2];
+      for (int two = 0; two < 2; ++two) {
+        const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + (j + two) * N + column), most), scale);
+        p[two] = _mm512_maskz_mov_ps(masks[j + two] >> shift, exponential(x));
+        sum = _mm512_add_ps(sum, p[two]);
+      }
+      store_pair(weights + (j / 2 * N + column) * 2, rounded(p[0]), rounded(p[1]));
+    }
+    float total[16], top[16];
+    _mm512_storeu_ps(total, sum);
+    _mm512_storeu_ps(top, most);
+    for (int i = 0; i < 16; ++i) {
+      // A query that sees nothing has zeros, and gives no gradient.
+      inverse[column + i] = total[i] > 0 ? 1.f / total[i] : 0.f;
+      logs[column + i] = total[i] > 0 ? top[i] * factor + std::log(total[i]) : std::numeric_limits<float>::infinity();
+    }
+  }
+}
+
+// The weights once more, and the gradient of the scores: as the first operand of products, and in pairs as the second.
+void softmax_backward(
+    const float* scores, const float* flows, const std::vector<uint32_t>& masks, int64_t held, int64_t N, float factor, const float* logs,
+    const float* delta, bf16* weights, bf16* slopes, bf16* slopes_pairs) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int64_t column = 0; column < N; column += 16) {
+    const int64_t shift = column % Q;
+    const __m512 log = _mm512_loadu_ps(logs + column), mean = _mm512_loadu_ps(delta + column);
+    for (int64_t j = 0; j < held; j += 2) {
+      __m256i slope[2];
+      for (int two = 0; two < 2; ++two) {
+        const int64_t place = (j + two) * N + column;
+        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, log);
+        const __m512 p = _mm512_maskz_mov_ps(masks[j + two] >> shift, exponential(x));
+        slope[two] = rounded(_mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(flows + place), mean)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + place), rounded(p));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(slopes + place), slope[two]);
+      }
+      store_pair(slopes_pairs + (j / 2 * N + column) * 2, slope[0], slope[1]);
+    }
+  }
+}
+
+float product(const bf16* one, const bf16* other, int64_t D) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t d = 0; d < D; d += 32)
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(one + d), (__m512bh)_mm512_loadu_si512(other + d));
+  return _mm512_reduce_add_ps(sum);
 }
 
 // Memory of one thread, taken once a call.
@@ -171,18 +234,20 @@ class Room {
 };
 
 void forward(const Shape& s, Strided q, Strided k, Strided v, const int32_t* ends, bf16* out, float* lse) {
-  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G;
+  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G, most_heads = s.together(), most_columns = most_heads * Q;
   at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
     Room room;
     auto* keys = room.take<bf16>(P * D);
     auto* values = room.take<bf16>(P * D);
     auto* values_t = room.take<bf16>(P * D);
     auto* block = room.take<bf16>(Q * D);
-    auto* columns = room.take<bf16>(Q * D);
-    auto* scores = room.take<float>(P * Q);
-    auto* weights = room.take<bf16>(P * Q);
-    auto* sums = room.take<float>(D * Q);
+    auto* columns = room.take<bf16>(most_columns * D);
+    auto* scores = room.take<float>(P * most_columns);
+    auto* weights = room.take<bf16>(P * most_columns);
+    auto* sums = room.take<float>(D * most_columns);
     auto* scratch = room.take<float>(D * Q);
+    auto* inverse = room.take<float>(most_columns);
+    auto* logs = room.take<float>(most_columns);
     std::vector<Run> runs;
     std::vector<uint32_t> masks;
     for (int64_t task = begin; task < end; ++task) {
@@ -192,41 +257,21 @@ void forward(const Shape& s, Strided q, Strided k, Strided v, const int32_t* end
       transpose(values, P, D, values_t);
       for (int64_t first = 0; first < L; first += Q) {
         const int64_t count = std::min(Q, L - first), held = visible(ends + b * L, L, first, count, runs, masks);
-        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          copy_rows(q, b, h, first, count, Q, D, block);
-          pack_columns(block, D, columns);
-          for (const Run& run : runs) brgemm(run.to - run.from, Q, D, D, Q, Q, false, keys + run.from * D, columns, scores + run.place * Q);
-          float inverse[Q], logs[Q];
-          for (int64_t half = 0; half < Q; half += 16) {
-            const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-            __m512 most = least, sum = _mm512_setzero_ps();
-            for (int64_t j = 0; j < held; ++j)
-              most = _mm512_mask_max_ps(most, masks[j] >> half, most, _mm512_loadu_ps(scores + j * Q + half));
-            most = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, least, _CMP_EQ_OQ), _mm512_setzero_ps());
-            const __m512 scale = _mm512_set1_ps(s.scale);
-            for (int64_t j = 0; j < held; j += 2) {
-              __m512 p[2];
-              for (int two = 0; two < 2; ++two) {
-                const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + (j + two) * Q + half), most), scale);
-                p[two] = _mm512_maskz_mov_ps(masks[j + two] >> half, exponential(x));
-                sum = _mm512_add_ps(sum, p[two]);
-              }
-              store_pair(weights + (j / 2 * Q + half) * 2, rounded(p[0]), rounded(p[1]));
-            }
-            float total[16], top[16];
-            _mm512_storeu_ps(total, sum);
-            _mm512_storeu_ps(top, most);
-            for (int i = 0; i < 16; ++i) {
-              // A query that sees nothing has zeros, and gives no gradient.
-              inverse[half + i] = total[i] > 0 ? 1.f / total[i] : 0.f;
-              logs[half + i] = total[i] > 0 ? top[i] * s.scale + std::log(total[i]) : std::numeric_limits<float>::infinity();
-            }
+        for (int64_t head = g * group; head < (g + 1) * group; head += most_heads) {
+          const int64_t heads = std::min(most_heads, (g + 1) * group - head), N = heads * Q;
+          for (int64_t h = 0; h < heads; ++h) {
+            copy_rows(q, b, head + h, first, count, Q, D, block);
+            pack_columns(block, D, N, columns + h * Q * 2);
           }
-          std::memset(sums, 0, D * Q * sizeof(float));
+          for (const Run& run : runs) brgemm(run.to - run.from, N, D, D, N, N, false, keys + run.from * D, columns, scores + run.place * N);
+          softmax(scores, masks, held, N, s.scale, weights, inverse, logs);
+          std::memset(sums, 0, D * N * sizeof(float));
           for (const Run& run : runs)
-            brgemm(D, Q, run.to - run.from, P, Q, Q, true, values_t + run.from, weights + run.place * Q, sums);
-          store_transposed(sums, D, count, inverse, out + ((b * L + first) * s.H + h) * D, s.H * D, scratch);
-          std::memcpy(lse + (b * s.H + h) * L + first, logs, count * sizeof(float));
+            brgemm(D, N, run.to - run.from, P, N, N, true, values_t + run.from, weights + run.place * N, sums);
+          for (int64_t h = 0; h < heads; ++h) {
+            store_transposed(sums + h * Q, D, N, count, inverse + h * Q, out + ((b * L + first) * s.H + head + h) * D, s.H * D, scratch);
+            std::memcpy(lse + (b * s.H + head + h) * L + first, logs + h * Q, count * sizeof(float));
+          }
         }
       }
     }
@@ -236,26 +281,28 @@ void forward(const Shape& s, Strided q, Strided k, Strided v, const int32_t* end
 
 void backward(
     const Shape& s, Strided dout, Strided q, Strided k, Strided v, Strided out, const float* lse, const int32_t* ends, bf16* dq, bf16* dk, bf16* dv) {
-  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G;
+  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G, most_heads = s.together(), most_columns = most_heads * Q;
   at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
     Room room;
     auto* keys = room.take<bf16>(P * D);
     auto* keys_t = room.take<bf16>(P * D);
     auto* values = room.take<bf16>(P * D);
     auto* block = room.take<bf16>(Q * D);
-    auto* q_columns = room.take<bf16>(Q * D);
-    auto* q_rows = room.take<bf16>(Q * D);
-    auto* do_columns = room.take<bf16>(Q * D);
-    auto* do_rows = room.take<bf16>(Q * D);
-    auto* scores = room.take<float>(P * Q);
-    auto* flows = room.take<float>(P * Q);
-    auto* weights = room.take<bf16>(P * Q);
-    auto* slopes = room.take<bf16>(P * Q);
-    auto* slopes_pairs = room.take<bf16>(P * Q);
-    auto* dq_t = room.take<float>(D * Q);
+    auto* q_columns = room.take<bf16>(most_columns * D);
+    auto* q_rows = room.take<bf16>(most_columns * D);
+    auto* do_columns = room.take<bf16>(most_columns * D);
+    auto* do_rows = room.take<bf16>(most_columns * D);
+    auto* scores = room.take<float>(P * most_columns);
+    auto* flows = room.take<float>(P * most_columns);
+    auto* weights = room.take<bf16>(P * most_columns);
+    auto* slopes = room.take<bf16>(P * most_columns);
+    auto* slopes_pairs = room.take<bf16>(P * most_columns);
+    auto* dq_t = room.take<float>(D * most_columns);
     auto* scratch = room.take<float>(D * Q);
     auto* dks = room.take<float>(P * D);
     auto* dvs = room.take<float>(P * D);
+    auto* delta = room.take<float>(most_columns);
+    auto* logs = room.take<float>(most_columns);
     std::vector<Run> runs;
     std::vector<uint32_t> masks;
     float ones[Q];
@@ -269,52 +316,34 @@ void backward(
       std::memset(dvs, 0, P * D * sizeof(float));
       for (int64_t first = 0; first < L; first += Q) {
         const int64_t count = std::min(Q, L - first), held = visible(ends + b * L, L, first, count, runs, masks);
-        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-          copy_rows(q, b, h, first, count, Q, D, block);
-          pack_columns(block, D, q_columns);
-          pack_rows(block, D, q_rows);
-          copy_rows(dout, b, h, first, count, Q, D, block);
-          pack_columns(block, D, do_columns);
-          pack_rows(block, D, do_rows);
-          float delta[Q] = {}, logs[Q];
-          for (int64_t i = 0; i < count; ++i) {
-            const bf16 *one = block + i * D, *other = out.at(b, h, first + i);
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < D; d += 32)
-              sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(one + d), (__m512bh)_mm512_loadu_si512(other + d));
-            delta[i] = _mm512_reduce_add_ps(sum);
-            logs[i] = lse[(b * s.H + h) * L + first + i];
-          }
-          std::fill(logs + count, logs + Q, std::numeric_limits<float>::infinity());
-          for (const Run& run : runs) {
-            brgemm(run.to - run.from, Q, D, D, Q, Q, false, keys + run.from * D, q_columns, scores + run.place * Q);
-            brgemm(run.to - run.from, Q, D, D, Q, Q, false, values + run.from * D, do_columns, flows + run.place * Q);
-          }
-          const __m512 scale = _mm512_set1_ps(s.scale);
-          for (int64_t half = 0; half < Q; half += 16) {
-            const __m512 log = _mm512_loadu_ps(logs + half), mean = _mm512_loadu_ps(delta + half);
-            for (int64_t j = 0; j < held; j += 2) {
-              __m256i slope[2];
-              for (int two = 0; two < 2; ++two) {
-                const int64_t place = (j + two) * Q + half;
-                const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + place), scale, log);
-                const __m512 p = _mm512_maskz_mov_ps(masks[j + two] >> half, exponential(x));
-                const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(_mm512_loadu_ps(flows + place), mean));
-                slope[two] = rounded(ds);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + place), rounded(p));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(slopes + place), slope[two]);
-              }
-              store_pair(slopes_pairs + (j / 2 * Q + half) * 2, slope[0], slope[1]);
+        for (int64_t head = g * group; head < (g + 1) * group; head += most_heads) {
+          const int64_t heads = std::min(most_heads, (g + 1) * group - head), N = heads * Q;
+          for (int64_t h = 0; h < heads; ++h) {
+            copy_rows(q, b, head + h, first, count, Q, D, block);
+            pack_columns(block, D, N, q_columns + h * Q * 2);
+            pack_rows(block, D, q_rows + h * Q * D);
+            copy_rows(dout, b, head + h, first, count, Q, D, block);
+            pack_columns(block, D, N, do_columns + h * Q * 2);
+            pack_rows(block, D, do_rows + h * Q * D);
+            for (int64_t i = 0; i < Q; ++i) {
+              delta[h * Q + i] = i < count ? product(block + i * D, out.at(b, head + h, first + i), D) : 0.f;
+              logs[h * Q + i] = i < count ? lse[(b * s.H + head + h) * L + first + i] : std::numeric_limits<float>::infinity();
             }
           }
-          std::memset(dq_t, 0, D * Q * sizeof(float));
           for (const Run& run : runs) {
-            const int64_t held_here = run.to - run.from;
-            brgemm(held_here, D, Q, Q, D, D, true, weights + run.place * Q, do_rows, dvs + run.from * D);
-            brgemm(held_here, D, Q, Q, D, D, true, slopes + run.place * Q, q_rows, dks + run.from * D);
-            brgemm(D, Q, held_here, P, Q, Q, true, keys_t + run.from, slopes_pairs + run.place * Q, dq_t);
+            brgemm(run.to - run.from, N, D, D, N, N, false, keys + run.from * D, q_columns, scores + run.place * N);
+            brgemm(run.to - run.from, N, D, D, N, N, false, values + run.from * D, do_columns, flows + run.place * N);
           }
-          store_transposed(dq_t, D, count, ones, dq + ((b * L + first) * s.H + h) * D, s.H * D, scratch);
+          softmax_backward(scores, flows, masks, held, N, s.scale, logs, delta, weights, slopes, slopes_pairs);
+          std::memset(dq_t, 0, D * N * sizeof(float));
+          for (const Run& run : runs) {
+            const int64_t there = run.to - run.from;
+            brgemm(there, D, N, N, D, D, true, weights + run.place * N, do_rows, dvs + run.from * D);
+            brgemm(there, D, N, N, D, D, true, slopes + run.place * N, q_rows, dks + run.from * D);
+            brgemm(D, N, there, P, N, N, true, keys_t + run.from, slopes_pairs + run.place * N, dq_t);
+          }
+          for (int64_t h = 0; h < heads; ++h)
+            store_transposed(dq_t + h * Q, D, N, count, ones, dq + ((b * L + first) * s.H + head + h) * D, s.H * D, scratch);
         }
       }
       for (int64_t j = 0; j < L; ++j)

@@ -103,7 +103,8 @@ def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
     if llm.layout != "causal" or dtype != torch.bfloat16 or isinstance(llm.prompt, KeyValuePrefix):
         return False
     config = llm.model.config
-    if next(llm.parameters()).device.type != "cpu" or not llm.model._supports_attention_backend or not _plain(config):
+    # A plan's model has shapes alone.
+    if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend or not _plain(config):
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return width % 32 == 0 and library() is not None

@@ -254,7 +254,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
     sizes, held = _sizes(model), _held(model)
     item = next(model.tower.parameters()).element_size()
     peak, attention = work_of(batch), _attention_width(model)
-    figures = traced(model, stage, batch, (tokens, width) if cached else None)
+    figures = traced(model, stage, batch, (tokens, width) if cached else None, gpu=setting.gpu)
     shares = zero_memory(
         held,
         sum(size.trained for size in sizes),

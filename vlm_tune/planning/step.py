@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from vlm_tune.config import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.model.build import DTYPES
 from vlm_tune.model.tracing import by_depth, to_fake, trace_step
+from vlm_tune.model.tree_attention import attending, usable
 from vlm_tune.model.tuning import count_of, is_linear
 from vlm_tune.model.vlm import Alignment, VisionLanguageModel
 
@@ -23,7 +24,7 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 """What the rows of a matrix product are a multiple of, as `Work` names it."""
 
 
-def traced(model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None) -> np.ndarray:
+def traced(model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None, *, gpu: bool) -> np.ndarray:
     """Bytes of the three peaks by kind (9 figures), and FLOPs for each row of ROWS (4 figures)."""
     fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
     dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
@@ -53,7 +54,8 @@ def traced(model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tu
             parameter.grad = None
         return np.concatenate([*trace.peaks(accumulating=stage.train.gradient_accumulation > 1), products])
 
-    with disable_input_dtype_casting(model, active=half != torch.float32):
+    kernel = attending(model.llm) if not gpu and usable(model.llm, half) else nullcontext()
+    with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
         return by_depth(model.llm, measure)
 
 
