@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config import Recipe
@@ -243,6 +243,7 @@ values = st.recursive(
 )
 
 
+@example([((0, ("data", "train")), True)])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), values | st.just(...)), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tuple[tuple[int, tuple[Any, ...]], Any]]) -> None:

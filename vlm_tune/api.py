@@ -111,6 +111,7 @@ def evaluate_model(
         batch_size=stage.evaluate.batch_size,
         features=tower_features(model, media) if media else None,
         loss=False,
+        compile=stage.train.compile,
         progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
     )
 

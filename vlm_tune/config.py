@@ -492,7 +492,8 @@ class TrainSection(Config):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     compile: Literal["auto"] | bool = Field(
-        default="auto", description="compile the language model's blocks; auto: from 50 million parameters and 50 steps on"
+        default="auto",
+        description="compile the language model's blocks; auto: from 50 million parameters and 50 steps or 2,000 scored rows on",
     )
     cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
     loader_workers: NonNegativeInt = Field(default=0, description="processes that decode images and make batches ahead")

@@ -14,6 +14,7 @@ from vlm_tune.data.collate import Fetch, collate
 from vlm_tune.data.images import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
+from vlm_tune.model.compiling import reading
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -60,9 +61,12 @@ def score(
     batch_size: int = 64,
     features: Fetch | None = None,
     loss: bool = True,
+    compile: bool | str = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Generates the last answer of every conversation and compares; `features` are a frozen tower's, computed before.
+
+    `compile` is as `train.compile` in a recipe: whether the blocks that read the questions are compiled.
 
     Raises `DataError` for no conversations, and for prompts that are too long.
     """
@@ -74,7 +78,8 @@ def score(
     prompts = processor.prompts(conversations)
     fetch = features or PixelCache(processor.images)
     cached = features is not None
-    generated = model.answers(prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress)
+    with reading(model.llm, compile, len(prompts)):
+        generated = model.answers(prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress)
     total, count = _loss(model, conversations, batch_size, features, fetch) if loss else (0.0, 0)
     model.train(was)
     return _scores(_answers(conversations, generated), total / count if count else None, count)

@@ -348,7 +348,8 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
                 found.append((("data", part, index, given[0]), f"{given[0]} shares out an epoch of training; {part} reads every row"))
             elif len(given) == 2:
                 found.append((("data", part, index, "count"), "give at most one of weight and count"))
-    weighted = any(isinstance(source, dict) and source.get("weight") for source in data.get("train") or [])
+    trained = data["train"] if isinstance(data.get("train"), list) else []
+    weighted = any(isinstance(source, dict) and source.get("weight") for source in trained)
     if data.get("epoch_size") is not None and not weighted:
         found.append((("data", "epoch_size"), "epoch_size is shared out by the sources' weights, and none has one"))
     shares = [_get(data, "split", part) for part in ("validation", "test")]

@@ -1,7 +1,7 @@
-"""The language model's blocks compiled for training: one graph for all that are alike, for every batch size and length.
+"""The language model's blocks compiled: one graph for all that are alike, for every batch size and length.
 
-What is compiled is kept on disk, so that the next run takes it from there. Evaluation stays eager: it reads a few rows
-of other shapes with a cache, and would be compiled for more seconds than it takes.
+What is compiled is kept on disk, so that the next run takes it from there. Compiled are training steps, and the reading of
+many questions about images (`reading`); the tokens of an answer, one after another beside a cache, stay eager.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.llm import LanguageModel
-from vlm_tune.model.tree_attention import compiler
+from vlm_tune.model.tree_attention import compiler, compute_dtype, usable
+from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder
 
 LARGE = 50_000_000
@@ -23,6 +24,9 @@ LARGE = 50_000_000
 
 LONG = 50
 """Optimizer steps from which a stage is."""
+
+MANY = 2000
+"""Questions from which their reading is."""
 
 
 def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
@@ -56,6 +60,14 @@ def compiled(llm: LanguageModel) -> Iterator[None]:
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+def reading(llm: LanguageModel, asked: bool | str, questions: int) -> contextlib.AbstractContextManager[None]:
+    """Within, the blocks run compiled while they read so many questions, where `asked` and the model allow it."""
+    if asked is False or (asked == "auto" and questions < MANY) or why_not(llm, asked, LONG) is not None:
+        return contextlib.nullcontext()
+    ready = usable(llm, compute_dtype(llm)) and not any(is_sharded(parameter) for parameter in llm.parameters())
+    return compiled(llm) if ready else contextlib.nullcontext()
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

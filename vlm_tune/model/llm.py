@@ -5,7 +5,6 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
-from vlm_tune.model.tree_attention import attending, attends, usable
+from vlm_tune.model.tree_attention import attending, attends, compute_dtype, keeping, usable
 
 
 @dataclass
@@ -169,7 +168,8 @@ class CausalLLM(LanguageModel):
             # transformers wants the whole input beside a cache, and drops what the cache stands for.
             options["past_key_values"] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
             embeds = pad(embeds, (0, 0, self.virtual, 0))
-        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
+        with torch.compiler.set_stance("force_eager"):
+            return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def continue_branches(
         self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, max_new_tokens: int, stop_ids: list[int]
@@ -182,12 +182,16 @@ class CausalLLM(LanguageModel):
 
         assert batch.ends is not None and batch.positions is not None
         seen, stops = tree_mask(batch.ends), torch.tensor(stop_ids, device=embeds.device)
-        kernel = usable(self, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embeds.dtype)
+        kernel = usable(self, compute_dtype(self))
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         cache = DynamicCache()
-        with attending(self) if kernel else nullcontext():
-            mask = batch.ends.int()[:, None, None] if kernel else additive(seen, embeds.dtype)
-            hidden = self._hidden(embeds, mask, batch.positions, cache)[rows, leaves]
+        if kernel:
+            with attending(self), keeping() as kept:
+                hidden = self._hidden(embeds, batch.ends.int()[:, None, None], batch.positions, None)[rows, leaves]
+            for layer, (keys, values) in enumerate(kept):
+                cache.update(keys, values, layer)
+        else:
+            hidden = self._hidden(embeds, additive(seen, embeds.dtype), batch.positions, cache)[rows, leaves]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
         own = torch.eye(leaves.shape[1], dtype=torch.bool, device=embeds.device).expand(len(leaves), -1, -1)
         ended = torch.zeros_like(leaves, dtype=torch.bool)
@@ -198,12 +202,14 @@ class CausalLLM(LanguageModel):
             if len(found) == max_new_tokens or bool(ended.all()):
                 return torch.stack(found, -1)
             positions, visible = positions + 1, torch.cat([visible, own], -1)
-            hidden = self._hidden(self.embed(found[-1]), additive(visible[:, None], embeds.dtype), positions, cache)
+            # With a cache that grows, compiled blocks would be compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                hidden = self._hidden(self.embed(found[-1]), additive(visible[:, None], embeds.dtype), positions, cache)
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states [B, S, E] of tokens that follow those in the cache, given a mask for what they see."""
         found = self.model.base_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
         )
         return found.last_hidden_state
 

@@ -98,6 +98,11 @@ def _plain(config: Any) -> bool:
     return kinds == {"full_attention"} and not any(getattr(config, name, None) for name in UNSUPPORTED)
 
 
+def compute_dtype(llm: LanguageModel) -> torch.dtype:
+    """The type that matrix products of a language model on a CPU are in now."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else llm.model.dtype
+
+
 def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
     """Whether a language model can attend by the kernel when it computes in `dtype`."""
     if llm.layout != "causal" or dtype != torch.bfloat16 or isinstance(llm.prompt, KeyValuePrefix):
@@ -125,6 +130,24 @@ def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
 def attends(llm: LanguageModel) -> bool:
     """Whether a language model attends by the kernel now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
     return llm.model.config._attn_implementation == NAME
+
+
+_kept: list[tuple[Tensor, Tensor]] | None = None
+
+
+@contextmanager
+def keeping() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within, the keys and values [B, G, L, D] of every layer that attends by the kernel are kept, in the list it gives.
+
+    So a compiled block needs no cache among its arguments, and no second graph for one.
+    """
+    global _kept
+    kept: list[tuple[Tensor, Tensor]] = []
+    _kept = kept
+    try:
+        yield kept
+    finally:
+        _kept = None
 
 
 def _strides(*tensors: Tensor) -> Any:
@@ -162,6 +185,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
     """
     query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
+    if _kept is not None:
+        _kept.append((key.clone(), value.clone()))
     rows, heads, length, width = query.shape
     out = query.new_empty(rows, length, heads, width)
     logs = query.new_empty(rows, heads, length, dtype=torch.float32)

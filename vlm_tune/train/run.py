@@ -423,6 +423,7 @@ def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Con
             batch_size=settings.batch_size,
             features=features,
             loss=False,
+            compile=recipe.train.compile,
             progress=progress,
         )
 
