@@ -13,13 +13,13 @@ from torch.nn.functional import softmax
 
 from vlm_tune.api import sft
 from vlm_tune.data.prepare import prepare
-from vlm_tune.model import tree_attention
+from vlm_tune.model import native, tree_attention
 from vlm_tune.model.llm import tree_mask
-from vlm_tune.model.tree_attention import attend, attending, attends, library, usable
+from vlm_tune.model.tree_attention import attend, attending, attends, usable
 
 WIDE = "hidden_size: 64, head_dim: 32"
 needs_kernel = pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported() or tree_attention.compiler() is None, reason="wants a CPU with AMX and a C++ compiler"
+    not torch.cpu._is_amx_tile_supported() or native.compiler() is None, reason="wants a CPU with AMX and a C++ compiler"
 )
 
 
@@ -127,7 +127,7 @@ def test_training_takes_the_kernel_where_it_computes_in_bf16(
 
 def test_what_the_kernel_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     llm = built(parsed(tiny_recipe("causal").replace("hidden_size: 32", WIDE))).llm
-    monkeypatch.setattr(tree_attention, "library", lambda: object())
+    monkeypatch.setattr(native, "library", lambda name: object())
     assert usable(llm, torch.bfloat16)
     assert not usable(llm, torch.float32)
     for name, value in (("sliding_window", 16), ("attention_dropout", 0.1), ("layer_types", ["sliding_attention"]), ("head_dim", 16)):
@@ -137,7 +137,7 @@ def test_what_the_kernel_does_not_compute_stays_with_transformers(tiny_recipe: C
         setattr(llm.model.config, name, before)
     assert not usable(built(parsed(tiny_recipe("seq2seq"))).llm, torch.bfloat16)
     monkeypatch.undo()
-    library.cache_clear()
+    native.library.cache_clear()
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert library() is None
-    library.cache_clear()
+    assert native.library("tree_attention") is None
+    native.library.cache_clear()

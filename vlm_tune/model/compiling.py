@@ -15,7 +15,8 @@ import torch
 
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.llm import LanguageModel
-from vlm_tune.model.tree_attention import compiler, compute_dtype, usable
+from vlm_tune.model.native import compiler
+from vlm_tune.model.tree_attention import compute_dtype, usable
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder
 

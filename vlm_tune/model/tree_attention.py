@@ -1,8 +1,7 @@
 """Attention of decoder rows whose tokens see intervals, by a kernel of our own for CPUs with AMX.
 
 Scores are made, used and dropped inside a core's cache, in both passes, so nothing of [L, L] is written to memory or
-kept for the backward pass; keys that no query of a block sees are left out. The kernel (tree_attention.cpp) is compiled
-by the machine's C++ compiler when it is first wanted, in some seconds, and kept in the cache folder.
+kept for the backward pass; keys that no query of a block sees are left out.
 
 Shapes: B rows, H query heads, G key heads, L tokens, D head width.
 """
@@ -10,14 +9,8 @@ Shapes: B rows, H query heads, G key heads, L tokens, D head width.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
-import logging
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +20,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlm_tune.model import native
+from vlm_tune.model.native import pointers
 from vlm_tune.model.prompts import KeyValuePrefix
-from vlm_tune.resources import cache_folder
 
 if TYPE_CHECKING:
     from vlm_tune.model.llm import LanguageModel
 
 NAME = "vlm_tune_tree"
 """What transformers knows the attention by."""
-
-SOURCE = Path(__file__).with_suffix(".cpp")
 
 UNSUPPORTED = (
     "sliding_window",
@@ -48,48 +40,6 @@ UNSUPPORTED = (
     "reorder_and_upcast_attn",
 )
 """Settings of a language model with which attention is something else."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch's own compiler would take too."""
-    return next((found for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (found := shutil.which(name))), None)
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where the CPU has no AMX or it can't be compiled."""
-    cxx = compiler()
-    if cxx is None or not torch.cpu._is_amx_tile_supported():
-        return None
-    name = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {cxx}".encode()).hexdigest()[:16]
-    path = cache_folder("compiled") / f"tree_attention-{name}.so"
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _compile(cxx, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error).encode()
-        logging.getLogger(__name__).warning(
-            "the attention kernel can't be used, a step takes longer: %s", said.decode(errors="replace")[-300:]
-        )
-        return None
-
-
-def _compile(cxx: str, path: Path) -> None:
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
-        options = ["-O3", "-march=sapphirerapids", "-std=c++20", "-fPIC"]
-        unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        steps = [
-            [cxx, *options, "-fopenmp", "-c", f"-I{root}/include", str(SOURCE), "-o", str(unlinked)],
-            [cxx, "-shared", str(unlinked), "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
-        ]
-        for step in steps:
-            subprocess.run(step, check=True, capture_output=True, timeout=300)
-        # Two processes may compile at once: whichever is last puts the same in its place.
-        linked.replace(path)
 
 
 def _plain(config: Any) -> bool:
@@ -112,7 +62,7 @@ def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
     if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend or not _plain(config):
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width % 32 == 0 and library() is not None
+    return width % 32 == 0 and native.library("tree_attention") is not None
 
 
 @contextmanager
@@ -155,10 +105,6 @@ def _strides(*tensors: Tensor) -> Any:
     return (ctypes.c_int64 * len(found))(*found)
 
 
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """With the values of a head side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -170,12 +116,13 @@ def _shape(query: Tensor, key: Tensor) -> Any:
 
 
 def _library() -> ctypes.CDLL:
-    found = library()
+    found = native.library("tree_attention")
     assert found is not None
     return found
 
 
-KERNEL = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
+# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+KERNEL = hashlib.sha256(native.source("tree_attention").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 @torch.library.custom_op(f"vlm_tune::attend_{KERNEL}", mutates_args=())
@@ -190,9 +137,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     rows, heads, length, width = query.shape
     out = query.new_empty(rows, length, heads, width)
     logs = query.new_empty(rows, heads, length, dtype=torch.float32)
-    _library().attend(
-        _shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *_pointers(query, key, value, ends, out, logs)
-    )
+    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, ends, out, logs))
     return out, logs
 
 
@@ -214,7 +159,7 @@ def attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
         _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2)),
-        *_pointers(gradient, query, key, value, out, logs, ends, *found),
+        *pointers(gradient, query, key, value, out, logs, ends, *found),
     )
     return found[0], found[1], found[2]
 
