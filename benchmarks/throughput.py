@@ -21,7 +21,7 @@ from benchmarks.peers import DEFAULTS, PEERS, versions
 from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rate, line
 from vlm_tune.resources import cache_folder
 
-OUR_BATCHES = {"causal": (8, 4, 16), "seq2seq": (4, 2, 8)}
+OUR_BATCHES = {"causal": (16, 8, 24), "seq2seq": (4, 2, 8)}
 """Images a step that ours is tried with; an encoder-decoder reads an image again with every question, which takes memory."""
 
 OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
