@@ -1,9 +1,11 @@
 """What checkpoints cost a run, and how long a resumed run takes to its first step, by a recipe's real model and data.
 
-Overhead: the seconds that the training thread spends on a save, and the processor seconds that the writing thread takes
-away from it at most, against the seconds of `--every` steps. Start: from the process's start to the end of its first step,
-cold and resumed, with the prepared rows and the tower's features cached in both.
-Run: python -m benchmarks.checkpoints [RECIPE] [--every 50] [--saves 3] [--set key=value ...]
+Overhead: one run whose every step takes the same rows. In turns `--apart` steps begin with a save and as many go without;
+what the first ones take longer, from step to step, is what a save costs, its writing beside the training included. The median
+over the saves is set against the seconds of `--every` steps. A save that is not written when the others begin would spoil
+them: `writer_s` must be less than `apart_s`. Start: from the process's start to the end of its first step, cold and resumed in
+turns, with the prepared rows and the tower's features cached in both.
+Run: python -m benchmarks.checkpoints [RECIPE] [--every 50] [--apart 3] [--saves 3] [--starts 3] [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -16,51 +18,58 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vlm_tune.recipe import load_recipe
 
 
-def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, saves: int) -> dict[str, float]:
+def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apart: int, saves: int) -> dict[str, Any]:
     """Seconds of a step and of a save, and the share that a save every so many steps takes."""
     from vlm_tune.api import sft
     from vlm_tune.train.checkpoint import CheckpointWriter
     from vlm_tune.train.loop import StageLoop
 
-    blocked: list[float] = []
-    writing: list[float] = []
-    wall: list[float] = []
-    steps: list[float] = []
+    began: list[float] = []
+    written: list[float] = []
+    windows, step, write = StageLoop._windows, StageLoop._step, CheckpointWriter._write
 
-    def timed(real: Any, times: list[float], clock: Any, also: list[float] | None = None) -> Any:
-        def run(*arguments: Any, **named: Any) -> Any:
-            before, began = clock(), time.perf_counter()
-            result = real(*arguments, **named)
-            times.append(clock() - before)
-            if also is not None:
-                also.append(time.perf_counter() - began)
-            return result
+    def same(loop: StageLoop) -> Iterator[tuple[list[Any], float]]:
+        batches, waited = next(windows(loop))
+        return ((batches, waited) for _ in range(loop.total))
 
-        return run
+    def timed_step(*arguments: Any) -> float:
+        began.append(time.perf_counter())
+        return step(*arguments)
 
-    StageLoop._save = timed(StageLoop._save, blocked, time.perf_counter)  # type: ignore[method-assign]
-    StageLoop._step = timed(StageLoop._step, steps, time.perf_counter)  # type: ignore[method-assign]
-    CheckpointWriter._write = timed(CheckpointWriter._write, writing, time.thread_time, wall)  # type: ignore[method-assign]
-    apart = 4
-    sizes = {"train.steps": apart * saves, "train.checkpoints.every": apart, "train.checkpoints.keep": 2}
-    loaded = load_recipe(recipe, [*overrides, *short(folder / "overhead"), *(f"{key}={value}" for key, value in sizes.items())])
-    sft(loaded)
-    step = statistics.median(steps)
-    cost = statistics.median(blocked) + statistics.median(writing)
+    def timed_write(*arguments: Any) -> None:
+        start = time.perf_counter()
+        write(*arguments)
+        written.append(time.perf_counter() - start)
+
+    StageLoop._windows, StageLoop._step, CheckpointWriter._write = same, timed_step, timed_write  # type: ignore[method-assign]
+    # The first saves come after the first steps, which are slower than others.
+    sizes = {"train.steps": 2 * apart * (saves + 1) + 1, "train.checkpoints.every": 2 * apart, "train.checkpoints.keep": 2}
+    settings = [*short(folder / "overhead"), *(f"{key}={value}" for key, value in sizes.items())]
+    # So few steps would not be worth compiling; those of a real run are.
+    sft(load_recipe(recipe, ["train.compile=true", *overrides, *settings]))
+    seconds = [after - before for before, after in pairwise(began)]
+    # From the start of a step whose end is a save, and from as many steps later.
+    firsts = range(2 * apart - 1, len(seconds) - 2 * apart + 1, 2 * apart)
+    pairs = [(sum(seconds[first : first + apart]), sum(seconds[first + apart : first + 2 * apart])) for first in firsts]
+    plain = statistics.median(other for _, other in pairs) / apart
+    costs = [saved - other for saved, other in pairs]
     kept = next((folder / "overhead").glob("stages/*/checkpoints/step-*"))
     return {
-        "step_s": round(step, 3),
-        "save_blocks_s": round(statistics.median(blocked), 3),
-        "writer_cpu_s": round(statistics.median(writing), 3),
-        "writer_wall_s": round(statistics.median(wall), 3),
+        "step_s": round(plain, 3),
+        "steps_s": [round(second, 3) for second in seconds],
+        "apart_s": round(plain * apart, 3),
+        "writer_s": round(max(written[:-1]), 3),
+        "save_costs_s": [round(cost, 3) for cost in costs],
         "checkpoint_mb": round(sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) / 1e6, 1),
-        "overhead": round(cost / (every * step), 5),
+        "overhead": round(statistics.median(costs) / (every * plain), 5),
     }
 
 
@@ -96,16 +105,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="recipes/easyvqa-smollm2-lora.yaml")
     parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--apart", type=int, default=3)
     parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found: dict[str, Any] = {"every": asked.every}
-        found |= overhead(asked.recipe, asked.set, folder, every=asked.every, saves=asked.saves)
-        print(json.dumps(found), flush=True)
-        found["cold_s"] = first_step(asked.recipe, asked.set, folder / "start")
-        found["resumed_s"] = first_step(asked.recipe, asked.set, folder / "start", "--resume")
+        found |= overhead(asked.recipe, asked.set, folder, every=asked.every, apart=asked.apart, saves=asked.saves)
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        found |= {"cold_s": [], "resumed_s": []}
+        for number in range(asked.starts):
+            output = folder / f"start-{number}"
+            found["cold_s"].append(first_step(asked.recipe, asked.set, output))
+            found["resumed_s"].append(first_step(asked.recipe, asked.set, output, "--resume"))
+        found["resume_takes_longer_s"] = round(statistics.median(found["resumed_s"]) - statistics.median(found["cold_s"]), 2)
     print(json.dumps(found, indent=1))
 
 

@@ -2,17 +2,18 @@
 
     python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
 
-For every engine, rank by rank: resident memory that the model took to build and load (`built`), and the most bytes of live
-tensors after a backward pass of the second step, which has two, with weights, gradients and the optimizer's state (`held`),
-in MB (10^6 bytes). `theory` counts 4 bytes a parameter for weights, gradients, each of
-Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine shares out counts once
-over all ranks.
+For every engine, rank by rank, in MB (10^6 bytes): `held`, the most that malloc has given out, beside what it had before the
+model was built, after the backward passes of the second step (which has two) and when that step is taken: weights, gradients,
+the optimizer's state and the engine's own buffers, and no activations; `built`, by how much resident memory rose at most until
+the engine had the model; `peak`, and until the second step was done, activations included. `theory` counts 4 bytes a parameter for
+weights, gradients, each of Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine
+shares out counts once over all ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import ctypes
 import json
 import os
 import subprocess
@@ -49,27 +50,33 @@ engine: {engine}
 """
 
 
-def resident() -> float:
-    """The process's resident memory in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in ("arena", "free", "smalls", "maps", "mapped", "u", "fs", "used", "fordblks", "keepcost")
+    ]
 
 
-def held() -> float:
-    """Bytes of the storages of all live tensors, in MB."""
-    import torch
+def given() -> float:
+    """What malloc has given out and not got back, in MB: tensors of Python and of C++ alike."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return (found.used + found.mapped) / 1e6
 
-    storages = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type != "meta":
-            local = getattr(found, "_local_tensor", found)
-            storage = local.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) / 1e6
+
+def most_resident(*, anew: bool = False) -> float:
+    """The process's largest resident memory in MB; from now on counted `anew`."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return (
+        next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+    )
 
 
 def worker(recipe: Path, output: Path) -> None:
-    """One rank: trains up to its second step, writes what it holds then, and ends there."""
+    """One rank: trains up to its second step, writes what it held, and ends there."""
     from vlm_tune.api import sft
     from vlm_tune.recipe import load_recipe
     from vlm_tune.train import run
@@ -79,25 +86,33 @@ def worker(recipe: Path, output: Path) -> None:
     build = run.build
 
     def built(*arguments: Any, **options: Any) -> Any:
-        start = resident()
-        model = build(*arguments, **options)
-        figures["built"] = resident() - start
-        return model
+        figures.update(given=given(), resident=most_resident(anew=True), steps=0, held=0)
+        return build(*arguments, **options)
+
+    def prepared(prepare: Any) -> Any:
+        def done(engine: Engine, *arguments: Any) -> None:
+            prepare(engine, *arguments)
+            figures["built"] = most_resident() - figures["resident"]
+
+        return done
 
     def noted(backward: Any) -> Any:
         def passed(engine: Engine, loss: Any) -> None:
             backward(engine, loss)
-            if "stepped" in figures:
-                figures["held"] = max(figures.get("held", 0.0), held())
+            if figures["steps"]:
+                figures["held"] = max(figures["held"], given() - figures["given"])
 
         return passed
 
     def measured(step: Any) -> Any:
         def stepped(engine: Engine) -> None:
-            if "stepped" not in figures:
-                figures["stepped"] = 1
-                step(engine)
+            if figures["steps"]:
+                figures["held"] = max(figures["held"], given() - figures["given"])
+            step(engine)
+            figures["steps"] += 1
+            if figures["steps"] < 2:
                 return
+            figures["peak"] = most_resident() - figures["resident"]
             figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())
             output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
             engine.accelerator.wait_for_everyone()
@@ -107,7 +122,7 @@ def worker(recipe: Path, output: Path) -> None:
 
     run.build = built
     for kind in (Engine, DeepSpeed, Fsdp):
-        for name, wrapped in (("step", measured), ("backward", noted)):
+        for name, wrapped in (("prepare", prepared), ("step", measured), ("backward", noted)):
             if name in vars(kind):
                 setattr(kind, name, wrapped(vars(kind)[name]))
     sft(load_recipe(recipe))
@@ -118,7 +133,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     options = parser.parse_args()
-    print(f"{'engine':8} {'theory':>8}  {'held, MB by rank':24} {'built, MB by rank':24}")
+    print(f"{'engine':8} {'theory':>8}  {'held, MB by rank':19} {'built':19} {'peak':19}")
     for name in options.engines:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -128,8 +143,8 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", code, str(options.processes), *rank], check=True, stdout=subprocess.DEVNULL)
             found = [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(options.processes)]
         theory = found[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
-        columns = [" ".join(f"{figures[key]:8.0f}" for figures in found) for key in ("held", "built")]
-        print(f"{name:8} {theory:8.0f}  {columns[0]:24} {columns[1]:24}", flush=True)
+        columns = [" ".join(f"{figures[key]:7.0f}" for figures in found) for key in ("held", "built", "peak")]
+        print(f"{name:8} {theory:8.0f}  {columns[0]:19} {columns[1]:19} {columns[2]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A progress bar has a thread, which a fork of the test's process would not have and might wait for.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Tiny models on many threads wait for each other: one thread is ten times faster on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,6 +1,6 @@
 """One of several processes that train the recipes of a list in turn; notes gradients and sample ids beside each.
 
-python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, "stop": step or null}, ...]
+python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vlm_tune.api import sft
+from vlm_tune.api import sft, verify_run
 from vlm_tune.errors import Interrupted
 from vlm_tune.model.weights import whole_tensor
 from vlm_tune.recipe import load_recipe
@@ -71,7 +71,11 @@ def main(runs: list[dict[str, Any]]) -> None:
         path = Path(run["recipe"])
         noted.update(gradients={}, ids={}, images=[], stop=run.get("stop"))
         try:
-            sft(load_recipe(path), resume=run.get("resume", False))
+            folder = sft(load_recipe(path), resume=run.get("resume", False)).folder
+            if run.get("verify"):
+                found = verify_run(folder)
+                if rank == "0":
+                    path.with_suffix(".verified.json").write_text(json.dumps(found.summary()))
         except Interrupted:
             assert run.get("stop")
         except BaseException as error:

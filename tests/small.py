@@ -34,10 +34,10 @@ from vlm_tune.model.features import tower_features
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import parse_recipe
+from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.engines import Engine
 from vlm_tune.train.loop import StageData, StageLoop
-from vlm_tune.train.run import MIXED
 
 LLAMA = {
     "hidden_size": 32,
@@ -258,11 +258,11 @@ def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0)
     """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code."""
     if ranks == 1:
         return run([sys.executable, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
-    launch = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
     return run([sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
 
 
-def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, seconds: int = 120, **environment: str) -> str:
+def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, seconds: int = 400, **environment: str) -> str:
     """A command's standard output; asserts its exit code, and that it ends."""
     everything = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     pipe = subprocess.PIPE

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")]
 DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
 
 
@@ -55,13 +56,22 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
+def _launch(processes: int, *command: str) -> NoReturn:
+    """Runs one of these commands as the ranks of one job and ends with the job's exit code."""
+    from vlm_tune.launching import launch
+
+    if "RANK" in os.environ:
+        raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
+    sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", *command], processes))
+
+
 @app.command()
 def sft(
     recipe: RecipeArgument,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")] = 1,
+    processes: ProcessesOption = 1,
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,13 +84,9 @@ def sft(
     if first:
         check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     if processes > 1:
-        from vlm_tune.launching import launch
-
-        if "RANK" in os.environ:
-            raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
         flags = {"--resume": resume, "--overwrite": overwrite, "--accept-changes": accept_changes, "--json": as_json}
         options = [*(f"--set={change}" for change in set_ or []), *(name for name, given in flags.items() if given)]
-        sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", "sft", recipe, *options], processes))
+        _launch(processes, "sft", recipe, *options)
     _quiet()
     from vlm_tune.api import sft as train
     from vlm_tune.display import Display
@@ -138,9 +144,13 @@ def evaluate(
 def verify_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
     steps: Annotated[int | None, typer.Option(min=1, help="how many; up to the next kept checkpoint where not given")] = None,
+    processes: ProcessesOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if anything differs."""
+    if processes > 1:
+        options = [*(["--steps", str(steps)] if steps else []), *(["--json"] if as_json else [])]
+        _launch(processes, "verify-run", str(run), *options)
     _quiet()
     from vlm_tune.api import verify_run as replay
     from vlm_tune.display import replay_lines

@@ -120,14 +120,11 @@ EXACT = {
     "the epoch's end, two loader workers": ({"train__batch_size": 4, "train__loader_workers": 2, "train__steps": 6}, [4]),
     "mid-epoch, two loader workers": ({"train__batch_size": 2, "train__loader_workers": 2, "train__steps": 5}, [1]),
     "a stream": ({"train__batch_size": 3, "data__streaming": True, "data__shuffle_buffer": 3, "train__steps": 6}, [2]),
-    "twice": ({"train__batch_size": 3, "train__gradient_accumulation": 2, "train__steps": 6}, [2, 5]),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", EXACT)
-def test_fault_40_and_41_resumed_once_and_twice_is_the_same_run(case: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    changes, stops = EXACT[case]
+def resumed_is_whole(tiny_recipe: Callable[..., str], tmp_path: Path, changes: dict[str, Any], stops: list[int]) -> None:
+    """A run that is stopped after some steps, and resumed each time, does what one does that is left alone."""
     sft(runs(tiny_recipe, "whole", **changes))
     recipe = runs(tiny_recipe, "parts", **changes)
     for place, step in enumerate(stops):
@@ -140,6 +137,18 @@ def test_fault_40_and_41_resumed_once_and_twice_is_the_same_run(case: str, tiny_
     assert trace == read_trace(stage_of(parts))
     assert_same_bits(whole / "model", parts / "model")
     assert_same_bits(*(step_folder(stage_of(run), changes["train__steps"]) for run in (whole, parts)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT)
+def test_fault_40_a_resumed_run_is_the_same_run(case: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    resumed_is_whole(tiny_recipe, tmp_path, *EXACT[case])
+
+
+@pytest.mark.slow
+def test_fault_41_a_run_resumed_twice_is_the_same_run(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    changes = {"train__batch_size": 3, "train__gradient_accumulation": 2, "train__steps": 6}
+    resumed_is_whole(tiny_recipe, tmp_path, changes, [2, 5])
 
 
 @pytest.mark.slow
@@ -205,6 +214,7 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
     def show(event: dict[str, Any]) -> None:
         events.append(event)
         if event["event"] == "evaluate" and event["step"] == 3:
+            until(lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 2)))  # it is written beside training
             flip(step_folder(stage_of(tmp_path / "run"), 2) / "connector.safetensors")
 
     run = sft(recipe, show=show).folder

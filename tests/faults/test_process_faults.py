@@ -1,4 +1,5 @@
-"""FAULTS 39, 44, 45, 46, 50, 51: signals, steps that are not finite, killed workers and ranks, two runs in a folder, trackers."""
+"""FAULTS 39, 43 to 46, 50, 51, 53: signals, another number of ranks, steps that are not finite, killed workers and ranks,
+two runs in a folder, trackers, ranks without images."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from processes import ended, hidden, runs, stage_of, start, until
-from small import assert_same_bits
+from safetensors.torch import load_file
+from small import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
@@ -91,6 +93,30 @@ def test_fault_39_a_second_signal_leaves_at_once_without_harm(tiny_recipe: Calla
     assert found[0].name == "step-0000001" and all(is_whole(path) for path in found)
     sft(recipe, resume=True)
     assert hidden(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_fault_43_another_number_of_ranks_sees_the_same_order(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    """One rank to step 2, then two."""
+
+    def recipe(output: str) -> Any:
+        text = with_tune(tiny_recipe("causal", output=output), LORA_TUNE)
+        changes: dict[str, Any] = {"train__steps": 5, "train__batch_size": 3, "train__log_every": 1, "evaluate__samples": 0}
+        return parsed(text, **changes, data__validation=[])
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    one, other, said = recipe("one"), recipe("other"), tmp_path / "said"
+    assert ended(start(lambda: sft(one), said)) == [0]
+    assert ended(start(lambda: sft(other, show=stop), said)) == [130]
+    assert ended(start(lambda: sft(other, resume=True), said, ranks=2)) == [0, 0], (tmp_path / "said.1").read_text()
+    whole, parts = (read_trace(stage_of(tmp_path / name)) for name in ("one", "other"))
+    assert [step.step for step in parts] == [1, 2, 3, 4, 5]
+    assert len({step.samples for step in whole}) > 1
+    assert [step.samples for step in parts] == [step.samples for step in whole]
+    assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], rel=1e-4)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -271,3 +297,38 @@ def test_fault_51_a_tracker_that_fails_does_not_stop_training(tiny_recipe: Calla
         "tracker wandb failed 5 times in a row and is left alone from now on",
         "tracker mlflow failed (ConnectionError: no route to the tracker); training goes on",
     ]
+
+
+LEARNS_IMAGES = """
+tune:
+  - {match: "tower.*", how: full}
+  - {match: "connector.*", how: full}
+  - {match: "llm.*", how: lora, r: 4, target_modules: all-linear}
+train:"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fault_53_under_zero_a_rank_without_images_takes_part(
+    stage: int, tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    """One row of eight has an image, so one of two ranks has none; after a step Adam's first moment is a tenth of the gradient."""
+    import deepspeed  # noqa: F401  (here, and not in every fork)
+
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    for row in rows[1:]:
+        row.pop("images")
+    color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def recipe(output: str, size: int, engine: dict[str, Any]) -> Any:
+        text = with_tune(tiny_recipe("causal", output=output), LEARNS_IMAGES)
+        changes: dict[str, Any] = {"train__steps": 1, "train__batch_size": size, "train__max_grad_norm": None, "engine": engine}
+        return parsed(text, **changes, data__validation=[], evaluate__samples=0)
+
+    one, two = recipe("one", 8, {"kind": "ddp"}), recipe("two", 4, {"kind": "deepspeed", "stage": stage})
+    assert ended(start(lambda: sft(two), tmp_path / "said", ranks=2)) == [0, 0], (tmp_path / "said.1").read_text()
+    assert ended(start(lambda: sft(one), tmp_path / "said")) == [0]
+    states = [load_file(step_folder(stage_of(tmp_path / name), 1) / "trainer" / "optimizer.safetensors") for name in ("one", "two")]
+    gradients = [{name: value * 10 for name, value in state.items() if name.endswith("|exp_avg")} for state in states]
+    assert any(float(value.abs().max()) > 1e-4 for name, value in gradients[0].items() if name.startswith("tower."))
+    assert_close(gradients[0], gradients[1])

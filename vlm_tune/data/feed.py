@@ -116,9 +116,10 @@ class PreparedFeed:
             return None
         epoch, numbers, place, pids = astuple(self.loading)
         said = re.search(r"pid\D*(\d+)", str(error))
-        worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % len(pids)
+        worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % max(len(pids), 1)
         # Batches are dealt out in turns: it was at the first one of its own that is still to come.
-        number = next((numbers[turn] for turn in range(place, len(numbers)) if turn % len(pids) == worker), numbers[place])
+        turns = range(place, len(numbers)) if pids else range(0)
+        number = next((numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place])
         return DataError(
             f"a loader process was killed ({str(error).splitlines()[0]}) at micro-batch {number} of epoch {epoch + 1} or soon after: "
             f"{', '.join(self.rows_of(epoch, number)[:8])}. train.loader_workers: 0 shows whether a row does it; if memory ran out, "
@@ -156,6 +157,8 @@ def _ahead(feed: PreparedFeed, epoch: int, numbers: range) -> Iterator[Batch]:
     loader: Any = DataLoader(
         Numbered(), batch_size=None, sampler=numbers, num_workers=feed.workers, prefetch_factor=2, generator=torch.Generator()
     )
+    # One may be killed before they are all there.
+    feed.loading = Loading(epoch, numbers, 0, [])
     batches = iter(loader)
     for place in range(len(numbers)):
         feed.loading = Loading(epoch, numbers, place, [worker.pid for worker in batches._workers])

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm_tune.config import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine, TrainSection
 from vlm_tune.errors import ModelError, Problem, RecipeError
@@ -95,7 +96,8 @@ class Engine:
 
     def skip(self) -> None:
         """Leaves the step out."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients lie in what it sends: let go of, they would be made beside it in the next step.
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.model, DistributedDataParallel))
 
     def _set_rates(self, factor: float) -> None:
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -144,6 +146,7 @@ class Engine:
 
     def release(self) -> None:
         """Lets go of the model."""
+        self.optimizer.zero_grad(set_to_none=True)
         # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides its recipe: versions, device, threads, processes."""
+"""What a run's numbers depend on besides its recipe: versions, device, threads, processes, engine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vlm_tune.config import AnyEngine
+
 LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
+def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
     """The values by name; two runs whose values differ may round differently."""
     device = accelerator.device
     return {
@@ -22,4 +24,5 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
+        "engine": engine.model_dump(mode="json"),
     }

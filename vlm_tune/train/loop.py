@@ -34,7 +34,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_optimizer
 from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
-from vlm_tune.train.trace import Step, cut_trace, digest, told, write_step
+from vlm_tune.train.trace import DIGESTS, Step, cut_trace, digest, told, write_step
 from vlm_tune.train.watch import Watch
 
 Report = Callable[[dict[str, Any]], None]
@@ -298,10 +298,13 @@ class StageLoop:
         accelerator = self.accelerator
         ids = [identity for batch in batches for identity in batch.ids]
         self.watch.at(f"step {step}, meeting the others", (step, 1))
-        mine = [sum(self.objective.count(batch) for batch in batches), digest(ids), round(sum(map(self._cost, batches)))]
+        counts = [self.objective.count(batch) for batch in batches]
+        # Rows that count nothing stand in where a process has none: how many is no matter of the order.
+        counted = (identity for batch, count in zip(batches, counts, strict=True) if count for identity in batch.ids)
+        mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
         told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
         rates.work(told_all[:, 2])
-        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum())
+        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum()) % DIGESTS
         summed = torch.zeros((), device=accelerator.device)
         self.watch.at(f"step {step}", (step, 2))
         for place, batch in enumerate(batches):

@@ -20,12 +20,13 @@ from vlm_tune.model.build import build_processor, load_dtype
 from vlm_tune.model.store import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.recipe import load_recipe
+from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
 from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report
-from vlm_tune.train.run import MIXED, Context, accelerator_of, read_rows, stage_loop
+from vlm_tune.train.run import Context, read_rows, stage_loop
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trace import Step, read_trace
 from vlm_tune.train.watch import Watch
@@ -85,17 +86,19 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     forget_old_kernels()
     folder = stage_folder(run, number, name)
     progress = read_progress(start)
+    section = resolve_engine(recipe.engine)
     accelerator = accelerator_of(recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage)
     if accelerator.num_processes != progress.processes:
-        hint = f"the run was trained by {progress.processes} processes, this is {accelerator.num_processes}; launch as many"
+        many = f"--processes {progress.processes}" if progress.processes > 1 else "one process alone"
+        hint = f"the run was trained by {progress.processes} processes, this is {accelerator.num_processes}; replay it with {many}"
         raise RecipeError([Problem(str(run), hint)])
-    report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator)))
+    report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator, section)))
     set_seed(recipe.seed)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
-        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, resolve_engine(recipe.engine))
+        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section)
         rows = read_rows(context, number, name, stage, build_processor(recipe, scratch_texts(recipe)))
         loop = stage_loop(
             context, restore_model(start, dtype=load_dtype(recipe), bare=not context.holds), name, stage, rows, progress, start

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.data.prepare import conversations, read_part, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
-from vlm_tune.errors import Interrupted, TrainingError, VlmTuneError
+from vlm_tune.errors import Interrupted, VlmTuneError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
 from vlm_tune.model.features import tower_features
@@ -35,6 +32,7 @@ from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import check_run, open_run
 from vlm_tune.runlock import run_lock
+from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
@@ -47,8 +45,6 @@ from vlm_tune.train.watch import Watch
 
 SAMPLED = 500
 """Rows that the report's samples are chosen from."""
-
-MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
 
 @dataclass
@@ -98,7 +94,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        report({"event": "environment", **environment(accelerator)})
+        report({"event": "environment", **environment(accelerator, section)})
         for note in notes or []:
             report({"event": "note", "text": note})
         context = Context(recipe, run, accelerator, report, stop, text, watch, section)
@@ -142,24 +138,6 @@ def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[st
         elsewhere.exit_code = told[1]
         raise elsewhere
     return done
-
-
-def accelerator_of(recipe: Recipe) -> Accelerator:
-    """An accelerator in the recipe's precision. Raises `TrainingError` if it does not join all processes of a launch."""
-    precision = MIXED[recipe.train.precision]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # accelerate keeps a process's first precision for good; another run, or the next stage, may ask for another.
-        AcceleratorState._reset_state()
-    found = Accelerator(
-        # Without a GPU accelerate joins the processes of a launch only where it is told that the CPU is meant.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.timeout))],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if found.num_processes != launched:
-        raise TrainingError(f"{launched} processes were launched and accelerate joins {found.num_processes}")
-    return found
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -343,13 +321,16 @@ def _stage(
     progress.seconds += preparing
     loop.engine.release()
     best = _best(context, folder, progress)
-    if best is None and loop.engine.sharded:
+    shares = best is None and loop.engine.sharded
+    if shares:
         # What the ranks hold in shares is whole in the last checkpoint.
         accelerator.wait_for_everyone()
         best = step_folder(folder, progress.step)
     if best is not None:
-        model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds)
-        apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+        # A model that other engines keep as it is: the next stage draws the random numbers that it would have.
+        with torch.random.fork_rng(devices=[], enabled=shares):
+            model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds)
+            apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
         if context.holds:
             model.to(accelerator.device)
     if accelerator.is_main_process:

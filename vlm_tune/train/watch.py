@@ -93,8 +93,9 @@ class Watch:
         text = str(error)
         if self._store is None or not (isinstance(error, torch.distributed.DistError) or "gloo" in text.lower() or "NCCL" in text):
             return None
-        deadline = time.monotonic() + 6 * self.interval
-        while self._diagnosis is None and time.monotonic() < deadline:
+        for _ in range(12):
+            if self._diagnosis is not None:
+                break
             self._look()
             if found := self._failed() or self._silent(3 * self.interval):
                 return TrainingError(f"{found}; {self._kept()}")
@@ -104,18 +105,28 @@ class Watch:
     # --- the thread that looks ---
 
     def _beat(self) -> None:
-        number = 0
+        number, asleep = 0, time.monotonic()
         while not self._ended.wait(self.interval):
+            self._forgive(time.monotonic() - asleep - self.interval)
             number += 1
-            try:
+            # Where the store is gone the collectives will fail, and tell.
+            with suppress(RuntimeError):
                 self._say(number)
-            except RuntimeError:
-                continue  # the store is gone: the collectives will fail, and tell
             still = time.monotonic() - self._since
             if self._guarding and still > 2 * self.interval:
                 with suppress(RuntimeError):
                     self._look()
                 self._judge(still)
+            else:
+                self._diagnosis = None
+            asleep = time.monotonic()
+
+    def _forgive(self, late: float) -> None:
+        """Leaves out of all waiting what this process slept itself, as all do that a scheduler suspends."""
+        if late > self.interval:
+            self._since += late
+            for seen in self._seen.values():
+                seen.alive, seen.moved = seen.alive + late, seen.moved + late
 
     def _judge(self, still: float) -> None:
         if self._diagnosis is None:
