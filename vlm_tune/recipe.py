@@ -418,12 +418,10 @@ def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:
         found.append(("match", f"virtual tokens stand before the llm's input, so how: {how} takes a rule for llm.*"))
     if _get(raw, "model", "connector", "kind") == "cross_attention":
         found.append(("how", f"how: {how} puts tokens before the text that the cross_attention connector does not know; use another"))
-    if how == "prefix" and seq2seq:
-        found.append(("how", "a prefix of keys and values is for decoders; an encoder-decoder takes how: prompt"))
     if how == "prefix" and _get(raw, "train", "gradient_checkpointing") is True:
         found.append(("how", "transformers drops a prefix of keys and values where it checkpoints gradients; drop one of them"))
-    if how == "prompt" and seq2seq and _get(raw, "data", "packing") is True:
-        found.append(("how", "an encoder reads a soft prompt together with one sample, so it takes no packed rows (data.packing)"))
+    if seq2seq and _get(raw, "data", "packing") is True:
+        found.append(("how", f"how: {how} puts tokens before one sample of an encoder-decoder: it takes no packed rows (data.packing)"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""FAULTS 28 to 35: weights and model configurations that must be refused, by name, before they do harm."""
+"""FAULTS 28 to 36: weights and model configurations that must be refused, by name, before they do harm."""
 
 from __future__ import annotations
 
@@ -333,6 +333,40 @@ def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(tiny_recipe: Callable[
         load_model(tmp_path / "saved", dtype=torch.float16)
     assert load_model(tmp_path / "saved", dtype=torch.bfloat16).llm.model.dtype == torch.bfloat16
     assert load_model(tmp_path / "saved").llm.model.dtype == torch.float32  # the run's own precision
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("a packed tower", r"tower\.extra is nf4, expected not packed"),
+        ("a packed connector", r"connector\.extra is nf4, expected not packed"),
+        ("a packed head", r"lm_head is nf4, expected not packed"),
+        ("a block left out", r"layers\.1\.mlp\.up_proj is not packed, expected nf4"),
+        ("another type", r"layers\.1\.mlp\.up_proj is fp4, expected nf4"),
+    ],
+)
+def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(
+    fault: str, said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from vlm_tune.model.build import check_packed
+
+    text = tiny_recipe("causal", precision="bf16")
+    folder = save_llm(tmp_path / "wide", "causal", rows_of(parsed(text)), hidden_size=64, intermediate_size=128)
+    model: Any = built(parsed(with_tune(with_llm(text, folder, "causal", ", quantize: nf4"), LORA_TUNE)))
+    check_packed(model)
+    mlp = model.llm.model.model.layers[1].mlp
+    if fault == "a packed head":
+        model.llm.model.lm_head = Linear4bit(64, 400, bias=False, quant_type="nf4")
+    elif fault.startswith("a packed"):
+        getattr(model, fault.rsplit(" ", 1)[1]).extra = Linear4bit(64, 64, quant_type="nf4")
+    elif fault == "a block left out":
+        mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+    else:
+        mlp.up_proj = Linear4bit(64, 128, bias=False, quant_type="fp4")
+    with pytest.raises(ModelError, match=said):
+        check_packed(model)
 
 
 def test_every_model_fault_ends_with_exit_code_4() -> None:

@@ -26,10 +26,10 @@ ANY_LLM = {
     "dora": "how: lora, r: 4, variant: dora",
     "pissa": "how: lora, r: 4, init: pissa, lora_plus_ratio: 4",
     "prompt": "how: prompt, tokens: 4",
+    "prefix": "how: prefix, tokens: 4",
 }
 CASES = [
     *[(kind, "llm", name, rule) for kind in ("causal", "seq2seq") for name, rule in ANY_LLM.items()],
-    ("causal", "llm", "prefix", "how: prefix, tokens: 4"),
     *[("causal", "tower", name, ANY_LLM[name]) for name in ("full", "decay", "last_layers", "norms", "pissa")],
     ("causal", "tower", "biases", "how: biases"),
 ]

@@ -34,7 +34,7 @@ from vlm_tune.model.store import load_model, restore_model
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
-KINDS = [("prompt", "causal"), ("prompt", "seq2seq"), ("prefix", "causal")]
+KINDS = [("prompt", "causal"), ("prompt", "seq2seq"), ("prefix", "causal"), ("prefix", "seq2seq")]
 EACH = pytest.mark.parametrize(("how", "kind"), KINDS)
 TUNE = """
 tune:
@@ -156,9 +156,10 @@ def test_joined_rows_give_the_losses_and_gradients_of_rows_one_by_one(join: str,
     assert_close(found, expected)
 
 
-def test_an_encoder_takes_no_packed_rows_after_a_soft_prompt(named: Any) -> None:
+@pytest.mark.parametrize("how", ["prompt", "prefix"])
+def test_an_encoder_decoder_takes_no_packed_rows_after_virtual_tokens(how: str, named: Any) -> None:
     model, recipe, _ = named("seq2seq")
-    applied(model, "prompt")
+    applied(model, how)
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     with pytest.raises(ModelError, match=r"takes no packed rows"):
         model(batch_of(model, [pack_layout(rows, "seq2seq")]))
@@ -216,7 +217,7 @@ def test_a_run_resumes_bit_for_bit_and_learns(how: str, kind: str, tiny_recipe: 
 @pytest.mark.parametrize(
     ("kind", "how", "changes", "said"),
     [
-        ("seq2seq", "prefix", {}, "a prefix of keys and values is for decoders"),
+        ("seq2seq", "prefix", {"data__packing": True}, "takes no packed rows"),
         ("causal", "prefix", {"train__gradient_checkpointing": True}, "where it checkpoints gradients"),
         ("seq2seq", "prompt", {"data__packing": True}, "takes no packed rows"),
         ("causal", "prompt", {"model__connector": {"kind": "cross_attention", "every": 1}}, "the cross_attention connector does not know"),

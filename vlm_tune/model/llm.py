@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
-from vlm_tune.model.prompts import KeyValuePrefix, VirtualTokens
+from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
 from vlm_tune.model.tree_attention import attending, attends, compute_dtype, keeping, usable
 
 
@@ -68,6 +68,10 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Module:
         """The output head."""
         return self.model.get_output_embeddings()
+
+    def kept(self, input_ids: torch.Tensor) -> Any:
+        """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
+        return self.model.base_model(input_ids=input_ids, use_cache=True).past_key_values
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, L, E] of ids [B, L]."""
@@ -219,13 +223,27 @@ class Seq2SeqLLM(LanguageModel):
 
     layout = "seq2seq"
 
+    def kept(self, input_ids: torch.Tensor) -> Any:
+        return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True).past_key_values.self_attention_cache
+
+    def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A prefix stands before what the decoder writes.
+        return super().prompted(embeds, mask) if isinstance(self.prompt, SoftPrompt) else (embeds, mask)
+
+    def _prefix(self, rows: int, dtype: torch.dtype) -> Any:
+        """transformers' cache of a decoder that begins with the prefix; None where there is none."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        cache = None if self.prompt is None else self.prompt.cache(rows, dtype)
+        return None if cache is None else EncoderDecoderCache(cache, DynamicCache())
+
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         mask, seen, order = mask.long(), mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
             if self.virtual:
-                raise ModelError("an encoder reads a soft prompt together with one sample, so it takes no packed rows (data.packing)")
+                raise ModelError("virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)")
             own, said = batch.samples, batch.label_samples
             # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
             # a sample are what they would be without its neighbours.
@@ -236,7 +254,12 @@ class Seq2SeqLLM(LanguageModel):
             order = additive(same_sample(said, said) & earlier, embeds.dtype)
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         hidden = self.model.get_decoder()(
-            input_ids=inputs, attention_mask=order, encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False
+            input_ids=inputs,
+            attention_mask=order,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=seen,
+            past_key_values=self._prefix(len(embeds), embeds.dtype),
+            use_cache=False,
         ).last_hidden_state
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
@@ -250,8 +273,14 @@ class Seq2SeqLLM(LanguageModel):
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
-        ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **self._options(decoding, pad_id, stop_ids))
-        return ids[:, 1:]
+        options, first = self._options(decoding, pad_id, stop_ids), 1
+        if isinstance(self.prompt, KeyValuePrefix):
+            # transformers wants the whole output so far beside a cache, and drops what the cache stands for.
+            first += self.virtual
+            options["past_key_values"] = self._prefix(len(embeds) * decoding.num_beams, embeds.dtype)
+            options["decoder_input_ids"] = mask.new_full((len(embeds), first), self.model.config.decoder_start_token_id, dtype=torch.int64)
+        ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **options)
+        return ids[:, first:]
 
 
 LLMS: dict[str, type[LanguageModel]] = {"causal": CausalLLM, "seq2seq": Seq2SeqLLM}

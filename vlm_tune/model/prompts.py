@@ -57,7 +57,11 @@ class SoftPrompt(VirtualTokens):
 
 
 class KeyValuePrefix(VirtualTokens):
-    """Trained keys and values of every layer, [n, layers * 2 * H * D], which all tokens of a decoder attend to."""
+    """Trained keys and values of every layer's self-attention, [n, layers * 2 * H * D], which all tokens of a decoder attend to.
+
+    An encoder-decoder has them in its decoder, as PEFT does; what is read stays as it is. PEFT's config then counts two
+    layers for each of the decoder's (`_laid_out`).
+    """
 
     def before(self, embeds: torch.Tensor) -> torch.Tensor:
         return embeds
@@ -66,7 +70,7 @@ class KeyValuePrefix(VirtualTokens):
         from transformers import DynamicCache
 
         heads = self.config.num_attention_heads
-        values = self.values.to(dtype).view(self.tokens, self.config.num_layers, 2, heads, self.config.token_dim // heads)
+        values = self.values.to(dtype).view(self.tokens, -1, 2, heads, self.config.token_dim // heads)
         found = DynamicCache()
         for number, (keys, held) in enumerate(values.permute(1, 2, 3, 0, 4)):  # [layers, 2, H, n, D]
             found.update(keys.expand(rows, -1, -1, -1), held.expand(rows, -1, -1, -1), number)
@@ -88,26 +92,43 @@ def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> V
         "task_type": task,
         "num_virtual_tokens": tokens,
         "num_layers": text.num_hidden_layers,
-        "num_transformer_submodules": 1,
         "base_model_name_or_path": name,
     }
     with torch.no_grad():
         embeds = llm.embed(drawn)
         if how == "prompt":
-            return SoftPrompt(PromptTuningConfig(**common, token_dim=llm.width, num_attention_heads=text.num_attention_heads), embeds[0])
+            heads = {"num_transformer_submodules": 1, "num_attention_heads": text.num_attention_heads}
+            return SoftPrompt(PromptTuningConfig(**common, **heads, token_dim=llm.width), embeds[0])
         was = llm.training
-        layers = llm.eval().model.base_model(inputs_embeds=embeds, use_cache=True).past_key_values.layers
+        layers = llm.eval().kept(drawn).layers
         llm.train(was)
     if len({(layer.keys.shape, layer.values.shape) for layer in layers}) != 1 or layers[0].keys.shape != layers[0].values.shape:
         raise ModelError(f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt")
     heads, width = layers[0].keys.shape[1], layers[0].keys.shape[3]
     held = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])  # [layers, 2, H, n, D]
-    config = PrefixTuningConfig(**{**common, "num_layers": len(layers)}, token_dim=heads * width, num_attention_heads=heads)
+    both = 2 if llm.layout == "seq2seq" else 1
+    shape = {"num_layers": both * len(layers), "num_transformer_submodules": both, "num_attention_heads": heads}
+    config = PrefixTuningConfig(**{**common, **shape}, token_dim=heads * width)
     return KeyValuePrefix(config, held.permute(3, 0, 1, 2, 4).flatten(1))
 
 
 KINDS: dict[str, type[VirtualTokens]] = {"prompt": SoftPrompt, "prefix": KeyValuePrefix}
 """By the rule's `how`."""
+
+
+def _laid_out(config: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values as PEFT reads them: of an encoder-decoder's prefix with room for cross-attention's, which it drops, after each layer's."""
+    if config.peft_type != "PREFIX_TUNING" or config.num_transformer_submodules == 1:
+        return values
+    own = values.view(len(values), -1, 2 * config.token_dim)
+    return torch.stack([own, torch.zeros_like(own)], dim=2).flatten(1)
+
+
+def _taken_in(config: Any, laid_out: torch.Tensor) -> torch.Tensor:
+    """What `_laid_out` was given."""
+    if config.peft_type != "PREFIX_TUNING" or config.num_transformer_submodules == 1:
+        return laid_out
+    return laid_out.view(len(laid_out), -1, 2, 2 * config.token_dim)[:, :, 0].flatten(1)
 
 
 def write_prompt(config: Any, values: torch.Tensor, folder: Path) -> None:
@@ -116,7 +137,7 @@ def write_prompt(config: Any, values: torch.Tensor, folder: Path) -> None:
     plain = deepcopy(config)
     plain.inference_mode = True
     plain.save_pretrained(folder)
-    write_safetensors({KEY: values}, folder / "adapter_model.safetensors")
+    write_safetensors({KEY: _laid_out(config, values)}, folder / "adapter_model.safetensors")
 
 
 def read_prompt(folder: Path) -> VirtualTokens:
@@ -136,4 +157,4 @@ def read_prompt(folder: Path) -> VirtualTokens:
     found = {name: list(value.shape) for name, value in tensors.items()}
     if found != expected:
         raise ModelError(f"{folder}: the prompt does not fit its config: {found}, expected {expected}")
-    return kind(config, tensors[KEY])
+    return kind(config, _taken_in(config, tensors[KEY]))
