@@ -244,6 +244,7 @@ values = st.recursive(
 
 
 @example([((0, ("data", "train")), True)])
+@example([((0, ("output",)), "a\x85b\u2028")])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), values | st.just(...)), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
 def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tuple[tuple[int, tuple[Any, ...]], Any]]) -> None:

@@ -109,8 +109,19 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 120
     data = recipe.model_dump()
     data["stages"] = recipe.model_dump(exclude_unset=True).get("stages", [])
-    yaml.dump(data, stream)
+    yaml.dump(_quoted(data), stream)
     return stream.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """A value whose texts with unusual line breaks are double-quoted: elsewhere YAML folds those into blanks."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value) if set(value) & {"\x85", "\u2028", "\u2029"} else value
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(held) for key, held in value.items()}
+    return [_quoted(held) for held in value] if isinstance(value, list) else value
 
 
 def check_recipe(located: Located) -> Recipe:
