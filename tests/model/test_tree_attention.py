@@ -10,11 +10,13 @@ import pytest
 import torch
 from small import LORA_TUNE, batch_of, built, examples_of, loss_and_gradients, parsed, tuned_by, wake_adapters, with_tune
 from torch.nn.functional import softmax
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from vlm_tune.api import sft
 from vlm_tune.data.prepare import prepare
+from vlm_tune.errors import ModelError
 from vlm_tune.model import native, tree_attention
-from vlm_tune.model.llm import tree_mask
+from vlm_tune.model.llm import CausalLLM, additive, tree_mask
 from vlm_tune.model.tree_attention import attend, attending, attends, usable
 
 WIDE = "hidden_size: 64, head_dim: 32"
@@ -141,3 +143,52 @@ def test_what_the_kernel_does_not_compute_stays_with_transformers(tiny_recipe: C
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert native.library("tree_attention") is None
     native.library.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt2", "opt", "gpt_neox", "olmo2", "granite", "cohere", "mixtral"],
+)
+def test_decoders_of_many_families_attend_by_the_kernel(kind: str) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("gpt2", "opt"):
+        sizes |= {"attn_pdrop": 0.0, "word_embed_proj_dim": 64, "dropout": 0.0}
+    else:
+        sizes |= {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[kind](vocab_size=200, max_position_embeddings=256, **sizes, **ids)
+    config.sliding_window = None
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    embeds, ends = torch.randn(2, 40, 64), torch.full((2, 40), 40)
+    ends[:, 20:30] = 30
+    positions = torch.arange(40) - 10 * (torch.arange(40) >= 30)
+
+    def hidden(mask: torch.Tensor) -> torch.Tensor:
+        given = embeds.to(model.dtype)
+        with torch.no_grad():
+            return model.base_model(
+                inputs_embeds=given, attention_mask=mask, position_ids=positions[None].expand(2, -1), use_cache=False
+            ).last_hidden_state.float()
+
+    true = hidden(additive(tree_mask(ends), torch.float32))
+    llm = CausalLLM(model.bfloat16())
+    assert usable(llm, torch.bfloat16)
+    theirs, before = hidden(additive(tree_mask(ends), torch.bfloat16)), tree_attention.runs()
+    with attending(llm):
+        ours = hidden(ends.int()[:, None, None])
+    assert tree_attention.runs() == before + 2
+    assert float((ours - true).norm()) <= 1.2 * float((theirs - true).norm()) < 0.02 * float(true.norm())
+
+
+def test_a_decoder_that_takes_another_attention_is_refused(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    batch = batch_of(model, examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0)))
+    functions = tree_attention.ALL_ATTENTION_FUNCTIONS
+    other = functions["sdpa"]
+    monkeypatch.setitem(functions._global_mapping, tree_attention.NAME, lambda *given, **rest: other(*given[:4], None))
+    with attending(model.llm), pytest.raises(ModelError, match="LlamaForCausalLM does not attend by the function it is given"):
+        model(batch)

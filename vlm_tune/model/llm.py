@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
-from vlm_tune.model.tree_attention import attending, attends, compute_dtype, keeping, usable
+from vlm_tune.model.tree_attention import attending, attends, compute_dtype, keeping, runs, usable
 
 
 @dataclass
@@ -149,6 +150,7 @@ class CausalLLM(LanguageModel):
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)[:, -embeds.shape[1] :]
+        before = runs()
         if attends(self):
             seen: torch.Tensor = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[:, None, None]
         else:
@@ -160,6 +162,8 @@ class CausalLLM(LanguageModel):
             past_key_values=cache,
             use_cache=False,
         )
+        if attends(self) and runs() == before and not isinstance(embeds, FakeTensor):
+            raise ModelError(f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it")
         hidden, supervised = output.last_hidden_state[:, -length:], batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
 

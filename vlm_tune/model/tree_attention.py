@@ -38,6 +38,7 @@ UNSUPPORTED = (
     "kv_lora_rank",
     "scale_attn_by_inverse_layer_idx",
     "reorder_and_upcast_attn",
+    "alibi",
 )
 """Settings of a language model with which attention is something else."""
 
@@ -59,7 +60,9 @@ def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
         return False
     config = llm.model.config
     # A plan's model has shapes alone.
-    if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend or not _plain(config):
+    if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend:
+        return False
+    if not _plain(config) or config.get_text_config() is not config:
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return width % 32 == 0 and native.library("tree_attention") is not None
@@ -83,6 +86,12 @@ def attends(llm: LanguageModel) -> bool:
 
 
 _kept: list[tuple[Tensor, Tensor]] | None = None
+_runs = 0
+
+
+def runs() -> int:
+    """How often the kernel's forward pass has run in this process."""
+    return _runs
 
 
 @contextmanager
@@ -132,6 +141,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
     """
     query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
+    global _runs
+    _runs += 1
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
     rows, heads, length, width = query.shape
