@@ -2,12 +2,12 @@
 
     python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
 
-For every engine, rank by rank, in MB (10^6 bytes): `held`, the most that malloc has given out, beside what it had before the
-model was built, after the backward passes of the second step (which has two) and when that step is taken: weights, gradients,
-the optimizer's state and the engine's own buffers, and no activations; `built`, by how much resident memory rose at most until
-the engine had the model; `peak`, and until the second step was done, activations included. `theory` counts 4 bytes a parameter for
-weights, gradients, each of Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine
-shares out counts once over all ranks.
+For every engine, rank by rank, in MB (10^6 bytes), what malloc has given out beside what it had before the model was built:
+`built`, the most at any moment until the engine has the model; `held`, the most after the backward passes of the second step (which
+has two) and when that step is taken: weights, gradients, the optimizer's state and the engine's own buffers, and no
+activations; `peak`, the most at any moment of both steps, looked at every two milliseconds. `theory` counts 4 bytes a parameter for
+weights, gradients, each of Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine shares
+out counts once over all ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,21 @@ def given() -> float:
     return (found.used + found.mapped) / 1e6
 
 
-def most_resident(*, anew: bool = False) -> float:
-    """The process's largest resident memory in MB; from now on counted `anew`."""
-    if anew:
-        Path("/proc/self/clear_refs").write_text("5")
-    return (
-        next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
-    )
+class Peak(threading.Thread):
+    """The most that malloc has given out since it was last asked."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0.0
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, given())
+            time.sleep(0.002)
+
+    def taken(self) -> float:
+        most, self.most = self.most, 0.0
+        return most
 
 
 def worker(recipe: Path, output: Path) -> None:
@@ -83,16 +93,17 @@ def worker(recipe: Path, output: Path) -> None:
     from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
 
     figures: dict[str, float] = {}
-    build = run.build
+    build, peak = run.build, Peak()
 
     def built(*arguments: Any, **options: Any) -> Any:
-        figures.update(given=given(), resident=most_resident(anew=True), steps=0, held=0)
+        figures.update(given=given(), steps=0, held=0)
+        peak.start()
         return build(*arguments, **options)
 
     def prepared(prepare: Any) -> Any:
         def done(engine: Engine, *arguments: Any) -> None:
             prepare(engine, *arguments)
-            figures["built"] = most_resident() - figures["resident"]
+            figures["built"] = peak.taken() - figures["given"]
 
         return done
 
@@ -112,7 +123,7 @@ def worker(recipe: Path, output: Path) -> None:
             figures["steps"] += 1
             if figures["steps"] < 2:
                 return
-            figures["peak"] = most_resident() - figures["resident"]
+            figures["peak"] = peak.taken() - figures["given"]
             figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())
             output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
             engine.accelerator.wait_for_everyone()

@@ -4,6 +4,8 @@
 # HEAD is the address at which machine 0 is reached. Run with two network namespaces of one machine, on CPU (there with
 # GLOO_SOCKET_IFNAME set to the network's device, because the host's name was no address of it); not run on a GPU.
 set -eu
+# torchrun kills ranks that have not ended so many seconds after a signal: a large checkpoint takes its time.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 exec torchrun \
   --nnodes "${NODES:-2}" --node_rank "${NODE:?this machine, from 0}" --nproc_per_node "${GPUS:-8}" \
   --master_addr "${HEAD:?the address of machine 0}" --master_port "${PORT:-29500}" \

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
 from vlm_tune.model.features import FeatureStore
 from vlm_tune.model.store import is_whole
-from vlm_tune.train import loop, trackers
+from vlm_tune.train import loop, trackers, watch
 from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
 from vlm_tune.train.trace import read_trace
 
@@ -181,6 +182,20 @@ def test_fault_45_a_killed_loader_worker_names_the_sample(
 
 
 @pytest.mark.slow
+def test_fault_45_a_worker_killed_while_the_others_start_names_the_sample_too(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_workers(loader: Any) -> Any:
+        raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", start_workers)
+    with pytest.raises(
+        DataError, match=r"a loader process was killed .*pid 4711.*at micro-batch 0 of epoch 1 or soon after: \S*messages:\d"
+    ):
+        sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
     number: signal.Signals, tiny_recipe: Callable[..., str], tmp_path: Path
@@ -223,6 +238,21 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callab
     ended(pids[1:])
     said = (tmp_path / "said.0").read_text()
     assert "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3" in said, said
+
+
+def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was told of a wait that ended after all counts no more: a later step may take seconds."""
+    found = watch.Watch(SimpleNamespace(process_index=0, num_processes=1), 1800.0)  # type: ignore[arg-type]
+    ended: list[int] = []
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+    monkeypatch.setattr(watch, "GRACE", -1.0)
+    found._judge(1790.0)
+    found._judge(0.1)
+    found._judge(10.0)
+    assert ended == []
+    for _ in range(2):
+        found._judge(1790.0)
+    assert ended == [5]
 
 
 @pytest.mark.slow

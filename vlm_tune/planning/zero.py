@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BUCKET = 500_000_000 * 4
-"""Bytes of fp32 gradients that DeepSpeed exchanges at once, unless told otherwise."""
+BUCKET = 50_000_000 * 4
+"""Bytes of fp32 gradients that DeepSpeed exchanges at once, unless the recipe says otherwise; its own default is ten times that."""
 
 GATHERED = 2
 """Layers of ZeRO-3 that are whole at once: the one that runs, and the one that is fetched meanwhile."""

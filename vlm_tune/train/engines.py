@@ -28,6 +28,7 @@ from vlm_tune.model.fused import fuse
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import is_sharded, whole_tensor
+from vlm_tune.planning.zero import BUCKET
 
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 """Under these accelerate wraps the model itself, in ways that change what is computed: weights cast, steps in `backward`."""
@@ -229,7 +230,7 @@ class DeepSpeed(Engine):
 
         self.inner, self.names = model, tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
-        config = self._config(train)
+        config = self._config(train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"]))
         if self.sharded:
             fill_buffers(model, self.accelerator.device)
             deepspeed.zero.Init(module=_Filled(model, self.accelerator.device), config_dict_or_path=config)
@@ -244,10 +245,11 @@ class DeepSpeed(Engine):
         if not self.sharded:
             fuse(model)
 
-    def _config(self, train: TrainSection) -> dict[str, Any]:
-        """DeepSpeed's configuration; the recipe's own keys win."""
+    def _config(self, train: TrainSection, trained: int) -> dict[str, Any]:
+        """DeepSpeed's configuration for so many numbers to train; the recipe's own keys win."""
         section = self.section
-        zero: dict[str, Any] = {"stage": section.stage}
+        # By default it takes two gigabytes to exchange gradients in, however few there are; this is enough for any link.
+        zero: dict[str, Any] = {"stage": section.stage, "reduce_bucket_size": min(trained, BUCKET // 4)}
         zero |= {f"offload_{'param' if what == 'parameters' else what}": {"device": "cpu"} for what in section.offload}
         return {
             "train_micro_batch_size_per_gpu": 1,
@@ -356,8 +358,10 @@ class Fsdp(Engine):
                     fill(parameter, device)
             fully_shard(block, **options)
         held = dict(named_parameters(model))
-        groups = [{**group, "params": [held[name] for name in names]} for group, names in zip(tuned.groups, tuned.names, strict=True)]
-        self.model, self.optimizer = model, self._adamw(groups, train)
+        for group, names in zip(tuned.groups, tuned.names, strict=True):
+            # In the groups themselves: whoever kept the parameters that were there would keep them whole.
+            group["params"] = [held[name] for name in names]
+        self.model, self.optimizer = model, self._adamw(tuned.groups, train)
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

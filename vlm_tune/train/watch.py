@@ -105,30 +105,22 @@ class Watch:
     # --- the thread that looks ---
 
     def _beat(self) -> None:
-        number, asleep = 0, time.monotonic()
+        number = 0
         while not self._ended.wait(self.interval):
-            self._forgive(time.monotonic() - asleep - self.interval)
             number += 1
             # Where the store is gone the collectives will fail, and tell.
             with suppress(RuntimeError):
                 self._say(number)
-            still = time.monotonic() - self._since
-            if self._guarding and still > 2 * self.interval:
-                with suppress(RuntimeError):
-                    self._look()
-                self._judge(still)
-            else:
-                self._diagnosis = None
-            asleep = time.monotonic()
-
-    def _forgive(self, late: float) -> None:
-        """Leaves out of all waiting what this process slept itself, as all do that a scheduler suspends."""
-        if late > self.interval:
-            self._since += late
-            for seen in self._seen.values():
-                seen.alive, seen.moved = seen.alive + late, seen.moved + late
+            if self._guarding:
+                self._judge(time.monotonic() - self._since)
 
     def _judge(self, still: float) -> None:
+        """Ends this process where others are lost and it did not move for `still` seconds."""
+        if still <= 2 * self.interval:
+            self._diagnosis = None  # it was slow, and not stuck
+            return
+        with suppress(RuntimeError):
+            self._look()
         if self._diagnosis is None:
             gone = self._failed() or (self._silent(self.timeout) if still > self.timeout else None)
             if gone is None and still > 0.95 * self.timeout and not self._others_move():
