@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -316,3 +319,17 @@ def free_port() -> int:
 def unshifted(labels: torch.Tensor) -> torch.Tensor:
     """Labels [B, L] as transformers takes them: the token that a position predicts stands at the next one, so [B, L + 1]."""
     return torch.nn.functional.pad(labels, (1, 0), value=-100)
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the Python of a folder's card prints, run as it is shown beside an image; it must be formatted as ruff formats."""
+    (shown,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    script = folder.parent / "card.py"
+    script.write_text(shown)
+    run([sys.executable, "-m", "ruff", "format", "--isolated", "--check", str(script)])
+    run([sys.executable, "-m", "ruff", "check", "--isolated", str(script)])
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "image.png").write_bytes(png().read())
+    capsys.readouterr()
+    runpy.run_path(str(script))
+    return capsys.readouterr().out

@@ -20,6 +20,7 @@ from small import (
     largest,
     parsed,
     rows_of,
+    run_card,
     save_llm,
     tuned_by,
     wake_adapters,
@@ -86,7 +87,9 @@ def test_adapters_are_merged_on_the_way(connector: str, dtype: str, tiny_recipe:
     assert str(theirs.dtype).endswith({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
 
 
-def test_shards_card_and_command_line(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_shards_card_and_command_line(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     (run / "result.json").write_text(json.dumps({"accuracy": 0.875, "n": 8, "by_answer_type": {}}))
     out = json.loads(cli("export", str(run), "--output", str(tmp_path / "llava"), "--dtype", "fp32", "--max-shard-size", "300KB", "--json"))
@@ -103,6 +106,7 @@ def test_shards_card_and_command_line(tiny_recipe: Callable[..., str], tmp_path:
     assert json.loads((tmp_path / "llava" / "export.json").read_text()) == out
     card = (tmp_path / "llava" / "README.md").read_text()
     assert "Exact match on 8 test questions: 0.8750" in card and "name: tiny" in card and "library_name: transformers" in card
+    assert run_card(tmp_path / "llava", monkeypatch, capsys)
     said = cli("export", str(run), "--output", str(tmp_path / "plain"), "--no-verify")
     assert "not verified" in said
     assert "not verified" in (tmp_path / "plain" / "README.md").read_text()

@@ -104,7 +104,7 @@ def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
     run, _ = saved_model(with_llm(text, llm, "causal"), tmp_path / "saved")
     said = cli("export", str(run), "--format", "gguf", "--output", str(tmp_path / "gguf"), "--dtype", "fp32")
-    assert "gguf of" in said and "verified: logits within" in said
+    assert "gguf of" in said and "passed  logits within" in said
     assert "note: llama.cpp versions with its issue 25814" in said
     assert "note: llama.cpp pads images to squares, this model was trained with resize: crop" in said
     fields = read_fields(tmp_path / "gguf" / "model-f32.gguf")

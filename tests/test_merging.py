@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tune
+from small import LORA_TUNE, built, largest, parsed, rows_of, run_card, save_llm, tuned_by, wake_adapters, with_llm, with_tune
 
+from vlm_tune.display import merge_proof
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import merge, observe, probe_rows
 from vlm_tune.model.store import load_model, verify_folder
@@ -117,3 +118,16 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         merge(tmp_path / "nothing", tmp_path / "merged")
     with pytest.raises(ModelError, match="holds no model"):
         merge(tmp_path, tmp_path / "merged")
+
+
+def test_what_a_merge_says_and_its_card(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, _ = trained(tiny_recipe("causal"), tmp_path / "saved")
+    report = merge(saved, tmp_path / "merged", dtype="fp32")
+    said = merge_proof(report).splitlines()
+    assert said[0] == "verified on 1 row, computed in fp32:"
+    assert [line.split()[0] for line in said[1:]] == ["passed"] * 3
+    assert f"within {report.difference_to_adapter:.2g} of" in said[1] and "(0.02 is allowed)" in said[1]
+    printed = run_card(tmp_path / "merged", monkeypatch, capsys)
+    assert printed.endswith("\n") and len(printed.splitlines()) >= 1

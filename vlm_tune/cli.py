@@ -183,11 +183,9 @@ def merge(
     if as_json:
         _print_json(asdict(report))
     else:
-        typer.echo(
-            f"merged LoRA on {', '.join(report.parts)} into {report.base}\n"
-            f"verified: logits within {report.difference_to_adapter:.2g} of the adapter's, up to "
-            f"{report.difference_to_base:.2g} from the base's, same greedy text\nmodel: {output}"
-        )
+        from vlm_tune.display import merge_proof
+
+        typer.echo(f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}")
 
 
 @app.command()
@@ -217,8 +215,9 @@ def export(
     if as_json:
         _print_json(asdict(report))
     else:
-        proof = "not verified" if report.difference is None else f"verified: logits within {report.difference:.2g} of the model's"
-        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}; {proof}")
+        from vlm_tune.display import export_proof
+
+        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}")
         for note in report.notes:
             typer.echo(f"note: {note}")
         typer.echo(f"model: {output}")

@@ -10,6 +10,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
+    from vlm_tune.exporting import ExportReport
+    from vlm_tune.merging import MergeReport
     from vlm_tune.planning.communication import Communication
     from vlm_tune.planning.planner import Plan, StagePlan
     from vlm_tune.train.replay import ReplayReport
@@ -314,3 +316,39 @@ def _show_communication(console: Console, found: Communication) -> None:
     else:
         said = f"{found.least:.0%} with nothing overlapped, up to {found.most:.0%}; a step computes for {found.computing:,.3g} s"
     console.print(Text(f"  {'efficiency':15}{said}"))
+
+
+# --- merged and exported ---------------------------------------------------------------------------------------------
+
+READERS = {
+    "llava": "opened by transformers' own classes",
+    "adapter": "opened by plain PEFT over its base, text alone",
+    "gguf": "read back from the files, computed as llama.cpp is meant to",
+}
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def merge_proof(report: MergeReport) -> str:
+    """What a merged model was compared with, and how it went: one that fails is not written."""
+    return (
+        f"verified on {_rows(report.rows)}, computed in fp32:\n"
+        f"  passed  logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged ({report.allowed:g} is allowed)\n"
+        f"  passed  logits up to {report.difference_to_base:.2g} from those of the base alone (0 would be no merge)\n"
+        "  passed  greedy answers the same as with the adapter unmerged"
+    )
+
+
+def export_proof(report: ExportReport) -> str:
+    """What an export was compared with, and how it went: one that fails is not written."""
+    if report.difference is None:
+        return "not verified"
+    rounded = " beyond what q8_0 rounds" if report.dtype == "q8_0" else ""
+    said = f"verified on {_rows(report.rows)}, {READERS[report.format]}:\n"
+    said += f"  passed  logits within {report.difference:.2g} of the model's ({report.allowed:.2g} is allowed{rounded})"
+    if report.same_text is not None:
+        same = "the same as the model's" if report.same_text else "those of the rounded weights, which are not all the model's"
+        said += f"\n  passed  greedy answers {same}"
+    return said

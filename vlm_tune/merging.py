@@ -31,7 +31,10 @@ PROBES = 4
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How far merged logits are from the adapter's and from the base's (largest absolute difference), and greedy text."""
+    """How far merged logits are from the adapter's and from the base's (largest absolute difference), and greedy text.
+
+    `rows` were compared, and `allowed` is how far from the adapter's the logits might have been.
+    """
 
     output: str
     parts: list[str]
@@ -39,6 +42,8 @@ class MergeReport:
     difference_to_adapter: float
     difference_to_base: float
     same_text: bool
+    rows: int
+    allowed: float = TOLERANCE
 
 
 def merge(path: Path, output: Path, *, dtype: str | None = None) -> MergeReport:
@@ -107,6 +112,7 @@ def _merged(path: Path, source: Path, output: Path, dtype: str, quantized: str |
         difference_to_adapter=_largest(adapter_logits, merged_logits),
         difference_to_base=_largest(base_logits, merged_logits),
         same_text=adapter_text == merged_text,
+        rows=len(probes),
     )
 
 
@@ -197,8 +203,10 @@ A vision-language model merged by vlm_tune {_version()}.
 
 ```python
 from vlm_tune import VisionLanguageModel
-vlm = VisionLanguageModel.from_pretrained("{report.output}")
-vlm.chat("What does the image show?", images=["image.png"])
+
+folder = "{report.output}"
+vlm = VisionLanguageModel.from_pretrained(folder)
+print(vlm.chat("What does the image show?", images=["image.png"]))
 ```
 """
 

@@ -57,7 +57,7 @@ def test_fault_54_a_merge_that_changed_something_else_is_refused(
 
 
 def test_fault_54_other_text_is_refused_even_where_logits_are_near() -> None:
-    good = MergeReport("out", ["llm"], "base", 0.001, 0.5, True)
+    good = MergeReport("out", ["llm"], "base", 0.001, 0.5, True, 4)
     check_merge(good)
     with pytest.raises(ModelError, match="greedy text differs"):
         check_merge(replace(good, same_text=False))

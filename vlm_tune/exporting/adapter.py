@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,18 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
             elif (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         tensors = read_safetensors(folder / "adapter_model.safetensors")
-        difference = verify_adapter(folder, path, source) if verify else None
-        report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), difference, None)
+        report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None)
+        if verify:
+            difference, allowed, rows = verify_adapter(folder, path, source)
+            report = replace(report, difference=difference, allowed=allowed, rows=rows)
         return report, _adapter_card(path, config, report)
 
     return commit_export(output, write)
 
 
 @torch.inference_mode()
-def verify_adapter(folder: Path, path: Path, source: Path) -> float:
-    """How far the logits of plain PEFT over the base are from the model's, for the text of probe rows, in fp32.
+def verify_adapter(folder: Path, path: Path, source: Path) -> tuple[float, float, int]:
+    """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
 
     Raises `ModelError` if that is too far, or if the adapter changes nothing.
     """
@@ -73,9 +76,10 @@ def verify_adapter(folder: Path, path: Path, source: Path) -> float:
     difference, change = (max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True)) for other in (found, plain))
     if not change > 0:
         raise ModelError("the adapter changes nothing: the model's logits equal its base's; nothing was written")
-    if not difference <= EXACT * max(1.0, *(float(one.abs().max()) for one in own)):
+    allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
+    if not difference <= allowed:
         raise ModelError(f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written")
-    return difference
+    return difference, allowed, len(rows)
 
 
 def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:

@@ -62,7 +62,8 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool) -> Ex
         write_files(files, model, dtype)
         report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, mmproj_notes(model))
         if expected is not None:
-            report = replace(report, **asdict(verify_gguf(files, model, expected, dtype)))
+            found = verify_gguf(files, model, expected, dtype)
+            report = replace(report, **asdict(found), rows=len(expected.rows))
         return report, model_card(path, model, files, report)
 
     return commit_export(output, write)
@@ -108,11 +109,15 @@ def write_files(files: Files, model: VisionLanguageModel, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Verified:
-    """How far the logits of the files are from the model's, whether greedy text is the same, and what llama.cpp does otherwise."""
+    """How far the logits of the files are from the model's, whether greedy text is the same, and what llama.cpp does otherwise.
+
+    `allowed` is how far logits may be from those of what was to be stored: of q8_0 that is less than `difference`.
+    """
 
     difference: float
     same_text: bool
     notes: list[str]
+    allowed: float
 
 
 def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dtype: str) -> Verified:
@@ -134,10 +139,11 @@ def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dt
     reader = Reader(theirs.to(model.device), fields, model)
     trained, approximate = Mmproj(files.mmproj, exact=activation), Mmproj(files.mmproj)
     found, texts = reader.logits(expected.rows, trained), reader.texts(expected.rows, trained)
-    check_answers(stored, found, texts, EXACT * max(1.0, float(stored.logits.abs().max())))
+    allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
+    check_answers(stored, found, texts, allowed)
     moved = _largest(reader.logits(expected.rows, approximate), found)
     notes = [*mmproj_notes(model), f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}"]
-    return Verified(_largest(found, expected.logits), texts == expected.texts, notes)
+    return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -28,7 +28,10 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far its logits are from the model's (largest absolute difference; None if not verified)."""
+    """What was written, and how far its logits are from the model's (largest absolute difference; None if not verified).
+
+    `rows` were compared, and `allowed` is how far the logits might have been.
+    """
 
     output: str
     format: str
@@ -39,6 +42,8 @@ class ExportReport:
     same_text: bool | None
     notes: list[str] = field(default_factory=list)
     """What the reader of the format does otherwise than this model was trained with."""
+    rows: int = 0
+    allowed: float | None = None
 
 
 @dataclass(frozen=True)
