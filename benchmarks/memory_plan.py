@@ -1,6 +1,6 @@
 """Predicted against measured memory: `python -m benchmarks.memory_plan [--json]`.
 
-Six models of different shape are planned, and trained for some steps by `sft`, each in a process of its own. Measured is
+Six models of different shape are planned, and trained for an epoch by `sft`, each in a process of its own. Measured is
 the largest resident set up to the last step (VmHWM, so weights being made count), less what the process took after a run of
 a tiny model. Linux only.
 """
@@ -94,7 +94,7 @@ def recipe_of(run: dict[str, Any], folder: Path) -> Path:
             "max_length": 4096,
         },
         "tune": run["tune"],
-        "train": {"steps": 2, "log_every": 1, **{key: run[key] for key in settings if key in run}},
+        "train": {"epochs": 1, "log_every": 1, **{key: run[key] for key in settings if key in run}},
         "evaluate": {"samples": 0},
     }
     if "folder" in run:

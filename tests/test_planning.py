@@ -17,11 +17,14 @@ from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
+from vlm_tune.model.tracing import Trace
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.planning.batches import longest_batch
 from vlm_tune.planning.communication import communication, traffic
+from vlm_tune.planning.heap import ASIDE, heap_growth
 from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
 from vlm_tune.planning.zero import Held, zero_memory
+from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 DEEP = (
@@ -141,9 +144,37 @@ def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
             zero_memory(Held(1, 1, 1, 1), 1, stage=stage, processes=2, **offloaded)
 
 
+def blocks(*events: int, sizes: dict[int, int]) -> Trace:
+    """A step that takes block n at an event n and frees it at -n; sizes with what malloc asks for beside them."""
+    return Trace(list(events), [0, *(sizes[number] - ASIDE for number in sorted(sizes))])
+
+
+@pytest.mark.parametrize(
+    ("events", "sizes", "largest", "fullest"),
+    [
+        ((1, 2, -1, 3), {1: 1000, 2: 1000, 3: 1000}, 2000, 2000),  # what fits exactly leaves no hole
+        ((1, 2, -1, 3), {1: 1000, 2: 1000, 3: 2000}, 4000, 3000),  # what is larger than the hole goes on top
+        ((1, 2, 3, -1, -2, 4), {1: 1000, 2: 1000, 3: 1000, 4: 2000}, 3000, 3000),  # holes side by side are one
+        ((1, 2, 3, -2, -1, 4), {1: 1000, 2: 1000, 3: 1000, 4: 2000}, 3000, 3000),
+        ((1, 2, 3, 4, -1, -3, 5, 6), {1: 2000, 2: 500, 3: 1000, 4: 500, 5: 900, 6: 2000}, 4000, 4000),  # the smallest that fits
+        ((1, 2, -2, 3), {1: 1000, 2: 1000, 3: 2000}, 3000, 3000),  # a hole at the end is the end
+    ],
+)
+def test_the_heap_grows_where_holes_do_not_fit(events: tuple[int, ...], sizes: dict[int, int], largest: int, fullest: int) -> None:
+    assert heap_growth(blocks(*events, sizes=sizes)) == pytest.approx(largest / fullest)
+
+
+def test_holes_and_kernels_are_a_cpus(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal")))
+    (cpu,), (gpu,) = plan(recipe).stages, plan(recipe, gpu_memory="24GB").stages
+    assert 0 < cpu.memory.holes < cpu.memory.activations + cpu.memory.logits + cpu.memory.gradients
+    assert cpu.memory.kernels == KERNELS * KERNEL_BYTES
+    assert gpu.memory.holes == gpu.memory.kernels == 0
+
+
 def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
     shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
-    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT))
+    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), 1.0, shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT))
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
 
 

@@ -231,6 +231,8 @@ CAUSES = {
     "activations": "activations",
     "logits": "logits",
     "exchange": "exchange between processes",
+    "holes": "holes in the heap",
+    "kernels": "compiled kernels (oneDNN)",
     "base": "process, libraries",
 }
 

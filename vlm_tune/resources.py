@@ -6,6 +6,12 @@ import contextlib
 import os
 from pathlib import Path
 
+KERNELS = 128
+"""oneDNN's compiled kernels that a process keeps: some steps' worth, for a step has about thirty kinds of matrix product."""
+
+KERNEL_BYTES = 800_000
+"""What one takes of the heap, in both of oneDNN's caches together (measured: `docs/log.md`)."""
+
 
 def resource_folder(name: str) -> Path:
     """The folder `data_templates` or `recipes`: inside an installed package, or beside it in a checkout."""

@@ -29,7 +29,7 @@ from vlm_tune.model.starting import load_words, start_connector
 from vlm_tune.model.text import Reader
 from vlm_tune.model.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import check_folder, load_into, read_safetensors
+from vlm_tune.model.weights import check_folder, load_into, own_memory, read_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -361,20 +361,12 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
     if faults:
         raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
     if "quantization_config" in options:
-        _own_memory(model)
+        own_memory(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-@torch.no_grad()
-def _own_memory(model: nn.Module) -> None:
-    """Copies parameters that are views into the mapping of their file: one of them keeps all of it, packed weights' sources too."""
-    for parameter in model.parameters():
-        if parameter.untyped_storage().nbytes() > parameter.nbytes:
-            parameter.data = parameter.data.clone()
 
 
 def _first_line(error: Exception) -> str:

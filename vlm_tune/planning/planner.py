@@ -30,6 +30,7 @@ from vlm_tune.planning.communication import GIGABIT, Communication, communicatio
 from vlm_tune.planning.step import ROWS, traced
 from vlm_tune.planning.zero import Held, Shares, zero_memory
 from vlm_tune.recipe import load_recipe
+from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries' work space take of a GPU."""
@@ -55,7 +56,8 @@ class PartSize:
 class Memory:
     """Bytes of one process at its peak, by cause.
 
-    `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered.
+    `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered. On a CPU
+    `holes` are what the C heap can't use between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
     """
 
     frozen: int
@@ -66,6 +68,8 @@ class Memory:
     activations: int
     logits: int
     exchange: int
+    holes: int
+    kernels: int
     base: int
 
     @property
@@ -254,7 +258,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
     sizes, held = _sizes(model), _held(model)
     item = next(model.tower.parameters()).element_size()
     peak, attention = work_of(batch), _attention_width(model)
-    figures = traced(model, stage, batch, (tokens, width) if cached else None, gpu=setting.gpu)
+    figures, growth = traced(model, stage, batch, (tokens, width) if cached else None, gpu=setting.gpu)
     shares = zero_memory(
         held,
         sum(size.trained for size in sizes),
@@ -264,7 +268,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )
-    memory = _memory(figures[:9], shares, setting)
+    memory = _memory(figures[:9], growth, shares, setting)
     mean = reading.mean or peak
     accumulation = stage.train.gradient_accumulation
     tower = 0.0 if cached else mean.images * tokens * (2 if still else 6) * sizes[0].total
@@ -345,8 +349,8 @@ def _attention_width(model: VisionLanguageModel) -> float:
 # --- what a process holds ---------------------------------------------------------------------------------------------
 
 
-def _memory(peaks: np.ndarray, shares: Shares, setting: _Setting) -> Memory:
-    """One process's share at the fullest moment."""
+def _memory(peaks: np.ndarray, growth: float, shares: Shares, setting: _Setting) -> Memory:
+    """One process's share at the fullest moment; a CPU's heap is `growth` times as large as what lives on it."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
     moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(3, 3)]
     activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
@@ -359,6 +363,8 @@ def _memory(peaks: np.ndarray, shares: Shares, setting: _Setting) -> Memory:
         activations=int(activations),
         logits=int(logits),
         exchange=shares.exchange,
+        holes=0 if setting.gpu else int((growth - 1) * (activations + logits + gradients)),
+        kernels=0 if setting.gpu else KERNELS * KERNEL_BYTES,
         base=setting.base,
     )
 

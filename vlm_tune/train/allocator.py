@@ -6,11 +6,10 @@ import ctypes
 import os
 import sys
 
+from vlm_tune.resources import KERNELS
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """mallopt's numbers for them (malloc.h)."""
-
-KERNELS = 128
-"""Kernels that are kept: some steps' worth, for a step has about thirty kinds of matrix product."""
 
 
 def forget_old_kernels() -> None:
@@ -23,17 +22,32 @@ def forget_old_kernels() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
+def return_freed_memory(smallest: int = 1 << 20) -> bool:
+    """Makes glibc's malloc map blocks of `smallest` bytes and more by themselves and unmap them when freed; False without glibc.
+
+    For the time that a model is made. Left alone glibc soon takes blocks of up to 32 MB from its heap, where weights that
+    are cast or copied leave holes between those that stay.
+    """
+    return _mallopt({MMAP_THRESHOLD: smallest, TRIM_THRESHOLD: smallest})
+
+
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
     """Makes glibc's malloc keep freed blocks of up to `largest` bytes from here on; False where there is no glibc.
 
     Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by one, which on a CPU
-    can take longer than the matrix product that fills them. What was freed before goes back to the system: what loading
-    a model leaves behind is of other sizes, and would stay beside the activations.
+    can take longer than the matrix product that fills them. What was freed before goes back to the system.
     """
+    return _mallopt({MMAP_THRESHOLD: largest, TRIM_THRESHOLD: -1})
+
+
+def _mallopt(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
-    if mallopt is not None:
-        libc.malloc_trim(0)
-    return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, largest)) and bool(mallopt(TRIM_THRESHOLD, -1))
+    if mallopt is None:
+        return False
+    libc.malloc_trim(0)
+    # Each of them is set, also after one that could not be.
+    done = [bool(mallopt(name, value)) for name, value in settings.items()]
+    return all(done)

@@ -28,12 +28,13 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import recover_folders, restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import own_memory
 from vlm_tune.recipe import dump_recipe
 from vlm_tune.report import write_report
 from vlm_tune.runfolder import check_run, open_run
 from vlm_tune.runlock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
-from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory
+from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.environment import environment
@@ -84,6 +85,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
     forget_old_kernels()
+    return_freed_memory()
     section = resolve_engine(recipe.engine)
     accelerator = accelerator_of(recipe)
     with ExitStack() as stack:
@@ -271,6 +273,7 @@ def stage_loop(
     for part in (model.tower, model.connector) if shards(context.section) else (model,):
         part.to(accelerator.device)
     if accelerator.device.type == "cpu":
+        own_memory(model)
         keep_freed_memory()
     _tuning_table(context, progress.stage, name, tuned.table)
     features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
