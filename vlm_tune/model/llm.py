@@ -227,6 +227,11 @@ class Seq2SeqLLM(LanguageModel):
 
     layout = "seq2seq"
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            raise ModelError(f"{type(model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
+
     def kept(self, input_ids: torch.Tensor) -> Any:
         return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True).past_key_values.self_attention_cache
 

@@ -264,6 +264,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         sum(size.trained for size in sizes),
         stage=setting.zero,
         processes=setting.processes,
+        accumulating=stage.train.gradient_accumulation > 1,
         # A CPU's own memory is where offloaded parts would go.
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",

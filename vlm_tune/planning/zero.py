@@ -7,7 +7,7 @@ Numbers train in fp32, N of them on P processes, under AdamW. Bytes a process ho
 | 0 (DDP) | F | 4 N | 4 N | 8 N |
 | 1 | F | 4 N | 4 N | 12 N / P, with DeepSpeed's own fp32 copy of the weights |
 | 2 | F | 4 N | 4 N / P | 12 N / P |
-| 3 | F / P | 4 N / P | 4 N / P | 8 N / P, the copy is the weights' own share |
+| 3 | F / P | 4 N / P | 4 N / P | 12 N / P, the copy is there too (measured: docs/log.md) |
 """
 
 from __future__ import annotations
@@ -49,9 +49,18 @@ class Shares:
 
 
 def zero_memory(
-    held: Held, numbers: int, *, stage: int, processes: int, offload_optimizer: bool = False, offload_parameters: bool = False
+    held: Held,
+    numbers: int,
+    *,
+    stage: int,
+    processes: int,
+    accumulating: bool = False,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
 ) -> Shares:
     """The share of one of `processes` under ZeRO `stage`, of a model that holds `held`, of which `numbers` train.
+
+    DDP's gradients lie in what it sends, but for those of the first step of several micro-batches (`accumulating`).
 
     Raises `ValueError` for an offload that the stage does not have.
     """
@@ -63,11 +72,10 @@ def zero_memory(
 
     frozen, trained, adapters = (share(size, 3) for size in (held.frozen, held.trained, held.adapters))
     gradients = share(4 * numbers, 2)
-    copied = stage in (1, 2) or offload_optimizer
-    optimizer = share((12 if copied else 8) * numbers, 1)
+    optimizer = share((12 if stage else 8) * numbers, 1)
     exchange = 0
     if processes > 1:
-        exchange = 4 * numbers if stage == 0 else min(4 * numbers, BUCKET)
+        exchange = 4 * numbers * accumulating if stage == 0 else min(4 * numbers, BUCKET)
     if stage == 3 and (processes > 1 or offload_parameters):
         exchange += GATHERED * held.largest
     host = 0
