@@ -326,7 +326,8 @@ def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     (shown,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     script = folder.parent / "card.py"
     script.write_text(shown)
-    run([sys.executable, "-m", "ruff", "format", "--isolated", "--check", str(script)])
+    # However long the path of this test's folder is.
+    run([sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "320", "--check", str(script)])
     run([sys.executable, "-m", "ruff", "check", "--isolated", str(script)])
     monkeypatch.chdir(folder.parent)
     (folder.parent / "image.png").write_bytes(png().read())

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CLIP, LORA_TUNE, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
-from transformers import T5Config, T5ForConditionalGeneration
+from small import CLIP, LORA_TUNE, batch_of, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
 
 from vlm_tune.config import Llm
 from vlm_tune.errors import ModelError, RecipeError, VlmTuneError
 from vlm_tune.model.build import load_llm, load_tokenizer
-from vlm_tune.model.llm import Seq2SeqLLM
 from vlm_tune.model.store import load_model
 from vlm_tune.model.weights import check_safetensors, read_safetensors
 
@@ -376,9 +374,10 @@ def test_every_model_fault_ends_with_exit_code_4() -> None:
     assert issubclass(ModelError, VlmTuneError)
 
 
-def test_an_encoder_decoder_that_names_no_start_token_is_refused() -> None:
-    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    config.decoder_start_token_id = None
-    model = T5ForConditionalGeneration(config)
+def test_an_encoder_decoder_that_names_no_start_token_is_refused(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("seq2seq"))
+    model = built(recipe)
+    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
+    model.llm.model.config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="T5ForConditionalGeneration's config names no decoder_start_token_id"):
-        Seq2SeqLLM(model)
+        model(batch)

@@ -227,11 +227,6 @@ class Seq2SeqLLM(LanguageModel):
 
     layout = "seq2seq"
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        if getattr(model.config, "decoder_start_token_id", None) is None:
-            raise ModelError(f"{type(model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
-
     def kept(self, input_ids: torch.Tensor) -> Any:
         return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True).past_key_values.self_attention_cache
 
@@ -247,6 +242,8 @@ class Seq2SeqLLM(LanguageModel):
         return None if cache is None else EncoderDecoderCache(cache, DynamicCache())
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if getattr(self.model.config, "decoder_start_token_id", None) is None:
+            raise ModelError(f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
         inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         mask, seen, order = mask.long(), mask.long(), None
