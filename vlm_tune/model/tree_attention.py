@@ -134,6 +134,19 @@ def _library() -> ctypes.CDLL:
 KERNEL = hashlib.sha256(native.source("tree_attention").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
 
 
+def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the outputs [B, L, H, D] and fp32 logs [B, H, L] of a query [B, H, L, D]."""
+    rows, heads, length, width = query.shape
+    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, length, dtype=torch.float32)
+
+
+def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of query as [B, L, H, D], and of key and value as [B, L, G, D]."""
+    rows, heads, length, width = query.shape
+    keys, values = (query.new_empty(rows, length, key.shape[1], width) for _ in range(2))
+    return query.new_empty(rows, length, heads, width), keys, values
+
+
 @torch.library.custom_op(f"vlm_tune::attend_{KERNEL}", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention outputs [B, L, H, D] of bf16 query [B, H, L, D], key and value [B, G, L, D], and fp32 [B, H, L] the logs of their sums.
@@ -145,17 +158,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     _runs += 1
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
-    rows, heads, length, width = query.shape
-    out = query.new_empty(rows, length, heads, width)
-    logs = query.new_empty(rows, heads, length, dtype=torch.float32)
+    out, logs = _outputs(query)
     _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, ends, out, logs))
     return out, logs
 
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    rows, heads, length, width = query.shape
-    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, length, dtype=torch.float32)
+    return _outputs(query)
 
 
 @torch.library.custom_op(f"vlm_tune::attend_backward_{KERNEL}", mutates_args=())
@@ -164,28 +174,21 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
     query, key, value, ends, gradient = _rows(query), _rows(key), _rows(value), ends.contiguous(), _rows(gradient)
-    rows, heads, length, width = query.shape
-    found = [query.new_empty(rows, length, count, width) for count in (heads, key.shape[1], key.shape[1])]
+    found = _gradients(query, key)
     _library().attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
         _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2)),
         *pointers(gradient, query, key, value, out, logs, ends, *found),
     )
-    return found[0], found[1], found[2]
+    return found
 
 
 @attend_backward.register_fake
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, heads, length, width = query.shape
-    groups = key.shape[1]
-    return (
-        query.new_empty(rows, length, heads, width),
-        query.new_empty(rows, length, groups, width),
-        query.new_empty(rows, length, groups, width),
-    )
+    return _gradients(query, key)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
