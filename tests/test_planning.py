@@ -6,23 +6,29 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from connector_kinds import with_connector
 from small import built, cli, parsed, rows_of, save_llm, with_llm, with_tower, with_tune
 from torch.autograd.graph import saved_tensors_hooks
 
+from vlm_tune.config import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tracing import Trace
 from vlm_tune.model.tuning import apply_rules
+from vlm_tune.planning import planner
 from vlm_tune.planning.batches import longest_batch
+from vlm_tune.planning.changes import changes
 from vlm_tune.planning.communication import communication, traffic
 from vlm_tune.planning.heap import ASIDE, heap_growth
 from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
+from vlm_tune.planning.step import traced
 from vlm_tune.planning.zero import Held, zero_memory
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
@@ -96,6 +102,38 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
         assert few.flops == pytest.approx(whole.flops, rel=1e-6)
         one, other = asdict(few.memory), asdict(whole.memory)
         assert sum(one.values()) - one["base"] == pytest.approx(sum(other.values()) - other["base"], rel=0.02)
+
+
+def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three checkpointed layers most of the backward pass is the Q-Former's, with all of them it is the LLM's."""
+    text = tiny_recipe("seq2seq", precision="bf16")
+    text = text.replace("num_layers: 2, num_decoder_layers: 1", "num_layers: 12")
+    text = with_connector(text, "qformer-text").replace("depth: 3", "depth: 12")
+    recipe = parsed(with_tune(text), train__gradient_checkpointing=True)
+    assert isinstance(recipe.model.connector, QFormerConnector) and recipe.model.connector.depth == 12
+    few = plan(recipe, tokens=96, gpu_memory="1TB").stages[0].memory
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "DEEP", 1000)
+        whole = plan(recipe, tokens=96, gpu_memory="1TB").stages[0].memory
+    assert few.activations == pytest.approx(whole.activations, rel=0.05)
+    assert few.total - few.base == pytest.approx(whole.total - whole.base, rel=0.02)
+
+
+def test_a_stage_is_traced_once_for_any_number_of_processes(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        batches.append(args[2].input_ids.shape)
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(planner, "traced", counted)
+    recipe = parsed(tiny_recipe("causal", precision="bf16"))
+    plan(recipe, gpu_memory=1, tokens=100)
+    stages = [zero for _, _, _, zero in changes(recipe, 1, 0)]
+    assert stages.count(0) >= 3 and 3 in stages
+    assert len(batches) == 1 + stages.count(0)
 
 
 @pytest.mark.parametrize(

@@ -31,23 +31,26 @@ KINDS = ("activations", "logits", "gradients")
 class Trace:
     """Every storage of a step in order of birth (+ its number) and death (- its number), with sizes and kinds by number.
 
-    `backward` is the event the backward pass starts with.
+    `backward` is the event the backward pass starts with, `below` the one with which it leaves the language model.
     """
 
     events: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=lambda: [0])
     kinds: list[str] = field(default_factory=lambda: ["activations"])
     backward: int = 0
+    below: int | None = None
 
     def peaks(self, *, accumulating: bool) -> list[np.ndarray]:
-        """Bytes of each of KINDS at the fullest moment of the forward pass and of each half of the backward pass.
+        """Bytes of each of KINDS at the fullest moment of each of four parts of the step.
 
-        `accumulating` is a micro-batch that finds the gradients of those before.
+        They are the forward pass, two halves of the language model's backward pass, and what is below it: each grows evenly
+        with the number of layers. `accumulating` is a micro-batch that finds the gradients of those before.
         """
         kept = sum(size for size, kind in zip(self.sizes, self.kinds, strict=True) if kind == "gradients") if accumulating else 0
-        middle = (self.backward + len(self.events)) // 2
+        below = len(self.events) if self.below is None else self.below
+        middle = (self.backward + below) // 2
         live, fresh = np.array([0, 0, kept]), 0
-        best = [live.copy() for _ in range(3)]
+        best = [live.copy() for _ in range(4)]
         for place, event in enumerate(self.events):
             size, kind = self.sizes[abs(event)], KINDS.index(self.kinds[abs(event)])
             if accumulating and kind == 2:
@@ -55,7 +58,7 @@ class Trace:
                 fresh = size if event > 0 else fresh
             else:
                 live[kind] += size if event > 0 else -size
-            part = (place >= self.backward) + (place >= middle)
+            part = (place >= self.backward) + (place >= middle) + (place >= below)
             if live.sum() + fresh > best[part].sum():
                 best[part] = live + np.array([0, 0, fresh])
         return best
@@ -70,6 +73,8 @@ class _Recorder(TorchDispatchMode):
         self.alive: dict[int, tuple[int, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two in three of all calls, and nothing is computed
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
         if any(issubclass(kind, FakeTensor) for kind in types):
             if func is torch.ops.aten.index.Tensor:
@@ -184,16 +189,28 @@ def by_depth(model: nn.Module, measure: Callable[[], np.ndarray]) -> np.ndarray:
     return measured[1] + (depth - 3) * (measured[1] - measured[0])
 
 
-def trace_step(model: nn.Module, step: Callable[[], torch.Tensor], vocabulary: int, fake: FakeTensorMode) -> Trace:
-    """What `step`, which gives a loss of the fake `model`, and its backward pass allocate."""
+def trace_step(model: nn.Module, llm: nn.Module, step: Callable[[], torch.Tensor], vocabulary: int, fake: FakeTensorMode) -> Trace:
+    """What `step`, which gives a loss of the fake `model`, and its backward pass allocate; `llm` takes embeds [B, L, E] first."""
     recorder = _Recorder(fake, vocabulary)
+
+    def leave(_: Any) -> None:
+        recorder.trace.below = len(recorder.trace.events)
+
+    def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+        if given[0].requires_grad:
+            given[0].register_hook(leave)
+
+    entered = llm.register_forward_pre_hook(enter)
     for tensor in [*model.parameters(), *model.buffers()]:
         recorder.know(tensor)
-    with recorder:
-        loss = step()
-        recorder.trace.backward = len(recorder.trace.events)
-        loss.backward()
-        del loss
+    try:
+        with recorder:
+            loss = step()
+            recorder.trace.backward = len(recorder.trace.events)
+            loss.backward()
+            del loss
+    finally:
+        entered.remove()
     for parameter in model.parameters():
         recorder.mark(parameter.grad, "gradients")
     return recorder.trace

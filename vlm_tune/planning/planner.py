@@ -7,6 +7,7 @@ tensors (`model.tracing`). What each process holds of weights, gradients and opt
 from __future__ import annotations
 
 import math
+import pickle
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from vlm_tune.config import Recipe
+from vlm_tune.data.types import Batch
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
@@ -209,7 +211,10 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before."""
+    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before.
+
+    `known` are the stages that were traced, so that a change of processes alone needs no new trace.
+    """
 
     processes: int
     zero: int
@@ -220,6 +225,7 @@ class _Setting:
     bandwidth: float
     tflops: float | None
     base: int
+    known: dict[Any, _Stage] = field(default_factory=dict)
 
 
 def _check(recipe: Recipe, setting: _Setting) -> None:
@@ -245,50 +251,85 @@ def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], settin
     return [_stage_plan(recipe, number, stage, tokenizer, read[number], setting) for number, (_, stage) in enumerate(stages)]
 
 
-def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
-    model, (tokens, width) = bare_model(recipe, tokenizer, attention="sdpa" if setting.gpu else None)
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage's model and one step of a batch of its are, however many processes there are.
+
+    `made` are the bytes of weights that are made new, `features` the shape of an image's and `feature_bytes` of one,
+    `figures` and `growth` those of `traced`.
+    """
+
+    sizes: list[PartSize]
+    held: Held
+    tuning: list[TuneRow]
+    made: int
+    still: bool
+    cached: bool
+    features: tuple[int, int]
+    feature_bytes: int
+    attention: float
+    peak: Work
+    figures: np.ndarray
+    growth: float
+
+
+def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Batch | None, setting: _Setting) -> _Stage:
+    """Makes and traces a stage's model with the batch given, or the longest, if that was not done before."""
+    key = (recipe.model_dump_json(), number, pickle.dumps(given))
+    if key in setting.known:
+        return setting.known[key]
+    model, features = bare_model(recipe, tokenizer, attention="sdpa" if setting.gpu else None)
     made = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate
     with torch.device("meta"):
         tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
-    batch = reading.batch or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
+    batch = given or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
     still = not any(parameter.requires_grad for parameter in model.tower.parameters())
     cached = still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
-    sizes, held = _sizes(model), _held(model)
+    sizes, held, attention = _sizes(model), _held(model), _attention_width(model)
     item = next(model.tower.parameters()).element_size()
-    peak, attention = work_of(batch), _attention_width(model)
-    figures, growth = traced(model, stage, batch, (tokens, width) if cached else None, gpu=setting.gpu)
+    figures, growth = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
+    found = _Stage(
+        sizes, held, tuned.table, made, still, cached, features, math.prod(features) * item, attention, work_of(batch), figures, growth
+    )
+    setting.known[key] = found
+    return found
+
+
+def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
+    found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
+    accumulation = stage.train.gradient_accumulation
     shares = zero_memory(
-        held,
-        sum(size.trained for size in sizes),
+        found.held,
+        sum(size.trained for size in found.sizes),
         stage=setting.zero,
         processes=setting.processes,
-        accumulating=stage.train.gradient_accumulation > 1,
+        accumulating=accumulation > 1,
         # A CPU's own memory is where offloaded parts would go.
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )
-    memory = _memory(figures[:9], growth, shares, setting)
-    mean = reading.mean or peak
-    accumulation = stage.train.gradient_accumulation
-    tower = 0.0 if cached else mean.images * tokens * (2 if still else 6) * sizes[0].total
-    products = float(sum(figures[9:] * [getattr(mean, name) for name in ROWS]))
-    flops = accumulation * (products + tower + 12 * attention * mean.attended)
+    memory = _memory(found.figures[:12], found.growth, shares, setting)
+    mean = reading.mean or found.peak
+    tower = 0.0 if found.cached else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
+    products = float(sum(found.figures[12:] * [getattr(mean, name) for name in ROWS]))
+    flops = accumulation * (products + tower + 12 * found.attention * mean.attended)
+    known = reading.batch is not None or setting.tokens
     return StagePlan(
         name=recipe.resolved_stages()[number][0],
-        parts=sizes,
-        tuning=tuned.table,
-        peak=peak,
+        parts=found.sizes,
+        tuning=found.tuning,
+        peak=found.peak,
         mean=mean,
-        source=reading.source if reading.batch is not None or setting.tokens else f"{reading.source}: {peak.length:,} tokens a row",
+        source=reading.source if known else f"{reading.source}: {found.peak.length:,} tokens a row",
         memory=memory,
         host=shares.host,
-        loading=made + memory.base,
+        loading=found.made + memory.base,
         flops=flops,
-        feature_cache=reading.images * tokens * width * item if cached else 0,
-        cached=cached,
-        communication=_communication(sizes, accumulation, flops, cached, setting) if setting.processes > 1 else None,
+        feature_cache=reading.images * found.feature_bytes if found.cached else 0,
+        cached=found.cached,
+        communication=_communication(found.sizes, accumulation, flops, found.cached, setting) if setting.processes > 1 else None,
     )
 
 
@@ -353,7 +394,7 @@ def _attention_width(model: VisionLanguageModel) -> float:
 def _memory(peaks: np.ndarray, growth: float, shares: Shares, setting: _Setting) -> Memory:
     """One process's share at the fullest moment; a CPU's heap is `growth` times as large as what lives on it."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
-    moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(3, 3)]
+    moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(-1, 3)]
     activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
     return Memory(
         frozen=shares.frozen,

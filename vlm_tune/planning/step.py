@@ -28,7 +28,7 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 def traced(
     model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None, *, gpu: bool
 ) -> tuple[np.ndarray, float]:
-    """Bytes of the three peaks by kind (9 figures) and FLOPs for each row of ROWS (4 figures); how much the heap outgrows them."""
+    """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); how much the heap outgrows them."""
     fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
     dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
     model.train()
@@ -52,7 +52,7 @@ def traced(
     def measure() -> np.ndarray:
         to_fake(model, fake)
         with _multiplied(model, batch) as products:
-            trace = trace_step(model, step, vocabulary, fake)
+            trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
         # A share, so what a few layers show holds for many.
