@@ -17,7 +17,7 @@ from vlm_tune.data.prepare import prepare
 from vlm_tune.errors import ModelError
 from vlm_tune.model import native, tree_attention
 from vlm_tune.model.llm import CausalLLM, additive, tree_mask
-from vlm_tune.model.tree_attention import attend, attending, attends, usable
+from vlm_tune.model.tree_attention import Branches, attend, attending, attends, usable
 
 WIDE = "hidden_size: 64, head_dim: 32"
 needs_kernel = pytest.mark.skipif(
@@ -68,6 +68,29 @@ def test_outputs_and_gradients_are_as_near_as_plain_products(heads: int, groups:
         found[name] = [(out * real).double(), *(each.grad.double() for each in inputs if each.grad is not None)]
     for true, theirs, ours in zip(*found.values(), strict=True):
         assert float((ours - true).norm()) <= 1.4 * float((theirs - true).norm()) < 0.02 * float(true.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(dtype: torch.dtype) -> None:
+    """Three tokens after each of four branches, in two layers, against one attention over all keys with a mask."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    (rows, heads, groups, length, width), branches = (2, 6, 2, 11, 32), 4
+    kept = [(draw(rows, groups, length, width), draw(rows, groups, length, width)) for _ in range(2)]
+    seen = torch.rand(rows, branches, length, generator=generator) < 0.7
+    seen[..., 0] = True
+    grown, own = Branches(kept, seen), torch.eye(branches, dtype=torch.bool).expand(rows, -1, -1)
+    whole = [kept[0], kept[1]]
+    for _ in range(3):
+        seen = torch.cat([seen, own], -1)
+        for layer in range(2):
+            query, key, value = draw(rows, heads, branches, width), *(draw(rows, groups, branches, width) for _ in range(2))
+            found = grown.attend(query, key, value, width**-0.5)
+            whole[layer] = tuple(torch.cat([before, new], 2) for before, new in zip(whole[layer], (key, value), strict=True))  # type: ignore[assignment]
+            keys, values = (each.double().repeat_interleave(heads // groups, 1) for each in whole[layer])
+            scores = (query.double() @ keys.transpose(2, 3) * width**-0.5).masked_fill(~seen[:, None], -torch.inf)
+            wanted = (scores.softmax(-1) @ values).transpose(1, 2)
+            assert float((found - wanted).norm() / wanted.norm()) < (1e-6 if dtype == torch.float64 else 1e-2)
 
 
 @needs_kernel

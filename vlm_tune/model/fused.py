@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from vlm_tune.model.projection import project, wide_rank
+from vlm_tune.model.projection import by_kernel, project, wide_rank
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
 """Names of layers that read the same input, as Llama's family and T5's call them."""
@@ -186,11 +186,13 @@ def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor
         weights = [tensor for layer in layers if layer.packed for tensor in (layer.packed.codes, layer.packed.scales)]
     else:
         weights = [bases[0].weight.to(dtype) if matrix is None else matrix]
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
     out, _ = project(
-        x.reshape(-1, x.shape[-1]).to(dtype),
+        rows,
         weights,
         layers[0].packed.packing if layers[0].packed else "",
         wide_rank(sum(layer.r[name] for layer, name in zip(layers, names, strict=True))) if len(layers) > 1 else 0,
+        by_kernel(rows, [base.out_features for base in bases]),
         (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None,
         [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
         [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],

@@ -5,6 +5,7 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,10 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
-from vlm_tune.model.tree_attention import attending, attends, compute_dtype, keeping, runs, usable
+from vlm_tune.model.tree_attention import Branches, attending, attends, compute_dtype, growing, keeping, runs, usable
+
+Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+"""Hidden states [B, L, E] of rows, and what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call."""
 
 
 @dataclass
@@ -186,33 +190,60 @@ class CausalLLM(LanguageModel):
 
         The rows are read once; then every branch grows by a token a step, and sees what its leaf sees and itself.
         """
-        from transformers import DynamicCache
-
         assert batch.ends is not None and batch.positions is not None
-        seen, stops = tree_mask(batch.ends), torch.tensor(stop_ids, device=embeds.device)
-        kernel = usable(self, compute_dtype(self))
+        seen = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        cache = DynamicCache()
-        if kernel:
-            with attending(self), keeping() as kept:
-                hidden = self._hidden(embeds, batch.ends.int()[:, None, None], batch.positions, None)[rows, leaves]
-            for layer, (keys, values) in enumerate(kept):
-                cache.update(keys, values, layer)
-        else:
-            hidden = self._hidden(embeds, additive(seen, embeds.dtype), batch.positions, cache)[rows, leaves]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
-        own = torch.eye(leaves.shape[1], dtype=torch.bool, device=embeds.device).expand(len(leaves), -1, -1)
-        ended = torch.zeros_like(leaves, dtype=torch.bool)
+        if usable(self, compute_dtype(self)):
+            hidden, grow = self._read(embeds, batch.ends, batch.positions, visible)
+        else:
+            hidden, grow = self._read_masked(embeds, seen, batch.positions, visible)
+        stops, hidden = torch.tensor(stop_ids, device=embeds.device), hidden[rows, leaves]
         found: list[torch.Tensor] = []
+        ended = torch.zeros_like(leaves, dtype=torch.bool)
         while True:
-            found.append(self.logits(hidden).argmax(-1))
+            # As they are: neither a wider type nor a soft cap moves the largest.
+            found.append(self.head(hidden).argmax(-1))
             ended |= torch.isin(found[-1], stops)
             if len(found) == max_new_tokens or bool(ended.all()):
                 return torch.stack(found, -1)
-            positions, visible = positions + 1, torch.cat([visible, own], -1)
+            positions = positions + 1
+            hidden = grow(self.embed(found[-1]), positions)
+
+    def _read(self, embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> Read:
+        """Reads rows by the kernel. Compiled blocks run in every call: a graph knows neither a cache nor what is kept."""
+
+        def run(embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            # A size of 1 would be a graph of its own.
+            with attending(self), torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"):
+                return self._hidden(embeds, ends.int()[:, None, None], positions, None)
+
+        with keeping() as kept:
+            hidden = run(embeds, ends, positions)
+        branches = Branches(kept, visible)
+
+        def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            with growing(branches):
+                return run(embeds, torch.zeros_like(positions), positions)
+
+        return hidden, grow
+
+    def _read_masked(self, embeds: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> Read:
+        """Reads rows by the attention that transformers chose, given masks and a cache."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        hidden = self._hidden(embeds, additive(seen, embeds.dtype), positions, cache)
+        own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
+
+        def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            nonlocal visible
+            visible = torch.cat([visible, own], -1)
             # With a cache that grows, compiled blocks would be compiled anew.
             with torch.compiler.set_stance("force_eager"):
-                hidden = self._hidden(self.embed(found[-1]), additive(visible[:, None], embeds.dtype), positions, cache)
+                return self._hidden(embeds, additive(visible[:, None], embeds.dtype), positions, cache)
+
+        return hidden, grow
 
     def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states [B, S, E] of tokens that follow those in the cache, given a mask for what they see."""

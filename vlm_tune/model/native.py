@@ -64,6 +64,6 @@ def _compile(cxx: str, file: Path, path: Path) -> None:
         linked.replace(path)
 
 
-def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    """Where tensors begin, as a kernel takes them."""
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Where tensors begin, as a kernel takes them; null for None."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]

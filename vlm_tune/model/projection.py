@@ -1,6 +1,7 @@
 """The operator behind fused LoRA layers: y = x W^T + b + x A^T (s B)^T, forward and backward written out.
 
-To a compiler it is one operator, so that what stands around it is fused and its matrix products stay few and large.
+To a compiler it is one operator, so that what stands around it is fused and its matrix products stay few and large. On
+a CPU with AMX, in bf16, each pass is one kernel of our own (`low_rank.cpp`).
 
 Shapes: T tokens, I inputs, O outputs, R the rank. Several layers that read the same x are one: O and R are then sums
 over them, A is stacked, and B is block diagonal, the outputs of a layer against its own ranks.
@@ -8,6 +9,7 @@ over them, A is stacked, and B is block diagonal, the outputs of a layer against
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,8 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from vlm_tune.model import native
+
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.source("low_rank").read_bytes()).hexdigest()[:8]
+
+LARGE = 4096
+"""Inputs or outputs of a layer above which the kernel reads its rows too often."""
+
+TOGETHER = 2048
+"""Outputs that the kernel's backward pass takes at once; more of them go layer by layer."""
 
 
 def parts(sizes: Sequence[int]) -> list[slice]:
@@ -62,12 +72,80 @@ def _matrix(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Te
     return matrix
 
 
+def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
+    """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and _has_kernel()
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel() -> bool:
+    return native.library("low_rank") is not None
+
+
+def _kernel() -> ctypes.CDLL:
+    found = native.library("low_rank")
+    assert found is not None
+    return found
+
+
+def _diagonal(ups: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """s B [O, R] of all layers, the outputs of each against its own ranks."""
+    if len(ups) == 1:
+        return (ups[0] * scales[0]).to(dtype)
+    found = ups[0].new_zeros(sum(map(len, ups)), sum(up.shape[1] for up in ups), dtype=dtype)
+    _fill(found, ups, scales)
+    return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With the numbers of a row side by side."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _sizes(*values: int) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _quick(rows: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
+    (count, width), (outputs, rank) = rows.shape, up.shape
+    out, low = rows.new_empty(count, outputs), rows.new_empty(count, rank)
+    shape = _sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0))
+    _kernel().low_rank(shape, *native.pointers(rows, weight, down.contiguous(), up.contiguous(), bias, out, low))
+    return out, low
+
+
+def _quick_backward(
+    gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, down: Tensor, ups: Sequence[Tensor], scales: Sequence[float], needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `project_backward` by the kernel, A's and B's in fp32."""
+    (count, width), (outputs, rank) = rows.shape, (gradient.shape[1], low.shape[1])
+    x_gradient = gradient.new_empty(count if needs_x else 0, width)
+    of_down = gradient.new_empty(rank, width, dtype=torch.float32)
+    of_up = gradient.new_empty(rank, outputs, dtype=torch.float32)
+    groups = [(slice(0, outputs), slice(0, rank), _diagonal(ups, scales, low.dtype))]
+    if outputs > TOGETHER and len(ups) > 1:
+        # What flows back is deep: each layer's share of it is read as few times as can be, and added to the one before.
+        own = [_diagonal([up], [scale], low.dtype) for up, scale in zip(ups, scales, strict=True)]
+        groups = list(zip(parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), own, strict=True))
+    for number, (where, ranks, up) in enumerate(groups):
+        flowing, part, up = gradient[:, where], of_up.new_empty(up.shape[1], up.shape[0]), up.contiguous()
+        strides = (flowing.stride(0), rows.stride(0), low.stride(0), weight.stride(0), up.stride(0))
+        given = native.pointers(flowing, rows, low[:, ranks], weight[where], down[ranks], up, x_gradient if needs_x else None)
+        _kernel().low_rank_backward(
+            _sizes(count, width, len(up), up.shape[1], *strides), *given, ctypes.c_int64(number > 0), *native.pointers(of_down[ranks], part)
+        )
+        of_up[ranks, where] = part
+    return x_gradient, of_down, of_up
+
+
 @torch.library.custom_op(f"vlm_tune::project_{SOURCE}", mutates_args=())
 def project(
     rows: Tensor,
     weights: Sequence[Tensor],
     packing: str,
     room: int,
+    quick: bool,
     bias: Tensor | None,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
@@ -78,10 +156,12 @@ def project(
     `weights` is W [O, I] of one layer (`room` 0), and x A^T [T, R] is kept; or it is [W | room for s B] of
     [O, I + room], all is one GEMM of [x | x A^T], and that is kept, in place of x. With a `packing` (the kind of 4-bit
     codes and their block, as nf4:64) it is the codes and block scales of each layer, unpacked in either pass and kept
-    by neither.
+    by neither. `quick` is by the kernel, which fills no room and keeps x A^T in any case.
     """
     width = rows.shape[1]
     matrix = _matrix(weights, packing, room, ups, rows, width)
+    if quick:
+        return _quick(_rows(rows), matrix, _down(downs, sum(map(len, downs)), rows.dtype), _diagonal(ups, scales, rows.dtype), bias)
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -92,8 +172,10 @@ def project(
 
 
 @project.register_fake
-def _(rows: Tensor, weights: Any, packing: str, room: int, bias: Tensor | None, downs: Any, ups: Any, scales: Any) -> tuple[Tensor, Tensor]:
-    kept = rows.shape[1] + room if room else len(downs[0])
+def _(
+    rows: Tensor, weights: Any, packing: str, room: int, quick: bool, bias: Tensor | None, downs: Any, ups: Any, scales: Any
+) -> tuple[Tensor, Tensor]:
+    kept = rows.shape[1] + room if room and not quick else sum(map(len, downs))
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
 
 
@@ -105,6 +187,7 @@ def project_backward(
     weights: Sequence[Tensor],
     packing: str,
     room: int,
+    quick: bool,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scales: Sequence[float],
@@ -113,6 +196,10 @@ def project_backward(
     """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O]."""
     width = downs[0].shape[1]
     matrix = _matrix(weights, packing, room, ups, kept, width)
+    if quick:
+        assert rows is not None
+        down = _down(downs, sum(map(len, downs)), kept.dtype).contiguous()
+        return _quick_backward(_rows(gradient), _rows(rows), kept, matrix, down, ups, scales, needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
@@ -133,9 +220,23 @@ def project_backward(
 
 @project_backward.register_fake
 def _(
-    gradient: Tensor, rows: Any, kept: Tensor, weights: Any, packing: str, room: int, downs: Any, ups: Any, scales: Any, needs_x: bool
+    gradient: Tensor,
+    rows: Any,
+    kept: Tensor,
+    weights: Any,
+    packing: str,
+    room: int,
+    quick: bool,
+    downs: Any,
+    ups: Any,
+    scales: Any,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = downs[0].shape[1]
+    if quick:
+        shapes = (kept.shape[1], width), (kept.shape[1], gradient.shape[1])
+        of_down, of_up = (gradient.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_down, of_up
     rank = kept.shape[1] - (width if rows is None else 0)
     count = gradient.shape[0]
     return (
@@ -146,10 +247,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows, weights, ctx.packing, ctx.room, _, downs, ups, ctx.scales = inputs
+    rows, weights, ctx.packing, ctx.room, ctx.quick, _, downs, ups, ctx.scales = inputs
     ctx.counts = len(weights), len(downs)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1] if ctx.room else rows, output[1], *weights, *downs, *ups)
+    ctx.save_for_backward(output[1] if ctx.room and not ctx.quick else rows, output[1], *weights, *downs, *ups)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -158,7 +259,17 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     weights, downs, ups = rest[:own], rest[own : own + layers], rest[own + layers :]
     needs_x = ctx.needs_input_grad[0]
     x, down, up = project_backward(
-        gradient, None if ctx.room else rows, kept, weights, ctx.packing, ctx.room, downs, ups, ctx.scales, needs_x
+        gradient,
+        None if ctx.room and not ctx.quick else rows,
+        kept,
+        weights,
+        ctx.packing,
+        ctx.room,
+        ctx.quick,
+        downs,
+        ups,
+        ctx.scales,
+        needs_x,
     )
     ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
     of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
@@ -166,7 +277,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         (up[rank, where].t().to(each.dtype) * scale).contiguous()
         for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
     ]
-    return x if needs_x else None, [None] * own, None, None, None, of_downs, of_ups, None
+    return x if needs_x else None, [None] * own, None, None, None, None, of_downs, of_ups, None
 
 
 project.register_autograd(_backward, setup_context=_save)

@@ -85,7 +85,39 @@ def attends(llm: LanguageModel) -> bool:
     return llm.model.config._attn_implementation == NAME
 
 
+class Branches:
+    """Branches of rows that grow by a token a call of the model: what each sees of its row, and its own tokens.
+
+    `kept` are the keys and values [B, G, L, D] of every layer, `seen` bool[B, K, L] what the K branches see of them.
+    """
+
+    def __init__(self, kept: list[tuple[Tensor, Tensor]], seen: Tensor) -> None:
+        self.kept, self.calls = kept, 0
+        self.own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept]
+        self.hidden = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Outputs [B, K, H, D] of the newest tokens' query [B, H, K, D], key and value [B, G, K, D], layer by layer."""
+        keys, values = self.kept[self.calls % len(self.kept)]
+        own = self.own[self.calls % len(self.kept)]
+        self.calls += 1
+        own.append((key.clone(), value.clone()))
+        (rows, heads, branches, width), groups = query.shape, key.shape[1]
+        grouped = query.reshape(rows, groups, heads // groups, branches, width)
+        # A branch sees its own tokens and no other's, so of these there is one score a token, and nothing to mask.
+        scores = grouped.flatten(2, 3) @ keys.transpose(2, 3)
+        parts = [scores.view(*grouped.shape[:-1], -1).float() * scale + self.hidden]
+        parts += [(grouped.float() * one[:, :, None].float()).sum(-1, keepdim=True) * scale for one, _ in own]
+        weights = torch.cat(parts, -1).softmax(-1).to(query.dtype)
+        length = keys.shape[2]
+        out = (weights[..., :length].reshape(*scores.shape) @ values).view(grouped.shape).float()
+        for place, (_, one) in enumerate(own):
+            out += weights[..., length + place, None].float() * one[:, :, None].float()
+        return out.to(query.dtype).permute(0, 3, 1, 2, 4).contiguous().view(rows, branches, heads, width)
+
+
 _kept: list[tuple[Tensor, Tensor]] | None = None
+_growing: Branches | None = None
 _runs = 0
 
 
@@ -107,6 +139,17 @@ def keeping() -> Iterator[list[tuple[Tensor, Tensor]]]:
         yield kept
     finally:
         _kept = None
+
+
+@contextmanager
+def growing(branches: Branches) -> Iterator[None]:
+    """Within, a model that attends by the kernel is given the newest tokens of branches, and they attend as branches do."""
+    global _growing
+    _growing = branches
+    try:
+        yield
+    finally:
+        _growing = None
 
 
 def _strides(*tensors: Tensor) -> Any:
@@ -153,6 +196,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
 
     Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
     """
+    if _growing is not None:
+        return _growing.attend(query, key, value, scale), query.new_empty(*query.shape[:3], dtype=torch.float32)
     query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
     global _runs
     _runs += 1
