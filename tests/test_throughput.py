@@ -22,7 +22,7 @@ from benchmarks.scaling import exponent
 from benchmarks.throughput import Comparison
 from vlm_tune.data.prepare import conversations, prepare
 from vlm_tune.model.build import build_processor
-from vlm_tune.model.llm import tree_mask
+from vlm_tune.model.masks import tree_mask
 from vlm_tune.recipe import parse_recipe
 
 

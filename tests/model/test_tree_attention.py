@@ -16,7 +16,8 @@ from vlm_tune.api import sft
 from vlm_tune.data.prepare import prepare
 from vlm_tune.errors import ModelError
 from vlm_tune.model import native, tree_attention
-from vlm_tune.model.llm import CausalLLM, additive, tree_mask
+from vlm_tune.model.llm import CausalLLM
+from vlm_tune.model.masks import additive, tree_mask
 from vlm_tune.model.tree_attention import Branches, attend, attending, attends, usable
 
 WIDE = "hidden_size: 64, head_dim: 32"

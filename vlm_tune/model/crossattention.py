@@ -145,7 +145,7 @@ class CrossAttention(Connector):
 
 def text_layers(llm: LanguageModel) -> nn.ModuleList:
     """The layers that the input goes through: a decoder's, or an encoder-decoder's encoder's. Raises `ModelError` if unknown."""
-    root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.model.base_model
+    root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.body
     count = llm.model.config.get_text_config().num_hidden_layers
     stacks = (module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
     found = next(stacks, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.loss import token_loss
+from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
 from vlm_tune.model.tree_attention import Branches, attending, attends, compute_dtype, growing, keeping, runs, usable
 
@@ -74,9 +76,14 @@ class LanguageModel(nn.Module):
         """The output head."""
         return self.model.get_output_embeddings()
 
+    @property
+    def body(self) -> Any:
+        """What makes hidden states of embeddings; transformers misnames it in Llama4ForCausalLM."""
+        return self.model.base_model if self.model.base_model is not self.model else self.model.model
+
     def kept(self, input_ids: torch.Tensor) -> Any:
         """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
-        return self.model.base_model(input_ids=input_ids, use_cache=True).past_key_values
+        return self.body(input_ids=input_ids, use_cache=True).past_key_values
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, L, E] of ids [B, L]."""
@@ -122,47 +129,42 @@ class LanguageModel(nn.Module):
         return {"generation_config": config}
 
 
-def tree_mask(ends: torch.Tensor) -> torch.Tensor:
-    """bool[B, 1, L, L]: token i sees token j where j <= i < ends[j]; padding, whose end is 0, sees itself alone."""
-    place = torch.arange(ends.shape[1], device=ends.device)
-    seen = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :])
-    return (seen | torch.eye(len(place), dtype=torch.bool, device=ends.device))[:, None]
-
-
-def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """bool[B, 1, R, C]: whether token r of rows [B, R] and token c of columns [B, C] belong to one sample."""
-    return (rows[:, :, None] == columns[:, None, :])[:, None]
-
-
-def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask to add to attention scores: 0 where seen, the least number elsewhere."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
 class CausalLLM(LanguageModel):
     """A decoder: Llama, Mistral, Qwen, Gemma, SmolLM, GPT-2, ..."""
 
     layout = "causal"
 
+    @cached_property
+    def unjoined(self) -> str | None:
+        """Why rows can't be joined, None where they can."""
+        return joining_reason(self.model, self.body)
+
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         length, virtual, positions, ends = embeds.shape[1], self.virtual, batch.positions, batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
+        if ends is not None and self.unjoined:
+            raise ModelError(
+                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: set data.group: none and data.packing: false"
+            )
         if virtual and ends is not None:
             # Every sample of a joined row sees the virtual tokens, and its own tokens come after them.
             ends = pad(torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length)
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
-            positions = torch.cat([first, positions + virtual], dim=1)[:, -embeds.shape[1] :]
+            positions = torch.cat([first, positions + virtual], dim=1)
+        own = None if positions is None else positions[:, -embeds.shape[1] :]
         before = runs()
         if attends(self):
-            seen: torch.Tensor = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[:, None, None]
+            seen: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[:, None, None]
+        elif ends is None or positions is None or own is None:
+            seen = mask.long()
         else:
-            seen = mask.long() if ends is None else additive(tree_mask(ends)[:, :, -embeds.shape[1] :], embeds.dtype)
-        output = self.model.base_model(
+            seen = layer_masks(self.model.config, tree_mask(ends)[:, :, -embeds.shape[1] :], own, positions, embeds.dtype)
+        output = self.body(
             inputs_embeds=embeds,
             attention_mask=seen,
-            position_ids=positions,
+            position_ids=own,
             past_key_values=cache,
             use_cache=False,
         )
@@ -228,26 +230,28 @@ class CausalLLM(LanguageModel):
 
         return hidden, grow
 
-    def _read_masked(self, embeds: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> Read:
-        """Reads rows by the attention that transformers chose, given masks and a cache."""
+    def _read_masked(self, embeds: torch.Tensor, seen: torch.Tensor, held: torch.Tensor, visible: torch.Tensor) -> Read:
+        """Reads rows by the attention that transformers chose, given masks and a cache; `held` [B, L] are positions."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        hidden = self._hidden(embeds, additive(seen, embeds.dtype), positions, cache)
+        config = self.model.config
+        cache = DynamicCache()  # of no config, so it keeps all: what a window leaves out differs by branch
+        hidden = self._hidden(embeds, layer_masks(config, seen, held, held, embeds.dtype), held, cache)
         own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
 
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            nonlocal visible
-            visible = torch.cat([visible, own], -1)
+            nonlocal visible, held
+            visible, held = torch.cat([visible, own], -1), torch.cat([held, positions], -1)
+            mask = layer_masks(config, visible[:, None], positions, held, embeds.dtype)
             # With a cache that grows, compiled blocks would be compiled anew.
             with torch.compiler.set_stance("force_eager"):
-                return self._hidden(embeds, additive(visible[:, None], embeds.dtype), positions, cache)
+                return self._hidden(embeds, mask, positions, cache)
 
         return hidden, grow
 
-    def _hidden(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states [B, S, E] of tokens that follow those in the cache, given a mask for what they see."""
-        found = self.model.base_model(
+    def _hidden(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Hidden states [B, S, E] of tokens that follow those in the cache, given the mask or masks of what they see."""
+        found = self.body(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
         )
         return found.last_hidden_state

@@ -186,6 +186,7 @@ class VisionLanguageModel(nn.Module):
         greedy = self.llm.layout == "causal" and decoding.num_beams == 1
         # What stands before every row, or reaches the LLM beside the slots, is not continued branch by branch.
         joins = greedy and self.llm.prompt is None and self.connector.fills_slots and not self.connector.needs_text
+        joins = joins and isinstance(self.llm, CausalLLM) and self.llm.unjoined is None
         groups: dict[Any, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt.media if joins and prompt.media else place, []).append(place)

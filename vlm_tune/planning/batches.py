@@ -18,7 +18,7 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import DataError, Interrupted, ModelError
 from vlm_tune.model.build import build_processor
-from vlm_tune.model.llm import same_sample, tree_mask
+from vlm_tune.model.masks import same_sample, tree_mask
 
 PREPARING = 3.0
 """Seconds that may be spent on preparing data."""
