@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlm_tune.data.template import ChatTemplate
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.source import (
@@ -34,6 +35,7 @@ from vlm_tune.model.build import DTYPES, load_tokenizer
 from vlm_tune.model.llamacpp.decoder import FAMILIES, ROPE_FACTORS, decoder_reasons, decoder_tensors, describe_decoder
 from vlm_tune.model.llamacpp.file import TYPES, WIDTHS, as_stored, check_gguf, read_fields, read_tensors, write_gguf
 from vlm_tune.model.llamacpp.mmproj import Mmproj, mmproj_notes, mmproj_reasons, write_mmproj
+from vlm_tune.model.llamacpp.pieces import described_of, pieces_notes
 from vlm_tune.model.llamacpp.tokens import MARKER, read_tokenizer, tokenizer_reasons
 from vlm_tune.model.llava import vision_weights
 from vlm_tune.model.store import find_model, read_config
@@ -60,7 +62,7 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool) -> Ex
     def write(folder: Path) -> tuple[ExportReport, str]:
         files = Files(folder / f"model-{TYPES[dtype]}.gguf", folder / f"mmproj-{TYPES[precision]}.gguf")
         write_files(files, model, dtype)
-        report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, mmproj_notes(model))
+        report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, notes_of(model))
         if expected is not None:
             found = verify_gguf(files, model, expected, dtype)
             report = replace(report, **asdict(found), rows=len(expected.rows))
@@ -80,10 +82,15 @@ def check_target(source: Path, config: VisionLanguageConfig) -> Any:
         text = text_config(source, config)
         reasons += decoder_reasons(text)
     if text is not None and not reasons:
-        reasons = tokenizer_reasons(load_tokenizer(config.llm, source), text.vocab_size)
+        reasons = tokenizer_reasons(load_tokenizer(config.llm, source), text.vocab_size, ChatTemplate.model_validate(config.template))
     if reasons:
         raise ModelError(f"this model can't be exported as GGUF: {'; '.join(reasons)}. {HELD}")
     return text
+
+
+def notes_of(model: VisionLanguageModel) -> list[str]:
+    """What llama.cpp does otherwise with an image or a text than the model was trained with."""
+    return [*mmproj_notes(model), *pieces_notes(described_of(model.processor.tokenizer))]
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dt
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
     check_answers(stored, found, texts, allowed)
     moved = _largest(reader.logits(expected.rows, approximate), found)
-    notes = [*mmproj_notes(model), f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}"]
+    notes = [*notes_of(model), f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}"]
     return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
 
 

@@ -26,7 +26,7 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.merging import check_output
-from vlm_tune.model.build import DTYPES
+from vlm_tune.model.build import DTYPES, pin_tokenizer
 from vlm_tune.model.llava import IMAGE_TOKEN, check_logits, check_target, llava_model, llava_processor
 from vlm_tune.model.store import find_model, read_config
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -57,6 +57,7 @@ def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: st
         image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         llava_model(model, image_token, DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
+        pin_tokenizer(folder)
         report = ExportReport(str(output), "llava", dtype, merged, parameters, None, None)
         if expected is not None:
             allowed = expected.tolerance(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -304,6 +305,12 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
         raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
     tokenizer.chat_template = None
     return tokenizer
+
+
+def pin_tokenizer(folder: Path) -> None:
+    """Makes transformers read a folder's tokenizer.json as it is; a model's own class would make it anew, and Llama's loses `legacy`."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:

@@ -29,7 +29,7 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
-from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, restore_tower
+from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, pin_tokenizer, restore_tower
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -187,8 +187,10 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
         if prompt is not None and virtual is not None:
             write_prompt(prompt.config, virtual, folder / PROMPT)
         model.processor.tokenizer.save_pretrained(folder)
+        pin_tokenizer(folder)
         if model.connector.reader is not None:
             model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
+            pin_tokenizer(folder / WORDS)
         if model.processor.template.jinja:
             (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
 

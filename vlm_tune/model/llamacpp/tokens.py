@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from vlm_tune.data.processor import Processor
-from vlm_tune.data.template import processor_jinja
+from vlm_tune.data.template import ChatTemplate, processor_jinja
+from vlm_tune.model.llamacpp.pieces import PieceTokenizer, describe_pieces, described_of, is_pieces, pieces_reasons
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -48,14 +48,20 @@ def _name(described: dict[str, Any]) -> str | None:
     return next((name for name, known in SPLITS.items() if known == key), None)
 
 
-def tokenizer_reasons(tokenizer: Any, rows: int) -> list[str]:
-    """Why a tokenizer, for an embedding of so many rows, can't be written for llama.cpp."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list[str]:
+    """Why a tokenizer, for an embedding of so many rows and a chat format, can't be written for llama.cpp."""
+    described = described_of(tokenizer)
     kind = described["model"]["type"]
-    if kind != "BPE" or _name(described) is None or (described["normalizer"] or {}).get("type") not in NORMALIZERS:
-        return [f"its tokenizer ({kind}) is none of the byte-level BPE that llama.cpp splits as it does ({', '.join(SPLITS)})"]
+    if is_pieces(described):
+        first = template.start[:1] or [*template.system[:1], *template.user[:1]]
+        reasons = pieces_reasons(tokenizer, opens_with_text=any(piece.control is None for piece in first))
+    elif kind == "BPE" and _name(described) is not None and (described["normalizer"] or {}).get("type") in NORMALIZERS:
+        reasons = []
+    else:
+        known = f"the byte-level BPE that llama.cpp splits as it does ({', '.join(SPLITS)})"
+        reasons = [f"its tokenizer ({kind}) is neither SentencePiece's BPE with bytes nor {known}"]
     most = max(tokenizer.get_vocab().values()) + 1
-    return [f"its tokenizer has {most} tokens, the embedding {rows} rows"] if most > rows else []
+    return [*reasons, f"its tokenizer has {most} tokens, the embedding {rows} rows"] if most > rows else reasons
 
 
 def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> None:
@@ -63,7 +69,7 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
     from gguf import TokenType
 
     tokenizer: Any = processor.tokenizer
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = described_of(tokenizer)
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [TokenType.UNUSED] * rows
     for token, number in described["model"]["vocab"].items():
         tokens[number], types[number] = token, TokenType.NORMAL
@@ -72,11 +78,15 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     for number in {*map(processor.encoder.control, processor.template.control_tokens), *processor.stop_ids}:
         types[number] = TokenType.CONTROL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(str(_name(described)))
+    if is_pieces(described):
+        describe_pieces(writer, described, tokenizer.unk_token_id, tokens, types)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(str(_name(described)))
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]])
+        writer.add_add_space_prefix(False)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]])
     # Each of these ends an answer in llama.cpp.
     for add, number in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), processor.stop_ids, strict=False):
         add(number)
@@ -86,7 +96,6 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
             add(number)
     writer.add_add_bos_token(any(piece.control == "bos" for piece in processor.template.start))
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
     writer.add_chat_template(processor_jinja(processor.template, processor.system, MARKER))
 
 
@@ -95,6 +104,8 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    if fields["tokenizer.ggml.model"] == "llama":
+        return PieceTokenizer(fields)
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     steps, whole = SPLITS[fields["tokenizer.ggml.pre"]]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
