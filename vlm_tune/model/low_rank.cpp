@@ -267,7 +267,43 @@ struct Shape {
   int64_t M, I, O, R;
 };
 
-void forward(Shape s, Matrix x, Matrix weight, Matrix down, Matrix up_, const bf16* bias, bf16* y, bf16* low) {
+// One of the layers that read the same rows: fp32 A [rank, I] and B [outputs, rank], and what B is scaled by.
+struct Layer {
+  const float *down, *up;
+  int64_t outputs, rank;
+  float scale;
+};
+
+// A of all layers [R, I], and s B [O, R], the outputs of each against its own ranks.
+struct Adapters {
+  Matrix down, up;
+  Adapters(const Layer* layers, int64_t count, Shape s, Room<bf16>& room) {
+    bf16 *a = room.of(s.R * s.I + s.O * s.R + 32), *b = a + s.R * s.I;
+    down = {a, s.I};
+    up = {b, s.R};
+    for (int64_t place = 0, first_rank = 0; place < count; first_rank += layers[place++].rank) {
+      const Layer& layer = layers[place];
+      for (int64_t i = 0; i < layer.rank * s.I; i += 16) {
+        const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, layer.rank * s.I - i)));
+        _mm256_mask_storeu_epi16(a + i, some, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, layer.down + i)));
+      }
+      a += layer.rank * s.I;
+      for (int64_t o = 0; o < layer.outputs; ++o, b += s.R) {
+        if (layer.rank < s.R) std::fill_n(b, s.R, bf16{0});
+        for (int64_t r = 0; r < layer.rank; r += 16) {
+          const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, layer.rank - r)));
+          const __m512 held = _mm512_maskz_loadu_ps(some, layer.up + o * layer.rank + r);
+          _mm256_mask_storeu_epi16(b + first_rank + r, some, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(held, _mm512_set1_ps(layer.scale))));
+        }
+      }
+    }
+  }
+};
+
+void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Matrix weight, const bf16* bias, bf16* y, bf16* low) {
+  static thread_local Room<bf16> adapters_room;
+  const Adapters adapters(layers, count, s, adapters_room);
+  const Matrix down = adapters.down, up_ = adapters.up;
   const int64_t threads = at::get_num_threads(), of_rows = row_threads(s.M, s.O, threads);
   const int64_t own = pieces(s.I, 32), tiles = own + pieces(s.R, 32), R32 = up(s.R, 32);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -306,23 +342,43 @@ void forward(Shape s, Matrix x, Matrix weight, Matrix down, Matrix up_, const bf
   });
 }
 
-// Sums in tiles [columns / 32][ranks / 16][2][16][16] of all threads as fp32 [R, columns].
-void join(const float* const* sums, int64_t threads, int64_t ranks, int64_t columns, float* to) {
-  const int64_t high = pieces(ranks, 16);
-  at::parallel_for(0, pieces(columns, 16), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      for (int64_t r = 0; r < ranks; ++r) {
-        const int64_t place = ((n / 2 * high + r / 16) * 2 + n % 2) * 256 + r % 16 * 16;
+// Where a thread's sums in tiles [columns / 32][ranks / 16][2][16][16] hold a rank and a column.
+int64_t place_of(int64_t rank, int64_t column, int64_t ranks) {
+  return ((column / 32 * pieces(ranks, 16) + rank / 16) * 2 + column / 16 % 2) * 256 + rank % 16 * 16 + column % 16;
+}
+
+// The gradient of A [R, I]: the sums of all threads.
+void join_down(const float* const* sums, int64_t threads, Shape s, float* to) {
+  at::parallel_for(0, s.R, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t n = 0; n < s.I; n += 16) {
         __m512 found = _mm512_setzero_ps();
         for (int64_t thread = 0; thread < threads; ++thread)
-          if (sums[thread]) found = _mm512_add_ps(found, _mm512_load_ps(sums[thread] + place));
-        _mm512_mask_storeu_ps(to + r * columns + n * 16, static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n * 16))), found);
+          if (sums[thread]) found = _mm512_add_ps(found, _mm512_load_ps(sums[thread] + place_of(r, n, s.R)));
+        _mm512_mask_storeu_ps(to + r * s.I + n, static_cast<__mmask16>(first(std::min<int64_t>(16, s.I - n))), found);
+      }
+  });
+}
+
+// The gradient of one layer's B [outputs, rank], which begin at these of all.
+void join_up(const float* const* sums, int64_t threads, const Layer& layer, int64_t output, int64_t rank, int64_t ranks, float* to) {
+  at::parallel_for(0, layer.outputs, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o)
+      for (int64_t r = 0; r < layer.rank; ++r) {
+        const int64_t place = place_of(rank + r, output + o, ranks);
+        float found = 0;
+        for (int64_t thread = 0; thread < threads; ++thread)
+          if (sums[thread]) found += sums[thread][place];
+        to[o * layer.rank + r] = found * layer.scale;
       }
   });
 }
 
 void backward(
-    Shape s, Matrix dy, Matrix x, Matrix low, Matrix weight, Matrix down, Matrix up_, bf16* dx, bool add, float* d_down, float* d_up) {
+    Shape s, const Layer* layers, int64_t count, Matrix dy, Matrix x, Matrix low, Matrix weight, bf16* dx, bool add, float* d_down, float* d_up) {
+  static thread_local Room<bf16> adapters_room;
+  const Adapters adapters(layers, count, s, adapters_room);
+  const Matrix down = adapters.down, up_ = adapters.up;
   const int64_t threads = at::get_num_threads();
   const int64_t own = pieces(s.O, 32), tiles = own + pieces(s.R, 32), R32 = up(s.R, 32), high = pieces(s.R, 16);
   const int64_t x_sums = pieces(s.I, 32) * high * 512, y_sums = own * high * 512;
@@ -377,8 +433,12 @@ void backward(
       }
     }
   });
-  join(of_x.get(), threads, s.R, s.I, d_down);
-  join(of_y.get(), threads, s.R, s.O, d_up);
+  join_down(of_x.get(), threads, s, d_down);
+  for (int64_t place = 0, output = 0, rank = 0; place < count; ++place) {
+    join_up(of_y.get(), threads, layers[place], output, rank, s.R, d_up);
+    output += layers[place].outputs, rank += layers[place].rank;
+    d_up += layers[place].outputs * layers[place].rank;
+  }
 }
 
 Matrix matrix(const void* data, int64_t stride) { return {static_cast<const bf16*>(data), stride}; }
@@ -387,24 +447,35 @@ Matrix matrix(const void* data, int64_t stride) { return {static_cast<const bf16
 
 extern "C" {
 
-// y [M, O] and low [M, R] of x [M, I], weight [O, I], down [R, I], up [O, R], and bias [O] or null; all bf16. `shape` is M, I,
-// O, R and the strides of x and weight.
-void low_rank(
-    const int64_t* shape, const void* x, const void* weight, const void* down, const void* up, const void* bias, void* y, void* low) {
+// y [M, O] and low [M, R] of x [M, I], weight [O, I], and bias [O] or null, all bf16, and the adapters of layers whose outputs
+// and ranks together are O and R. `shape` is M, I, O, R, the strides of x and weight, and the number of layers.
+void low_rank(const int64_t* shape, const void* layers, const void* x, const void* weight, const void* bias, void* y, void* low) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   forward(
-      s, matrix(x, shape[4]), matrix(weight, shape[5]), matrix(down, s.I), matrix(up, s.R), static_cast<const bf16*>(bias),
+      s, static_cast<const Layer*>(layers), shape[6], matrix(x, shape[4]), matrix(weight, shape[5]), static_cast<const bf16*>(bias),
       static_cast<bf16*>(y), static_cast<bf16*>(low));
 }
 
-// dx [M, I] unless null, and fp32 d_down [R, I] and d_up [R, O], given dy [M, O], and x, low and the weights as above.
-// With `add` dx is added to what is there. `shape` is M, I, O, R and the strides of dy, x, low, weight and up.
+// dx [M, I] unless null, and fp32 gradients of every A and every B, one after another, given dy [M, O], x, low [M, R] and the
+// weights as above. `shape` is M, I, O, R, the strides of dy, x and weight, the number of layers, and the outputs to go back at once.
 void low_rank_backward(
-    const int64_t* shape, const void* dy, const void* x, const void* low, const void* weight, const void* down, const void* up, void* dx,
-    int64_t add, void* d_down, void* d_up) {
-  const Shape s{shape[0], shape[1], shape[2], shape[3]};
-  backward(
-      s, matrix(dy, shape[4]), matrix(x, shape[5]), matrix(low, shape[6]), matrix(weight, shape[7]), matrix(down, s.I), matrix(up, shape[8]),
-      static_cast<bf16*>(dx), add, static_cast<float*>(d_down), static_cast<float*>(d_up));
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* low, const void* weight, void* dx, void* d_down,
+    void* d_up) {
+  const auto* all = static_cast<const Layer*>(layers);
+  auto *of_down = static_cast<float*>(d_down), *of_up = static_cast<float*>(d_up);
+  const int64_t M = shape[0], I = shape[1], O = shape[2], R = shape[3], count = shape[7];
+  const Matrix flowing = matrix(dy, shape[4]), rows = matrix(x, shape[5]), lows = matrix(low, R), weights = matrix(weight, shape[6]);
+  // Where what flows back is deep, each layer's share is read as few times as can be, and its result added to the one before.
+  const int64_t step = O > shape[8] ? 1 : count;
+  for (int64_t place = 0, output = 0, rank = 0; place < count; place += step) {
+    const Shape s{M, I, step == 1 ? all[place].outputs : O, step == 1 ? all[place].rank : R};
+    backward(
+        s, all + place, step, {flowing.at(0, output), flowing.stride}, rows, {lows.at(0, rank), R}, {weights.at(output, 0), weights.stride},
+        static_cast<bf16*>(dx), place > 0, of_down + rank * I, of_up);
+    for (int64_t done = place; done < place + step; ++done) {
+      output += all[done].outputs, rank += all[done].rank;
+      of_up += all[done].outputs * all[done].rank;
+    }
+  }
 }
 }

@@ -88,15 +88,6 @@ def _kernel() -> ctypes.CDLL:
     return found
 
 
-def _diagonal(ups: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """s B [O, R] of all layers, the outputs of each against its own ranks."""
-    if len(ups) == 1:
-        return (ups[0] * scales[0]).to(dtype)
-    found = ups[0].new_zeros(sum(map(len, ups)), sum(up.shape[1] for up in ups), dtype=dtype)
-    _fill(found, ups, scales)
-    return found
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """With the numbers of a row side by side."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
@@ -106,37 +97,62 @@ def _sizes(*values: int) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _quick(rows: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+class _Layer(ctypes.Structure):
+    """An adapter as the kernel takes it."""
+
+    _fields_ = (
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    )
+
+
+def _masters(adapters: Sequence[Tensor]) -> list[Tensor]:
+    return [each.float().contiguous() for each in adapters]
+
+
+def _layers(downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Any:
+    made = [_Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(downs, ups, scales, strict=True)]
+    return (_Layer * len(made))(*made)
+
+
+def _quick(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
-    (count, width), (outputs, rank) = rows.shape, up.shape
+    downs, ups = _masters(downs), _masters(ups)
+    (count, width), outputs, rank = rows.shape, sum(map(len, ups)), sum(map(len, downs))
     out, low = rows.new_empty(count, outputs), rows.new_empty(count, rank)
-    shape = _sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0))
-    _kernel().low_rank(shape, *native.pointers(rows, weight, down.contiguous(), up.contiguous(), bias, out, low))
+    shape = _sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups))
+    _kernel().low_rank(shape, _layers(downs, ups, scales), *native.pointers(rows, weight, bias, out, low))
     return out, low
 
 
 def _quick_backward(
-    gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, down: Tensor, ups: Sequence[Tensor], scales: Sequence[float], needs_x: bool
+    gradient: Tensor,
+    rows: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward` by the kernel, A's and B's in fp32."""
+    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
+    downs, ups = _masters(downs), _masters(ups)
     (count, width), (outputs, rank) = rows.shape, (gradient.shape[1], low.shape[1])
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
-    of_down = gradient.new_empty(rank, width, dtype=torch.float32)
-    of_up = gradient.new_empty(rank, outputs, dtype=torch.float32)
-    groups = [(slice(0, outputs), slice(0, rank), _diagonal(ups, scales, low.dtype))]
-    if outputs > TOGETHER and len(ups) > 1:
-        # What flows back is deep: each layer's share of it is read as few times as can be, and added to the one before.
-        own = [_diagonal([up], [scale], low.dtype) for up, scale in zip(ups, scales, strict=True)]
-        groups = list(zip(parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), own, strict=True))
-    for number, (where, ranks, up) in enumerate(groups):
-        flowing, part, up = gradient[:, where], of_up.new_empty(up.shape[1], up.shape[0]), up.contiguous()
-        strides = (flowing.stride(0), rows.stride(0), low.stride(0), weight.stride(0), up.stride(0))
-        given = native.pointers(flowing, rows, low[:, ranks], weight[where], down[ranks], up, x_gradient if needs_x else None)
-        _kernel().low_rank_backward(
-            _sizes(count, width, len(up), up.shape[1], *strides), *given, ctypes.c_int64(number > 0), *native.pointers(of_down[ranks], part)
-        )
-        of_up[ranks, where] = part
-    return x_gradient, of_down, of_up
+    of_downs = gradient.new_empty(rank, width, dtype=torch.float32)
+    of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
+    strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
+    _kernel().low_rank_backward(
+        _sizes(count, width, outputs, rank, *strides, len(ups), TOGETHER),
+        _layers(downs, ups, scales),
+        *native.pointers(gradient, rows, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+    )
+    return x_gradient, of_downs, of_ups
 
 
 @torch.library.custom_op(f"vlm_tune::project_{SOURCE}", mutates_args=())
@@ -161,7 +177,7 @@ def project(
     width = rows.shape[1]
     matrix = _matrix(weights, packing, room, ups, rows, width)
     if quick:
-        return _quick(_rows(rows), matrix, _down(downs, sum(map(len, downs)), rows.dtype), _diagonal(ups, scales, rows.dtype), bias)
+        return _quick(_rows(rows), matrix, bias, downs, ups, scales)
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -193,13 +209,15 @@ def project_backward(
     scales: Sequence[float],
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O]."""
+    """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O].
+
+    With `quick` they are those of each layer's own B [O_i, R_i] in place of s B, one after another.
+    """
     width = downs[0].shape[1]
     matrix = _matrix(weights, packing, room, ups, kept, width)
     if quick:
         assert rows is not None
-        down = _down(downs, sum(map(len, downs)), kept.dtype).contiguous()
-        return _quick_backward(_rows(gradient), _rows(rows), kept, matrix, down, ups, scales, needs_x)
+        return _quick_backward(_rows(gradient), _rows(rows), kept, matrix, downs, ups, scales, needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
@@ -234,9 +252,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = downs[0].shape[1]
     if quick:
-        shapes = (kept.shape[1], width), (kept.shape[1], gradient.shape[1])
-        of_down, of_up = (gradient.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_down, of_up
+        of_downs = gradient.new_empty(kept.shape[1], width, dtype=torch.float32)
+        of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
+        return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_downs, of_ups
     rank = kept.shape[1] - (width if rows is None else 0)
     count = gradient.shape[0]
     return (
@@ -273,10 +291,13 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     )
     ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
     of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
-    of_ups = [
-        (up[rank, where].t().to(each.dtype) * scale).contiguous()
-        for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
-    ]
+    if ctx.quick:
+        of_ups = [own.view_as(each).to(each.dtype) for own, each in zip(up.split([each.numel() for each in ups]), ups, strict=True)]
+    else:
+        of_ups = [
+            (up[rank, where].t().to(each.dtype) * scale).contiguous()
+            for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
+        ]
     return x if needs_x else None, [None] * own, None, None, None, None, of_downs, of_ups, None
 
 
