@@ -29,6 +29,7 @@ from small import (
 from vlm_tune.data.joining import pack_layout
 from vlm_tune.data.prepare import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
+from vlm_tune.model import llm
 from vlm_tune.model.llm import CausalLLM, Decoding
 
 
@@ -192,7 +193,9 @@ def test_a_packed_step_through_the_loop_is_the_same(
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_answers_of_joined_prompts_are_those_one_by_one(many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_answers_of_joined_prompts_are_those_one_by_one(
+    many_questions: Path, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe).eval()
     for parameter in model.llm.model.parameters():
@@ -214,6 +217,9 @@ def test_answers_of_joined_prompts_are_those_one_by_one(many_questions: Path, ti
     assert sum(calls) == 4  # a row an image
     assert together == [model.answers([prompt], decoding, fetch=fetch)[0] for prompt in prompts]
     assert len(set(together)) > 4
+    for share in (0.0, 2.0):  # no branch that has ended is let go, or each as soon as it can be
+        monkeypatch.setattr(llm, "SPARED", share)
+        assert model.answers(prompts, decoding, fetch=fetch, batch_size=7) == together
     reached: list[tuple[int, int]] = []
     beams = model.answers(prompts, Decoding(12, num_beams=2), fetch=fetch, progress=lambda done, of: reached.append((done, of)))
     assert len(beams) == len(prompts) and reached[-1] == (len(prompts), len(prompts))

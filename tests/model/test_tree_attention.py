@@ -73,17 +73,20 @@ def test_outputs_and_gradients_are_as_near_as_plain_products(heads: int, groups:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(dtype: torch.dtype) -> None:
-    """Three tokens after each of four branches, in two layers, against one attention over all keys with a mask."""
+    """Four tokens after each of four branches, of which two go on from the third on, against one attention over all keys with a mask."""
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     (rows, heads, groups, length, width), branches = (2, 6, 2, 11, 32), 4
     kept = [(draw(rows, groups, length, width), draw(rows, groups, length, width)) for _ in range(2)]
     seen = torch.rand(rows, branches, length, generator=generator) < 0.7
     seen[..., 0] = True
-    grown, own = Branches(kept, seen), torch.eye(branches, dtype=torch.bool).expand(rows, -1, -1)
-    whole = [kept[0], kept[1]]
-    for _ in range(3):
-        seen = torch.cat([seen, own], -1)
+    grown, whole = Branches(kept, seen), [kept[0], kept[1]]
+    for token in range(4):
+        if token == 2:
+            places, branches = torch.tensor([[0, 2], [3, 1]]), 2
+            grown.keep(places)
+            seen = seen[torch.arange(rows)[:, None], places]
+        seen = torch.cat([seen, torch.eye(branches, dtype=torch.bool).expand(rows, -1, -1)], -1)
         for layer in range(2):
             query, key, value = draw(rows, heads, branches, width), *(draw(rows, groups, branches, width) for _ in range(2))
             found = grown.attend(query, key, value, width**-0.5)

@@ -22,8 +22,12 @@ from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sam
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
 from vlm_tune.model.tree_attention import Branches, attending, attends, compute_dtype, growing, keeping, runs, usable
 
-Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
-"""Hidden states [B, L, E] of rows, and what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call."""
+Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[torch.Tensor], None]]
+"""Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
+what leaves only the branches at places [B, K'] to grow on."""
+
+SPARED = 0.8
+"""Share of the branches that are left below which the others are let go."""
 
 
 @dataclass
@@ -197,20 +201,27 @@ class CausalLLM(LanguageModel):
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
         if usable(self, compute_dtype(self)):
-            hidden, grow = self._read(embeds, batch.ends, batch.positions, visible)
+            hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
         else:
-            hidden, grow = self._read_masked(embeds, seen, batch.positions, visible)
-        stops, hidden = torch.tensor(stop_ids, device=embeds.device), hidden[rows, leaves]
-        found: list[torch.Tensor] = []
-        ended = torch.zeros_like(leaves, dtype=torch.bool)
-        while True:
+            hidden, grow, keep = self._read_masked(embeds, seen, batch.positions, visible)
+        hidden = hidden[rows, leaves]
+        stops, ended = torch.tensor(stop_ids, device=embeds.device), torch.zeros_like(leaves, dtype=torch.bool)
+        found, place = stops[0].repeat(*leaves.shape, max_new_tokens), torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
+        for step in range(max_new_tokens):
             # As they are: neither a wider type nor a soft cap moves the largest.
-            found.append(self.head(hidden).argmax(-1))
-            ended |= torch.isin(found[-1], stops)
-            if len(found) == max_new_tokens or bool(ended.all()):
-                return torch.stack(found, -1)
+            said = self.head(hidden).argmax(-1)
+            found[..., step].scatter_(1, place, torch.where(ended, stops[0], said))
+            ended = ended | torch.isin(said, stops)
+            left = int((~ended).sum(1).max())
+            if left == 0 or step + 1 == max_new_tokens:
+                break
             positions = positions + 1
-            hidden = grow(self.embed(found[-1]), positions)
+            if left < SPARED * ended.shape[1]:
+                order = ended.int().argsort(dim=1, stable=True)[:, :left]
+                keep(order)
+                place, said, ended, positions = (each.gather(1, order) for each in (place, said, ended, positions))
+            hidden = grow(self.embed(said), positions)
+        return found
 
     def _read(self, embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> Read:
         """Reads rows by the kernel. Compiled blocks run in every call: a graph knows neither a cache nor what is kept."""
@@ -228,7 +239,7 @@ class CausalLLM(LanguageModel):
             with growing(branches):
                 return run(embeds, torch.zeros_like(positions), positions)
 
-        return hidden, grow
+        return hidden, grow, branches.keep
 
     def _read_masked(self, embeds: torch.Tensor, seen: torch.Tensor, held: torch.Tensor, visible: torch.Tensor) -> Read:
         """Reads rows by the attention that transformers chose, given masks and a cache; `held` [B, L] are positions."""
@@ -237,17 +248,21 @@ class CausalLLM(LanguageModel):
         config = self.model.config
         cache = DynamicCache()  # of no config, so it keeps all: what a window leaves out differs by branch
         hidden = self._hidden(embeds, layer_masks(config, seen, held, held, embeds.dtype), held, cache)
-        own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
 
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             nonlocal visible, held
+            own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
             visible, held = torch.cat([visible, own], -1), torch.cat([held, positions], -1)
             mask = layer_masks(config, visible[:, None], positions, held, embeds.dtype)
             # With a cache that grows, compiled blocks would be compiled anew.
             with torch.compiler.set_stance("force_eager"):
                 return self._hidden(embeds, mask, positions, cache)
 
-        return hidden, grow
+        def keep(places: torch.Tensor) -> None:
+            nonlocal visible
+            visible = visible[torch.arange(len(places), device=places.device)[:, None], places]
+
+        return hidden, grow, keep
 
     def _hidden(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states [B, S, E] of tokens that follow those in the cache, given the mask or masks of what they see."""

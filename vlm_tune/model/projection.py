@@ -28,6 +28,9 @@ SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.source("low_rank").
 LARGE = 4096
 """Inputs or outputs of a layer above which the kernel reads its rows too often."""
 
+THREADS = 16
+"""Threads above which each has too few rows for the weights that it packs."""
+
 TOGETHER = 2048
 """Outputs that the kernel's backward pass takes at once; more of them go layer by layer."""
 
@@ -79,7 +82,7 @@ def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_kernel() -> bool:
-    return native.library("low_rank") is not None
+    return torch.get_num_threads() <= THREADS and native.library("low_rank") is not None
 
 
 def _kernel() -> ctypes.CDLL:

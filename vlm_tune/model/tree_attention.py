@@ -96,6 +96,14 @@ class Branches:
         self.own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept]
         self.hidden = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
 
+    def keep(self, places: Tensor) -> None:
+        """Only the branches at `places` int64[B, K'] grow on."""
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self.hidden = self.hidden[rows, :, :, places].permute(0, 2, 3, 1, 4)
+        self.own = [
+            [(key[rows, :, places].transpose(1, 2), value[rows, :, places].transpose(1, 2)) for key, value in own] for own in self.own
+        ]
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Outputs [B, K, H, D] of the newest tokens' query [B, H, K, D], key and value [B, G, K, D], layer by layer."""
         keys, values = self.kept[self.calls % len(self.kept)]
