@@ -231,7 +231,7 @@ CAUSES = {
     "activations": "activations",
     "logits": "logits",
     "exchange": "exchange between processes",
-    "holes": "holes in the heap",
+    "holes": "holes between tensors",
     "kernels": "compiled kernels (oneDNN)",
     "base": "process, libraries",
 }
@@ -252,6 +252,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
     for stage in plan.stages:
         _show_stage(console, stage)
+    if plan.allocator == "malloc":
+        # Measured with glibc 2.36, as docs/plan.md says.
+        console.print(Text("no C++ compiler: tensors lie where malloc puts them, and a run may take half as much again", style="yellow"))
     verdict = f"needs {gigabytes(plan.needed)} on each device"
     if plan.gpu_memory is not None:
         fits = plan.fits

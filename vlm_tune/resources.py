@@ -13,6 +13,10 @@ KERNEL_BYTES = 800_000
 """What one takes of the heap, in both of oneDNN's caches together (measured: `docs/log.md`)."""
 
 
+SMALLEST_BLOCK = 16384
+"""Bytes from which on a tensor lies in the range of addresses that training keeps for them; smaller ones are malloc's."""
+
+
 def resource_folder(name: str) -> Path:
     """The folder `data_templates` or `recipes`: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Kernels of ours in C++, for CPUs with AMX: compiled by the machine's compiler when first wanted, and kept in the cache folder."""
+"""Parts of ours in C++: compiled by the machine's compiler when first wanted, and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from vlm_tune.resources import cache_folder
 
+OPTIONS = {"tree_attention": ("-march=sapphirerapids", "-fopenmp"), "allocator": ()}
+"""What each part is compiled with beside the options of all."""
+
 
 def compiler() -> str | None:
     """The C++ compiler that torch's own compiler would take too."""
@@ -24,38 +27,38 @@ def compiler() -> str | None:
 
 
 def source(name: str) -> Path:
-    """The file of a kernel."""
+    """The file of a part."""
     return Path(__file__).with_name(f"{name}.cpp")
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """A kernel, compiled; None where the CPU has no AMX or it can't be compiled."""
+    """A part, compiled; None where the CPU has not what it is for (AMX) or it can't be compiled."""
     cxx = compiler()
-    if cxx is None or not torch.cpu._is_amx_tile_supported():
+    if cxx is None or (name == "tree_attention" and not torch.cpu._is_amx_tile_supported()):
         return None
-    key = hashlib.sha256(source(name).read_bytes() + f"{torch.__version__} {cxx}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(source(name).read_bytes() + f"{torch.__version__} {cxx} {OPTIONS[name]}".encode()).hexdigest()[:16]
     path = cache_folder("compiled") / f"{name}-{key}.so"
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _compile(cxx, source(name), path)
+            _compile(cxx, name, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
         why = said.decode(errors="replace")[-300:]
-        logging.getLogger(__name__).warning("the kernel %s can't be used, a step takes longer: %s", name, why)
+        logging.getLogger(__name__).warning("%s.cpp can't be compiled or loaded, a run goes on without: %s", name, why)
         return None
 
 
-def _compile(cxx: str, file: Path, path: Path) -> None:
+def _compile(cxx: str, name: str, path: Path) -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
-        options = ["-O3", "-march=sapphirerapids", "-std=c++20", "-fPIC"]
-        unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        options = ["-O3", "-std=c++20", "-fPIC", *OPTIONS[name]]
+        unlinked, linked = Path(folder) / "part.o", Path(folder) / "part.so"
         steps = [
-            [cxx, *options, "-fopenmp", "-c", f"-I{root}/include", str(file), "-o", str(unlinked)],
+            [cxx, *options, "-c", f"-I{root}/include", str(source(name)), "-o", str(unlinked)],
             [cxx, "-shared", str(unlinked), "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
         ]
         for step in steps:

@@ -29,6 +29,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.planning.batches import Reading, Work, longest_batch, readings, work_of
 from vlm_tune.planning.changes import changed, changes, written
 from vlm_tune.planning.communication import GIGABIT, Communication, communication, traffic
+from vlm_tune.planning.heap import Allocator, allocator
 from vlm_tune.planning.step import ROWS, traced
 from vlm_tune.planning.zero import Held, Shares, zero_memory
 from vlm_tune.recipe import load_recipe
@@ -59,7 +60,7 @@ class Memory:
     """Bytes of one process at its peak, by cause.
 
     `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered. On a CPU
-    `holes` are what the C heap can't use between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
+    `holes` are what lies idle between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
     """
 
     frozen: int
@@ -120,7 +121,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on each of `processes` devices; `fits` is None where no memory was named."""
+    """What a run needs on each of `processes` devices; `fits` is None where no memory was named.
+
+    `allocator` is what a CPU's holes are counted for.
+    """
 
     name: str
     device: str
@@ -131,6 +135,7 @@ class Plan:
     nodes: int
     offload: Offload
     gpu_memory: int | None
+    allocator: Allocator | None
     stages: list[StagePlan]
     seconds: float
     advice: list[Advice] = field(default_factory=list)
@@ -189,6 +194,7 @@ def plan(
         nodes=nodes,
         offload=offload,
         gpu_memory=limit,
+        allocator=None if gpu else allocator(),
         stages=stages,
         seconds=0.0,
     )
@@ -255,8 +261,8 @@ def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], settin
 class _Stage:
     """What a stage's model and one step of a batch of its are, however many processes there are.
 
-    `made` are the bytes of weights that are made new, `features` the shape of an image's and `feature_bytes` of one,
-    `figures` and `growth` those of `traced`.
+    `made` are the bytes it takes to make weights new, `features` the shape of an image's and `feature_bytes` of one,
+    `figures` and `holes` those of `traced`.
     """
 
     sizes: list[PartSize]
@@ -270,7 +276,7 @@ class _Stage:
     attention: float
     peak: Work
     figures: np.ndarray
-    growth: float
+    holes: int
 
 
 def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Batch | None, setting: _Setting) -> _Stage:
@@ -287,11 +293,14 @@ def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Ba
     batch = given or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
     still = not any(parameter.requires_grad for parameter in model.tower.parameters())
     cached = still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
+    if recipe.scratch:
+        # The largest that is cast is there in fp32 and in the precision it runs in.
+        made += max((p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4), default=0)
     sizes, held, attention = _sizes(model), _held(model), _attention_width(model)
     item = next(model.tower.parameters()).element_size()
-    figures, growth = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
+    figures, holes = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
     found = _Stage(
-        sizes, held, tuned.table, made, still, cached, features, math.prod(features) * item, attention, work_of(batch), figures, growth
+        sizes, held, tuned.table, made, still, cached, features, math.prod(features) * item, attention, work_of(batch), figures, holes
     )
     setting.known[key] = found
     return found
@@ -310,7 +319,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )
-    memory = _memory(found.figures[:12], found.growth, shares, setting)
+    memory = _memory(found.figures[:12], found.holes, shares, setting, half=stage.train.precision != "fp32")
     mean = reading.mean or found.peak
     tower = 0.0 if found.cached else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
     products = float(sum(found.figures[12:] * [getattr(mean, name) for name in ROWS]))
@@ -391,8 +400,8 @@ def _attention_width(model: VisionLanguageModel) -> float:
 # --- what a process holds ---------------------------------------------------------------------------------------------
 
 
-def _memory(peaks: np.ndarray, growth: float, shares: Shares, setting: _Setting) -> Memory:
-    """One process's share at the fullest moment; a CPU's heap is `growth` times as large as what lives on it."""
+def _memory(peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool) -> Memory:
+    """One process's share at the fullest moment; a CPU multiplies by oneDNN's kernels in `half` precision alone."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
     moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(-1, 3)]
     activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
@@ -405,8 +414,8 @@ def _memory(peaks: np.ndarray, growth: float, shares: Shares, setting: _Setting)
         activations=int(activations),
         logits=int(logits),
         exchange=shares.exchange,
-        holes=0 if setting.gpu else int((growth - 1) * (activations + logits + gradients)),
-        kernels=0 if setting.gpu else KERNELS * KERNEL_BYTES,
+        holes=holes,
+        kernels=KERNELS * KERNEL_BYTES if half and not setting.gpu else 0,
         base=setting.base,
     )
 

@@ -19,7 +19,7 @@ from vlm_tune.model.tracing import by_depth, to_fake, trace_step
 from vlm_tune.model.tree_attention import attending, usable
 from vlm_tune.model.tuning import count_of, is_linear
 from vlm_tune.model.vlm import Alignment, VisionLanguageModel
-from vlm_tune.planning.heap import heap_growth
+from vlm_tune.planning.heap import allocator, holes
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")
 """What the rows of a matrix product are a multiple of, as `Work` names it."""
@@ -27,8 +27,8 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 
 def traced(
     model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None, *, gpu: bool
-) -> tuple[np.ndarray, float]:
-    """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); how much the heap outgrows them."""
+) -> tuple[np.ndarray, int]:
+    """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); bytes of holes, on a CPU."""
     fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
     dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
     model.train()
@@ -42,7 +42,7 @@ def traced(
             shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
     given = replace(batch, **{"features" if features else "pixels": shown})
     half, vocabulary = DTYPES[stage.train.precision], model.llm.model.get_input_embeddings().num_embeddings
-    align, grown = stage.objective.kind == "contrastive", [1.0]
+    align, accumulating, idle = stage.objective.kind == "contrastive", stage.train.gradient_accumulation > 1, [0]
 
     def step() -> torch.Tensor:
         with torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
@@ -55,13 +55,14 @@ def traced(
             trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
-        # A share, so what a few layers show holds for many.
-        grown[0] = heap_growth(trace)
-        return np.concatenate([*trace.peaks(accumulating=stage.train.gradient_accumulation > 1), products])
+        if not gpu:
+            # More layers than these three leave little more idle: what differs in size is at the step's ends.
+            idle[0] = holes(trace, allocator(), accumulating=accumulating)
+        return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
     kernel = attending(model.llm) if not gpu and usable(model.llm, half) else nullcontext()
     with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
-        return by_depth(model.llm, measure), grown[0]
+        return by_depth(model.llm, measure), idle[0]
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""Memory of the process beside tensors: what the C allocator keeps, and compiled kernels of shapes that are gone."""
+"""Where a process's memory goes: a range of addresses for the tensors of training, what malloc keeps, old compiled kernels."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 
-from vlm_tune.resources import KERNELS
+from vlm_tune.model import native
+from vlm_tune.resources import KERNELS, SMALLEST_BLOCK
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """mallopt's numbers for them (malloc.h)."""
@@ -22,22 +24,62 @@ def forget_old_kernels() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
+@dataclass(frozen=True)
+class RangeState:
+    """Bytes that live in the range, bytes below the highest address in use since it was last shut, and how many blocks live."""
+
+    live: int
+    highest: int
+    blocks: int
+
+
+_library: ctypes.CDLL | None = None
+"""The allocator, once the range was open; for ever, because what lies in the range is freed through it."""
+
+
+def open_range(smallest: int = SMALLEST_BLOCK) -> bool:
+    """Puts new CPU tensors of `smallest` bytes and more into a range of addresses of their own; False where there can be none.
+
+    `model/allocator.cpp` does it, which wants a C++ compiler.
+    """
+    global _library
+    _library = _library or native.library("allocator")
+    return _library is not None and bool(_library.vlm_tune_open(ctypes.c_int64(smallest)))
+
+
+def shut_range() -> None:
+    """New tensors are malloc's again, and pages of the range that nothing lies on go back to the system."""
+    if _library is not None:
+        _library.vlm_tune_shut()
+
+
+def range_state() -> RangeState:
+    """How full the range is."""
+    found = (ctypes.c_int64 * 3)()
+    if _library is not None:
+        _library.vlm_tune_state(found)
+    return RangeState(*found)
+
+
 def return_freed_memory(smallest: int = 1 << 20) -> bool:
     """Makes glibc's malloc map blocks of `smallest` bytes and more by themselves and unmap them when freed; False without glibc.
 
-    For the time that a model is made. Left alone glibc soon takes blocks of up to 32 MB from its heap, where weights that
-    are cast or copied leave holes between those that stay.
+    For the time that a model is made, with the range shut. Left alone glibc soon takes blocks of up to 32 MB from its heap,
+    where weights that are cast or copied leave holes between those that stay.
     """
+    shut_range()
     return _mallopt({MMAP_THRESHOLD: smallest, TRIM_THRESHOLD: smallest})
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
-    """Makes glibc's malloc keep freed blocks of up to `largest` bytes from here on; False where there is no glibc.
+    """Keeps the memory of freed tensors for the next from here on, in the range, or where there is none by glibc; False without both.
 
     Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by one, which on a CPU
-    can take longer than the matrix product that fills them. What was freed before goes back to the system.
+    can take longer than the matrix product that fills them. What was freed before goes back to the system. glibc keeps
+    blocks of up to `largest` bytes.
     """
-    return _mallopt({MMAP_THRESHOLD: largest, TRIM_THRESHOLD: -1})
+    opened = open_range()
+    return _mallopt({MMAP_THRESHOLD: largest, TRIM_THRESHOLD: -1}) or opened
 
 
 def _mallopt(settings: dict[int, int]) -> bool:

@@ -21,7 +21,7 @@ from vlm_tune.model.store import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.accelerator import MIXED, accelerator_of
-from vlm_tune.train.allocator import forget_old_kernels
+from vlm_tune.train.allocator import forget_old_kernels, shut_range
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
 from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
@@ -95,6 +95,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator, section)))
     set_seed(recipe.seed)
     with ExitStack() as stack:
+        stack.callback(shut_range)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))

@@ -34,7 +34,7 @@ from vlm_tune.report import write_report
 from vlm_tune.runfolder import check_run, open_run
 from vlm_tune.runlock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
-from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory
+from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory, shut_range
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.environment import environment
@@ -89,6 +89,7 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
     section = resolve_engine(recipe.engine)
     accelerator = accelerator_of(recipe)
     with ExitStack() as stack:
+        stack.callback(shut_range)
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
         options = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
