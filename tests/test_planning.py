@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 import torch
 from connector_kinds import with_connector
+from rich.console import Console
 from small import built, cli, parsed, rows_of, save_llm, with_llm, with_tower, with_tune
 from torch.autograd.graph import saved_tensors_hooks
 
 from vlm_tune.config import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.display import show_plan
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model import tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tracing import Trace
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.planning import planner
+from vlm_tune.planning import heap, planner
 from vlm_tune.planning.batches import longest_batch
 from vlm_tune.planning.changes import changes
 from vlm_tune.planning.communication import communication, traffic
-from vlm_tune.planning.heap import ASIDE, heap_growth
+from vlm_tune.planning.heap import ASIDE, Glibc, Range, holes
 from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
 from vlm_tune.planning.step import traced
 from vlm_tune.planning.zero import Held, zero_memory
@@ -183,37 +185,73 @@ def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
             zero_memory(Held(1, 1, 1, 1), 1, stage=stage, processes=2, **offloaded)
 
 
-def blocks(*events: int, sizes: dict[int, int]) -> Trace:
-    """A step that takes block n at an event n and frees it at -n; sizes with what malloc asks for beside them."""
-    return Trace(list(events), [0, *(sizes[number] - ASIDE for number in sorted(sizes))])
-
-
 @pytest.mark.parametrize(
-    ("events", "sizes", "largest", "fullest"),
+    ("events", "sizes", "largest", "best"),
     [
-        ((1, 2, -1, 3), {1: 1000, 2: 1000, 3: 1000}, 2000, 2000),  # what fits exactly leaves no hole
-        ((1, 2, -1, 3), {1: 1000, 2: 1000, 3: 2000}, 4000, 3000),  # what is larger than the hole goes on top
-        ((1, 2, 3, -1, -2, 4), {1: 1000, 2: 1000, 3: 1000, 4: 2000}, 3000, 3000),  # holes side by side are one
-        ((1, 2, 3, -2, -1, 4), {1: 1000, 2: 1000, 3: 1000, 4: 2000}, 3000, 3000),
-        ((1, 2, 3, 4, -1, -3, 5, 6), {1: 2000, 2: 500, 3: 1000, 4: 500, 5: 900, 6: 2000}, 4000, 4000),  # the smallest that fits
-        ((1, 2, -2, 3), {1: 1000, 2: 1000, 3: 2000}, 3000, 3000),  # a hole at the end is the end
+        ((1, 2, -1, 3), (1, 1, 1), 2, 2),  # what fits exactly leaves no hole
+        ((1, 2, -1, 3), (1, 1, 2), 4, 4),  # what is larger than the hole goes on top
+        ((1, 2, 3, -1, -2, 4), (1, 1, 1, 2), 3, 3),  # holes side by side are one
+        ((1, 2, 3, -2, -1, 4), (1, 1, 1, 2), 3, 3),
+        ((1, 2, 3, 4, -1, -3, 5, 6), (3, 1, 2, 1, 2, 3), 10, 7),  # glibc's takes the smallest that fits, ours the lowest
+        ((1, 2, -2, 3), (1, 1, 2), 3, 3),  # a hole at the end is the end
     ],
 )
-def test_the_heap_grows_where_holes_do_not_fit(events: tuple[int, ...], sizes: dict[int, int], largest: int, fullest: int) -> None:
-    assert heap_growth(blocks(*events, sizes=sizes)) == pytest.approx(largest / fullest)
+def test_blocks_go_where_they_fit(events: tuple[int, ...], sizes: tuple[int, ...], largest: int, best: int) -> None:
+    """A step that takes block n at an event n and gives it back at -n; sizes in blocks of 64 kB."""
+    unit = 1 << 16
+    for memory, aside, expected in ((Range(), 0, largest), (Glibc(), ASIDE, best)):
+        places = {}
+        for event in events:
+            if event > 0:
+                places[event] = memory.take(memory.taken(sizes[event - 1] * unit - aside))
+            else:
+                memory.give(places.pop(-event))
+        assert memory.largest == expected * unit
 
 
-def test_holes_and_kernels_are_a_cpus(tiny_recipe: TinyRecipe) -> None:
-    recipe = parsed(with_tune(tiny_recipe("causal")))
-    (cpu,), (gpu,) = plan(recipe).stages, plan(recipe, gpu_memory="24GB").stages
+def test_holes_are_those_of_two_steps() -> None:
+    """An activation (1) below a gradient (2): in the second step the optimizer's states are there, where the activation was."""
+    unit = 1 << 20
+    step = Trace([1, 2, -1, -2], [0, 2 * unit, unit], ["activations", "activations", "gradients"])
+    # First step: activation 0-2, gradient 2-3, states 0-2. Second: activation 2-4, gradient 4-5: all of 5 are in use.
+    assert holes(step, "range", accumulating=False) == 0
+    longer = Trace([1, 2, 3, -1, -3, -2], [0, 2 * unit, unit, unit], ["activations", "activations", "activations", "gradients"])
+    # Second step of it: states 0-2, activations 2-4 and 4-5, gradient 5-6.
+    assert holes(longer, "range", accumulating=False) == 0
+    kept = Trace([1, 2, -1, 3, -3, -2], [0, unit, unit, 3 * unit], ["activations", "activations", "gradients", "activations"])
+    # Second step: states 0 and 2, activation 1, gradient 3; where the activation was nothing of 3 fits.
+    assert holes(kept, "range", accumulating=False) == unit
+    # With accumulation the second gradient goes where the third storage was, and is gone before it comes.
+    assert holes(kept, "range", accumulating=True) == unit
+
+
+def test_holes_are_a_cpus_and_kernels_those_of_bf16(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    (cpu,), (gpu,) = plan(recipe, tokens=1000).stages, plan(recipe, gpu_memory="24GB").stages
     assert 0 < cpu.memory.holes < cpu.memory.activations + cpu.memory.logits + cpu.memory.gradients
     assert cpu.memory.kernels == KERNELS * KERNEL_BYTES
     assert gpu.memory.holes == gpu.memory.kernels == 0
+    # In fp32 products are MKL's, which keeps none.
+    assert plan(parsed(with_tune(tiny_recipe("causal")))).stages[0].memory.kernels == 0
+
+
+def test_without_a_compiler_the_plan_counts_on_malloc(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    assert plan(recipe, tokens=60).allocator == "range"
+    monkeypatch.setattr(heap, "library", lambda name: None)
+    found = plan(recipe, tokens=60)
+    assert found.allocator == "malloc" and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
+    show_plan(Console(), found)
+    assert "no C++ compiler" in capsys.readouterr().out
 
 
 def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
     shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
-    found = _memory(np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), 1.0, shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT))
+    found = _memory(
+        np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), 0, shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT), half=True
+    )
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
 
 
