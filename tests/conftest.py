@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,22 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Feature caches of tests are their own."""
-    monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Caches of tests are their own, but the parts in C++ are compiled once for all."""
+    cache, shared = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp() / "compiled"
+    monkeypatch.setenv("VLM_TUNE_CACHE", str(cache))
+    own = cache / "compiled"
+    for folder in (shared, own):
+        folder.mkdir(exist_ok=True)
+    _link(shared, own)
+    yield
+    _link(own, shared)
+
+
+def _link(start: Path, end: Path) -> None:
+    for part in start.glob("*.so"):
+        if not (end / part.name).exists():
+            (end / part.name).hardlink_to(part)
 
 
 def write_color_rows(folder: Path) -> Path:

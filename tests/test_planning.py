@@ -20,11 +20,11 @@ from vlm_tune.config import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.display import show_plan
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.model import tracing
+from vlm_tune.model import native, tracing
 from vlm_tune.model.build import DTYPES, bare_model
 from vlm_tune.model.tracing import Trace
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.planning import heap, planner
+from vlm_tune.planning import planner
 from vlm_tune.planning.batches import longest_batch
 from vlm_tune.planning.changes import changes
 from vlm_tune.planning.communication import communication, traffic
@@ -240,7 +240,7 @@ def test_without_a_compiler_the_plan_counts_on_malloc(
 ) -> None:
     recipe = parsed(tiny_recipe("causal"))
     assert plan(recipe, tokens=60).allocator == "range"
-    monkeypatch.setattr(heap, "library", lambda name: None)
+    monkeypatch.setattr(native, "library", lambda name: None)
     found = plan(recipe, tokens=60)
     assert found.allocator == "malloc" and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
     show_plan(Console(), found)

@@ -254,7 +254,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         _show_stage(console, stage)
     if plan.allocator == "malloc":
         # Measured with glibc 2.36, as docs/plan.md says.
-        console.print(Text("no C++ compiler: tensors lie where malloc puts them, and a run may take half as much again", style="yellow"))
+        why = "no C++ compiler, or addresses are limited (ulimit -v)"
+        console.print(Text(f"{why}: tensors lie where malloc puts them, and a run may take a third more", style="yellow"))
     verdict = f"needs {gigabytes(plan.needed)} on each device"
     if plan.gpu_memory is not None:
         fits = plan.fits

@@ -20,6 +20,7 @@ from small import parsed, with_tune
 
 from vlm_tune.api import sft
 from vlm_tune.model import native
+from vlm_tune.planning import heap
 from vlm_tune.planning.heap import Range
 from vlm_tune.resources import SMALLEST_BLOCK
 from vlm_tune.train import allocator
@@ -222,6 +223,18 @@ def test_results_are_the_same_with_and_without_it(tiny_recipe: Callable[..., str
     assert losses == own[0] and len(losses) == 4
     assert tensors.keys() == own[1].keys() and len(tensors) > 4
     assert all(torch.equal(tensor, own[1][name]) for name, tensor in tensors.items())
+
+
+@needs_range
+def test_where_addresses_are_limited_it_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_library", None)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 46, before[1]))
+    try:
+        assert not open_range() and heap.allocator() == "malloc"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert heap.allocator() == "range"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wants glibc")

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -49,6 +50,12 @@ def library(name: str) -> ctypes.CDLL | None:
         why = said.decode(errors="replace")[-300:]
         logging.getLogger(__name__).warning("%s.cpp can't be compiled or loaded, a run goes on without: %s", name, why)
         return None
+
+
+def range_allocator() -> ctypes.CDLL | None:
+    """The allocator of tensors; None also where addresses are limited (ulimit -v), as many of which it takes as there is memory."""
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return None if limited else library("allocator")
 
 
 def _compile(cxx: str, name: str, path: Path) -> None:

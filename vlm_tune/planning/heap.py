@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Literal
 
-from vlm_tune.model.native import library
+from vlm_tune.model import native
 from vlm_tune.model.tracing import Trace
 from vlm_tune.resources import SMALLEST_BLOCK
 
@@ -26,7 +26,7 @@ Allocator = Literal["range", "malloc"]
 
 def allocator() -> Allocator:
     """The one that training on this machine uses (`train.allocator`)."""
-    return "malloc" if library("allocator") is None else "range"
+    return "malloc" if native.range_allocator() is None else "range"
 
 
 class Range:

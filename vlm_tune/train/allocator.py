@@ -40,10 +40,10 @@ _library: ctypes.CDLL | None = None
 def open_range(smallest: int = SMALLEST_BLOCK) -> bool:
     """Puts new CPU tensors of `smallest` bytes and more into a range of addresses of their own; False where there can be none.
 
-    `model/allocator.cpp` does it, which wants a C++ compiler.
+    `model/allocator.cpp` does it, which wants a C++ compiler and no limit on addresses (ulimit -v).
     """
     global _library
-    _library = _library or native.library("allocator")
+    _library = _library or native.range_allocator()
     return _library is not None and bool(_library.vlm_tune_open(ctypes.c_int64(smallest)))
 
 
