@@ -106,6 +106,16 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
         assert sum(one.values()) - one["base"] == pytest.approx(sum(other.values()) - other["base"], rel=0.02)
 
 
+def test_what_autocast_keeps_of_weights_it_cast_lives_through_both_passes(tiny_recipe: TinyRecipe) -> None:
+    """With checkpointing nothing else holds them: all that a full tuning casts is there in bf16 at the end of the backward pass."""
+    wide = DEEP.replace("hidden_size: 64, intermediate_size: 128", "hidden_size: 256, intermediate_size: 512")
+    lines = tiny_recipe("causal", precision="bf16").splitlines()
+    text = "\n".join(f"  llm: {{kind: causal, scratch: {wide}}}" if line.startswith("  llm:") else line for line in lines)
+    (stage,) = plan(parsed(text + "\n", train__gradient_checkpointing=True), tokens=60, gpu_memory="1TB").stages
+    cast = stage.parts[2].trained - 2 * 400 * 256  # embeddings are looked up as they are, and the head's rows are few
+    assert 2 * cast < stage.memory.activations < 3 * cast
+
+
 def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
     tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,13 +45,13 @@ def traced(
     align, accumulating, idle = stage.objective.kind == "contrastive", stage.train.gradient_accumulation > 1, [0]
 
     def step() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
-            found = model(given, align=align)
-            return found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
+        found = model(given, align=align)
+        return found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
 
     def measure() -> np.ndarray:
         to_fake(model, fake)
-        with _multiplied(model, batch) as products:
+        # Around both passes, as the engines have it: what autocast keeps of weights it cast lives as long.
+        with _multiplied(model, batch) as products, torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
             trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
