@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vlm_tune.resources import cache_folder
 
-OPTIONS = {"tree_attention": ("-march=sapphirerapids", "-fopenmp"), "allocator": ()}
+AMX = ("-march=sapphirerapids", "-fopenmp")
+OPTIONS = {"tree_attention": AMX, "low_rank": AMX, "allocator": ()}
 """What each part is compiled with beside the options of all."""
 
 
@@ -36,7 +37,7 @@ def source(name: str) -> Path:
 def library(name: str) -> ctypes.CDLL | None:
     """A part, compiled; None where the CPU has not what it is for (AMX) or it can't be compiled."""
     cxx = compiler()
-    if cxx is None or (name == "tree_attention" and not torch.cpu._is_amx_tile_supported()):
+    if cxx is None or (OPTIONS[name] is AMX and not torch.cpu._is_amx_tile_supported()):
         return None
     key = hashlib.sha256(source(name).read_bytes() + f"{torch.__version__} {cxx} {OPTIONS[name]}".encode()).hexdigest()[:16]
     path = cache_folder("compiled") / f"{name}-{key}.so"
