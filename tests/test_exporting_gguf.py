@@ -14,6 +14,7 @@ from gguf import GGUFReader
 from small import cli, parsed, rows_of, save_llm, with_llm, with_tower
 
 from vlm_tune.exporting import export
+from vlm_tune.model.llamacpp.decoder import decoder_reasons
 from vlm_tune.model.llamacpp.file import read_fields, read_tensors
 from vlm_tune.model.llamacpp.tokens import MARKER, SPLITS, _steps, read_tokenizer
 from vlm_tune.model.store import load_model
@@ -28,12 +29,15 @@ DECODERS = {
     "mistral": ("mistral", "sliding_window: 128"),
     "qwen2": ("qwen2", "tie_word_embeddings: true"),
     "qwen3": ("qwen3", "head_dim: 24"),
+    "gemma 3": ("gemma3_text", "head_dim: 24, query_pre_attn_scalar: 24, sliding_window: 24, tie_word_embeddings: true"),
 }
 
 
 def decoder_text(make: Callable[..., str], decoder: str) -> str:
     kind, extra = DECODERS[decoder]
-    return llava_text(make).replace("model_type: llama", f"model_type: {kind}").replace("hidden_size: 32,", f"hidden_size: 32, {extra},")
+    text = llava_text(make).replace("model_type: llama", f"model_type: {kind}").replace("hidden_size: 32,", f"hidden_size: 32, {extra},")
+    # Every sixth of its layers has no window.
+    return text.replace("num_hidden_layers: 2", "num_hidden_layers: 7") if decoder == "gemma 3" else text
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -45,7 +49,7 @@ def test_every_decoder_gives_the_same_logits(decoder: str, tiny_recipe: Callable
     assert {path.name for path in (tmp_path / "gguf").glob("*.gguf")} == {"model-f32.gguf", "mmproj-f32.gguf"}
     fields = read_fields(tmp_path / "gguf" / "model-f32.gguf")
     name = fields["general.architecture"]
-    assert name == {"tied llama 3": "llama", "mistral": "llama"}.get(decoder, decoder)
+    assert name == {"tied llama 3": "llama", "mistral": "llama", "gemma 3": "gemma3"}.get(decoder, decoder)
     # What is read back here is what transformers' reader leaves out, or takes from its own defaults.
     assert fields[f"{name}.context_length"] == (128 if decoder == "mistral" else 256)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "gguf" / "model-f32.gguf").tensors}
@@ -121,6 +125,23 @@ def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_
     report = json.loads((tmp_path / "gguf" / "export.json").read_text())
     assert report["same_text"] and any("tanh" in note for note in report["notes"])
     assert "mmproj-f32.gguf" in (tmp_path / "gguf" / "README.md").read_text()
+
+
+def test_a_gemma_3_that_llama_cpp_takes_for_another_is_refused() -> None:
+    from transformers import Gemma3TextConfig
+
+    shape: dict[str, Any] = {"num_hidden_layers": 12, "head_dim": 24, "query_pre_attn_scalar": 24}
+    assert decoder_reasons(Gemma3TextConfig(**shape)) == []
+    others: dict[str, dict[str, Any]] = {
+        "query_pre_attn_scalar 24": {"query_pre_attn_scalar": 32},
+        "every sixth layer with full attention": {"layer_types": ["full_attention"] * 12},
+        "no attention to what follows": {"use_bidirectional_attention": True},
+        "no soft caps": {"final_logit_softcapping": 30.0},
+        "no scaled rotary embedding": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "the rotary base 10000 in its windows": {"rope_local_base_freq": 20_000.0},
+    }
+    for said, changed in others.items():
+        assert decoder_reasons(Gemma3TextConfig(**{**shape, **changed})) == [f"its language model is not a Gemma 3 with {said}"]
 
 
 def test_splits_are_recognised_by_what_they_do() -> None:

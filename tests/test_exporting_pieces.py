@@ -59,8 +59,8 @@ def train_pieces(folder: Path, **options: Any) -> Path:
 
 
 def save_base(folder: Path, kind: str) -> Path:
-    """A tiny Llama or Mistral with a tokenizer of that kind: Llama's as tokenizer.model alone, the others' as tokenizer.json too."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    """A tiny Llama, Mistral or Gemma 3 with a tokenizer of that kind: Llama's as a tokenizer.model alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     gemma = {"add_dummy_prefix": False, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>"}
     gemma |= {"user_defined_symbols": ["<start_of_turn>", "\n", "\n\n", "▁▁", "▁▁▁"]}
@@ -76,8 +76,10 @@ def save_base(folder: Path, kind: str) -> Path:
         (folder / "tokenizer.json").write_text(json.dumps(described))
     torch.manual_seed(0)
     config: dict[str, Any] = {**LLAMA, "vocab_size": 480, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    made: Any = MistralForCausalLM(MistralConfig(**config)) if kind == "mistral" else LlamaForCausalLM(LlamaConfig(**config))
-    made.save_pretrained(folder)
+    if kind == "gemma":
+        config |= {"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24}
+    types = {"mistral": "mistral", "gemma": "gemma3_text"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(types.get(kind, "llama"), **config)).save_pretrained(folder)
     return folder
 
 

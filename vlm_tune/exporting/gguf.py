@@ -168,6 +168,10 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=name)
     # transformers reads it for some architectures only.
     config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = (
+            config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+        )
     with redirect_stderr(StringIO()):  # its progress bar has no switch
         found: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
