@@ -22,6 +22,7 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import load_recipe
+from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.loop import Report
 from vlm_tune.train.memory import is_out_of_memory, out_of_memory
 from vlm_tune.train.replay import ReplayReport
@@ -104,16 +105,20 @@ def evaluate_model(
     stage = recipe.resolved_stages()[-1][1]
     rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
     media = distinct_media(rows)
-    return score(
-        model,
-        rows,
-        decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
-        batch_size=stage.evaluate.batch_size,
-        features=tower_features(model, media) if media else None,
-        loss=False,
-        compile=stage.train.compile,
-        progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
-    )
+    keep_freed_memory()
+    try:
+        return score(
+            model,
+            rows,
+            decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
+            batch_size=stage.evaluate.batch_size,
+            features=tower_features(model, media) if media else None,
+            loss=False,
+            compile=stage.train.compile,
+            progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
+        )
+    finally:
+        shut_range()
 
 
 def merge(model: str | Path, output: str | Path, *, dtype: str | None = None) -> MergeReport:
