@@ -45,7 +45,18 @@ RECIPES = {"llava-1.5-7b-qlora": write_llava, "instructblip-flan-t5-xl-lora": wr
 
 def planned(recipe: str, folder: Path) -> dict[str, Any]:
     """Seconds of one command, and what it said the run needs. Raises `SystemExit` if it fails."""
-    command = [sys.executable, "-m", "vlm_tune.cli", "plan", recipe, "--set", f"model.pretrained={folder}", "--gpu-memory", "24GB", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_tune.cli",
+        "plan",
+        recipe,
+        "--set",
+        f"model.pretrained={folder}",
+        "--gpu-memory",
+        "24GB",
+        "--json",
+    ]
     started = time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - started
