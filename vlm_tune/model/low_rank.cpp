@@ -16,6 +16,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "transpose.h"
+
 namespace {
 
 using bf16 = uint16_t;
@@ -70,30 +72,9 @@ __m512i loaded(const bf16* from, int64_t count) { return _mm512_maskz_loadu_epi1
 __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
 // 16 rows of 16 pairs, transposed.
-void store_transposed(const __m512i* rows, bf16* to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_store_si512(to + i * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_store_si512(to + (i + 8) * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_store_si512(to + (i + 4) * 32, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_store_si512(to + (i + 12) * 32, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
+void store_transposed(__m512i* rows, bf16* to) {
+  transpose16(rows);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, rows[i]);
 }
 
 // --- operands --------------------------------------------------------------------------------------------------------

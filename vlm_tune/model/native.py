@@ -33,13 +33,18 @@ def source(name: str) -> Path:
     return Path(__file__).with_name(f"{name}.cpp")
 
 
+def code(name: str) -> bytes:
+    """All that a part is made of."""
+    return b"".join(path.read_bytes() for path in (source(name), *sorted(source(name).parent.glob("*.h"))))
+
+
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """A part, compiled; None where the CPU has not what it is for (AMX) or it can't be compiled."""
     cxx = compiler()
     if cxx is None or (OPTIONS[name] is AMX and not torch.cpu._is_amx_tile_supported()):
         return None
-    key = hashlib.sha256(source(name).read_bytes() + f"{torch.__version__} {cxx} {OPTIONS[name]}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(code(name) + f"{torch.__version__} {cxx} {OPTIONS[name]}".encode()).hexdigest()[:16]
     path = cache_folder("compiled") / f"{name}-{key}.so"
     try:
         if not path.is_file():

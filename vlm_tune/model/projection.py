@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from vlm_tune.model import native
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.source("low_rank").read_bytes()).hexdigest()[:8]
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code("low_rank")).hexdigest()[:8]
 
 LARGE = 4096
 """Inputs or outputs of a layer above which the kernel reads its rows too often."""

@@ -15,6 +15,8 @@
 #include <limits>
 #include <vector>
 
+#include "transpose.h"
+
 namespace {
 
 using bf16 = at::BFloat16;
@@ -93,38 +95,17 @@ void store_pair(bf16* to, __m256i even, __m256i odd) {
 }
 
 // A 16 x 16 block of 32-bit values, transposed.
-void transpose16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(static_cast<const int32_t*>(from) + i * from_stride);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  int32_t* out = static_cast<int32_t*>(to);
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(out + (i) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_si512(out + (i + 4) * to_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(out + (i + 12) * to_stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
+void transpose_block(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  __m512i rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(static_cast<const int32_t*>(from) + i * from_stride);
+  transpose16(rows);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<int32_t*>(to) + i * to_stride, rows[i]);
 }
 
 // [Q, D] as the second operand of a product over D: pairs of a row side by side, [D / 2, Q] of rows of N.
 void pack_columns(const bf16* block, int64_t D, int64_t N, bf16* to) {
   for (int64_t d = 0; d < D / 2; d += 16)
-    for (int64_t i = 0; i < Q; i += 16) transpose16(block + i * D + 2 * d, D / 2, to + (d * N + i) * 2, N);
+    for (int64_t i = 0; i < Q; i += 16) transpose_block(block + i * D + 2 * d, D / 2, to + (d * N + i) * 2, N);
 }
 
 // [Q, D] as the second operand of a product over Q: pairs of rows side by side, [Q / 2, D].
@@ -151,7 +132,7 @@ void transpose(const bf16* from, int64_t rows, int64_t D, bf16* to) {
 // [D, Q] of rows of N in fp32 as rows of bf16, `count` of them, each times its factor.
 void store_transposed(const float* from, int64_t D, int64_t N, int64_t count, const float* factor, bf16* to, int64_t stride, float* scratch) {
   for (int64_t d = 0; d < D; d += 16)
-    for (int64_t i = 0; i < Q; i += 16) transpose16(from + d * N + i, N, scratch + i * D + d, D);
+    for (int64_t i = 0; i < Q; i += 16) transpose_block(from + d * N + i, N, scratch + i * D + d, D);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < D; d += 16) {
       const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(scratch + i * D + d), _mm512_set1_ps(factor[i]));

@@ -182,7 +182,7 @@ def _library() -> ctypes.CDLL:
 
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-KERNEL = hashlib.sha256(native.source("tree_attention").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
+KERNEL = hashlib.sha256(native.code("tree_attention") + Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
