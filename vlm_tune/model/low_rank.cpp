@@ -297,7 +297,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Matrix weigh
       if (from == to || left == right) continue;
       const int64_t parts = pieces((right - left) * tiles * 32, WIDE), wide = up(pieces(right - left, parts), 32);
       bf16 *rows = rows_room.of(tiles * 2 * TILE), *packed = columns_room.of(wide * tiles * 32);
-      bf16 *packed_down = down_room.of(std::max<int64_t>(R32 * own * 32, 1)), *block = low_room.of(std::max<int64_t>(32 * R32, 1));
+      bf16 *packed_down = down_room.of(R32 * own * 32), *block = low_room.of(32 * R32);
       float* sums = sums_room.of(wide * 32);
       for (int64_t r = 0; r < s.R; r += 32) pack_columns({down.at(r, 0), down.stride}, s.R - r, s.I, packed_down + r * own * 32);
       for (int64_t n = left; n < right; n += wide) {
@@ -305,17 +305,15 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Matrix weigh
         for (int64_t j = 0; j < columns; j += 32) {
           bf16* out = packed + j * tiles * 32;
           pack_columns({weight.at(n + j, 0), weight.stride}, columns - j, s.I, out);
-          if (s.R) pack_columns({up_.at(n + j, 0), up_.stride}, columns - j, s.R, out + own * 2 * TILE);
+          pack_columns({up_.at(n + j, 0), up_.stride}, columns - j, s.R, out + own * 2 * TILE);
         }
         for (int64_t i = from; i < to; i += 32) {
           const int64_t count = std::min<int64_t>(32, to - i);
           pack_rows({x.at(i, 0), x.stride}, count, s.I, rows);
-          if (s.R) {
-            multiply_low(rows, own, packed_down, s.R, block);
-            pack_rows({block, R32}, 32, R32, rows + own * 2 * TILE);
-            if (n == 0)
-              for (int64_t k = 0; k < count; ++k) std::copy_n(block + k * R32, s.R, low + (i + k) * s.R);
-          }
+          multiply_low(rows, own, packed_down, s.R, block);
+          pack_rows({block, R32}, 32, R32, rows + own * 2 * TILE);
+          if (n == 0)
+            for (int64_t k = 0; k < count; ++k) std::copy_n(block + k * R32, s.R, low + (i + k) * s.R);
           multiply_block(rows, tiles, packed, columns, count, bias ? bias + n : nullptr, sums, y + i * s.O + n, s.O, false);
         }
       }
