@@ -189,7 +189,7 @@ def main() -> None:
     add("--train-steps", type=int, default=60)
     add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
     add("--images", type=int, default=100, help="test images whose questions are answered; 0 for all 1,000")
-    add("--checked", type=int, default=12, help="test images of the check in fp32 and of the sweep over batches")
+    add("--checked", type=int, default=30, help="test images of the check in fp32 and of the sweep over batches")
     add("--batches", type=lambda text: [int(one) for one in text.split(",")], default=[32, 64, 128, 192])
     add("--dtype", choices=["bf16", "fp32"], default="bf16")
     add("--max-new-tokens", type=int, default=8)
