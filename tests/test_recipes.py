@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.plan_time import write_instructblip, write_llava
 from vlm_tune.config import Recipe
 from vlm_tune.data.template import load_template
 from vlm_tune.model.build import assemble, bare_model, bare_tower, train_tokenizer
@@ -95,11 +96,7 @@ def test_llava_style_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> No
 
 def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
     """From configs alone: the model that `plan` makes."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    vision = CLIPVisionConfig(**LARGE, image_size=336, hidden_act="quick_gelu", projection_dim=768)
-    LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(tmp_path)
+    write_llava(tmp_path)
     recipe = load_recipe(RECIPES / "llava-1.5-7b-qlora.yaml", {"model.pretrained": str(tmp_path)})
     model, measured = bare_model(recipe)
     assert (measured, model.processor.spec.tokens_per_image) == ((576, 1024), 576)
@@ -109,12 +106,7 @@ def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None
 
 
 def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
-    from transformers import BlipImageProcessor, InstructBlipConfig, T5Config
-
-    shape = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
-    text = T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    InstructBlipConfig(text_config=text, qformer_config={"vocab_size": 30523}).save_pretrained(tmp_path)
-    BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    write_instructblip(tmp_path)
     recipe = load_recipe(RECIPES / "instructblip-flan-t5-xl-lora.yaml", {"model.pretrained": str(tmp_path)})
     model, measured = bare_model(recipe)
     assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
