@@ -46,12 +46,13 @@ class LoraLinear(Linear):
     packed: Packed | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not self._plain(x):
+        if args or kwargs or not self.is_plain(x):
             return super().forward(x, *args, **kwargs)
         return _project(x, [self])[0] if self.siblings is None else self.siblings.output(self, x)
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """That of the adapter it runs with."""
         return self.active_adapters[0]
 
     def _holds_codes(self) -> bool:
@@ -59,7 +60,8 @@ class LoraLinear(Linear):
         packed = self.packed
         return packed is not None and (torch.compiler.is_compiling() or packed.codes.data_ptr() == self.base_layer.weight.data_ptr())
 
-    def _plain(self, x: torch.Tensor) -> bool:
+    def is_plain(self, x: torch.Tensor) -> bool:
+        """Whether what it computes of x now is a frozen weight with plain LoRA and nothing else."""
         base, active = self.base_layer, self.active_adapters
         if self.disable_adapters or self.merged or self.lora_variant or len(active) != 1 or active[0] not in self.lora_A:
             return False
@@ -89,7 +91,7 @@ class Siblings:
         if layers[0].packed is not None:
             return
         weights = [layer.base_layer.weight for layer in self.layers]
-        ranks = sum(layer.r[layer._name] for layer in self.layers)
+        ranks = sum(layer.r[layer.name] for layer in self.layers)
         rows, width = sum(len(weight) for weight in weights), weights[0].shape[1]
         matrix: torch.Tensor = weights[0].new_zeros(rows, width + wide_rank(ranks))
         self.matrix = matrix
@@ -113,8 +115,8 @@ class Siblings:
     def _together(self, x: torch.Tensor) -> bool:
         """Whether the weights still are views into the matrix (a move or cast of the model parts them) and all layers are plain."""
         if self.layers[0].packed is not None:
-            return all(layer._plain(x) for layer in self.layers)
-        if self.matrix is None or self.matrix.dtype != _compute_dtype(x) or not all(layer._plain(x) for layer in self.layers):
+            return all(layer.is_plain(x) for layer in self.layers)
+        if self.matrix is None or self.matrix.dtype != compute_dtype(x) or not all(layer.is_plain(x) for layer in self.layers):
             return False
         if torch.compiler.is_compiling():
             return True
@@ -169,18 +171,19 @@ def _alike(layers: Sequence[LoraLinear]) -> bool:
         )
         for layer in layers
     }
-    return len(kinds) == 1 and all(layer._plain(layer.base_layer.weight) for layer in layers)
+    return len(kinds) == 1 and all(layer.is_plain(layer.base_layer.weight) for layer in layers)
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that matrix products with x are in now."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
-    names, bases = [layer._name for layer in layers], [layer.base_layer for layer in layers]
-    dtype = _compute_dtype(x)
+    names, bases = [layer.name for layer in layers], [layer.base_layer for layer in layers]
+    dtype = compute_dtype(x)
     biases = [base.bias.to(dtype) for base in bases if base.bias is not None]
     if layers[0].packed is not None:
         weights = [tensor for layer in layers if layer.packed for tensor in (layer.packed.codes, layer.packed.scales)]

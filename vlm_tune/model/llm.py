@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.model.feedforward import gate
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
@@ -58,6 +59,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        gate(model)
         self.prompt: VirtualTokens | None = None
         self.whole_head = False
 

@@ -58,16 +58,21 @@ def _fill(tail: Tensor, ups: Sequence[Tensor], scales: Sequence[float]) -> None:
         tail[rows, ranks].copy_(up * scale)
 
 
+def unpacked(codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The numbers of a weight's 4-bit codes and block scales, packed as `packing` says (nf4:64)."""
+    import bitsandbytes  # noqa: F401 - registers the operator
+
+    kind, block = packing.split(":")
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, list(shape), dtype)
+
+
 def _matrix(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
     """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
     if not packing:
         return weights[0]
-    import bitsandbytes  # noqa: F401 - registers the operator
-
-    kind, block = packing.split(":")
     matrix = like.new_zeros(sum(map(len, ups)), width + room) if room else None
     for codes, scales, up, rows in zip(weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True):
-        found = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, [len(up), width], like.dtype)
+        found = unpacked(codes, scales, packing, (len(up), width), like.dtype)
         if matrix is None:
             return found
         matrix[rows, :width].copy_(found)
@@ -91,12 +96,13 @@ def _kernel() -> ctypes.CDLL:
     return found
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With the numbers of a row side by side."""
+def rows_of(tensor: Tensor) -> Tensor:
+    """A matrix as a kernel takes it, with the numbers of a row side by side."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _sizes(*values: int) -> Any:
+def sizes(*values: int) -> Any:
+    """Numbers as a kernel takes them."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
@@ -112,11 +118,13 @@ class _Layer(ctypes.Structure):
     )
 
 
-def _masters(adapters: Sequence[Tensor]) -> list[Tensor]:
+def masters(adapters: Sequence[Tensor]) -> list[Tensor]:
+    """A or B of every layer in fp32, as a kernel takes them."""
     return [each.float().contiguous() for each in adapters]
 
 
-def _layers(downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Any:
+def layers_of(downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Any:
+    """The adapters of layers as a kernel takes them; A and B must live on."""
     made = [_Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(downs, ups, scales, strict=True)]
     return (_Layer * len(made))(*made)
 
@@ -125,11 +133,11 @@ def _quick(
     rows: Tensor, weight: Tensor, bias: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
-    downs, ups = _masters(downs), _masters(ups)
+    downs, ups = masters(downs), masters(ups)
     (count, width), outputs, rank = rows.shape, sum(map(len, ups)), sum(map(len, downs))
     out, low = rows.new_empty(count, outputs), rows.new_empty(count, rank)
-    shape = _sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups))
-    _kernel().low_rank(shape, _layers(downs, ups, scales), *native.pointers(rows, weight, bias, out, low))
+    shape = sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups))
+    _kernel().low_rank(shape, layers_of(downs, ups, scales), *native.pointers(rows, weight, bias, out, low))
     return out, low
 
 
@@ -144,15 +152,15 @@ def _quick_backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
-    downs, ups = _masters(downs), _masters(ups)
+    downs, ups = masters(downs), masters(ups)
     (count, width), (outputs, rank) = rows.shape, (gradient.shape[1], low.shape[1])
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
     of_downs = gradient.new_empty(rank, width, dtype=torch.float32)
     of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
     strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
     _kernel().low_rank_backward(
-        _sizes(count, width, outputs, rank, *strides, len(ups), TOGETHER),
-        _layers(downs, ups, scales),
+        sizes(count, width, outputs, rank, *strides, len(ups), TOGETHER),
+        layers_of(downs, ups, scales),
         *native.pointers(gradient, rows, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
     )
     return x_gradient, of_downs, of_ups
@@ -180,7 +188,7 @@ def project(
     width = rows.shape[1]
     matrix = _matrix(weights, packing, room, ups, rows, width)
     if quick:
-        return _quick(_rows(rows), matrix, bias, downs, ups, scales)
+        return _quick(rows_of(rows), matrix, bias, downs, ups, scales)
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -220,7 +228,7 @@ def project_backward(
     matrix = _matrix(weights, packing, room, ups, kept, width)
     if quick:
         assert rows is not None
-        return _quick_backward(_rows(gradient), _rows(rows), kept, matrix, downs, ups, scales, needs_x)
+        return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, downs, ups, scales, needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.

@@ -1,0 +1,572 @@
+// The gated feed-forward part of a transformer's block for a CPU with AMX, forward and backward:
+// y = (f(x Wg^T) * x Wu^T) Wd^T, each product with a low-rank update or without, in one pass, and all gradients but the weights'
+// in another. What is between lies in a core's second cache.
+//
+// A stretch of rows stays in the second cache while 32 rows of a weight at a time, in the first, go over all of it. The forward
+// pass computes what it computes transposed: weights are first operands as they lie, and h is the second operand of the next
+// product as it comes. The backward pass packs weights by pairs of their rows.
+//
+// Shapes: M rows, H inputs and outputs, F numbers between; R ranks of gate and up together, D of down. H and F are whole in 32.
+
+#include "amx.h"
+
+namespace {
+
+constexpr int64_t FORWARD = 1150 << 10;  // bytes of the second cache that a stretch of rows may fill
+constexpr int64_t BACKWARD = 1150 << 10;
+
+struct Shape {
+  int64_t M, H, F, activation;
+};
+
+struct Weights {
+  Matrix gate, up, down;
+};
+
+// --- adapters --------------------------------------------------------------------------------------------------------
+
+// The numbers that all layers' A and scaled B are in bf16, with rows and columns of zeros up to whole blocks of ranks.
+struct Adapters {
+  int64_t R, D, R32, D32;
+  Matrix down_in, up_gate, up_up, down_mid, up_down;  // [R32, H], [F, R32] against own ranks, the same, [D32, F], [H, D32]
+
+  Adapters(const Layer* layers, Shape s, Room<bf16>& room) {
+    R = layers[0].rank + layers[1].rank, D = layers[2].rank, R32 = up(R, 32), D32 = up(D, 32);
+    bf16* next = room.of(R32 * s.H + 2 * s.F * R32 + D32 * s.F + s.H * D32 + 64);
+    const auto take = [&](int64_t rows, int64_t columns) {
+      bf16* here = next;
+      next += rows * columns;
+      std::fill_n(here, rows * columns, bf16{0});
+      return here;
+    };
+    bf16 *a = take(R32, s.H), *g = take(s.F, R32), *u = take(s.F, R32), *m = take(D32, s.F), *d = take(s.H, D32);
+    down_in = {a, s.H}, up_gate = {g, R32}, up_up = {u, R32}, down_mid = {m, s.F}, up_down = {d, D32};
+    copy(layers[0].down, layers[0].rank, s.H, 1, a, s.H);
+    copy(layers[1].down, layers[1].rank, s.H, 1, a + layers[0].rank * s.H, s.H);
+    copy(layers[2].down, D, s.F, 1, m, s.F);
+    copy(layers[0].up, s.F, layers[0].rank, layers[0].scale, g, R32);
+    copy(layers[1].up, s.F, layers[1].rank, layers[1].scale, u + layers[0].rank, R32);
+    copy(layers[2].up, s.H, D, layers[2].scale, d, D32);
+  }
+
+  static void copy(const float* from, int64_t rows, int64_t columns, float scale, bf16* to, int64_t stride) {
+    const __m512 by = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = 0; n < columns; n += 16) {
+        const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n)));
+        const __m512 held = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + i * columns + n), by);
+        _mm256_mask_storeu_epi16(to + i * stride + n, some, (__m256i)_mm512_cvtneps_pbh(held));
+      }
+  }
+};
+
+// --- activation ------------------------------------------------------------------------------------------------------
+
+// 1 / (1 + e^-x), 1e-4 of itself off at most, a twentieth of what bf16 rounds by.
+__m512 sigmoid(__m512 x) {
+  const __m512 scaled = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), _mm512_set1_ps(126));
+  const __m512 whole = _mm512_roundscale_ps(scaled, 8), r = _mm512_sub_ps(scaled, whole);
+  __m512 found = _mm512_set1_ps(9.61812e-3f);
+  found = _mm512_fmadd_ps(found, r, _mm512_set1_ps(5.55041e-2f));
+  found = _mm512_fmadd_ps(found, r, _mm512_set1_ps(2.40226507e-1f));
+  found = _mm512_fmadd_ps(found, r, _mm512_set1_ps(6.93147182e-1f));
+  found = _mm512_fmadd_ps(found, r, _mm512_set1_ps(1));
+  return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(found, whole)));
+}
+
+// f(g) = g sigmoid(z(g)): SiLU, where z is g, and GELU by tanh, where z is 2k (g + c g^3).
+template <bool GELU>
+__m512 inner(__m512 g) {
+  if constexpr (!GELU) return g;
+  return _mm512_mul_ps(g, _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(1.5957691216f * 0.044715f), _mm512_set1_ps(1.5957691216f)));
+}
+
+template <bool GELU>
+__m512 inner_slope(__m512 g) {
+  if constexpr (!GELU) return _mm512_set1_ps(1);
+  return _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(3 * 1.5957691216f * 0.044715f), _mm512_set1_ps(1.5957691216f));
+}
+
+// --- blocks ----------------------------------------------------------------------------------------------------------
+
+// Two rows of 16 numbers as pairs, one of either.
+__m512i paired(__m512 even, __m512 odd) {
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// One of 16 pairs of rows of 32 x 32 sums, in its left or right half.
+__m512i pair_of(const float* sums, int64_t pair, int64_t half) {
+  const float* from = sums + pair / 8 * 512 + half * 256 + pair % 8 * 32;
+  return paired(_mm512_load_ps(from), _mm512_load_ps(from + 16));
+}
+
+// 32 x 32 transposed sums, written as rows.
+void store_across(const float* sums, int64_t count, bf16* to, int64_t stride) {
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512i pairs[16];
+    for (int64_t p = 0; p < 16; ++p) pairs[p] = pair_of(sums, p, half);
+    transpose16(pairs);
+    bf16* out = to + half * 16 * stride;
+    // A line that is written whole past the caches need not be read first.
+    for (int64_t i = 0; i < std::min<int64_t>(16, count - half * 16); ++i, out += stride)
+      if (reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), pairs[i]);
+      else _mm512_storeu_si512(out, pairs[i]);
+  }
+}
+
+// Two tiles of rows, each `stride` numbers apart, and as far to the next in depth.
+struct Rows {
+  const bf16 *low, *high;
+  int64_t stride, deeper;
+};
+
+Rows as_they_lie(Matrix rows) { return {rows.data, rows.data + 16 * rows.stride, rows.stride, 32}; }
+Rows packed(const bf16* rows) { return {rows, rows + TILE, 32, 2 * TILE}; }
+
+void begin_sums(const float* sums) {
+  if (sums) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+void end_sums(float* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+
+// Adds 32 rows times 32 packed columns over some tiles of depth. What is not in the first cache and shall not be is loaded past
+// it: the rows or the columns. `work` is done beside, a piece at each tile of depth: the unit for tiles has a port of its own.
+template <bool ROWS_PAST, typename Work>
+void add_product(Rows rows, const bf16* columns, int64_t depth, Work work) {
+  for (int64_t d = 0; d < depth; ++d, rows.low += rows.deeper, rows.high += rows.deeper, columns += 2 * TILE) {
+    if constexpr (ROWS_PAST) {
+      _tile_loadd(6, columns, 64);
+      _tile_stream_loadd(4, rows.low, rows.stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, rows.high, rows.stride * 2);
+    } else {
+      _tile_loadd(4, rows.low, rows.stride * 2);
+      _tile_stream_loadd(6, columns, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows.high, rows.stride * 2);
+    }
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    work(d);
+  }
+}
+
+// Asks for a line of some of 32 rows, so that all are asked for when all of `blocks` have been gone through.
+template <typename Row>
+void ask(int64_t block, int64_t blocks, Row row) {
+  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) _mm_prefetch(reinterpret_cast<const char*>(row(r)), _MM_HINT_T1);
+}
+
+// x A^T of every block, put behind its columns as depth, and written [M, ranks] if wanted.
+void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, int64_t rows, bf16* kept) {
+  alignas(64) float sums[1024];
+  for (int64_t r = 0; r < ranks; r += 32)
+    for (int64_t b = 0; b < blocks; ++b) {
+      begin_sums(nullptr);
+      add_product<false>(as_they_lie({down.at(r, 0), down.stride}), columns + b * apart, own, [](int64_t) {});
+      end_sums(sums);
+      bf16* to = columns + b * apart + 2 * (own + r / 32) * TILE;
+      for (int64_t half = 0; half < 2; ++half) {
+        __m512i pairs[16];
+        for (int64_t p = 0; p < 16; ++p) {
+          pairs[p] = pair_of(sums, p, half);
+          _mm512_store_si512(to + half * TILE + p * 32, pairs[p]);
+        }
+        if (!kept) continue;
+        transpose16(pairs);
+        for (int64_t i = 0, row = b * 32 + half * 16; i < 16 && row < rows; ++i, ++row)
+          _mm512_mask_storeu_epi16(kept + row * ranks + r, first(ranks - r), pairs[i]);
+      }
+    }
+}
+
+// Rows of a stretch: as many whole blocks as `bytes` a row let be within `most`, and stretches alike.
+int64_t stretch(int64_t rows, int64_t bytes, int64_t most) {
+  const int64_t held = std::max<int64_t>(32, most / bytes / 32 * 32);
+  return up(pieces(rows, pieces(rows, held)), 32);
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// Outputs of gate and up of 32 rows by 16 columns: pairs of columns, [gate, up][rows / 16][8][16 rows][2].
+constexpr int64_t BOTH = 2 * TILE;
+
+struct Kept {
+  bf16 *both, *low, *low_down;  // [M / 32][F / 16][BOTH], [M, R], [M, D], or null
+};
+
+// A piece of 16 of what is done with 16 columns of gate and up over 32 rows.
+template <bool GELU>
+void gate_piece(int64_t piece, const float* sums, bf16* h, bf16* both) {
+  const int64_t half = piece / 8, p = piece % 8, at = half * 256 + p * 32;
+  const __m512 g0 = _mm512_load_ps(sums + at), g1 = _mm512_load_ps(sums + at + 16);
+  const __m512 u0 = _mm512_load_ps(sums + 512 + at), u1 = _mm512_load_ps(sums + 512 + at + 16);
+  const __m512 h0 = _mm512_mul_ps(_mm512_mul_ps(g0, u0), sigmoid(inner<GELU>(g0)));
+  const __m512 h1 = _mm512_mul_ps(_mm512_mul_ps(g1, u1), sigmoid(inner<GELU>(g1)));
+  _mm512_store_si512(h + half * TILE + p * 32, paired(h0, h1));
+  if (!both) return;
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(both + piece * 32), paired(g0, g1));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(both + TILE + piece * 32), paired(u0, u1));
+}
+
+template <bool GELU>
+void forward(Shape s, const Layer* layers, Matrix x, Weights w, bf16* y, Kept kept) {
+  static thread_local Room<bf16> adapters_room;
+  const Adapters a(layers, s, adapters_room);
+  const int64_t threads = at::get_num_threads();
+  const int64_t own = s.H / 32, mid = s.F / 32, low = a.R32 / 32, low_down = a.D32 / 32;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Room<bf16> x_room, h_room;
+    static thread_local Room<float> sums_room;
+    const Tiles configured;
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const auto [from, to] = share(s.M, thread, threads);
+      if (from == to) continue;
+      const int64_t x_apart = (own + low) * 2 * TILE, h_apart = (mid + low_down) * 2 * TILE;
+      const int64_t step = stretch(to - from, (x_apart + h_apart) / 16 + 128, FORWARD);
+      bf16 *columns = x_room.of(step / 32 * x_apart), *h = h_room.of(step / 32 * h_apart);
+      float* sums = sums_room.of(std::max<int64_t>(2048, step * 32));
+      for (int64_t i = from; i < to; i += step) {
+        const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
+        for (int64_t b = 0; b < blocks; ++b) pack_columns({x.at(i + b * 32, 0), x.stride}, rows - b * 32, s.H, columns + b * x_apart);
+        append_low(a.down_in, own, a.R, columns, x_apart, blocks, rows, kept.low ? kept.low + i * a.R : nullptr);
+        // 16 rows of gate and of up are the two tiles of rows. What is done with a block's sums is done beside the next.
+        const auto work_on = [&](int64_t number, int64_t piece) {
+          const int64_t n = number / blocks, b = number % blocks;
+          gate_piece<GELU>(
+              piece, sums + number % 2 * 1024, h + b * h_apart + n / 2 * 2 * TILE + n % 2 * 256,
+              kept.both ? kept.both + ((i / 32 + b) * 2 * mid + n) * BOTH : nullptr);
+        };
+        int64_t number = 0;
+        for (int64_t n = 0; n < s.F; n += 16)
+          for (int64_t b = 0; b < blocks; ++b, ++number) {
+            const int64_t next = std::min(n + 16, s.F - 16);
+            begin_sums(nullptr);
+            const bf16* own_columns = columns + b * x_apart;
+            add_product<false>({w.gate.at(n, 0), w.up.at(n, 0), w.gate.stride, 32}, own_columns, own, [&](int64_t d) {
+              if (number && d < 16) work_on(number - 1, d);
+              ask(b, blocks, [&](int64_t r) { return r < 16 ? w.gate.at(next + r, d * 32) : w.up.at(next + r - 16, d * 32); });
+            });
+            for (int64_t d = own; number && d < 16; ++d) work_on(number - 1, d);
+            add_product<false>(
+                {a.up_gate.at(n, 0), a.up_up.at(n, 0), a.R32, 32}, own_columns + 2 * own * TILE, low, [](int64_t) {});
+            end_sums(sums + number % 2 * 1024);
+          }
+        for (int64_t d = 0; d < 16; ++d) work_on(number - 1, d);
+        append_low(a.down_mid, mid, a.D, h, h_apart, blocks, rows, kept.low_down ? kept.low_down + i * a.D : nullptr);
+        const int64_t deep = pieces(mid, pieces(mid, DEEP));
+        for (int64_t n = 0; n < s.H; n += 32)
+          for (int64_t d = 0; d < mid; d += deep) {
+            const int64_t here = std::min(deep, mid - d);
+            const bool last = d + here == mid;
+            const Matrix next{last ? w.down.at(std::min(n + 32, s.H - 32), 0) : w.down.at(n, (d + here) * 32), w.down.stride};
+            for (int64_t b = 0; b < blocks; ++b) {
+              float* own_sums = sums + b * 1024;
+              begin_sums(d ? own_sums : nullptr);
+              const bf16* own_h = h + b * h_apart;
+              add_product<false>(as_they_lie({w.down.at(n, d * 32), w.down.stride}), own_h + d * 2 * TILE, here, [&](int64_t k) {
+                ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
+              });
+              if (last) add_product<false>(as_they_lie({a.up_down.at(n, 0), a.D32}), own_h + 2 * mid * TILE, low_down, [](int64_t) {});
+              end_sums(own_sums);
+              if (last) store_across(own_sums, rows - b * 32, y + (i + b * 32) * s.H + n, s.H);
+            }
+          }
+      }
+    }
+  });
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+// Adds to sums [ranks / 16][2][16][16] the product of all blocks' ranks with their 32 columns, both packed.
+void add_outers(const bf16* ranks, int64_t count, int64_t apart, const bf16* columns, int64_t blocks, float* sums) {
+  for (int64_t r = 0; r < count; ++r, sums += 512) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    for (int64_t b = 0; b < blocks; ++b) {
+      _tile_loadd(4, ranks + b * apart + r * TILE, 64);
+      _tile_loadd(6, columns + b * 2 * TILE, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + b * 2 * TILE + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+  }
+}
+
+// Two rows of 32 numbers as pairs, one of either: 16 of the left half and 16 of the right.
+void store_pairs(__m512i even, __m512i odd, bf16* left) {
+  const __m512i low = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  _mm512_store_si512(left, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_store_si512(left + TILE, _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd));
+}
+
+struct Flow {
+  bf16 *gate, *up;  // what flows back to either, as packed rows
+  bf16 *h_pairs, *gate_pairs, *up_pairs;  // as packed columns of a product over the rows
+};
+
+// 32 x 32 outputs of gate and up as rows: [gate, up][32 rows][32].
+void unpack_both(const bf16* both, bf16* to) {
+  for (int64_t kind = 0; kind < 2; ++kind)
+    for (int64_t half = 0; half < 2; ++half) {
+      __m512i pairs[16];
+      for (int64_t p = 0; p < 16; ++p) pairs[p] = _mm512_load_si512(both + p / 8 * BOTH + kind * TILE + half * 256 + p % 8 * 32);
+      store_transposed(pairs, to + kind * 1024 + half * TILE);
+    }
+}
+
+// A piece of 16 of what is done with 32 columns over 32 rows: two rows.
+template <bool GELU>
+void flow_piece(int64_t piece, const float* sums, const bf16* both, Flow to) {
+  __m512i h[2], gates[2], ups[2];
+  for (int64_t k = 0; k < 2; ++k) {
+    const int64_t i = piece * 2 + k;
+    const float* from = sums + i / 16 * 512 + i % 16 * 16;
+    const __m512i g_row = _mm512_load_si512(both + i * 32), u_row = _mm512_load_si512(both + 1024 + i * 32);
+    __m512 found[3][2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m512 flow = _mm512_load_ps(from + half * 256);
+      const __m512 g = widened(half ? _mm512_extracti64x4_epi64(g_row, 1) : _mm512_castsi512_si256(g_row));
+      const __m512 u = widened(half ? _mm512_extracti64x4_epi64(u_row, 1) : _mm512_castsi512_si256(u_row));
+      const __m512 part = sigmoid(inner<GELU>(g)), active = _mm512_mul_ps(g, part);
+      const __m512 slope = _mm512_fmadd_ps(_mm512_fnmadd_ps(active, part, active), inner_slope<GELU>(g), part);
+      found[0][half] = _mm512_mul_ps(active, u);
+      found[1][half] = _mm512_mul_ps(_mm512_mul_ps(flow, u), slope);
+      found[2][half] = _mm512_mul_ps(flow, active);
+    }
+    h[k] = (__m512i)_mm512_cvtne2ps_pbh(found[0][1], found[0][0]);
+    gates[k] = (__m512i)_mm512_cvtne2ps_pbh(found[1][1], found[1][0]);
+    ups[k] = (__m512i)_mm512_cvtne2ps_pbh(found[2][1], found[2][0]);
+    _mm512_store_si512(to.gate + i * 32, gates[k]);
+    _mm512_store_si512(to.up + i * 32, ups[k]);
+  }
+  store_pairs(h[0], h[1], to.h_pairs + piece * 32);
+  store_pairs(gates[0], gates[1], to.gate_pairs + piece * 32);
+  store_pairs(ups[0], ups[1], to.up_pairs + piece * 32);
+}
+
+// Where each thread's sums for the gradients of adapters lie among its own.
+struct Places {
+  int64_t in, gate, up, mid, down, all;
+  Places(Shape s, const Layer* layers) {
+    const auto tiles = [](int64_t columns, int64_t ranks) { return columns / 32 * pieces(ranks, 16) * 512; };
+    in = 0;
+    gate = in + tiles(s.H, layers[0].rank + layers[1].rank);
+    up = gate + tiles(s.F, layers[0].rank);
+    mid = up + tiles(s.F, layers[1].rank);
+    down = mid + tiles(s.F, layers[2].rank);
+    all = down + tiles(s.H, layers[2].rank);
+  }
+};
+
+struct Given {
+  Matrix dy, x;
+  const bf16 *both, *low, *low_down;
+};
+
+// Weights as packed columns of the backward pass: of what flows back to h [F / 32][H / 32 + D / 32], and to x [H / 32][2F / 32 + R / 32].
+struct Columns {
+  bf16 *to_h, *to_x;
+  int64_t deep_h, deep_x;  // tiles of depth
+
+  Columns(Shape s, const Weights& w, const Adapters& a, bool needs_x, Room<bf16>& room) {
+    const int64_t own = s.H / 32, mid = s.F / 32, low = a.R32 / 32;
+    deep_h = own + a.D32 / 32, deep_x = 2 * mid + low;
+    to_h = room.of((mid * deep_h + own * deep_x) * 2 * TILE);
+    to_x = to_h + mid * deep_h * 2 * TILE;
+    at::parallel_for(0, needs_x ? deep_h + deep_x : deep_h, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        if (k < deep_h) {
+          const Matrix rows = k < own ? Matrix{w.down.at(k * 32, 0), w.down.stride} : Matrix{a.down_mid.at((k - own) * 32, 0), s.F};
+          for (int64_t n = 0; n < mid; ++n) pack_depth({rows.at(0, n * 32), rows.stride}, 32, 32, to_h + (n * deep_h + k) * 2 * TILE);
+        } else {
+          const int64_t d = k - deep_h;
+          const Matrix rows = d < mid       ? Matrix{w.gate.at(d * 32, 0), w.gate.stride}
+                              : d < 2 * mid ? Matrix{w.up.at((d - mid) * 32, 0), w.up.stride}
+                                            : Matrix{a.down_in.at((d - 2 * mid) * 32, 0), s.H};
+          for (int64_t n = 0; n < own; ++n) pack_depth({rows.at(0, n * 32), rows.stride}, 32, 32, to_x + (n * deep_x + d) * 2 * TILE);
+        }
+    });
+  }
+};
+
+template <bool GELU>
+void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, float* d_down, float* d_up) {
+  static thread_local Room<bf16> adapters_room;
+  static thread_local Room<float> shared;
+  const Adapters a(layers, s, adapters_room);
+  static thread_local Room<bf16> columns_room;
+  const Columns columns(s, w, a, dx != nullptr, columns_room);
+  const Places places(s, layers);
+  const int64_t threads = at::get_num_threads();
+  const int64_t own = s.H / 32, mid = s.F / 32, low = a.R32 / 32, low_down = a.D32 / 32, of_gate = layers[0].rank, of_up = layers[1].rank;
+  float* all = shared.of(threads * places.all);
+  std::unique_ptr<const float*[]> sums_of(new const float*[threads * 5]());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Room<bf16> dy_room, flow_room, ranks_room, pairs_room, ups_room, both_room;
+    static thread_local Room<float> sums_room;
+    const Tiles configured;
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const auto [from, to] = share(s.M, thread, threads);
+      if (from == to) continue;
+      const int64_t dy_apart = (own + low_down) * 2 * TILE, apart = (2 * mid + low) * 2 * TILE;
+      const int64_t step = stretch(to - from, (dy_apart + apart) / 16 + 512, BACKWARD), most = step / 32;
+      bf16 *dy = dy_room.of(most * dy_apart), *flow = flow_room.of(most * apart);
+      bf16* packed_down = ups_room.of((low_down * own + low * 2 * mid) * 2 * TILE);
+      bf16* packed_both = packed_down + low_down * own * 2 * TILE;
+      // Tiles of ranks of each block: x A^T by gate, by up, h A^T, and what flows back to the ranks of both and of down.
+      const int64_t at_up = pieces(of_gate, 16), at_down = at_up + pieces(of_up, 16), at_flow = at_down + pieces(a.D, 16);
+      const int64_t at_back = at_flow + pieces(a.R, 16), ranks_apart = (at_back + pieces(a.D, 16) + 1) * TILE;
+      bf16 *ranks = ranks_room.of(most * ranks_apart), *pairs = pairs_room.of(most * 3 * 2 * TILE), *rooms = both_room.of(4096);
+      float *sums = sums_room.of(std::max<int64_t>(2048, step * 32)), *mine = all + thread * places.all;
+      std::fill_n(mine, places.all, 0.f);
+      const int64_t begins[5] = {places.in, places.gate, places.up, places.mid, places.down};
+      for (int64_t k = 0; k < 5; ++k) sums_of[k * threads + thread] = mine + begins[k];
+      for (int64_t r = 0; r < a.D; r += 32) pack_depth({a.up_down.at(0, r), a.D32}, 32, s.H, packed_down + r * own * 32);
+      for (int64_t r = 0; r < a.R; r += 32) {
+        pack_depth({a.up_gate.at(0, r), a.R32}, 32, s.F, packed_both + r * 2 * mid * 32);
+        pack_depth({a.up_up.at(0, r), a.R32}, 32, s.F, packed_both + (r * 2 + 32) * mid * 32);
+      }
+      alignas(64) bf16 block[32 * 32];
+      const auto idle = [](int64_t) {};
+      // Products of packed rows with packed columns of ranks, put behind the rows as depth and among the tiles of ranks.
+      const auto append_ranks = [&](bf16* of_rows, int64_t depth, int64_t of_apart, const bf16* columns, int64_t count, int64_t at, int64_t blocks) {
+        for (int64_t r = 0; r < count; r += 32)
+          for (int64_t b = 0; b < blocks; ++b) {
+            begin_sums(nullptr);
+            add_product<true>(packed(of_rows + b * of_apart), columns + r * depth * 32, depth, idle);
+            end_sums(sums);
+            store(sums, 32, 32, nullptr, block, 32, false);
+            pack_rows({block, 32}, 32, 32, of_rows + b * of_apart + (depth + r / 32) * 2 * TILE);
+            pack_ranks({block, 32}, 32, std::min<int64_t>(32, count - r), ranks + b * ranks_apart + (at + r / 16) * TILE);
+          }
+      };
+      for (int64_t i = from; i < to; i += step) {
+        const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
+        const auto left = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
+        for (int64_t b = 0; b < blocks; ++b) {
+          bf16* own_ranks = ranks + b * ranks_apart;
+          pack_rows({given.dy.at(i + b * 32, 0), given.dy.stride}, left(b), s.H, dy + b * dy_apart);
+          pack_ranks({given.low + (i + b * 32) * a.R, a.R}, left(b), of_gate, own_ranks);
+          pack_ranks({given.low + (i + b * 32) * a.R + of_gate, a.R}, left(b), of_up, own_ranks + at_up * TILE);
+          pack_ranks({given.low_down + (i + b * 32) * a.D, a.D}, left(b), a.D, own_ranks + at_down * TILE);
+        }
+        append_ranks(dy, own, dy_apart, packed_down, a.D, at_back, blocks);
+        for (int64_t n = 0; a.D && n < own; ++n) {
+          for (int64_t b = 0; b < blocks; ++b) pack_depth({dy + b * dy_apart + n * 2 * TILE, 32}, 32, 32, pairs + b * 2 * TILE);
+          add_outers(ranks + at_down * TILE, pieces(a.D, 16), ranks_apart, pairs, blocks, mine + places.down + n * pieces(a.D, 16) * 512);
+        }
+        bf16 *h_pairs = pairs, *gate_pairs = pairs + most * 2 * TILE, *up_pairs = pairs + most * 4 * TILE;
+        const auto work_on = [&](int64_t n, int64_t b, int64_t piece) {
+          flow_piece<GELU>(
+              piece, sums + b % 2 * 1024, rooms + b % 2 * 2048,
+              {flow + b * apart + n * 2 * TILE, flow + b * apart + (mid + n) * 2 * TILE, h_pairs + b * 2 * TILE, gate_pairs + b * 2 * TILE,
+               up_pairs + b * 2 * TILE});
+        };
+        for (int64_t n = 0; n < mid; ++n) {
+          const bf16 *panel = columns.to_h + n * columns.deep_h * 2 * TILE, *next = panel + columns.deep_h * 2 * TILE;
+          for (int64_t b = 0; b < blocks; ++b) {
+            const bf16* own_both = given.both + ((i / 32 + b) * mid + n) * 2 * BOTH;
+            unpack_both(own_both, rooms + b % 2 * 2048);
+            begin_sums(nullptr);
+            add_product<true>(packed(dy + b * dy_apart), panel, columns.deep_h, [&](int64_t d) {
+              if (b && d < 16) work_on(n, b - 1, d);
+              ask(b, blocks, [&](int64_t r) { return next + (d * 32 + r) * 32; });
+              for (int64_t k = d; n + 1 < mid && k < 64; k += columns.deep_h)
+                _mm_prefetch(reinterpret_cast<const char*>(own_both + 2 * BOTH + k * 32), _MM_HINT_T1);
+            });
+            for (int64_t d = columns.deep_h; b && d < 16; ++d) work_on(n, b - 1, d);
+            end_sums(sums + b % 2 * 1024);
+          }
+          for (int64_t d = 0; d < 16; ++d) work_on(n, blocks - 1, d);
+          add_outers(ranks, pieces(of_gate, 16), ranks_apart, gate_pairs, blocks, mine + places.gate + n * pieces(of_gate, 16) * 512);
+          add_outers(ranks + at_up * TILE, pieces(of_up, 16), ranks_apart, up_pairs, blocks, mine + places.up + n * pieces(of_up, 16) * 512);
+          add_outers(ranks + at_back * TILE, pieces(a.D, 16), ranks_apart, h_pairs, blocks, mine + places.mid + n * pieces(a.D, 16) * 512);
+        }
+        append_ranks(flow, 2 * mid, apart, packed_both, a.R, at_flow, blocks);
+        for (int64_t n = 0; a.R && n < own; ++n) {
+          for (int64_t b = 0; b < blocks; ++b) pack_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), pairs + b * 2 * TILE);
+          add_outers(ranks + at_flow * TILE, pieces(a.R, 16), ranks_apart, pairs, blocks, mine + places.in + n * pieces(a.R, 16) * 512);
+        }
+        const int64_t deep = pieces(columns.deep_x, pieces(columns.deep_x, DEEP));
+        for (int64_t n = 0; dx && n < own; ++n)
+          for (int64_t d = 0; d < columns.deep_x; d += deep) {
+            const int64_t here = std::min(deep, columns.deep_x - d);
+            const bf16 *panel = columns.to_x + (n * columns.deep_x + d) * 2 * TILE, *next = panel + here * 2 * TILE;
+            for (int64_t b = 0; b < blocks; ++b) {
+              float* own_sums = sums + b * 1024;
+              begin_sums(d ? own_sums : nullptr);
+              add_product<true>(packed(flow + b * apart + d * 2 * TILE), panel, here, [&](int64_t k) {
+                ask(b, blocks, [&](int64_t r) { return next + (k * 32 + r) * 32; });
+              });
+              end_sums(own_sums);
+              if (d + here == columns.deep_x) store(own_sums, left(b), 32, nullptr, dx + (i + b * 32) * s.H + n * 32, s.H, false);
+            }
+          }
+      }
+    }
+  });
+  const float* const* of = sums_of.get();
+  join_down(of, threads, a.R, s.H, d_down);
+  join_down(of + 3 * threads, threads, a.D, s.F, d_down + a.R * s.H);
+  join_up(of + threads, threads, layers[0], 0, 0, of_gate, d_up);
+  join_up(of + 2 * threads, threads, layers[1], 0, 0, of_up, d_up + s.F * of_gate);
+  join_up(of + 4 * threads, threads, layers[2], 0, 0, a.D, d_up + s.F * a.R);
+}
+
+bf16* numbers(void* data) { return static_cast<bf16*>(data); }
+const bf16* numbers(const void* data) { return static_cast<const bf16*>(data); }
+
+}  // namespace
+
+extern "C" {
+
+// y [M, H] of x [M, H] and the weights gate and up [F, H] and down [H, F], all bf16, and an adapter of each, whose rank may be 0.
+// Unless null, `both` [M, 2F] takes the outputs of gate and up, `low` [M, R] and `low_down` [M, D] those of the A.
+// `shape` is M, H, F, the activation (0 SiLU, 1 GELU by tanh), and the strides of x and the weights.
+void gated(
+    const int64_t* shape, const void* layers, const void* x, const void* gate, const void* up, const void* down, void* y, void* both, void* low,
+    void* low_down) {
+  const Shape s{shape[0], shape[1], shape[2], shape[3]};
+  const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
+  (s.activation ? forward<true> : forward<false>)(
+      s, static_cast<const Layer*>(layers), {numbers(x), shape[4]}, w, numbers(y), {numbers(both), numbers(low), numbers(low_down)});
+}
+
+// dx [M, H] unless null, and fp32 gradients of every A and every B, one after another, given dy [M, H] and the above.
+// `shape` is as above, and then the stride of dy.
+void gated_backward(
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* gate, const void* up, const void* down, const void* both,
+    const void* low, const void* low_down, void* dx, void* d_down, void* d_up) {
+  const Shape s{shape[0], shape[1], shape[2], shape[3]};
+  const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
+  const Given given{{numbers(dy), shape[8]}, {numbers(x), shape[4]}, numbers(both), numbers(low), numbers(low_down)};
+  (s.activation ? backward<true> : backward<false>)(
+      s, static_cast<const Layer*>(layers), given, w, numbers(dx), static_cast<float*>(d_down), static_cast<float*>(d_up));
+}
+}
