@@ -47,6 +47,20 @@ class Decoding:
     num_beams: int = 1
 
 
+def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """Where the largest of logits [..., V] is, the first of equal ones: block by block, for torch's argmax on a CPU is no vector code."""
+    if logits.device.type != "cpu" or logits.shape[-1] <= block:
+        return logits.argmax(-1)
+    size = logits.shape[-1]
+    whole = size // block * block
+    tops = logits[..., :whole].unflatten(-1, (-1, block)).amax(-1)
+    if whole < size:
+        tops = torch.cat([tops, logits[..., whole:].amax(-1, keepdim=True)], -1)
+    # Past the end it is the last one again, which is not the first of equals.
+    places = (tops.argmax(-1, keepdim=True) * block + torch.arange(block)).clamp(max=size - 1)
+    return places.gather(-1, logits.gather(-1, places).argmax(-1, keepdim=True)).squeeze(-1)
+
+
 class LanguageModel(nn.Module):
     """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
 
@@ -211,7 +225,7 @@ class CausalLLM(LanguageModel):
         found, place = stops[0].repeat(*leaves.shape, max_new_tokens), torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
         for step in range(max_new_tokens):
             # As they are: neither a wider type nor a soft cap moves the largest.
-            said = self.head(hidden).argmax(-1)
+            said = largest(self.head(hidden))
             found[..., step].scatter_(1, place, torch.where(ended, stops[0], said))
             ended = ended | torch.isin(said, stops)
             left = int((~ended).sum(1).max())

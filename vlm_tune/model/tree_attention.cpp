@@ -124,9 +124,18 @@ void copy_rows(const Strided& from, int64_t b, int64_t h, int64_t first, int64_t
   std::memset(to + count * D, 0, (room - count) * D * sizeof(bf16));
 }
 
+// [rows, D], whole blocks of both, as [D, rows].
 void transpose(const bf16* from, int64_t rows, int64_t D, bf16* to) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < D; ++d) to[d * rows + i] = from[i * D + d];
+  for (int64_t i = 0; i < rows; i += 32)
+    for (int64_t d = 0; d < D; d += 16) {
+      __m512i pairs[16];
+      for (int64_t p = 0; p < 16; ++p) {
+        const bf16* even = from + (i + 2 * p) * D + d;
+        store_pair(reinterpret_cast<bf16*>(pairs + p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + D)));
+      }
+      transpose16(pairs);
+      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(to + (d + k) * rows + i, pairs[k]);
+    }
 }
 
 // [D, Q] of rows of N in fp32 as rows of bf16, `count` of them, each times its factor.
@@ -214,46 +223,112 @@ class Room {
   std::vector<std::vector<char>> parts_;
 };
 
+// The keys and values of one row and key head, and what blocks of queries of its heads find there.
+class Reading {
+ public:
+  // For up to `most` keys.
+  Reading(const Shape& s, int64_t most)
+      : s_(s), heads_(s.together()), keys_(room_.take<bf16>(most * s.D)), values_(room_.take<bf16>(most * s.D)), values_t_(room_.take<bf16>(most * s.D)),
+        block_(room_.take<bf16>(Q * s.D)), columns_(room_.take<bf16>(heads_ * Q * s.D)), scores_(room_.take<float>(most * heads_ * Q)),
+        weights_(room_.take<bf16>(most * heads_ * Q)), sums_(room_.take<float>(s.D * heads_ * Q)), scratch_(room_.take<float>(s.D * Q)),
+        inverse_(room_.take<float>(heads_ * Q)), logs_(room_.take<float>(heads_ * Q)) {}
+
+  void begin() { held_ = 0; }
+
+  // `count` more tokens of row b and key head g.
+  void add(const Strided& k, const Strided& v, int64_t b, int64_t g, int64_t count) {
+    copy_rows(k, b, g, 0, count, count, s_.D, keys_ + held_ * s_.D);
+    copy_rows(v, b, g, 0, count, count, s_.D, values_ + held_ * s_.D);
+    held_ += count;
+  }
+
+  void end() {
+    padded_ = (held_ + K - 1) / K * K;
+    std::memset(keys_ + held_ * s_.D, 0, (padded_ - held_) * s_.D * sizeof(bf16));
+    std::memset(values_ + held_ * s_.D, 0, (padded_ - held_) * s_.D * sizeof(bf16));
+    transpose(values_, padded_, s_.D, values_t_);
+  }
+
+  // The queries first..first + count of all heads of key head g: their outputs [.., H, D], and unless null the logs of their sums [H, ..].
+  void attend(
+      const Strided& q, int64_t b, int64_t g, int64_t first, int64_t count, const std::vector<Run>& runs, const std::vector<uint32_t>& masks, bf16* out,
+      float* lse, int64_t lse_stride) {
+    const int64_t D = s_.D, group = s_.H / s_.G;
+    for (int64_t head = g * group; head < (g + 1) * group; head += heads_) {
+      const int64_t heads = std::min(heads_, (g + 1) * group - head), N = heads * Q;
+      for (int64_t h = 0; h < heads; ++h) {
+        copy_rows(q, b, head + h, first, count, Q, D, block_);
+        pack_columns(block_, D, N, columns_ + h * Q * 2);
+      }
+      for (const Run& run : runs) brgemm(run.to - run.from, N, D, D, N, N, false, keys_ + run.from * D, columns_, scores_ + run.place * N);
+      softmax(scores_, masks, static_cast<int64_t>(masks.size()), N, s_.scale, weights_, inverse_, logs_);
+      std::memset(sums_, 0, D * N * sizeof(float));
+      for (const Run& run : runs)
+        brgemm(D, N, run.to - run.from, padded_, N, N, true, values_t_ + run.from, weights_ + run.place * N, sums_);
+      for (int64_t h = 0; h < heads; ++h) {
+        store_transposed(sums_ + h * Q, D, N, count, inverse_ + h * Q, out + (head + h) * D, s_.H * D, scratch_);
+        if (lse) std::memcpy(lse + (head + h) * lse_stride, logs_ + h * Q, count * sizeof(float));
+      }
+    }
+  }
+
+ private:
+  const Shape& s_;
+  Room room_;
+  int64_t heads_, held_ = 0, padded_ = 0;
+  bf16 *keys_, *values_, *values_t_, *block_, *columns_;
+  float* scores_;
+  bf16* weights_;
+  float *sums_, *scratch_, *inverse_, *logs_;
+};
+
 void forward(const Shape& s, Strided q, Strided k, Strided v, const int32_t* ends, bf16* out, float* lse) {
-  const int64_t D = s.D, L = s.L, P = s.padded(), group = s.H / s.G, most_heads = s.together(), most_columns = most_heads * Q;
   at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
-    Room room;
-    auto* keys = room.take<bf16>(P * D);
-    auto* values = room.take<bf16>(P * D);
-    auto* values_t = room.take<bf16>(P * D);
-    auto* block = room.take<bf16>(Q * D);
-    auto* columns = room.take<bf16>(most_columns * D);
-    auto* scores = room.take<float>(P * most_columns);
-    auto* weights = room.take<bf16>(P * most_columns);
-    auto* sums = room.take<float>(D * most_columns);
-    auto* scratch = room.take<float>(D * Q);
-    auto* inverse = room.take<float>(most_columns);
-    auto* logs = room.take<float>(most_columns);
+    Reading reading(s, s.padded());
     std::vector<Run> runs;
     std::vector<uint32_t> masks;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / s.G, g = task % s.G;
-      copy_rows(k, b, g, 0, L, P, D, keys);
-      copy_rows(v, b, g, 0, L, P, D, values);
-      transpose(values, P, D, values_t);
-      for (int64_t first = 0; first < L; first += Q) {
-        const int64_t count = std::min(Q, L - first), held = visible(ends + b * L, L, first, count, runs, masks);
-        for (int64_t head = g * group; head < (g + 1) * group; head += most_heads) {
-          const int64_t heads = std::min(most_heads, (g + 1) * group - head), N = heads * Q;
-          for (int64_t h = 0; h < heads; ++h) {
-            copy_rows(q, b, head + h, first, count, Q, D, block);
-            pack_columns(block, D, N, columns + h * Q * 2);
-          }
-          for (const Run& run : runs) brgemm(run.to - run.from, N, D, D, N, N, false, keys + run.from * D, columns, scores + run.place * N);
-          softmax(scores, masks, held, N, s.scale, weights, inverse, logs);
-          std::memset(sums, 0, D * N * sizeof(float));
-          for (const Run& run : runs)
-            brgemm(D, N, run.to - run.from, P, N, N, true, values_t + run.from, weights + run.place * N, sums);
-          for (int64_t h = 0; h < heads; ++h) {
-            store_transposed(sums + h * Q, D, N, count, inverse + h * Q, out + ((b * L + first) * s.H + head + h) * D, s.H * D, scratch);
-            std::memcpy(lse + (b * s.H + head + h) * L + first, logs + h * Q, count * sizeof(float));
-          }
+      reading.begin();
+      reading.add(k, v, b, g, s.L);
+      reading.end();
+      for (int64_t first = 0; first < s.L; first += Q) {
+        const int64_t count = std::min(Q, s.L - first);
+        visible(ends + b * s.L, s.L, first, count, runs, masks);
+        reading.attend(q, b, g, first, count, runs, masks, out + (b * s.L + first) * s.H * s.D, lse + b * s.H * s.L + first, s.L);
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// The tokens that branches have grown by one call: a key and a value of each.
+struct Grown {
+  Strided keys, values;
+};
+
+// One query of each of `branches` a row, which sees what `seen` says of the row's L tokens, and its own branch's tokens.
+void grow(const Shape& s, int64_t branches, const std::vector<Grown>& grown, Strided q, Strided k, Strided v, const uint8_t* seen, bf16* out) {
+  const int64_t own = branches * static_cast<int64_t>(grown.size()), padded = (s.L + own + K - 1) / K * K;
+  at::parallel_for(0, s.B * s.G, 1, [&](int64_t begin, int64_t end) {
+    Reading reading(s, padded);
+    const std::vector<Run> runs{{0, padded, 0}};
+    std::vector<uint32_t> masks(padded);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / s.G, g = task % s.G;
+      reading.begin();
+      reading.add(k, v, b, g, s.L);
+      for (const Grown& one : grown) reading.add(one.keys, one.values, b, g, branches);
+      reading.end();
+      for (int64_t first = 0; first < branches; first += Q) {
+        const int64_t count = std::min(Q, branches - first);
+        std::fill(masks.begin(), masks.end(), 0u);
+        for (int64_t i = 0; i < count; ++i) {
+          const uint8_t* sees = seen + (b * branches + first + i) * s.L;
+          for (int64_t j = 0; j < s.L; ++j) masks[j] |= static_cast<uint32_t>(sees[j]) << i;
+          for (int64_t j = s.L + first + i; j < s.L + own; j += branches) masks[j] |= 1u << i;
         }
+        reading.attend(q, b, g, first, count, runs, masks, out + (b * branches + first) * s.H * s.D, nullptr, 0);
       }
     }
     at::native::cpublas::brgemm_release();
@@ -351,6 +426,20 @@ void attend(
   forward(
       s, strided(q, strides), strided(k, strides + 3), strided(v, strides + 6), static_cast<const int32_t*>(ends), static_cast<bf16*>(out),
       static_cast<float*>(lse));
+}
+
+// out [B, K, H, D] of the newest tokens' q [B, H, K, D], the rows' k and v [B, G, L, D], `seen` bool[B, K, L], and k and v
+// [B, G, K, D] of `calls` calls. `shape` is B, H, G, L, D, K and calls; `strides` those of q, k and v, and of what `grown` points to.
+void grow_branches(
+    const int64_t* shape, float scale, const int64_t* strides, const void* q, const void* k, const void* v, const void* seen, const void* const* grown,
+    void* out) {
+  const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], scale};
+  std::vector<Grown> all;
+  for (int64_t call = 0; call < shape[6]; ++call)
+    all.push_back({strided(grown[2 * call], strides + 9 + 6 * call), strided(grown[2 * call + 1], strides + 12 + 6 * call)});
+  grow(
+      s, shape[5], all, strided(q, strides), strided(k, strides + 3), strided(v, strides + 6), static_cast<const uint8_t*>(seen),
+      static_cast<bf16*>(out));
 }
 
 // dq [B, L, H, D], dk and dv [B, L, G, D]; `strides` those of dout, q, k, v and out.

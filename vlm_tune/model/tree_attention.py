@@ -92,14 +92,13 @@ class Branches:
     """
 
     def __init__(self, kept: list[tuple[Tensor, Tensor]], seen: Tensor) -> None:
-        self.kept, self.calls = kept, 0
+        self.kept, self.calls, self.seen = kept, 0, seen.contiguous()
         self.own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept]
-        self.hidden = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
 
     def keep(self, places: Tensor) -> None:
         """Only the branches at `places` int64[B, K'] grow on."""
         rows = torch.arange(len(places), device=places.device)[:, None]
-        self.hidden = self.hidden[rows, :, :, places].permute(0, 2, 3, 1, 4)
+        self.seen = self.seen[rows, places]
         self.own = [
             [(key[rows, :, places].transpose(1, 2), value[rows, :, places].transpose(1, 2)) for key, value in own] for own in self.own
         ]
@@ -110,18 +109,19 @@ class Branches:
         own = self.own[self.calls % len(self.kept)]
         self.calls += 1
         own.append((key.clone(), value.clone()))
-        (rows, heads, branches, width), groups = query.shape, key.shape[1]
-        grouped = query.reshape(rows, groups, heads // groups, branches, width)
-        # A branch sees its own tokens and no other's, so of these there is one score a token, and nothing to mask.
-        scores = grouped.flatten(2, 3) @ keys.transpose(2, 3)
-        parts = [scores.view(*grouped.shape[:-1], -1).float() * scale + self.hidden]
-        parts += [(grouped.float() * one[:, :, None].float()).sum(-1, keepdim=True) * scale for one, _ in own]
-        weights = torch.cat(parts, -1).softmax(-1).to(query.dtype)
-        length = keys.shape[2]
-        out = (weights[..., :length].reshape(*scores.shape) @ values).view(grouped.shape).float()
-        for place, (_, one) in enumerate(own):
-            out += weights[..., length + place, None].float() * one[:, :, None].float()
-        return out.to(query.dtype).permute(0, 3, 1, 2, 4).contiguous().view(rows, branches, heads, width)
+        (rows, heads, branches, width), query = query.shape, _rows(query)
+        out = query.new_empty(rows, branches, heads, width)
+        grown = [each for pair in own for each in pair]
+        shape = (ctypes.c_int64 * 7)(rows, heads, key.shape[1], keys.shape[2], width, branches, len(own))
+        _library().grow_branches(
+            shape,
+            ctypes.c_float(scale),
+            _strides(query, keys, values, *grown),
+            *pointers(query, keys, values, self.seen),
+            (ctypes.c_void_p * len(grown))(*(each.data_ptr() for each in grown)),
+            *pointers(out),
+        )
+        return out
 
 
 _kept: list[tuple[Tensor, Tensor]] | None = None
