@@ -142,4 +142,4 @@ def test_a_training_step_goes_through_it(tiny_recipe: Callable[..., str], tmp_pa
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(3, 5, layer.base_layer.in_features, requires_grad=True)).float().sum().backward()
     assert calls == ["low_rank", "low_rank_backward"]
-    assert layer.lora_B[layer._name].weight.grad is not None
+    assert layer.lora_B[layer.name].weight.grad is not None

@@ -159,7 +159,8 @@ def _weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], dow
         return list(weights)
     shapes = [(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)]
     return [
-        unpacked(codes, scales, packing, shape, like.dtype) for codes, scales, shape in zip(weights[::2], weights[1::2], shapes, strict=True)
+        unpacked(codes, scales, packing, shape, like.dtype)
+        for codes, scales, shape in zip(weights[::2], weights[1::2], shapes, strict=True)
     ]
 
 
