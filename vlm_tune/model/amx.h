@@ -131,10 +131,9 @@ void pack_ranks(Matrix rows, int64_t count, int64_t ranks, bf16* to) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// 32 rows times 32 columns over some tiles of depth, as four tiles of sums [2][2][16][16].
-template <bool ADD>
-void multiply(const bf16* rows, const bf16* columns, int64_t depth, float* sums) {
-  if constexpr (ADD) {
+// Four tiles of sums [2][2][16][16] of 32 x 32 begin: at those, or at nothing.
+void begin_sums(const float* sums) {
+  if (sums) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + 256, 64);
     _tile_loadd(2, sums + 512, 64);
@@ -145,6 +144,20 @@ void multiply(const bf16* rows, const bf16* columns, int64_t depth, float* sums)
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+// They end there.
+void end_sums(float* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+
+// 32 rows times 32 columns over some tiles of depth, as four tiles of sums.
+template <bool ADD>
+void multiply(const bf16* rows, const bf16* columns, int64_t depth, float* sums) {
+  begin_sums(ADD ? sums : nullptr);
   for (int64_t d = 0; d < 2 * depth * TILE; d += 2 * TILE) {
     // What streams past must not drive the rows out of the first cache.
     _tile_loadd(4, rows + d, 64);
@@ -156,10 +169,7 @@ void multiply(const bf16* rows, const bf16* columns, int64_t depth, float* sums)
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+  end_sums(sums);
 }
 
 // Sums of 32 x 32 as numbers, with a bias if there is one, and with `add` upon what is there.

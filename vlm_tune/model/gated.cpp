@@ -125,27 +125,6 @@ struct Rows {
 Rows as_they_lie(Matrix rows) { return {rows.data, rows.data + 16 * rows.stride, rows.stride, 32}; }
 Rows packed(const bf16* rows) { return {rows, rows + TILE, 32, 2 * TILE}; }
 
-void begin_sums(const float* sums) {
-  if (sums) {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    _tile_loadd(2, sums + 512, 64);
-    _tile_loadd(3, sums + 768, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-void end_sums(float* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-}
-
 // Adds 32 rows times 32 packed columns over some tiles of depth. What is not in the first cache and shall not be is loaded past
 // it: the rows or the columns. `work` is done beside, a piece at each tile of depth: the unit for tiles has a port of its own.
 template <bool ROWS_PAST, typename Work>
