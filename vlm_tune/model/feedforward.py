@@ -113,6 +113,8 @@ class GatedModule(nn.Module):
             return False
         if not all(layer.is_plain(x) if isinstance(layer, LoraLinear) else _frozen(layer, x) for layer in layers):
             return False
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+            return False
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
         packings = {layer.packed.packing if isinstance(layer, LoraLinear) and layer.packed else "" for layer in layers}
         inner, width = bases[0].out_features, bases[0].in_features
@@ -138,7 +140,6 @@ def _frozen(layer: Any, x: Tensor) -> bool:
         and not layer.weight.requires_grad
         and layer.weight.device == x.device
         and not hasattr(layer.weight, "ds_id")
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
     )
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.model.build import DTYPES
+from vlm_tune.model.feedforward import GatedModule
+from vlm_tune.model.fused import LoraLinear
 from vlm_tune.model.tracing import by_depth, to_fake, trace_step
 from vlm_tune.model.tree_attention import attending, usable
 from vlm_tune.model.tuning import count_of, is_linear
@@ -51,7 +54,7 @@ def traced(
     def measure() -> np.ndarray:
         to_fake(model, fake)
         # Around both passes, as the engines have it: what autocast keeps of weights it cast lives as long.
-        with _multiplied(model, batch) as products, torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
+        with _multiplied(model, batch, gpu) as products, torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
             trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
@@ -65,8 +68,28 @@ def traced(
         return by_depth(model.llm, measure), idle[0]
 
 
+def _counted(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules that are linear layers or run theirs in one: a hook within would keep them from it."""
+    if is_linear(module) or isinstance(module, GatedModule | LoraLinear):
+        return [module]
+    return [layer for child in module.children() for layer in _counted(child)]
+
+
+def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
+    """The linear layers in one of `_counted`, and whether a gradient of what each reads is wanted; `flows` is whether of what it reads."""
+    if isinstance(module, GatedModule):
+        *outer, inner = (module.get_submodule(name) for name in module.layer_names)
+        trains = flows or any(parameter.requires_grad for layer in outer for parameter in layer.parameters())
+        return [pair for layer in outer for pair in _linear(layer, flows)] + _linear(inner, trains)
+    if not isinstance(module, LoraLinear):
+        return [(module, flows)]
+    name = module.name
+    down, up = module.lora_A[name], module.lora_B[name]
+    return [(module.base_layer, flows), (down, flows), (up, flows or down.weight.requires_grad)]
+
+
 @contextmanager
-def _multiplied(model: VisionLanguageModel, batch: Batch) -> Iterator[np.ndarray]:
+def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
     """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
     products, seen, handles = np.zeros(len(ROWS)), set(), []
     rows, said = batch.input_ids.numel(), int((batch.labels != IGNORE_INDEX).sum())
@@ -74,18 +97,20 @@ def _multiplied(model: VisionLanguageModel, batch: Batch) -> Iterator[np.ndarray
     per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
 
     def count(module: Any, given: tuple[torch.Tensor, ...], _: Any) -> None:
-        if id(module) in seen or module.weight is None:
+        if id(module) in seen:
             return
         seen.add(id(module))
         taken = given[0].numel() // given[0].shape[-1]
         place = 2 if module is model.llm.head else place_of.get(taken, 3)
         taken = said if module is model.llm.head else taken
-        products[place] += (
-            (2 + 2 * given[0].requires_grad + 2 * module.weight.requires_grad) * count_of(module.weight) * taken / per_row[place]
-        )
+        for layer, flows in _linear(module, given[0].requires_grad):
+            if layer.weight is not None:
+                products[place] += (2 + 2 * flows + 2 * layer.weight.requires_grad) * count_of(layer.weight) * taken / per_row[place]
 
     for part in (model.connector, model.llm):
-        handles += [layer.register_forward_hook(count) for layer in part.modules() if is_linear(layer)]
+        # A GPU runs no kernel of a CPU's: there a hook within each layer has the layers run one by one.
+        found = [layer for layer in part.modules() if is_linear(layer)] if gpu else _counted(part)
+        handles += [layer.register_forward_hook(count) for layer in found]
     try:
         yield products
     finally:
