@@ -58,7 +58,9 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
     """The number of the activation by which a class of modules computes, by what a small one answers; None where it does anything else."""
     with torch.device("cpu"), torch.no_grad():
         # No numbers are drawn: a recipe's seed gives the same model with it as without.
-        layers = [skip_init(nn.Linear, *shape, bias=False, device="cpu", dtype=torch.float32) for shape in ((3, 5), (3, 5), (5, 3))]
+        layers: list[Any] = [
+            skip_init(nn.Linear, *shape, bias=False, device="cpu", dtype=torch.float32) for shape in ((3, 5), (3, 5), (5, 3))
+        ]
         x = torch.linspace(-4, 4, 12, dtype=torch.float32).view(4, 3)
         for layer in layers:
             layer.weight.copy_(torch.linspace(-1.5, 2, 15).view(layer.weight.shape))

@@ -177,7 +177,7 @@ def fingerprint(module: nn.Module) -> str:
     def one(item: tuple[str, torch.Tensor]) -> bytes:
         name, value = item
         digest = hashlib.sha256(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
     with ThreadPoolExecutor() as pool:  # Python lets go of its lock while it hashes

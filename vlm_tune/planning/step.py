@@ -84,7 +84,8 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
     if not isinstance(module, LoraLinear):
         return [(module, flows)]
     name = module.name
-    down, up = module.lora_A[name], module.lora_B[name]
+    down: Any = module.lora_A[name]
+    up: Any = module.lora_B[name]
     return [(module.base_layer, flows), (down, flows), (up, flows or down.weight.requires_grad)]
 
 
