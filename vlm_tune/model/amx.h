@@ -102,17 +102,20 @@ void pack_columns(Matrix columns, int64_t count, int64_t depth, bf16* to) {
     }
 }
 
-// 32 columns of the second operand whose depth are the rows of a matrix.
-void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to) {
+// Two rows of 32 numbers as pairs, one of either: 16 of the left half and 16 of the right.
+void store_pairs(__m512i even, __m512i odd, bf16* left) {
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_store_si512(left, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_store_si512(left + TILE, _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd));
+}
+
+// 32 columns of the second operand whose depth are the rows of a matrix.
+void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to) {
   for (int64_t d = 0; d < up(depth, 32); d += 2) {
     const __m512i even = d < depth ? loaded(rows.at(d, 0), count) : _mm512_setzero_si512();
     const __m512i odd = d + 1 < depth ? loaded(rows.at(d + 1, 0), count) : _mm512_setzero_si512();
-    bf16* out = to + d / 32 * 2 * TILE + d % 32 / 2 * 32;
-    _mm512_store_si512(out, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_store_si512(out + TILE, _mm512_permutex2var_epi16(even, high, odd));
+    store_pairs(even, odd, to + d / 32 * 2 * TILE + d % 32 / 2 * 32);
   }
 }
 

@@ -296,14 +296,6 @@ void add_outers(const bf16* ranks, int64_t count, int64_t apart, const bf16* col
   }
 }
 
-// Two rows of 32 numbers as pairs, one of either: 16 of the left half and 16 of the right.
-void store_pairs(__m512i even, __m512i odd, bf16* left) {
-  const __m512i low = _mm512_set_epi16(
-      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  _mm512_store_si512(left, _mm512_permutex2var_epi16(even, low, odd));
-  _mm512_store_si512(left + TILE, _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd));
-}
-
 struct Flow {
   bf16 *gate, *up;  // what flows back to either, as packed rows
   bf16 *h_pairs, *gate_pairs, *up_pairs;  // as packed columns of a product over the rows
