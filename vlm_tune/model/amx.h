@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -67,13 +68,28 @@ __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1
 __m512i loaded(const bf16* from, int64_t count) { return _mm512_maskz_loadu_epi16(first(count), from); }
 __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
+float number(bf16 from) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(from) << 16))); }
+bf16* numbers(void* data) { return static_cast<bf16*>(data); }
+const bf16* numbers(const void* data) { return static_cast<const bf16*>(data); }
+
+__m512 low_half(__m512i both) { return widened(_mm512_castsi512_si256(both)); }
+__m512 high_half(__m512i both) { return widened(_mm512_extracti64x4_epi64(both, 1)); }
+__m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+__m512i sum(__m512i one, __m512i other) {
+  return narrowed(_mm512_add_ps(low_half(one), low_half(other)), _mm512_add_ps(high_half(one), high_half(other)));
+}
+
+// A line that is written whole past the caches need not be read first, which takes twice as long.
+void write(__m512i numbers, __mmask32 some, bf16* to) {
+  if (some == ~0u && reinterpret_cast<uintptr_t>(to) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), numbers);
+  else _mm512_mask_storeu_epi16(to, some, numbers);
+}
+
 // 16 rows of 16 pairs, transposed.
 void store_transposed(__m512i* rows, bf16* to) {
   transpose16(rows);
   for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, rows[i]);
 }
-
-// --- operands --------------------------------------------------------------------------------------------------------
 
 // A matrix whose rows lie `stride` numbers apart.
 struct Matrix {
@@ -81,6 +97,65 @@ struct Matrix {
   int64_t stride;
   const bf16* at(int64_t row, int64_t column) const { return data + row * stride + column; }
 };
+
+// --- norms -------------------------------------------------------------------------------------------------------------
+
+// A norm by the root mean square, or none where it has no weight [width].
+struct Norm {
+  const bf16* weight;
+  float epsilon;
+};
+
+float inverse_root(const bf16* row, int64_t width, float epsilon) {
+  __m512 low = _mm512_setzero_ps(), high = low;
+  for (int64_t d = 0; d < width; d += 32) {
+    const __m512i both = loaded(row + d, width - d);
+    low = _mm512_fmadd_ps(low_half(both), low_half(both), low);
+    high = _mm512_fmadd_ps(high_half(both), high_half(both), high);
+  }
+  return 1 / std::sqrt(_mm512_reduce_add_ps(_mm512_add_ps(low, high)) / static_cast<float>(width) + epsilon);
+}
+
+// 32 numbers of a row, normed.
+__m512i normed(__m512i row, __m512i weight, __m512 root) {
+  return narrowed(
+      _mm512_mul_ps(_mm512_mul_ps(low_half(row), root), low_half(weight)), _mm512_mul_ps(_mm512_mul_ps(high_half(row), root), high_half(weight)));
+}
+
+// `count` rows as they are read: themselves, or normed in `room` [32, width].
+Matrix as_read(Matrix rows, int64_t count, int64_t width, Norm norm, bf16* room) {
+  if (!norm.weight) return rows;
+  for (int64_t i = 0; i < std::min<int64_t>(32, count); ++i) {
+    const __m512 root = _mm512_set1_ps(inverse_root(rows.at(i, 0), width, norm.epsilon));
+    for (int64_t d = 0; d < width; d += 32)
+      _mm512_mask_storeu_epi16(room + i * width + d, first(width - d), normed(loaded(rows.at(i, d), width - d), loaded(norm.weight + d, width - d), root));
+  }
+  return {room, width};
+}
+
+// What flows back through a norm to each of some rows, given what flows back to the normed ones, upon `extra`.
+void flow_through_norm(Matrix flow, Matrix rows, Matrix extra, int64_t count, int64_t width, Norm norm, bf16* to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float root = inverse_root(rows.at(i, 0), width, norm.epsilon);
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (int64_t d = 0; d < width; d += 32) {
+      const __m512i f = loaded(flow.at(i, d), width - d), x = loaded(rows.at(i, d), width - d), w = loaded(norm.weight + d, width - d);
+      low = _mm512_fmadd_ps(_mm512_mul_ps(low_half(f), low_half(w)), low_half(x), low);
+      high = _mm512_fmadd_ps(_mm512_mul_ps(high_half(f), high_half(w)), high_half(x), high);
+    }
+    const float along = _mm512_reduce_add_ps(_mm512_add_ps(low, high)) * root * root * root / static_cast<float>(width);
+    const __m512 by = _mm512_set1_ps(root), less = _mm512_set1_ps(along);
+    for (int64_t d = 0; d < width; d += 32) {
+      const __m512i f = loaded(flow.at(i, d), width - d), x = loaded(rows.at(i, d), width - d), w = loaded(norm.weight + d, width - d);
+      const __m512i e = loaded(extra.at(i, d), width - d);
+      const __m512 first_half = _mm512_fmadd_ps(_mm512_mul_ps(low_half(f), low_half(w)), by, _mm512_fnmadd_ps(low_half(x), less, low_half(e)));
+      const __m512 second_half = _mm512_fmadd_ps(_mm512_mul_ps(high_half(f), high_half(w)), by, _mm512_fnmadd_ps(high_half(x), less, high_half(e)));
+      write(narrowed(first_half, second_half), first(width - d), to + i * stride + d);
+    }
+  }
+}
+
+// --- operands --------------------------------------------------------------------------------------------------------
 
 // `count` of 32 rows as first operand: pairs of tiles, one pair after another in depth.
 void pack_rows(Matrix rows, int64_t count, int64_t depth, bf16* to) {
@@ -110,13 +185,15 @@ void store_pairs(__m512i even, __m512i odd, bf16* left) {
   _mm512_store_si512(left + TILE, _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd));
 }
 
-// 32 columns of the second operand whose depth are the rows of a matrix.
-void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to) {
-  for (int64_t d = 0; d < up(depth, 32); d += 2) {
-    const __m512i even = d < depth ? loaded(rows.at(d, 0), count) : _mm512_setzero_si512();
-    const __m512i odd = d + 1 < depth ? loaded(rows.at(d + 1, 0), count) : _mm512_setzero_si512();
-    store_pairs(even, odd, to + d / 32 * 2 * TILE + d % 32 / 2 * 32);
-  }
+// 32 columns of the second operand whose depth are the rows of a matrix, times `roots` and `weight` if they are normed.
+void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to, const float* roots = nullptr, const bf16* weight = nullptr) {
+  const __m512i by = weight ? loaded(weight, count) : _mm512_setzero_si512();
+  const auto row = [&](int64_t d) {
+    if (d >= depth) return _mm512_setzero_si512();
+    const __m512i found = loaded(rows.at(d, 0), count);
+    return weight ? normed(found, by, _mm512_set1_ps(roots[d])) : found;
+  };
+  for (int64_t d = 0; d < up(depth, 32); d += 2) store_pairs(row(d), row(d + 1), to + d / 32 * 2 * TILE + d % 32 / 2 * 32);
 }
 
 // 32 rows of some ranks as first operand of a product over the rows: a tile for every 16 ranks.
@@ -157,68 +234,136 @@ void end_sums(float* sums) {
   _tile_stored(3, sums + 768, 64);
 }
 
-// 32 rows times 32 columns over some tiles of depth, as four tiles of sums.
-template <bool ADD>
-void multiply(const bf16* rows, const bf16* columns, int64_t depth, float* sums) {
-  begin_sums(ADD ? sums : nullptr);
-  for (int64_t d = 0; d < 2 * depth * TILE; d += 2 * TILE) {
-    // What streams past must not drive the rows out of the first cache.
-    _tile_loadd(4, rows + d, 64);
-    _tile_stream_loadd(6, columns + d, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stream_loadd(7, columns + d + TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, rows + d + TILE, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  end_sums(sums);
-}
-
-// Sums of 32 x 32 as numbers, with a bias if there is one, and with `add` upon what is there.
-void store(const float* sums, int64_t rows, int64_t columns, const bf16* bias, bf16* to, int64_t stride, bool add) {
-  __m512 low = _mm512_setzero_ps(), high = low;
-  if (bias) {
-    const __m512i both = loaded(bias, columns);
-    low = widened(_mm512_castsi512_si256(both));
-    high = widened(_mm512_extracti64x4_epi64(both, 1));
-  }
+// Sums of 32 x 32 as numbers of some columns, written past the caches, or to stay there, with `add` upon what is there.
+template <bool PAST>
+void store(const float* sums, int64_t rows, int64_t columns, bf16* to, int64_t stride, bool add = false) {
+  const __mmask32 some = first(columns);
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = sums + i / 16 * 512 + i % 16 * 16;
-    if (add) {
-      const __m512i both = loaded(to + i * stride, columns);
-      low = widened(_mm512_castsi512_si256(both));
-      high = widened(_mm512_extracti64x4_epi64(both, 1));
-    }
-    const __m512bh found = _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_load_ps(from + 256), high), _mm512_add_ps(_mm512_load_ps(from), low));
+    const __m512i found = narrowed(_mm512_load_ps(from), _mm512_load_ps(from + 256));
     bf16* out = to + i * stride;
-    // A line that is written whole past the caches need not be read first, which takes twice as long.
-    if (columns >= 32 && stride > 64 && !add && reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), (__m512i)found);
-    else _mm512_mask_storeu_epi16(out, first(columns), (__m512i)found);
+    if (PAST && !add) write(found, some, out);
+    else _mm512_mask_storeu_epi16(out, some, add ? sum(found, _mm512_maskz_loadu_epi16(some, out)) : found);
   }
 }
 
-// Adds to sums [columns / 32][ranks / 16][2][16][16] the product over 32 rows of ranks with 32 columns, both packed.
-void add_outer(const bf16* ranks, int64_t count, const bf16* columns, float* sums) {
-  _tile_loadd(6, columns, 64);
-  _tile_loadd(7, columns + TILE, 64);
+// Two rows of 16 numbers as pairs, one of either.
+__m512i paired(__m512 even, __m512 odd) {
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// One of 16 pairs of rows of 32 x 32 sums, in its left or right half.
+__m512i pair_of(const float* sums, int64_t pair, int64_t half) {
+  const float* from = sums + pair / 8 * 512 + half * 256 + pair % 8 * 32;
+  return paired(_mm512_load_ps(from), _mm512_load_ps(from + 16));
+}
+
+// 32 x 32 transposed sums, written as rows of some columns, upon others if there are any.
+void store_across(const float* sums, int64_t count, int64_t columns, bf16* to, int64_t stride, Matrix upon = {}) {
+  const __mmask32 some = first(columns);
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512i pairs[16];
+    for (int64_t p = 0; p < 16; ++p) pairs[p] = pair_of(sums, p, half);
+    transpose16(pairs);
+    bf16* out = to + half * 16 * stride;
+    for (int64_t i = 0; i < std::min<int64_t>(16, count - half * 16); ++i, out += stride) {
+      if (upon.data) pairs[i] = sum(pairs[i], loaded(upon.at(half * 16 + i, 0), columns));
+      write(pairs[i], some, out);
+    }
+  }
+}
+
+// Two tiles of rows, each `stride` numbers apart, and as far to the next in depth.
+struct Rows {
+  const bf16 *low, *high;
+  int64_t stride, deeper;
+};
+
+Rows as_they_lie(Matrix rows) { return {rows.data, rows.data + 16 * rows.stride, rows.stride, 32}; }
+Rows packed(const bf16* rows) { return {rows, rows + TILE, 32, 2 * TILE}; }
+
+// Adds 32 rows times 32 packed columns over some tiles of depth. What is not in the first cache and shall not be is loaded past
+// it: the rows or the columns. `work` is done beside, a piece at each tile of depth: the unit for tiles has a port of its own.
+template <bool ROWS_PAST, typename Work>
+void add_product(Rows rows, const bf16* columns, int64_t depth, Work work) {
+  for (int64_t d = 0; d < depth; ++d, rows.low += rows.deeper, rows.high += rows.deeper, columns += 2 * TILE) {
+    if constexpr (ROWS_PAST) {
+      _tile_loadd(6, columns, 64);
+      _tile_stream_loadd(4, rows.low, rows.stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, rows.high, rows.stride * 2);
+    } else {
+      _tile_loadd(4, rows.low, rows.stride * 2);
+      _tile_stream_loadd(6, columns, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows.high, rows.stride * 2);
+    }
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    work(d);
+  }
+}
+
+// Asks for the lines at a column of some rows.
+void ask_rows(Matrix rows, int64_t row, int64_t column, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) _mm_prefetch(reinterpret_cast<const char*>(rows.at(row + k, column)), _MM_HINT_T0);
+}
+
+// Asks for a line of some of 32 rows, so that all are asked for when all of `blocks` have been gone through.
+template <typename Row>
+void ask(int64_t block, int64_t blocks, Row row) {
+  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) _mm_prefetch(reinterpret_cast<const char*>(row(r)), _MM_HINT_T1);
+}
+
+// x A^T of every block, put behind its columns as depth, and written [M, ranks] if wanted.
+void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, int64_t rows, bf16* kept) {
+  alignas(64) float sums[1024];
+  for (int64_t r = 0; r < ranks; r += 32)
+    for (int64_t b = 0; b < blocks; ++b) {
+      begin_sums(nullptr);
+      add_product<false>(as_they_lie({down.at(r, 0), down.stride}), columns + b * apart, own, [](int64_t) {});
+      end_sums(sums);
+      bf16* to = columns + b * apart + 2 * (own + r / 32) * TILE;
+      for (int64_t half = 0; half < 2; ++half) {
+        __m512i pairs[16];
+        for (int64_t p = 0; p < 16; ++p) {
+          pairs[p] = pair_of(sums, p, half);
+          _mm512_store_si512(to + half * TILE + p * 32, pairs[p]);
+        }
+        if (!kept) continue;
+        transpose16(pairs);
+        for (int64_t i = 0, row = b * 32 + half * 16; i < 16 && row < rows; ++i, ++row)
+          _mm512_mask_storeu_epi16(kept + row * ranks + r, first(ranks - r), pairs[i]);
+      }
+    }
+}
+
+// Rows of a stretch: as many whole blocks as `bytes` a row let be within `most`, and stretches alike.
+int64_t stretch(int64_t rows, int64_t bytes, int64_t most) {
+  const int64_t held = std::max<int64_t>(32, most / bytes / 32 * 32);
+  return up(pieces(rows, pieces(rows, held)), 32);
+}
+
+// Adds to sums [ranks / 16][2][16][16] the product of all blocks' ranks with their 32 columns, both packed.
+void add_outers(const bf16* ranks, int64_t count, int64_t apart, const bf16* columns, int64_t blocks, float* sums) {
   for (int64_t r = 0; r < count; ++r, sums += 512) {
-    _tile_loadd(4, ranks + r * TILE, 64);
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + 256, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    for (int64_t b = 0; b < blocks; ++b) {
+      _tile_loadd(4, ranks + b * apart + r * TILE, 64);
+      _tile_loadd(6, columns + b * 2 * TILE, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + b * 2 * TILE + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
-  }
-}
-
-// Products of 32 packed rows with packed columns of the low rank, as numbers [32, up(ranks, 32)].
-void multiply_low(const bf16* rows, int64_t tiles, const bf16* packed, int64_t ranks, bf16* to) {
-  alignas(64) float sums[1024];
-  for (int64_t r = 0; r < ranks; r += 32) {
-    multiply<false>(rows, packed + r / 32 * tiles * 2 * TILE, tiles, sums);
-    store(sums, 32, 32, nullptr, to + r, up(ranks, 32), false);
   }
 }
 
@@ -236,6 +381,17 @@ struct Layer {
   int64_t outputs, rank;
   float scale;
 };
+
+// fp32 numbers [rows, columns] as bf16, scaled.
+void narrow(const float* from, int64_t rows, int64_t columns, float scale, bf16* to, int64_t stride) {
+  const __m512 by = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t n = 0; n < columns; n += 16) {
+      const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n)));
+      const __m512 held = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + i * columns + n), by);
+      _mm256_mask_storeu_epi16(to + i * stride + n, some, (__m256i)_mm512_cvtneps_pbh(held));
+    }
+}
 
 // Where a thread's sums in tiles [columns / 32][ranks / 16][2][16][16] hold a rank and a column.
 int64_t place_of(int64_t rank, int64_t column, int64_t ranks) {

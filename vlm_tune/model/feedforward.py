@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, rms_norm, silu
 from torch.nn.utils import skip_init
 
 from vlm_tune.model import native
@@ -89,9 +89,13 @@ class GatedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs [..., H] of x [..., H]."""
-        layers: list[Any] = [self._modules[name] for name in self.layer_names]
-        if not self._quick(x, layers):
+        if not self.is_quick(x):
             return super().forward(x)
+        return self.run(x, None, 0.0)
+
+    def run(self, x: Tensor, norm: Tensor | None, epsilon: float) -> Tensor:
+        """The outputs [..., H] of x [..., H] by the kernel; or with the weight [H] of a norm, those of x normed, upon x."""
+        layers: list[Any] = [self._modules[name] for name in self.layer_names]
         lora = [isinstance(layer, LoraLinear) for layer in layers]
         bases = [layer.base_layer if with_lora else layer for layer, with_lora in zip(layers, lora, strict=True)]
         named = [layer.name if with_lora else "" for layer, with_lora in zip(layers, lora, strict=True)]
@@ -105,9 +109,11 @@ class GatedModule(nn.Module):
             scales.append(layer.scaling[name] if name else 0.0)
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         keep = torch.is_grad_enabled() and (rows.requires_grad or any(tensor.requires_grad for tensor in (*downs, *ups)))
-        return gated(rows, weights, packing, self.activation, downs, ups, scales, keep)[0].view(x.shape)
+        return gated(rows, norm, epsilon, weights, packing, self.activation, downs, ups, scales, keep)[0].view(x.shape)
 
-    def _quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
+    def is_quick(self, x: Tensor) -> bool:
+        """Whether the kernel computes what the module does of x now."""
+        layers: list[Any] = [self._modules[name] for name in self.layer_names]
         if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not _has_kernel():
             return False
         dropout = self._modules.get("dropout")
@@ -184,6 +190,8 @@ def _by_layers(
 @torch.library.custom_op(f"vlm_tune::gated_{SOURCE}", mutates_args=())
 def gated(
     rows: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
     weights: Sequence[Tensor],
     packing: str,
     activation: int,
@@ -194,18 +202,27 @@ def gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs [T, H] of bf16 rows [T, H], and with `keep` what the backward pass wants beside its inputs.
 
+    With the weight [H] of a norm by the root mean square they are rows + those of the rows normed.
     `weights` are gate and up [F, H] and down [H, F], or with a `packing` (as nf4:64) the codes and block scales of each. `downs` and
     `ups` are A and B of each, of no ranks where it has none. Kept are the outputs of gate and up, by blocks of the kernel's own
     [32 ceil(T / 32), 2F], and those of the A: [T, R] and [T, D].
     """
     matrices, rows = _weights(weights, packing, ups, downs, rows), rows_of(rows)
     if not keep and len(rows) < FEW * torch.get_num_threads():
-        return _by_layers(rows, matrices, activation, downs, ups, scales), *_kept(rows, downs, ups, keep)
+        normed = rows if norm is None else rms_norm(rows, rows.shape[1:], norm, epsilon)
+        out = _by_layers(normed, matrices, activation, downs, ups, scales)
+        return out if norm is None else rows + out, *_kept(rows, downs, ups, keep)
     downs, ups = masters(downs), masters(ups)
     out, kept = rows.new_empty(rows.shape), _kept(rows, downs, ups, keep)
     held = kept if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
-    _kernel().gated(shape, layers_of(downs, ups, scales), *native.pointers(rows, *matrices, out, *held))
+    _kernel().gated(
+        shape,
+        layers_of(downs, ups, scales),
+        *native.pointers(rows, norm),
+        ctypes.c_float(epsilon),
+        *native.pointers(*matrices, out, *held),
+    )
     return out, *kept
 
 
@@ -221,7 +238,16 @@ def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bo
 
 @gated.register_fake
 def _(
-    rows: Tensor, weights: Any, packing: str, activation: int, downs: Any, ups: Any, scales: Any, keep: bool
+    rows: Tensor,
+    norm: Any,
+    epsilon: float,
+    weights: Any,
+    packing: str,
+    activation: int,
+    downs: Any,
+    ups: Any,
+    scales: Any,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows.new_empty(rows.shape), *_kept(rows, downs, ups, keep)
 
@@ -230,6 +256,8 @@ def _(
 def gated_backward(
     gradient: Tensor,
     rows: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     packing: str,
@@ -246,7 +274,9 @@ def gated_backward(
     _kernel().gated_backward(
         _shape(rows, matrices, activation, gradient.stride(0)),
         layers_of(downs, ups, scales),
-        *native.pointers(gradient, rows, *matrices, *kept, found[0] if needs_x else None, *found[1:]),
+        *native.pointers(gradient, rows, norm),
+        ctypes.c_float(epsilon),
+        *native.pointers(*matrices, *kept, found[0] if needs_x else None, *found[1:]),
     )
     return found
 
@@ -263,6 +293,8 @@ def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor],
 def _(
     gradient: Tensor,
     rows: Tensor,
+    norm: Any,
+    epsilon: float,
     kept: Any,
     weights: Any,
     packing: str,
@@ -276,22 +308,22 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, _ = inputs
+    rows, norm, ctx.epsilon, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, _ = inputs
     ctx.count = len(weights)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(rows, *output[1:], *weights, *downs, *ups)
+    ctx.save_for_backward(rows, norm, *output[1:], *weights, *downs, *ups)
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    rows, *rest = ctx.saved_tensors
+    rows, norm, *rest = ctx.saved_tensors
     kept, weights, downs, ups = rest[:3], rest[3 : 3 + ctx.count], rest[3 + ctx.count : 6 + ctx.count], rest[6 + ctx.count :]
     needs_x = ctx.needs_input_grad[0]
-    x, *found = gated_backward(gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
+    x, *found = gated_backward(gradient, rows, norm, ctx.epsilon, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
     of_downs, of_ups = (
         [flat[where].view_as(each).to(each.dtype) for where, each in zip(parts([each.numel() for each in all_of]), all_of, strict=True)]
         for flat, all_of in zip(found, (downs, ups), strict=True)
     )
-    return x if needs_x else None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
+    return x if needs_x else None, None, None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
 
 
 gated.register_autograd(_backward, setup_context=_save)

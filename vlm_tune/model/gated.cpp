@@ -41,22 +41,12 @@ struct Adapters {
     };
     bf16 *a = take(R32, s.H), *g = take(s.F, R32), *u = take(s.F, R32), *m = take(D32, s.F), *d = take(s.H, D32);
     down_in = {a, s.H}, up_gate = {g, R32}, up_up = {u, R32}, down_mid = {m, s.F}, up_down = {d, D32};
-    copy(layers[0].down, layers[0].rank, s.H, 1, a, s.H);
-    copy(layers[1].down, layers[1].rank, s.H, 1, a + layers[0].rank * s.H, s.H);
-    copy(layers[2].down, D, s.F, 1, m, s.F);
-    copy(layers[0].up, s.F, layers[0].rank, layers[0].scale, g, R32);
-    copy(layers[1].up, s.F, layers[1].rank, layers[1].scale, u + layers[0].rank, R32);
-    copy(layers[2].up, s.H, D, layers[2].scale, d, D32);
-  }
-
-  static void copy(const float* from, int64_t rows, int64_t columns, float scale, bf16* to, int64_t stride) {
-    const __m512 by = _mm512_set1_ps(scale);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t n = 0; n < columns; n += 16) {
-        const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n)));
-        const __m512 held = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + i * columns + n), by);
-        _mm256_mask_storeu_epi16(to + i * stride + n, some, (__m256i)_mm512_cvtneps_pbh(held));
-      }
+    narrow(layers[0].down, layers[0].rank, s.H, 1, a, s.H);
+    narrow(layers[1].down, layers[1].rank, s.H, 1, a + layers[0].rank * s.H, s.H);
+    narrow(layers[2].down, D, s.F, 1, m, s.F);
+    narrow(layers[0].up, s.F, layers[0].rank, layers[0].scale, g, R32);
+    narrow(layers[1].up, s.F, layers[1].rank, layers[1].scale, u + layers[0].rank, R32);
+    narrow(layers[2].up, s.H, D, layers[2].scale, d, D32);
   }
 };
 
@@ -87,105 +77,6 @@ __m512 inner_slope(__m512 g) {
   return _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(3 * 1.5957691216f * 0.044715f), _mm512_set1_ps(1.5957691216f));
 }
 
-// --- blocks ----------------------------------------------------------------------------------------------------------
-
-// Two rows of 16 numbers as pairs, one of either.
-__m512i paired(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
-// One of 16 pairs of rows of 32 x 32 sums, in its left or right half.
-__m512i pair_of(const float* sums, int64_t pair, int64_t half) {
-  const float* from = sums + pair / 8 * 512 + half * 256 + pair % 8 * 32;
-  return paired(_mm512_load_ps(from), _mm512_load_ps(from + 16));
-}
-
-// 32 x 32 transposed sums, written as rows.
-void store_across(const float* sums, int64_t count, bf16* to, int64_t stride) {
-  for (int64_t half = 0; half < 2; ++half) {
-    __m512i pairs[16];
-    for (int64_t p = 0; p < 16; ++p) pairs[p] = pair_of(sums, p, half);
-    transpose16(pairs);
-    bf16* out = to + half * 16 * stride;
-    // A line that is written whole past the caches need not be read first.
-    for (int64_t i = 0; i < std::min<int64_t>(16, count - half * 16); ++i, out += stride)
-      if (reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), pairs[i]);
-      else _mm512_storeu_si512(out, pairs[i]);
-  }
-}
-
-// Two tiles of rows, each `stride` numbers apart, and as far to the next in depth.
-struct Rows {
-  const bf16 *low, *high;
-  int64_t stride, deeper;
-};
-
-Rows as_they_lie(Matrix rows) { return {rows.data, rows.data + 16 * rows.stride, rows.stride, 32}; }
-Rows packed(const bf16* rows) { return {rows, rows + TILE, 32, 2 * TILE}; }
-
-// Adds 32 rows times 32 packed columns over some tiles of depth. What is not in the first cache and shall not be is loaded past
-// it: the rows or the columns. `work` is done beside, a piece at each tile of depth: the unit for tiles has a port of its own.
-template <bool ROWS_PAST, typename Work>
-void add_product(Rows rows, const bf16* columns, int64_t depth, Work work) {
-  for (int64_t d = 0; d < depth; ++d, rows.low += rows.deeper, rows.high += rows.deeper, columns += 2 * TILE) {
-    if constexpr (ROWS_PAST) {
-      _tile_loadd(6, columns, 64);
-      _tile_stream_loadd(4, rows.low, rows.stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, columns + TILE, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_stream_loadd(5, rows.high, rows.stride * 2);
-    } else {
-      _tile_loadd(4, rows.low, rows.stride * 2);
-      _tile_stream_loadd(6, columns, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stream_loadd(7, columns + TILE, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, rows.high, rows.stride * 2);
-    }
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    work(d);
-  }
-}
-
-// Asks for a line of some of 32 rows, so that all are asked for when all of `blocks` have been gone through.
-template <typename Row>
-void ask(int64_t block, int64_t blocks, Row row) {
-  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) _mm_prefetch(reinterpret_cast<const char*>(row(r)), _MM_HINT_T1);
-}
-
-// x A^T of every block, put behind its columns as depth, and written [M, ranks] if wanted.
-void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, int64_t rows, bf16* kept) {
-  alignas(64) float sums[1024];
-  for (int64_t r = 0; r < ranks; r += 32)
-    for (int64_t b = 0; b < blocks; ++b) {
-      begin_sums(nullptr);
-      add_product<false>(as_they_lie({down.at(r, 0), down.stride}), columns + b * apart, own, [](int64_t) {});
-      end_sums(sums);
-      bf16* to = columns + b * apart + 2 * (own + r / 32) * TILE;
-      for (int64_t half = 0; half < 2; ++half) {
-        __m512i pairs[16];
-        for (int64_t p = 0; p < 16; ++p) {
-          pairs[p] = pair_of(sums, p, half);
-          _mm512_store_si512(to + half * TILE + p * 32, pairs[p]);
-        }
-        if (!kept) continue;
-        transpose16(pairs);
-        for (int64_t i = 0, row = b * 32 + half * 16; i < 16 && row < rows; ++i, ++row)
-          _mm512_mask_storeu_epi16(kept + row * ranks + r, first(ranks - r), pairs[i]);
-      }
-    }
-}
-
-// Rows of a stretch: as many whole blocks as `bytes` a row let be within `most`, and stretches alike.
-int64_t stretch(int64_t rows, int64_t bytes, int64_t most) {
-  const int64_t held = std::max<int64_t>(32, most / bytes / 32 * 32);
-  return up(pieces(rows, pieces(rows, held)), 32);
-}
-
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // Outputs of gate and up of 32 rows by 16 columns: pairs of columns, [gate, up][rows / 16][8][16 rows][2].
@@ -210,13 +101,13 @@ void gate_piece(int64_t piece, const float* sums, bf16* h, bf16* both) {
 }
 
 template <bool GELU>
-void forward(Shape s, const Layer* layers, Matrix x, Weights w, bf16* y, Kept kept) {
+void forward(Shape s, const Layer* layers, Matrix x, Norm norm, Weights w, bf16* y, Kept kept) {
   static thread_local Room<bf16> adapters_room;
   const Adapters a(layers, s, adapters_room);
   const int64_t threads = at::get_num_threads();
   const int64_t own = s.H / 32, mid = s.F / 32, low = a.R32 / 32, low_down = a.D32 / 32;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Room<bf16> x_room, h_room;
+    static thread_local Room<bf16> x_room, h_room, normed_room;
     static thread_local Room<float> sums_room;
     const Tiles configured;
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -224,11 +115,14 @@ void forward(Shape s, const Layer* layers, Matrix x, Weights w, bf16* y, Kept ke
       if (from == to) continue;
       const int64_t x_apart = (own + low) * 2 * TILE, h_apart = (mid + low_down) * 2 * TILE;
       const int64_t step = stretch(to - from, (x_apart + h_apart) / 16 + 128, FORWARD);
-      bf16 *columns = x_room.of(step / 32 * x_apart), *h = h_room.of(step / 32 * h_apart);
+      bf16 *columns = x_room.of(step / 32 * x_apart), *h = h_room.of(step / 32 * h_apart), *scratch = normed_room.of(32 * s.H);
       float* sums = sums_room.of(std::max<int64_t>(2048, step * 32));
       for (int64_t i = from; i < to; i += step) {
         const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
-        for (int64_t b = 0; b < blocks; ++b) pack_columns({x.at(i + b * 32, 0), x.stride}, rows - b * 32, s.H, columns + b * x_apart);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const Matrix here{x.at(i + b * 32, 0), x.stride};
+          pack_columns(as_read(here, rows - b * 32, s.H, norm, scratch), rows - b * 32, s.H, columns + b * x_apart);
+        }
         append_low(a.down_in, own, a.R, columns, x_apart, blocks, rows, kept.low ? kept.low + i * a.R : nullptr);
         // 16 rows of gate and of up are the two tiles of rows. What is done with a block's sums is done beside the next.
         const auto work_on = [&](int64_t number, int64_t piece) {
@@ -266,10 +160,13 @@ void forward(Shape s, const Layer* layers, Matrix x, Weights w, bf16* y, Kept ke
               const bf16* own_h = h + b * h_apart;
               add_product<false>(as_they_lie({w.down.at(n, d * 32), w.down.stride}), own_h + d * 2 * TILE, here, [&](int64_t k) {
                 ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
+                if (norm.weight && last && k < 16) ask_rows(x, i + b * 32 + 2 * k, n, 2);
               });
               if (last) add_product<false>(as_they_lie({a.up_down.at(n, 0), a.D32}), own_h + 2 * mid * TILE, low_down, [](int64_t) {});
               end_sums(own_sums);
-              if (last) store_across(own_sums, rows - b * 32, y + (i + b * 32) * s.H + n, s.H);
+              if (!last) continue;
+              const Matrix upon = norm.weight ? Matrix{x.at(i + b * 32, n), x.stride} : Matrix{};
+              store_across(own_sums, rows - b * 32, 32, y + (i + b * 32) * s.H + n, s.H, upon);
             }
           }
       }
@@ -278,23 +175,6 @@ void forward(Shape s, const Layer* layers, Matrix x, Weights w, bf16* y, Kept ke
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
-
-// Adds to sums [ranks / 16][2][16][16] the product of all blocks' ranks with their 32 columns, both packed.
-void add_outers(const bf16* ranks, int64_t count, int64_t apart, const bf16* columns, int64_t blocks, float* sums) {
-  for (int64_t r = 0; r < count; ++r, sums += 512) {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    for (int64_t b = 0; b < blocks; ++b) {
-      _tile_loadd(4, ranks + b * apart + r * TILE, 64);
-      _tile_loadd(6, columns + b * 2 * TILE, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, columns + b * 2 * TILE + TILE, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-  }
-}
 
 struct Flow {
   bf16 *gate, *up;  // what flows back to either, as packed rows
@@ -357,6 +237,7 @@ struct Places {
 
 struct Given {
   Matrix dy, x;
+  Norm norm;
   const bf16 *both, *low, *low_down;
 };
 
@@ -414,7 +295,8 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
       const int64_t at_up = pieces(of_gate, 16), at_down = at_up + pieces(of_up, 16), at_flow = at_down + pieces(a.D, 16);
       const int64_t at_back = at_flow + pieces(a.R, 16), ranks_apart = (at_back + pieces(a.D, 16) + 1) * TILE;
       bf16 *ranks = ranks_room.of(most * ranks_apart), *pairs = pairs_room.of(most * 3 * 2 * TILE), *rooms = both_room.of(4096);
-      float *sums = sums_room.of(std::max<int64_t>(2048, step * 32)), *mine = all + thread * places.all;
+      float *sums = sums_room.of(std::max<int64_t>(2048, step * 32) + step), *roots = sums + std::max<int64_t>(2048, step * 32);
+      float* mine = all + thread * places.all;
       std::fill_n(mine, places.all, 0.f);
       const int64_t begins[5] = {places.in, places.gate, places.up, places.mid, places.down};
       for (int64_t k = 0; k < 5; ++k) sums_of[k * threads + thread] = mine + begins[k];
@@ -432,7 +314,7 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
             begin_sums(nullptr);
             add_product<true>(packed(of_rows + b * of_apart), columns + r * depth * 32, depth, idle);
             end_sums(sums);
-            store(sums, 32, 32, nullptr, block, 32, false);
+            store<false>(sums, 32, 32, block, 32);
             pack_rows({block, 32}, 32, 32, of_rows + b * of_apart + (depth + r / 32) * 2 * TILE);
             pack_ranks({block, 32}, 32, std::min<int64_t>(32, count - r), ranks + b * ranks_apart + (at + r / 16) * TILE);
           }
@@ -480,8 +362,12 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
           add_outers(ranks + at_back * TILE, pieces(a.D, 16), ranks_apart, h_pairs, blocks, mine + places.mid + n * pieces(a.D, 16) * 512);
         }
         append_ranks(flow, 2 * mid, apart, packed_both, a.R, at_flow, blocks);
+        const Norm norm = given.norm;
+        for (int64_t k = 0; norm.weight && k < rows; ++k) roots[k] = inverse_root(given.x.at(i + k, 0), s.H, norm.epsilon);
         for (int64_t n = 0; a.R && n < own; ++n) {
-          for (int64_t b = 0; b < blocks; ++b) pack_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), pairs + b * 2 * TILE);
+          const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
+          for (int64_t b = 0; b < blocks; ++b)
+            pack_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), pairs + b * 2 * TILE, roots + b * 32, scales);
           add_outers(ranks + at_flow * TILE, pieces(a.R, 16), ranks_apart, pairs, blocks, mine + places.in + n * pieces(a.R, 16) * 512);
         }
         const int64_t deep = pieces(columns.deep_x, pieces(columns.deep_x, DEEP));
@@ -496,9 +382,16 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
                 ask(b, blocks, [&](int64_t r) { return next + (k * 32 + r) * 32; });
               });
               end_sums(own_sums);
-              if (d + here == columns.deep_x) store(own_sums, left(b), 32, nullptr, dx + (i + b * 32) * s.H + n * 32, s.H, false);
+              if (d + here < columns.deep_x) continue;
+              // Where it flows on through the norm, it takes the room of dy, which is done with.
+              if (norm.weight) store<false>(own_sums, left(b), 32, dy + b * dy_apart + n * 32, s.H);
+              else store<true>(own_sums, left(b), 32, dx + (i + b * 32) * s.H + n * 32, s.H);
             }
           }
+        for (int64_t b = 0; dx && norm.weight && b < blocks; ++b) {
+          const Matrix x{given.x.at(i + b * 32, 0), given.x.stride}, above{given.dy.at(i + b * 32, 0), given.dy.stride};
+          flow_through_norm({dy + b * dy_apart, s.H}, x, above, left(b), s.H, norm, dx + (i + b * 32) * s.H, s.H);
+        }
       }
     }
   });
@@ -510,33 +403,32 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
   join_up(of + 4 * threads, threads, layers[2], 0, 0, a.D, d_up + s.F * a.R);
 }
 
-bf16* numbers(void* data) { return static_cast<bf16*>(data); }
-const bf16* numbers(const void* data) { return static_cast<const bf16*>(data); }
-
 }  // namespace
 
 extern "C" {
 
 // y [M, H] of x [M, H] and the weights gate and up [F, H] and down [H, F], all bf16, and an adapter of each, whose rank may be 0.
+// Unless `norm` [H] is null, x is normed by it first and y comes upon x as it was.
 // Unless null, `both` [M, 2F] takes the outputs of gate and up, `low` [M, R] and `low_down` [M, D] those of the A.
 // `shape` is M, H, F, the activation (0 SiLU, 1 GELU by tanh), and the strides of x and the weights.
 void gated(
-    const int64_t* shape, const void* layers, const void* x, const void* gate, const void* up, const void* down, void* y, void* both, void* low,
-    void* low_down) {
+    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, const void* gate, const void* up, const void* down,
+    void* y, void* both, void* low, void* low_down) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
   (s.activation ? forward<true> : forward<false>)(
-      s, static_cast<const Layer*>(layers), {numbers(x), shape[4]}, w, numbers(y), {numbers(both), numbers(low), numbers(low_down)});
+      s, static_cast<const Layer*>(layers), {numbers(x), shape[4]}, {numbers(norm), epsilon}, w, numbers(y),
+      {numbers(both), numbers(low), numbers(low_down)});
 }
 
 // dx [M, H] unless null, and fp32 gradients of every A and every B, one after another, given dy [M, H] and the above.
 // `shape` is as above, and then the stride of dy.
 void gated_backward(
-    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* gate, const void* up, const void* down, const void* both,
-    const void* low, const void* low_down, void* dx, void* d_down, void* d_up) {
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, float epsilon, const void* gate, const void* up,
+    const void* down, const void* both, const void* low, const void* low_down, void* dx, void* d_down, void* d_up) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
-  const Given given{{numbers(dy), shape[8]}, {numbers(x), shape[4]}, numbers(both), numbers(low), numbers(low_down)};
+  const Given given{{numbers(dy), shape[8]}, {numbers(x), shape[4]}, {numbers(norm), epsilon}, numbers(both), numbers(low), numbers(low_down)};
   (s.activation ? backward<true> : backward<false>)(
       s, static_cast<const Layer*>(layers), given, w, numbers(dx), static_cast<float*>(d_down), static_cast<float*>(d_up));
 }

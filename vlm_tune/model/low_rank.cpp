@@ -1,7 +1,8 @@
 // Linear layers with a low-rank update for a CPU with AMX, forward and backward: y = x W^T + (x A^T) B^T + b in one pass,
 // and all gradients but W's in another, so that x, dy and what is between are read from memory as few times as can be.
+// x may be normed as it is read, and y come upon a residual.
 //
-// A block of 32 rows stays in a core's first cache while packed columns of the weight stream past it from the second.
+// A stretch of rows stays in a core's second cache while 32 rows of the weight, or 32 columns, in the first, go over all of it.
 // The low rank is a piece of the depth: [x | x A^T] against [W | B], and [dy | dy B] against [W ; A].
 //
 // Shapes: M rows, I inputs, O outputs, R ranks; in tiles of 16 rows of 32 numbers, two of them side by side for 32 rows.
@@ -10,159 +11,172 @@
 
 namespace {
 
-constexpr int64_t WIDE = 1 << 19;  // numbers of packed weights that fill about half of the second
-
-// [rows | ranks] of 32 rows times packed columns, written to `to`; depth and low are in tiles.
-void multiply_block(
-    const bf16* rows, int64_t tiles, const bf16* packed, int64_t columns, int64_t count, const bf16* bias, float* sums, bf16* to, int64_t stride,
-    bool add) {
-  const int64_t parts = pieces(tiles, DEEP), deep = pieces(tiles, parts), blocks = pieces(columns, 32);
-  for (int64_t d = 0; d < tiles; d += deep) {
-    const int64_t here = std::min(deep, tiles - d);
-    for (int64_t n = 0; n < blocks; ++n) {
-      float* own = parts > 1 ? sums + n * 1024 : sums;
-      const bf16* second = packed + (n * tiles + d) * 2 * TILE;
-      if (d) multiply<true>(rows + 2 * d * TILE, second, here, own);
-      else multiply<false>(rows, second, here, own);
-      if (d + here == tiles) store(own, count, std::min<int64_t>(32, columns - n * 32), bias ? bias + n * 32 : nullptr, to + n * 32, stride, add);
-    }
-  }
-}
-
-// How many of the threads divide the rows, so that each reads as little as can be; the others divide the columns.
-int64_t row_threads(int64_t rows, int64_t columns, int64_t threads) {
-  int64_t best = threads;
-  for (int64_t some = 1; some <= threads; ++some)
-    if (threads % some == 0 && rows / some + columns / (threads / some) < rows / best + columns / (threads / best)) best = some;
-  return best;
-}
+constexpr int64_t STRETCH = 1150 << 10;  // bytes of the second cache that a stretch of rows may fill
 
 struct Shape {
   int64_t M, I, O, R;
 };
 
-// A of all layers [R, I], and s B [O, R], the outputs of each against its own ranks.
+// A of all layers [R32, I32] and scaled B [O32, R32], the outputs of each against its own ranks; zeros up to whole blocks.
 struct Adapters {
-  Matrix down, up;
+  Matrix down, up_;
+
   Adapters(const Layer* layers, int64_t count, Shape s, Room<bf16>& room) {
-    bf16 *a = room.of(s.R * s.I + s.O * s.R + 32), *b = a + s.R * s.I;
-    down = {a, s.I};
-    up = {b, s.R};
-    for (int64_t place = 0, first_rank = 0; place < count; first_rank += layers[place++].rank) {
+    const int64_t R32 = up(s.R, 32), I32 = up(s.I, 32), O32 = up(s.O, 32);
+    bf16 *a = room.of(R32 * I32 + O32 * R32), *b = a + R32 * I32;
+    down = {a, I32};
+    up_ = {b, R32};
+    std::fill_n(a, R32 * I32 + O32 * R32, bf16{0});
+    for (int64_t place = 0, rank = 0; place < count; rank += layers[place++].rank) {
       const Layer& layer = layers[place];
-      for (int64_t i = 0; i < layer.rank * s.I; i += 16) {
-        const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, layer.rank * s.I - i)));
-        _mm256_mask_storeu_epi16(a + i, some, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, layer.down + i)));
-      }
-      a += layer.rank * s.I;
-      for (int64_t o = 0; o < layer.outputs; ++o, b += s.R) {
-        if (layer.rank < s.R) std::fill_n(b, s.R, bf16{0});
-        for (int64_t r = 0; r < layer.rank; r += 16) {
-          const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, layer.rank - r)));
-          const __m512 held = _mm512_maskz_loadu_ps(some, layer.up + o * layer.rank + r);
-          _mm256_mask_storeu_epi16(b + first_rank + r, some, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(held, _mm512_set1_ps(layer.scale))));
-        }
-      }
+      narrow(layer.down, layer.rank, s.I, 1, a + rank * I32, I32);
+      narrow(layer.up, layer.outputs, layer.rank, layer.scale, b + rank, R32);
+      b += layer.outputs * R32;
     }
   }
 };
 
-void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Matrix weight, const bf16* bias, bf16* y, bf16* low) {
+void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, Matrix weight, const bf16* bias, Matrix residual, bf16* y, bf16* low) {
   static thread_local Room<bf16> adapters_room;
-  const Adapters adapters(layers, count, s, adapters_room);
-  const Matrix down = adapters.down, up_ = adapters.up;
-  const int64_t threads = at::get_num_threads(), of_rows = row_threads(s.M, s.O, threads);
-  const int64_t own = pieces(s.I, 32), tiles = own + pieces(s.R, 32), R32 = up(s.R, 32);
+  const Adapters a(layers, count, s, adapters_room);
+  const int64_t threads = at::get_num_threads(), own = pieces(s.I, 32), low_tiles = pieces(s.R, 32), apart = (own + low_tiles) * 2 * TILE;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Room<bf16> rows_room, columns_room, down_room, low_room;
+    static thread_local Room<bf16> x_room, rows_room, normed_room;
     static thread_local Room<float> sums_room;
     const Tiles configured;
     for (int64_t thread = begin; thread < end; ++thread) {
-      const auto [from, to] = share(s.M, thread % of_rows, of_rows);
-      const auto [left, right] = share(s.O, thread / of_rows, threads / of_rows);
-      if (from == to || left == right) continue;
-      const int64_t parts = pieces((right - left) * tiles * 32, WIDE), wide = up(pieces(right - left, parts), 32);
-      bf16 *rows = rows_room.of(tiles * 2 * TILE), *packed = columns_room.of(wide * tiles * 32);
-      bf16 *packed_down = down_room.of(R32 * own * 32), *block = low_room.of(32 * R32);
-      float* sums = sums_room.of(wide * 32);
-      for (int64_t r = 0; r < s.R; r += 32) pack_columns({down.at(r, 0), down.stride}, s.R - r, s.I, packed_down + r * own * 32);
-      for (int64_t n = left; n < right; n += wide) {
-        const int64_t columns = std::min(wide, right - n);
-        for (int64_t j = 0; j < columns; j += 32) {
-          bf16* out = packed + j * tiles * 32;
-          pack_columns({weight.at(n + j, 0), weight.stride}, columns - j, s.I, out);
-          pack_columns({up_.at(n + j, 0), up_.stride}, columns - j, s.R, out + own * 2 * TILE);
+      const auto [from, to] = share(s.M, thread, threads);
+      if (from == to) continue;
+      const int64_t step = stretch(to - from, apart / 16 + 128, STRETCH), deep = pieces(own, pieces(own, DEEP));
+      bf16 *columns = x_room.of(step / 32 * apart), *scratch = normed_room.of(32 * s.I);
+      float *sums = sums_room.of(step * 32 + 1024), *biases = sums + step * 32;
+      for (int64_t i = from; i < to; i += step) {
+        const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const Matrix here{x.at(i + b * 32, 0), x.stride};
+          pack_columns(as_read(here, rows - b * 32, s.I, norm, scratch), rows - b * 32, s.I, columns + b * apart);
         }
-        for (int64_t i = from; i < to; i += 32) {
-          const int64_t count = std::min<int64_t>(32, to - i);
-          pack_rows({x.at(i, 0), x.stride}, count, s.I, rows);
-          multiply_low(rows, own, packed_down, s.R, block);
-          pack_rows({block, R32}, 32, R32, rows + own * 2 * TILE);
-          if (n == 0)
-            for (int64_t k = 0; k < count; ++k) std::copy_n(block + k * R32, s.R, low + (i + k) * s.R);
-          multiply_block(rows, tiles, packed, columns, count, bias ? bias + n : nullptr, sums, y + i * s.O + n, s.O, false);
+        append_low(a.down, own, s.R, columns, apart, blocks, rows, low + i * s.R);
+        for (int64_t n = 0; n < s.O; n += 32) {
+          const int64_t some = std::min<int64_t>(32, s.O - n);
+          // What is not whole blocks is copied, with zeros after it.
+          const bool whole = some == 32 && s.I % 32 == 0;
+          if (!whole) pack_rows({weight.at(n, 0), weight.stride}, some, s.I, rows_room.of(own * 2 * TILE));
+          const Rows all = whole ? as_they_lie({weight.at(n, 0), weight.stride}) : packed(rows_room.of(own * 2 * TILE));
+          for (int64_t o = 0; bias && o < 32; ++o)
+            std::fill_n(biases + o / 16 * 512 + o % 16 * 16, 16, o < some ? number(bias[n + o]) : 0), std::copy_n(biases + o / 16 * 512 + o % 16 * 16, 16, biases + o / 16 * 512 + 256 + o % 16 * 16);
+          for (int64_t d = 0; d < own; d += deep) {
+            const int64_t here = std::min(deep, own - d);
+            const bool last = d + here == own;
+            const Rows part{all.low + d * all.deeper, all.high + d * all.deeper, all.stride, all.deeper};
+            const Matrix next{last ? weight.at(std::min(n + 32, s.O - some), 0) : weight.at(n, (d + here) * 32), weight.stride};
+            for (int64_t b = 0; b < blocks; ++b) {
+              float* own_sums = sums + b * 1024;
+              const bf16* own_columns = columns + b * apart;
+              begin_sums(d ? own_sums : bias ? biases : nullptr);
+              add_product<false>(part, own_columns + d * 2 * TILE, here, [&](int64_t k) {
+                if (whole) ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
+                if (residual.data && last && k < 16) ask_rows(residual, i + b * 32 + 2 * k, n, 2);
+              });
+              if (last) add_product<false>(as_they_lie({a.up_.at(n, 0), a.up_.stride}), own_columns + 2 * own * TILE, low_tiles, [](int64_t) {});
+              end_sums(own_sums);
+              if (!last) continue;
+              const Matrix upon = residual.data ? Matrix{residual.at(i + b * 32, n), residual.stride} : Matrix{};
+              store_across(own_sums, rows - b * 32, some, y + (i + b * 32) * s.O + n, s.O, upon);
+            }
+          }
         }
       }
     }
   });
 }
 
+// [W ; A] as packed columns [I / 32][O / 32 + R / 32], made by all threads.
+const bf16* pack_weights(Shape s, Matrix weight, Matrix down, Room<bf16>& room) {
+  const int64_t own = pieces(s.O, 32), deep = own + pieces(s.R, 32), across = pieces(s.I, 32);
+  bf16* to = room.of(across * deep * 2 * TILE);
+  at::parallel_for(0, deep, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const Matrix rows = k < own ? Matrix{weight.at(k * 32, 0), weight.stride} : Matrix{down.at((k - own) * 32, 0), down.stride};
+      const int64_t depth = k < own ? s.O - k * 32 : 32;
+      for (int64_t n = 0; n < across; ++n) pack_depth({rows.at(0, n * 32), rows.stride}, s.I - n * 32, std::min<int64_t>(32, depth), to + (n * deep + k) * 2 * TILE);
+    }
+  });
+  return to;
+}
+
 void backward(
-    Shape s, const Layer* layers, int64_t count, Matrix dy, Matrix x, Matrix low, Matrix weight, bf16* dx, bool add, float* d_down, float* d_up) {
-  static thread_local Room<bf16> adapters_room;
-  const Adapters adapters(layers, count, s, adapters_room);
-  const Matrix down = adapters.down, up_ = adapters.up;
-  const int64_t threads = at::get_num_threads();
-  const int64_t own = pieces(s.O, 32), tiles = own + pieces(s.R, 32), R32 = up(s.R, 32), high = pieces(s.R, 16);
-  const int64_t x_sums = pieces(s.I, 32) * high * 512, y_sums = own * high * 512;
+    Shape s, const Layer* layers, int64_t count, Matrix dy, Matrix x, Norm norm, Matrix extra, Matrix low, Matrix weight, bf16* dx, bool add,
+    float* d_down, float* d_up) {
+  static thread_local Room<bf16> adapters_room, weights_room;
   static thread_local Room<float> shared;
+  const Adapters a(layers, count, s, adapters_room);
+  const bf16* panels = dx ? pack_weights(s, weight, a.down, weights_room) : nullptr;
+  const int64_t threads = at::get_num_threads(), across = pieces(s.I, 32), own = pieces(s.O, 32), low_tiles = pieces(s.R, 32), high = pieces(s.R, 16);
+  const int64_t all_deep = own + low_tiles, apart = all_deep * 2 * TILE, x_sums = across * high * 512, y_sums = own * high * 512;
   float* all = shared.of(threads * (x_sums + y_sums));
   std::unique_ptr<const float*[]> of_x(new const float*[threads]()), of_y(new const float*[threads]());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Room<bf16> rows_room, columns_room, up_room, low_room;
+    static thread_local Room<bf16> dy_room, up_room, ranks_room, pairs_room, flow_room;
     static thread_local Room<float> sums_room;
     const Tiles configured;
-    alignas(64) bf16 pairs[2 * TILE];
+    alignas(64) bf16 block[32 * 32];
     for (int64_t thread = begin; thread < end; ++thread) {
       const auto [from, to] = share(s.M, thread, threads);
       if (from == to) continue;
-      const int64_t width = dx ? s.I : 1;
-      const int64_t parts = pieces(width * tiles * 32, WIDE), wide = up(pieces(width, parts), 32);
-      bf16 *rows = rows_room.of(tiles * 2 * TILE), *packed = columns_room.of(wide * tiles * 32);
-      bf16 *packed_up = up_room.of(R32 * own * 32), *lows = low_room.of((to - from + 31) * R32 + 2 * high * TILE);
-      bf16* ranks = lows + up(to - from, 32) * R32;
-      float *sums = sums_room.of(wide * 32), *d_x = all + thread * (x_sums + y_sums), *d_y = d_x + x_sums;
+      const int64_t step = stretch(to - from, apart / 16 + 128 + (norm.weight ? 2 * s.I : 0), STRETCH), most = step / 32, ranks_apart = (2 * high + 2) * TILE;
+      bf16 *rows_of = dy_room.of(most * apart), *packed_up = up_room.of(low_tiles * own * 2 * TILE), *ranks = ranks_room.of(most * ranks_apart);
+      bf16 *pairs = pairs_room.of(most * 2 * TILE), *flow = flow_room.of(norm.weight ? step * s.I : 1);
+      float *sums = sums_room.of(step * 32 + step), *roots = sums + step * 32, *d_x = all + thread * (x_sums + y_sums), *d_y = d_x + x_sums;
       std::fill_n(d_x, x_sums + y_sums, 0.f);
       of_x[thread] = d_x, of_y[thread] = d_y;
-      for (int64_t r = 0; r < s.R; r += 32) pack_depth({up_.at(0, r), up_.stride}, s.R - r, s.O, packed_up + r * own * 32);
-      for (int64_t n = 0; n < width; n += wide) {
-        const int64_t columns = std::min(wide, s.I - n);
-        for (int64_t j = 0; dx && j < columns; j += 32) {
-          bf16* out = packed + j * tiles * 32;
-          pack_depth({weight.at(0, n + j), weight.stride}, columns - j, s.O, out);
-          pack_depth({down.at(0, n + j), down.stride}, columns - j, s.R, out + own * 2 * TILE);
+      for (int64_t r = 0; r < s.R; r += 32) pack_depth({a.up_.at(0, r), a.up_.stride}, 32, s.O, packed_up + r * own * 32);
+      for (int64_t i = from; i < to; i += step) {
+        const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
+        const auto left = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
+        for (int64_t b = 0; b < blocks; ++b) {
+          pack_rows({dy.at(i + b * 32, 0), dy.stride}, left(b), s.O, rows_of + b * apart);
+          pack_ranks({low.at(i + b * 32, 0), low.stride}, left(b), s.R, ranks + b * ranks_apart);
         }
-        for (int64_t i = from; i < to; i += 32) {
-          const int64_t count = std::min<int64_t>(32, to - i);
-          bf16* block = lows + (i - from) * R32;
-          pack_rows({dy.at(i, 0), dy.stride}, count, s.O, rows);
-          if (n == 0) {
-            multiply_low(rows, own, packed_up, s.R, block);
-            pack_ranks({low.at(i, 0), low.stride}, count, s.R, ranks);
-            for (int64_t j = 0; j < own; ++j) {
-              pack_depth({rows + j * 2 * TILE, 32}, 32, 32, pairs);
-              add_outer(ranks, high, pairs, d_y + j * high * 512);
-            }
-            pack_ranks({block, R32}, 32, s.R, ranks);
-            for (int64_t j = 0; j < s.I; j += 32) {
-              pack_depth({x.at(i, j), x.stride}, s.I - j, count, pairs);
-              add_outer(ranks, high, pairs, d_x + j / 32 * high * 512);
+        for (int64_t r = 0; r < s.R; r += 32)
+          for (int64_t b = 0; b < blocks; ++b) {
+            begin_sums(nullptr);
+            add_product<true>(packed(rows_of + b * apart), packed_up + r * own * 32, own, [](int64_t) {});
+            end_sums(sums);
+            store<false>(sums, 32, 32, block, 32);
+            pack_rows({block, 32}, 32, 32, rows_of + b * apart + (own + r / 32) * 2 * TILE);
+            pack_ranks({block, 32}, 32, std::min<int64_t>(32, s.R - r), ranks + b * ranks_apart + (high + r / 16) * TILE);
+          }
+        for (int64_t n = 0; n < own; ++n) {
+          for (int64_t b = 0; b < blocks; ++b) pack_depth({rows_of + b * apart + n * 2 * TILE, 32}, 32, 32, pairs + b * 2 * TILE);
+          add_outers(ranks, high, ranks_apart, pairs, blocks, d_y + n * high * 512);
+        }
+        for (int64_t k = 0; norm.weight && k < rows; ++k) roots[k] = inverse_root(x.at(i + k, 0), s.I, norm.epsilon);
+        for (int64_t n = 0; n < across; ++n) {
+          const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
+          for (int64_t b = 0; b < blocks; ++b)
+            pack_depth({x.at(i + b * 32, n * 32), x.stride}, s.I - n * 32, left(b), pairs + b * 2 * TILE, roots + b * 32, scales);
+          add_outers(ranks + high * TILE, high, ranks_apart, pairs, blocks, d_x + n * high * 512);
+        }
+        if (!dx) continue;
+        const int64_t deep = pieces(all_deep, pieces(all_deep, DEEP));
+        for (int64_t n = 0; n < across; ++n)
+          for (int64_t d = 0; d < all_deep; d += deep) {
+            const int64_t here = std::min(deep, all_deep - d), some = std::min<int64_t>(32, s.I - n * 32);
+            const bf16 *panel = panels + (n * all_deep + d) * 2 * TILE, *next = panel + here * 2 * TILE;
+            for (int64_t b = 0; b < blocks; ++b) {
+              float* own_sums = sums + b * 1024;
+              begin_sums(d ? own_sums : nullptr);
+              add_product<true>(packed(rows_of + b * apart + d * 2 * TILE), panel, here, [&](int64_t k) {
+                ask(b, blocks, [&](int64_t r) { return next + (k * 32 + r) * 32; });
+              });
+              end_sums(own_sums);
+              if (d + here < all_deep) continue;
+              if (norm.weight) store<false>(own_sums, left(b), some, flow + b * 32 * s.I + n * 32, s.I);
+              else store<true>(own_sums, left(b), some, dx + (i + b * 32) * s.I + n * 32, s.I, add);
             }
           }
-          if (!dx) continue;
-          pack_rows({block, R32}, 32, R32, rows + own * 2 * TILE);
-          multiply_block(rows, tiles, packed, columns, count, nullptr, sums, dx + i * s.I + n, s.I, add);
-        }
+        if (norm.weight) flow_through_norm({flow, s.I}, {x.at(i, 0), x.stride}, {extra.at(i, 0), extra.stride}, rows, s.I, norm, dx + i * s.I, s.I);
       }
     }
   });
@@ -174,37 +188,39 @@ void backward(
   }
 }
 
-Matrix matrix(const void* data, int64_t stride) { return {static_cast<const bf16*>(data), stride}; }
-
 }  // namespace
 
 extern "C" {
 
-// y [M, O] and low [M, R] of x [M, I], weight [O, I], and bias [O] or null, all bf16, and the adapters of layers whose outputs
-// and ranks together are O and R. `shape` is M, I, O, R, the strides of x and weight, and the number of layers.
-void low_rank(const int64_t* shape, const void* layers, const void* x, const void* weight, const void* bias, void* y, void* low) {
+// y [M, O] and low [M, R] = x A^T of x [M, I], the weights of all layers [O, I], a bias [O] or null, all bf16; and fp32 adapters.
+// Unless null, x is normed by a weight [I] first, and y comes upon `residual` [M, O]. `shape` is M, I, O, R, the strides of x and
+// weight, and the number of layers.
+void low_rank(
+    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, const void* weight, const void* bias,
+    const void* residual, void* y, void* low) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   forward(
-      s, static_cast<const Layer*>(layers), shape[6], matrix(x, shape[4]), matrix(weight, shape[5]), static_cast<const bf16*>(bias),
-      static_cast<bf16*>(y), static_cast<bf16*>(low));
+      s, static_cast<const Layer*>(layers), shape[6], {numbers(x), shape[4]}, {numbers(norm), epsilon}, {numbers(weight), shape[5]}, numbers(bias),
+      {numbers(residual), s.O}, numbers(y), numbers(low));
 }
 
 // dx [M, I] unless null, and fp32 gradients of every A and every B, one after another, given dy [M, O], x, low [M, R] and the
-// weights as above. `shape` is M, I, O, R, the strides of dy, x and weight, the number of layers, and the outputs to go back at once.
+// weights as above. Where x is normed, what flows back to it comes upon `extra` [M, I]. `shape` is M, I, O, R, the strides of dy, x
+// and weight, the number of layers, and the outputs to go back at once.
 void low_rank_backward(
-    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* low, const void* weight, void* dx, void* d_down,
-    void* d_up) {
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, float epsilon, const void* extra, const void* low,
+    const void* weight, void* dx, void* d_down, void* d_up) {
   const auto* all = static_cast<const Layer*>(layers);
   auto *of_down = static_cast<float*>(d_down), *of_up = static_cast<float*>(d_up);
   const int64_t M = shape[0], I = shape[1], O = shape[2], R = shape[3], count = shape[7];
-  const Matrix flowing = matrix(dy, shape[4]), rows = matrix(x, shape[5]), lows = matrix(low, R), weights = matrix(weight, shape[6]);
+  const Matrix flowing{numbers(dy), shape[4]}, rows{numbers(x), shape[5]}, lows{numbers(low), R}, weights{numbers(weight), shape[6]};
   // Where what flows back is deep, each layer's share is read as few times as can be, and its result added to the one before.
-  const int64_t step = O > shape[8] ? 1 : count;
+  const int64_t step = O > shape[8] && !norm ? 1 : count;
   for (int64_t place = 0, output = 0, rank = 0; place < count; place += step) {
     const Shape s{M, I, step == 1 ? all[place].outputs : O, step == 1 ? all[place].rank : R};
     backward(
-        s, all + place, step, {flowing.at(0, output), flowing.stride}, rows, {lows.at(0, rank), R}, {weights.at(output, 0), weights.stride},
-        static_cast<bf16*>(dx), place > 0, of_down + rank * I, of_up);
+        s, all + place, step, {flowing.at(0, output), flowing.stride}, rows, {numbers(norm), epsilon}, {numbers(extra), I},
+        {lows.at(0, rank), R}, {weights.at(output, 0), weights.stride}, numbers(dx), place > 0, of_down + rank * I, of_up);
     for (int64_t done = place; done < place + step; ++done) {
       output += all[done].outputs, rank += all[done].rank;
       of_up += all[done].outputs * all[done].rank;

@@ -66,7 +66,7 @@ def unpacked(codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], 
     return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, list(shape), dtype)
 
 
-def _matrix(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
+def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
     """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
     if not packing:
         return weights[0]
@@ -129,19 +129,33 @@ def layers_of(downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[f
     return (_Layer * len(made))(*made)
 
 
-def _quick(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
+def low_rank(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
+    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel; rows normed by a weight [I] first, outputs upon a residual [T, O]."""
     downs, ups = masters(downs), masters(ups)
     (count, width), outputs, rank = rows.shape, sum(map(len, ups)), sum(map(len, downs))
     out, low = rows.new_empty(count, outputs), rows.new_empty(count, rank)
-    shape = sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups))
-    _kernel().low_rank(shape, layers_of(downs, ups, scales), *native.pointers(rows, weight, bias, out, low))
+    _kernel().low_rank(
+        sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups)),
+        layers_of(downs, ups, scales),
+        *native.pointers(rows, norm),
+        ctypes.c_float(epsilon),
+        *native.pointers(weight, bias, residual, out, low),
+    )
     return out, low
 
 
-def _quick_backward(
+def low_rank_backward(
     gradient: Tensor,
     rows: Tensor,
     low: Tensor,
@@ -150,8 +164,15 @@ def _quick_backward(
     ups: Sequence[Tensor],
     scales: Sequence[float],
     needs_x: bool,
+    *,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
+    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another.
+
+    Where rows are normed, that of x comes upon `extra` [T, I].
+    """
     downs, ups = masters(downs), masters(ups)
     (count, width), (outputs, rank) = rows.shape, (gradient.shape[1], low.shape[1])
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
@@ -161,7 +182,9 @@ def _quick_backward(
     _kernel().low_rank_backward(
         sizes(count, width, outputs, rank, *strides, len(ups), TOGETHER),
         layers_of(downs, ups, scales),
-        *native.pointers(gradient, rows, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+        *native.pointers(gradient, rows, norm),
+        ctypes.c_float(epsilon),
+        *native.pointers(extra, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
     )
     return x_gradient, of_downs, of_ups
 
@@ -186,9 +209,9 @@ def project(
     by neither. `quick` is by the kernel, which fills no room and keeps x A^T in any case.
     """
     width = rows.shape[1]
-    matrix = _matrix(weights, packing, room, ups, rows, width)
+    matrix = joined_weights(weights, packing, room, ups, rows, width)
     if quick:
-        return _quick(rows_of(rows), matrix, bias, downs, ups, scales)
+        return low_rank(rows_of(rows), matrix, bias, downs, ups, scales)
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -225,10 +248,10 @@ def project_backward(
     With `quick` they are those of each layer's own B [O_i, R_i] in place of s B, one after another.
     """
     width = downs[0].shape[1]
-    matrix = _matrix(weights, packing, room, ups, kept, width)
+    matrix = joined_weights(weights, packing, room, ups, kept, width)
     if quick:
         assert rows is not None
-        return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, downs, ups, scales, needs_x)
+        return low_rank_backward(rows_of(gradient), rows_of(rows), kept, matrix, downs, ups, scales, needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
