@@ -67,25 +67,25 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     leaves = [[each.double().requires_grad_() for each in group] for group in (downs, ups)]
     wanted = formula(exact, weights, *leaves, activation)
     wanted.backward(flow.double())
-    found, *kept = gated(x, None, 0.0, weights, "", activation, downs, ups, SCALES, True)
-    assert torch.equal(found, gated(x, None, 0.0, weights, "", activation, downs, ups, SCALES, False)[0]) or rows < 2 * feedforward.FEW
+    found, *kept = gated(x, weights, "", activation, downs, ups, SCALES, True)
+    assert torch.equal(found, gated(x, weights, "", activation, downs, ups, SCALES, False)[0]) or rows < 2 * feedforward.FEW
     assert relative(found, wanted) < 2 * BF16
-    of_x, of_downs, of_ups = gated_backward(flow, x, None, 0.0, kept, weights, "", activation, downs, ups, SCALES, True)
+    of_x, of_downs, of_ups = gated_backward(flow, x, kept, weights, "", activation, downs, ups, SCALES, True)
     assert exact.grad is not None and relative(of_x, exact.grad) < 2 * BF16
     for flat, group in ((of_downs, leaves[0]), (of_ups, leaves[1])):
         parts = flat.split([each.numel() for each in group])
         for part, each in zip(parts, group, strict=True):
             if each.numel():
                 assert each.grad is not None and relative(part, each.grad.flatten()) < 3 * BF16
-    none, *same = gated_backward(flow, x, None, 0.0, kept, weights, "", activation, downs, ups, SCALES, False)
+    none, *same = gated_backward(flow, x, kept, weights, "", activation, downs, ups, SCALES, False)
     assert none.shape == (0, width) and torch.equal(same[0], of_downs) and torch.equal(same[1], of_ups)
 
 
 @needs_kernel
 def test_a_row_is_computed_alike_wherever_it_stands() -> None:
     x, weights, downs, ups = given(500, 64, 96, (4, 4, 4))
-    whole = gated(x, None, 0.0, weights, "", 0, downs, ups, SCALES, True)[0]
-    assert torch.equal(gated(x[131:402], None, 0.0, weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402])
+    whole = gated(x, weights, "", 0, downs, ups, SCALES, True)[0]
+    assert torch.equal(gated(x[131:402], weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402])
 
 
 @needs_kernel
@@ -99,7 +99,7 @@ def test_far_numbers_neither_overflow_nor_vanish(activation: int) -> None:
     weights = [torch.zeros(inner, width), torch.zeros(inner, width), torch.eye(width)]
     weights[0][:, 0], weights[1][:, 1] = 1, 1
     empty = [torch.empty(0, 32)] * 3, [torch.empty(32, 0)] * 3
-    found = gated(x.bfloat16(), None, 0.0, [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True)[0]
+    found = gated(x.bfloat16(), [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True)[0]
     wanted = (silu, lambda g: gelu(g, approximate="tanh"))[activation](x[:, :1].bfloat16().float()).expand(-1, 32)
     torch.testing.assert_close(found.float(), wanted, rtol=2 * BF16, atol=1e-30)
 

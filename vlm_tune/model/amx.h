@@ -185,15 +185,23 @@ void store_pairs(__m512i even, __m512i odd, bf16* left) {
   _mm512_store_si512(left + TILE, _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd));
 }
 
-// 32 columns of the second operand whose depth are the rows of a matrix, times `roots` and `weight` if they are normed.
-void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to, const float* roots = nullptr, const bf16* weight = nullptr) {
-  const __m512i by = weight ? loaded(weight, count) : _mm512_setzero_si512();
-  const auto row = [&](int64_t d) {
-    if (d >= depth) return _mm512_setzero_si512();
-    const __m512i found = loaded(rows.at(d, 0), count);
-    return weight ? normed(found, by, _mm512_set1_ps(roots[d])) : found;
-  };
-  for (int64_t d = 0; d < up(depth, 32); d += 2) store_pairs(row(d), row(d + 1), to + d / 32 * 2 * TILE + d % 32 / 2 * 32);
+// 32 columns of the second operand whose depth are the rows that `row` gives.
+template <typename Row>
+void pack_depth_of(int64_t depth, bf16* to, Row row) {
+  const auto some = [&](int64_t d) { return d < depth ? row(d) : _mm512_setzero_si512(); };
+  for (int64_t d = 0; d < up(depth, 32); d += 2) store_pairs(some(d), some(d + 1), to + d / 32 * 2 * TILE + d % 32 / 2 * 32);
+}
+
+// Those whose depth are the rows of a matrix.
+void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to) {
+  pack_depth_of(depth, to, [&](int64_t d) { return loaded(rows.at(d, 0), count); });
+}
+
+// Those whose depth are rows as they are read, normed by a weight (if any) of these columns.
+void pack_read_depth(Matrix rows, int64_t count, int64_t depth, const float* roots, const bf16* weight, bf16* to) {
+  if (!weight) return pack_depth(rows, count, depth, to);
+  const __m512i by = loaded(weight, count);
+  pack_depth_of(depth, to, [&](int64_t d) { return normed(loaded(rows.at(d, 0), count), by, _mm512_set1_ps(roots[d])); });
 }
 
 // 32 rows of some ranks as first operand of a product over the rows: a tile for every 16 ranks.
@@ -260,10 +268,18 @@ __m512i pair_of(const float* sums, int64_t pair, int64_t half) {
   return paired(_mm512_load_ps(from), _mm512_load_ps(from + 16));
 }
 
-// 32 x 32 transposed sums, written as rows of some columns, upon others if there are any.
-void store_across(const float* sums, int64_t count, int64_t columns, bf16* to, int64_t stride, Matrix upon = {}) {
-  const __mmask32 some = first(columns);
-  for (int64_t half = 0; half < 2; ++half) {
+// 32 x 32 transposed sums that are to be written as rows of some columns, upon others if there are any: half by half, beside the
+// next product, for the unit for tiles has a port of its own.
+struct Across {
+  const float* sums = nullptr;
+  int64_t count = 0, columns = 0;
+  bf16* to = nullptr;
+  int64_t stride = 0;
+  Matrix upon = {};
+  int64_t half = 2;
+
+  void write_half() {
+    const __mmask32 some = first(columns);
     __m512i pairs[16];
     for (int64_t p = 0; p < 16; ++p) pairs[p] = pair_of(sums, p, half);
     transpose16(pairs);
@@ -272,8 +288,15 @@ void store_across(const float* sums, int64_t count, int64_t columns, bf16* to, i
       if (upon.data) pairs[i] = sum(pairs[i], loaded(upon.at(half * 16 + i, 0), columns));
       write(pairs[i], some, out);
     }
+    ++half;
   }
-}
+  void beside(int64_t depth) {
+    if (half < 2 && depth % 8 == 1) write_half();
+  }
+  void rest() {
+    while (half < 2) write_half();
+  }
+};
 
 // Two tiles of rows, each `stride` numbers apart, and as far to the next in depth.
 struct Rows {

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlm_tune.model.blocks import block_names
+from vlm_tune.model.decoder import DecoderLayer
 from vlm_tune.model.llm import LanguageModel
 from vlm_tune.model.native import compiler
 from vlm_tune.model.tree_attention import compute_dtype, usable
@@ -36,12 +38,21 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
         return ""
     if asked == "auto" and (steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE):
         return ""
+    if not _to_compile(llm):
+        return ""
     device = next(llm.parameters()).device.type
     if device == "cpu" and compiler() is None:
         return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
     if any(getattr(parameter, "CB", None) is not None for parameter in llm.parameters()):
         return "the blocks are not compiled: int8 layers can't be traced"
     return None
+
+
+def _to_compile(llm: LanguageModel) -> list[nn.Module]:
+    """The blocks, but those that are two operators and leave a compiler nothing to do."""
+    quick = usable(llm, llm.model.dtype)
+    blocks = [llm.model.get_submodule(name) for name in block_names(llm.model)]
+    return [block for block in blocks if not (quick and isinstance(block, DecoderLayer) and block.is_ready())]
 
 
 @contextlib.contextmanager
@@ -52,7 +63,7 @@ def compiled(llm: LanguageModel) -> Iterator[None]:
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         # torch's own place is a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
-    blocks: list[Any] = [llm.model.get_submodule(name) for name in block_names(llm.model)]
+    blocks: list[Any] = _to_compile(llm)
     for block in blocks:
         # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.
         block.compile(dynamic=True)

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, rms_norm, silu
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import gelu, linear, silu
 from torch.nn.utils import skip_init
 
 from vlm_tune.model import native
-from vlm_tune.model.fused import LoraLinear, compute_dtype
-from vlm_tune.model.projection import THREADS, layers_of, masters, parts, rows_of, sizes, unpacked
+from vlm_tune.model.fused import LoraLinear, Operands, compute_dtype
+from vlm_tune.model.projection import THREADS, Adapters, by_layer, rows_of, sizes, unpacked
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
 SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code("gated")).hexdigest()[:8]
@@ -89,31 +90,20 @@ class GatedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs [..., H] of x [..., H]."""
-        if not self.is_quick(x):
+        layers = self.layers()
+        if not self.is_quick(x, layers):
             return super().forward(x)
-        return self.run(x, None, 0.0)
-
-    def run(self, x: Tensor, norm: Tensor | None, epsilon: float) -> Tensor:
-        """The outputs [..., H] of x [..., H] by the kernel; or with the weight [H] of a norm, those of x normed, upon x."""
-        layers: list[Any] = [self._modules[name] for name in self.layer_names]
-        lora = [isinstance(layer, LoraLinear) for layer in layers]
-        bases = [layer.base_layer if with_lora else layer for layer, with_lora in zip(layers, lora, strict=True)]
-        named = [layer.name if with_lora else "" for layer, with_lora in zip(layers, lora, strict=True)]
-        packed = [layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)]
-        packing = packed[0].packing if packed[0] else ""
-        weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [base.weight for base in bases]
-        downs, ups, scales = [], [], []
-        for layer, base, name in zip(layers, bases, named, strict=True):
-            downs.append(layer.lora_A[name].weight if name else x.new_empty(0, base.in_features))
-            ups.append(layer.lora_B[name].weight if name else x.new_empty(base.out_features, 0))
-            scales.append(layer.scaling[name] if name else 0.0)
+        of = gated_operands(layers)
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        keep = torch.is_grad_enabled() and (rows.requires_grad or any(tensor.requires_grad for tensor in (*downs, *ups)))
-        return gated(rows, norm, epsilon, weights, packing, self.activation, downs, ups, scales, keep)[0].view(x.shape)
+        keep = torch.is_grad_enabled() and (rows.requires_grad or any(tensor.requires_grad for tensor in (*of.downs, *of.ups)))
+        return gated(rows, of.weights, of.packing, self.activation, of.downs, of.ups, of.scales, keep)[0].view(x.shape)
 
-    def is_quick(self, x: Tensor) -> bool:
+    def layers(self) -> list[Any]:
+        """Gate, up and down."""
+        return [self._modules[name] for name in self.layer_names]
+
+    def is_quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the kernel computes what the module does of x now."""
-        layers: list[Any] = [self._modules[name] for name in self.layer_names]
         if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not _has_kernel():
             return False
         dropout = self._modules.get("dropout")
@@ -134,6 +124,22 @@ class GatedModule(nn.Module):
             and not (inner % 32 or width % 32)
             and width + 2 * inner <= LARGE
         )
+
+
+def gated_operands(layers: Sequence[Any]) -> Operands:
+    """What gate, up and down compute with, each with LoRA or without, then of no ranks."""
+    lora = [isinstance(layer, LoraLinear) for layer in layers]
+    bases = [layer.base_layer if with_lora else layer for layer, with_lora in zip(layers, lora, strict=True)]
+    packed = [layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)]
+    packing = packed[0].packing if packed[0] else ""
+    weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [base.weight for base in bases]
+    downs, ups, scales = [], [], []
+    for layer, base, with_lora in zip(layers, bases, lora, strict=True):
+        name = layer.name if with_lora else ""
+        downs.append(layer.lora_A[name].weight if name else torch.empty(0, base.in_features))
+        ups.append(layer.lora_B[name].weight if name else torch.empty(base.out_features, 0))
+        scales.append(layer.scaling[name] if name else 0.0)
+    return Operands(weights, packing, 0, None, downs, ups, scales)
 
 
 @functools.cache
@@ -162,7 +168,7 @@ def _kernel() -> ctypes.CDLL:
     return found
 
 
-def _weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], downs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def gated_weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], downs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Gate and up [F, H] and down [H, F]: as they are given, or unpacked for this pass."""
     if not packing:
         return list(weights)
@@ -171,6 +177,46 @@ def _weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], dow
         unpacked(codes, scales, packing, shape, like.dtype)
         for codes, scales, shape in zip(weights[::2], weights[1::2], shapes, strict=True)
     ]
+
+
+def gated_kernel(
+    rows: Tensor, weights: Sequence[Tensor], activation: int, adapters: Adapters, keep: bool, norm: Tensor | None = None, epsilon: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `gated` gives, by the kernel; with the weight [H] of a norm rows + what it gives of the rows normed."""
+    out, kept = rows.new_empty(rows.shape), _kept(rows, adapters.downs, adapters.ups, keep)
+    if not isinstance(rows, FakeTensor):
+        _kernel().gated(
+            _shape(rows, weights, activation),
+            adapters.array,
+            *native.pointers(rows, norm),
+            ctypes.c_float(epsilon),
+            *native.pointers(*weights, out, *(kept if keep else (None,) * 3)),
+        )
+    return out, *kept
+
+
+def gated_backward_kernel(
+    gradient: Tensor,
+    rows: Tensor,
+    kept: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    activation: int,
+    adapters: Adapters,
+    needs_x: bool,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gated_backward` gives, by the kernel; given the gradient [T, H] of what `gated_kernel` gave."""
+    found = _gradients(gradient, adapters.downs, adapters.ups, needs_x)
+    if not isinstance(rows, FakeTensor):
+        _kernel().gated_backward(
+            _shape(rows, weights, activation, gradient.stride(0)),
+            adapters.array,
+            *native.pointers(gradient, rows, norm),
+            ctypes.c_float(epsilon),
+            *native.pointers(*weights, *kept, found[0] if needs_x else None, *found[1:]),
+        )
+    return found
 
 
 def _shape(rows: Tensor, weights: Sequence[Tensor], activation: int, *strides: int) -> Any:
@@ -190,8 +236,6 @@ def _by_layers(
 @torch.library.custom_op(f"vlm_tune::gated_{SOURCE}", mutates_args=())
 def gated(
     rows: Tensor,
-    norm: Tensor | None,
-    epsilon: float,
     weights: Sequence[Tensor],
     packing: str,
     activation: int,
@@ -202,28 +246,14 @@ def gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs [T, H] of bf16 rows [T, H], and with `keep` what the backward pass wants beside its inputs.
 
-    With the weight [H] of a norm by the root mean square they are rows + those of the rows normed.
     `weights` are gate and up [F, H] and down [H, F], or with a `packing` (as nf4:64) the codes and block scales of each. `downs` and
     `ups` are A and B of each, of no ranks where it has none. Kept are the outputs of gate and up, by blocks of the kernel's own
     [32 ceil(T / 32), 2F], and those of the A: [T, R] and [T, D].
     """
-    matrices, rows = _weights(weights, packing, ups, downs, rows), rows_of(rows)
+    matrices, rows = gated_weights(weights, packing, ups, downs, rows), rows_of(rows)
     if not keep and len(rows) < FEW * torch.get_num_threads():
-        normed = rows if norm is None else rms_norm(rows, rows.shape[1:], norm, epsilon)
-        out = _by_layers(normed, matrices, activation, downs, ups, scales)
-        return out if norm is None else rows + out, *_kept(rows, downs, ups, keep)
-    downs, ups = masters(downs), masters(ups)
-    out, kept = rows.new_empty(rows.shape), _kept(rows, downs, ups, keep)
-    held = kept if keep else (None,) * 3
-    shape = _shape(rows, matrices, activation)
-    _kernel().gated(
-        shape,
-        layers_of(downs, ups, scales),
-        *native.pointers(rows, norm),
-        ctypes.c_float(epsilon),
-        *native.pointers(*matrices, out, *held),
-    )
-    return out, *kept
+        return _by_layers(rows, matrices, activation, downs, ups, scales), *_kept(rows, downs, ups, keep)
+    return gated_kernel(rows, matrices, activation, Adapters(downs, ups, scales), keep)
 
 
 def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,16 +268,7 @@ def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bo
 
 @gated.register_fake
 def _(
-    rows: Tensor,
-    norm: Any,
-    epsilon: float,
-    weights: Any,
-    packing: str,
-    activation: int,
-    downs: Any,
-    ups: Any,
-    scales: Any,
-    keep: bool,
+    rows: Tensor, weights: Any, packing: str, activation: int, downs: Any, ups: Any, scales: Any, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows.new_empty(rows.shape), *_kept(rows, downs, ups, keep)
 
@@ -256,8 +277,6 @@ def _(
 def gated_backward(
     gradient: Tensor,
     rows: Tensor,
-    norm: Tensor | None,
-    epsilon: float,
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     packing: str,
@@ -268,17 +287,8 @@ def gated_backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, H] (of no rows unless needed) and fp32 ones of every A and of every B, one after another, given [T, H]."""
-    matrices, rows, gradient = _weights(weights, packing, ups, downs, rows), rows_of(rows), rows_of(gradient)
-    downs, ups = masters(downs), masters(ups)
-    found = _gradients(gradient, downs, ups, needs_x)
-    _kernel().gated_backward(
-        _shape(rows, matrices, activation, gradient.stride(0)),
-        layers_of(downs, ups, scales),
-        *native.pointers(gradient, rows, norm),
-        ctypes.c_float(epsilon),
-        *native.pointers(*matrices, *kept, found[0] if needs_x else None, *found[1:]),
-    )
-    return found
+    matrices, rows, gradient = gated_weights(weights, packing, ups, downs, rows), rows_of(rows), rows_of(gradient)
+    return gated_backward_kernel(gradient, rows, kept, matrices, activation, Adapters(downs, ups, scales), needs_x)
 
 
 def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], needs_x: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,8 +303,6 @@ def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor],
 def _(
     gradient: Tensor,
     rows: Tensor,
-    norm: Any,
-    epsilon: float,
     kept: Any,
     weights: Any,
     packing: str,
@@ -308,22 +316,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, norm, ctx.epsilon, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, _ = inputs
+    rows, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, _ = inputs
     ctx.count = len(weights)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(rows, norm, *output[1:], *weights, *downs, *ups)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
+    ctx.save_for_backward(rows, *output[1:], *weights, *downs, *ups)
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    rows, norm, *rest = ctx.saved_tensors
+    rows, *rest = ctx.saved_tensors
     kept, weights, downs, ups = rest[:3], rest[3 : 3 + ctx.count], rest[3 + ctx.count : 6 + ctx.count], rest[6 + ctx.count :]
     needs_x = ctx.needs_input_grad[0]
-    x, *found = gated_backward(gradient, rows, norm, ctx.epsilon, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
-    of_downs, of_ups = (
-        [flat[where].view_as(each).to(each.dtype) for where, each in zip(parts([each.numel() for each in all_of]), all_of, strict=True)]
-        for flat, all_of in zip(found, (downs, ups), strict=True)
-    )
-    return x if needs_x else None, None, None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
+    x, *found = gated_backward(gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
+    of_downs, of_ups = (by_layer(flat, layers) for flat, layers in zip(found, (downs, ups), strict=True))
+    return x if needs_x else None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
 
 
 gated.register_autograd(_backward, setup_context=_save)

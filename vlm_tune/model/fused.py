@@ -103,7 +103,7 @@ class Siblings:
         """The layer's output [..., O_i] for x [..., I]."""
         place, held = self.layers.index(layer), self.held
         if held is None or held[0] is not x or held[1][place] is None:
-            if not self._together(x):
+            if not self.together(x):
                 return _project(x, [layer])[0]
             outputs: list[Any] = list(_project(x, self.layers, self.matrix))
             held = self.held = (x, outputs)
@@ -112,7 +112,7 @@ class Siblings:
             self.held = None
         return found
 
-    def _together(self, x: torch.Tensor) -> bool:
+    def together(self, x: torch.Tensor) -> bool:
         """Whether the weights still are views into the matrix (a move or cast of the model parts them) and all layers are plain."""
         if self.layers[0].packed is not None:
             return all(layer.is_plain(x) for layer in self.layers)
@@ -180,27 +180,44 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
+@dataclass(frozen=True)
+class Operands:
+    """What layers that read the same x compute with: as `project` takes it."""
+
+    weights: list[torch.Tensor]
+    packing: str
+    room: int
+    bias: torch.Tensor | None
+    downs: list[torch.Tensor]
+    ups: list[torch.Tensor]
+    scales: list[float]
+
+
+def operands(layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Tensor | None = None) -> Operands:
+    """Those of layers that compute in `dtype`; `matrix` holds the frozen weights of several and room for B."""
     names, bases = [layer.name for layer in layers], [layer.base_layer for layer in layers]
-    dtype = compute_dtype(x)
     biases = [base.bias.to(dtype) for base in bases if base.bias is not None]
     if layers[0].packed is not None:
         weights = [tensor for layer in layers if layer.packed for tensor in (layer.packed.codes, layer.packed.scales)]
     else:
         weights = [bases[0].weight.to(dtype) if matrix is None else matrix]
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    out, _ = project(
-        rows,
+    return Operands(
         weights,
         layers[0].packed.packing if layers[0].packed else "",
         wide_rank(sum(layer.r[name] for layer, name in zip(layers, names, strict=True))) if len(layers) > 1 else 0,
-        by_kernel(rows, [base.out_features for base in bases]),
         (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None,
         [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
         [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
         [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
     )
+
+
+def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
+    dtype, outputs = compute_dtype(x), [layer.base_layer.out_features for layer in layers]
+    rows, of = x.reshape(-1, x.shape[-1]).to(dtype), operands(layers, dtype, matrix)
+    quick = by_kernel(rows, outputs)
+    out, _ = project(rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales)
     # A 4-bit layer answers in the type that it was asked in.
-    out = out.to(x.dtype) if layers[0].packed else out
-    return out.view(*x.shape[:-1], out.shape[-1]).split([base.out_features for base in bases], -1)
+    out = out.to(x.dtype) if of.packing else out
+    return out.view(*x.shape[:-1], out.shape[-1]).split(outputs, -1)

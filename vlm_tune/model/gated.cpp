@@ -149,6 +149,7 @@ void forward(Shape s, const Layer* layers, Matrix x, Norm norm, Weights w, bf16*
         for (int64_t d = 0; d < 16; ++d) work_on(number - 1, d);
         append_low(a.down_mid, mid, a.D, h, h_apart, blocks, rows, kept.low_down ? kept.low_down + i * a.D : nullptr);
         const int64_t deep = pieces(mid, pieces(mid, DEEP));
+        Across before;
         for (int64_t n = 0; n < s.H; n += 32)
           for (int64_t d = 0; d < mid; d += deep) {
             const int64_t here = std::min(deep, mid - d);
@@ -161,14 +162,17 @@ void forward(Shape s, const Layer* layers, Matrix x, Norm norm, Weights w, bf16*
               add_product<false>(as_they_lie({w.down.at(n, d * 32), w.down.stride}), own_h + d * 2 * TILE, here, [&](int64_t k) {
                 ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
                 if (norm.weight && last && k < 16) ask_rows(x, i + b * 32 + 2 * k, n, 2);
+                before.beside(k);
               });
+              before.rest();
               if (last) add_product<false>(as_they_lie({a.up_down.at(n, 0), a.D32}), own_h + 2 * mid * TILE, low_down, [](int64_t) {});
               end_sums(own_sums);
               if (!last) continue;
               const Matrix upon = norm.weight ? Matrix{x.at(i + b * 32, n), x.stride} : Matrix{};
-              store_across(own_sums, rows - b * 32, 32, y + (i + b * 32) * s.H + n, s.H, upon);
+              before = {own_sums, rows - b * 32, 32, y + (i + b * 32) * s.H + n, s.H, upon, 0};
             }
           }
+        before.rest();
       }
     }
   });
@@ -367,7 +371,7 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
         for (int64_t n = 0; a.R && n < own; ++n) {
           const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
           for (int64_t b = 0; b < blocks; ++b)
-            pack_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), pairs + b * 2 * TILE, roots + b * 32, scales);
+            pack_read_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), roots + b * 32, scales, pairs + b * 2 * TILE);
           add_outers(ranks + at_flow * TILE, pieces(a.R, 16), ranks_apart, pairs, blocks, mine + places.in + n * pieces(a.R, 16) * 512);
         }
         const int64_t deep = pieces(columns.deep_x, pieces(columns.deep_x, DEEP));

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.model.decoder import join
 from vlm_tune.model.feedforward import gate
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
@@ -74,6 +75,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         gate(model)
+        join(model)
         self.prompt: VirtualTokens | None = None
         self.whole_head = False
 

@@ -49,7 +49,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
       if (from == to) continue;
       const int64_t step = stretch(to - from, apart / 16 + 128, STRETCH), deep = pieces(own, pieces(own, DEEP));
       bf16 *columns = x_room.of(step / 32 * apart), *scratch = normed_room.of(32 * s.I);
-      float *sums = sums_room.of(step * 32 + 1024), *biases = sums + step * 32;
+      float *sums = sums_room.of(step * 32 + 2048), *biases = sums + step * 32 + 1024;
       for (int64_t i = from; i < to; i += step) {
         const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
         for (int64_t b = 0; b < blocks; ++b) {
@@ -57,6 +57,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
           pack_columns(as_read(here, rows - b * 32, s.I, norm, scratch), rows - b * 32, s.I, columns + b * apart);
         }
         append_low(a.down, own, s.R, columns, apart, blocks, rows, low + i * s.R);
+        Across before;
         for (int64_t n = 0; n < s.O; n += 32) {
           const int64_t some = std::min<int64_t>(32, s.O - n);
           // What is not whole blocks is copied, with zeros after it.
@@ -71,21 +72,24 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
             const Rows part{all.low + d * all.deeper, all.high + d * all.deeper, all.stride, all.deeper};
             const Matrix next{last ? weight.at(std::min(n + 32, s.O - some), 0) : weight.at(n, (d + here) * 32), weight.stride};
             for (int64_t b = 0; b < blocks; ++b) {
-              float* own_sums = sums + b * 1024;
+              float* own_sums = sums + (deep < own ? b : b % 2) * 1024;
               const bf16* own_columns = columns + b * apart;
               begin_sums(d ? own_sums : bias ? biases : nullptr);
               add_product<false>(part, own_columns + d * 2 * TILE, here, [&](int64_t k) {
                 if (whole) ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
                 if (residual.data && last && k < 16) ask_rows(residual, i + b * 32 + 2 * k, n, 2);
+                before.beside(k);
               });
+              before.rest();
               if (last) add_product<false>(as_they_lie({a.up_.at(n, 0), a.up_.stride}), own_columns + 2 * own * TILE, low_tiles, [](int64_t) {});
               end_sums(own_sums);
               if (!last) continue;
               const Matrix upon = residual.data ? Matrix{residual.at(i + b * 32, n), residual.stride} : Matrix{};
-              store_across(own_sums, rows - b * 32, some, y + (i + b * 32) * s.O + n, s.O, upon);
+              before = {own_sums, rows - b * 32, some, y + (i + b * 32) * s.O + n, s.O, upon, 0};
             }
           }
         }
+        before.rest();
       }
     }
   });
@@ -155,7 +159,7 @@ void backward(
         for (int64_t n = 0; n < across; ++n) {
           const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
           for (int64_t b = 0; b < blocks; ++b)
-            pack_depth({x.at(i + b * 32, n * 32), x.stride}, s.I - n * 32, left(b), pairs + b * 2 * TILE, roots + b * 32, scales);
+            pack_read_depth({x.at(i + b * 32, n * 32), x.stride}, s.I - n * 32, left(b), roots + b * 32, scales, pairs + b * 2 * TILE);
           add_outers(ranks + high * TILE, high, ranks_apart, pairs, blocks, d_x + n * high * 512);
         }
         if (!dx) continue;

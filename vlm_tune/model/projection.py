@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear
 
 from vlm_tune.model import native
@@ -82,11 +83,12 @@ def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequ
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
     """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and _has_kernel()
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and has_kernel()
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel() -> bool:
+def has_kernel() -> bool:
+    """Whether there is one here, and a thread has enough rows for it."""
     return torch.get_num_threads() <= THREADS and native.library("low_rank") is not None
 
 
@@ -118,40 +120,45 @@ class _Layer(ctypes.Structure):
     )
 
 
-def masters(adapters: Sequence[Tensor]) -> list[Tensor]:
-    """A or B of every layer in fp32, as a kernel takes them."""
-    return [each.float().contiguous() for each in adapters]
+class Adapters:
+    """A and B of layers in fp32, and what each B is scaled by, as a kernel takes them."""
+
+    def __init__(self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> None:
+        self.downs, self.ups = ([each.float().contiguous() for each in some] for some in (downs, ups))
+        self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
+        self.numbers = sum(up.numel() for up in self.ups)
+        if not isinstance(self.downs[0], FakeTensor):
+            made = [_Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(self.downs, self.ups, scales, strict=True)]
+            self.array = (_Layer * len(made))(*made)
 
 
-def layers_of(downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Any:
-    """The adapters of layers as a kernel takes them; A and B must live on."""
-    made = [_Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(downs, ups, scales, strict=True)]
-    return (_Layer * len(made))(*made)
+def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients one after another as those of each layer's A or B, in its type."""
+    places = parts([each.numel() for each in layers])
+    return [flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)]
 
 
 def low_rank(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
+    adapters: Adapters,
     *,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel; rows normed by a weight [I] first, outputs upon a residual [T, O]."""
-    downs, ups = masters(downs), masters(ups)
-    (count, width), outputs, rank = rows.shape, sum(map(len, ups)), sum(map(len, downs))
-    out, low = rows.new_empty(count, outputs), rows.new_empty(count, rank)
-    _kernel().low_rank(
-        sizes(count, width, outputs, rank, rows.stride(0), weight.stride(0), len(ups)),
-        layers_of(downs, ups, scales),
-        *native.pointers(rows, norm),
-        ctypes.c_float(epsilon),
-        *native.pointers(weight, bias, residual, out, low),
-    )
+    count, width = rows.shape
+    out, low = rows.new_empty(count, adapters.outputs), rows.new_empty(count, adapters.rank)
+    if not isinstance(rows, FakeTensor):
+        _kernel().low_rank(
+            sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups)),
+            adapters.array,
+            *native.pointers(rows, norm),
+            ctypes.c_float(epsilon),
+            *native.pointers(weight, bias, residual, out, low),
+        )
     return out, low
 
 
@@ -160,32 +167,30 @@ def low_rank_backward(
     rows: Tensor,
     low: Tensor,
     weight: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
+    adapters: Adapters,
     needs_x: bool,
     *,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another.
+    """The gradients of `project_backward` by the kernel: those of A [R, I] and B in fp32, B's one after another.
 
     Where rows are normed, that of x comes upon `extra` [T, I].
     """
-    downs, ups = masters(downs), masters(ups)
-    (count, width), (outputs, rank) = rows.shape, (gradient.shape[1], low.shape[1])
+    count, width = rows.shape
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
-    of_downs = gradient.new_empty(rank, width, dtype=torch.float32)
-    of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
-    strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
-    _kernel().low_rank_backward(
-        sizes(count, width, outputs, rank, *strides, len(ups), TOGETHER),
-        layers_of(downs, ups, scales),
-        *native.pointers(gradient, rows, norm),
-        ctypes.c_float(epsilon),
-        *native.pointers(extra, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
-    )
+    of_downs = gradient.new_empty(adapters.rank, width, dtype=torch.float32)
+    of_ups = gradient.new_empty(adapters.numbers, dtype=torch.float32)
+    if not isinstance(rows, FakeTensor):
+        strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
+        _kernel().low_rank_backward(
+            sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
+            adapters.array,
+            *native.pointers(gradient, rows, norm),
+            ctypes.c_float(epsilon),
+            *native.pointers(extra, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+        )
     return x_gradient, of_downs, of_ups
 
 
@@ -211,7 +216,7 @@ def project(
     width = rows.shape[1]
     matrix = joined_weights(weights, packing, room, ups, rows, width)
     if quick:
-        return low_rank(rows_of(rows), matrix, bias, downs, ups, scales)
+        return low_rank(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -251,7 +256,7 @@ def project_backward(
     matrix = joined_weights(weights, packing, room, ups, kept, width)
     if quick:
         assert rows is not None
-        return low_rank_backward(rows_of(gradient), rows_of(rows), kept, matrix, downs, ups, scales, needs_x)
+        return low_rank_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
@@ -326,7 +331,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
     of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
     if ctx.quick:
-        of_ups = [own.view_as(each).to(each.dtype) for own, each in zip(up.split([each.numel() for each in ups]), ups, strict=True)]
+        of_ups = by_layer(up, ups)
     else:
         of_ups = [
             (up[rank, where].t().to(each.dtype) * scale).contiguous()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_tune.model import native
@@ -212,7 +213,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
     out, logs = _outputs(query)
-    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, ends, out, logs))
+    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, None, None, ends, out, logs))
     return out, logs
 
 
@@ -231,8 +232,8 @@ def attend_backward(
     _library().attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
-        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2)),
-        *pointers(gradient, query, key, value, out, logs, ends, *found),
+        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *found),
+        *pointers(gradient, query, key, value, None, None, out, logs, ends, *found),
     )
     return found
 
@@ -257,6 +258,52 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 attend.register_autograd(_backward, setup_context=_save)
+
+
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, D] at their positions, given rotary tables [B, L, D]."""
+    one, other = heads.chunk(2, -1)
+    return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
+
+
+def _heads(merged: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, H, L, D], key and value [B, G, L, D] of them merged, [B, L, (H + 2G) D]."""
+    split = merged.unflatten(-1, (-1, width)).transpose(1, 2)
+    groups = (split.shape[1] - heads) // 2
+    return split[:, :heads], split[:, heads : heads + groups], split[:, heads + groups :]
+
+
+def attend_merged(merged: Tensor, heads: int, cos: Tensor, sin: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attend`, of query, key and value [B, L, (H + 2G) D] before they are turned by rotary tables bf16[B, L, D]."""
+    query, key, value = _heads(merged, heads, cos.shape[-1])
+    if _growing is not None or _kept is not None:
+        return attend(turned(query, cos, sin), turned(key, cos, sin), value, ends, scale)
+    out, logs = _outputs(query)
+    if isinstance(merged, FakeTensor):
+        return out, logs
+    global _runs
+    _runs += 1
+    tables = (query, key, value, cos, sin, ends, out, logs)
+    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(*tables))
+    return out, logs
+
+
+def attend_merged_backward(
+    gradient: Tensor, merged: Tensor, cos: Tensor, sin: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
+) -> Tensor:
+    """The gradient of query, key and value merged, [B, L, (H + 2G) D], given that of the outputs [B, L, H, D]."""
+    found = torch.empty_like(merged)
+    if isinstance(merged, FakeTensor):
+        return found
+    query, key, value = _heads(merged, out.shape[2], cos.shape[-1])
+    flows = _heads(found, out.shape[2], cos.shape[-1])
+    _library().attend_backward(
+        _shape(query, key),
+        ctypes.c_float(scale),
+        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *(each.transpose(1, 2) for each in flows)),
+        *pointers(gradient, query, key, value, cos, sin, out, logs, ends, *flows),
+    )
+    return found
 
 
 def _attention(
