@@ -212,7 +212,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
     out, logs = _outputs(query)
-    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, ends, out, logs))
+    _library().attend(
+        _shape(query, key),
+        ctypes.c_float(scale),
+        _strides(query, key, value),
+        *pointers(query, key, value, None, None, ends, out, logs),
+    )
     return out, logs
 
 
@@ -231,8 +236,8 @@ def attend_backward(
     _library().attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
-        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2)),
-        *pointers(gradient, query, key, value, out, logs, ends, *found),
+        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *found),
+        *pointers(gradient, query, key, value, None, None, out, logs, ends, *found),
     )
     return found
 
