@@ -86,10 +86,15 @@ void forward(const Shape& s, Strided q, Strided k, Strided v, Rotation rotation,
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / s.G, g = task % s.G;
       const float* by = angles.of(b);
+      const auto ask_for_queries = [&](int64_t start) {
+        for (int64_t h = g * s.group(); h < (g + 1) * s.group(); ++h) ask(q.at(b, h, start), s.L - start, s.D);
+      };
+      ask_for_queries(0);
       reading.begin({{k, v, s.L}}, by, b, g);
       for (int64_t start = 0; start < s.L; start += 32) {
         const int64_t count = std::min<int64_t>(32, s.L - start);
         seen.find(ends + b * s.L, s.L, start, count);
+        ask_for_queries(start + 32);
         for (int64_t h = g * s.group(); h < (g + 1) * s.group(); ++h)
           reading.attend(
               q.at(b, h, start), by ? by + start * 2 * s.D : nullptr, count, seen, out + ((b * s.L + start) * s.H + h) * s.D, s.H * s.D,
@@ -159,11 +164,13 @@ class Returning {
 
   void run(int64_t b, int64_t g) {
     const float* by = angles_.of(b);
+    ask_for_queries(b, g, 0);
     begin(b, g, by);
     for (int64_t start = 0; start < s_.L; start += 32) {
       const int64_t count = std::min<int64_t>(32, s_.L - start);
       const float* here = by ? by + start * 2 * s_.D : nullptr;
       seen_.find(given_.ends + b * s_.L, s_.L, start, count);
+      ask_for_queries(b, g, start + 32);
       for (int64_t head = g * s_.group(); head < (g + 1) * s_.group(); head += most_) {
         const int64_t heads = std::min(most_, (g + 1) * s_.group() - head);
         for (int64_t h = 0; h < heads; ++h) take_queries(b, head + h, start, count, here, h);
@@ -176,6 +183,11 @@ class Returning {
   }
 
  private:
+  void ask_for_queries(int64_t b, int64_t g, int64_t start) {
+    for (int64_t h = g * s_.group(); h < (g + 1) * s_.group(); ++h)
+      for (const Strided& each : {given_.q, given_.dout, given_.out}) ask(each.at(b, h, start), s_.L - start, s_.D);
+  }
+
   void begin(int64_t b, int64_t g, const float* by) {
     touched_.assign(pieces(s_.L, 32), false);
     const auto take = [&](const Strided& from, const float* angles) {
@@ -221,31 +233,29 @@ class Returning {
     }
   }
 
-  // The scores of all heads and what flows back to them, a square at a time; what is made of them is made beside the next.
+  // The scores of all heads and what flows back to them, a square at a time, and what is made of them. A square is worked on
+  // after the products of the next: what one unit wrote the other can't read at once.
   void make_scores(int64_t heads) {
     const int64_t squares = seen_.count(), all = heads * squares;
-    const auto work_on = [&](int64_t number, int64_t piece) {
-      const int64_t h = number / squares, n = number % squares, at = number * SQUARE;
-      softmax_backward(
-          piece, scores_ + number % 2 * 2048, scores_ + number % 2 * 2048 + 1024, seen_.masks.data() + n * 32, s_.scale, logs_ + h * 32,
-          delta_ + h * 32, {slopes_ + at, weight_pairs_ + at, slope_pairs_ + at});
+    const auto multiply = [&](const bf16* rows, const bf16* columns, float* sums) {
+      begin_sums(nullptr);
+      for (int64_t d = 0; d < deep_; ++d) add_square(rows + d * SQUARE, columns + d * SQUARE);
+      end_sums(sums);
     };
-    for (int64_t number = 0; number < all; ++number) {
-      const int64_t h = number / squares, n = seen_.squares[number % squares];
-      float* sums = scores_ + number % 2 * 2048;
-      int64_t piece = 0;
-      const auto multiply = [&](const bf16* rows, const bf16* columns, float* to) {
-        begin_sums(nullptr);
-        for (int64_t d = 0; d < deep_; ++d) {
-          add_square(rows + (h * deep_ + d) * SQUARE, columns + (n * deep_ + d) * SQUARE);
-          for (int64_t k = 0; number && piece < 16 && k < pieces(8, deep_); ++k, ++piece) work_on(number - 1, piece);
-        }
-        end_sums(to);
-      };
-      multiply(q_, key_columns_, sums);
-      multiply(dout_, value_columns_, sums + 1024);
+    for (int64_t number = 0; number <= all; ++number) {
+      if (number < all) {
+        float* sums = scores_ + number % 2 * 2048;
+        const int64_t own = number / squares * deep_ * SQUARE, key = seen_.squares[number % squares] * deep_ * SQUARE;
+        multiply(q_ + own, key_columns_ + key, sums);
+        multiply(dout_ + own, value_columns_ + key, sums + 1024);
+      }
+      if (!number) continue;
+      const int64_t before = number - 1, h = before / squares, at = before * SQUARE;
+      const float* sums = scores_ + before % 2 * 2048;
+      softmax_backward(
+          sums, sums + 1024, seen_.masks.data() + before % squares * 32, s_.scale, logs_ + h * 32, delta_ + h * 32,
+          {slopes_ + at, weight_pairs_ + at, slope_pairs_ + at});
     }
-    for (int64_t piece = 0; all && piece < 16; ++piece) work_on(all - 1, piece);
   }
 
   void give_queries(int64_t h, const float* by, int64_t count, bf16* to) {

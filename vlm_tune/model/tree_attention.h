@@ -81,21 +81,29 @@ class Angles {
   int64_t held_ = -1;
 };
 
+// Asks for up to 32 of `count` rows: what lies this far apart no processor foresees.
+void ask(Matrix rows, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < std::min<int64_t>(32, count); ++i)
+    for (int64_t d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(rows.at(i, d)), _MM_HINT_T1);
+}
+
 // `count` rows from row `at` of squares [.., D / 32] on, rotated unless there are no angles.
 void take_rows(Matrix from, const float* angles, int64_t count, int64_t D, int64_t at, bf16* squares) {
-  const auto place = [&](int64_t i, int64_t d) { return squares + ((at + i) / 32 * (D / 32) + d / 32) * SQUARE + (at + i) % 32 * 32 + d % 32; };
   for (int64_t i = 0; i < count; ++i) {
+    const bf16* row = from.at(i, 0);
+    bf16* to = squares + (at + i) / 32 * D * 32 + (at + i) % 32 * 32;
     if (!angles) {
-      for (int64_t d = 0; d < D; d += 32) _mm512_store_si512(place(i, d), _mm512_loadu_si512(from.at(i, d)));
+      for (int64_t d = 0; d < D; d += 32, to += SQUARE) _mm512_store_si512(to, _mm512_loadu_si512(row + d));
       continue;
     }
-    for (int64_t d = 0; d < D / 2; d += 16) {
-      const float* by = angles + i * 2 * D + d * 4;
-      const __m512 left = widened(Angles::half(from.at(i, d))), right = widened(Angles::half(from.at(i, D / 2 + d)));
+    const float* by = angles + i * 2 * D;
+    for (int64_t d = 0, middle = D / 2; d < middle; d += 16, by += 64) {
+      const __m512 left = widened(Angles::half(row + d)), right = widened(Angles::half(row + middle + d));
       const __m512 new_left = _mm512_fnmadd_ps(right, _mm512_load_ps(by + 32), _mm512_mul_ps(left, _mm512_load_ps(by)));
       const __m512 new_right = _mm512_fmadd_ps(left, _mm512_load_ps(by + 48), _mm512_mul_ps(right, _mm512_load_ps(by + 16)));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(place(i, d)), (__m256i)_mm512_cvtneps_pbh(new_left));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(place(i, D / 2 + d)), (__m256i)_mm512_cvtneps_pbh(new_right));
+      const auto place = [&](int64_t column) { return reinterpret_cast<__m256i*>(to + column / 32 * SQUARE + column % 32); };
+      _mm256_store_si256(place(d), (__m256i)_mm512_cvtneps_pbh(new_left));
+      _mm256_store_si256(place(middle + d), (__m256i)_mm512_cvtneps_pbh(new_right));
     }
   }
 }
@@ -262,24 +270,25 @@ struct Made {
   bf16 *slopes, *weight_pairs, *slope_pairs;
 };
 
-// A piece of 16 of a square, two queries: their weights once more, and the gradient of their scores before scaling.
-void softmax_backward(
-    int64_t piece, const float* scores, const float* flows, const uint32_t* masks, float scale, const float* logs, const float* delta, Made to) {
+// The weights of a square's 32 queries once more, and the gradient of their scores before scaling.
+void softmax_backward(const float* scores, const float* flows, const uint32_t* masks, float scale, const float* logs, const float* delta, Made to) {
   const __m512 factor = _mm512_set1_ps(scale * LOG2E);
-  __m512i weights[2], slopes[2];
-  for (int64_t k = 0; k < 2; ++k) {
-    const int64_t i = piece * 2 + k, at = i / 16 * 512 + i % 16 * 16;
-    const __m512 log = _mm512_set1_ps(logs[i]), mean = _mm512_set1_ps(delta[i]);
-    const __m512 left = power(static_cast<__mmask16>(masks[i]), _mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, log));
-    const __m512 right = power(static_cast<__mmask16>(masks[i] >> 16), _mm512_fmsub_ps(_mm512_load_ps(scores + at + 256), factor, log));
-    const __m512 left_slope = _mm512_mul_ps(left, _mm512_sub_ps(_mm512_load_ps(flows + at), mean));
-    const __m512 right_slope = _mm512_mul_ps(right, _mm512_sub_ps(_mm512_load_ps(flows + at + 256), mean));
-    weights[k] = (__m512i)_mm512_cvtne2ps_pbh(right, left);
-    slopes[k] = (__m512i)_mm512_cvtne2ps_pbh(right_slope, left_slope);
-    _mm512_store_si512(to.slopes + i * 32, slopes[k]);
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    __m512i weights[2], slopes[2];
+    for (int64_t k = 0; k < 2; ++k) {
+      const int64_t i = pair * 2 + k, at = i / 16 * 512 + i % 16 * 16;
+      const __m512 log = _mm512_set1_ps(logs[i]), mean = _mm512_set1_ps(delta[i]);
+      const __m512 left = power(static_cast<__mmask16>(masks[i]), _mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, log));
+      const __m512 right = power(static_cast<__mmask16>(masks[i] >> 16), _mm512_fmsub_ps(_mm512_load_ps(scores + at + 256), factor, log));
+      const __m512 left_slope = _mm512_mul_ps(left, _mm512_sub_ps(_mm512_load_ps(flows + at), mean));
+      const __m512 right_slope = _mm512_mul_ps(right, _mm512_sub_ps(_mm512_load_ps(flows + at + 256), mean));
+      weights[k] = (__m512i)_mm512_cvtne2ps_pbh(right, left);
+      slopes[k] = (__m512i)_mm512_cvtne2ps_pbh(right_slope, left_slope);
+      _mm512_store_si512(to.slopes + i * 32, slopes[k]);
+    }
+    store_pairs(weights[0], weights[1], to.weight_pairs + pair * 32);
+    store_pairs(slopes[0], slopes[1], to.slope_pairs + pair * 32);
   }
-  store_pairs(weights[0], weights[1], to.weight_pairs + piece * 32);
-  store_pairs(slopes[0], slopes[1], to.slope_pairs + piece * 32);
 }
 
 }  // namespace
