@@ -213,7 +213,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
     out, logs = _outputs(query)
-    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(query, key, value, None, None, ends, out, logs))
+    _library().attend(
+        _shape(query, key),
+        ctypes.c_float(scale),
+        _strides(query, key, value),
+        *pointers(query, key, value, None, None, ends, out, logs),
+    )
     return out, logs
 
 
