@@ -198,6 +198,66 @@ void store(const float* sums, int64_t rows, int64_t columns, const bf16* bias, b
   }
 }
 
+// Two rows of 16 numbers as pairs, one of either.
+__m512i paired(__m512 even, __m512 odd) {
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// One of 16 pairs of rows of 32 x 32 sums, in its left or right half.
+__m512i pair_of(const float* sums, int64_t pair, int64_t half) {
+  const float* from = sums + pair / 8 * 512 + half * 256 + pair % 8 * 32;
+  return paired(_mm512_load_ps(from), _mm512_load_ps(from + 16));
+}
+
+// Two tiles of rows, each `stride` numbers apart, and as far to the next in depth.
+struct Rows {
+  const bf16 *low, *high;
+  int64_t stride, deeper;
+};
+
+Rows as_they_lie(Matrix rows) { return {rows.data, rows.data + 16 * rows.stride, rows.stride, 32}; }
+Rows packed(const bf16* rows) { return {rows, rows + TILE, 32, 2 * TILE}; }
+
+// Adds 32 rows times 32 packed columns over some tiles of depth. What is not in the first cache and shall not be is loaded past
+// it: the rows or the columns. `work` is done beside, a piece at each tile of depth: the unit for tiles has a port of its own.
+template <bool ROWS_PAST, typename Work>
+void add_product(Rows rows, const bf16* columns, int64_t depth, Work work) {
+  for (int64_t d = 0; d < depth; ++d, rows.low += rows.deeper, rows.high += rows.deeper, columns += 2 * TILE) {
+    if constexpr (ROWS_PAST) {
+      _tile_loadd(6, columns, 64);
+      _tile_stream_loadd(4, rows.low, rows.stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, rows.high, rows.stride * 2);
+    } else {
+      _tile_loadd(4, rows.low, rows.stride * 2);
+      _tile_stream_loadd(6, columns, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, columns + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows.high, rows.stride * 2);
+    }
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    work(d);
+  }
+}
+
+// Asks for a line of some of 32 rows, so that all are asked for when all of `blocks` have been gone through.
+template <typename Row>
+void ask(int64_t block, int64_t blocks, Row row) {
+  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) _mm_prefetch(reinterpret_cast<const char*>(row(r)), _MM_HINT_T1);
+}
+
+// Rows of a stretch: as many whole blocks as `bytes` a row let be within `most`, and stretches alike.
+int64_t stretch(int64_t rows, int64_t bytes, int64_t most) {
+  const int64_t held = std::max<int64_t>(32, most / bytes / 32 * 32);
+  return up(pieces(rows, pieces(rows, held)), 32);
+}
+
 // Adds to sums [columns / 32][ranks / 16][2][16][16] the product over 32 rows of ranks with 32 columns, both packed.
 void add_outer(const bf16* ranks, int64_t count, const bf16* columns, float* sums) {
   _tile_loadd(6, columns, 64);
