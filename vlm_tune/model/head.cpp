@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int64_t CACHE = 1450 << 10;  // bytes of the second cache that a stretch of positions and a panel may fill
-constexpr int64_t PANEL = 740 << 10;  // bytes of a panel
+constexpr int64_t PANEL = 500 << 10;  // bytes of a panel
 constexpr float BOUND = 0x1p40f;  // what 32 exponentials may sum to before their reference is raised
 constexpr float LOG2_E = 1.44269504f;
 
@@ -139,12 +139,16 @@ void finish(const Part& part, const Square& at) {
   }
 }
 
+// How far apart the packed columns of a panel lie: by a whole way of the first cache they would drive one another out of it.
+int64_t panel_stride(int64_t deep) { return (deep | 1) * 2 * TILE; }
+
 // Goes over rows of the vocabulary from `from` to `to` for blocks of positions.
 template <bool GRADIENT>
 void go_over(const Part& part, Matrix weight, Shape s, int64_t from, int64_t to, int64_t blocks, float* logits, bf16* panel, bf16* last) {
   alignas(64) float totals[32];
   alignas(64) bf16 pairs[2 * TILE];
   const int64_t width = part.width, deep = pieces(width, pieces(width, DEEP)), slots = width > deep ? blocks : 2;
+  const int64_t apart = panel_stride(part.deep);
   for (int64_t begin = from; begin < to; begin += part.deep * 32) {
     const int64_t steps = pieces(std::min(part.deep * 32, to - begin), 32);
     for (int64_t step = 0; step < steps; ++step) {
@@ -167,8 +171,10 @@ void go_over(const Part& part, Matrix weight, Shape s, int64_t from, int64_t to,
             if (whole && b && k < 16) exponentiate<GRADIENT>(part, square(b - 1), k);
             if (next > 0) ask(b, blocks, [&](int64_t r) { return weight.at(next + r, (d + k) * 32); });
             for (int64_t p = 16 * b / blocks; GRADIENT && p < 16 * (b + 1) / blocks; ++p) {
-              const bf16* pair = rows.at(2 * p, (d + k) * 32);
-              store_pairs(_mm512_loadu_si512(pair), _mm512_loadu_si512(pair + rows.stride), panel + ((d + k) * part.deep + step) * 2 * TILE + p * 32);
+              const __m512i even = _mm512_loadu_si512(rows.at(2 * p, (d + k) * 32)), odd = _mm512_loadu_si512(rows.at(2 * p + 1, (d + k) * 32));
+              bf16* to = panel + (d + k) * apart + step * 2 * TILE + p * 32;
+              _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+              _mm512_store_si512(to + TILE, _mm512_unpackhi_epi16(even, odd));
             }
           });
           end_sums(own);
@@ -184,37 +190,46 @@ void go_over(const Part& part, Matrix weight, Shape s, int64_t from, int64_t to,
       for (int64_t b = 0; b < blocks; ++b) {
         float* sums = part.sums + (b * width + n) * 1024;
         begin_sums(sums);
-        add_product<true>(packed(part.shares + b * part.deep * 2 * TILE), panel + n * part.deep * 2 * TILE, steps, [](int64_t) {});
+        add_product<true>(packed(part.shares + b * part.deep * 2 * TILE), panel + n * apart, steps, [](int64_t) {});
         end_sums(sums);
       }
   }
 }
 
-// The loss and the gradient of a position, from what all threads found.
+// The loss and the gradient of a position, from what all threads found, given the target's row.
 template <bool GRADIENT>
 void join(Shape s, const Part* parts, int64_t threads, int64_t position, const bf16* hidden, const bf16* row, float* loss, float* gradient) {
   float reference = std::numeric_limits<float>::lowest();
   for (int64_t t = 0; t < threads; ++t) reference = std::max(reference, parts[t].reference[position]);
-  const auto factor = [&](int64_t t) { return std::exp2(parts[t].reference[position] - reference); };
   float total = 0;
-  for (int64_t t = 0; t < threads; ++t) total += parts[t].total[position] * factor(t);
-  __m512 product = _mm512_setzero_ps();
-  for (int64_t n = 0; n < s.E; n += 32) {
-    product = _mm512_dpbf16_ps(product, (__m512bh)_mm512_loadu_si512(hidden + n), (__m512bh)_mm512_loadu_si512(row + n));
+  for (int64_t t = 0; t < threads; ++t) {
+    // From here on it is what this thread's sums count by.
+    float& factor = parts[t].reference[position];
+    factor = std::exp2(factor - reference);
+    total += parts[t].total[position] * factor;
   }
+  __m512 product = _mm512_setzero_ps();
+  for (int64_t n = 0; n < s.E; n += 32)
+    product = _mm512_dpbf16_ps(product, (__m512bh)_mm512_loadu_si512(hidden + n), (__m512bh)_mm512_loadu_si512(row + n));
   const double odds = std::log(static_cast<double>(total)) + reference * M_LN2 - _mm512_reduce_add_ps(product);
   *loss = static_cast<float>(odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds)));
   if (!GRADIENT) return;
   const auto wrong = static_cast<float>(1 / (1 + std::exp(-odds)));
   const float scale = total == 0 ? 0 : wrong / total;
-  for (int64_t n = 0; n < s.E; n += 16) {
-    __m512 found = _mm512_setzero_ps();
+  for (int64_t n = 0; n < s.E; n += 32) {
+    __m512 found[2] = {};
     for (int64_t t = 0; t < threads; ++t) {
-      const float* sums = parts[t].sums + (position / 32 * (s.E / 32) + n / 32) * 1024;
-      found = _mm512_fmadd_ps(_mm512_load_ps(row_of(sums, position % 32, n / 16 % 2)), _mm512_set1_ps(factor(t) * scale), found);
+      const float* sums = parts[t].sums + (position / 32 * s.E + n) * 32;
+      const __m512 by = _mm512_set1_ps(parts[t].reference[position] * scale);
+      for (int64_t half = 0; half < 2; ++half) found[half] = _mm512_fmadd_ps(_mm512_load_ps(row_of(sums, position % 32, half)), by, found[half]);
     }
-    const __m512 own = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + n)));
-    _mm512_storeu_ps(gradient + n, _mm512_fnmadd_ps(own, _mm512_set1_ps(wrong), found));
+    // The panel's columns lie as unpacking by fours leaves them.
+    const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m512 own = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + n + half * 16)));
+      const __m512 mean = _mm512_permutex2var_ps(found[0], _mm512_add_epi32(order, _mm512_set1_epi32(static_cast<int>(half) * 8)), found[1]);
+      _mm512_storeu_ps(gradient + n + half * 16, _mm512_fnmadd_ps(own, _mm512_set1_ps(wrong), mean));
+    }
   }
 }
 
@@ -223,7 +238,7 @@ void head(Shape s, Matrix hidden, Matrix weight, const int64_t* targets, float* 
   static thread_local Room<float> sums_room;
   static thread_local Room<int32_t> targets_room;
   const int64_t threads = at::get_num_threads(), width = s.E / 32;
-  const int64_t deep = GRADIENT ? std::clamp<int64_t>(PANEL / (64 * s.E), 1, DEEP) : 0;
+  const int64_t deep = GRADIENT ? std::clamp<int64_t>(PANEL / (64 * s.E), 1, DEEP) : 1;
   const int64_t most = stretch(s.S, GRADIENT ? s.E * 6 + deep * 64 : s.E * 2, CACHE - deep * 64 * s.E);
   const int64_t positions = GRADIENT ? most * (s.E + 2) : most * 2;
   float* room = sums_room.of(threads * positions);
@@ -245,12 +260,9 @@ void head(Shape s, Matrix hidden, Matrix weight, const int64_t* targets, float* 
         std::fill_n(reference, most, std::numeric_limits<float>::lowest());
         parts[thread] = {width, deep, columns, shares_room.of(most * deep * 32), sums, total, reference, own_targets};
         const auto [from, to] = share(s.V, thread, threads);
-        const int64_t step = GRADIENT ? deep : 1;
-        Part part = parts[thread];
-        part.deep = step;
         go_over<GRADIENT>(
-            part, weight, s, from, to, blocks, logits_room.of(std::max<int64_t>(2, blocks) * 1024), panel_room.of(deep * 32 * s.E),
-            last_room.of(32 * s.E));
+            parts[thread], weight, s, from, to, blocks, logits_room.of(std::max<int64_t>(2, blocks) * 1024),
+            panel_room.of(GRADIENT ? width * panel_stride(deep) : 0), last_room.of(32 * s.E));
       }
     });
     at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {

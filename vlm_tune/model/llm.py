@@ -113,9 +113,10 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
-        if self.cap is None and not self.whole_head and by_kernel(hidden, self.head):
-            return TokenLoss(head_loss(self.scaled(hidden), self.head.weight, targets), len(targets))
-        return TokenLoss(token_loss(self.logits, hidden, targets, self.head, whole=self.whole_head), len(targets))
+        head: Any = self.head
+        if self.cap is None and not self.whole_head and by_kernel(hidden, head):
+            return TokenLoss(head_loss(self.scaled(hidden), head.weight, targets), len(targets))
+        return TokenLoss(token_loss(self.logits, hidden, targets, head, whole=self.whole_head), len(targets))
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
