@@ -310,9 +310,10 @@ def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> N
     assert [problem.where for problem in told.value.problems] == ["--nodes", "--offload", "--tflops"]
 
 
-def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe, precision: str) -> None:
     """LoRA on a decoder: 4 T N + 6 T N_lora + 12 L h d A + 4 S d V, and 6 a weight of the connector."""
-    recipe = parsed(with_tune(tiny_recipe("causal")))
+    recipe = parsed(with_tune(tiny_recipe("causal", precision=precision)))
     (stage,) = plan(recipe).stages
     model = built(recipe)
     apply_rules(model, recipe.tune, learning_rate=1e-3, precision=torch.float32)
@@ -324,6 +325,14 @@ def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe) -> None:
     expected = mean.tokens * (4 * frozen + 6 * lora) + 12 * 2 * 32 * mean.attended + 4 * mean.supervised * width * vocabulary
     images = mean.images * model.processor.spec.tokens_per_image
     assert stage.flops == pytest.approx(expected + 6 * images * connector, rel=0.02)
+
+
+@pytest.mark.skipif(native.library("head") is None, reason="needs a CPU with AMX and a C++ compiler")
+def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(tiny_recipe: TinyRecipe) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    (cpu,), (gpu,) = plan(recipe, tokens=60).stages, plan(recipe, tokens=60, gpu_memory="24GB").stages
+    assert cpu.memory.logits == 0 < gpu.memory.logits
+    assert cpu.flops == pytest.approx(gpu.flops, rel=1e-6)
 
 
 def test_advice_is_a_plan_of_its_own(tiny_recipe: TinyRecipe) -> None:

@@ -19,6 +19,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.decoder import join
 from vlm_tune.model.feedforward import gate
+from vlm_tune.model.head import by_kernel, head_loss
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
@@ -114,7 +115,10 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
-        return TokenLoss(token_loss(self.logits, hidden, targets, self.head, whole=self.whole_head), len(targets))
+        head: Any = self.head
+        if self.cap is None and not self.whole_head and by_kernel(hidden, head):
+            return TokenLoss(head_loss(self.scaled(hidden), head.weight, targets), len(targets))
+        return TokenLoss(token_loss(self.logits, hidden, targets, head, whole=self.whole_head), len(targets))
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
@@ -126,9 +130,17 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32[..., V] of hidden states [..., E], as the transformers model makes them."""
-        logits = self.head(hidden).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = self.head(self.scaled(hidden)).float()
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., E] as the head takes them."""
+        return hidden
+
+    @property
+    def cap(self) -> float | None:
+        """What a soft cap keeps logits below; None without one."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
@@ -338,9 +350,8 @@ class Seq2SeqLLM(LanguageModel):
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        scaled = getattr(self.model.config, "scale_decoder_outputs", False)
-        return super().logits(hidden * self.model.config.d_model**-0.5 if scaled else hidden)
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else hidden
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]

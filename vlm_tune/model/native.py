@@ -19,7 +19,7 @@ from torch import Tensor
 from vlm_tune.resources import cache_folder
 
 AMX = ("-march=sapphirerapids", "-fopenmp")
-OPTIONS = {"tree_attention": AMX, "low_rank": AMX, "gated": AMX, "allocator": ()}
+OPTIONS = {"tree_attention": AMX, "low_rank": AMX, "gated": AMX, "head": AMX, "allocator": ()}
 """What each part is compiled with beside the options of all."""
 
 

@@ -93,24 +93,31 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
 def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
     """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
     products, seen, handles = np.zeros(len(ROWS)), set(), []
+    head: Any = model.llm.head
     rows, said = batch.input_ids.numel(), int((batch.labels != IGNORE_INDEX).sum())
     place_of = {said: 2, batch.labels.numel(): 1, rows: 0}
     per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
 
-    def count(module: Any, given: tuple[torch.Tensor, ...], _: Any) -> None:
-        if id(module) in seen:
+    def count(module: Any, given: tuple[torch.Tensor, ...], answer: Any) -> None:
+        of_head = module is head or module is model.llm
+        flows = answer.sum.requires_grad if module is model.llm else given[0].requires_grad
+        if id(head if of_head else module) in seen:
             return
-        seen.add(id(module))
-        taken = given[0].numel() // given[0].shape[-1]
-        place = 2 if module is model.llm.head else place_of.get(taken, 3)
-        taken = said if module is model.llm.head else taken
-        for layer, flows in _linear(module, given[0].requires_grad):
+        seen.add(id(head if of_head else module))
+        taken = said if of_head else given[0].numel() // given[0].shape[-1]
+        place = 2 if of_head else place_of.get(taken, 3)
+        for layer, needed in _linear(head if of_head else module, flows):
             if layer.weight is not None:
-                products[place] += (2 + 2 * flows + 2 * layer.weight.requires_grad) * count_of(layer.weight) * taken / per_row[place]
+                products[place] += (2 + 2 * needed + 2 * layer.weight.requires_grad) * count_of(layer.weight) * taken / per_row[place]
 
     for part in (model.connector, model.llm):
         # A GPU runs no kernel of a CPU's: there a hook within each layer has the layers run one by one.
-        found = [layer for layer in part.modules() if is_linear(layer)] if gpu else _counted(part)
+        # On a CPU the head may run by a kernel too, so the hook is at what calls it.
+        found = (
+            [layer for layer in part.modules() if is_linear(layer)]
+            if gpu
+            else [model.llm if layer is head else layer for layer in _counted(part)]
+        )
         handles += [layer.register_forward_hook(count) for layer in found]
     try:
         yield products
