@@ -17,7 +17,7 @@ from vlm_tune.model import feedforward, native
 from vlm_tune.model.feedforward import ACTIVATIONS, GatedModule, gate, gated, gated_backward
 from vlm_tune.model.fused import LoraLinear, fuse
 
-needs_kernel = pytest.mark.skipif(native.library("gated") is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
 
 BF16 = 2**-8
 
@@ -134,13 +134,13 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         self.calls.append(name)
-        return getattr(native.library("gated"), name)
+        return getattr(native.library(native.KERNELS), name)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     library = Counted()
-    monkeypatch.setattr("vlm_tune.model.feedforward._kernel", lambda: library)
+    monkeypatch.setattr(native, "kernels", lambda: library)
     return library.calls
 
 

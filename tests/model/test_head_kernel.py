@@ -17,7 +17,7 @@ from vlm_tune.model.head import by_kernel, head_loss, losses
 from vlm_tune.model.llm import CausalLLM, LanguageModel, Seq2SeqLLM
 from vlm_tune.model.loss import token_loss
 
-needs_kernel = pytest.mark.skipif(native.library("head") is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
 
 BF16 = 2**-8
 
@@ -162,7 +162,7 @@ def test_only_a_frozen_head_that_is_nothing_else_is_the_kernel_s() -> None:
 
     hooked, other = head(), nn.Sequential(head())
     hooked.register_forward_hook(lambda *_: None)
-    assert by_kernel(hidden, head()) == (native.library("head") is not None)
+    assert by_kernel(hidden, head()) == (native.library(native.KERNELS) is not None)
     assert not by_kernel(hidden.float(), head())
     for wrong in (head().requires_grad_(), head(48), head(4096), head(bias=True), head().float(), hooked, other):
         assert not by_kernel(hidden, wrong)

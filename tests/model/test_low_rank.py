@@ -15,7 +15,7 @@ from vlm_tune.model import native
 from vlm_tune.model.fused import LoraLinear, fuse
 from vlm_tune.model.projection import TOGETHER, by_kernel, project
 
-needs_kernel = pytest.mark.skipif(native.library("low_rank") is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
 
 
 @dataclass
@@ -135,9 +135,9 @@ def test_a_training_step_goes_through_it(tiny_recipe: Callable[..., str], tmp_pa
     class Watched:
         def __getattr__(self, name: str) -> Any:
             calls.append(name)
-            return getattr(native.library("low_rank"), name)
+            return getattr(native.library(native.KERNELS), name)
 
-    monkeypatch.setattr("vlm_tune.model.projection._kernel", Watched)
+    monkeypatch.setattr(native, "kernels", Watched)
     layer = next(module for module in model.llm.modules() if isinstance(module, LoraLinear))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(3, 5, layer.base_layer.in_features, requires_grad=True)).float().sum().backward()

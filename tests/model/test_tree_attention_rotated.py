@@ -53,7 +53,7 @@ def strides(by_head: list[Tensor], by_token: list[Tensor]) -> Any:
     ("rows", "heads", "groups", "length", "width"), [(3, 9, 3, 133, 64), (1, 4, 1, 37, 32), (3, 2, 2, 16, 128), (1, 10, 2, 611, 96)]
 )
 def test_rotated_parts_of_a_merged_buffer(rows: int, heads: int, groups: int, length: int, width: int) -> None:
-    library, generator = native.library("tree_attention"), torch.Generator().manual_seed(length)
+    library, generator = native.library(native.KERNELS), torch.Generator().manual_seed(length)
     assert library is not None
     buffer = torch.randn(rows, length, (heads + 2 * groups) * width, generator=generator).bfloat16()
     # Halves of an angle's cos and sin that are not alike show which one is taken.
@@ -88,7 +88,7 @@ def test_rotated_parts_of_a_merged_buffer(rows: int, heads: int, groups: int, le
 @needs_kernel
 def test_rotation_inside_is_rotation_before() -> None:
     """The same numbers, with and without, where what is rotated is rounded once."""
-    library, generator = native.library("tree_attention"), torch.Generator().manual_seed(0)
+    library, generator = native.library(native.KERNELS), torch.Generator().manual_seed(0)
     assert library is not None
     rows, heads, length, width = 3, 3, 45, 64
     given = [torch.randn(rows, length, heads, width, generator=generator).bfloat16() for _ in range(3)]

@@ -10,19 +10,23 @@ Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head w
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._utils import _unflatten_dense_tensors
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from vlm_tune.model.feedforward import GatedModule, gated_backward_kernel, gated_kernel, gated_operands, gated_weights
-from vlm_tune.model.fused import LoraLinear, Operands, compute_dtype, operands
-from vlm_tune.model.projection import LARGE, TOGETHER, Adapters, by_layer, has_kernel, joined_weights, low_rank, low_rank_backward
-from vlm_tune.model.tree_attention import NAME, attend_merged, attend_merged_backward, turned
+from vlm_tune.model import native
+from vlm_tune.model.feedforward import GatedModule, gated_operands, gated_weights
+from vlm_tune.model.fused import LoraLinear, compute_dtype, operands
+from vlm_tune.model.projection import LARGE, TOGETHER, Adapters, joined_weights
+from vlm_tune.model.tree_attention import NAME, count_run, is_generating
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -39,14 +43,14 @@ def join(model: nn.Module) -> int:
         if not isinstance(module.mlp, GatedModule) or set(module.self_attn._modules) != set(PROJECTIONS):
             continue
         if kind not in known:
-            known[kind] = _is_plain(module)
+            known[kind] = _is_formula(module)
         if known[kind]:
             module.__class__ = _joined_class(kind)
             found += 1
     return found
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_formula(layer: Any) -> bool:
     """Whether layers of this class compute the formula of the two operators, by what a small one answers."""
     config = copy.deepcopy(getattr(layer.self_attn, "config", None))
     heads, groups, width, length = 4, 2, 32, 6
@@ -80,35 +84,86 @@ def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups
     return x + layer.mlp(rms_norm(x, x.shape[-1:], second.weight, second.variance_epsilon))
 
 
-@dataclass(frozen=True)
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, D] at their positions, given rotary tables [B, L, D]."""
+    one, other = heads.chunk(2, -1)
+    return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
+
+
+SIZES = ("width", "heads", "groups", "head_width", "inner", "activation", "ranks", "ranks_out", "ranks_gated", "ranks_down")
+STRIDES = ("merged_stride", "out_stride", "gate_stride", "up_stride", "down_stride")
+POINTERS = (
+    "merged",
+    "out",
+    "gate",
+    "up",
+    "down",
+    "bias",
+    "bias_out",
+    "norm",
+    "norm_of_middle",
+    "adapters",
+    "adapters_out",
+    "adapters_gated",
+)
+
+
+class _Decoder(ctypes.Structure):
+    """A layer as the kernel takes it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES)),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_float) for name in ("epsilon", "epsilon_of_middle", "scale")),
+    )
+
+
 class Prepared:
-    """What a layer computes with, ready for the kernels: `adapted` are A of all seven layers, then B of all."""
+    """What a layer computes with, ready for the kernel: `adapted` are A of its seven layers, then B of them."""
 
-    inner: Operands
-    outer: Operands
-    gated: Operands
-    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
-    activation: int
-    scale: float
-    adapters: tuple[Adapters, Adapters, Adapters]
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        attention, (first, second) = layer.self_attn, (layer._modules[name] for name in NORMS)
+        merged = attention.q_proj.siblings
+        self.inner, self.outer = operands(merged.layers, x.dtype, merged.matrix), operands([attention.o_proj], x.dtype)
+        self.gated = gated_operands(layer.mlp.layers())
+        parts = self.inner, self.outer, self.gated
+        self.adapted = [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
+        self.numbers = sum(each.numel() for each in self.adapted)
+        self.held = [Adapters(of.downs, of.ups, of.scales) for of in parts], first.weight, second.weight
+        (inner, outer, gated), heads = self.held[0], self.outer.downs[0].shape[1] // attention.head_dim
+        groups, down = len(self.inner.ups[1]) // attention.head_dim, gated.downs[2]
+        shape = (x.shape[-1], heads, groups, attention.head_dim, down.shape[1], layer.mlp.activation)
+        ranks = inner.rank, outer.rank, gated.rank - len(down), len(down)
+        made = (ctypes.addressof(each.array) for each in (inner, outer, gated))
+        lie = [native.address(each) for each in (self.inner.bias, self.outer.bias, first.weight, second.weight)]
+        epsilons = first.variance_epsilon, second.variance_epsilon
+        self.structure = _Decoder(*shape, *ranks, *[0] * len(STRIDES), *[None] * 5, *lie, *made, *epsilons, attention.scaling)
+        self.address = ctypes.c_void_p(ctypes.addressof(self.structure))
+        self.weights: list[Tensor] = []
+        if not self.inner.packing:
+            self.place(x)
 
-    @property
-    def adapted(self) -> list[Tensor]:
-        parts = (self.inner, self.outer, self.gated)
-        return [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
-
-    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights [O, E] of q, k and v in one, and [E, H D] of o: as they lie, or unpacked for this pass."""
-        inner, outer = self.inner, self.outer
+    def place(self, x: Tensor) -> None:
+        """Says where the weights lie: for good, or unpacked for a pass."""
+        inner, outer, gated = self.inner, self.outer, self.gated
         heads = outer.downs[0].shape[1]
-        return (
+        self.weights = [
             joined_weights(inner.weights, inner.packing, inner.room, inner.ups, x, x.shape[-1]),
             joined_weights(outer.weights, outer.packing, outer.room, outer.ups, x, heads),
-        )
+            *gated_weights(gated.weights, gated.packing, gated.ups, gated.downs, x),
+        ]
+        for name, stride, weight in zip(POINTERS, STRIDES, self.weights, strict=False):
+            setattr(self.structure, name, native.address(weight))
+            setattr(self.structure, stride, weight.stride(0))
 
-    def feed_forward(self, x: Tensor) -> list[Tensor]:
-        """The weights of gate, up and down."""
-        return gated_weights(self.gated.weights, self.gated.packing, self.gated.ups, self.gated.downs, x)
+    @contextmanager
+    def placed(self, x: Tensor) -> Iterator[None]:
+        """Within, the weights lie somewhere."""
+        if self.inner.packing:
+            self.place(x)
+        yield
+        if self.inner.packing:
+            self.weights = []
 
 
 class DecoderLayer(nn.Module):
@@ -122,11 +177,11 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states [B, L, E] after the layer, of those before it."""
         tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
-        if args or tables is None or mask is None or kwargs.get("past_key_values") is not None or hidden_states.dtype != torch.bfloat16:
+        if args or tables is None or mask is None or kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
             return super().forward(hidden_states, *args, **kwargs)
-        prepared = self._prepare(hidden_states)
         # Tables of some of a head's numbers turn only those.
-        if prepared is None or tables[0].shape[-1] != self.self_attn.head_dim or kwargs.get("output_attentions"):
+        prepared = self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None
+        if prepared is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.contiguous()
         cos, sin = (table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables)
@@ -141,54 +196,64 @@ class DecoderLayer(nn.Module):
             return False
         if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):
             return False
-        if not all(isinstance(layer, LoraLinear) for layer in layers) or not has_kernel():
+        if not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
             return False
         merged, outputs = layers[0].siblings, [layer.base_layer.out_features for layer in layers]
         return merged is not None and merged.layers == layers[:3] and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
 
     def _prepare(self, x: Tensor) -> Prepared | None:
-        """What the kernels take; None where they do not compute what the layer does now."""
-        state = self._state(x)
+        """What the kernel takes; None where it does not compute what the layer does now."""
+        attention = self.self_attn
+        if attention.config._attn_implementation != NAME or x.dtype != torch.bfloat16 or x.device.type != "cpu" or is_generating():
+            return None
+        if torch.compiler.is_compiling() or compute_dtype(x) != torch.bfloat16:
+            return None
+        if isinstance(x, FakeTensor):
+            return Prepared(self, x) if self._is_plain(x) else None
+        state = self._state()
         if self.prepared is None or self.prepared[0] != state:
-            self.prepared = state, self._operands(x)
+            self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
         return self.prepared[1]
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
+    def _is_plain(self, x: Tensor) -> bool:
+        attention, gated = self.self_attn, self.mlp.layers()
+        if not self.is_ready() or not self.mlp.is_quick(x, gated):
+            return False
+        if not attention.q_proj.siblings.together(x) or not attention.o_proj.is_plain(x):
+            return False
+        # What is kept of masters of another type would not be what an optimizer changes.
+        layers = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]
+        packings = {layer.packed.packing if layer.packed else "" for layer in layers}
+        adapters = [part[layer.name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+        return len(packings) == 1 and all(each.dtype == torch.float32 and each.is_contiguous() for each in adapters)
+
+    def _state(self) -> list[Any]:
         """All that can change what the layer computes: hooks, adapters, what trains, and where weights lie."""
-        attention, mlp = self.self_attn, self.mlp
-        modules = [attention, mlp, *(self._modules[name] for name in NORMS), *attention._modules.values(), *mlp._modules.values()]
-        found: list[Any] = [attention.config._attn_implementation, x.device, compute_dtype(x)]
-        for module in modules:
-            own = module.__dict__
-            found += bool(own["_forward_hooks"] or own["_forward_pre_hooks"]), own["training"]
-            if isinstance(module, LoraLinear):
-                found += own.get("siblings"), own.get("packed"), own["_disable_adapters"], len(own["merged_adapters"]), str(own["_active_adapter"])
-                parts = own["_modules"]
+        attention, mlp = self.self_attn._modules, self.mlp._modules
+        found: list[Any] = []
+        for module in (self.self_attn, self.mlp, *(self._modules[name] for name in NORMS), *attention.values(), *mlp.values()):
+            own: Any = module.__dict__
+            found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+            parts = own["_modules"]
+            if "base_layer" not in parts:
+                held = own["_parameters"].values()
+            else:
+                found += (
+                    own.get("siblings"),
+                    own.get("packed"),
+                    own["_disable_adapters"],
+                    len(own["merged_adapters"]),
+                    str(own["_active_adapter"]),
+                )
                 base = parts["base_layer"].__dict__
-                found.append(bool(base["_forward_hooks"] or base["_forward_pre_hooks"]))
+                found += len(base["_forward_hooks"]), len(base["_forward_pre_hooks"])
                 held = [*base["_parameters"].values()]
                 for group in (parts["lora_A"], parts["lora_B"]):
-                    held += (each.__dict__["_parameters"]["weight"] for each in group.__dict__["_modules"].values())
-            else:
-                held = [*own["_parameters"].values()]
+                    held += [each._parameters["weight"] for each in group._modules.values()]
             for each in held:
                 if each is not None:
-                    found += id(each), each.requires_grad, each.dtype, None if isinstance(each, FakeTensor) else each.data_ptr()
-        return tuple(found)
-
-    def _operands(self, x: Tensor) -> Prepared | None:
-        attention, gated = self.self_attn, self.mlp.layers()
-        if attention.config._attn_implementation != NAME or x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16:
-            return None
-        if not self.is_ready() or not self.mlp.is_quick(x, gated) or self.mlp._forward_hooks:
-            return None
-        if not attention.q_proj.siblings.together(x) or not attention.o_proj.is_plain(x):
-            return None
-        merged, norms = attention.q_proj.siblings, [self._modules[name] for name in NORMS]
-        parts = operands(merged.layers, x.dtype, merged.matrix), operands([attention.o_proj], x.dtype), gated_operands(gated)
-        first, second = ((norm.weight, norm.variance_epsilon) for norm in norms)
-        inner, outer, last = (Adapters(of.downs, of.ups, of.scales) for of in parts)
-        return Prepared(*parts, (first, second), self.mlp.activation, attention.scaling, (inner, outer, last))
+                    found += each.requires_grad, each.data_ptr()
+        return found
 
 
 @functools.cache
@@ -197,45 +262,35 @@ def _joined_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Layer(torch.autograd.Function):
-    """Both halves of a layer: x + attention of x normed, and upon that the feed-forward part of it normed."""
+    """A layer's output [B, L, E] of bf16 x [B, L, E], tables [B, L, D], int32[B, L] where tokens cease to be seen, and all of its A and B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
-        inner, outer = of.attention(x)
-        (norm, epsilon), (norm_of_middle, epsilon_of_middle) = of.norms
-        adapters, rows = of.adapters, x.view(-1, x.shape[-1])
-        merged, low = low_rank(rows, inner, of.inner.bias, adapters[0], norm=norm, epsilon=epsilon)
-        merged = merged.view(*x.shape[:2], -1)
-        heads, logs = attend_merged(merged, len(of.inner.ups[0]) // cos.shape[-1], cos, sin, ends, of.scale)
-        middle, low_out = low_rank(heads.view(len(rows), -1), outer, of.outer.bias, adapters[1], residual=rows)
-        keep = any(ctx.needs_input_grad)
-        weights = of.feed_forward(x)
-        out, *kept = gated_kernel(middle, weights, of.activation, adapters[2], keep, norm_of_middle, epsilon_of_middle)
+        rows, length, _ = x.shape
+        kernels, keep = native.kernels(), any(ctx.needs_input_grad)
+        kernels.decoder_room.restype = ctypes.c_int64
+        with of.placed(x):
+            out, kept = torch.empty_like(x), x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
+            if not isinstance(x, FakeTensor):
+                kernels.decoder(of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept))
         if keep:
             ctx.of = of
-            ctx.save_for_backward(x, cos, sin, ends, merged, heads, logs, low, low_out, middle, *kept)
-        return out.view(x.shape)
+            ctx.save_for_backward(x, cos, sin, ends, kept)
+        count_run()
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, cos, sin, ends, merged, heads, logs, low, low_out, middle, *kept = ctx.saved_tensors
+        x, cos, sin, ends, kept = ctx.saved_tensors
         of: Prepared = ctx.of
-        (norm, epsilon), (norm_of_middle, epsilon_of_middle) = of.norms
-        adapters, rows, flow = of.adapters, x.view(-1, x.shape[-1]), gradients[0].contiguous().view(-1, x.shape[-1])
-        flow, *of_gated = gated_backward_kernel(
-            flow, middle, kept, of.feed_forward(x), of.activation, adapters[2], True, norm_of_middle, epsilon_of_middle
-        )
-        inner, outer = of.attention(x)
-        of_heads, *of_outer = low_rank_backward(flow, heads.view(len(rows), -1), low_out, outer, adapters[1], True)
-        of_merged = attend_merged_backward(of_heads.view(heads.shape), merged, cos, sin, heads, logs, ends, of.scale)
-        needs_x = ctx.needs_input_grad[0]
-        of_x, *of_inner = low_rank_backward(
-            of_merged.view(len(rows), -1), rows, low, inner, adapters[0], needs_x, norm=norm, epsilon=epsilon, extra=flow
-        )
-        found = [
-            each
-            for kind, named in enumerate(("downs", "ups"))
-            for flat, part in zip((of_inner, of_outer, of_gated), (of.inner, of.outer, of.gated), strict=True)
-            for each in by_layer(flat[kind].flatten(), getattr(part, named))
-        ]
-        return of_x.view(x.shape) if needs_x else None, None, None, None, None, *found
+        (rows, length, _), flow, kernels = x.shape, gradients[0].contiguous(), native.kernels()
+        with of.placed(x):
+            out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            found = x.new_empty(of.numbers, dtype=torch.float32)
+            kernels.decoder_scratch.restype = ctypes.c_int64
+            scratch = x.new_empty(kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8)
+            if not isinstance(x, FakeTensor):
+                kernels.decoder_backward(
+                    of.address, rows, length, TOGETHER, *native.pointers(flow, x, cos, sin, ends, kept, scratch, out, found)
+                )
+        return out, None, None, None, None, *_unflatten_dense_tensors(found, of.adapted)

@@ -8,7 +8,6 @@ Shapes: T tokens, H inputs and outputs, F numbers between, R the ranks of gate a
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import gelu, linear, silu
 from torch.nn.utils import skip_init
 
 from vlm_tune.model import native
 from vlm_tune.model.fused import LoraLinear, Operands, compute_dtype
-from vlm_tune.model.projection import THREADS, Adapters, by_layer, rows_of, sizes, unpacked
+from vlm_tune.model.projection import NO_NORM, Adapters, by_layer, rows_of, sizes, unpacked
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code("gated")).hexdigest()[:8]
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 NAMES = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("wi_0", "wi_1", "wo", "act"))
 """What Llama's family and T5's call the three layers and the activation."""
@@ -104,7 +102,7 @@ class GatedModule(nn.Module):
 
     def is_quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the kernel computes what the module does of x now."""
-        if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not _has_kernel():
+        if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not native.has_kernels():
             return False
         dropout = self._modules.get("dropout")
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
@@ -157,17 +155,6 @@ def _frozen(layer: Any, x: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
-def _has_kernel() -> bool:
-    return torch.get_num_threads() <= THREADS and native.library("gated") is not None
-
-
-def _kernel() -> ctypes.CDLL:
-    found = native.library("gated")
-    assert found is not None
-    return found
-
-
 def gated_weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], downs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Gate and up [F, H] and down [H, F]: as they are given, or unpacked for this pass."""
     if not packing:
@@ -177,46 +164,6 @@ def gated_weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor]
         unpacked(codes, scales, packing, shape, like.dtype)
         for codes, scales, shape in zip(weights[::2], weights[1::2], shapes, strict=True)
     ]
-
-
-def gated_kernel(
-    rows: Tensor, weights: Sequence[Tensor], activation: int, adapters: Adapters, keep: bool, norm: Tensor | None = None, epsilon: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `gated` gives, by the kernel; with the weight [H] of a norm rows + what it gives of the rows normed."""
-    out, kept = rows.new_empty(rows.shape), _kept(rows, adapters.downs, adapters.ups, keep)
-    if not isinstance(rows, FakeTensor):
-        _kernel().gated(
-            _shape(rows, weights, activation),
-            adapters.array,
-            *native.pointers(rows, norm),
-            ctypes.c_float(epsilon),
-            *native.pointers(*weights, out, *(kept if keep else (None,) * 3)),
-        )
-    return out, *kept
-
-
-def gated_backward_kernel(
-    gradient: Tensor,
-    rows: Tensor,
-    kept: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    activation: int,
-    adapters: Adapters,
-    needs_x: bool,
-    norm: Tensor | None = None,
-    epsilon: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `gated_backward` gives, by the kernel; given the gradient [T, H] of what `gated_kernel` gave."""
-    found = _gradients(gradient, adapters.downs, adapters.ups, needs_x)
-    if not isinstance(rows, FakeTensor):
-        _kernel().gated_backward(
-            _shape(rows, weights, activation, gradient.stride(0)),
-            adapters.array,
-            *native.pointers(gradient, rows, norm),
-            ctypes.c_float(epsilon),
-            *native.pointers(*weights, *kept, found[0] if needs_x else None, *found[1:]),
-        )
-    return found
 
 
 def _shape(rows: Tensor, weights: Sequence[Tensor], activation: int, *strides: int) -> Any:
@@ -253,7 +200,11 @@ def gated(
     matrices, rows = gated_weights(weights, packing, ups, downs, rows), rows_of(rows)
     if not keep and len(rows) < FEW * torch.get_num_threads():
         return _by_layers(rows, matrices, activation, downs, ups, scales), *_kept(rows, downs, ups, keep)
-    return gated_kernel(rows, matrices, activation, Adapters(downs, ups, scales), keep)
+    adapters, out, kept = Adapters(downs, ups, scales), rows.new_empty(rows.shape), _kept(rows, downs, ups, keep)
+    held = kept if keep else (None,) * 3
+    shape = _shape(rows, matrices, activation)
+    native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(*matrices, out, *held))
+    return out, *kept
 
 
 def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +239,15 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, H] (of no rows unless needed) and fp32 ones of every A and of every B, one after another, given [T, H]."""
     matrices, rows, gradient = gated_weights(weights, packing, ups, downs, rows), rows_of(rows), rows_of(gradient)
-    return gated_backward_kernel(gradient, rows, kept, matrices, activation, Adapters(downs, ups, scales), needs_x)
+    adapters, found = Adapters(downs, ups, scales), _gradients(gradient, downs, ups, needs_x)
+    native.kernels().gated_backward(
+        _shape(rows, matrices, activation, gradient.stride(0)),
+        adapters.array,
+        *native.pointers(gradient, rows, None),
+        NO_NORM,
+        *native.pointers(*matrices, *kept, found[0] if needs_x else None, *found[1:]),
+    )
+    return found
 
 
 def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], needs_x: bool) -> tuple[Tensor, Tensor, Tensor]:

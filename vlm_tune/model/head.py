@@ -7,7 +7,6 @@ Shapes: S supervised positions, E width, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 
 from vlm_tune.model import native
 from vlm_tune.model.fused import compute_dtype
-from vlm_tune.model.projection import THREADS, rows_of, sizes
+from vlm_tune.model.projection import rows_of, sizes
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code("head")).hexdigest()[:8]
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 LARGE = 2048
 """E above which too few positions fit a core's cache beside the weights that pass."""
@@ -41,20 +40,13 @@ def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks)
         and weight.shape[1] % 32 == 0
         and weight.shape[1] <= LARGE
-        and torch.get_num_threads() <= THREADS
-        and native.library("head") is not None
+        and native.has_kernels()
     )
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy (fp32 scalar) of hidden states [S, E] under a bf16 weight [V, E] against targets int64[S]; S may be 0."""
     return losses(hidden.to(torch.bfloat16), weight, targets, torch.is_grad_enabled() and hidden.requires_grad)[0].sum()
-
-
-def _kernel() -> ctypes.CDLL:
-    found = native.library("head")
-    assert found is not None
-    return found
 
 
 def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -77,7 +69,7 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
         if low < 0 or high >= len(weight):
             raise IndexError(f"targets from {low} to {high} are not all of a vocabulary of {len(weight)}")
         shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
-        _kernel().head(shape, *native.pointers(rows, weight, targets, found, gradient if keep else None))
+        native.kernels().head(shape, *native.pointers(rows, weight, targets, found, gradient if keep else None))
     return found, gradient
 
 

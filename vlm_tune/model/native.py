@@ -11,16 +11,25 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vlm_tune.resources import cache_folder
 
+KERNELS = "kernels"
+PARTS = {KERNELS: ("gated", "tree_attention", "low_rank", "head", "decoder"), "allocator": ("allocator",)}
+"""The files that each part is made of."""
+
 AMX = ("-march=sapphirerapids", "-fopenmp")
-OPTIONS = {"tree_attention": AMX, "low_rank": AMX, "gated": AMX, "head": AMX, "allocator": ()}
+OPTIONS = {KERNELS: AMX, "allocator": ()}
 """What each part is compiled with beside the options of all."""
+
+THREADS = 16
+"""Threads above which each has too few rows for the weights that the kernels pack."""
 
 
 def compiler() -> str | None:
@@ -28,14 +37,10 @@ def compiler() -> str | None:
     return next((found for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (found := shutil.which(name))), None)
 
 
-def source(name: str) -> Path:
-    """The file of a part."""
-    return Path(__file__).with_name(f"{name}.cpp")
-
-
 def code(name: str) -> bytes:
     """All that a part is made of."""
-    return b"".join(path.read_bytes() for path in (source(name), *sorted(source(name).parent.glob("*.h"))))
+    folder = Path(__file__).parent
+    return b"".join(path.read_bytes() for path in (*(folder / f"{file}.cpp" for file in PARTS[name]), *sorted(folder.glob("*.h"))))
 
 
 @functools.cache
@@ -54,8 +59,21 @@ def library(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
         why = said.decode(errors="replace")[-300:]
-        logging.getLogger(__name__).warning("%s.cpp can't be compiled or loaded, a run goes on without: %s", name, why)
+        logging.getLogger(__name__).warning("the %s can't be compiled or loaded, a run goes on without: %s", name, why)
         return None
+
+
+def kernels() -> ctypes.CDLL:
+    """The kernels, where `has_kernels`."""
+    found = library(KERNELS)
+    assert found is not None
+    return found
+
+
+@torch.compiler.assume_constant_result
+def has_kernels() -> bool:
+    """Whether they are there, and a thread has enough rows for them."""
+    return torch.get_num_threads() <= THREADS and library(KERNELS) is not None
 
 
 def range_allocator() -> ctypes.CDLL | None:
@@ -69,17 +87,27 @@ def _compile(cxx: str, name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
         options = ["-O3", "-std=c++20", "-fPIC", *OPTIONS[name]]
-        unlinked, linked = Path(folder) / "part.o", Path(folder) / "part.so"
-        steps = [
-            [cxx, *options, "-c", f"-I{root}/include", str(source(name)), "-o", str(unlinked)],
-            [cxx, "-shared", str(unlinked), "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
-        ]
-        for step in steps:
-            subprocess.run(step, check=True, capture_output=True, timeout=300)
+        linked, sources = Path(folder) / "part.so", [Path(__file__).with_name(f"{file}.cpp") for file in PARTS[name]]
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        compile_one = [cxx, *options, "-c", f"-I{root}/include"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [pool.submit(_run, [*compile_one, str(source), "-o", made]) for source, made in zip(sources, objects, strict=True)]
+            for job in jobs:
+                job.result()
+        _run([cxx, "-shared", *objects, "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"])
         # Two processes may compile at once: whichever is last puts the same in its place.
         linked.replace(path)
 
 
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor begins; None for none, and for a plan's tensors, which have shapes alone."""
+    return None if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     """Where tensors begin, as a kernel takes them; null for None."""
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    return [ctypes.c_void_p(address(tensor)) for tensor in tensors]

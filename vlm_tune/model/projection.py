@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear
 
 from vlm_tune.model import native
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code("low_rank")).hexdigest()[:8]
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 LARGE = 4096
 """Inputs or outputs of a layer above which the kernel reads its rows too often."""
 
-THREADS = 16
-"""Threads above which each has too few rows for the weights that it packs."""
+NO_NORM = ctypes.c_float(0)
+"""What a kernel takes for the epsilon of no norm."""
 
 TOGETHER = 2048
 """Outputs that the kernel's backward pass takes at once; more of them go layer by layer."""
@@ -83,19 +82,7 @@ def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequ
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
     """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and has_kernel()
-
-
-@torch.compiler.assume_constant_result
-def has_kernel() -> bool:
-    """Whether there is one here, and a thread has enough rows for it."""
-    return torch.get_num_threads() <= THREADS and native.library("low_rank") is not None
-
-
-def _kernel() -> ctypes.CDLL:
-    found = native.library("low_rank")
-    assert found is not None
-    return found
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and native.has_kernels()
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -126,10 +113,10 @@ class Adapters:
     def __init__(self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> None:
         self.downs, self.ups = ([each.float().contiguous() for each in some] for some in (downs, ups))
         self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
-        self.numbers = sum(up.numel() for up in self.ups)
-        if not isinstance(self.downs[0], FakeTensor):
-            made = [_Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(self.downs, self.ups, scales, strict=True)]
-            self.array = (_Layer * len(made))(*made)
+        made = [
+            _Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(self.downs, self.ups, scales, strict=True)
+        ]
+        self.array = (_Layer * len(made))(*made)
 
 
 def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
@@ -138,59 +125,31 @@ def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
     return [flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)]
 
 
-def low_rank(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    adapters: Adapters,
-    *,
-    norm: Tensor | None = None,
-    epsilon: float = 0.0,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel; rows normed by a weight [I] first, outputs upon a residual [T, O]."""
+def _quick(rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters) -> tuple[Tensor, Tensor]:
+    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
     count, width = rows.shape
     out, low = rows.new_empty(count, adapters.outputs), rows.new_empty(count, adapters.rank)
-    if not isinstance(rows, FakeTensor):
-        _kernel().low_rank(
-            sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups)),
-            adapters.array,
-            *native.pointers(rows, norm),
-            ctypes.c_float(epsilon),
-            *native.pointers(weight, bias, residual, out, low),
-        )
+    shape = sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups))
+    native.kernels().low_rank(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(weight, bias, None, out, low))
     return out, low
 
 
-def low_rank_backward(
-    gradient: Tensor,
-    rows: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    adapters: Adapters,
-    needs_x: bool,
-    *,
-    norm: Tensor | None = None,
-    epsilon: float = 0.0,
-    extra: Tensor | None = None,
+def _quick_backward(
+    gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, adapters: Adapters, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward` by the kernel: those of A [R, I] and B in fp32, B's one after another.
-
-    Where rows are normed, that of x comes upon `extra` [T, I].
-    """
+    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
     count, width = rows.shape
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
     of_downs = gradient.new_empty(adapters.rank, width, dtype=torch.float32)
-    of_ups = gradient.new_empty(adapters.numbers, dtype=torch.float32)
-    if not isinstance(rows, FakeTensor):
-        strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
-        _kernel().low_rank_backward(
-            sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
-            adapters.array,
-            *native.pointers(gradient, rows, norm),
-            ctypes.c_float(epsilon),
-            *native.pointers(extra, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
-        )
+    of_ups = gradient.new_empty(sum(up.numel() for up in adapters.ups), dtype=torch.float32)
+    strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
+    native.kernels().low_rank_backward(
+        sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
+        adapters.array,
+        *native.pointers(gradient, rows, None),
+        NO_NORM,
+        *native.pointers(None, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+    )
     return x_gradient, of_downs, of_ups
 
 
@@ -216,7 +175,7 @@ def project(
     width = rows.shape[1]
     matrix = joined_weights(weights, packing, room, ups, rows, width)
     if quick:
-        return low_rank(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
+        return _quick(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
@@ -256,7 +215,7 @@ def project_backward(
     matrix = joined_weights(weights, packing, room, ups, kept, width)
     if quick:
         assert rows is not None
-        return low_rank_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
+        return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
     if rows is None:
         rows, low = kept[:, :width], kept[:, width:]
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.

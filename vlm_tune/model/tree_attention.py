@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_tune.model import native
@@ -66,7 +65,7 @@ def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
     if not _plain(config) or config.get_text_config() is not config:
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width % 32 == 0 and native.library("tree_attention") is not None
+    return width % 32 == 0 and native.library(native.KERNELS) is not None
 
 
 @contextmanager
@@ -114,7 +113,7 @@ class Branches:
         out = query.new_empty(rows, branches, heads, width)
         grown = [each for pair in own for each in pair]
         shape = (ctypes.c_int64 * 7)(rows, heads, key.shape[1], keys.shape[2], width, branches, len(own))
-        _library().grow_branches(
+        native.kernels().grow_branches(
             shape,
             ctypes.c_float(scale),
             _strides(query, keys, values, *grown),
@@ -133,6 +132,17 @@ _runs = 0
 def runs() -> int:
     """How often the kernel's forward pass has run in this process."""
     return _runs
+
+
+def count_run() -> None:
+    """The kernel's forward pass has run, within another."""
+    global _runs
+    _runs += 1
+
+
+def is_generating() -> bool:
+    """Whether what is attended to is kept, or branches grow by it."""
+    return _kept is not None or _growing is not None
 
 
 @contextmanager
@@ -176,14 +186,8 @@ def _shape(query: Tensor, key: Tensor) -> Any:
     return (ctypes.c_int64 * 5)(rows, heads, groups, length, width)
 
 
-def _library() -> ctypes.CDLL:
-    found = native.library("tree_attention")
-    assert found is not None
-    return found
-
-
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-KERNEL = hashlib.sha256(native.code("tree_attention") + Path(__file__).read_bytes()).hexdigest()[:8]
+KERNEL = hashlib.sha256(native.code(native.KERNELS) + Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +217,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
     out, logs = _outputs(query)
-    _library().attend(
+    native.kernels().attend(
         _shape(query, key),
         ctypes.c_float(scale),
         _strides(query, key, value),
@@ -234,7 +238,7 @@ def attend_backward(
     """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
     query, key, value, ends, gradient = _rows(query), _rows(key), _rows(value), ends.contiguous(), _rows(gradient)
     found = _gradients(query, key)
-    _library().attend_backward(
+    native.kernels().attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
         _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *found),
@@ -263,52 +267,6 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 attend.register_autograd(_backward, setup_context=_save)
-
-
-def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [B, H, L, D] at their positions, given rotary tables [B, L, D]."""
-    one, other = heads.chunk(2, -1)
-    return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
-
-
-def _heads(merged: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, H, L, D], key and value [B, G, L, D] of them merged, [B, L, (H + 2G) D]."""
-    split = merged.unflatten(-1, (-1, width)).transpose(1, 2)
-    groups = (split.shape[1] - heads) // 2
-    return split[:, :heads], split[:, heads : heads + groups], split[:, heads + groups :]
-
-
-def attend_merged(merged: Tensor, heads: int, cos: Tensor, sin: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `attend`, of query, key and value [B, L, (H + 2G) D] before they are turned by rotary tables bf16[B, L, D]."""
-    query, key, value = _heads(merged, heads, cos.shape[-1])
-    if _growing is not None or _kept is not None:
-        return attend(turned(query, cos, sin), turned(key, cos, sin), value, ends, scale)
-    out, logs = _outputs(query)
-    if isinstance(merged, FakeTensor):
-        return out, logs
-    global _runs
-    _runs += 1
-    tables = (query, key, value, cos, sin, ends, out, logs)
-    _library().attend(_shape(query, key), ctypes.c_float(scale), _strides(query, key, value), *pointers(*tables))
-    return out, logs
-
-
-def attend_merged_backward(
-    gradient: Tensor, merged: Tensor, cos: Tensor, sin: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
-) -> Tensor:
-    """The gradient of query, key and value merged, [B, L, (H + 2G) D], given that of the outputs [B, L, H, D]."""
-    found = torch.empty_like(merged)
-    if isinstance(merged, FakeTensor):
-        return found
-    query, key, value = _heads(merged, out.shape[2], cos.shape[-1])
-    flows = _heads(found, out.shape[2], cos.shape[-1])
-    _library().attend_backward(
-        _shape(query, key),
-        ctypes.c_float(scale),
-        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *(each.transpose(1, 2) for each in flows)),
-        *pointers(gradient, query, key, value, cos, sin, out, logs, ends, *flows),
-    )
-    return found
 
 
 def _attention(
