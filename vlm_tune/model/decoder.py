@@ -234,25 +234,17 @@ class DecoderLayer(nn.Module):
         for module in (self.self_attn, self.mlp, *(self._modules[name] for name in NORMS), *attention.values(), *mlp.values()):
             own: Any = module.__dict__
             found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-            parts = own["_modules"]
-            if "base_layer" not in parts:
-                held = own["_parameters"].values()
-            else:
-                found += (
-                    own.get("siblings"),
-                    own.get("packed"),
-                    own["_disable_adapters"],
-                    len(own["merged_adapters"]),
-                    str(own["_active_adapter"]),
-                )
-                base = parts["base_layer"].__dict__
-                found += len(base["_forward_hooks"]), len(base["_forward_pre_hooks"])
-                held = [*base["_parameters"].values()]
-                for group in (parts["lora_A"], parts["lora_B"]):
-                    held += [each._parameters["weight"] for each in group._modules.values()]
-            for each in held:
+            if "base_layer" in own["_modules"]:
+                found += own.get("siblings"), own.get("packed"), own["_disable_adapters"], len(own["merged_adapters"]), str(own["_active_adapter"])
+                own = own["_modules"]["base_layer"].__dict__
+                found += len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+            for each in own["_parameters"].values():
                 if each is not None:
                     found += each.requires_grad, each.data_ptr()
+        # Adapters move where their layers do: one stands for all.
+        query = attention["q_proj"]
+        if "lora_A" in query._modules:
+            found += (each.weight.data_ptr() for each in query._modules["lora_A"]._modules.values())
         return found
 
 

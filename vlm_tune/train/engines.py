@@ -87,8 +87,14 @@ class Engine:
         None where the engine clips as it steps.
         """
         self._set_rates(factor)
-        norm = self.accelerator.clip_grad_norm_(self._parameters(), self.max_grad_norm)
-        return None if norm is None else float(norm)
+        self.accelerator.unscale_gradients()
+        parameters = self._parameters()
+        found = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        norm = float(found)
+        # A gradient that is short enough need not be gone through once more.
+        if not norm <= self.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, found)
+        return norm
 
     def step(self) -> None:
         """Takes the step."""
