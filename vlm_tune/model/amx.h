@@ -100,10 +100,12 @@ struct Matrix {
 
 // --- norms -------------------------------------------------------------------------------------------------------------
 
-// A norm by the root mean square, or none where it has no weight [width].
+// A norm by the root mean square, or none where it has no weight [width]; `roots` [M] are the inverted ones of rows, or take them.
 struct Norm {
   const bf16* weight;
   float epsilon;
+  float* roots;
+  Norm from(int64_t row) const { return {weight, epsilon, weight ? roots + row : nullptr}; }
 };
 
 float inverse_root(const bf16* row, int64_t width, float epsilon) {
@@ -122,11 +124,12 @@ __m512i normed(__m512i row, __m512i weight, __m512 root) {
       _mm512_mul_ps(_mm512_mul_ps(low_half(row), root), low_half(weight)), _mm512_mul_ps(_mm512_mul_ps(high_half(row), root), high_half(weight)));
 }
 
-// `count` rows as they are read: themselves, or normed in `room` [32, width].
+// `count` rows as they are read: themselves, or normed in `room` [32, width], their roots noted.
 Matrix as_read(Matrix rows, int64_t count, int64_t width, Norm norm, bf16* room) {
   if (!norm.weight) return rows;
   for (int64_t i = 0; i < std::min<int64_t>(32, count); ++i) {
-    const __m512 root = _mm512_set1_ps(inverse_root(rows.at(i, 0), width, norm.epsilon));
+    norm.roots[i] = inverse_root(rows.at(i, 0), width, norm.epsilon);
+    const __m512 root = _mm512_set1_ps(norm.roots[i]);
     for (int64_t d = 0; d < width; d += 32)
       _mm512_mask_storeu_epi16(room + i * width + d, first(width - d), normed(loaded(rows.at(i, d), width - d), loaded(norm.weight + d, width - d), root));
   }
@@ -136,7 +139,7 @@ Matrix as_read(Matrix rows, int64_t count, int64_t width, Norm norm, bf16* room)
 // What flows back through a norm to each of some rows, given what flows back to the normed ones, upon `extra`.
 void flow_through_norm(Matrix flow, Matrix rows, Matrix extra, int64_t count, int64_t width, Norm norm, bf16* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {
-    const float root = inverse_root(rows.at(i, 0), width, norm.epsilon);
+    const float root = norm.roots[i];
     __m512 low = _mm512_setzero_ps(), high = low;
     for (int64_t d = 0; d < width; d += 32) {
       const __m512i f = loaded(flow.at(i, d), width - d), x = loaded(rows.at(i, d), width - d), w = loaded(norm.weight + d, width - d);
@@ -197,11 +200,12 @@ void pack_depth(Matrix rows, int64_t count, int64_t depth, bf16* to) {
   pack_depth_of(depth, to, [&](int64_t d) { return loaded(rows.at(d, 0), count); });
 }
 
-// Those whose depth are rows as they are read, normed by a weight (if any) of these columns.
-void pack_read_depth(Matrix rows, int64_t count, int64_t depth, const float* roots, const bf16* weight, bf16* to) {
-  if (!weight) return pack_depth(rows, count, depth, to);
-  const __m512i by = loaded(weight, count);
-  pack_depth_of(depth, to, [&](int64_t d) { return normed(loaded(rows.at(d, 0), count), by, _mm512_set1_ps(roots[d])); });
+// Those from a column on whose depth are rows as they are read.
+void pack_read_depth(Matrix rows, int64_t count, int64_t depth, Norm norm, int64_t column, bf16* to) {
+  const Matrix here{rows.at(0, column), rows.stride};
+  if (!norm.weight) return pack_depth(here, count, depth, to);
+  const __m512i by = loaded(norm.weight + column, count);
+  pack_depth_of(depth, to, [&](int64_t d) { return normed(loaded(here.at(d, 0), count), by, _mm512_set1_ps(norm.roots[d])); });
 }
 
 // 32 rows of some ranks as first operand of a product over the rows: a tile for every 16 ranks.

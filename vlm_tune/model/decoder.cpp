@@ -7,18 +7,14 @@
 #include <cstdint>
 
 extern "C" {
-void low_rank(const int64_t*, const void*, const void*, const void*, float, const void*, const void*, const void*, void*, void*);
-void low_rank_backward(
-    const int64_t*, const void*, const void*, const void*, const void*, float, const void*, const void*, const void*, void*, void*, void*);
-void attend(const int64_t*, float, const int64_t*, const void*, const void*, const void*, const void*, const void*, const void*, void*, void*);
-void attend_backward(
-    const int64_t*, float, const int64_t*, const void*, const void*, const void*, const void*, const void*, const void*, const void*, const void*,
-    const void*, void*, void*, void*);
-void gated(
-    const int64_t*, const void*, const void*, const void*, float, const void*, const void*, const void*, void*, void*, void*, void*);
-void gated_backward(
-    const int64_t*, const void*, const void*, const void*, const void*, float, const void*, const void*, const void*, const void*, const void*,
-    const void*, void*, void*, void*);
+using From = const void*;
+using To = void*;
+void low_rank(const int64_t*, From, From, From, float, To, From, From, From, To, To);
+void low_rank_backward(const int64_t*, From, From, From, From, To, From, From, From, To, To, To);
+void attend(const int64_t*, float, const int64_t*, From, From, From, From, From, From, To, To);
+void attend_backward(const int64_t*, float, const int64_t*, From, From, From, From, From, From, From, From, From, To, To, To);
+void gated(const int64_t*, From, From, From, float, To, From, From, From, To, To, To, To);
+void gated_backward(const int64_t*, From, From, From, From, To, From, From, From, From, From, From, To, To, To);
 }
 
 namespace {
@@ -43,7 +39,7 @@ struct Decoder {
 // One room cut into what the backward pass keeps, in whole lines.
 struct Kept {
   bf16 *merged, *heads, *middle, *low, *low_out, *both, *low_gated, *low_down;
-  float* logs;
+  float *logs, *roots, *roots_of_middle;
   int64_t bytes = 0;
 
   Kept(const Decoder& d, int64_t B, int64_t L, bool all, void* room) {
@@ -60,6 +56,8 @@ struct Kept {
     low = numbers(T * d.ranks_inner);
     low_out = numbers(T * d.ranks_outer);
     logs = reinterpret_cast<float*>(take(B * d.H * L * 4));
+    roots = reinterpret_cast<float*>(take(T * 4));
+    roots_of_middle = reinterpret_cast<float*>(take(T * 4));
     both = all ? numbers(whole * 2 * d.F) : nullptr;
     low_gated = all ? numbers(T * d.ranks_gated) : nullptr;
     low_down = all ? numbers(T * d.ranks_down) : nullptr;
@@ -93,17 +91,17 @@ void decoder(const void* layer, int64_t B, int64_t L, int64_t all, const void* x
   const int64_t T = B * L, O = d.outputs();
   const Kept kept(d, B, L, all != 0, room);
   const int64_t of_inner[] = {T, d.E, O, d.ranks_inner, d.E, d.inner_stride, 3};
-  low_rank(of_inner, d.adapters_inner, x, d.norm, d.epsilon, d.inner, d.bias, nullptr, kept.merged, kept.low);
+  low_rank(of_inner, d.adapters_inner, x, d.norm, d.epsilon, kept.roots, d.inner, d.bias, nullptr, kept.merged, kept.low);
   const int64_t shape[] = {B, d.H, d.G, L, d.D};
   const Strides own(L, O, d.D);
   const int64_t strides[] = {own.row, own.head, own.token, own.row, own.head, own.token, own.row, own.head, own.token};
   const bf16 *k = kept.merged + d.heads(), *v = k + d.G * d.D;
   attend(shape, d.scale, strides, kept.merged, k, v, cos, sin, ends, kept.heads, kept.logs);
   const int64_t of_outer[] = {T, d.heads(), d.E, d.ranks_outer, d.heads(), d.outer_stride, 1};
-  low_rank(of_outer, d.adapters_outer, kept.heads, nullptr, 0, d.outer, d.bias_out, x, kept.middle, kept.low_out);
+  low_rank(of_outer, d.adapters_outer, kept.heads, nullptr, 0, nullptr, d.outer, d.bias_out, x, kept.middle, kept.low_out);
   const int64_t of_gated[] = {T, d.E, d.F, d.activation, d.E, d.gate_stride, d.up_stride, d.down_stride};
   gated(
-      of_gated, d.adapters_gated, kept.middle, d.norm_of_middle, d.epsilon_of_middle, d.gate, d.up, d.down, y, kept.both, kept.low_gated,
+      of_gated, d.adapters_gated, kept.middle, d.norm_of_middle, d.epsilon_of_middle, kept.roots_of_middle, d.gate, d.up, d.down, y, kept.both, kept.low_gated,
       kept.low_down);
 }
 
@@ -134,11 +132,11 @@ void decoder_backward(
   of_up[1] = of_up[0] + ups(d.adapters_inner, 3), of_up[2] = of_up[1] + ups(d.adapters_outer, 1);
   const int64_t of_gated[] = {T, d.E, d.F, d.activation, d.E, d.gate_stride, d.up_stride, d.down_stride, d.E};
   gated_backward(
-      of_gated, d.adapters_gated, dy, kept.middle, d.norm_of_middle, d.epsilon_of_middle, d.gate, d.up, d.down, kept.both, kept.low_gated,
+      of_gated, d.adapters_gated, dy, kept.middle, d.norm_of_middle, kept.roots_of_middle, d.gate, d.up, d.down, kept.both, kept.low_gated,
       kept.low_down, of_middle, of_down[2], of_up[2]);
   const int64_t of_outer[] = {T, d.heads(), d.E, d.ranks_outer, d.E, d.heads(), d.outer_stride, 1, together};
   low_rank_backward(
-      of_outer, d.adapters_outer, of_middle, kept.heads, nullptr, 0, nullptr, kept.low_out, d.outer, of_heads, of_down[1], of_up[1]);
+      of_outer, d.adapters_outer, of_middle, kept.heads, nullptr, nullptr, nullptr, kept.low_out, d.outer, of_heads, of_down[1], of_up[1]);
   const int64_t shape[] = {B, d.H, d.G, L, d.D};
   const Strides own(L, O, d.D), one(L, d.heads(), d.D);
   const int64_t strides[] = {one.row, one.head, one.token, own.row,   own.head, own.token, own.row,   own.head, own.token, own.row,   own.head, own.token,
@@ -149,6 +147,6 @@ void decoder_backward(
       of_merged + k, of_merged + v);
   const int64_t of_inner[] = {T, d.E, O, d.ranks_inner, O, d.E, d.inner_stride, 3, together};
   low_rank_backward(
-      of_inner, d.adapters_inner, of_merged, x, d.norm, d.epsilon, of_middle, kept.low, d.inner, dx, of_down[0], of_up[0]);
+      of_inner, d.adapters_inner, of_merged, x, d.norm, kept.roots, of_middle, kept.low, d.inner, dx, of_down[0], of_up[0]);
 }
 }

@@ -184,8 +184,7 @@ class DecoderLayer(nn.Module):
         if prepared is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.contiguous()
-        cos, sin = (table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables)
-        found: Any = _Layer.apply(x, cos, sin, mask[:, 0, 0].contiguous(), prepared, *prepared.adapted)
+        found: Any = _Layer.apply(x, *_tables(x, tables, mask), prepared, *prepared.adapted)
         return found
 
     def is_ready(self) -> bool:
@@ -235,7 +234,13 @@ class DecoderLayer(nn.Module):
             own: Any = module.__dict__
             found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
             if "base_layer" in own["_modules"]:
-                found += own.get("siblings"), own.get("packed"), own["_disable_adapters"], len(own["merged_adapters"]), str(own["_active_adapter"])
+                found += (
+                    own.get("siblings"),
+                    own.get("packed"),
+                    own["_disable_adapters"],
+                    len(own["merged_adapters"]),
+                    str(own["_active_adapter"]),
+                )
                 own = own["_modules"]["base_layer"].__dict__
                 found += len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
             for each in own["_parameters"].values():
@@ -248,13 +253,25 @@ class DecoderLayer(nn.Module):
         return found
 
 
+_told: tuple[Tensor, Tensor, list[Tensor]] | None = None
+
+
+def _tables(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
+    """Rotary tables [B, L, D] and int32[B, L] where tokens cease to be seen, made once for all layers that are given the same."""
+    global _told
+    if _told is None or _told[0] is not tables[0] or _told[1] is not mask:
+        turns = [table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables]
+        _told = tables[0], mask, [*turns, mask[:, 0, 0].contiguous()]
+    return _told[2]
+
+
 @functools.cache
 def _joined_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (DecoderLayer, kind), {"__module__": __name__})
 
 
 class _Layer(torch.autograd.Function):
-    """A layer's output [B, L, E] of bf16 x [B, L, E], tables [B, L, D], int32[B, L] where tokens cease to be seen, and all of its A and B."""
+    """A layer's output [B, L, E] of bf16 x [B, L, E], rotary tables, where tokens cease to be seen, and all A and B of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:

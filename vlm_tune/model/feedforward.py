@@ -203,7 +203,7 @@ def gated(
     adapters, out, kept = Adapters(downs, ups, scales), rows.new_empty(rows.shape), _kept(rows, downs, ups, keep)
     held = kept if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
-    native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(*matrices, out, *held))
+    native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, *matrices, out, *held))
     return out, *kept
 
 
@@ -243,9 +243,7 @@ def gated_backward(
     native.kernels().gated_backward(
         _shape(rows, matrices, activation, gradient.stride(0)),
         adapters.array,
-        *native.pointers(gradient, rows, None),
-        NO_NORM,
-        *native.pointers(*matrices, *kept, found[0] if needs_x else None, *found[1:]),
+        *native.pointers(gradient, rows, None, None, *matrices, *kept, found[0] if needs_x else None, *found[1:]),
     )
     return found
 

@@ -121,7 +121,7 @@ void forward(Shape s, const Layer* layers, Matrix x, Norm norm, Weights w, bf16*
         const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
         for (int64_t b = 0; b < blocks; ++b) {
           const Matrix here{x.at(i + b * 32, 0), x.stride};
-          pack_columns(as_read(here, rows - b * 32, s.H, norm, scratch), rows - b * 32, s.H, columns + b * x_apart);
+          pack_columns(as_read(here, rows - b * 32, s.H, norm.from(i + b * 32), scratch), rows - b * 32, s.H, columns + b * x_apart);
         }
         append_low(a.down_in, own, a.R, columns, x_apart, blocks, rows, kept.low ? kept.low + i * a.R : nullptr);
         // 16 rows of gate and of up are the two tiles of rows. What is done with a block's sums is done beside the next.
@@ -299,8 +299,7 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
       const int64_t at_up = pieces(of_gate, 16), at_down = at_up + pieces(of_up, 16), at_flow = at_down + pieces(a.D, 16);
       const int64_t at_back = at_flow + pieces(a.R, 16), ranks_apart = (at_back + pieces(a.D, 16) + 1) * TILE;
       bf16 *ranks = ranks_room.of(most * ranks_apart), *pairs = pairs_room.of(most * 3 * 2 * TILE), *rooms = both_room.of(4096);
-      float *sums = sums_room.of(std::max<int64_t>(2048, step * 32) + step), *roots = sums + std::max<int64_t>(2048, step * 32);
-      float* mine = all + thread * places.all;
+      float *sums = sums_room.of(std::max<int64_t>(2048, step * 32)), *mine = all + thread * places.all;
       std::fill_n(mine, places.all, 0.f);
       const int64_t begins[5] = {places.in, places.gate, places.up, places.mid, places.down};
       for (int64_t k = 0; k < 5; ++k) sums_of[k * threads + thread] = mine + begins[k];
@@ -367,11 +366,9 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
         }
         append_ranks(flow, 2 * mid, apart, packed_both, a.R, at_flow, blocks);
         const Norm norm = given.norm;
-        for (int64_t k = 0; norm.weight && k < rows; ++k) roots[k] = inverse_root(given.x.at(i + k, 0), s.H, norm.epsilon);
         for (int64_t n = 0; a.R && n < own; ++n) {
-          const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
           for (int64_t b = 0; b < blocks; ++b)
-            pack_read_depth({given.x.at(i + b * 32, n * 32), given.x.stride}, 32, left(b), roots + b * 32, scales, pairs + b * 2 * TILE);
+            pack_read_depth({given.x.at(i + b * 32, 0), given.x.stride}, 32, left(b), norm.from(i + b * 32), n * 32, pairs + b * 2 * TILE);
           add_outers(ranks + at_flow * TILE, pieces(a.R, 16), ranks_apart, pairs, blocks, mine + places.in + n * pieces(a.R, 16) * 512);
         }
         const int64_t deep = pieces(columns.deep_x, pieces(columns.deep_x, DEEP));
@@ -394,7 +391,7 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
           }
         for (int64_t b = 0; dx && norm.weight && b < blocks; ++b) {
           const Matrix x{given.x.at(i + b * 32, 0), given.x.stride}, above{given.dy.at(i + b * 32, 0), given.dy.stride};
-          flow_through_norm({dy + b * dy_apart, s.H}, x, above, left(b), s.H, norm, dx + (i + b * 32) * s.H, s.H);
+          flow_through_norm({dy + b * dy_apart, s.H}, x, above, left(b), s.H, norm.from(i + b * 32), dx + (i + b * 32) * s.H, s.H);
         }
       }
     }
@@ -412,27 +409,27 @@ void backward(Shape s, const Layer* layers, Given given, Weights w, bf16* dx, fl
 extern "C" {
 
 // y [M, H] of x [M, H] and the weights gate and up [F, H] and down [H, F], all bf16, and an adapter of each, whose rank may be 0.
-// Unless `norm` [H] is null, x is normed by it first and y comes upon x as it was.
+// Unless `norm` [H] is null, x is normed by it first, the inverted roots of its rows put into fp32 `roots` [M], and y comes upon x.
 // Unless null, `both` [M, 2F] takes the outputs of gate and up, `low` [M, R] and `low_down` [M, D] those of the A.
 // `shape` is M, H, F, the activation (0 SiLU, 1 GELU by tanh), and the strides of x and the weights.
 void gated(
-    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, const void* gate, const void* up, const void* down,
-    void* y, void* both, void* low, void* low_down) {
+    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, void* roots, const void* gate, const void* up,
+    const void* down, void* y, void* both, void* low, void* low_down) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
   (s.activation ? forward<true> : forward<false>)(
-      s, static_cast<const Layer*>(layers), {numbers(x), shape[4]}, {numbers(norm), epsilon}, w, numbers(y),
+      s, static_cast<const Layer*>(layers), {numbers(x), shape[4]}, {numbers(norm), epsilon, static_cast<float*>(roots)}, w, numbers(y),
       {numbers(both), numbers(low), numbers(low_down)});
 }
 
 // dx [M, H] unless null, and fp32 gradients of every A and every B, one after another, given dy [M, H] and the above.
 // `shape` is as above, and then the stride of dy.
 void gated_backward(
-    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, float epsilon, const void* gate, const void* up,
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, void* roots, const void* gate, const void* up,
     const void* down, const void* both, const void* low, const void* low_down, void* dx, void* d_down, void* d_up) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   const Weights w{{numbers(gate), shape[5]}, {numbers(up), shape[6]}, {numbers(down), shape[7]}};
-  const Given given{{numbers(dy), shape[8]}, {numbers(x), shape[4]}, {numbers(norm), epsilon}, numbers(both), numbers(low), numbers(low_down)};
+  const Given given{{numbers(dy), shape[8]}, {numbers(x), shape[4]}, {numbers(norm), 0, static_cast<float*>(roots)}, numbers(both), numbers(low), numbers(low_down)};
   (s.activation ? backward<true> : backward<false>)(
       s, static_cast<const Layer*>(layers), given, w, numbers(dx), static_cast<float*>(d_down), static_cast<float*>(d_up));
 }

@@ -54,7 +54,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
         const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
         for (int64_t b = 0; b < blocks; ++b) {
           const Matrix here{x.at(i + b * 32, 0), x.stride};
-          pack_columns(as_read(here, rows - b * 32, s.I, norm, scratch), rows - b * 32, s.I, columns + b * apart);
+          pack_columns(as_read(here, rows - b * 32, s.I, norm.from(i + b * 32), scratch), rows - b * 32, s.I, columns + b * apart);
         }
         append_low(a.down, own, s.R, columns, apart, blocks, rows, low + i * s.R);
         Across before;
@@ -131,7 +131,7 @@ void backward(
       const int64_t step = stretch(to - from, apart / 16 + 128 + (norm.weight ? 2 * s.I : 0), STRETCH), most = step / 32, ranks_apart = (2 * high + 2) * TILE;
       bf16 *rows_of = dy_room.of(most * apart), *packed_up = up_room.of(low_tiles * own * 2 * TILE), *ranks = ranks_room.of(most * ranks_apart);
       bf16 *pairs = pairs_room.of(most * 2 * TILE), *flow = flow_room.of(norm.weight ? step * s.I : 1);
-      float *sums = sums_room.of(step * 32 + step), *roots = sums + step * 32, *d_x = all + thread * (x_sums + y_sums), *d_y = d_x + x_sums;
+      float *sums = sums_room.of(step * 32), *d_x = all + thread * (x_sums + y_sums), *d_y = d_x + x_sums;
       std::fill_n(d_x, x_sums + y_sums, 0.f);
       of_x[thread] = d_x, of_y[thread] = d_y;
       for (int64_t r = 0; r < s.R; r += 32) pack_depth({a.up_.at(0, r), a.up_.stride}, 32, s.O, packed_up + r * own * 32);
@@ -155,11 +155,9 @@ void backward(
           for (int64_t b = 0; b < blocks; ++b) pack_depth({rows_of + b * apart + n * 2 * TILE, 32}, 32, 32, pairs + b * 2 * TILE);
           add_outers(ranks, high, ranks_apart, pairs, blocks, d_y + n * high * 512);
         }
-        for (int64_t k = 0; norm.weight && k < rows; ++k) roots[k] = inverse_root(x.at(i + k, 0), s.I, norm.epsilon);
         for (int64_t n = 0; n < across; ++n) {
-          const bf16* scales = norm.weight ? norm.weight + n * 32 : nullptr;
           for (int64_t b = 0; b < blocks; ++b)
-            pack_read_depth({x.at(i + b * 32, n * 32), x.stride}, s.I - n * 32, left(b), roots + b * 32, scales, pairs + b * 2 * TILE);
+            pack_read_depth({x.at(i + b * 32, 0), x.stride}, s.I - n * 32, left(b), norm.from(i + b * 32), n * 32, pairs + b * 2 * TILE);
           add_outers(ranks + high * TILE, high, ranks_apart, pairs, blocks, d_x + n * high * 512);
         }
         if (!dx) continue;
@@ -180,7 +178,7 @@ void backward(
               else store<true>(own_sums, left(b), some, dx + (i + b * 32) * s.I + n * 32, s.I, add);
             }
           }
-        if (norm.weight) flow_through_norm({flow, s.I}, {x.at(i, 0), x.stride}, {extra.at(i, 0), extra.stride}, rows, s.I, norm, dx + i * s.I, s.I);
+        if (norm.weight) flow_through_norm({flow, s.I}, {x.at(i, 0), x.stride}, {extra.at(i, 0), extra.stride}, rows, s.I, norm.from(i), dx + i * s.I, s.I);
       }
     }
   });
@@ -197,14 +195,14 @@ void backward(
 extern "C" {
 
 // y [M, O] and low [M, R] = x A^T of x [M, I], the weights of all layers [O, I], a bias [O] or null, all bf16; and fp32 adapters.
-// Unless null, x is normed by a weight [I] first, and y comes upon `residual` [M, O]. `shape` is M, I, O, R, the strides of x and
+// Unless null, x is normed by a weight [I] first, the inverted roots of its rows put into fp32 `roots` [M], and y comes upon `residual` [M, O]. `shape` is M, I, O, R, the strides of x and
 // weight, and the number of layers.
 void low_rank(
-    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, const void* weight, const void* bias,
-    const void* residual, void* y, void* low) {
+    const int64_t* shape, const void* layers, const void* x, const void* norm, float epsilon, void* roots, const void* weight,
+    const void* bias, const void* residual, void* y, void* low) {
   const Shape s{shape[0], shape[1], shape[2], shape[3]};
   forward(
-      s, static_cast<const Layer*>(layers), shape[6], {numbers(x), shape[4]}, {numbers(norm), epsilon}, {numbers(weight), shape[5]}, numbers(bias),
+      s, static_cast<const Layer*>(layers), shape[6], {numbers(x), shape[4]}, {numbers(norm), epsilon, static_cast<float*>(roots)}, {numbers(weight), shape[5]}, numbers(bias),
       {numbers(residual), s.O}, numbers(y), numbers(low));
 }
 
@@ -212,8 +210,8 @@ void low_rank(
 // weights as above. Where x is normed, what flows back to it comes upon `extra` [M, I]. `shape` is M, I, O, R, the strides of dy, x
 // and weight, the number of layers, and the outputs to go back at once.
 void low_rank_backward(
-    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, float epsilon, const void* extra, const void* low,
-    const void* weight, void* dx, void* d_down, void* d_up) {
+    const int64_t* shape, const void* layers, const void* dy, const void* x, const void* norm, void* roots, const void* extra,
+    const void* low, const void* weight, void* dx, void* d_down, void* d_up) {
   const auto* all = static_cast<const Layer*>(layers);
   auto *of_down = static_cast<float*>(d_down), *of_up = static_cast<float*>(d_up);
   const int64_t M = shape[0], I = shape[1], O = shape[2], R = shape[3], count = shape[7];
@@ -223,7 +221,7 @@ void low_rank_backward(
   for (int64_t place = 0, output = 0, rank = 0; place < count; place += step) {
     const Shape s{M, I, step == 1 ? all[place].outputs : O, step == 1 ? all[place].rank : R};
     backward(
-        s, all + place, step, {flowing.at(0, output), flowing.stride}, rows, {numbers(norm), epsilon}, {numbers(extra), I},
+        s, all + place, step, {flowing.at(0, output), flowing.stride}, rows, {numbers(norm), 0, static_cast<float*>(roots)}, {numbers(extra), I},
         {lows.at(0, rank), R}, {weights.at(output, 0), weights.stride}, numbers(dx), place > 0, of_down + rank * I, of_up);
     for (int64_t done = place; done < place + step; ++done) {
       output += all[done].outputs, rank += all[done].rank;

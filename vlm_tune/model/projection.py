@@ -130,7 +130,9 @@ def _quick(rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters
     count, width = rows.shape
     out, low = rows.new_empty(count, adapters.outputs), rows.new_empty(count, adapters.rank)
     shape = sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups))
-    native.kernels().low_rank(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(weight, bias, None, out, low))
+    native.kernels().low_rank(
+        shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, weight, bias, None, out, low)
+    )
     return out, low
 
 
@@ -146,9 +148,7 @@ def _quick_backward(
     native.kernels().low_rank_backward(
         sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
         adapters.array,
-        *native.pointers(gradient, rows, None),
-        NO_NORM,
-        *native.pointers(None, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+        *native.pointers(gradient, rows, None, None, None, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
     )
     return x_gradient, of_downs, of_ups
 
