@@ -11,7 +11,7 @@ import torch
 from small import LORA_TUNE, assert_close, batch_of, built, loss_and_gradients, parsed, rows_of, tuned_by, wake_adapters, with_tune
 from torch._dynamo.utils import counters
 
-from vlm_tune.model.compiling import compiled, eager, why_not
+from vlm_tune.model.compiling import blocks, compiled, eager, why_not
 from vlm_tune.model.fused import fuse
 from vlm_tune.model.llm import LanguageModel
 
@@ -39,7 +39,7 @@ def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
     wanted = [loss_and_gradients(model, [batch]) for batch in batches]
     counters.clear()
     torch._dynamo.reset()
-    with compiled(model.llm):
+    with compiled(blocks(model.llm, training=True)):
         with eager():
             loss_and_gradients(model, batches[:1])
         assert not counters["stats"]["unique_graphs"]

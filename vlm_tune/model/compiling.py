@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,6 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
         return ""
     if asked == "auto" and (steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE):
         return ""
-    if not _to_compile(llm):
-        return ""
     device = next(llm.parameters()).device.type
     if device == "cpu" and compiler() is None:
         return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
@@ -48,22 +46,24 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
     return None
 
 
-def _to_compile(llm: LanguageModel) -> list[nn.Module]:
-    """The blocks, but those that are two operators and leave a compiler nothing to do."""
-    quick = usable(llm, llm.model.dtype)
-    blocks = [llm.model.get_submodule(name) for name in block_names(llm.model)]
-    return [block for block in blocks if not (quick and isinstance(block, DecoderLayer) and block.is_ready())]
+def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
+    """Those that a compiler is given: in training none that is one kernel, for there it would find nothing to do."""
+    found = [llm.model.get_submodule(name) for name in block_names(llm.model)]
+    quick = training and usable(llm, llm.model.dtype)
+    return [block for block in found if not (quick and isinstance(block, DecoderLayer) and block.is_ready())]
 
 
 @contextlib.contextmanager
-def compiled(llm: LanguageModel) -> Iterator[None]:
-    """The blocks run compiled within; compiled when they are first called."""
+def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks run compiled within; compiled when they are first called."""
+    if not blocks:
+        yield
+        return
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         # torch's own place is a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
-    blocks: list[Any] = _to_compile(llm)
     for block in blocks:
         # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.
         block.compile(dynamic=True)
@@ -71,7 +71,7 @@ def compiled(llm: LanguageModel) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            block._compiled_call_impl = None
+            block._compiled_call_impl = None  # type: ignore[assignment]
 
 
 def reading(llm: LanguageModel, asked: bool | str, questions: int) -> contextlib.AbstractContextManager[None]:
@@ -79,7 +79,7 @@ def reading(llm: LanguageModel, asked: bool | str, questions: int) -> contextlib
     if asked is False or (asked == "auto" and questions < MANY) or why_not(llm, asked, LONG) is not None:
         return contextlib.nullcontext()
     ready = usable(llm, compute_dtype(llm)) and not any(is_sharded(parameter) for parameter in llm.parameters())
-    return compiled(llm) if ready else contextlib.nullcontext()
+    return compiled(blocks(llm, training=False)) if ready else contextlib.nullcontext()
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

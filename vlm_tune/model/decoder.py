@@ -34,24 +34,19 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 def join(model: nn.Module) -> int:
     """Lets the decoder layers of a language model run by the kernels where they can; how many there are."""
-    known: dict[type[nn.Module], bool] = {}
     found = 0
     for module in list(model.modules()):
-        kind = type(module)
         if isinstance(module, DecoderLayer) or not {"self_attn", "mlp", *NORMS} <= module._modules.keys():
             continue
-        if not isinstance(module.mlp, GatedModule) or set(module.self_attn._modules) != set(PROJECTIONS):
-            continue
-        if kind not in known:
-            known[kind] = _is_formula(module)
-        if known[kind]:
-            module.__class__ = _joined_class(kind)
+        layer: Any = module
+        if isinstance(layer.mlp, GatedModule) and set(layer.self_attn._modules) == set(PROJECTIONS) and _is_formula(layer):
+            module.__class__ = _joined_class(type(module))
             found += 1
     return found
 
 
 def _is_formula(layer: Any) -> bool:
-    """Whether layers of this class compute the formula of the two operators, by what a small one answers."""
+    """Whether layers like this one compute the formula, by what a small one in its place answers: some are no like their neighbours."""
     config = copy.deepcopy(getattr(layer.self_attn, "config", None))
     heads, groups, width, length = 4, 2, 32, 6
     if config is None:
@@ -62,14 +57,14 @@ def _is_formula(layer: Any) -> bool:
     try:
         with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            small: Any = type(layer)(config, 0).float()
+            small: Any = type(layer)(config, layer.self_attn.layer_idx).float()
             for parameter in small.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 1.0))
             x, cos, sin = torch.randn(2, length, heads * width), torch.randn(2, length, width), torch.randn(2, length, width)
             mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
             answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
             return isinstance(answer, Tensor) and torch.allclose(answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3)
-    except (AttributeError, TypeError, RuntimeError, ValueError, KeyError):
+    except Exception:
         return False
 
 
@@ -143,6 +138,10 @@ class Prepared:
         if not self.inner.packing:
             self.place(x)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Where things lie is of no use to a copy of the layer.
+        return type(None), ()
+
     def place(self, x: Tensor) -> None:
         """Says where the weights lie: for good, or unpacked for a pass."""
         inner, outer, gated = self.inner, self.outer, self.gated
@@ -187,10 +186,14 @@ class DecoderLayer(nn.Module):
         found: Any = _Layer.apply(x, *_tables(x, tables, mask), prepared, *prepared.adapted)
         return found
 
+    def projections(self) -> list[Any]:
+        """q, k, v and o."""
+        return [self.self_attn._modules[name] for name in PROJECTIONS]
+
     def is_ready(self) -> bool:
         """Whether what the layer is made of is what the kernels compute."""
         norms: list[Any] = [self._modules[name] for name in NORMS]
-        layers = [self.self_attn._modules[name] for name in PROJECTIONS]
+        layers = self.projections()
         if any(module._forward_hooks or module._forward_pre_hooks for module in (self.self_attn, self.mlp, *norms, *layers)):
             return False
         if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlm_tune.config import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.model.build import DTYPES
+from vlm_tune.model.decoder import DecoderLayer
 from vlm_tune.model.feedforward import GatedModule
 from vlm_tune.model.fused import LoraLinear
 from vlm_tune.model.tracing import by_depth, to_fake, trace_step
@@ -70,13 +71,20 @@ def traced(
 
 def _counted(module: nn.Module) -> list[nn.Module]:
     """The outermost modules that are linear layers or run theirs in one: a hook within would keep them from it."""
-    if is_linear(module) or isinstance(module, GatedModule | LoraLinear):
+    if is_linear(module) or isinstance(module, DecoderLayer | GatedModule | LoraLinear):
         return [module]
     return [layer for child in module.children() for layer in _counted(child)]
 
 
 def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
     """The linear layers in one of `_counted`, and whether a gradient of what each reads is wanted; `flows` is whether of what it reads."""
+    if isinstance(module, DecoderLayer):
+        found: list[tuple[Any, bool]] = []
+        # What each of them reads comes out of those before, of which all that read the same x stand in one group.
+        for group in (module.projections()[:3], module.projections()[3:], [module.mlp]):
+            found += [pair for layer in group for pair in _linear(layer, flows)]
+            flows = flows or any(parameter.requires_grad for layer in group for parameter in layer.parameters())
+        return found
     if isinstance(module, GatedModule):
         *outer, inner = (module.get_submodule(name) for name in module.layer_names)
         trains = flows or any(parameter.requires_grad for layer in outer for parameter in layer.parameters())

@@ -25,7 +25,7 @@ from vlm_tune.data.images import PixelCache
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation import Scores, join_scores, score
-from vlm_tune.model.compiling import compiled, eager, why_not
+from vlm_tune.model.compiling import blocks, compiled, eager, why_not
 from vlm_tune.model.features import FeatureStore
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tree_attention import attending, usable
@@ -206,14 +206,14 @@ class StageLoop:
     def _training(self) -> Iterator[None]:
         """Around steps: the model's blocks compiled where recipe, model and engine allow it, and the other processes watched."""
         why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
-        self._compiles = why is None
+        to_compile = blocks(self.model.llm, training=True) if why is None else []
+        self._compiles = bool(to_compile)
         if why:
             self.report({"event": "note", "text": why})
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
         casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
-        llm = self.model.llm
-        with casts, self._attending(), compiled(llm) if self._compiles else contextlib.nullcontext(), self.watch.guarding():
+        with casts, self._attending(), compiled(to_compile), self.watch.guarding():
             yield
 
     def _attending(self) -> contextlib.AbstractContextManager[None]:
