@@ -171,7 +171,7 @@ class DecoderLayer(nn.Module):
     self_attn: Any
     mlp: Any
     # Asking all layers of all that could have changed takes longer than some kernels do.
-    prepared: tuple[tuple[Any, ...], Prepared | None] | None = None
+    prepared: tuple[list[Any], Prepared | None] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states [B, L, E] after the layer, of those before it."""
@@ -212,19 +212,20 @@ class DecoderLayer(nn.Module):
             return None
         if isinstance(x, FakeTensor):
             return Prepared(self, x) if self._is_plain(x) else None
-        state = self._state()
-        if self.prepared is None or self.prepared[0] != state:
-            self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
-        return self.prepared[1]
+        state, known = self._state(), self.prepared
+        if known is None or known[0] != state:
+            known = self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
+        return known[1]
 
     def _is_plain(self, x: Tensor) -> bool:
         attention, gated = self.self_attn, self.mlp.layers()
-        if not self.is_ready() or not self.mlp.is_quick(x, gated):
+        mlp: Any = self.mlp
+        if not self.is_ready() or not mlp.is_quick(x, gated):
             return False
         if not attention.q_proj.siblings.together(x) or not attention.o_proj.is_plain(x):
             return False
         # What is kept of masters of another type would not be what an optimizer changes.
-        layers = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]
+        layers: list[Any] = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]
         packings = {layer.packed.packing if layer.packed else "" for layer in layers}
         adapters = [part[layer.name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
         return len(packings) == 1 and all(each.dtype == torch.float32 and each.is_contiguous() for each in adapters)
@@ -278,7 +279,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
-        rows, length, _ = x.shape
+        rows, length = x.shape[:2]
         kernels, keep = native.kernels(), any(ctx.needs_input_grad)
         kernels.decoder_room.restype = ctypes.c_int64
         with of.placed(x):
@@ -295,7 +296,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, cos, sin, ends, kept = ctx.saved_tensors
         of: Prepared = ctx.of
-        (rows, length, _), flow, kernels = x.shape, gradients[0].contiguous(), native.kernels()
+        (rows, length), flow, kernels = x.shape[:2], gradients[0].contiguous(), native.kernels()
         with of.placed(x):
             out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             found = x.new_empty(of.numbers, dtype=torch.float32)

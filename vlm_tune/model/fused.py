@@ -206,10 +206,14 @@ def operands(layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Ten
         layers[0].packed.packing if layers[0].packed else "",
         wide_rank(sum(layer.r[name] for layer, name in zip(layers, names, strict=True))) if len(layers) > 1 else 0,
         (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None,
-        [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
-        [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
+        _weights([layer.lora_A[name] for layer, name in zip(layers, names, strict=True)]),
+        _weights([layer.lora_B[name] for layer, name in zip(layers, names, strict=True)]),
         [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
     )
+
+
+def _weights(layers: Sequence[Any]) -> list[torch.Tensor]:
+    return [layer.weight for layer in layers]
 
 
 def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
