@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 
 
-def recipe(kind: str, material: Path, decoder: Path, output: Path, *, batch: int, steps: int, quantize: str | None = None) -> str:
+def recipe(
+    kind: str,
+    material: Path,
+    decoder: Path,
+    output: Path,
+    *,
+    batch: int,
+    steps: int,
+    quantize: str | None = None,
+    row_length: int | None = None,
+) -> str:
     """A recipe that trains what the peers train: LoRA on every linear layer and the connector, the tower frozen."""
     name, template = (decoder, "chatml") if kind == "causal" else (material / "t5", "flan")
     return f"""
@@ -24,6 +34,8 @@ model:
 data:
   template: {template}
   group: image
+  packing: {"true" if row_length else "false"}
+  row_length: {row_length or 1024}
   max_length: 2048
   train: [{{kind: file, path: {material / "single.jsonl"}}}]
 tune:
@@ -35,7 +47,17 @@ evaluate: {{samples: 0}}
 """
 
 
-def recipe_from(file: Path, material: Path, decoder: Path, output: Path, *, batch: int, steps: int, quantize: str | None = None) -> str:
+def recipe_from(
+    file: Path,
+    material: Path,
+    decoder: Path,
+    output: Path,
+    *,
+    batch: int,
+    steps: int,
+    quantize: str | None = None,
+    row_length: int | None = None,
+) -> str:
     """A decoder recipe of the user's, its tower, data and length replaced by those of the comparison."""
     from vlm_tune.recipe import dump_recipe, load_recipe
 
@@ -56,6 +78,8 @@ def recipe_from(file: Path, material: Path, decoder: Path, output: Path, *, batc
     }
     if quantize:
         changes["model.llm.quantize"] = quantize
+    if row_length:
+        changes |= {"data.packing": True, "data.row_length": row_length}
     return dump_recipe(load_recipe(file, changes))
 
 

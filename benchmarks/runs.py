@@ -209,13 +209,13 @@ class Bench:
         return self._works[kind]
 
     def _recipe(self, kind: str, settings: dict[str, Any], output: Path, steps: int) -> str:
-        amount: dict[str, Any] = {"batch": settings["batch"], "steps": steps}
+        amount: dict[str, Any] = {**settings, "steps": steps}
         if self.recipe and kind == "causal":
-            return ours.recipe_from(self.recipe, self.material, self.decoder, output, quantize=settings.get("quantize"), **amount)
-        return ours.recipe(kind, self.material, self.decoder, output, quantize=settings.get("quantize"), **amount)
+            return ours.recipe_from(self.recipe, self.material, self.decoder, output, **amount)
+        return ours.recipe(kind, self.material, self.decoder, output, **amount)
 
     def ours(self, kind: str, settings: dict[str, Any], length: Length) -> Run:
-        """A run of ours; settings are batch (images), and quantize."""
+        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, and quantize."""
         work = self.work(kind)
         name = "ours" if kind == "causal" else f"ours_{kind}"
         with tempfile.TemporaryDirectory() as scratch:
@@ -230,7 +230,7 @@ class Bench:
         return Run(
             name,
             settings,
-            questions=settings["batch"] * self.a_image,
+            questions=settings["batch"] * (settings["row_length"] / work.mean.tokens if "row_length" in settings else self.a_image),
             questions_per_s=rate,
             tokens_per_s=rate * work.mean.tokens,
             supervised_per_s=rate * work.mean.supervised,

@@ -21,8 +21,14 @@ from benchmarks.peers import DEFAULTS, PEERS, versions
 from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rate, line
 from vlm_tune.resources import cache_folder
 
-OUR_BATCHES = {"causal": (16, 8, 24), "seq2seq": (4, 2, 8)}
-"""Images a step that ours is tried with; an encoder-decoder reads an image again with every question, which takes memory."""
+OUR_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "causal": [{"batch": 16}, {"batch": 8}, {"batch": 24}, {"batch": 4, "row_length": 512}, {"batch": 8, "row_length": 384}],
+    "seq2seq": [{"batch": 4}, {"batch": 2}, {"batch": 8}],
+}
+"""What ours is tried with: images a step, or rows a step into which those of several images are packed.
+
+An encoder-decoder reads an image again with every question, which takes memory.
+"""
 
 OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
 
@@ -93,8 +99,8 @@ class Comparison:
                 for settings in list(PEERS[name].changes(best, key)):
                     best = tried(settings)
         else:
-            for batch in OUR_BATCHES[self.kind(name)][: 1 if self.asked.quick else None]:
-                tried({"batch": batch})
+            for settings in OUR_SETTINGS[self.kind(name)][: 1 if self.asked.quick else None]:
+                tried(settings)
         ranked = [run.settings for run in sorted(found, key=speed, reverse=True) if speed(run)]
         if not ranked:
             raise SystemExit(f"no settings of {name} run: {found[0].failed}")
@@ -220,16 +226,16 @@ class Comparison:
                 own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
                 own += peer.changes(own[-1], "batch")
             else:
-                own = [{"batch": batch} for batch in OUR_BATCHES[self.kind(name)]]
+                own = OUR_SETTINGS[self.kind(name)]
             sweep += sum(self.seconds_of(name, settings, short) for settings in own)
         length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
         turn = 0.0
         for name in self.names:
-            first = PEERS[name].start() if name in PEERS else {"batch": OUR_BATCHES[self.kind(name)][0]}
+            first = PEERS[name].start() if name in PEERS else OUR_SETTINGS[self.kind(name)][0]
             given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
             turn += sum(self.seconds_of(name, settings, length) for settings in given)
             turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" else 0.0
-        turn += self.seconds_of("ours", {"batch": OUR_BATCHES["causal"][0]}, length) if self.asked.nf4 else 0.0
+        turn += self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.asked.nf4 else 0.0
         return sweep, self.asked.rounds * turn + START * len(self.asked.against)
 
 
