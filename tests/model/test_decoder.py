@@ -25,8 +25,15 @@ BF16 = 2**-8
 ROWS, LENGTH = 3, 45
 
 
-def decoder(kind: str = "llama", rank: int = 8, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
-    """A decoder of two layers with LoRA on all that is linear, and weights that say something."""
+def decoder(
+    kind: str = "llama",
+    rank: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    targets: str = "all-linear",
+    ranks: dict[str, int] | None = None,
+    **settings: Any,
+) -> Any:
+    """A decoder of two layers with LoRA on all that is linear or some of it, and weights that say something."""
     torch.manual_seed(rank)
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model(
@@ -38,7 +45,9 @@ def decoder(kind: str = "llama", rank: int = 8, dtype: torch.dtype = torch.bfloa
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False), model)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, rank_pattern=ranks or {}, init_lora_weights=False), model
+    )
     for module in model.modules():
         if isinstance(module, PeftLinear):
             module.__class__ = LoraLinear
@@ -114,6 +123,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ("llama", 40, {"num_key_value_heads": 4, "intermediate_size": 320}),
         ("llama", 16, {"attention_bias": True, "num_attention_heads": 8, "rms_norm_eps": 0.1}),
         ("qwen2", 4, {}),
+        ("llama", 4, {"targets": ".*self_attn.*_proj"}),
+        ("llama", 8, {"ranks": {"k_proj": 3, "o_proj": 33, "up_proj": 20}}),
         ("mistral", 16, {"num_key_value_heads": 1, "head_dim": 64}),
     ],
 )
@@ -141,6 +152,35 @@ def test_outputs_and_gradients_are_those_of_transformers_and_peft(
             assert own.grad is None
     with torch.no_grad():
         assert torch.equal(run(model, x, *rest), found)
+
+
+@needs_kernel
+def test_weights_in_four_bits_are_unpacked_for_a_pass(counted: list[str]) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    model, (x, *rest) = decoder(), given()
+    exact = plain(model)
+    for layer, other in zip(model.modules(), exact.modules(), strict=True):
+        if isinstance(layer, LoraLinear):
+            base: Any = layer.base_layer
+            packed = Linear4bit(base.in_features, base.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+            packed.weight = Params4bit(base.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+            layer.base_layer = packed.to("cpu")
+            state: Any = packed.weight.quant_state
+            other.base_layer.weight.data = dequantize_4bit(packed.weight.data, state).double()
+    quick(model)
+    found, wanted = run(model, x, *rest), run(exact, x.double(), *rest)
+    found.float().pow(2).sum().backward()
+    wanted.pow(2).sum().backward()
+    assert relative(found, wanted) < 3 * BF16
+    for (name, own), (_, other) in zip(
+        ((name, each) for name, each in model.named_parameters() if "lora_" in name),
+        ((name, each) for name, each in exact.named_parameters() if "lora_" in name),
+        strict=True,
+    ):
+        assert own.grad is not None and relative(own.grad, other.grad) < 6 * BF16, name
+    assert counted == ["decoder"] * 2 + ["decoder_backward"] * 2
 
 
 @needs_kernel

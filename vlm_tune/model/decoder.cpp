@@ -4,7 +4,7 @@
 //
 // Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width, O = (H + 2G) D, F numbers between.
 
-#include <cstdint>
+#include "amx.h"
 
 extern "C" {
 using From = const void*;
@@ -18,8 +18,6 @@ void gated_backward(const int64_t*, From, From, From, From, To, From, From, From
 }
 
 namespace {
-
-using bf16 = uint16_t;
 
 // What a layer computes with: `inner` are q, k and v in one.
 struct Decoder {
@@ -118,13 +116,7 @@ void decoder_backward(
   float* of_down[3] = {static_cast<float*>(gradients)};
   of_down[1] = of_down[0] + d.downs(0), of_down[2] = of_down[1] + d.downs(1);
   float* of_up[3] = {of_down[2] + d.downs(2)};
-  // B of q, k and v are as wide as their own ranks.
   const auto ups = [](const void* layers, int64_t count) {
-    struct Layer {
-      const float *down, *up;
-      int64_t outputs, rank;
-      float scale;
-    };
     int64_t found = 0;
     for (int64_t k = 0; k < count; ++k) found += static_cast<const Layer*>(layers)[k].outputs * static_cast<const Layer*>(layers)[k].rank;
     return found;

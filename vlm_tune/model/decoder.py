@@ -239,8 +239,8 @@ class DecoderLayer(nn.Module):
             found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
             if "base_layer" in own["_modules"]:
                 found += (
-                    own.get("siblings"),
-                    own.get("packed"),
+                    id(own.get("siblings")),
+                    id(own.get("packed")),
                     own["_disable_adapters"],
                     len(own["merged_adapters"]),
                     str(own["_active_adapter"]),
@@ -281,7 +281,6 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
         rows, length = x.shape[:2]
         kernels, keep = native.kernels(), any(ctx.needs_input_grad)
-        kernels.decoder_room.restype = ctypes.c_int64
         with of.placed(x):
             out, kept = torch.empty_like(x), x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
             if not isinstance(x, FakeTensor):
@@ -300,7 +299,6 @@ class _Layer(torch.autograd.Function):
         with of.placed(x):
             out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             found = x.new_empty(of.numbers, dtype=torch.float32)
-            kernels.decoder_scratch.restype = ctypes.c_int64
             scratch = x.new_empty(kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8)
             if not isinstance(x, FakeTensor):
                 kernels.decoder_backward(

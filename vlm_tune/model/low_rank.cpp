@@ -64,8 +64,8 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
           const bool whole = some == 32 && s.I % 32 == 0;
           if (!whole) pack_rows({weight.at(n, 0), weight.stride}, some, s.I, rows_room.of(own * 2 * TILE));
           const Rows all = whole ? as_they_lie({weight.at(n, 0), weight.stride}) : packed(rows_room.of(own * 2 * TILE));
-          for (int64_t o = 0; bias && o < 32; ++o)
-            std::fill_n(biases + o / 16 * 512 + o % 16 * 16, 16, o < some ? number(bias[n + o]) : 0), std::copy_n(biases + o / 16 * 512 + o % 16 * 16, 16, biases + o / 16 * 512 + 256 + o % 16 * 16);
+          for (int64_t o = 0; bias && o < 64; ++o)
+            std::fill_n(biases + o / 32 * 512 + o % 32 * 16, 16, o / 32 * 16 + o % 16 < some ? number(bias[n + o / 32 * 16 + o % 16]) : 0.f);
           for (int64_t d = 0; d < own; d += deep) {
             const int64_t here = std::min(deep, own - d);
             const bool last = d + here == own;

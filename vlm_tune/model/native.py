@@ -28,6 +28,9 @@ AMX = ("-march=sapphirerapids", "-fopenmp")
 OPTIONS = {KERNELS: AMX, "allocator": ()}
 """What each part is compiled with beside the options of all."""
 
+SIZES = {KERNELS: ("decoder_room", "decoder_scratch")}
+"""Functions that give a number of bytes."""
+
 THREADS = 16
 """Threads above which each has too few rows for the weights that the kernels pack."""
 
