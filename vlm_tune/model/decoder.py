@@ -118,8 +118,8 @@ class Prepared:
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         attention, (first, second) = layer.self_attn, (layer._modules[name] for name in NORMS)
-        merged = attention.q_proj.siblings
-        self.inner, self.outer = operands(merged.layers, x.dtype, merged.matrix), operands([attention.o_proj], x.dtype)
+        (*inner, outer), merged = layer.projections(), attention.q_proj.siblings
+        self.inner, self.outer = operands(inner, x.dtype, merged and merged.matrix), operands([outer], x.dtype)
         self.gated = gated_operands(layer.mlp.layers())
         parts = self.inner, self.outer, self.gated
         self.adapted = [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
@@ -201,7 +201,9 @@ class DecoderLayer(nn.Module):
         if not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
             return False
         merged, outputs = layers[0].siblings, [layer.base_layer.out_features for layer in layers]
-        return merged is not None and merged.layers == layers[:3] and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
+        # A plan's weights have shapes alone, and are not merged.
+        whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (merged is not None and merged.layers == layers[:3])
+        return whole and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
 
     def _prepare(self, x: Tensor) -> Prepared | None:
         """What the kernel takes; None where it does not compute what the layer does now."""
@@ -222,7 +224,8 @@ class DecoderLayer(nn.Module):
         mlp: Any = self.mlp
         if not self.is_ready() or not mlp.is_quick(x, gated):
             return False
-        if not attention.q_proj.siblings.together(x) or not attention.o_proj.is_plain(x):
+        merged = attention.q_proj.siblings
+        if not all(layer.is_plain(x) for layer in self.projections()) or not (merged is None or merged.together(x)):
             return False
         # What is kept of masters of another type would not be what an optimizer changes.
         layers: list[Any] = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]

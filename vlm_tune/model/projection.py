@@ -114,7 +114,8 @@ class Adapters:
         self.downs, self.ups = ([each.float().contiguous() for each in some] for some in (downs, ups))
         self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
         made = [
-            _Layer(down.data_ptr(), up.data_ptr(), *up.shape, scale) for down, up, scale in zip(self.downs, self.ups, scales, strict=True)
+            _Layer(native.address(down), native.address(up), *up.shape, scale)
+            for down, up, scale in zip(self.downs, self.ups, scales, strict=True)
         ]
         self.array = (_Layer * len(made))(*made)
 
