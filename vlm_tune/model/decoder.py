@@ -175,6 +175,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states [B, L, E] after the layer, of those before it."""
+        # A compiler is given what the class does: it would look into all that is asked here, call by call.
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, *args, **kwargs)
         tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         if args or tables is None or mask is None or kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
             return super().forward(hidden_states, *args, **kwargs)
@@ -210,7 +213,7 @@ class DecoderLayer(nn.Module):
         attention = self.self_attn
         if attention.config._attn_implementation != NAME or x.dtype != torch.bfloat16 or x.device.type != "cpu" or is_generating():
             return None
-        if torch.compiler.is_compiling() or compute_dtype(x) != torch.bfloat16:
+        if compute_dtype(x) != torch.bfloat16:
             return None
         if isinstance(x, FakeTensor):
             return Prepared(self, x) if self._is_plain(x) else None
