@@ -1,7 +1,8 @@
 """The language model's blocks compiled: one graph for all that are alike, for every batch size and length.
 
-What is compiled is kept on disk, so that the next run takes it from there. Compiled are training steps, and the reading of
-many questions about images and the tokens of their answers (`reading`); tokens beside a cache stay eager.
+What is compiled is kept on disk, so that the next run takes it from there. Compiled are training steps, but for decoder layers
+that are one kernel there, and the reading of many questions about images and the tokens of their answers (`reading`); tokens
+beside a cache stay eager.
 """
 
 from __future__ import annotations

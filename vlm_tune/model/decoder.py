@@ -1,4 +1,4 @@
-"""Decoder layers as one operator: x + attention of x normed, and that + the feed-forward part of it normed.
+"""Decoder layers as one call a pass: x + attention of x normed, and that + the feed-forward part of it normed.
 
 They are for a CPU with AMX, in bf16, and for frozen weights with plain LoRA: between the kernels of projections, attention
 and the feed-forward part nothing is left to compute, so nothing is written to memory that a later pass does not read, and
@@ -65,6 +65,7 @@ def _is_formula(layer: Any) -> bool:
             answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
             return isinstance(answer, Tensor) and torch.allclose(answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3)
     except Exception:
+        # Whatever a class of layers can't do with so small a config: it is none of these.
         return False
 
 
