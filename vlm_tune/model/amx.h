@@ -41,19 +41,22 @@ struct Room {
   }
 };
 
+// Eight tiles of 16 rows of 64 bytes.
 struct alignas(64) Configuration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Eight tiles of 16 rows of 64 bytes, for as long as it lives.
+// GCC takes loading of tiles for nothing that reads memory: what is written before has to be written by then.
+void written() { asm volatile("" ::: "memory"); }
+
+// The tiles, for as long as it lives.
 struct Tiles {
   Tiles() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
     [[maybe_unused]] static const long asked = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA);
-    Configuration wanted;
-    for (int i = 0; i < 8; ++i) wanted.bytes[i] = 64, wanted.rows[i] = 16;
+    static constexpr Configuration wanted;
     _tile_loadconfig(&wanted);
   }
   ~Tiles() {
@@ -96,6 +99,30 @@ struct Matrix {
   const bf16* data;
   int64_t stride;
   const bf16* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
+// Asks for a line, in the first cache or the second. GCC takes `_mm_prefetch` in a loop for nothing, and leaves the loop out.
+void ask_first(const bf16* line) { asm volatile("prefetcht0 %0" ::"m"(*line)); }
+void ask_second(const bf16* line) { asm volatile("prefetcht1 %0" ::"m"(*line)); }
+
+// Asks for the lines at a column of some rows.
+void ask_rows(Matrix rows, int64_t row, int64_t column, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) ask_first(rows.at(row + k, column));
+}
+
+// Asks for a share of some rows, as they lie: what is asked for in order, the processor goes on with.
+void ask_share(Matrix rows, int64_t count, int64_t width, int64_t part, int64_t parts) {
+  const bf16 *from = rows.at(count * part / parts, 0), *to = rows.at(count * (part + 1) / parts, 0);
+  for (; from < to; from += 32) ask_second(from);
+}
+
+// Some of the rows that are left, asked for in order, line by line.
+struct Ahead {
+  const bf16 *next, *end;
+  Ahead(Matrix rows, int64_t left, int64_t most) : next(rows.data), end(rows.data ? rows.at(std::clamp<int64_t>(left, 0, most), 0) : nullptr) {}
+  void ask() {
+    if (next < end) ask_second(next), next += 32;
+  }
 };
 
 // --- norms -------------------------------------------------------------------------------------------------------------
@@ -208,15 +235,15 @@ void pack_read_depth(Matrix rows, int64_t count, int64_t depth, Norm norm, int64
   pack_depth_of(depth, to, [&](int64_t d) { return normed(loaded(here.at(d, 0), count), by, _mm512_set1_ps(norm.roots[d])); });
 }
 
-// 32 rows of some ranks as first operand of a product over the rows: a tile for every 16 ranks.
-void pack_ranks(Matrix rows, int64_t count, int64_t ranks, bf16* to) {
+// 32 rows of some columns as first operand of a product over the rows, transposed: a tile for every 16 columns.
+void pack_across(Matrix rows, int64_t count, int64_t columns, bf16* to) {
   alignas(64) bf16 pairs[2 * TILE];
-  for (int64_t r = 0; r < ranks; r += 32) {
-    pack_depth({rows.at(0, r), rows.stride}, ranks - r, count, pairs);
-    for (int64_t half = 0; half < 2 && r + half * 16 < ranks; ++half) {
+  for (int64_t n = 0; n < columns; n += 32) {
+    pack_depth({rows.at(0, n), rows.stride}, columns - n, count, pairs);
+    for (int64_t half = 0; half < 2 && n + half * 16 < columns; ++half) {
       __m512i held[16];
       for (int i = 0; i < 16; ++i) held[i] = _mm512_load_si512(pairs + half * TILE + i * 32);
-      store_transposed(held, to + (r / 16 + half) * TILE);
+      store_transposed(held, to + (n / 16 + half) * TILE);
     }
   }
 }
@@ -225,6 +252,7 @@ void pack_ranks(Matrix rows, int64_t count, int64_t ranks, bf16* to) {
 
 // Four tiles of sums [2][2][16][16] of 32 x 32 begin: at those, or at nothing.
 void begin_sums(const float* sums) {
+  written();
   if (sums) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + 256, 64);
@@ -246,13 +274,23 @@ void end_sums(float* sums) {
   _tile_stored(3, sums + 768, 64);
 }
 
+// The even or the odd ones of pairs.
+__m512 of_pair(__m512i pairs, bool odd) {
+  return _mm512_castsi512_ps(odd ? _mm512_and_si512(pairs, _mm512_set1_epi32(-65536)) : _mm512_slli_epi32(pairs, 16));
+}
+
+// One of the rows of 32 x 32 sums.
+__m512i row_of(const float* sums, int64_t row) {
+  const float* from = sums + row / 16 * 512 + row % 16 * 16;
+  return narrowed(_mm512_load_ps(from), _mm512_load_ps(from + 256));
+}
+
 // Sums of 32 x 32 as numbers of some columns, written past the caches, or to stay there, with `add` upon what is there.
 template <bool PAST>
 void store(const float* sums, int64_t rows, int64_t columns, bf16* to, int64_t stride, bool add = false) {
   const __mmask32 some = first(columns);
   for (int64_t i = 0; i < rows; ++i) {
-    const float* from = sums + i / 16 * 512 + i % 16 * 16;
-    const __m512i found = narrowed(_mm512_load_ps(from), _mm512_load_ps(from + 256));
+    const __m512i found = row_of(sums, i);
     bf16* out = to + i * stride;
     if (PAST && !add) write(found, some, out);
     else _mm512_mask_storeu_epi16(out, some, add ? sum(found, _mm512_maskz_loadu_epi16(some, out)) : found);
@@ -281,6 +319,7 @@ struct Across {
   int64_t stride = 0;
   Matrix upon = {};
   int64_t half = 2;
+  bool past = true;  // the caches
 
   void write_half() {
     const __mmask32 some = first(columns);
@@ -290,7 +329,8 @@ struct Across {
     bf16* out = to + half * 16 * stride;
     for (int64_t i = 0; i < std::min<int64_t>(16, count - half * 16); ++i, out += stride) {
       if (upon.data) pairs[i] = sum(pairs[i], loaded(upon.at(half * 16 + i, 0), columns));
-      write(pairs[i], some, out);
+      if (past) write(pairs[i], some, out);
+      else _mm512_mask_storeu_epi16(out, some, pairs[i]);
     }
     ++half;
   }
@@ -337,19 +377,15 @@ void add_product(Rows rows, const bf16* columns, int64_t depth, Work work) {
   }
 }
 
-// Asks for the lines at a column of some rows.
-void ask_rows(Matrix rows, int64_t row, int64_t column, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) _mm_prefetch(reinterpret_cast<const char*>(rows.at(row + k, column)), _MM_HINT_T0);
-}
-
 // Asks for a line of some of 32 rows, so that all are asked for when all of `blocks` have been gone through.
 template <typename Row>
 void ask(int64_t block, int64_t blocks, Row row) {
-  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) _mm_prefetch(reinterpret_cast<const char*>(row(r)), _MM_HINT_T1);
+  for (int64_t r = 32 * block / blocks; r < 32 * (block + 1) / blocks; ++r) ask_second(row(r));
 }
 
-// x A^T of every block, put behind its columns as depth, and written [M, ranks] if wanted.
-void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, int64_t rows, bf16* kept) {
+// x A^T of every block, put behind its columns as depth; `also` is told the first rank, the block and its sums [ranks][rows].
+template <typename Also>
+void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, Also also) {
   alignas(64) float sums[1024];
   for (int64_t r = 0; r < ranks; r += 32)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -357,18 +393,23 @@ void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t 
       add_product<false>(as_they_lie({down.at(r, 0), down.stride}), columns + b * apart, own, [](int64_t) {});
       end_sums(sums);
       bf16* to = columns + b * apart + 2 * (own + r / 32) * TILE;
-      for (int64_t half = 0; half < 2; ++half) {
-        __m512i pairs[16];
-        for (int64_t p = 0; p < 16; ++p) {
-          pairs[p] = pair_of(sums, p, half);
-          _mm512_store_si512(to + half * TILE + p * 32, pairs[p]);
-        }
-        if (!kept) continue;
-        transpose16(pairs);
-        for (int64_t i = 0, row = b * 32 + half * 16; i < 16 && row < rows; ++i, ++row)
-          _mm512_mask_storeu_epi16(kept + row * ranks + r, first(ranks - r), pairs[i]);
-      }
+      for (int64_t half = 0; half < 2; ++half)
+        for (int64_t p = 0; p < 16; ++p) _mm512_store_si512(to + half * TILE + p * 32, pair_of(sums, p, half));
+      also(r, b, sums);
     }
+}
+
+// The same, written [M, ranks] if wanted.
+void append_low(Matrix down, int64_t own, int64_t ranks, bf16* columns, int64_t apart, int64_t blocks, int64_t rows, bf16* kept) {
+  append_low(down, own, ranks, columns, apart, blocks, [&](int64_t r, int64_t b, const float* sums) {
+    for (int64_t half = 0; kept && half < 2; ++half) {
+      __m512i pairs[16];
+      for (int64_t p = 0; p < 16; ++p) pairs[p] = pair_of(sums, p, half);
+      transpose16(pairs);
+      for (int64_t i = 0, row = b * 32 + half * 16; i < 16 && row < rows; ++i, ++row)
+        _mm512_mask_storeu_epi16(kept + row * ranks + r, first(ranks - r), pairs[i]);
+    }
+  });
 }
 
 // Rows of a stretch: as many whole blocks as `bytes` a row let be within `most`, and stretches alike.
@@ -377,17 +418,25 @@ int64_t stretch(int64_t rows, int64_t bytes, int64_t most) {
   return up(pieces(rows, pieces(rows, held)), 32);
 }
 
-// Adds to sums [ranks / 16][2][16][16] the product of all blocks' ranks with their 32 columns, both packed.
+// Adds to sums [ranks / 16][2][16][16] the product over all blocks' rows of ranks with 32 columns, both packed: ranks by columns, or
+// where these are the first operand columns by ranks.
+template <bool COLUMNS_FIRST = false>
 void add_outers(const bf16* ranks, int64_t count, int64_t apart, const bf16* columns, int64_t blocks, float* sums) {
+  written();
   for (int64_t r = 0; r < count; ++r, sums += 512) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + 256, 64);
     for (int64_t b = 0; b < blocks; ++b) {
       _tile_loadd(4, ranks + b * apart + r * TILE, 64);
       _tile_loadd(6, columns + b * 2 * TILE, 64);
-      _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, columns + b * 2 * TILE + TILE, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (COLUMNS_FIRST) {
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_dpbf16ps(1, 7, 4);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
@@ -417,6 +466,22 @@ void narrow(const float* from, int64_t rows, int64_t columns, float scale, bf16*
       const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n)));
       const __m512 held = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + i * columns + n), by);
       _mm256_mask_storeu_epi16(to + i * stride + n, some, (__m256i)_mm512_cvtneps_pbh(held));
+    }
+}
+
+// The same, transposed.
+void narrow_across(const float* from, int64_t rows, int64_t columns, float scale, bf16* to, int64_t stride) {
+  const __m512 by = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < rows; i += 16)
+    for (int64_t n = 0; n < columns; n += 16) {
+      const auto some = static_cast<__mmask16>(first(std::min<int64_t>(16, columns - n)));
+      const auto high = static_cast<__mmask16>(first(std::min<int64_t>(16, rows - i)));
+      __m512i held[16];
+      for (int64_t k = 0; k < 16; ++k)
+        held[k] = i + k < rows ? _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, from + (i + k) * columns + n), by)) : _mm512_setzero_si512();
+      transpose16(held);
+      for (int64_t k = 0; k < std::min<int64_t>(16, columns - n); ++k)
+        _mm256_mask_storeu_epi16(to + (n + k) * stride + i, high, (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(held[k])));
     }
 }
 
@@ -464,6 +529,29 @@ void join_up(const float* const* sums, int64_t threads, const Layer& layer, int6
         transpose16(rows);
         for (int64_t k = 0; k < outputs; ++k)
           _mm512_mask_storeu_ps(to + (o + k) * layer.rank + r, static_cast<__mmask16>(first(some)), _mm512_castsi512_ps(rows[k]));
+      }
+  });
+}
+
+// The gradient of A [ranks, columns] or `of_up` of B [columns, ranks] of sums [columns / 32][ranks / 16][2][16 columns][16 ranks].
+void join_across(const float* const* sums, int64_t threads, int64_t ranks, int64_t columns, float scale, float* to, bool of_up) {
+  at::parallel_for(0, pieces(columns, 16), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * 16; n < std::min(columns, end * 16); n += 16)
+      for (int64_t r = 0; r < ranks; r += 16) {
+        const int64_t place = ((n / 32 * pieces(ranks, 16) + r / 16) * 2 + n / 16 % 2) * 256;
+        const int64_t here = std::min<int64_t>(16, columns - n), some = std::min<int64_t>(16, ranks - r);
+        __m512i rows[16];
+        for (int64_t k = 0; k < 16; ++k) {
+          __m512 found = _mm512_setzero_ps();
+          for (int64_t thread = 0; thread < threads; ++thread)
+            if (sums[thread]) found = _mm512_add_ps(found, _mm512_load_ps(sums[thread] + place + k * 16));
+          rows[k] = _mm512_castps_si512(_mm512_mul_ps(found, _mm512_set1_ps(scale)));
+        }
+        if (!of_up) transpose16(rows);
+        for (int64_t k = 0; k < (of_up ? here : some); ++k) {
+          float* out = of_up ? to + (n + k) * ranks + r : to + (r + k) * columns + n;
+          _mm512_mask_storeu_ps(out, static_cast<__mmask16>(first(of_up ? some : here)), _mm512_castsi512_ps(rows[k]));
+        }
       }
   });
 }

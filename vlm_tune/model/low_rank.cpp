@@ -57,6 +57,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
           pack_columns(as_read(here, rows - b * 32, s.I, norm.from(i + b * 32), scratch), rows - b * 32, s.I, columns + b * apart);
         }
         append_low(a.down, own, s.R, columns, apart, blocks, rows, low + i * s.R);
+        Ahead of_next({x.at(i + rows, 0), x.stride}, to - i - rows, step);
         Across before;
         for (int64_t n = 0; n < s.O; n += 32) {
           const int64_t some = std::min<int64_t>(32, s.O - n);
@@ -77,6 +78,7 @@ void forward(Shape s, const Layer* layers, int64_t count, Matrix x, Norm norm, M
               begin_sums(d ? own_sums : bias ? biases : nullptr);
               add_product<false>(part, own_columns + d * 2 * TILE, here, [&](int64_t k) {
                 if (whole) ask(b, blocks, [&](int64_t r) { return next.at(r, k * 32); });
+                of_next.ask();
                 if (residual.data && last && k < 16) ask_rows(residual, i + b * 32 + 2 * k, n, 2);
                 before.beside(k);
               });
@@ -119,7 +121,7 @@ void backward(
   const int64_t threads = at::get_num_threads(), across = pieces(s.I, 32), own = pieces(s.O, 32), low_tiles = pieces(s.R, 32), high = pieces(s.R, 16);
   const int64_t all_deep = own + low_tiles, apart = all_deep * 2 * TILE, x_sums = across * high * 512, y_sums = own * high * 512;
   float* all = shared.of(threads * (x_sums + y_sums));
-  std::unique_ptr<const float*[]> of_x(new const float*[threads]()), of_y(new const float*[threads]());
+  std::unique_ptr<const float*[]> sums_of_x(new const float*[threads]()), sums_of_y(new const float*[threads]());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     static thread_local Room<bf16> dy_room, up_room, ranks_room, pairs_room, flow_room;
     static thread_local Room<float> sums_room;
@@ -133,14 +135,14 @@ void backward(
       bf16 *pairs = pairs_room.of(most * 2 * TILE), *flow = flow_room.of(norm.weight ? step * s.I : 1);
       float *sums = sums_room.of(step * 32), *d_x = all + thread * (x_sums + y_sums), *d_y = d_x + x_sums;
       std::fill_n(d_x, x_sums + y_sums, 0.f);
-      of_x[thread] = d_x, of_y[thread] = d_y;
+      sums_of_x[thread] = d_x, sums_of_y[thread] = d_y;
       for (int64_t r = 0; r < s.R; r += 32) pack_depth({a.up_.at(0, r), a.up_.stride}, 32, s.O, packed_up + r * own * 32);
       for (int64_t i = from; i < to; i += step) {
         const int64_t rows = std::min(step, to - i), blocks = pieces(rows, 32);
         const auto left = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
         for (int64_t b = 0; b < blocks; ++b) {
           pack_rows({dy.at(i + b * 32, 0), dy.stride}, left(b), s.O, rows_of + b * apart);
-          pack_ranks({low.at(i + b * 32, 0), low.stride}, left(b), s.R, ranks + b * ranks_apart);
+          pack_across({low.at(i + b * 32, 0), low.stride}, left(b), s.R, ranks + b * ranks_apart);
         }
         for (int64_t r = 0; r < s.R; r += 32)
           for (int64_t b = 0; b < blocks; ++b) {
@@ -149,20 +151,16 @@ void backward(
             end_sums(sums);
             store<false>(sums, 32, 32, block, 32);
             pack_rows({block, 32}, 32, 32, rows_of + b * apart + (own + r / 32) * 2 * TILE);
-            pack_ranks({block, 32}, 32, std::min<int64_t>(32, s.R - r), ranks + b * ranks_apart + (high + r / 16) * TILE);
+            pack_across({block, 32}, 32, std::min<int64_t>(32, s.R - r), ranks + b * ranks_apart + (high + r / 16) * TILE);
           }
         for (int64_t n = 0; n < own; ++n) {
           for (int64_t b = 0; b < blocks; ++b) pack_depth({rows_of + b * apart + n * 2 * TILE, 32}, 32, 32, pairs + b * 2 * TILE);
           add_outers(ranks, high, ranks_apart, pairs, blocks, d_y + n * high * 512);
         }
-        for (int64_t n = 0; n < across; ++n) {
-          for (int64_t b = 0; b < blocks; ++b)
-            pack_read_depth({x.at(i + b * 32, 0), x.stride}, s.I - n * 32, left(b), norm.from(i + b * 32), n * 32, pairs + b * 2 * TILE);
-          add_outers(ranks + high * TILE, high, ranks_apart, pairs, blocks, d_x + n * high * 512);
-        }
-        if (!dx) continue;
         const int64_t deep = pieces(all_deep, pieces(all_deep, DEEP));
-        for (int64_t n = 0; n < across; ++n)
+        Ahead of_x({x.at(i, 0), x.stride}, rows, step), of_extra({extra.at(i, 0), extra.stride}, norm.weight ? rows : 0, step);
+        Ahead of_next({dy.at(i + rows, 0), dy.stride}, to - i - rows, step);
+        for (int64_t n = 0; dx && n < across; ++n)
           for (int64_t d = 0; d < all_deep; d += deep) {
             const int64_t here = std::min(deep, all_deep - d), some = std::min<int64_t>(32, s.I - n * 32);
             const bf16 *panel = panels + (n * all_deep + d) * 2 * TILE, *next = panel + here * 2 * TILE;
@@ -171,6 +169,7 @@ void backward(
               begin_sums(d ? own_sums : nullptr);
               add_product<true>(packed(rows_of + b * apart + d * 2 * TILE), panel, here, [&](int64_t k) {
                 ask(b, blocks, [&](int64_t r) { return next + (k * 32 + r) * 32; });
+                of_x.ask(), of_extra.ask(), of_next.ask();
               });
               end_sums(own_sums);
               if (d + here < all_deep) continue;
@@ -178,13 +177,18 @@ void backward(
               else store<true>(own_sums, left(b), some, dx + (i + b * 32) * s.I + n * 32, s.I, add);
             }
           }
-        if (norm.weight) flow_through_norm({flow, s.I}, {x.at(i, 0), x.stride}, {extra.at(i, 0), extra.stride}, rows, s.I, norm.from(i), dx + i * s.I, s.I);
+        for (int64_t n = 0; n < across; ++n) {
+          for (int64_t b = 0; b < blocks; ++b)
+            pack_read_depth({x.at(i + b * 32, 0), x.stride}, s.I - n * 32, left(b), norm.from(i + b * 32), n * 32, pairs + b * 2 * TILE);
+          add_outers(ranks + high * TILE, high, ranks_apart, pairs, blocks, d_x + n * high * 512);
+        }
+        if (dx && norm.weight) flow_through_norm({flow, s.I}, {x.at(i, 0), x.stride}, {extra.at(i, 0), extra.stride}, rows, s.I, norm.from(i), dx + i * s.I, s.I);
       }
     }
   });
-  join_down(of_x.get(), threads, s.R, s.I, d_down);
+  join_down(sums_of_x.get(), threads, s.R, s.I, d_down);
   for (int64_t place = 0, output = 0, rank = 0; place < count; ++place) {
-    join_up(of_y.get(), threads, layers[place], output, rank, s.R, d_up);
+    join_up(sums_of_y.get(), threads, layers[place], output, rank, s.R, d_up);
     output += layers[place].outputs, rank += layers[place].rank;
     d_up += layers[place].outputs * layers[place].rank;
   }

@@ -212,8 +212,8 @@ class Returning {
     clear_rows(count, s_.D, q);
     clear_rows(count, s_.D, dout);
     for (int64_t d = 0; d < deep_; ++d) {
-      pack_ranks({q + d * SQUARE, 32}, 32, 32, q_across_ + (h * deep_ + d) * SQUARE);
-      pack_ranks({dout + d * SQUARE, 32}, 32, 32, dout_across_ + (h * deep_ + d) * SQUARE);
+      pack_across({q + d * SQUARE, 32}, 32, 32, q_across_ + (h * deep_ + d) * SQUARE);
+      pack_across({dout + d * SQUARE, 32}, 32, 32, dout_across_ + (h * deep_ + d) * SQUARE);
     }
     const Matrix out = given_.out.at(b, head, start);
     const float* lse = given_.lse + (b * s_.H + head) * s_.L + start;

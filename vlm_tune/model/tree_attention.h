@@ -84,7 +84,7 @@ class Angles {
 // Asks for up to 32 of `count` rows: what lies this far apart no processor foresees.
 void ask(Matrix rows, int64_t count, int64_t D) {
   for (int64_t i = 0; i < std::min<int64_t>(32, count); ++i)
-    for (int64_t d = 0; d < D; d += 32) _mm_prefetch(reinterpret_cast<const char*>(rows.at(i, d)), _MM_HINT_T1);
+    for (int64_t d = 0; d < D; d += 32) ask_second(rows.at(i, d));
 }
 
 // `count` rows from row `at` of squares [.., D / 32] on, rotated unless there are no angles.
