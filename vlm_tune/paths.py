@@ -1,0 +1,92 @@
+"""Whether a place can be written, found out before the work whose result goes there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm_tune.errors import Problem, RecipeError
+
+SHOWN = 200
+"""Characters of a path that a message shows."""
+
+
+def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None:
+    """Checks that a file can be written at `path`, or with `folder` files inside it; leaves nothing behind.
+
+    What is missing of the folders above is made and removed again, since only trying tells on every file system. An
+    existing file keeps its content.
+
+    Args:
+        path: the file or folder; need not exist.
+        what: its name in the message, as "the output folder".
+        folder: whether `path` is a folder.
+
+    Raises:
+        RecipeError: it can't be written, with the reason.
+    """
+    target = Path(path)
+    with writing(target, what):
+        directory = target if folder else target.parent
+        missing = [each for each in (directory, *directory.parents) if not os.path.lexists(each)]
+        made: list[Path] = []
+        try:
+            for each in reversed(missing):
+                each.mkdir(exist_ok=True)
+                made.append(each)
+            if folder:
+                _try_new(directory / f".vlm-tune-{secrets.token_hex(8)}")
+            elif target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            elif os.path.lexists(target):
+                os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
+            else:
+                _try_new(target)
+        finally:
+            for each in reversed(made):
+                try:
+                    each.rmdir()
+                except OSError:  # another process has begun to use it
+                    break
+
+
+def _try_new(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    path.unlink()
+
+
+@contextmanager
+def writing(path: str | Path, what: str) -> Iterator[None]:
+    """Around writing `what` at `path`: a fault of the file system becomes a `RecipeError` that names both."""
+    try:
+        yield
+    except (OSError, UnicodeEncodeError) as error:
+        raise RecipeError([Problem(shown_path(path), f"{what} can't be written: {reason(error)}; choose another place")]) from error
+    except ValueError as error:
+        # The one way in which Python refuses a path before it asks the system.
+        if "null byte" not in str(error) and "null character" not in str(error):
+            raise
+        raise RecipeError([Problem(shown_path(path), f"{what} can't be written: its name holds a NUL character")]) from error
+
+
+def reason(error: OSError | UnicodeEncodeError) -> str:
+    """A file system's fault in words, with the file where that helps."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name holds half of a surrogate pair, which no file's name can"
+    text = (error.strerror or str(error) or type(error).__name__).lower()
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
+        above = next((each for each in (Path(error.filename), *Path(error.filename).parents) if each.is_file()), None)
+        return f"{shown_path(above)} is a file, and no folder" if above else text
+    if error.errno == errno.ENOSPC:
+        return f"{text}: make room"
+    return text
+
+
+def shown_path(path: str | Path) -> str:
+    """A path as a message can show it: control characters and what can't be encoded escaped, a long one cut in the middle."""
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(path))
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 + 3 :]}"
