@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vlm_tune.data.marks import split_marks
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError
@@ -75,13 +75,12 @@ def _listed(row: Row, kind: str) -> list[Any]:
 
 
 def marked_parts(text: str, media: RowMedia) -> Parts:
-    """Text with `<image>` marks (and `<video>` in rows with videos), each mark taking the next; the newline behind it goes.
+    """Text with `<image>` marks (and `<video>` in rows with videos), each mark taking the next; see `split_marks`.
 
     Raises `DataError` when there are more marks than images.
     """
-    marks = r"<(image|video)>\n?" if media.items["video"] else r"<(image)>\n?"
     parts: list[str | Media] = []
-    for place, piece in enumerate(re.split(marks, text)):
+    for place, piece in enumerate(split_marks(text, video=bool(media.items["video"]))):
         if place % 2:
             parts += media.take(piece, f"<{piece}> marks")
         elif piece:
