@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "vlm_tune"
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    ["errors"],
+    ["errors", "quoting"],
     ["launching", "paths"],
     ["recipe_yaml", "resources"],
     ["config"],

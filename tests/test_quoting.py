@@ -1,0 +1,52 @@
+"""Values in messages: short, named in plain words, and harmless to a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vlm_tune.quoting import QUOTED, cut, escaped, quoted
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain 蓝 é 😀", "plain 蓝 é 😀"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\u202eb\u200bc\ufeff", r"a\u202eb\u200bc\ufeff"),
+        ("half \ud83d", r"half \ud83d"),
+        ("line\nnext\ttab\0", r"line\nnext\ttab\x00"),
+    ],
+)
+def test_what_does_not_print_is_escaped(text: str, shown: str) -> None:
+    assert escaped(text) == shown
+    assert escaped(text).isprintable() and escaped(text).encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "nothing (null)"),
+        (True, "true"),
+        (0.5, "0.5"),
+        (float("nan"), "nan"),
+        (10**1000, "an integer of 3,322 bits"),
+        ("it's", "'it's'"),
+        ("", "''"),
+        ("x" * 5000, f"'{'x' * QUOTED}'... (5,000 characters)"),
+        (b"\x00" * 2048, "2,048 bytes"),
+        ({}, "an empty mapping"),
+        ({"url": "x" * 9000, "b": 1}, "a mapping with url, b"),
+        ([], "an empty list"),
+        ([1, {"a": 2}], "a list of 2"),
+        (object(), "a object"),
+    ],
+)
+def test_a_value_is_named_in_few_words(value: Any, shown: str) -> None:
+    assert quoted(value) == shown
+
+
+def test_a_mapping_of_long_keys_is_cut() -> None:
+    assert len(quoted({f"{number}" * 200: 1 for number in range(9)})) < 2 * QUOTED
+    assert cut("short") == "short" and cut("y" * 300) == f"{'y' * QUOTED}... (300 characters)"
