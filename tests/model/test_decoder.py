@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vlm_tune.compat import cache_name
 from vlm_tune.model import native
 from vlm_tune.model.decoder import DecoderLayer, join
 from vlm_tune.model.feedforward import gate
@@ -294,6 +295,6 @@ def test_fp32_and_masks_of_transformers_run_as_before(counted: list[str]) -> Non
     model = quick(decoder())
     model.config._attn_implementation = "eager"
     run(model, x, *rest)
-    cache = model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True).past_key_values
+    cache = model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)[cache_name()]
     assert cache.get_seq_length() == 4
     assert not counted

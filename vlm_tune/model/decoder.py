@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._utils import _unflatten_dense_tensors
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from vlm_tune.compat import cache_name
 from vlm_tune.model import native
 from vlm_tune.model.feedforward import GatedModule, gated_operands, gated_weights
 from vlm_tune.model.fused import LoraLinear, compute_dtype, operands
@@ -180,7 +181,7 @@ class DecoderLayer(nn.Module):
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
-        if args or tables is None or mask is None or kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+        if args or tables is None or mask is None or kwargs.get(cache_name()) is not None or kwargs.get("output_attentions"):
             return super().forward(hidden_states, *args, **kwargs)
         # Tables of some of a head's numbers turn only those.
         prepared = self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
+from vlm_tune.compat import cache_name
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.decoder import join
@@ -106,7 +107,7 @@ class LanguageModel(nn.Module):
 
     def kept(self, input_ids: torch.Tensor) -> Any:
         """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
-        return self.body(input_ids=input_ids, use_cache=True).past_key_values
+        return self.body(input_ids=input_ids, use_cache=True)[cache_name()]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, L, E] of ids [B, L]."""
@@ -199,8 +200,8 @@ class CausalLLM(LanguageModel):
             inputs_embeds=embeds,
             attention_mask=seen,
             position_ids=own,
-            past_key_values=cache,
             use_cache=False,
+            **{cache_name(): cache},
         )
         if attends(self) and runs() == before and not isinstance(embeds, FakeTensor):
             raise ModelError(f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it")
@@ -214,7 +215,7 @@ class CausalLLM(LanguageModel):
         options = self._options(decoding, pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole input beside a cache, and drops what the cache stands for.
-            options["past_key_values"] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
+            options[cache_name()] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
             embeds = pad(embeds, (0, 0, self.virtual, 0))
         with torch.compiler.set_stance("force_eager"):
             return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
@@ -296,10 +297,8 @@ class CausalLLM(LanguageModel):
 
     def _hidden(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states [B, S, E] of tokens that follow those in the cache, given the mask or masks of what they see."""
-        found = self.body(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-        )
-        return found.last_hidden_state
+        options = {cache_name(): cache, "use_cache": cache is not None}
+        return self.body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **options).last_hidden_state
 
 
 class Seq2SeqLLM(LanguageModel):
@@ -308,7 +307,7 @@ class Seq2SeqLLM(LanguageModel):
     layout = "seq2seq"
 
     def kept(self, input_ids: torch.Tensor) -> Any:
-        return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True).past_key_values.self_attention_cache
+        return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True)[cache_name()].self_attention_cache
 
     def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A prefix stands before what the decoder writes.
@@ -344,8 +343,8 @@ class Seq2SeqLLM(LanguageModel):
             attention_mask=order,
             encoder_hidden_states=encoded,
             encoder_attention_mask=seen,
-            past_key_values=self._prefix(len(embeds), embeds.dtype),
             use_cache=False,
+            **{cache_name(): self._prefix(len(embeds), embeds.dtype)},
         ).last_hidden_state
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
@@ -362,7 +361,7 @@ class Seq2SeqLLM(LanguageModel):
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole output so far beside a cache, and drops what the cache stands for.
             first += self.virtual
-            options["past_key_values"] = self._prefix(len(embeds) * decoding.num_beams, embeds.dtype)
+            options[cache_name()] = self._prefix(len(embeds) * decoding.num_beams, embeds.dtype)
             options["decoder_input_ids"] = mask.new_full((len(embeds), first), self.model.config.decoder_start_token_id, dtype=torch.int64)
         ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **options)
         return ids[:, first:]
