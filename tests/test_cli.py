@@ -84,7 +84,7 @@ def test_errors_as_json_carry_every_problem(tmp_path: Path, monkeypatch: pytest.
     said = json.loads(capsys.readouterr().out)
     assert said["error"] == "RecipeError"
     assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in said["problems"]
-    assert {"where": f"{bad}:3:9", "message": "output: input should be a valid string, got 5"} in said["problems"]
+    assert {"where": f"{bad}:3:9", "message": "output: expected text, got 5"} in said["problems"]
     assert said["message"].count("\n") + 1 == len(said["problems"])
 
 

@@ -114,13 +114,13 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
         ("max_length: 64", "maxlength: 64", "16:12", "unknown key 'maxlength'; did you mean max_length?"),
         ("steps: 5", "epochs: 2", "18:27", "duplicate key 'epochs', first given at r.yaml:18:13"),
         ("steps: 5", "learning_rate: 1", "18:12", "give exactly one of train.epochs and train.steps"),
-        ("epochs: null, steps", "steps", "18:12", "give exactly one of train.epochs and train.steps"),
+        ("epochs: null, steps", "steps", "18:20", "give exactly one of train.epochs and train.steps"),
         ('{match: "*", how: frozen}', '{match: "connector.proj", how: full}', "17:55", "never reached: 'connector.*' above matches first"),
         ('"connector.*", how: full}, {', '"connector.*", how: frozen}, {', "17:11", "every rule is frozen, nothing would train"),
         ("{kind: language_modeling}", "{kind: contrastiv}", "20:16", "did you mean contrastive?"),
         ("{kind: language_modeling}", "{kind: contrastive}", "19:5", "a contrastive objective compares images"),
         ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
-        ("name: instruct", "name: a/b", "19:11", "should match pattern"),
+        ("name: instruct", "name: a/b", "19:11", "expected letters, digits"),
     ],
 )
 def test_a_stages_errors_are_placed_at_the_stage(old: str, new: str, place: str, message: str) -> None:
@@ -204,6 +204,100 @@ def test_bad_overrides_are_named(override: str, message: str) -> None:
 def test_a_fault_in_a_replaced_part_is_the_overrides() -> None:
     text = SMALL.replace("{epochs: 1}", "{epochs: 1, bogus: 1}")
     assert problems(text, "train={epochs: 1, bogus: 1}")[0][0].startswith("--set train=")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=1", "here it is train.learning_rate"),
+        ("lr=1", "here it is train.learning_rate"),
+        ("rank=8", "here it is tune.2.r (of a LoRA rule)"),
+        ("tune.0.rank=8", "here it is tune.2.r (of a LoRA rule)"),
+        ("alpha=16", "here it is tune.2.lora_alpha (of a LoRA rule)"),
+        ("batch=3", "here it is train.batch_size"),
+        ("epoch=2", "here it is train.epochs"),
+        ("epochs=2", "did you mean train.epochs?"),
+        ("keep=3", "did you mean train.checkpoints.keep?"),
+        ("max_new_token=3", "did you mean evaluate.max_new_tokens?"),
+        ("data.train.0.pth=x", "did you mean path?"),
+        ("tune.7.r=4", "tune.0 (tower.* frozen), tune.1 (connector.* full), tune.2 (llm.* lora)"),
+        ("output='a\udcff'", "UTF-8 text"),
+        ("a\udcff=1", "UTF-8 text"),
+        ('output="a\\0b"', "holds a NUL"),
+        ('output="\\ud83d"', "half of a surrogate pair"),
+        (f"name={'x/' * 300}", "(600 characters)"),
+        ("train=", "expected keys and values, got nothing (null)"),
+    ],
+)
+def test_an_override_that_is_no_key_is_told_the_right_name(override: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    assert message in str(caught.value)
+    assert all(problem.where.startswith("--set ") and problem.where.isprintable() for problem in caught.value.problems)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_length_set_by_an_override_replaces_the_other_kind(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    notes: list[str] = []
+    recipe = load_recipe(path, ["train.steps=3"], note=notes.append)
+    assert (recipe.train.steps, recipe.train.epochs) == (3, None)
+    assert notes == ["train.steps: 3 replaces train.epochs: 1"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["train.steps=3", "train.epochs=2"])
+    assert [problem.where for problem in caught.value.problems] == ["--set train.steps=3"]
+
+
+def test_a_length_set_by_an_override_holds_in_every_stage(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / "staged.yaml"
+    path.write_text(STAGED)
+    assert "{epochs: null, steps: 5}" in STAGED
+    stages = [stage.train for _, stage in load_recipe(path, ["train.epochs=0.5"], note=notes.append).resolved_stages()]
+    assert [(train.epochs, train.steps) for train in stages] == [(0.5, None), (0.5, None)]
+    assert notes == ["train.epochs: 0.5 replaces stages.0.train.steps: 5"]
+    first, second = load_recipe(path, {"stages.1.train.steps": 7}, note=notes.append).resolved_stages()
+    assert (first[1].train.steps, second[1].train.steps, second[1].train.epochs) == (5, 7, None)
+    assert notes[1:] == ["stages.1.train.steps: 7 replaces train.epochs: 1 for this stage"]
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "message"),
+    [
+        (b"name: caf\xe9\n", ":1:10", "not UTF-8 text"),
+        (b"name: a\noutput: b\x00\n", ":2:10", "the character U+0000 is not allowed"),
+        (b"", ":1:1", "this file holds nothing"),
+        (b"- a\n", ":1:1", "this file holds a list"),
+        (b"5\n", ":1:1", "this file holds a plain value"),
+        (b"a: [1,\n", ":2:1", "not YAML"),
+        (b"[" * 100_000, ":1:1", "nested too deeply"),
+        (b"a: 1\n" * 300_000, "", "larger than 1,000,000 bytes"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_where(content: bytes, place: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    (problem,) = caught.value.problems
+    assert problem.where == f"{path}{place}" and message in problem.message
+
+
+def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "is a folder"), ("n" * 300, "no such recipe file"), ("a\0b", "no such recipe file")):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize("overrides", ["train.epochs=2", [5], 5, {"train.epochs": {1}}, {"train.epochs": object()}, {5: 1}])
+def test_overrides_of_another_type_are_refused(overrides: Any, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    with pytest.raises(RecipeError):
+        load_recipe(path, overrides)
 
 
 # --- round trips and fuzz --------------------------------------------------------------------------------------------

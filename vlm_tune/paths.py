@@ -90,3 +90,19 @@ def shown_path(path: str | Path) -> str:
     """A path as a message can show it: control characters and what can't be encoded escaped, a long one cut in the middle."""
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(path))
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 + 3 :]}"
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file at `path`; False also for a name that no file can have (too long, NUL) and one behind a locked folder."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """As `is_file`, for a folder."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False

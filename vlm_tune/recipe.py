@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from vlm_tune.config import (
     stage_changes,
 )
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.quoting import cut, quoted
 from vlm_tune.recipe_yaml import Located, Path, apply_override, read_yaml, read_yaml_text
 
 OLD_NAMES = {
@@ -61,8 +63,70 @@ OLD_NAMES = {
     "fsdp": "engine: {kind: fsdp}",
     "max_grad_norm": "train.max_grad_norm",
     "learning_rate": "train.learning_rate",
+    "lr": "train.learning_rate",
+    "optimizer": "train (AdamW: learning_rate, weight_decay, betas)",
+    "optim": "train (AdamW: learning_rate, weight_decay, betas)",
+    "adam_beta1": "train.betas",
+    "adam_beta2": "train.betas",
+    "scheduler": "train.schedule",
+    "warmup": "train.schedule.warmup (a share of all steps)",
+    "batch": "train.batch_size",
+    "bs": "train.batch_size",
+    "per_device_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "grad_accum": "train.gradient_accumulation",
+    "accumulation": "train.gradient_accumulation",
+    "epoch": "train.epochs",
+    "num_epochs": "train.epochs",
+    "step": "train.steps",
+    "num_steps": "train.steps",
+    "max_train_steps": "train.steps",
+    "clip_grad": "train.max_grad_norm",
+    "fp32": "train.precision: fp32",
+    "mixed_precision": "train.precision (bf16 | fp16 | fp32)",
+    "num_workers": "train.loader_workers",
+    "dataloader_num_workers": "train.loader_workers",
+    "workers": "data.workers (preparing) or train.loader_workers (training)",
+    "lora": "tune: [{how: lora, r: ...}]",
+    "peft": "tune: [{how: lora, r: ...}]",
+    "rank": "tune.N.r of a rule with how: lora",
+    "r": "tune.N.r of a rule with how: lora",
+    "alpha": "tune.N.lora_alpha of a rule with how: lora",
+    "lora_alpha": "tune.N.lora_alpha of a rule with how: lora",
+    "dropout": "tune.N.lora_dropout of a rule with how: lora",
+    "lora_dropout": "tune.N.lora_dropout of a rule with how: lora",
+    "lora_target_modules": "tune.N.target_modules of a rule with how: lora",
+    "target_modules": "tune.N.target_modules of a rule with how: lora",
+    "use_dora": "tune.N.variant: dora of a rule with how: lora",
+    "use_rslora": "tune.N.variant: rslora of a rule with how: lora",
+    "freeze": "tune: [{match: ..., how: frozen}]",
+    "freeze_vision_tower": "tune: [{match: tower.*, how: frozen}]",
+    "quantization": "model.llm.quantize (nf4 | fp4 | int8)",
+    "quantize": "model.llm.quantize (nf4 | fp4 | int8)",
+    "max_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "template": "data.template",
+    "system_prompt": "data.system",
+    "train_data": "data.train",
+    "train_file": "data.train",
+    "data_path": "data.train",
+    "dataset_path": "data.train",
+    "validation": "data.validation",
+    "eval_dataset": "data.validation",
+    "val_size": "data.split.validation (a share of the rows)",
+    "test": "data.test",
+    "eval_batch_size": "evaluate.batch_size",
+    "max_new_tokens": "evaluate.max_new_tokens",
+    "num_beams": "evaluate.num_beams",
+    "out": "output",
+    "random_seed": "seed",
+    "llm": "model.llm",
+    "tower": "model.tower",
+    "connector": "model.connector",
+    "projector": "model.connector",
 }
-"""Names that other trainers and older releases use, and what they are called here."""
+"""Names that other trainers, older releases and haste use, and what they are called here; N is a rule's place in `tune`."""
 
 LORA = ("lora",)
 RULE_KEYS = {
@@ -80,17 +144,88 @@ RULE_KEYS = {
 """The keys of a tuning rule that only some kinds of tuning have."""
 
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str] | dict[str, Any] = ()) -> Recipe:
-    """Reads, overrides and checks a recipe; raises `RecipeError` with every problem and its `file:line:column`.
+LENGTHS = ("epochs", "steps")
+"""The keys of a train section that say how long a stage trains; exactly one is given."""
 
-    `overrides` are `"a.b=c"` strings, or a mapping of dotted names to values.
+
+def load_recipe(
+    path: str | FilePath,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    *,
+    note: Callable[[str], None] | None = None,
+) -> Recipe:
+    """Reads, overrides and checks a recipe.
+
+    An override of train.steps replaces the recipe's train.epochs, and the other way round, also in its stages.
+
+    Args:
+        path: a YAML file.
+        overrides: `"a.b=c"` strings, or a mapping of dotted names to values.
+        note: is told in words what an override replaced besides the value it names.
+
+    Raises:
+        RecipeError: with every problem and its `file:line:column`, or the override it is in.
     """
+    if not isinstance(path, str | FilePath):
+        raise RecipeError([Problem("recipe", f"expected the path of a recipe file, got {quoted(path)}")])
     located = read_yaml(path)
-    if isinstance(overrides, dict):
-        overrides = [f"{name}={_flow(value)}" for name, value in overrides.items()]
-    for override in overrides:
-        apply_override(located, override)
+    changed = [apply_override(located, override) for override in _override_texts(overrides)]
+    for line in _replace_lengths(located.value, changed):
+        if note:
+            note(line)
     return check_recipe(located)
+
+
+def _override_texts(overrides: Sequence[str] | dict[str, Any]) -> list[str]:
+    """Overrides as `a.b=c` texts. Raises `RecipeError` for what is none."""
+    if isinstance(overrides, dict):
+        return [f"{name}={_flow(str(name), value)}" for name, value in overrides.items()]
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        message = f"expected a list of 'key.key=value' texts, or a mapping of dotted names to values, got {quoted(overrides)}"
+        raise RecipeError([Problem("overrides", message)])
+    for override in overrides:
+        if not isinstance(override, str):
+            raise RecipeError([Problem("overrides", f"expected a text as 'train.epochs=2', got {quoted(override)}")])
+    return list(overrides)
+
+
+def _replace_lengths(raw: Any, changed: Sequence[Path]) -> list[str]:
+    """Removes the epochs that steps set by an override stand in for, and steps for epochs; what was replaced, in words."""
+    notes = []
+    for path in changed:
+        if path[-2:-1] != ("train",) or path[-1] not in LENGTHS or _at(raw, path) is None:
+            continue
+        other = "epochs" if path[-1] == "steps" else "steps"
+        replaced = []
+        stages = raw.get("stages") if isinstance(raw.get("stages"), list) else []
+        places: list[Path] = [("train",)] if len(path) == 2 else [path[:-1]]
+        if len(path) == 2:
+            places += [("stages", number, "train") for number, _ in enumerate(stages)]
+        for place in places:
+            section = _at(raw, place)
+            if isinstance(section, dict) and section.get(other) is not None and (*place, other) not in changed:
+                replaced.append(f"{_dotted((*place, other))}: {section.pop(other)}")
+                if section.get(path[-1], ...) is None:
+                    # A stage's null says "not the common one", which is the one that is set now.
+                    del section[path[-1]]
+        if len(path) == 4 and (common := _at(raw, ("train", other))) is not None and (*path[:-1], other) not in changed:
+            _at(raw, path[:-1])[other] = None
+            replaced.append(f"train.{other}: {common} for this stage")
+        if replaced:
+            notes.append(f"{_dotted(path)}: {_at(raw, path)} replaces {' and '.join(replaced)}")
+    return notes
+
+
+def _at(raw: Any, path: Path) -> Any:
+    """The value at a path; None where there is none."""
+    for key in path:
+        if isinstance(raw, dict):
+            raw = raw.get(key)
+        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
+            raw = raw[key]
+        else:
+            return None
+    return raw
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
@@ -144,7 +279,7 @@ def check_recipe(located: Located) -> Recipe:
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
     for index, name in enumerate(names):
         if isinstance(name, str) and name in names[:index]:
-            problems.append(Problem(located.where(("stages", index, "name")), f"a stage before it is called {name!r} too"))
+            problems.append(Problem(located.where(("stages", index, "name")), f"a stage before it is called {quoted(name)} too"))
     common_faults = _contradictions(located.value)
     for prefix, merged in whole:
         for path, message in _contradictions(merged):
@@ -182,7 +317,8 @@ def _schema_problems(located: Located, schema: type[BaseModel], value: Any, pref
         if (item["loc"], item["type"]) in told and full not in located.values:
             continue
         if item["type"] == "extra_forbidden":
-            problems.append(Problem(located.where(full, key=True), _unknown_key(str(path[-1]), parent)))
+            message = _unknown_key(full, parent, located.value)
+            problems.append(Problem(located.where(full, key=True), message))
         elif item["type"] == "missing":
             problems.append(Problem(located.where(full[:-1]), f"{_dotted(full)} is required"))
         else:
@@ -190,33 +326,101 @@ def _schema_problems(located: Located, schema: type[BaseModel], value: Any, pref
     return problems
 
 
+WORDS = {
+    "string_type": "expected text",
+    "list_type": "expected a list",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+    "model_attributes_type": "expected keys and values",
+    "bool_type": "expected true or false",
+    "finite_number": "expected a finite number",
+    "string_pattern_mismatch": "expected letters, digits, '.', '_' and '-' only",
+    "none_required": "expected nothing (null)",
+}
+"""pydantic's error types whose own messages name its classes, in plain words."""
+
+
 def _wording(item: Any) -> str:
-    message = item["msg"][0].lower() + item["msg"][1:]
+    """A schema fault in words: what was expected, and what stands there."""
+    context = item.get("ctx", {})
     if item["type"] in ("union_tag_invalid", "literal_error"):
-        context = item.get("ctx", {})
-        given = str(context.get("tag", item.get("input")))
+        given = context.get("tag", item.get("input"))
         expected = str(context.get("expected_tags", context.get("expected", "")))
         names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",") if name.strip(" '")]
-        near = difflib.get_close_matches(given, names, n=1)
-        return f"{given!r} is none of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+        near = difflib.get_close_matches(str(given), names, n=1)
+        return f"{quoted(given)} is none of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "union_tag_not_found":
         return "needs a `kind`"
-    return f"{message}, got {item['input']!r}" if not isinstance(item["input"], dict) else message
+    if item["type"] == "too_short":
+        return f"expected {context['min_length']} or more entries, got {context['actual_length']}"
+    if item["type"] == "too_long":
+        return f"expected {context['max_length']} or fewer entries, got {context['actual_length']}"
+    message = WORDS.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
+    return f"{message}, got {quoted(item['input'])}"
 
 
 def _dotted(path: Path) -> str:
     return ".".join(str(part) for part in path) or "recipe"
 
 
-def _unknown_key(key: str, parent: type[BaseModel] | None) -> str:
+def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
+    """What to say of a path whose last key `parent` does not have: what it is called here, or where such a key is."""
+    key = str(path[-1])
+    message = f"unknown key '{cut(key)}'"
     names = list(parent.model_fields) if parent else []
     near = difflib.get_close_matches(key, names, n=2, cutoff=0.7)
-    message = f"unknown key {key!r}"
     if near:
         return f"{message}; did you mean {' or '.join(near)}?"
     if key in OLD_NAMES:
-        return f"{message}; here it is {OLD_NAMES[key]}"
+        return f"{message}; here it is {_placed(OLD_NAMES[key], raw)}"
+    places = _key_places()
+    elsewhere = places.get(key) or [path for name in difflib.get_close_matches(key, places, n=2, cutoff=0.8) for path in places[name]]
+    # What other kinds have at this very place does not help.
+    here = ".".join(str(part) if isinstance(part, str) else "N" for part in path[:-1])
+    elsewhere = [place for place in elsewhere if not here or not place.startswith(f"{here}.")]
+    if 0 < len(elsewhere) <= NEAR:
+        return f"{message}; did you mean {' or '.join(_placed(path, raw) for path in elsewhere)}?"
     return f"{message}; known here: {', '.join(names)}"
+
+
+NEAR = 3
+"""Keys elsewhere in the recipe that a message suggests; a name that more places have says nothing."""
+
+
+def _placed(name: str, raw: Any) -> str:
+    """`name` with N as the places of the recipe's own LoRA rules, where it has some."""
+    key, _, rest = name.removeprefix("tune.N.").partition(" of ")
+    if not name.startswith("tune.N.") or not rest:
+        return name
+    stages = raw.get("stages") if isinstance(raw.get("stages"), list) else []
+    lists = {"tune": raw.get("tune")} | {f"stages.{number}.tune": _get(stage, "tune") for number, stage in enumerate(stages)}
+    places = [
+        f"{where}.{number}.{key}"
+        for where, rules in lists.items()
+        for number, rule in enumerate(rules if isinstance(rules, list) else [])
+        if _get(rule, "how") == "lora"
+    ]
+    return f"{' or '.join(places[:NEAR])} (of a LoRA rule)" if places else name
+
+
+@cache
+def _key_places() -> dict[str, list[str]]:
+    """Every key of a recipe, with the dotted places where it may stand; list places are N."""
+    places: dict[str, list[str]] = {}
+
+    def walk(annotation: Any, prefix: tuple[str, ...]) -> None:
+        for option in _alternatives(annotation):
+            if typing.get_origin(option) is list:
+                walk(typing.get_args(option)[0], (*prefix, "N"))
+            elif isinstance(option, type) and issubclass(option, BaseModel):
+                for key, field in option.model_fields.items():
+                    dotted = ".".join((*prefix, key))
+                    if dotted not in places.setdefault(key, []):
+                        places[key].append(dotted)
+                    walk(field.annotation, (*prefix, key))
+
+    walk(Recipe, ())
+    return places
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
@@ -261,10 +465,15 @@ def _kind_of(model: type[BaseModel]) -> str | None:
     return typing.get_args(field.annotation)[0] if field else None
 
 
-def _flow(value: Any) -> str:
+def _flow(name: str, value: Any) -> str:
+    """A value as YAML in one line. Raises `RecipeError` for one that no recipe can hold."""
     import json
 
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        message = f"expected a text, number, list or mapping, got {quoted(value)} ({error})"
+        raise RecipeError([Problem(f"overrides[{quoted(name)}]", message)]) from None
 
 
 def _get(raw: Any, *path: str) -> Any:
@@ -278,7 +487,7 @@ def _contradictions(raw: Any) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     epochs, steps = _get(raw, "train", "epochs"), _get(raw, "train", "steps")
     if isinstance(_get(raw, "train"), dict) and (epochs is None) == (steps is None):
-        found.append((("train",), "give exactly one of train.epochs and train.steps"))
+        found.append((("train",) if steps is None else ("train", "steps"), "give exactly one of train.epochs and train.steps"))
     llm = _get(raw, "model", "llm")
     if isinstance(llm, dict) and _get(raw, "model", "pretrained") is None:
         if (llm.get("name") is None) == (llm.get("scratch") is None):

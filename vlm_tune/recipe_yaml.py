@@ -7,10 +7,16 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.paths import is_file, is_folder, reason, shown_path
+from vlm_tune.quoting import cut, escaped, quoted
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
 MAX_DEPTH = 50
+OVERRIDE = 120
+"""Characters of an override that a message shows as its place."""
+ENTRIES = 8
+"""Entries of a list that a message names."""
 
 Path = tuple[str | int, ...]
 """Where a value stands in the recipe: `("tune", 0, "learning_rate")`."""
@@ -34,14 +40,19 @@ class Located:
 
 
 class _Reader:
-    """Builds plain values from a composed node tree; refuses tags, duplicate keys and oversized trees."""
+    """Builds plain values from a composed node tree; refuses tags, duplicate keys and oversized trees.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.nodes, self.problems = name, 0, list[Problem]()
+    `name` stands for the file in places; an `option` of the command line is its own place, without line and column.
+    """
+
+    def __init__(self, name: str, *, option: bool = False) -> None:
+        self.name, self.option = name, option
+        self.nodes = 0
+        self.problems: list[Problem] = []
         self.located = Located(None)
 
     def place(self, node: Any) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        return self.name if self.option else f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
     def read(self, node: Any, path: Path) -> Any:
         self.nodes += 1
@@ -52,7 +63,7 @@ class _Reader:
         self.located.values[path] = self.place(node)
         kind = str(node.tag).rsplit(":", 1)[-1]
         if not str(node.tag).startswith("tag:yaml.org,2002:") or "python" in str(node.tag):
-            self.problems.append(Problem(self.place(node), f"the tag {node.tag} is not allowed; recipes hold plain values"))
+            self.problems.append(Problem(self.place(node), f"the tag {cut(str(node.tag))} is not allowed; recipes hold plain values"))
             return None
         if node.id == "mapping":
             return self._mapping(node, path)
@@ -66,20 +77,27 @@ class _Reader:
             if key_node.id != "scalar":
                 self.problems.append(Problem(self.place(key_node), "a key must be a plain name"))
                 continue
-            key = str(key_node.value)
+            key = self._text(key_node)
             if key == "<<":
                 self.problems.append(Problem(self.place(key_node), "merge keys (<<) are not YAML 1.2; write the keys out"))
                 continue
             if key in found:
                 first = self.located.keys[(*path, key)]
-                self.problems.append(Problem(self.place(key_node), f"duplicate key {key!r}, first given at {first}"))
+                self.problems.append(Problem(self.place(key_node), f"duplicate key '{cut(key)}', first given at {first}"))
                 continue
             self.located.keys[(*path, key)] = self.place(key_node)
             found[key] = self.read(value_node, (*path, key))
         return found
 
-    def _scalar(self, node: Any, kind: str) -> Any:
+    def _text(self, node: Any) -> str:
+        """A scalar's text; NUL and halves of surrogate pairs, which escapes may write, are in no name, path or prompt."""
         text = str(node.value)
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+            self.problems.append(Problem(self.place(node), f"{quoted(text)} holds a NUL or half of a surrogate pair, which no text can"))
+        return text
+
+    def _scalar(self, node: Any, kind: str) -> Any:
+        text = self._text(node)
         try:
             if kind == "null":
                 return None
@@ -94,37 +112,60 @@ class _Reader:
         return text
 
 
-def _compose(text: str, name: str) -> Any:
+def _compose(text: str, name: str, *, option: bool = False) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
+
+    def fault(line: int, column: int, message: str) -> RecipeError:
+        return RecipeError([Problem(name if option else f"{name}:{line}:{column}", f"not YAML: {message}")])
 
     try:
         # Not "rt": the round-trip reader marks the folds of a `>` text with bell characters.
         return YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError([Problem(where, f"not YAML: {error.problem or error.context}")]) from None
-    except (YAMLError, RecursionError) as error:
-        raise RecipeError([Problem(name, f"not YAML: {str(error) or 'nested too deeply'}")]) from None
+        message = escaped(error.problem or error.context or "it can't be read")
+        raise fault(*((mark.line + 1, mark.column + 1) if mark else (1, 1)), message) from None
+    except ReaderError as error:
+        character = error.character if isinstance(error.character, int) else ord(error.character)
+        raise fault(*_line_column(text[: error.position]), f"the character U+{character:04X} is not allowed in YAML") from None
+    except RecursionError:
+        raise fault(1, 1, "nested too deeply") from None
+    except YAMLError as error:
+        raise fault(1, 1, escaped(str(error))) from None
+
+
+def _line_column(before: str) -> tuple[int, int]:
+    """Line and column, from 1 on, of what follows the text `before`."""
+    return before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
 
 
 def read_yaml(path: str | FilePath) -> Located:
     """The values of a YAML file with their places.
 
-    Raises `RecipeError` for a file that is missing, larger than 1 MB or not UTF-8 YAML 1.2, and for
+    Raises `RecipeError` for a file that is missing, can't be read, is larger than 1 MB or not UTF-8 YAML 1.2, and for
     duplicate keys, tags and merge keys (all of them at once).
     """
-    file = FilePath(path)
-    if not file.is_file():
-        raise RecipeError([Problem(str(path), "no such recipe file (`vlm-tune recipes` lists the ones that are shipped)")])
-    if file.stat().st_size > MAX_BYTES:
-        raise RecipeError([Problem(str(path), f"larger than {MAX_BYTES:,} bytes; a recipe is never that large")])
+    name = shown_path(path)
+    if is_folder(path):
+        raise RecipeError([Problem(name, "is a folder; a recipe is one YAML file")])
+    if not is_file(path):
+        raise RecipeError([Problem(name, "no such recipe file (`vlm-tune recipes` lists the ones that are shipped)")])
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with FilePath(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError([Problem(name, f"the recipe can't be read: {reason(error)}")]) from error
+    if len(data) > MAX_BYTES:
+        raise RecipeError([Problem(name, f"larger than {MAX_BYTES:,} bytes; a recipe is never that large")])
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError([Problem(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}")]) from None
-    return read_yaml_text(text, str(path))
+        line, column = _line_column(data[: error.start].decode("utf-8-sig", "replace"))
+        message = f"not UTF-8 text: {error.reason} (0x{data[error.start]:02x}); save the file as UTF-8"
+        raise RecipeError([Problem(f"{name}:{line}:{column}", message)]) from None
+    return read_yaml_text(text, name)
 
 
 def read_yaml_text(text: str, name: str) -> Located:
@@ -132,24 +173,28 @@ def read_yaml_text(text: str, name: str) -> Located:
     node = _compose(text, name)
     reader = _Reader(name)
     if node is None or node.id != "mapping":
-        raise RecipeError([Problem(f"{name}:1:1", "a recipe is a mapping of keys to values")])
+        kind = {"sequence": "a list", "scalar": "a plain value"}[node.id] if node is not None else "nothing"
+        raise RecipeError([Problem(f"{name}:1:1", f"a recipe is a mapping of keys to values, and this file holds {kind}")])
     reader.located.value = reader.read(node, ())
     if reader.problems:
         raise RecipeError(reader.problems)
     return reader.located
 
 
-def apply_override(located: Located, override: str) -> None:
-    """Sets `a.b.0.c=value` (the value is YAML) in place; the override is named as its place.
+def apply_override(located: Located, override: str) -> Path:
+    """Sets `a.b.0.c=value` (the value is YAML) in place and returns its path; the option is named as its place.
 
-    Raises `RecipeError` for an override without `=` or a path that leads through a plain value.
+    Raises `RecipeError` for an override without `=`, one that is no text, and a path that leads through a plain value
+    or to a list entry that is not there.
     """
     name, equals, text = override.partition("=")
-    where = f"--set {override}"
+    where = f"--set {cut(override, OVERRIDE)}"
     if not equals or not name:
         raise RecipeError([Problem(where, "an override is written key.key=value")])
-    reader = _Reader(where)
-    node = _compose(text, where)
+    if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
+        raise RecipeError([Problem(where, "an override is UTF-8 text; this one holds other bytes")])
+    reader = _Reader(where, option=True)
+    node = _compose(text, where, option=True)
     value = None if node is None else reader.read(node, ())
     if reader.problems:
         raise RecipeError(reader.problems)
@@ -157,25 +202,15 @@ def apply_override(located: Located, override: str) -> None:
     target = located.value
     parts = name.split(".")
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(target, list):
-            if not part.isdecimal() or int(part) >= len(target):
-                raise RecipeError(
-                    [Problem(where, f"{'.'.join(map(str, path))} is a list of {len(target)}; {part!r} is none of its places")]
-                )
-            key: str | int = int(part)
-        elif isinstance(target, dict):
-            key = part
-        else:
-            raise RecipeError([Problem(where, f"{'.'.join(map(str, path))} is a plain value, it has no key {part!r}")])
+        key = _key_of(target, part, path, where)
         path.append(key)
-        if last:
-            target[key] = value  # type: ignore[index]
-        else:
-            if isinstance(target, dict) and target.get(part) is None:
-                target[part] = {}
-                located.values[tuple(path)] = where
-            target = target[key]  # type: ignore[index]
+        if depth == len(parts) - 1:
+            target[key] = value
+            break
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+            located.values[tuple(path)] = where
+        target = target[key]
     prefix = tuple(path)
     for known in [known for known in located.values if known[: len(prefix)] == prefix]:
         del located.values[known]
@@ -183,3 +218,28 @@ def apply_override(located: Located, override: str) -> None:
         del located.keys[known]
     located.values[prefix] = where
     located.keys[prefix] = where
+    return prefix
+
+
+def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | int:
+    """The key or list place that `part` of an override names in what stands at `path`. Raises `RecipeError` where there is none."""
+    name = ".".join(map(str, path))
+    if isinstance(target, dict):
+        return part
+    if not isinstance(target, list):
+        message = f"{name} is a plain value, it has no key '{cut(part)}'"
+    elif not target:
+        message = f"{name} is an empty list; set it as a whole: --set {name}=[...]"
+    elif part.isdecimal() and int(part) < len(target):
+        return int(part)
+    else:
+        entries = ", ".join(f"{name}.{place}{_label(entry)}" for place, entry in enumerate(target[:ENTRIES]))
+        more = f" and {len(target) - ENTRIES:,} more" if len(target) > ENTRIES else ""
+        message = f"{name} is a list of {len(target)}; '{cut(part)}' is none of its places: {entries}{more}"
+    raise RecipeError([Problem(where, message)])
+
+
+def _label(entry: Any) -> str:
+    """What a list entry is, in brackets: a stage by its name, a rule by what it matches and how, a source by its kind."""
+    words = [str(entry[key]) for key in ("name", "match", "how", "kind") if isinstance(entry, dict) and isinstance(entry.get(key), str)]
+    return f" ({cut(' '.join(words), 40)})" if words else ""
