@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test check models schema clean
+.PHONY: setup demo test test-newest test-oldest check models schema clean
 
 setup: $(STAMP)
 
@@ -26,13 +26,25 @@ demo: setup
 	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
 
 # All tests, slow ones too, in two processes of one thread each.
+ALL_TESTS := -m pytest -m "slow or not slow" -n 2 --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(ALL_TESTS)
+
+# The same with today's newest releases of every dependency, caps lifted, or with every floor, in an environment of its own.
+test-newest test-oldest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24" packaging
+	.venv-$*/bin/python .ci/requirements.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(ALL_TESTS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/requirements.py check
 	$(BIN)/python -m pytest tests/test_imports.py
 	$(BIN)/python .ci/audit.py
 
@@ -44,4 +56,4 @@ schema: setup
 	$(BIN)/vlm-tune schema > recipes/recipe.schema.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from small import LORA_TUNE, built, largest, parsed, rows_of, run_card, save_llm, tuned_by, wake_adapters, with_llm, with_tune
+from small import (
+    LORA_TUNE,
+    assert_same_outputs,
+    built,
+    largest,
+    parsed,
+    rows_of,
+    run_card,
+    save_llm,
+    tuned_by,
+    wake_adapters,
+    with_llm,
+    with_tune,
+)
 
 from vlm_tune.display import merge_proof
 from vlm_tune.errors import ModelError
@@ -66,7 +79,7 @@ def test_merged_is_the_adapter_and_not_the_base(
     if source == "named":
         (tmp_path / "base").rename(tmp_path / "elsewhere")
         again = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-        assert torch.equal(observe(again, rows)[0], found)
+        assert_same_outputs(observe(again, rows)[0], found)
 
 
 def test_merged_files(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:

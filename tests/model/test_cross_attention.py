@@ -12,7 +12,20 @@ import torch
 from connector_kinds import Tiny, with_connector
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import assert_close, batch_of, built, largest, loss_and_gradients, parsed, rows_of, save_llm, tuned_by, with_llm, with_tune
+from small import (
+    assert_close,
+    assert_same_outputs,
+    batch_of,
+    built,
+    largest,
+    loss_and_gradients,
+    parsed,
+    rows_of,
+    save_llm,
+    tuned_by,
+    with_llm,
+    with_tune,
+)
 
 from vlm_tune.config import CrossAttentionConnector, LinearConnector
 from vlm_tune.data.joining import branch_layout
@@ -48,7 +61,7 @@ def examples_of(model: VisionLanguageModel, recipe: Any) -> list[Example]:
 @both_llms
 @torch.no_grad()
 def test_it_starts_as_the_text_model(llm: str, tiny_recipe: Tiny) -> None:
-    """Bit for bit: of the image only the marker is there, and a text without images is as if there were no blocks."""
+    """Of the image only the marker is there, and a text without images is as if there were no blocks."""
     model, recipe = model_of(llm, tiny_recipe, open_gates=False)
     batch = batch_of(model, examples_of(model, recipe))
     embeds = model.embed(batch)
@@ -60,7 +73,7 @@ def test_it_starts_as_the_text_model(llm: str, tiny_recipe: Tiny) -> None:
     assert largest(found, changed) > 1e-4
     for layer in model.llm.modules():
         layer._forward_pre_hooks.clear()
-    assert torch.equal(found, model.llm.supervised_logits(embeds, batch))
+    assert_same_outputs(found, model.llm.supervised_logits(embeds, batch))
 
 
 @both_llms

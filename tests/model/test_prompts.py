@@ -11,6 +11,7 @@ import torch
 from small import (
     assert_close,
     assert_same_bits,
+    assert_same_outputs,
     batch_of,
     built,
     interrupted,
@@ -125,7 +126,7 @@ def test_saved_found_again_and_trained_on(how: str, kind: str, named: Any, tmp_p
     assert tuned.names == [["llm.prompt.values"]]
     assert torch.equal(again.llm.prompt.values, model.llm.prompt.values)  # type: ignore[union-attr]
     logits, same = observe(again, rows)
-    assert torch.equal(logits, prompted)
+    assert_same_outputs(logits, prompted)
     assert same == texts
     again.save_pretrained(tmp_path / "twice")
     assert_same_bits(tmp_path / "saved", tmp_path / "twice")
@@ -184,7 +185,7 @@ def test_virtual_tokens_stay_for_the_next_stage(named: Any) -> None:
     rows = rows_of(recipe)
     before, _ = observe(model, rows)
     tuned = apply_rules(model, [TuneRule(match="connector.*", how="full"), FROZEN], learning_rate=1e-3, precision=torch.float32)
-    assert torch.equal(observe(model, rows)[0], before)
+    assert_same_outputs(observe(model, rows)[0], before)
     assert not model.llm.prompt.values.requires_grad
     assert not any("prompt" in name for names in tuned.names for name in names)
     with pytest.raises(ModelError, match="has a SoftPrompt of 5 tokens already"):
