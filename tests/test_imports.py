@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "vlm_tune"
 # Each layer may import itself and the layers before it.
 LAYERS = [
     ["errors", "quoting"],
-    ["compat", "launching", "paths"],
+    ["checksums", "compat", "launching", "paths"],
     ["recipe_yaml", "resources"],
     ["config"],
     ["recipe"],

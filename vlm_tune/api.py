@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.prepare import read_part
 from vlm_tune.data.types import distinct_media
-from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.errors import Problem, RecipeError, TrainingError, check_count
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
@@ -38,16 +38,19 @@ def sft(
     resume: bool = False,
     overwrite: bool = False,
     accept_changes: bool = False,
+    test: bool = True,
     show: Report | None = None,
 ) -> Run:
     """Trains a recipe and returns the run (folder, result, model); `show` is given every event.
+
+    `test=False` leaves the test part unscored.
 
     A run is resumed with its own recipe, or with `accept_changes` with this one.
     Raises the errors of `vlm_tune.errors`: a bad recipe, data, weights, or training that stopped.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     try:
-        return run_recipe(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, show=show)
+        return run_recipe(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=test, show=show)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -80,15 +83,19 @@ def evaluate(
     recipe: str | Path | Recipe | None = None,
     overrides: Sequence[str] | dict[str, Any] = (),
     *,
-    split: str = "test",
+    split: Literal["validation", "test"] = "test",
     limit: int | None = None,
     dtype: str | None = None,
     show: Report | None = None,
 ) -> Scores:
     """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage.
 
-    The recipe is the run's own where none is given. Raises `RecipeError` if that part is empty.
+    The recipe is the run's own where none is given; `limit` scores the first rows only. Raises `RecipeError` if that
+    part is empty or unknown, or the limit under 1.
     """
+    if split not in ("validation", "test"):
+        raise RecipeError([Problem("--split", f"{split!r} is none of validation, test")])
+    check_count("--limit", limit)
     folder = Path(model)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or find_recipe(folder), overrides)
     stage = loaded.resolved_stages()[-1][1]
@@ -99,7 +106,12 @@ def evaluate(
 
 
 def evaluate_model(
-    model: VisionLanguageModel, recipe: Recipe, *, split: str = "test", limit: int | None = None, show: Report | None = None
+    model: VisionLanguageModel,
+    recipe: Recipe,
+    *,
+    split: Literal["validation", "test"] = "test",
+    limit: int | None = None,
+    show: Report | None = None,
 ) -> Scores:
     """Scores a loaded model on the `test` or `validation` part of a recipe's last stage."""
     stage = recipe.resolved_stages()[-1][1]

@@ -511,6 +511,7 @@ class EvaluateSection(Config):
 
     every: PositiveInt | None = Field(default=None, description="optimizer steps; once an epoch where not given")
     limit: PositiveInt | None = Field(default=None, description="score the first n validation rows only")
+    test_limit: PositiveInt | None = Field(default=None, description="score the first n test rows only")
     batch_size: PositiveInt = Field(default=64, description="rows")
     max_new_tokens: PositiveInt = 32
     num_beams: PositiveInt = 1

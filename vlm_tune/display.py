@@ -66,7 +66,7 @@ class Display:
         self._line(f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}", "bold")
 
     def _preparing(self, event: dict[str, Any]) -> None:
-        self._live(f"preparing {event['name']}: {event['rows']:,} rows")
+        self._live(f"preparing {event['name']} {event['part']}: {event['rows']:,} rows")
 
     def _tuning(self, event: dict[str, Any]) -> None:
         self.close()

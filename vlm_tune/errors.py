@@ -34,6 +34,12 @@ class RecipeError(VlmTuneError):
         super().__init__("\n".join(str(problem) for problem in problems))
 
 
+def check_count(option: str, count: int | None) -> None:
+    """Raises `RecipeError`, naming the option, for a number of rows under 1; None is no bound."""
+    if count is not None and count < 1:
+        raise RecipeError([Problem(option, f"expected a number of rows from 1 on, not {count}")])
+
+
 class DataError(VlmTuneError):
     """A row, an image or a template that can't be used; names the source and the row.
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.paths import check_writable, shown_path
+
+CACHE = "the cache folder (VLM_TUNE_CACHE)"
 
 KERNELS = 128
 """oneDNN's compiled kernels that a process keeps: some steps' worth, for a step has about thirty kinds of matrix product."""
@@ -44,6 +51,28 @@ def find_resource(kind: str, name: str) -> Path | None:
 def cache_folder(name: str) -> Path:
     """Where one kind of cache lives: under $VLM_TUNE_CACHE, or ~/.cache/vlm_tune."""
     return Path(os.environ.get("VLM_TUNE_CACHE", Path.home() / ".cache" / "vlm_tune")) / name
+
+
+def check_cache(folder: Path) -> None:
+    """Checks that a cache folder can be written. Raises `RecipeError` that names it and VLM_TUNE_CACHE."""
+    check_writable(folder, CACHE, folder=True)
+
+
+@contextlib.contextmanager
+def cache_room(folder: Path) -> Iterator[None]:
+    """Around writing into a cache folder: a full disk becomes a `RecipeError` that names it and VLM_TUNE_CACHE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise full_cache(folder, os.strerror(error.errno)) from error
+
+
+def full_cache(folder: Path, reason: str) -> RecipeError:
+    """The error for a cache that has no room for what is to be written."""
+    message = f"{CACHE} is full: {reason}; make room, or set VLM_TUNE_CACHE to a larger place"
+    return RecipeError([Problem(shown_path(folder), message)])
 
 
 def cache_limit() -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from vlm_tune.checking.findings import CheckReport, Part, PartReport, SourceReport, histogram
 from vlm_tune.checking.rows import check_batches, check_rows, report_leaks
-from vlm_tune.config import Clean, DataSection, Recipe, Source
+from vlm_tune.config import Recipe, Source
+from vlm_tune.data.job import PartName
 from vlm_tune.data.overlap import PartRows, leaks
 from vlm_tune.data.padding import padding
 from vlm_tune.data.plan import Sizes
@@ -23,7 +24,7 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import BAD, LEFT_OUT, OK
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
-from vlm_tune.errors import DataError
+from vlm_tune.errors import DataError, check_count
 from vlm_tune.model.build import build_processor
 from vlm_tune.recipe import load_recipe
 
@@ -41,6 +42,7 @@ def check(
     What is prepared is kept, so a run that follows starts at once. Raises `RecipeError`, and `DataError` or `ModelError`
     for a chat format or tokenizer that can't be used.
     """
+    check_count("--sample", sample)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     started = time.perf_counter()
     stages = loaded.resolved_stages()
@@ -99,30 +101,29 @@ def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, 
     """The parts of a stage; the test part is the last one's."""
     data = stage.data
     own = processor.variant(data.template, data.system)
-    # What is scored is read row by row: cleaning, splitting and shortening are for training.
-    plain = data.model_copy(update={"split": None, "group": "none", "clean": Clean(), "overlong": "drop"})
-    for part in ("train", "validation", *(["test"] if last else [])):
+    names: list[PartName] = ["train", "validation", *(("test",) if last else ())]
+    for part in names:
         sources: Sequence[Source] = getattr(data, part)
         if not sources:
             continue
-        prepared, ms = _prepared(report, name, part, stage, data if part == "train" else plain, sources, own, show)
+        prepared, ms = _prepared(report, name, part, stage, sources, own, show)
         if prepared is None:
             continue
         parts, usable = prepared.column("part"), prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)
-        yield Part(name, part, stage, PartRows(prepared, np.flatnonzero(usable & (parts == 0))), everything, own, ms)
-        for number, held in ((1, "validation"), (2, "test")):
-            places = np.flatnonzero(usable & (parts == number))
-            if len(places) and (held != "test" or last):
-                yield Part(name, held, stage, PartRows(prepared, places), places, own, ms)
+        yield Part(name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms)
+        for held in names if part == "train" else ():
+            places = prepared.places(held)
+            if held != "train" and len(places):
+                everything = np.sort(np.concatenate([places, prepared.long_prompts(held)]))
+                yield Part(name, held, stage, PartRows(prepared, places), everything, own, ms)
 
 
 def _prepared(
     report: CheckReport,
     name: str,
-    part: str,
+    part: PartName,
     stage: Recipe,
-    data: DataSection,
     sources: Sequence[Source],
     processor: Processor,
     show: Show | None,
@@ -134,10 +135,14 @@ def _prepared(
         nonlocal rows
         rows = done
         if show:
-            show({"event": "preparing", "name": f"{name} {part}", "rows": done})
+            show({"event": "preparing", "name": name, "part": part, "rows": done})
+
+    def note(text: str) -> None:
+        if show:
+            show({"event": "note", "text": text})
 
     def made(some: Sequence[Source]) -> Prepared:
-        return prepare(data, some, processor, seed=stage.seed, lenient=True, progress=progress)
+        return prepare(stage.data, some, processor, seed=stage.seed, part=part, lenient=True, progress=progress, note=note)
 
     try:
         found = made(sources)

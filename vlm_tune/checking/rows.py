@@ -25,7 +25,7 @@ def check_rows(report: CheckReport, part: Part) -> None:
     bad, left_out = part.all_places[status == BAD], part.all_places[status == LEFT_OUT]
     _report_bad(report, part, bad)
     _report_overlong(report, part, left_out)
-    if part.name == "train" and data.on_bad_row != "fail" and len(bad) > data.max_bad_rows:
+    if data.on_bad_row != "fail" and len(bad) > data.max_bad_rows:
         message = f"{len(bad):,} bad rows, more than data.max_bad_rows {data.max_bad_rows:,}"
         report.add_whole(part.stage, part.name, "too_many_bad", message)
     if not len(part.rows.places):
@@ -49,11 +49,10 @@ def _report_bad(report: CheckReport, part: Part, places: np.ndarray) -> None:
     """Rows that can't be used: errors where they stop the run, warnings where it leaves them out."""
     prepared, data = part.prepared, part.recipe.data
     kinds, messages = prepared.values("kind", places), prepared.values("message", places)
-    # While scoring, only rows that can't be read are left out; what is found of a row that has an id stops.
-    unread = [not name for name in prepared.values("id", places)]
     rows: dict[tuple[str, bool], list[tuple[int, str]]] = {}
-    for place, kind, message, left_out in zip(places.tolist(), kinds, messages, unread, strict=True):
-        stops = data.on_bad_row == "fail" or (kind == "overlong" if part.name == "train" else not left_out)
+    for place, kind, message in zip(places.tolist(), kinds, messages, strict=True):
+        # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
+        stops = data.on_bad_row == "fail" or kind == "overlong"
         rows.setdefault((kind, stops), []).append((place, message))
     for (kind, stops), found in rows.items():
         report.add(part, kind, found, error=stops)
@@ -66,7 +65,13 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
     dropped = np.array([place for place, kind in _texts_of("kind", part, left_out) if kind == "overlong"], dtype=np.int64)
     kept = part.rows.places[longest[part.rows.places] > data.max_length]
     if part.name != "train":
-        _report_long_prompts(report, part, np.sort(np.concatenate([dropped, kept])))
+        limit, prompts = f"data.max_length {data.max_length:,}", prepared.column("prompt")
+        # Rows that are held out of train are usable, but not scored with a prompt that is too long.
+        held_out = part.all_places if part.name != prepared.part else part.all_places[:0]
+        long = np.union1d(dropped, held_out[prompts[held_out] > data.max_length])
+        rows = [(place, f"the prompt has {prompts[place]:,} tokens, more than {limit}: not scored") for place in long.tolist()]
+        rows += [(place, f"prompt and answer together have more tokens than {limit}: scored all the same") for place in kept.tolist()]
+        report.add(part, "overlong", rows, error=False)
         return
     rows = []
     for place in np.sort(np.concatenate([dropped, kept])).tolist():
@@ -76,21 +81,6 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
             fate = "dropped" if not examples[place] else f"{int(over[place])} of {parts} examples dropped"
         rows.append((place, f"{longest[place]:,} tokens, more than data.max_length {data.max_length:,}: {fate}"))
     report.add(part, "overlong", rows, error=False)
-
-
-def _report_long_prompts(report: CheckReport, part: Part, places: np.ndarray) -> None:
-    """Rows to score whose prompt is over max_length stop the run; with the answer alone over it they are only told of."""
-    limit = part.recipe.data.max_length
-    found: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
-    read = read_rows(part, {part.rows.name(place) for place in places.tolist()})
-    bounded = part.processor
-    for place in places.tolist():
-        row = read.get(part.rows.name(place))
-        size = len(bounded.prompt(row).input_ids) if isinstance(row, Conversation) else 0
-        message = f"the prompt has {size:,} tokens, more than" if size > limit else "prompt and answer together have more tokens than"
-        found[size > limit].append((place, f"{message} data.max_length {limit:,}"))
-    for stops, rows in found.items():
-        report.add(part, "overlong", rows, error=stops)
 
 
 def _report_images(report: CheckReport, part: Part) -> None:

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection, Source, Split
+from vlm_tune.checksums import write_checksums
+from vlm_tune.config import Source, Split
 from vlm_tune.data.duplicates import look_alikes
+from vlm_tune.data.job import Job
 from vlm_tune.data.joining import branch_layout
 from vlm_tune.data.shards import LEFT_OUT, OK
 from vlm_tune.data.store import (
@@ -40,20 +42,19 @@ BATCH = 2048
 """Examples of one record batch."""
 
 
-def finish(
-    partial: Path, folder: Path, data: DataSection, sources: Sequence[Source], layout: Literal["causal", "seq2seq"], seed: int
-) -> None:
+def finish(partial: Path, folder: Path, job: Job) -> None:
     """Writes `folder` from the shards in `partial`, and removes those."""
+    data = job.data
     temporary = folder.with_suffix(f".tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     shards = [(number, partial / name) for number, names in enumerate(json.loads((partial / "shards.json").read_text())) for name in names]
     media = _Media(temporary, folder)
-    rows = _Rows(shards, sources, media)
+    rows = _Rows(shards, job.sources, media)
     if data.clean.duplicates != "keep":
         _leave_out_duplicates(rows, media.rows, perceptual=data.clean.duplicates == "perceptual")
     if data.split is not None:
-        _hold_out(rows, media.rows, data.split, seed)
+        _hold_out(rows, media.rows, data.split, job.seed)
     media.close()
     write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
     write_batches(temporary / "rows.arrow", rows.batches())
@@ -65,11 +66,11 @@ def finish(
     if grouped:
         store = ExampleStore(plain, [row.media for row in media.rows])
         units = _units(store)
-        counts = _write_units(store, units, temporary / "examples.arrow", layout, data.row_length)
+        counts = _write_units(store, units, temporary / "examples.arrow", job.layout, data.row_length)
         unit_source = unit_source[np.array([unit[0] for unit in units], dtype=np.int64)]
         plain.unlink()
     np.savez(temporary / "units.npz", starts=np.cumsum([0, *counts]), source=unit_source)
-    (temporary / "manifest.json").write_text(json.dumps({"rows": len(rows), "examples": int(rows.examples.sum())}))
+    write_checksums(temporary)
     temporary.rename(folder)
     shutil.rmtree(partial)
 

@@ -7,7 +7,6 @@ second start maps the files; a preparation that was stopped goes on from the chu
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -19,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.checksums import is_intact
 from vlm_tune.config import DataSection, Recipe, Source
 from vlm_tune.data.finish import finish
+from vlm_tune.data.job import Job, PartName, plan_job
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import ShardMaker, ShardSummary
@@ -33,44 +33,10 @@ from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.sources.rows import Chunk, SourceReader
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, Interrupted
-from vlm_tune.resources import cache_folder
-
-FORMAT = 2
-"""Counts up when what is prepared from the same input changes."""
-
-KEY_PARTS = {"max_length", "overlong", "clean", "group", "row_length", "split"}
-"""The parts of the data section that prepared examples depend on; sources and templates are keyed apart."""
+from vlm_tune.resources import cache_folder, cache_room, check_cache
 
 Progress = Callable[[int], None]
 """Is told the number of rows read so far."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be prepared: a part's sources, and for each a processor with its own template and system text."""
-
-    data: DataSection
-    sources: Sequence[Source]
-    readers: Sequence[SourceReader]
-    processors: Sequence[Processor]
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """Names the folder of the result."""
-        kept = self.data.model_dump(mode="json", include=KEY_PARTS)
-        parts = [f"{FORMAT} {self.seed} {json.dumps(kept, sort_keys=True)}"]
-        for source, reader, processor in zip(self.sources, self.readers, self.processors, strict=True):
-            parts += [source.model_dump_json(exclude={"weight", "count"}), reader.fingerprint(), processor.fingerprint()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
-
-
-def plan_job(data: DataSection, sources: Sequence[Source], processor: Processor, seed: int) -> Job:
-    """A job for a part of the data section. Raises `DataError` for a source or template that can't be opened."""
-    readers = [open_source(source, seed=seed) for source in sources]
-    bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
-    processors = [bounded.variant(source.template, source.system) for source in sources]
-    return Job(data, sources, readers, processors, seed)
 
 
 def prepare(
@@ -79,35 +45,60 @@ def prepare(
     processor: Processor,
     *,
     seed: int,
+    part: PartName = "train",
     lenient: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """The prepared examples of `sources`, from the cache where they are there.
+    """The prepared rows of `sources`, which belong to a part, from the cache where they are there and intact.
 
-    Raises `DataError` at the first row that can't be used with `on_bad_row: fail` (not if `lenient`), for more of them
-    than `max_bad_rows`, and if nothing is left to train on; `Interrupted` when `stop` says so, keeping what is done.
+    `note` is told where a cached folder was damaged.
+
+    Raises:
+        DataError: at the first row that can't be used with `on_bad_row: fail` (not if `lenient`), for more of them than
+            `max_bad_rows`, and if no row is left.
+        Interrupted: when `stop` says so; what is done is kept.
+        RecipeError: the cache can't be written.
     """
-    job = plan_job(data, sources, processor, seed)
+    job = plan_job(data, sources, processor, seed=seed, part=part)
     folder = cache_folder("prepared") / job.key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
-        found = Prepared.open(folder, data, sources, processor.spec.layout)
-        if found is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial = folder.with_suffix(".partial")
-            _make_shards(job, partial, lenient=lenient, progress=progress, stop=stop)
-            finish(partial, folder, data, sources, processor.spec.layout, seed)
-            found = Prepared.open(folder, data, sources, processor.spec.layout)
-            assert found is not None
-    found.check(lenient=lenient)
-    return found
+    prepared = _opened(folder, job)
+    if prepared is None:
+        check_cache(folder.parent)
+        with _locked(folder), cache_room(folder.parent):
+            # Another process may have made it meanwhile.
+            prepared = Prepared.open(folder, job)
+            if prepared is None:
+                if note and folder.is_dir() and not is_intact(folder):
+                    note(f"the prepared rows in {folder} were damaged: they are prepared anew")
+                shutil.rmtree(folder, ignore_errors=True)
+                partial = folder.with_suffix(".partial")
+                _make_shards(job, partial, lenient=lenient, progress=progress, stop=stop)
+                finish(partial, folder, job)
+                prepared = Prepared(folder, job)
+    prepared.check(lenient=lenient)
+    return prepared
+
+
+def _opened(folder: Path, job: Job) -> Prepared | None:
+    """What is in the cache, opened beside others who read it; a cache that can't be written is read too."""
+    if not folder.is_dir():
+        return None
+    try:
+        file = folder.with_suffix(".lock").open("rb")
+    except OSError:  # nobody can be writing where there is no lock
+        return Prepared.open(folder, job)
+    with file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return Prepared.open(folder, job)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time: the others wait, and find the work done."""
-    with path.open("w") as file:
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes the folder: the others wait, and find the work done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -118,7 +109,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress | None, stop: Callable[[], bool] | None) -> None:
     """Fills `partial` with the shards of every source, and lists them in shards.json."""
     partial.mkdir(parents=True, exist_ok=True)
-    maker = ShardMaker(job.readers, job.processors, job.data, partial)
+    maker = ShardMaker(job.readers, job.processors, job.data, partial, scored=job.scored)
     fail = job.data.on_bad_row == "fail" and not lenient
     rows, listed = 0, []
     for number, source in enumerate(job.sources):
@@ -228,17 +219,22 @@ def scratch_texts(recipe: Recipe) -> list[Conversation]:
     return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
 
 
-def read_part(data: DataSection, part: Any, processor: Processor, seed: int, train: Prepared | None = None) -> list[Conversation]:
-    """The conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it.
+def read_part(data: DataSection, part: PartName, processor: Processor, seed: int) -> list[Conversation]:
+    """The usable conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it.
 
-    `train` are the prepared training rows, where they are at hand.
+    Raises `DataError` as `prepare`.
     """
-    own = list(conversations(data, getattr(data, part), seed))
-    if data.split is None or not getattr(data.split, part):
-        return own
-    held = (train or prepare(data, data.train, processor, seed=seed)).held_out(part)
-    for number, source in enumerate(data.train):
-        for place, row in enumerate(islice(read_all([open_source(source, seed=seed)]), source.limit)):
-            if place in held[number] and isinstance(row, Conversation):
-                own.append(row)
-    return own
+    return part_conversations(prepared_parts(data, part, processor, seed), part)
+
+
+def part_conversations(parts: Sequence[Prepared], part: PartName) -> list[Conversation]:
+    """The usable conversations of a part in what holds its rows."""
+    return [row for prepared in parts for row in prepared.conversations(prepared.places(part))]
+
+
+def prepared_parts(data: DataSection, part: PartName, processor: Processor, seed: int, **options: Any) -> list[Prepared]:
+    """What holds the rows of a part: of its own sources, and of those it is held out of; `options` are `prepare`'s."""
+    sources: list[tuple[PartName, Sequence[Source]]] = [(part, getattr(data, part))]
+    if part != "train" and data.split is not None and getattr(data.split, part):
+        sources.append(("train", data.train))
+    return [prepare(data, each, processor, seed=seed, part=name, **options) for name, each in sources if each]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection, Source
+from vlm_tune.checksums import is_intact
 from vlm_tune.data.finish import PARTS
-from vlm_tune.data.shards import BAD, LEFT_OUT, file_stamp
+from vlm_tune.data.job import Job
+from vlm_tune.data.shards import BAD, LEFT_OUT, OK, content_hash, file_stamp
+from vlm_tune.data.sources.registry import read_all
 from vlm_tune.data.store import ExampleStore, MediaRow, media_rows, read_batches
-from vlm_tune.data.types import Example, Media, Slice
+from vlm_tune.data.types import Conversation, Example, Media, Slice
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,8 +30,10 @@ Group = list[Example]
 class Prepared:
     """A part's prepared rows in a folder; examples are memory-mapped and made when they are asked for."""
 
-    def __init__(self, folder: Path, data: DataSection, sources: Sequence[Source], layout: Literal["causal", "seq2seq"]) -> None:
-        self.folder, self.data, self.sources, self.layout = folder, data, list(sources), layout
+    def __init__(self, folder: Path, job: Job) -> None:
+        """Opens a folder that `finish` wrote for the job; `open` looks first whether it can."""
+        self.folder, self.data, self.sources, self.layout = folder, job.data, list(job.sources), job.layout
+        self.part, self.readers = job.part, job.readers
         self.media_rows: list[MediaRow] = [row for batch in read_batches(folder / "media.arrow") for row in media_rows(batch, folder)]
         self.store = ExampleStore(folder / "examples.arrow", [row.media for row in self.media_rows])
         units = np.load(folder / "units.npz")
@@ -36,11 +41,11 @@ class Prepared:
         self.unit_sources: np.ndarray = units["source"]
 
     @classmethod
-    def open(cls, folder: Path, data: DataSection, sources: Sequence[Source], layout: Literal["causal", "seq2seq"]) -> Prepared | None:
-        """What is prepared in `folder`; None if nothing is, or an image has changed or gone since."""
-        if not (folder / "manifest.json").is_file():
+    def open(cls, folder: Path, job: Job) -> Prepared | None:
+        """What is prepared in `folder`; None if nothing is, it is damaged, or an image has changed or gone since."""
+        if not is_intact(folder):
             return None
-        found = cls(folder, data, sources, layout)
+        found = cls(folder, job)
         stamps: dict[Path, int] = {}
         for row in found.media_rows:
             if row.stamp:
@@ -146,14 +151,62 @@ class Prepared:
                 return
             yield f"{record['source']}, row {record['row']}: {record['message']}"
 
-    def held_out(self, part: str) -> list[set[int]]:
-        """For each source, which of its rows (from 0, in reading order) `data.split` holds out for a part."""
-        parts, numbers = self.column("part"), self.column("number")
-        wanted = PARTS.index(part)
-        return [set(np.flatnonzero(parts[numbers == number] == wanted).tolist()) for number in range(len(self.sources))]
+    def places(self, part: str) -> np.ndarray:
+        """The places of usable rows that belong to a part: this one, or one that `data.split` holds out of train.
+
+        Rows to score whose prompt is over `max_length` are not usable.
+        """
+        if part == self.part:
+            return np.flatnonzero((self.column("status") == OK) & (self.column("part") == 0))
+        places = self._held_out(part)
+        return places[self.prompts_fit(places)]
+
+    def long_prompts(self, part: str) -> np.ndarray:
+        """The places of rows that `data.split` holds out for a part, and whose prompt is over `max_length`."""
+        places = self._held_out(part)
+        return places[~self.prompts_fit(places)]
+
+    def prompts_fit(self, places: np.ndarray) -> np.ndarray:
+        """Whether the prompts of rows, without their last answers, are within `max_length`: bool[rows]."""
+        return self.column("prompt")[places] <= self.data.max_length
+
+    def _held_out(self, part: str) -> np.ndarray:
+        return np.flatnonzero((self.column("status") == OK) & (self.column("part") == PARTS.index(part)))
+
+    def conversations(self, places: np.ndarray) -> Iterator[Conversation]:
+        """The rows at ascending places, read again from their sources; images that came inside rows are read from here.
+
+        Raises `DataError` where a source is not what it was.
+        """
+        digests = dict(zip(places.tolist(), self.values("digest", places), strict=True))
+        starts = np.searchsorted(self.column("number"), np.arange(len(self.sources) + 1)).tolist()
+        for reader, first, end in zip(self.readers, starts, starts[1:], strict=False):
+            wanted = {place for place in digests if first <= place < end}
+            for place, row in enumerate(read_all([reader]) if wanted else (), first):
+                if place not in wanted:
+                    continue
+                if not isinstance(row, Conversation) or content_hash(row) != digests[place]:
+                    message = "the row is another than when it was prepared: the source was changed meanwhile; start again"
+                    raise DataError(message, source=row.source, row=row.row)
+                yield self._with_stored_images(row, place)
+                wanted.remove(place)
+                if not wanted:
+                    break
+
+    def _with_stored_images(self, row: Conversation, place: int) -> Conversation:
+        """The row, each image that it brought as bytes in place of where it is stored."""
+        if not any(isinstance(item.source, bytes) for item in row.media):
+            return row
+        shown, offsets = self.shown
+        stored = iter([self.media_rows[number].media for number in shown[offsets[place] : offsets[place + 1]]])
+        messages = []
+        for message in row.messages:
+            parts = [part if isinstance(part, str) else next(stored) for part in message.parts]
+            messages.append(replace(message, parts=tuple(parts)))
+        return replace(row, messages=tuple(messages))
 
     def check(self, *, lenient: bool) -> None:
-        """Raises `DataError` as the policy for bad rows tells (not if `lenient`), and if nothing is left to train on."""
+        """Raises `DataError` as the policy for bad rows tells (not if `lenient`), and if no row is left."""
         if lenient:
             return
         data = self.data
@@ -167,7 +220,8 @@ class Prepared:
             # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
             if data.on_bad_row == "fail" or capped or overlong:
                 raise DataError(message, source=record["source"], row=record["row"], kind=record["kind"])
-        if not len(self):
-            rows = len(self.column("status"))
+        if not len(self.places(self.part)):
+            rows, what = len(self.column("status")), "train on" if self.part == "train" else "score"
             first = next(self.reasons(1), "")
-            raise DataError(f"no row is left to train on, of {rows:,}" + (f"; the first: {first}" if first else ""), source="data.train")
+            message = f"no row is left to {what}, of {rows:,}" + (f"; the first: {first}" if first else "")
+            raise DataError(message, source=f"data.{self.part}")

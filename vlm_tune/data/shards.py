@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_tune.checksums import is_intact, write_checksums
 from vlm_tune.config import DataSection
 from vlm_tune.data.duplicates import ImageInfo, inspect_image
-from vlm_tune.data.fitting import fit, length
+from vlm_tune.data.fitting import Fitted, fit, length
 from vlm_tune.data.languages import language_of
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.sources.rows import Chunk, SourceReader
@@ -43,7 +44,8 @@ class RowRecord:
 
     `longest` is the length of its longest example before it is dropped, split or trimmed, `tokens` what is left of all.
     `controls` names control tokens that its texts hold as plain text; `content` is the beginning of a row that can't be
-    used, as it was read.
+    used, as it was read. `prompt` is the length of what would be answered while scoring, of rows over `max_length` (else 0);
+    `digest` is `content_hash` of the row.
     """
 
     row: int
@@ -62,6 +64,8 @@ class RowRecord:
     overlong: int = 0
     controls: str = ""
     content: str = ""
+    prompt: int = 0
+    digest: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,26 @@ def text_hash(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(turns.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
-class ShardMaker:
-    """Makes shards in any process; picklable."""
+def content_hash(conversation: Conversation) -> int:
+    """64 bits of the roles, the exact texts, and which turns are trained; images are not in it."""
+    turns = [(m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts]) for m in conversation.messages]
+    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")
 
-    def __init__(self, readers: Sequence[SourceReader], processors: Sequence[Processor], data: DataSection, folder: Path) -> None:
+
+class ShardMaker:
+    """Makes shards in any process; picklable. Rows that are `scored` keep all their examples, and need a prompt that fits."""
+
+    def __init__(
+        self,
+        readers: Sequence[SourceReader],
+        processors: Sequence[Processor],
+        data: DataSection,
+        folder: Path,
+        *,
+        scored: bool = False,
+    ) -> None:
         self.readers, self.processors, self.data, self.folder = readers, processors, data, folder
+        self.scored = scored
         self._known: dict[Media, ImageInfo | DataError] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +112,8 @@ class ShardMaker:
     def __call__(self, source: int, chunk: Chunk) -> ShardSummary:
         """Writes the shard, or finds it written, and sums it up."""
         folder = self.folder / f"{source:04}-{chunk.number:08}"
-        if not folder.is_dir():
+        if not is_intact(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -114,6 +134,7 @@ class ShardMaker:
         write_batches(temporary / "examples.arrow", [example_batch(examples, numbers)])
         write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
         write_batches(temporary / "rows.arrow", [record_batch(records)])
+        write_checksums(temporary)
 
     def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
         if isinstance(found, DataError):
@@ -121,6 +142,7 @@ class ShardMaker:
             content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if found.content is not None else ""
             return RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content), []
         record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(found))
+        record.digest = content_hash(found)
         record.controls = self._controls(found, self.processors[source])
         try:
             record.images = [media.add(item, self._look(item)) for item in found.media]
@@ -128,7 +150,7 @@ class ShardMaker:
             if reason:
                 record.status, (record.kind, record.message) = LEFT_OUT, reason
                 return record, []
-            fitted = fit(found, self.processors[source], self.data.overlong)
+            fitted = self._fitted(found, self.processors[source], record)
         except DataError as error:
             record.status, record.kind, record.message = BAD, error.kind, error.message
             return record, []
@@ -137,8 +159,8 @@ class ShardMaker:
         record.tokens = sum(len(example.input_ids) for example in made)
         record.supervised = sum(example.supervised for example in made)
         if long:
-            limit = self.processors[source].spec.max_length
-            record.kind, record.message = "overlong", f"{max(map(length, long))} tokens, more than data.max_length {limit}"
+            size = f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
+            record.kind, record.message = "overlong", f"{size} tokens, more than data.max_length {self.data.max_length}"
             if self.data.overlong == "fail":
                 record.status, record.examples = BAD, 0
                 return record, []
@@ -148,6 +170,19 @@ class ShardMaker:
             for item in example.media:
                 media.add(item, self._look(replace(item, tile=None)))
         return record, made
+
+    def _fitted(self, conversation: Conversation, processor: Processor, record: RowRecord) -> Fitted:
+        """A row's examples as they are trained on, or all of a row that is scored if its prompt is not too long."""
+        if self.scored:
+            examples = processor.examples(conversation)
+            fitted = Fitted(examples, [], max(map(length, examples)))
+        else:
+            fitted = fit(conversation, processor, self.data.overlong)
+        if fitted.longest > self.data.max_length:
+            record.prompt = len(processor.prompt(conversation).input_ids)
+            if self.scored and record.prompt > self.data.max_length:
+                return Fitted([], fitted.examples, fitted.longest)
+        return fitted
 
     def _controls(self, conversation: Conversation, processor: Processor) -> str:
         """Control tokens, and marks of media, that stand in the texts: the model sees plain text there."""
@@ -247,6 +282,8 @@ def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
             "supervised": column("supervised", pa.int32),
             "examples": column("examples", pa.int32),
             "overlong": column("overlong", pa.int32),
+            "prompt": column("prompt", pa.int32),
+            "digest": column("digest", pa.uint64),
             "images": column("images", lambda: pa.list_(pa.int32())),
             **{name: column(name, pa.string) for name in ("source", "id", "kind", "message", "category", "controls", "content")},
         }

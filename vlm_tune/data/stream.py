@@ -188,6 +188,25 @@ class StreamFeed:
         return pixels[media]
 
 
+def usable_rows(data: DataSection, sources: Sequence[Source], processor: Processor, seed: int, most: int) -> list[Conversation]:
+    """The first conversations of streamed sources that can be read, decoded and asked, among the first `most` rows."""
+    readers = [open_source(source, seed=seed, streaming=True) for source in sources]
+    processors = [processor.variant(source.template, source.system) for source in sources]
+    rows: list[Conversation] = []
+    for number, row in islice(mixed(readers, sources, seed), most):
+        if isinstance(row, DataError):
+            continue
+        try:
+            fits = len(processors[number].prompt(row).input_ids) <= data.max_length
+            for item in row.media:
+                processor.images(item)
+        except DataError:
+            continue
+        if fits:
+            rows.append(row)
+    return rows
+
+
 def _filled(groups: Sequence[Group], limit: int) -> list[Group]:
     """The examples of all groups in rows of at most `limit` tokens, the longest first, each where it fits first."""
     rows: list[tuple[int, Group]] = []

@@ -1,12 +1,14 @@
 """Features of a frozen tower, computed once and kept in a memory-mapped file.
 
-The key is the tower's weights, its preprocessing, the images' bytes and places of tiles in them; what is read back is what was computed.
+The file's name is a key (the tower's weights, its preprocessing, the images' bytes and places of tiles in them) and the
+checksum of its content, so that a file is whole or not there, and what is read back is what was computed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vlm_tune.checksums import file_checksum
 from vlm_tune.data.images import encoded_bytes
 from vlm_tune.data.types import Media
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import fingerprint
-from vlm_tune.resources import cache_folder, trim_cache
+from vlm_tune.resources import cache_folder, cache_room, check_cache, trim_cache
 
 BATCH = 64
 
@@ -35,10 +38,16 @@ class FeatureStore:
 
 
 @torch.inference_mode()
-def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress: Callable[[int, int], None] | None = None) -> FeatureStore:
+def tower_features(
+    model: VisionLanguageModel,
+    media: Sequence[Media],
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> FeatureStore:
     """Features of all media and their tiles by the model's tower in eval mode, computed in the tower's dtype where not cached.
 
-    Raises `DataError` for an image that can't be decoded.
+    `note` is told where a cached file was damaged. Raises `DataError` for an image that can't be decoded, `RecipeError`
+    for a cache that can't be written or has no room.
     """
     tower, processor = model.tower, model.processor.images
     key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
@@ -48,15 +57,30 @@ def tower_features(model: VisionLanguageModel, media: Sequence[Media], progress:
     key.update("".join(sorted(distinct)).encode())
     place = {digest: row for row, digest in enumerate(sorted(distinct))}
     rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
-    path = cache_folder("features") / f"{key.hexdigest()[:40]}.npy"
-    if not path.is_file():
+    folder, name = cache_folder("features"), key.hexdigest()[:40]
+    path = _cached(folder, name, note)
+    if path is None:
         first = dict(zip(digests, media, strict=True))
-        _compute(model, [first[digest] for digest in sorted(distinct)], path, progress)
-        trim_cache(path.parent, path)
-    os.utime(path)
+        path = _compute(model, [first[digest] for digest in sorted(distinct)], folder, name, progress)
+        trim_cache(folder, path)
+    with contextlib.suppress(OSError):  # the cache may be another's, to read only
+        os.utime(path)
     raw = torch.from_numpy(np.load(path, mmap_mode="c"))
     dtype = next(tower.parameters()).dtype
     return FeatureStore(raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw, rows)
+
+
+def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path | None:
+    """The intact file of a key; those that are damaged are removed."""
+    for path in sorted(folder.glob(f"{name}-*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
+            if path.stem == f"{name}-{file_checksum(path)}":
+                return path
+            if note:
+                note(f"the features in {path} were damaged: they are computed anew")
+            with contextlib.suppress(PermissionError):
+                path.unlink()
+    return None
 
 
 def _digests(media: Sequence[Media]) -> list[str]:
@@ -65,18 +89,24 @@ def _digests(media: Sequence[Media]) -> list[str]:
     return [whole[item.source] + (f":{item.tile}" if item.tile else "") for item in media]
 
 
-def _compute(model: VisionLanguageModel, media: Sequence[Media], path: Path, progress: Callable[[int, int], None] | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _compute(
+    model: VisionLanguageModel, media: Sequence[Media], folder: Path, name: str, progress: Callable[[int, int], None] | None
+) -> Path:
+    """Writes the features of `media` as one array [images, N, D]; the file, named by its checksum."""
+    check_cache(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tower = model.tower
     tokens, width = tower.measure()
     dtype = next(tower.parameters()).dtype
     # numpy has no bfloat16: its bits are kept as int16.
     stored = np.int16 if dtype == torch.bfloat16 else np.float16 if dtype == torch.float16 else np.float32
-    temporary = path.with_suffix(f".tmp-{os.getpid()}.npy")
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width))
+    temporary = folder / f"{name}.tmp-{os.getpid()}.npy"
     was = tower.training
     tower.eval()
     try:
+        with cache_room(folder):
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width))
+            _reserve(temporary)
         for start in range(0, len(media), BATCH):
             pixels = torch.stack([model.processor.images(item) for item in media[start : start + BATCH]])
             with torch.autocast(model.device.type, enabled=False):  # the same features wherever they are asked for
@@ -86,8 +116,21 @@ def _compute(model: VisionLanguageModel, media: Sequence[Media], path: Path, pro
             if progress:
                 progress(min(start + BATCH, len(media)), len(media))
         array.flush()
+        path = folder / f"{name}-{file_checksum(temporary)}.npy"
         temporary.rename(path)
-        path.with_suffix(".json").write_text(json.dumps({"images": len(media), "tokens": tokens, "width": width, "dtype": str(dtype)}))
+        return path
     finally:
         temporary.unlink(missing_ok=True)
         tower.train(was)
+
+
+def _reserve(path: Path) -> None:
+    """Takes a file's room on the disk now: writing to a mapped file on a full disk kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                # Some network file systems can't promise room.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise

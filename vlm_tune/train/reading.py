@@ -1,4 +1,4 @@
-"""What a stage reads: its prepared or streamed rows, its validation rows, and the features of their images."""
+"""What a stage reads: its prepared or streamed rows, its validation and test rows, and the features of their images."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from accelerate import Accelerator
 from vlm_tune.config import Recipe
 from vlm_tune.data.feed import Feed, PreparedFeed
 from vlm_tune.data.images import PixelCache
+from vlm_tune.data.job import PartName
 from vlm_tune.data.plan import Plan, Sizes
-from vlm_tune.data.prepare import prepare, read_part
+from vlm_tune.data.prepare import part_conversations, prepared_parts
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import BAD
-from vlm_tune.data.stream import StreamFeed
+from vlm_tune.data.stream import StreamFeed, usable_rows
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.model.features import FeatureStore, tower_features
 from vlm_tune.model.tuning import count_of
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.loop import Report
+
+SAMPLED, SAMPLED_STREAM = 500, 100
+"""Rows that the report's samples are chosen from; of a stream, each is decoded for it."""
 
 NOTES = 20
 """Rows of which a note says why they are left out; the counts say the rest."""
@@ -31,50 +35,106 @@ NOTES = 20
 
 @dataclass
 class StageRows:
-    """What a stage reads: prepared training rows (None if they are streamed), validation rows, and its processor."""
+    """What a stage reads: prepared training rows (None if they are streamed), rows to score, and its processor.
+
+    `parts` holds what was prepared of each part; `samples` are rows for the report's answers before and after.
+    """
 
     processor: Processor
     train: Prepared | None
     validation: list[Conversation]
+    test: list[Conversation]
+    parts: dict[PartName, list[Prepared]]
+    samples: list[Conversation]
 
 
-def read_stage(recipe: Recipe, processor: Processor, *, report: Report, stop: Callable[[], bool], quarantine: Path | None) -> StageRows:
-    """A stage's rows, with notes on those that are left out; bad ones are written to the file `quarantine` if asked.
+def read_stage(
+    recipe: Recipe,
+    processor: Processor,
+    *,
+    last: bool,
+    report: Report,
+    stop: Callable[[], bool],
+    quarantine: Path | None,
+) -> StageRows:
+    """All parts of a stage (test and the report's samples of the `last` one), with notes on rows that are left out.
 
-    Raises `DataError` as the policy for bad rows tells, `Interrupted` when `stop` says so.
+    Bad rows are written to the file `quarantine` if asked. Raises `DataError` as the policy for bad rows tells,
+    `Interrupted` when `stop` says so.
     """
     data = recipe.data
-    train = None
-    if not data.streaming:
-        train = prepare(
+    names: list[PartName] = [*(() if data.streaming else ("train",)), "validation", *(("test",) if last else ())]
+    parts: dict[PartName, list[Prepared]] = {}
+    for part in names:
+        parts[part] = prepared_parts(
             data,
-            data.train,
+            part,
             processor,
-            seed=recipe.seed,
-            progress=lambda rows: report({"event": "preparing", "rows": rows}),
+            recipe.seed,
+            progress=lambda rows, part=part: report({"event": "preparing", "part": part, "rows": rows}),
             stop=stop,
+            note=lambda text: report({"event": "note", "text": text}),
         )
-        _tell_left_out(train, report)
-        if data.on_bad_row == "quarantine" and quarantine:
-            _quarantine(train, quarantine)
-    return StageRows(processor, train, read_part(data, "validation", processor, recipe.seed, train))
+        for prepared in parts[part]:
+            _tell_left_out(prepared, part, report)
+            if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
+                _quarantine(prepared, quarantine)
+    (train,) = parts.get("train") or [None]
+    validation, test = (part_conversations(parts.get(part, ()), part) for part in ("validation", "test"))
+    samples = _samples(recipe, processor, train, validation) if last else []
+    return StageRows(processor, train, validation, test, parts, samples)
 
 
-def _tell_left_out(train: Prepared, report: Report) -> None:
-    kinds = train.left_out
-    for reason in train.reasons(NOTES):
-        report({"event": "note", "text": f"left out: {reason}"})
+def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
+    """Notes on the rows of a part that are left out; of rows that are held out of train, those whose prompt is too long."""
+    where = "" if part == "train" else f" of {part}"
+    if prepared.part != part:
+        places = prepared.long_prompts(part)
+        if len(places):
+            text = f"left out{where}: {len(places):,} rows held out of train whose prompt is over data.max_length"
+            report({"event": "note", "text": text})
+        return
+    kinds = prepared.left_out
+    for reason in prepared.reasons(NOTES):
+        report({"event": "note", "text": f"left out{where}: {reason}"})
     if sum(kinds.values()) > NOTES:
-        report({"event": "note", "text": f"left out in all: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}"})
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        report({"event": "note", "text": f"left out{where} in all: {counts}"})
 
 
-def _quarantine(train: Prepared, path: Path) -> None:
+def _quarantine(prepared: Prepared, path: Path) -> None:
     """Adds the rows that can't be used, those that are not there yet."""
     known = set(path.read_text().splitlines()) if path.is_file() else set()
-    rows = [{name: record[name] for name in ("source", "row", "kind", "message", "content")} for record in train.records(BAD)]
+    names = ("source", "row", "kind", "message", "content")
+    rows = [{"part": prepared.part, **{name: record[name] for name in names}} for record in prepared.records(BAD)]
     lines = [line for line in (json.dumps(row, ensure_ascii=False) for row in rows) if line not in known]
     with path.open("a") as file:
         file.write("".join(line + "\n" for line in lines))
+
+
+def _samples(recipe: Recipe, processor: Processor, train: Prepared | None, validation: Sequence[Conversation]) -> list[Conversation]:
+    """Rows of the validation part (or of train) whose answers the report shows: of as many categories as there are."""
+    most = recipe.evaluate.samples
+    if not most:
+        return []
+    if validation:
+        rows = list(validation[:SAMPLED])
+    elif train is not None:
+        places = train.places("train")
+        rows = list(train.conversations(places[train.prompts_fit(places)][:SAMPLED]))
+    else:
+        rows = usable_rows(recipe.data, recipe.data.train, processor, recipe.seed, SAMPLED_STREAM)
+    rows = [row for row in rows if row.media] or rows
+    by_category: dict[str, list[Conversation]] = {}
+    for row in rows:
+        by_category.setdefault(row.category, []).append(row)
+    chosen: list[Conversation] = []
+    while len(chosen) < most and any(by_category.values()):
+        for group in by_category.values():
+            if group and len(chosen) < most:
+                # Spread over the rows, so that a panel shows different images.
+                chosen.append(group.pop((7 * len(chosen)) % len(group)))
+    return chosen
 
 
 def stage_feed(
@@ -138,5 +198,8 @@ def stage_features(
     def progress(done: int, of: int) -> None:
         report({"event": "features", "done": done, "of": of})
 
-    held_out = tower_features(model, seen, progress) if seen else None
-    return None if recipe.data.augment else tower_features(model, media, progress), held_out
+    def note(text: str) -> None:
+        report({"event": "note", "text": text})
+
+    held_out = tower_features(model, seen, progress, note) if seen else None
+    return None if recipe.data.augment else tower_features(model, media, progress, note), held_out

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from vlm_tune.config import AnyEngine, Recipe
-from vlm_tune.data.prepare import conversations, read_part, scratch_texts
+from vlm_tune.data.prepare import scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import Interrupted, VlmTuneError
@@ -43,9 +42,6 @@ from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_feat
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.watch import Watch
-
-SAMPLED = 500
-"""Rows that the report's samples are chosen from."""
 
 
 @dataclass
@@ -76,8 +72,18 @@ class Context:
         return self.accelerator.is_main_process or not shards(self.section)
 
 
-def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False, show: Report | None = None) -> Run:
+def sft(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    test: bool = True,
+    show: Report | None = None,
+) -> Run:
     """Trains what the recipe says and returns the run; `show` is given every event as it happens.
+
+    Without `test` the test part is read, as ever before training, but not scored.
 
     The folder gets recipe.yaml, log.jsonl, stages/ with checkpoints, model/ (the finished model), result.json and
     report.html. Raises `RecipeError` for a folder that is in use or holds another recipe's run (unless a resumed run is
@@ -102,8 +108,8 @@ def sft(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, accept
             report({"event": "note", "text": note})
         context = Context(recipe, run, accelerator, report, stop, text, watch, section)
         try:
-            model, seconds = _stages(context, resume=resume)
-            result = _finish(context, model, {"seconds": seconds})
+            model, seconds, rows = _stages(context, resume=resume)
+            result = _finish(context, model, rows if test else [], {"seconds": seconds})
         except RuntimeError as error:
             lost = watch.lost(error)
             raise error if lost is None else lost from error
@@ -195,8 +201,8 @@ def _forget_after(run: Path, progress: Progress) -> None:
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
-def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, float]:
-    """Runs the stages that are left; the model as the last one leaves it, and the seconds of all."""
+def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, float, list[Conversation]]:
+    """Runs the stages that are left; the model as the last one leaves it, the seconds of all, and the rows of test."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
     texts = scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
@@ -204,7 +210,7 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
     rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
     progress, checkpoint = Progress(), None
-    samples = _sample_rows(stages[-1][1], rows[-1].validation)
+    samples = rows[-1].samples
     if found:
         checkpoint, damaged = found
         progress = read_progress(checkpoint)
@@ -229,7 +235,7 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
         seconds += progress.seconds
     if context.accelerator.is_main_process:
         _write_samples(context, model, samples, "after")
-    return model, seconds
+    return model, seconds, rows[-1].test
 
 
 def read_rows(context: Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
@@ -238,6 +244,7 @@ def read_rows(context: Context, number: int, name: str, recipe: Recipe, processo
     return read_stage(
         recipe,
         processor.variant(data.template if data.template != common.template else None, data.system),
+        last=number == len(context.recipe.stages or [recipe]) - 1,
         report=lambda event: context.report({**event, "stage": number, "name": name}),
         stop=context.stop,
         quarantine=context.run / "quarantine.jsonl" if context.accelerator.is_main_process else None,
@@ -371,12 +378,12 @@ def _tuning_table(context: Context, number: int, name: str, table: Sequence[Tune
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _finish(context: Context, model: VisionLanguageModel, result: dict[str, Any]) -> dict[str, Any]:
-    """Saves the finished model, scores it on the test part, and fills the result."""
+def _finish(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], result: dict[str, Any]) -> dict[str, Any]:
+    """Saves the finished model, scores it on rows of the test part, and fills the result."""
     recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
     if accelerator.is_main_process:
         save_model(model, context.run / "model")
-        rows = read_part(recipe.data, "test", model.processor, recipe.seed)
+        rows = rows[: recipe.evaluate.test_limit]
         if rows:
             started = time.perf_counter()
             found = _score_rows(context, model, rows, recipe)
@@ -400,7 +407,8 @@ def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Con
             raise Interrupted("stopped: the model is trained, the test part is not scored yet; --resume does that")
 
     with context.accelerator.autocast():
-        features = tower_features(model, media) if media else None
+        note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731
+        features = tower_features(model, media, note=note) if media else None
         return score(
             model,
             rows,
@@ -411,24 +419,6 @@ def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Con
             compile=recipe.train.compile,
             progress=progress,
         )
-
-
-def _sample_rows(last: Recipe, validation: Sequence[Conversation]) -> list[Conversation]:
-    """Rows of the last stage's validation part (or training part) for the report: of as many categories as there are."""
-    if not last.evaluate.samples:
-        return []
-    rows = list(islice(validation or conversations(last.data, last.data.train, last.seed), SAMPLED))
-    rows = [row for row in rows if row.media] or rows
-    by_category: dict[str, list[Conversation]] = {}
-    for row in rows:
-        by_category.setdefault(row.category, []).append(row)
-    chosen: list[Conversation] = []
-    while len(chosen) < last.evaluate.samples and any(by_category.values()):
-        for group in by_category.values():
-            if group and len(chosen) < last.evaluate.samples:
-                # Spread over the rows, so that a panel shows different images.
-                chosen.append(group.pop((7 * len(chosen)) % len(group)))
-    return chosen
 
 
 def _write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str) -> None:

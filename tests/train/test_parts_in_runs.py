@@ -1,0 +1,154 @@
+"""All parts of a run are read before its weights, under one policy, and `check` says beforehand what training does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import parsed
+
+import vlm_tune
+from vlm_tune.api import evaluate, sft
+from vlm_tune.checking.findings import CheckReport
+from vlm_tune.errors import DataError
+
+QUICK: dict[str, Any] = {"train__steps": 1, "train__log_every": 1}
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def part(folder: Path, name: str, lines: list[str]) -> list[dict[str, str]]:
+    (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return [{"kind": "file", "path": str(folder / f"{name}.jsonl"), "form": "messages"}]
+
+
+def faults(report: CheckReport) -> list[tuple[str, str]]:
+    """(part, kind) of the errors; the tiny recipes' parts show the same images, which is an error of its own."""
+    return [(finding.part, finding.kind) for finding in report.errors if not finding.kind.startswith("leak")]
+
+
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_tune.train.run.build", lambda *arguments, **more: pytest.fail("the model was built"))
+    monkeypatch.setattr("vlm_tune.train.run.restore_model", lambda *arguments, **more: pytest.fail("the model was loaded"))
+
+
+def with_image(line: str, image: str) -> str:
+    return json.dumps(json.loads(line) | {"images": [image]})
+
+
+def cut_image(folder: Path) -> str:
+    (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:200])
+    return "cut.png"
+
+
+def test_samples_for_the_report_are_rows_that_can_be_used(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+    lines = color_rows.read_text().splitlines()
+    color_rows.write_text("\n".join([with_image(lines[0], cut_image(color_rows.parent)), *lines]) + "\n")
+    recipe = parsed(tiny_recipe("causal"), **QUICK, data__validation=[], data__on_bad_row="skip", evaluate__samples=4)
+    assert vlm_tune.check(recipe).exit_code == 0
+    run = sft(recipe)
+    shown = json.loads((run.folder / "samples.json").read_text())
+    assert len(shown) == 4 and all("cut.png" not in row["image"] and row["after"] is not None for row in shown)
+
+
+def test_samples_of_a_stream_are_rows_that_can_be_used(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+    lines = color_rows.read_text().splitlines()
+    color_rows.write_text("\n".join([with_image(lines[0], cut_image(color_rows.parent)), "{bad", *lines]) + "\n")
+    changes = QUICK | {"data__validation": [], "data__on_bad_row": "skip", "data__streaming": True}
+    run = sft(parsed(tiny_recipe("causal"), **changes, evaluate__samples=3))
+    shown = json.loads((run.folder / "samples.json").read_text())
+    assert len(shown) == 3 and all("cut.png" not in row["image"] for row in shown)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message", "kind"),
+    [
+        (None, "no such file", "source"),
+        (["{bad"], "row 1: .*JSON", "not_json"),
+        (["cut"], "row 1: .*cut.png", "image_unreadable"),
+        (["long"], "row 1: the prompt has .* tokens, more than data.max_length 128", "overlong"),
+    ],
+)
+def test_a_fault_of_the_test_part_is_told_before_any_weights_are_loaded(
+    lines: list[str] | None,
+    message: str,
+    kind: str,
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = color_rows.parent
+    first = color_rows.read_text().splitlines()[0]
+    spoiled = {
+        "cut": with_image(first, cut_image(folder)),
+        "long": first.replace("what color is it?", "word " * 100),
+    }
+    test = part(folder, "test", [*(spoiled.get(line, line) for line in lines or []), first])
+    if lines is None:
+        (folder / "test.jsonl").unlink()
+    good = parsed(tiny_recipe("causal"), **QUICK)
+    recipe = parsed(tiny_recipe("causal"), **QUICK, data__test=test)
+    report = vlm_tune.check(recipe)
+    assert faults(report) == [("test", kind)]
+    if lines is None:
+        sft(good)
+    with monkeypatch.context() as patched:
+        no_weights(patched)
+        with pytest.raises(DataError, match=message):
+            sft(recipe, overwrite=True)
+        if lines is None:  # so is a run whose test part went since
+            with pytest.raises(DataError, match=message):
+                sft(recipe, resume=True, accept_changes=True)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_bad_rows_to_score_are_counted_shown_and_quarantined(name: str, tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+    folder, lines = color_rows.parent, color_rows.read_text().splitlines()
+    spoiled = ["{bad", with_image(lines[0], cut_image(folder)), lines[1], lines[2].replace("what color is it?", "word " * 100)]
+    changes = QUICK | {f"data__{name}": part(folder, name, spoiled), "data__on_bad_row": "quarantine", "data__overlong": "drop"}
+    recipe = parsed(tiny_recipe("causal"), **changes, evaluate__samples=0)
+    report = vlm_tune.check(recipe)
+    assert faults(report) == []
+    of_part = [(finding.row, finding.kind) for finding in report.warnings if finding.part == name]
+    assert {(1, "not_json"), (2, "image_unreadable"), (4, "overlong")} <= set(of_part)
+    run = sft(recipe)
+    rows = [json.loads(line) for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["part"], row["row"], row["kind"]) for row in rows] == [
+        (name, 1, "not_json"),
+        (name, 2, "image_unreadable"),
+    ]
+    notes = [event["text"] for event in events(run.folder, "note") if event["text"].startswith(f"left out of {name}: ")]
+    assert len(notes) == 3
+    scored = run.result["n"] if name == "test" else events(run.folder, "evaluate")[0]["n"]
+    assert scored == 1 == evaluate(run.folder, split=name).n
+
+
+def test_a_part_with_no_row_left_and_one_with_too_many_bad_rows_stop_the_run(
+    tiny_recipe: Callable[..., str], color_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = color_rows.read_text().splitlines()
+    empty = {"data__validation": part(color_rows.parent, "validation", ["{bad"]), "data__on_bad_row": "skip"}
+    recipe = parsed(tiny_recipe("causal"), **QUICK, **empty)
+    assert faults(vlm_tune.check(recipe)) == [("validation", "no_rows")]
+    no_weights(monkeypatch)
+    with pytest.raises(DataError, match=r"data\.validation: no row is left to score, of 1; the first: .*row 1"):
+        sft(recipe)
+    capped = {"data__validation": part(color_rows.parent, "capped", ["{bad", "{bad", lines[0]]), "data__on_bad_row": "skip"}
+    recipe = parsed(tiny_recipe("causal"), **QUICK, **capped, data__max_bad_rows=1)
+    assert faults(vlm_tune.check(recipe)) == [("validation", "too_many_bad")]
+    with pytest.raises(DataError, match="2 bad rows, more than 1"):
+        sft(recipe, overwrite=True)
+
+
+def test_the_test_part_is_scored_in_part_or_not_at_all(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+    test = [{"kind": "file", "path": str(color_rows)}]
+    text, changes = tiny_recipe("causal"), QUICK | {"data__test": test, "data__validation": [], "evaluate__samples": 0}
+    assert sft(parsed(text, **changes, evaluate__test_limit=3)).result["n"] == 3
+    run = sft(parsed(text, **changes), test=False, overwrite=True)
+    assert "n" not in run.result and "accuracy" not in run.result and not (run.folder / "answers.jsonl").exists()
