@@ -28,7 +28,16 @@ class PartRows:
     @cached_property
     def keys(self) -> np.ndarray:
         """uint64[rows]: equal where the text (case and white space aside) and the bytes of the images are."""
-        found = self.prepared.column("text")[self.places].astype(np.uint64)
+        return self._mixed("text")
+
+    @property
+    def contents(self) -> np.ndarray:
+        """uint64[rows]: equal where the exact texts and the bytes of the images are; of rows that can't be read, what stands there."""
+        return self._mixed("digest")
+
+    def _mixed(self, column: str) -> np.ndarray:
+        """A column's hashes mixed with those of each row's images."""
+        found = self.prepared.column(column)[self.places].astype(np.uint64)
         shown, offsets = self.prepared.shown
         digests = np.array([int.from_bytes(row.info.sha256[:8], "little") for row in self.prepared.media_rows], dtype=np.uint64)
         starts, counts = offsets[self.places], np.diff(offsets)[self.places]

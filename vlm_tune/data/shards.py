@@ -81,13 +81,18 @@ class ShardSummary:
 def text_hash(conversation: Conversation) -> int:
     """64 bits of the roles and texts of a conversation, white space and letter case aside; images are not in it."""
     turns = "\0".join(f"{message.role}\1{' '.join(message.text.casefold().split())}" for message in conversation.messages)
-    return int.from_bytes(hashlib.blake2b(turns.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return _hash(turns)
 
 
 def content_hash(conversation: Conversation) -> int:
     """64 bits of the roles, the exact texts, and which turns are trained; images are not in it."""
     turns = [(m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts]) for m in conversation.messages]
-    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")
+    return _hash(json.dumps(turns))
+
+
+def _hash(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 class ShardMaker:
@@ -140,7 +145,9 @@ class ShardMaker:
         if isinstance(found, DataError):
             row = found.row if isinstance(found.row, int) else number
             content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if found.content is not None else ""
-            return RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content), []
+            record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
+            record.digest = _hash(content or found.message)
+            return record, []
         record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(found))
         record.digest = content_hash(found)
         record.controls = self._controls(found, self.processors[source])

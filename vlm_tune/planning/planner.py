@@ -246,8 +246,9 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
         )
     if quantize and setting.zero == 3:
         problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
-    if setting.bandwidth <= 0 or (setting.tflops is not None and setting.tflops <= 0):
-        problems.append(Problem("--bandwidth" if setting.bandwidth <= 0 else "--tflops", "expected a number above 0"))
+    for option, number in (("--bandwidth", setting.bandwidth), ("--tflops", setting.tflops)):
+        if number is not None and not 0 < number < math.inf:  # NaN is neither
+            problems.append(Problem(option, f"expected a number above 0, not {number}"))
     if problems:
         raise RecipeError(problems)
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.feed import Feed, PreparedFeed
+from vlm_tune.data.fingerprints import fingerprint_prepared, fingerprint_streams
 from vlm_tune.data.images import PixelCache
 from vlm_tune.data.job import PartName
 from vlm_tune.data.plan import Plan, Sizes
@@ -83,6 +84,15 @@ def read_stage(
     validation, test = (part_conversations(parts.get(part, ()), part) for part in ("validation", "test"))
     samples = _samples(recipe, processor, train, validation) if last else []
     return StageRows(processor, train, validation, test, parts, samples)
+
+
+def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
+    """What a stage reads, by part, as JSON for `fingerprint_differences`; no file is read for it."""
+    parts: dict[str, Any] = {
+        part: [source for each in prepared if each.part == part for source in fingerprint_prepared(each)]
+        for part, prepared in rows.parts.items()
+    }
+    return parts if rows.train is not None else parts | {"train": fingerprint_streams(recipe.data.train, recipe.seed)}
 
 
 def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
