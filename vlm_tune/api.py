@@ -16,7 +16,8 @@ from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
 from vlm_tune.merging import MergeReport
 from vlm_tune.merging import merge as merge_folder
-from vlm_tune.model.build import DTYPES
+from vlm_tune.model.bases import BaseArgument, base_choice
+from vlm_tune.model.build import dtype_of
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
@@ -86,23 +87,27 @@ def evaluate(
     split: Literal["validation", "test"] = "test",
     limit: int | None = None,
     dtype: str | None = None,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
     show: Report | None = None,
 ) -> Scores:
     """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage.
 
-    The recipe is the run's own where none is given; `limit` scores the first rows only. Raises `RecipeError` if that
-    part is empty or unknown, or the limit under 1.
+    The recipe is the run's own where none is given; `limit` scores the first rows only; `base` and `accept_other_base`
+    are as in `merge`. Raises `RecipeError` if that part is empty or unknown, or the limit under 1.
     """
     if split not in ("validation", "test"):
         raise RecipeError([Problem("--split", f"{split!r} is none of validation, test")])
     check_count("--limit", limit)
+    precision = dtype_of(dtype)
     folder = Path(model)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or find_recipe(folder), overrides)
     stage = loaded.resolved_stages()[-1][1]
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
-    return evaluate_model(load_model(folder, dtype=DTYPES[dtype] if dtype else None), loaded, split=split, limit=limit, show=show)
+    loaded_model = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
+    return evaluate_model(loaded_model, loaded, split=split, limit=limit, show=show)
 
 
 def evaluate_model(
@@ -133,12 +138,31 @@ def evaluate_model(
         shut_range()
 
 
-def merge(model: str | Path, output: str | Path, *, dtype: str | None = None) -> MergeReport:
-    """Merges a run's LoRA into 16-bit base weights (bf16, or fp16 where bf16 is too coarse), verifies, and writes `output`.
+def merge(
+    model: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    tolerance: float | None = None,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
+) -> MergeReport:
+    """Merges a run's LoRA into 16-bit base weights, verifies, and writes `output`.
 
-    Raises `ModelError` if it can't.
+    Args:
+        model: a run, a checkpoint or a model folder.
+        output: the folder to write.
+        dtype: bf16, fp16 or fp32; bf16, or the next of these that is fine enough, where not given.
+        tolerance: how far the rounding may move logits; 0.02 where not given.
+        base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; where it was where not given.
+        accept_other_base: whether to merge into weights other than those that were trained over.
+
+    Raises:
+        ModelError: it can't be merged, or fails verification; nothing is written.
+        RecipeError: the output can't be written.
     """
-    return merge_folder(Path(model), Path(output), dtype=dtype)
+    choice = base_choice(base, accept_other_base)
+    return merge_folder(Path(model), Path(output), dtype=dtype, tolerance=tolerance, base=choice)
 
 
 def export(
@@ -149,9 +173,13 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
 ) -> ExportReport:
     """Writes a model in another library's layout (`llava` or `gguf`, adapters merged, or `adapter`, a PEFT folder) and verifies it there.
 
+    `base` and `accept_other_base` are as in `merge`.
     Raises `ModelError` for a model that the format can't express, too little memory or disk, and a failed verification.
     """
-    return export_folder(Path(model), Path(output), format=format, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
+    choice = base_choice(base, accept_other_base)
+    return export_folder(Path(model), Path(output), format=format, dtype=dtype, max_shard_size=max_shard_size, verify=verify, base=choice)

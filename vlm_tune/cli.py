@@ -26,6 +26,13 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
 ProcessesOption = Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")]
+BaseOption = Annotated[
+    list[str] | None,
+    typer.Option("--base", metavar="PATH", help="where MODEL's base is now: PATH of the language model, tower=PATH of the tower"),
+]
+AcceptBaseOption = Annotated[
+    bool, typer.Option("--accept-other-base", help="take the base though its weights are not those that MODEL was trained over")
+]
 DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
 
 
@@ -55,6 +62,16 @@ def _quiet() -> None:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _bases(given: list[str] | None) -> dict[str, str]:
+    """New places of bases by part: `PATH` is the language model's, `tower=PATH` another part's."""
+    places: dict[str, str] = {}
+    for text in given or []:
+        part, equals, path = text.partition("=")
+        known = equals and part in ("llm", "tower", "tower.0", "tower.1")
+        places[part if known else "llm"] = path if known else text
+    return places
 
 
 def _launch(processes: int, *command: str) -> NoReturn:
@@ -113,6 +130,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
     answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
     dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score MODEL's generated answers by exact match."""
@@ -130,7 +149,17 @@ def evaluate(
     console = Console(stderr=as_json)
     display = Display(console)
     try:
-        found = run(model, loaded, set_ or [], split=split, limit=limit, dtype=dtype, show=display)
+        found = run(
+            model,
+            loaded,
+            set_ or [],
+            split=split,
+            limit=limit,
+            dtype=dtype,
+            base=_bases(base),
+            accept_other_base=accept_other_base,
+            show=display,
+        )
     finally:
         display.close()
     if answers:
@@ -171,6 +200,9 @@ def merge(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")] = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA weights into the 16-bit base, verify, and write a self-contained folder."""
@@ -180,7 +212,7 @@ def merge(
     _quiet()
     from vlm_tune.api import merge as run
 
-    report = run(model, output, dtype=dtype)
+    report = run(model, output, dtype=dtype, tolerance=tolerance, base=_bases(base), accept_other_base=accept_other_base)
     if as_json:
         _print_json(asdict(report))
     else:
@@ -201,6 +233,8 @@ def export(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
     verify: Annotated[bool, typer.Option(help="open what was written and compare it with MODEL")] = True,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write MODEL in another library's layout and verify it there."""
@@ -212,7 +246,17 @@ def export(
     _quiet()
     from vlm_tune.api import export as run
 
-    report = run(model, output, format=format_, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
+    places = _bases(base)
+    report = run(
+        model,
+        output,
+        format=format_,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        base=places,
+        accept_other_base=accept_other_base,
+    )
     if as_json:
         _print_json(asdict(report))
     else:
@@ -231,6 +275,8 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
@@ -239,7 +285,9 @@ def chat(
     from vlm_tune.model.build import DTYPES
     from vlm_tune.model.vlm import VisionLanguageModel
 
-    vlm = VisionLanguageModel.from_pretrained(model, dtype=DTYPES[dtype] if dtype else None)
+    vlm = VisionLanguageModel.from_pretrained(
+        model, dtype=DTYPES[dtype] if dtype else None, base=_bases(base), accept_other_base=accept_other_base
+    )
     images = image or []
     if prompt is not None:
         answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)

@@ -339,11 +339,13 @@ def _rows(count: int) -> str:
 
 def merge_proof(report: MergeReport) -> str:
     """What a merged model was compared with, and how it went: one that fails is not written."""
-    return (
-        f"verified on {_rows(report.rows)}, computed in fp32:\n"
-        f"  passed  logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged ({report.allowed:g} is allowed)\n"
-        f"  passed  logits up to {report.difference_to_base:.2g} from those of the base alone (0 would be no merge)\n"
-        "  passed  greedy answers the same as with the adapter unmerged"
+    from vlm_tune.merging import merge_lines
+
+    lines = merge_lines(report)
+    checks = ["passed", "passed", "passed" if report.same_text else "ALLOWED"]
+    marks = [*checks, *["note  "] * (len(lines) - len(checks))]
+    return "\n".join(
+        [f"verified on {_rows(report.rows)}, computed in fp32:", *(f"  {mark}  {line}" for mark, line in zip(marks, lines, strict=True))]
     )
 
 

@@ -9,6 +9,7 @@ from vlm_tune.exporting.adapter import export_adapter
 from vlm_tune.exporting.gguf import export_gguf
 from vlm_tune.exporting.llava import export_llava
 from vlm_tune.exporting.source import ExportReport
+from vlm_tune.model.bases import AS_SAVED, BaseChoice
 from vlm_tune.model.build import DTYPES
 from vlm_tune.model.llamacpp.file import TYPES
 
@@ -18,7 +19,14 @@ __all__ = ["FORMATS", "ExportReport", "export"]
 
 
 def export(
-    path: Path, output: Path, *, format: str = "llava", dtype: str | None = None, max_shard_size: str = "5GB", verify: bool = True
+    path: Path,
+    output: Path,
+    *,
+    format: str = "llava",
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = True,
+    base: BaseChoice = AS_SAVED,
 ) -> ExportReport:
     """Writes a run, a checkpoint or a merged folder as a `LlavaForConditionalGeneration` that plain transformers opens.
 
@@ -30,14 +38,14 @@ def export(
     Raises `ModelError` for a model that the format can't express, an output that exists, too little memory or disk, and a
     failed verification; nothing is left then.
     """
-    path = Path(path)
+    path, output = Path(path), Path(output)
     if format not in FORMATS:
         raise ModelError(f"no export format {format!r}; there are {', '.join(FORMATS)}")
     known = TYPES if format == "gguf" else DTYPES
     if dtype not in (None, *known):
         raise ModelError(f"{format} has no --dtype {dtype}; there are {', '.join(known)}")
     if format == "llava":
-        return export_llava(path, output, dtype, max_shard_size, verify)
+        return export_llava(path, output, dtype, max_shard_size, verify, base)
     if format == "adapter":
-        return export_adapter(path, output, dtype, verify)
-    return export_gguf(path, output, dtype, verify)
+        return export_adapter(path, output, dtype, verify, base)
+    return export_gguf(path, output, dtype, verify, base)

@@ -12,20 +12,29 @@ import torch
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines
 from vlm_tune.merging import check_output, probe_rows
+from vlm_tune.model.bases import BaseChoice
 from vlm_tune.model.build import load_llm
 from vlm_tune.model.pretrained import find_vlm
 from vlm_tune.model.store import ADAPTERS, find_model, load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageConfig
 from vlm_tune.model.weights import read_safetensors
 
-BESIDE = ("connector.safetensors", "tower.safetensors", "tower_adapter", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+BESIDE = (
+    "bases.json",
+    "connector.safetensors",
+    "tower.safetensors",
+    "tower_adapter",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 """What goes with an adapter, where the model's folder has it."""
 
 
-def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) -> ExportReport:
+def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
     """Writes the LLM's adapter as a PEFT folder. Raises `ModelError` for a model without one, or whose base has no name."""
     source = find_model(path)
-    config = read_config(source)
+    config = read_config(source, base)
     verify_folder(source)
     if not (source / ADAPTERS["llm"]).is_dir():
         raise ModelError(f"{source} has no adapter of the language model to export")
@@ -35,7 +44,7 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
         raise ModelError(f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava")
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
-    check_output(output)
+    check_output(output, path)
 
     def write(folder: Path) -> tuple[ExportReport, str]:
         shutil.copytree(source / ADAPTERS["llm"], folder, dirs_exist_ok=True)
@@ -47,7 +56,7 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
         tensors = read_safetensors(folder / "adapter_model.safetensors")
         report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None)
         if verify:
-            difference, allowed, rows = verify_adapter(folder, path, source)
+            difference, allowed, rows = verify_adapter(folder, path, source, base)
             report = replace(report, difference=difference, allowed=allowed, rows=rows)
         return report, _adapter_card(path, config, report)
 
@@ -55,23 +64,23 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool) ->
 
 
 @torch.inference_mode()
-def verify_adapter(folder: Path, path: Path, source: Path) -> tuple[float, float, int]:
+def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> tuple[float, float, int]:
     """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
 
     Raises `ModelError` if that is too far, or if the adapter changes nothing.
     """
     from peft import PeftModel
 
-    model = load_model(source, dtype=torch.float32, quantize=False)
+    model = load_model(source, dtype=torch.float32, quantize=False, base=base)
     rows = probe_rows(path, model)
     ids = [
         torch.from_numpy(e.input_ids[~e.image_mask]).long()[None].to(model.device) for row in rows for e in model.processor.examples(row)
     ]
     llm = model.config.llm.model_copy(update={"quantize": None})
-    base = load_llm(llm, dtype=torch.float32).to(model.device).eval()
+    untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
     seq2seq = model.llm.layout == "seq2seq"
-    own, plain = ([_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, base))
-    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    own, plain = ([_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned))
+    theirs = PeftModel.from_pretrained(untuned, str(folder)).eval()
     found = [_text_logits(theirs, one, seq2seq) for one in ids]
     difference, change = (max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True)) for other in (found, plain))
     if not change > 0:

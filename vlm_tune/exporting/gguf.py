@@ -31,6 +31,7 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.merging import check_output, observe
+from vlm_tune.model.bases import BaseChoice
 from vlm_tune.model.build import DTYPES, load_tokenizer
 from vlm_tune.model.llamacpp.decoder import FAMILIES, ROPE_FACTORS, decoder_reasons, decoder_tensors, describe_decoder
 from vlm_tune.model.llamacpp.file import TYPES, WIDTHS, as_stored, check_gguf, read_fields, read_tensors, write_gguf
@@ -45,16 +46,16 @@ from vlm_tune.model.weights import cast_parameters
 HELD = "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP ViT without its class token"
 
 
-def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool) -> ExportReport:
+def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
     """Writes `model-TYPE.gguf` and `mmproj-TYPE.gguf`, a card and a report; see `export`."""
     check_gguf()
     source = find_model(path)
-    config = read_config(source)
+    config = read_config(source, base)
     text = check_target(source, config)
-    check_output(output)
+    check_output(output, path)
     parameters = count_parameters(text, config)
     check_room(parameters, output, WIDTHS[dtype or config.precision], copies=2)  # the model, and the one read back
-    model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype)
+    model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype, base)
     dtype, precision = dtype or model.config.precision, model.config.precision
     expected = expected_of(path, model) if verify else None
     cast_parameters(model, DTYPES[precision])

@@ -26,8 +26,9 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.merging import check_output
+from vlm_tune.model.bases import BaseChoice
 from vlm_tune.model.build import DTYPES, pin_tokenizer
-from vlm_tune.model.llava import IMAGE_TOKEN, check_logits, check_target, llava_model, llava_processor
+from vlm_tune.model.llava import IMAGE_TOKEN, check_target, llava_model, llava_processor
 from vlm_tune.model.store import find_model, read_config
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
@@ -36,18 +37,17 @@ PIXEL = 1e-3
 """How far normalised pixels may be apart; one level of 255 is more than ten times that."""
 
 
-def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool) -> ExportReport:
+def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice) -> ExportReport:
     """Writes a `LlavaForConditionalGeneration`, its processor, a card and a report; see `export`."""
     source = find_model(path)
-    config = read_config(source)
-    check_target(config)
+    config = read_config(source, base)
     check_prompt(source)
-    text = text_config(source, config)
-    check_logits(text)
-    check_output(output)
+    text = text_config(source, config) if config.llm.kind == "causal" else None
+    check_target(config, text)
+    check_output(output, path)
     parameters = count_parameters(text, config)
     check_room(parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1)  # it is merged and compared in fp32
-    model, merged = whole_model(path, source, output, dtype)
+    model, merged = whole_model(path, source, output, dtype, base)
     dtype = model.config.precision
     expected = expected_of(path, model) if verify else None
     cast_parameters(model, DTYPES[dtype])

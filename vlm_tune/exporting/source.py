@@ -15,12 +15,14 @@ import torch
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import TOLERANCE, merged_model, observe, plain_probe, probe_rows
+from vlm_tune.model.bases import BaseChoice
 from vlm_tune.model.build import DTYPES, llm_config
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.store import ADAPTERS, PROMPT, commit_folder, load_model
 from vlm_tune.model.towers import build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
+from vlm_tune.paths import writing
 
 EXACT = 1e-5
 """How far the logits of an fp32 export may be from the model's, as a share of the largest of them where that is over 1."""
@@ -59,12 +61,12 @@ class Expected:
         return EXACT * max(1.0, float(self.logits.abs().max())) if dtype == "fp32" else TOLERANCE
 
 
-def whole_model(path: Path, source: Path, output: Path, dtype: str | None) -> tuple[VisionLanguageModel, list[str]]:
+def whole_model(path: Path, source: Path, output: Path, dtype: str | None, base: BaseChoice) -> tuple[VisionLanguageModel, list[str]]:
     """The model in 16 bit or fp32 without adapters or quantised weights, and the parts whose adapter was merged."""
     if any((source / name).is_dir() for name in ADAPTERS.values()):
-        model, report = merged_model(path, output, dtype)
+        model, report = merged_model(path, output, dtype, base=base)
         return model, report.parts
-    model = load_model(source, dtype=DTYPES[dtype] if dtype else None, quantize=False)
+    model = load_model(source, dtype=DTYPES[dtype] if dtype else None, quantize=False, base=base)
     model.config = model.config.model_copy(update={"precision": dtype or model.config.precision})
     return model, []
 
@@ -79,7 +81,8 @@ def commit_export(output: Path, write: Callable[[Path], tuple[ExportReport, str]
         (folder / "README.md").write_text(card)
         reports.append(report)
 
-    commit_folder(output, make)
+    with writing(output, "the export"):
+        commit_folder(output, make)
     return reports[0]
 
 

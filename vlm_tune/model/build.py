@@ -20,11 +20,13 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.template import ChatTemplate, load_template
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
+from vlm_tune.model.bases import Base, llm_base, tower_base
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.connectors import build_connector
+from vlm_tune.model.hub import check_base, load_reason
 from vlm_tune.model.llm import LLMS, LanguageModel
 from vlm_tune.model.packed import pack_linears
-from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section
+from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
 from vlm_tune.model.projectors import Connector
 from vlm_tune.model.starting import load_words, start_connector
 from vlm_tune.model.text import Reader
@@ -33,6 +35,17 @@ from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, own_memory, read_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONNECTOR, TOWER, WORDS = "connector.safetensors", "tower.safetensors", "connector_tokenizer"
+"""What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
+
+
+def dtype_of(name: str | None, known: Iterable[str] = DTYPES) -> torch.dtype | None:
+    """The torch type of a precision's name; None for none. Raises `ModelError` for a name that is not `known`."""
+    if name is not None and name not in known:
+        raise ModelError(f"no dtype {name!r}; there are {', '.join(known)}")
+    return DTYPES.get(name) if name is not None else None
+
+
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
@@ -45,7 +58,9 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     """
     torch.manual_seed(recipe.seed)
     section, template = model_section(recipe), load_template(recipe.data.template)
-    tower = build_tower(section.tower)
+    own = own_folder(recipe)
+    own_tower = own / TOWER if own and (own / TOWER).is_file() else None
+    tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
         tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
         with torch.device("meta") if bare else nullcontext():
@@ -53,10 +68,25 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     else:
         tokenizer = load_tokenizer(section.llm)
         language = bare_llm(section.llm, load_dtype(recipe)) if bare else load_llm(section.llm, dtype=load_dtype(recipe))
-    changed = {"tower"} if _from_scratch(section.tower) else set()
-    model = assemble(_config(recipe, section, tower), tower, tokenizer, language, load_words(section.connector), changed=changed)
-    start_connector(model.connector, section.connector)
+    changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
+    words = load_words(section.connector, own / WORDS if own else None)
+    model = assemble(_config(recipe, section, tower), tower, tokenizer, language, words, changed=changed)
+    if own:
+        load_into(model.connector, read_safetensors(own / CONNECTOR), own / CONNECTOR)
+    else:
+        start_connector(model.connector, section.connector)
+    model.bases = bases_of(model, bare=bare)
     return model
+
+
+def bases_of(model: VisionLanguageModel, *, bare: bool = False) -> dict[str, Base]:
+    """The fingerprints of the parts whose weights are still those of their name; a `bare` model's LLM has none."""
+    found = {}
+    if "llm" not in model.changed and not bare:
+        found["llm"] = llm_base(model.config.llm)
+    if "tower" not in model.changed:
+        found["tower"] = tower_base(model.config.model.tower, model.tower)
+    return found
 
 
 def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> VisionLanguageConfig:
@@ -88,16 +118,19 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     else:
         tokenizer = load_tokenizer(section.llm)
     with torch.device("meta"):
-        tower = bare_tower(section.tower)
+        tower = bare_tower(section.tower, own_rebuild(recipe))
         tokens, width = tower.measure()
         # An image's slots don't depend on the LLM's width: any will do that the connector's heads divide.
         connector = build_connector(section.connector, width, 8 * getattr(section.connector, "heads", 1))
     return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
 
 
-def bare_tower(section: AnyTower) -> VisionTower:
-    """The recipe's tower with random weights in place of pretrained ones; of those only configs are read."""
-    return build_tower(section, architecture(section))
+def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None) -> VisionTower:
+    """The recipe's tower with random weights in place of pretrained ones; of those only configs are read.
+
+    `rebuild` is the architecture where it is known.
+    """
+    return build_tower(section, rebuild or architecture(section))
 
 
 def _processor(
@@ -189,7 +222,7 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
     section = model_section(recipe)
     ids = tokenizer or SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
     with torch.device("meta"):
-        tower = bare_tower(section.tower)
+        tower = bare_tower(section.tower, own_rebuild(recipe))
         if section.llm.scratch:
             size = len(tokenizer) if tokenizer else section.llm.scratch.vocab_size
             language = _scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
@@ -212,7 +245,7 @@ def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attent
         with torch.device("meta"):
             model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't build the language model of {llm.name!r}: {_first_line(error)}") from None
+        raise ModelError(f"can't build the language model of {llm.name!r}: {load_reason(str(llm.name), error)}") from None
     if getattr(config, "scale_decoder_outputs", True) is False:
         # Flan-T5's head is its own; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -225,6 +258,8 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
     """transformers' config of a language model by its name, or of a saved folder. Raises `ModelError` if it can't be read."""
     from transformers import AutoConfig
 
+    if folder is None:
+        check_base(str(llm.name), "model.llm.name")
     vlm = find_vlm(str(llm.name)) if folder is None else None
     if vlm is not None:
         return language_config(vlm)
@@ -232,7 +267,8 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't read the config of the language model {str(folder or llm.name)!r}: {_first_line(error)}") from None
+        name = str(folder or llm.name)
+        raise ModelError(f"can't read the config of the language model {name!r}: {load_reason(name, error)}") from None
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
@@ -298,11 +334,14 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if folder is None:
+        check_base(str(llm.name), "model.llm.name")
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer in {folder or llm.name!r}: {_first_line(error)}") from None
+        name = str(folder or llm.name)
+        raise ModelError(f"no tokenizer in {name!r}: {load_reason(name, error)}") from None
     tokenizer.chat_template = None
     return tokenizer
 
@@ -324,6 +363,8 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
         raise ModelError("T5's activations overflow in fp16; use bf16 or fp32")
     factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
     name = str(folder or llm.name)
+    if folder is None:
+        check_base(name, "model.llm.name")
     gguf = llm.gguf_file if folder is None else None
     if gguf and not (Path(name) / gguf).is_file():
         raise ModelError(f"no GGUF file {gguf!r} in {name!r}")
@@ -355,7 +396,9 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"can't load the language model {name!r}: {_first_line(error)}") from None
+        raise ModelError(f"can't load the language model {name!r}: {load_reason(name, error)}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"model.llm.name: {name!r} is a PEFT adapter, not a whole model; merge it first and name the merged model")
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
         # It is a language model now: saved under its own names, not under those it was found by.
@@ -374,10 +417,6 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
             # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def forget_gguf(model: Any) -> None:
@@ -404,10 +443,10 @@ def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
     )
 
 
-def restore_tower(config: VisionLanguageConfig, weights: Path | None) -> VisionTower:
-    """A saved model's tower: from its own weights where it has some, else from its name."""
+def restore_tower(section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None) -> VisionTower:
+    """A tower from its own weights where it has some, by its architecture `rebuild`, else from its name."""
     if weights is None:
-        return build_tower(config.model.tower)
-    tower = build_tower(config.model.tower, config.tower_rebuild)
+        return build_tower(section)
+    tower = build_tower(section, rebuild)
     load_into(tower, read_safetensors(weights), weights)
     return tower

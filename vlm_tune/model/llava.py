@@ -37,13 +37,41 @@ OPEN_CLIP_STEM = {
 }
 
 
-def check_target(config: VisionLanguageConfig) -> None:
-    """Raises `ModelError` with every reason why a model can't be a LLaVA; no weights are needed to tell."""
-    reasons = [*tower_reasons(config), *_connector_reasons(config)]
-    if config.llm.kind != "causal":
-        reasons.append("its language model is an encoder-decoder, LLaVA's a decoder")
+def check_target(config: VisionLanguageConfig, text: Any) -> None:
+    """Raises `ModelError` with every reason why a model can't be a LLaVA, as `llava_reasons`."""
+    reasons = llava_reasons(config, text)
     if reasons:
         raise ModelError(f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder")
+
+
+def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """Why a model can't be a LLaVA, given its LLM's transformers config (None for an encoder-decoder); no weights are needed."""
+    language = ["its language model is an encoder-decoder, LLaVA's a decoder"] if text is None else decoder_reasons(text)
+    return [*tower_reasons(config), *_connector_reasons(config), *language]
+
+
+def decoder_reasons(text: Any) -> list[str]:
+    """Why a decoder can't be LLaVA's, from its transformers config."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    name = text.model_type
+    reasons = [
+        f"its language model, a {name}, scales its logits ({key} of {value}), which LLaVA does not"
+        for key in SCALED_LOGITS
+        if (value := getattr(text, key, None)) is not None and value != 1
+    ]
+    bodies: Any = AutoModel._model_mapping
+    wholes: Any = AutoModelForCausalLM._model_mapping
+    if type(text) not in bodies or type(text) not in wholes:
+        return [*reasons, f"its language model is of type {name}, of which transformers has no decoder without a head"]
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(text)
+        body = AutoModel.from_config(text)
+    if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
+        reasons.append(f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them")
+    if getattr(whole.get_output_embeddings(), "bias", None) is not None:
+        reasons.append("its language model's head has a bias, LLaVA's has none")
+    return reasons
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
@@ -76,14 +104,6 @@ def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
     if isinstance(connector, MlpConnector) and connector.depth != 2:
         reasons.append(f"its connector has {connector.depth} layers, LLaVA's MLP has 2")
     return reasons
-
-
-def check_logits(config: Any) -> None:
-    """Raises `ModelError` for a decoder that does more to its logits than its head, given its transformers config."""
-    for name in SCALED_LOGITS:
-        value = getattr(config, name, None)
-        if value is not None and value != 1:
-            raise ModelError(f"a {config.model_type} can't be exported as LLaVA, which does not apply its {name} of {value}")
 
 
 # --- the processor ---------------------------------------------------------------------------------------------------
@@ -152,9 +172,6 @@ def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
     language: Any = model.llm.model
-    check_logits(language.config)
-    if getattr(language.get_output_embeddings(), "bias", None) is not None:
-        raise ModelError("the language model's head has a bias, LLaVA's has none: it can't be exported as LLaVA")
     _make_room(language, image_token)
     vision, vision_state = vision_weights(model.tower)
     linear = isinstance(model.connector, Linear)

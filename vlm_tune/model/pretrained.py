@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 
 from vlm_tune.config import (
     BaseConnector,
@@ -27,6 +28,7 @@ from vlm_tune.config import (
     TransformersTower,
 )
 from vlm_tune.errors import ModelError
+from vlm_tune.model.hub import check_base, hub_answers, is_ours, is_path, load_reason, read_json, unmerged
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.recipe import check_parts
 
@@ -82,10 +84,46 @@ class Vlm:
         return any(re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector))
 
 
+def own_folder(recipe: Recipe) -> Path | None:
+    """The model folder of ours that a recipe starts from with all parts (`model.pretrained`); None where it names none."""
+    folder = Path(recipe.model.pretrained) if isinstance(recipe.model, PretrainedModel) else None
+    return folder if folder is not None and folder.is_dir() and is_ours(folder) else None
+
+
+def own_rebuild(recipe: Recipe) -> dict[str, Any] | None:
+    """The tower's architecture as the model folder of ours that a recipe starts from keeps it."""
+    folder = own_folder(recipe)
+    return read_json(folder / "config.json").get("tower_rebuild") if folder else None
+
+
+def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
+    """The parts of a model folder of ours: its LLM by the folder in it, where it has one."""
+    from vlm_tune.model.bases import AS_SAVED, moved
+
+    if unmerged(folder):
+        beside = ", ".join(unmerged(folder))
+        raise ModelError(
+            f"model.pretrained: {str(folder)!r} has parts that are not merged ({beside}); "
+            f"run `vlm-tune merge {folder} --output merged` and name merged"
+        )
+    try:
+        section = ModelSection.model_validate(read_json(folder / "config.json").get("model"))
+    except ValidationError as error:
+        raise ModelError(f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})") from None
+    section = moved(folder, section, AS_SAVED)
+    llm = section.llm.model_copy(update={"quantize": asked.llm.quantize})
+    if (folder / "llm").is_dir():
+        llm = Llm(kind=llm.kind, name=str(folder / "llm"), quantize=asked.llm.quantize)
+    tower = section.tower.model_copy(update=asked.tower.model_dump(exclude_unset=True))
+    return section.model_copy(update={"llm": llm, "tower": tower})
+
+
 def find_vlm(name: str) -> Vlm | None:
     """The vision-language model of a hub name or folder; None where there is none, or none of a known kind."""
     from transformers.configuration_utils import PretrainedConfig
 
+    if not Path(name).exists() and not is_path(name):
+        hub_answers()
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError):
@@ -110,6 +148,10 @@ def model_section(recipe: Recipe) -> ModelSection:
 
 
 def _section(asked: PretrainedModel) -> ModelSection:
+    folder = Path(asked.pretrained)
+    if folder.is_dir() and is_ours(folder):
+        return _own_section(folder, asked)
+    check_base(asked.pretrained, "model.pretrained")
     vlm = find_vlm(asked.pretrained)
     if vlm is None:
         raise ModelError(
@@ -235,7 +277,7 @@ def _transformers_config(vlm: Vlm) -> Any:
     try:
         return AutoConfig.from_pretrained(vlm.name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.pretrained: can't read the config of {vlm.name!r}: {error}") from None
+        raise ModelError(f"model.pretrained: can't read the config of {vlm.name!r}: {load_reason(vlm.name, error)}") from None
 
 
 def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
@@ -322,4 +364,4 @@ def _files(name: str) -> list[Path]:
     try:
         return check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"])))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"can't fetch the weights of {name!r}: {error}") from None
+        raise ModelError(f"can't fetch the weights of {name!r}: {load_reason(name, error)}") from None

@@ -2,6 +2,7 @@
 
 config.json            VisionLanguageConfig
 connector.safetensors
+bases.json             fingerprints of the weights that are not here, and where they were
 tower.safetensors      where the tower's weights are not those of its name
 llm/                   the language model in transformers' layout, where its weights are not those of its name
 adapter/               the LLM's LoRA adapter in PEFT's layout
@@ -29,7 +30,20 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
-from vlm_tune.model.build import DTYPES, assemble, bare_llm, load_llm, load_tokenizer, pin_tokenizer, restore_tower
+from vlm_tune.model.bases import AS_SAVED, NOTES, BaseChoice, BaseNotes, check_same, llm_base, moved, places_of, read_notes, tower_base
+from vlm_tune.model.build import (
+    CONNECTOR,
+    DTYPES,
+    TOWER,
+    WORDS,
+    assemble,
+    bare_llm,
+    load_llm,
+    load_tokenizer,
+    pin_tokenizer,
+    restore_tower,
+)
+from vlm_tune.model.hub import read_json
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -40,7 +54,6 @@ TEMPORARY, REPLACED = ".tmp-", ".old-"
 """What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
-WORDS = "connector_tokenizer"
 
 
 # --- folders that are whole ------------------------------------------------------------------------------------------
@@ -174,14 +187,20 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
     adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
     prompt = model.llm.prompt
     virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
+    bases = {part: base for part, base in model.bases.items() if part not in model.changed}
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
-        write_safetensors(connector, folder / "connector.safetensors")
+        notes = BaseNotes(parts=bases, places=places_of(model.config.model, bases, folder))
+        (folder / NOTES).write_text(notes.model_dump_json(indent=1))
+        write_safetensors(connector, folder / CONNECTOR)
         if tower is not None:
-            write_safetensors(tower, folder / "tower.safetensors")
+            write_safetensors(tower, folder / TOWER)
         if llm is not None:
             language.save_pretrained(folder / "llm", state_dict=llm)
+            # With it the folder is a whole model to transformers, and to a next recipe.
+            model.processor.tokenizer.save_pretrained(folder / "llm")
+            pin_tokenizer(folder / "llm")
         for part, (config, tensors) in adapters.items():
             write_adapter(config, tensors, folder / ADAPTERS[part])
         if prompt is not None and virtual is not None:
@@ -236,21 +255,27 @@ def find_model(path: Path) -> Path:
     raise ModelError(f"{path} holds no model: neither config.json, nor model/, nor a whole checkpoint")
 
 
-def read_config(folder: Path) -> VisionLanguageConfig:
-    """The config of a model folder. Raises `ModelError` if it is none of ours."""
+def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
+    """The config of a model folder, its paths those where its bases are now.
+
+    Raises `ModelError` if it is none of ours, and for a base that is gone.
+    """
     try:
-        return VisionLanguageConfig.model_validate_json((folder / "config.json").read_text())
-    except (OSError, ValidationError) as error:
+        config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
+    except ValidationError as error:
         raise ModelError(f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})") from None
+    return config.model_copy(update={"model": moved(folder, config.model, base)})
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True) -> VisionLanguageModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True, base: BaseChoice = AS_SAVED
+) -> VisionLanguageModel:
     """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
 
     With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without its adapters.
-    Raises `ModelError` for folders that are not whole and weights that don't fit.
+    Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
     """
-    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters)
+    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype or DTYPES[model.config.precision])
     model.requires_grad_(False)
@@ -258,27 +283,41 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, quantize: bool =
 
 
 def restore_model(
-    folder: Path, *, dtype: torch.dtype | None, quantize: bool = True, adapters: bool = True, bare: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    quantize: bool = True,
+    adapters: bool = True,
+    bare: bool = False,
+    base: BaseChoice = AS_SAVED,
 ) -> VisionLanguageModel:
     """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     verify_folder(folder)
-    config = read_config(folder)
+    config, notes = read_config(folder, base), read_notes(folder)
     if not quantize:
         section = config.model.model_copy(update={"llm": config.llm.model_copy(update={"quantize": None})})
         config = config.model_copy(update={"model": section})
-    own_llm, own_tower = folder / "llm", folder / "tower.safetensors"
-    tower = restore_tower(config, own_tower if own_tower.is_file() else None)
+    own_llm, own_tower = folder / "llm", folder / TOWER
+    local = Path(str(config.llm.name)).is_dir()
+    if "llm" in notes.parts and local:  # before weights are loaded, which take longer
+        check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
+    tower = restore_tower(config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None)
+    if "tower" in notes.parts:
+        check_same(folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base)
     precision = dtype or DTYPES[config.precision]
     own = own_llm if own_llm.is_dir() else None
     if bare:
         language = bare_llm(config.llm, precision, folder=own)
     else:
         language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
+        if "llm" in notes.parts and not local:  # only now the hub's files are here
+            check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
     changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
     words = load_words(config.model.connector, folder / WORDS)
     model = assemble(config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed)
     model.changed = changed
-    load_into(model.connector, read_safetensors(folder / "connector.safetensors"), folder / "connector.safetensors")
+    model.bases = notes.parts
+    load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
     for part, name in ADAPTERS.items():
         if adapters and (folder / name).is_dir():
             read_adapter(model, part, folder / name)

@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, Tower, TransformersTower
 from vlm_tune.errors import ModelError
+from vlm_tune.model.hub import check_base, hub_answers, is_path, load_reason
 from vlm_tune.model.pretrained import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, check_safetensors, load_into, read_safetensors
 
@@ -144,10 +145,12 @@ def open_clip_config(name: str) -> dict[str, Any]:
     """
     import open_clip
 
+    if name.startswith("hf-hub:"):
+        hub_answers()
     try:
         known = open_clip.get_model_config(name)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {error}") from None
+        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
     if known is None:
         raise ModelError(f"open_clip has no model {name!r} (open_clip.list_models() lists them)")
     return {"vision_cfg": known["vision_cfg"], "quick_gelu": known.get("quick_gelu", False), "mean": CLIP_MEAN, "std": CLIP_STD}
@@ -177,6 +180,10 @@ def _pretrained_open_clip(config: OpenClipTower) -> Any:
     if str(config.name).startswith("local-dir:"):
         check_folder(Path(str(config.name).removeprefix("local-dir:")))
     file = Path(config.pretrained) if config.pretrained else None
+    if file is not None and not file.is_file() and is_path(str(file)):
+        raise ModelError(f"model.tower.pretrained: no such file: {file}")
+    if file is None or not file.is_file():
+        hub_answers()
     if file is not None and file.is_file():
         if file.suffix != ".safetensors":
             raise ModelError(f"{file}: pickled weights are not loaded, convert them to safetensors")
@@ -184,7 +191,8 @@ def _pretrained_open_clip(config: OpenClipTower) -> Any:
     try:
         return open_clip.create_model(str(config.name), pretrained=config.pretrained, force_image_size=config.image_size)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {config.name} with pretrained: {config.pretrained}: {error}") from None
+        reason = load_reason(str(config.pretrained or config.name), error)
+        raise ModelError(f"can't load the tower {config.name} with pretrained: {config.pretrained}: {reason}") from None
 
 
 def _uses_quick_gelu(visual: nn.Module) -> bool:
@@ -282,10 +290,11 @@ def transformers_config(name: str) -> dict[str, Any]:
     from transformers import AutoConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
+    check_base(name, "model.tower.name")
     try:
         whole: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {error}") from None
+        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
     vision = getattr(whole, "vision_config", whole)
     family = FAMILIES.get(vision.model_type)
     if family is None:
@@ -315,7 +324,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     try:
         model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {error}") from None
+        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
     # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
     unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unfit:
@@ -330,6 +339,8 @@ class TimmVision(VisionTower):
         import timm
 
         own = config.pretrained is True and not rebuild
+        if own:
+            hub_answers()
         try:
             trunk: Any = timm.create_model(config.name, pretrained=own, features_only=True, out_indices=tuple(config.stages))
         except (RuntimeError, AssertionError, IndexError) as error:

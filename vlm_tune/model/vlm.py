@@ -21,6 +21,7 @@ from vlm_tune.data.joining import Tree, trees
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Example, Media, Message
 from vlm_tune.errors import DataError, ModelError
+from vlm_tune.model.bases import Base, BaseArgument, base_choice
 from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss
 from vlm_tune.model.projectors import Connector
 from vlm_tune.model.text import Text, instructions, places
@@ -60,7 +61,7 @@ class VisionLanguageModel(nn.Module):
     """A vision tower whose features a connector projects into a language model.
 
     `changed` names the parts (tower, llm) whose base weights are no longer those of their name in the recipe;
-    `adapters` holds the LoRA tuner of each part that has one.
+    `adapters` holds the LoRA tuner of each part that has one; `bases` are the fingerprints of the weights that parts started from.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.tower, self.connector, self.llm = tower, connector, llm
         self.changed: set[str] = set()
         self.adapters: dict[str, Any] = {}
+        self.bases: dict[str, Base] = {}
 
     @property
     def device(self) -> torch.device:
@@ -235,11 +237,23 @@ class VisionLanguageModel(nn.Module):
         return answers
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-        """The model of a run, a checkpoint or a merged folder, in eval mode. Raises `ModelError` as `load_model`."""
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, base: BaseArgument = None, accept_other_base: bool = False
+    ) -> VisionLanguageModel:
+        """The model of a run, a checkpoint or a merged folder, in eval mode.
+
+        Args:
+            path: the folder.
+            dtype: of the weights; the folder's own where not given.
+            base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; where it was where not given.
+            accept_other_base: whether to load over weights other than those it was trained over.
+
+        Raises:
+            ModelError: as `load_model`.
+        """
         from vlm_tune.model.store import load_model
 
-        return load_model(Path(path), dtype=dtype)
+        return load_model(Path(path), dtype=dtype, base=base_choice(base, accept_other_base))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` reads: all that was trained, and what its bases don't hold."""
