@@ -42,12 +42,13 @@ def test_texts_that_do_not_match(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
 
 
-def answer(name: str, *, correct: bool, category: str = "") -> Answer:
-    return Answer(name, "image", "question", "yes", "yes" if correct else "no", correct, category)
+def answer(name: str, *, correct: bool, category: str = "", source: str = "a") -> Answer:
+    return Answer(name, "image", "question", "yes", "yes" if correct else "no", correct, category, source)
 
 
 def shard(loss: float | None, tokens: int, *answers: Answer) -> Scores:
-    return Scores(0.0, len(answers), loss, tokens, {}, list(answers))
+    by_source = {answers[0].source: {"loss": loss, "tokens": tokens}} if loss is not None else {}
+    return Scores(0.0, len(answers), loss, tokens, by_source=by_source, answers=list(answers))
 
 
 def test_joined_scores_are_those_of_all_answers() -> None:
@@ -58,7 +59,20 @@ def test_joined_scores_are_those_of_all_answers() -> None:
     assert found.loss == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
     assert found.tokens == 40
     assert found.by_category == {"color": {"accuracy": 1.0, "n": 2}, "shape": {"accuracy": 0.0, "n": 1}}
+    assert found.by_source == {"a": {"accuracy": 2 / 3, "n": 3, "loss": found.loss, "tokens": 40}}
     assert join_scores([shard(None, 0, answer("a", correct=False))]).loss is None
+
+
+def test_scores_of_ranks_are_joined_by_source() -> None:
+    """Rows of two files may have the same id, and are two questions."""
+    first = shard(2.0, 10, answer("x", correct=True, source="a"))
+    second = shard(1.0, 30, answer("x", correct=False, source="b"))
+    found = join_scores([first, second])
+    assert found.by_source == {
+        "a": {"accuracy": 1.0, "n": 1, "loss": 2.0, "tokens": 10},
+        "b": {"accuracy": 0.0, "n": 1, "loss": 1.0, "tokens": 30},
+    }
+    assert (found.n, found.accuracy, found.loss) == (2, 0.5, pytest.approx(50 / 40))
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])

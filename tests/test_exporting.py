@@ -91,7 +91,7 @@ def test_shards_card_and_command_line(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
-    (run / "result.json").write_text(json.dumps({"accuracy": 0.875, "n": 8, "by_answer_type": {}}))
+    (run / "result.json").write_text(json.dumps({"accuracy": 0.875, "n": 8, "by_category": {}}))
     out = json.loads(cli("export", str(run), "--output", str(tmp_path / "llava"), "--dtype", "fp32", "--max-shard-size", "300KB", "--json"))
     assert out["difference"] <= 1e-5 and out["same_text"] and out["format"] == "llava"
     names = {path.name for path in (tmp_path / "llava").iterdir()}

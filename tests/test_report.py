@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Path:
     ]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     result = {"accuracy": 0.98123, "n": 9673, "seconds": 180.2, "peak_memory_mb": 1900, "loss": 0.05}
-    result["by_answer_type"] = {"color": {"accuracy": 1.0, "n": 1642}, "boolean": {"accuracy": 0.99971, "n": 6400}}
+    result["by_category"] = {"color": {"accuracy": 1.0, "n": 1642}, "boolean": {"accuracy": 0.99971, "n": 6400}}
     (tmp_path / "result.json").write_text(json.dumps(result))
     return tmp_path
 
@@ -176,7 +176,7 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     edit(run / "samples.json", {**strings, "image": str(run / '"onload="a.png')})
     tuning = {"match": hostile, "how": hostile, "learning_rate": 1e-3, "trained": 1, "total": 2, "detail": hostile}
     (run / "tuning.json").write_text(json.dumps([{"stage": hostile, "rows": [tuning]}]))
-    edit(run / "result.json", {"by_answer_type": {hostile: {"accuracy": 1.0, "n": 1}}})
+    edit(run / "result.json", {"by_category": {hostile: {"accuracy": 1.0, "n": 1}}})
     write_log(run, [*stage_events(0, hostile)[:1], {"event": "note", "text": hostile}])
     text, page = report(run)
     assert hostile not in text
@@ -251,7 +251,7 @@ def test_recipe_alone_is_enough_and_needed(tmp_path: Path) -> None:
 
 
 def test_figures_that_are_missing_or_not_finite_are_left_out(run: Path) -> None:
-    edit(run / "result.json", {"accuracy": None, "n": None, "loss": float("nan"), "by_answer_type": {"color": {"accuracy": None}}})
+    edit(run / "result.json", {"accuracy": None, "n": None, "loss": float("nan"), "by_category": {"color": {"accuracy": None}}})
     write_log(run, [{**event, "loss": None if event["event"] == "evaluate" else float("inf")} for event in stage_events(0, "align")])
     words = report(run)[1].words
     assert "Training time" in words

@@ -167,7 +167,7 @@ def evaluate(
     if as_json:
         _print_json(found.summary())
     else:
-        console.print(score_table(found.accuracy, found.n, found.by_category))
+        console.print(score_table(found.accuracy, found.n, found.by_category, found.by_source))
 
 
 @app.command("verify-run")

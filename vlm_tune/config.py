@@ -253,10 +253,14 @@ class Source(Config):
     system: str | None = Field(default=None, description="system text for conversations that bring none; data.system where not given")
 
 
+SOURCE_NAME = Field(default=None, description="what scores call the source; the file's or folder's name where not given")
+
+
 class EasyVqaSource(Source):
     """The easy-VQA data set of the `easy-vqa` package; `validation` is the last images of its train part."""
 
     kind: Literal["easy_vqa"]
+    name: str | None = SOURCE_NAME
     split: Literal["train", "validation", "test"]
     validation_images: NonNegativeInt = Field(default=200, description="how many train images are held out as `validation`")
     task: Literal["vqa", "caption"] = Field(default="vqa", description="questions, or captions of what the questions reveal")
@@ -295,6 +299,7 @@ class FileSource(RowsSource):
     """Rows of JSON, JSONL, CSV, TSV, Parquet or Arrow files."""
 
     kind: Literal["file"]
+    name: str | None = SOURCE_NAME
     path: str = Field(description="a file, or a pattern as data/*.parquet")
 
 
@@ -312,6 +317,7 @@ class WebDatasetSource(RowsSource):
     """Tar shards whose members of one stem (0001.jpg, 0001.json) are one row."""
 
     kind: Literal["webdataset"]
+    name: str | None = SOURCE_NAME
     path: str = Field(description="a shard, or a pattern as shards/*.tar")
 
 
@@ -319,6 +325,7 @@ class FolderSource(Source):
     """Images in one folder a class; the folder's name is the answer."""
 
     kind: Literal["folder"]
+    name: str | None = SOURCE_NAME
     path: str
     instructions: str = Field(default="classify", description="a prompt set of data_templates/instructions, or a file")
 
@@ -364,7 +371,7 @@ class Split(Config):
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stratify: bool = Field(default=False, description="the same shares within every category (answer type, class)")
+    stratify: bool = Field(default=False, description="the same shares within every category")
 
 
 class DataSection(Config):

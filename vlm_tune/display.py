@@ -90,13 +90,15 @@ class Display:
             self._line(text)
 
     def _evaluate(self, event: dict[str, Any]) -> None:
-        self._line(
-            f"  step {event['step']:,}: validation accuracy {event['accuracy']:.2%} of {event['n']:,}, loss {event['loss']:.4f}", "green"
-        )
+        by_source = event.get("by_source", {})
+        sources = [f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()]
+        listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
+        score = f"validation accuracy {event['accuracy']:.2%} of {event['n']:,}{listed}, loss {event['loss']:.4f}"
+        self._line(f"  step {event['step']:,}: {score}", "green")
 
     def _test(self, event: dict[str, Any]) -> None:
         self.close()
-        self.console.print(score_table(event["accuracy"], event["n"], event["by_category"]))
+        self.console.print(score_table(event["accuracy"], event["n"], event["by_category"], event["by_source"]))
 
     def _note(self, event: dict[str, Any]) -> None:
         self._line(event["text"], "yellow")
@@ -126,16 +128,22 @@ def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def score_table(accuracy: float, n: int, by_category: dict[str, dict[str, float]]) -> Table:
-    """Exact match over all rows and by category."""
+Groups = dict[str, dict[str, float]]
+"""{name: {accuracy, n}} of groups of answers."""
+
+
+def score_table(accuracy: float, n: int, by_category: Groups, by_source: Groups) -> Table:
+    """Exact match over all rows, by category, and by source where there are several."""
     table = Table(title="exact match", title_justify="left")
-    table.add_column("answers")
+    table.add_column("by")
+    table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("n", justify="right")
-    for name, entry in by_category.items():
-        table.add_row(Text(name), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}")
-    table.add_section()
-    table.add_row("all", f"{accuracy:.2%}", f"{n:,}")
+    for kind, groups in (("category", by_category), ("source", by_source if len(by_source) > 1 else {})):
+        for name, entry in groups.items():
+            table.add_row(kind, Text(name), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}")
+        table.add_section()
+    table.add_row("all", "", f"{accuracy:.2%}", f"{n:,}")
     return table
 
 

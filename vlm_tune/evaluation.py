@@ -30,22 +30,31 @@ class Answer:
     generated: str
     correct: bool
     category: str
+    source: str = ""
 
 
 @dataclass
 class Scores:
-    """What an evaluation found; `accuracy` is the share of exact matches, `by_category` the same by category."""
+    """What an evaluation found; `accuracy` is the share of exact matches, `loss` the mean over `tokens` reference tokens.
+
+    `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss and tokens where they were computed.
+    """
 
     accuracy: float
     n: int
     loss: float | None
     tokens: int = 0
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_source: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list, repr=False)
 
     def summary(self) -> dict[str, Any]:
         """The scores without the single answers."""
         return {key: value for key, value in asdict(self).items() if key != "answers"}
+
+
+Losses = dict[str, tuple[float, int]]
+"""Summed cross-entropy and number of tokens, by source."""
 
 
 def normalise(text: str) -> str:
@@ -80,25 +89,48 @@ def score(
     cached = features is not None
     with reading(model.llm, compile, len(prompts)):
         generated = model.answers(prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress)
-    total, count = _loss(model, conversations, batch_size, features, fetch) if loss else (0.0, 0)
+    losses: Losses = {}
+    for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
+        rows = [row for row in conversations if row.source_name == name]
+        losses[name] = _loss(model, rows, batch_size, features, fetch)
     model.train(was)
-    return _scores(_answers(conversations, generated), total / count if count else None, count)
+    return _scores(_answers(conversations, generated), losses)
 
 
 def join_scores(shards: Sequence[Scores]) -> Scores:
     """The scores of all ranks' shares as one; a question that two ranks had counts once."""
-    answers = list({answer.id: answer for shard in shards for answer in shard.answers}.values())
-    tokens = sum(shard.tokens for shard in shards)
-    loss = sum((shard.loss or 0.0) * shard.tokens for shard in shards) / tokens if tokens else None
-    return _scores(answers, loss, tokens)
+    answers = list({(answer.source, answer.id): answer for shard in shards for answer in shard.answers}.values())
+    losses: Losses = {}
+    for name, entry in ((name, entry) for shard in shards for name, entry in shard.by_source.items() if "tokens" in entry):
+        total, tokens = losses.get(name, (0.0, 0))
+        losses[name] = total + entry["loss"] * entry["tokens"], tokens + int(entry["tokens"])
+    return _scores(answers, losses)
 
 
-def _scores(answers: list[Answer], loss: float | None, tokens: int) -> Scores:
+def _scores(answers: list[Answer], losses: Losses) -> Scores:
+    """Scores of all answers, with each source's summed loss and number of tokens."""
+    by_source = _accuracies(answers, lambda answer: answer.source)
+    for name, (total, tokens) in losses.items():
+        if tokens:
+            by_source[name] |= {"loss": total / tokens, "tokens": tokens}
+    tokens = sum(count for _, count in losses.values())
+    return Scores(
+        accuracy=sum(answer.correct for answer in answers) / len(answers),
+        n=len(answers),
+        loss=sum(total for total, _ in losses.values()) / tokens if tokens else None,
+        tokens=tokens,
+        by_category={name: entry for name, entry in _accuracies(answers, lambda answer: answer.category).items() if name},
+        by_source=by_source,
+        answers=answers,
+    )
+
+
+def _accuracies(answers: Sequence[Answer], group: Callable[[Answer], str]) -> dict[str, dict[str, float]]:
+    """{name: {accuracy, n}} of groups of answers, by name."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
-        groups[answer.category].append(answer.correct)
-    by_category = {name: {"accuracy": sum(hits) / len(hits), "n": len(hits)} for name, hits in sorted(groups.items()) if name}
-    return Scores(sum(answer.correct for answer in answers) / len(answers), len(answers), loss, tokens, by_category, answers)
+        groups[group(answer)].append(answer.correct)
+    return {name: {"accuracy": sum(hits) / len(hits), "n": len(hits)} for name, hits in sorted(groups.items())}
 
 
 def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
@@ -108,7 +140,7 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
         correct = normalise(text) == normalise(expected)
         question = next((m.text for m in reversed(conversation.messages) if m.role == "user"), "")
         image = conversation.media[0].name if conversation.media else ""
-        answers.append(Answer(conversation.id, image, question, expected, text, correct, conversation.category))
+        answers.append(Answer(conversation.id, image, question, expected, text, correct, conversation.category, conversation.source_name))
     return answers
 
 

@@ -43,7 +43,8 @@ def write_report(run: Path) -> Path:
     result = result if isinstance(result, dict) else {}
     parts = [
         _header(name, values.get("seed"), events, result),
-        _answer_types(result.get("by_answer_type")),
+        _groups("category", result.get("by_category")),
+        _groups("source", result.get("by_source")),
         *(_stage(stage) for stage in _stages(events)),
         _tuning(_rows(_read(run / "tuning.json"))),
         _samples(run, _rows(_read(run / "samples.json"))),
@@ -157,7 +158,8 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
     return f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>{listed}</header>'
 
 
-def _answer_types(scores: Any) -> str:
+def _groups(kind: str, scores: Any) -> str:
+    """Test accuracy by category or source."""
     rows = []
     for name, found in scores.items() if isinstance(scores, dict) else ():
         accuracy = _number(found.get("accuracy")) if isinstance(found, dict) else None
@@ -165,8 +167,8 @@ def _answer_types(scores: Any) -> str:
             bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
             numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (percent(accuracy), _count(found.get("n"))))
             rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
-    columns = [("", "answer type"), ("number", "accuracy"), ("number", "questions"), ("", "")]
-    return section("Test accuracy by answer type", table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
+    columns = [("", kind), ("number", "accuracy"), ("number", "questions"), ("", "")]
+    return section(f"Test accuracy by {kind}", table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
 
 
 def _stage(stage: _Stage) -> str:

@@ -14,7 +14,8 @@ import pytest
 from chat_samples import IMAGE_SLOTS, processor, turns
 from small import examples_of, png, prepare_rows, units_of
 
-from vlm_tune.config import Clean, DataSection, FileSource, Split
+from vlm_tune.config import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
+from vlm_tune.data.job import source_names
 from vlm_tune.data.prepare import conversations, prepare, read_part
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.shards import ShardMaker
@@ -319,3 +320,15 @@ def test_stop_ids_are_the_formats_end_and_the_tokenizers() -> None:
     assert made.stop_ids == [made.spec.eos_id]
     answer = made.examples(Conversation("d", turns("q", " red ")))[0]
     assert made.decode(answer.labels[answer.labels != IGNORE_INDEX].tolist()) == "red"
+
+
+def test_sources_are_named_by_their_files_longer_where_two_are_alike() -> None:
+    def file(path: str, name: str | None = None) -> FileSource:
+        return FileSource(kind="file", path=path, name=name)
+
+    sources = [file("a/x.jsonl"), file("b/x.jsonl"), file("y.csv"), file("z/*.parquet"), file("w.json", "ours")]
+    assert source_names(sources) == ["a/x.jsonl", "b/x.jsonl", "y", "z/*.parquet", "ours"]
+    easy = [EasyVqaSource(kind="easy_vqa", split=split) for split in ("train", "test")]
+    assert source_names(easy) == ["easy_vqa:train", "easy_vqa:test"]
+    assert source_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == ["org/set", "easy_vqa"]
+    assert source_names([file("a/x.jsonl", "all"), file("b/x.jsonl", "all")]) == ["all", "all"]

@@ -14,6 +14,7 @@ import vlm_tune
 from vlm_tune.api import evaluate, sft
 from vlm_tune.checking.findings import CheckReport
 from vlm_tune.errors import DataError
+from vlm_tune.resources import cache_folder
 
 QUICK: dict[str, Any] = {"train__steps": 1, "train__log_every": 1}
 
@@ -144,6 +145,24 @@ def test_a_part_with_no_row_left_and_one_with_too_many_bad_rows_stop_the_run(
     assert faults(vlm_tune.check(recipe)) == [("validation", "too_many_bad")]
     with pytest.raises(DataError, match="2 bad rows, more than 1"):
         sft(recipe, overwrite=True)
+
+
+def test_scores_are_told_by_source(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+    lines = color_rows.read_text().splitlines()
+    first, second = part(color_rows.parent, "first", lines[:3]), part(color_rows.parent, "second", lines[3:])
+    named = [{**second[0], "name": "the others"}]
+    changes = QUICK | {"data__validation": [*first, *named], "data__test": [*first, *named], "evaluate__samples": 0}
+    run = sft(parsed(tiny_recipe("causal"), **changes))
+    assert {name: entry["n"] for name, entry in run.result["by_source"].items()} == {"first": 3, "the others": 5}
+    (event,) = events(run.folder, "evaluate")
+    assert {name: entry["n"] for name, entry in event["by_source"].items()} == {"first": 3, "the others": 5}
+    pooled = sum(entry["loss"] * entry["tokens"] for entry in event["by_source"].values()) / event["tokens"]
+    assert event["loss"] == pytest.approx(pooled)
+    assert "Test accuracy by source" in (run.folder / "report.html").read_text()
+    again = evaluate(run.folder)
+    assert again.by_source == run.result["by_source"] and {answer.source for answer in again.answers} == set(again.by_source)
+    # A source's name changes nothing of what is prepared or trained on.
+    assert len(list(cache_folder("prepared").glob("*/examples.arrow"))) == 2
 
 
 def test_the_test_part_is_scored_in_part_or_not_at_all(tiny_recipe: Callable[..., str], color_rows: Path) -> None:

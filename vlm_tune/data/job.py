@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from vlm_tune.config import Clean, DataSection, Source
+from vlm_tune.config import Clean, DataSection, DatasetSource, Source
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.sources.rows import SourceReader
@@ -49,7 +50,8 @@ class Job:
         options = self.data.model_dump(mode="json", include=KEY_PARTS)
         parts = [f"{FORMAT} {self.seed} {self.scored} {json.dumps(options, sort_keys=True)}"]
         for source, reader, processor in zip(self.sources, self.readers, self.processors, strict=True):
-            parts += [source.model_dump_json(exclude={"weight", "count"}), reader.fingerprint(), processor.fingerprint()]
+            unused = {"weight", "count"} if isinstance(source, DatasetSource) else {"weight", "count", "name"}
+            parts += [source.model_dump_json(exclude=unused), reader.fingerprint(), processor.fingerprint()]
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
@@ -59,6 +61,21 @@ def plan_job(data: DataSection, sources: Sequence[Source], processor: Processor,
     bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
     processors = [bounded.variant(source.template, source.system) for source in sources]
     return Job(part, part_section(data, part), sources, readers, processors, seed)
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """What scores call each source: the recipe's name for it, else its file's or folder's, longer where two are alike."""
+    options = [source.model_dump() for source in sources]
+    names = [each.get("name") or _path_name(each.get("path", each["kind"])) for each in options]
+    longer = [
+        f"{name}:{each['split']}" if "split" in each else each["name"] or each["path"] for each, name in zip(options, names, strict=True)
+    ]
+    return [name if names.count(name) == 1 else other for name, other in zip(names, longer, strict=True)]
+
+
+def _path_name(path: str) -> str:
+    """A file's stem or a folder's name; a pattern of several files as it is."""
+    return path if any(sign in path for sign in "*?[") else Path(path).resolve().stem
 
 
 def part_section(data: DataSection, part: PartName) -> DataSection:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_tune.checksums import is_intact
 from vlm_tune.data.finish import PARTS
-from vlm_tune.data.job import Job
+from vlm_tune.data.job import Job, source_names
 from vlm_tune.data.shards import BAD, LEFT_OUT, OK, content_hash, file_stamp
 from vlm_tune.data.sources.registry import read_all
 from vlm_tune.data.store import ExampleStore, MediaRow, media_rows, read_batches
@@ -180,7 +180,7 @@ class Prepared:
         """
         digests = dict(zip(places.tolist(), self.values("digest", places), strict=True))
         starts = np.searchsorted(self.column("number"), np.arange(len(self.sources) + 1)).tolist()
-        for reader, first, end in zip(self.readers, starts, starts[1:], strict=False):
+        for reader, name, first, end in zip(self.readers, source_names(self.sources), starts, starts[1:], strict=False):
             wanted = {place for place in digests if first <= place < end}
             for place, row in enumerate(read_all([reader]) if wanted else (), first):
                 if place not in wanted:
@@ -188,7 +188,7 @@ class Prepared:
                 if not isinstance(row, Conversation) or content_hash(row) != digests[place]:
                     message = "the row is another than when it was prepared: the source was changed meanwhile; start again"
                     raise DataError(message, source=row.source, row=row.row)
-                yield self._with_stored_images(row, place)
+                yield replace(self._with_stored_images(row, place), source_name=name)
                 wanted.remove(place)
                 if not wanted:
                     break

@@ -85,13 +85,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample: its turns, a stable id, what evaluation groups by, and where it stands (source, row from 1)."""
+    """A sample: its turns, a stable id, and where it stands (source, row from 1).
+
+    Scores are also told by `category` and by `source_name`, the name of its source in the recipe.
+    """
 
     id: str
     messages: tuple[Message, ...]
     category: str = ""
     source: str = ""
     row: int = 0
+    source_name: str = ""
 
     @property
     def media(self) -> tuple[Media, ...]:

@@ -387,7 +387,7 @@ def _finish(context: Context, model: VisionLanguageModel, rows: Sequence[Convers
         if rows:
             started = time.perf_counter()
             found = _score_rows(context, model, rows, recipe)
-            result |= {"accuracy": found.accuracy, "n": found.n, "by_answer_type": found.by_category}
+            result |= {name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")}
             result["seconds_test"] = round(time.perf_counter() - started, 2)
             context.report({"event": "test", **found.summary()})
             (context.run / "answers.jsonl").write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in found.answers))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import RowsSource
+from vlm_tune.config import DatasetSource, RowsSource
 from vlm_tune.data.instructions import load_instructions
 from vlm_tune.data.sources.detect import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.forms import CHAT_FORMS, RowMedia, decoded_lists
@@ -44,7 +44,9 @@ class RowsReader:
 
     def fingerprint(self) -> str:
         """Of the stored rows, the options that shape conversations, and the prompt set."""
-        options = self._config.model_dump_json(exclude=NOT_ROWS)
+        # A data set's name says which rows it has; another source's is only what scores call it.
+        unused = NOT_ROWS if isinstance(self._config, DatasetSource) else NOT_ROWS | {"name"}
+        options = self._config.model_dump_json(exclude=unused)
         prompts = self._instructions.model_dump_json() if self._instructions else ""
         drawn = self._seed if self._instructions or self._config.shots else ""
         return digest(self._container.fingerprint(), self.form, sorted(self._columns.items()), options, prompts, drawn)
