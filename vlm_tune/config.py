@@ -273,7 +273,9 @@ Form = Literal[
     "messages",
     "prompt_completion",
     "alpaca",
+    "cauldron",
     "vqa",
+    "multiple_choice",
     "caption",
     "classify",
     "retrieval",
@@ -290,6 +292,21 @@ class RowsSource(Source):
     columns: dict[str, str] = Field(default={}, description="our field names to the rows' own, as {question: query}")
     image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
     instructions: str | None = Field(default=None, description="a prompt set for plain task rows; the task's own where not given")
+    ignore: list[str] = Field(
+        default=[],
+        description="fields of the rows to pass over: those that carry meaning are refused where a form does not read them",
+    )
+    null_values: list[str] | None = Field(
+        default=None,
+        description="texts that are missing values; of CSV and TSV, where not given, empty cells, nan, null and their like",
+    )
+    booleans: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
+        default=["no", "yes"], description="the texts of false and true in the fields of task rows"
+    )
+    answer_is: Literal["auto", "index", "index_from_1", "letter", "text"] = Field(
+        default="auto", description="how an answer names one of the row's choices; auto refuses a row that can be read in two ways"
+    )
+    shuffle_choices: bool = Field(default=False, description="show each row's choices in an order drawn from the seed and the row's id")
     shots: Annotated[int, Field(ge=0, le=16)] = Field(default=0, description="worked examples with their images before each question")
     video_frames: PositiveInt = Field(default=8, description="frames taken of a video, evenly spaced")
     video_fps: PositiveFloat | None = Field(default=None, description="of videos that are folders of frames; gives the frames their time")

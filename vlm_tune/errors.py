@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlm_tune.quoting import escaped
+
 EXIT_DONE, EXIT_RECIPE, EXIT_DATA, EXIT_MODEL, EXIT_TRAINING, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 
 
@@ -43,15 +45,19 @@ def check_count(option: str, count: int | None) -> None:
 class DataError(VlmTuneError):
     """A row, an image or a template that can't be used; names the source and the row.
 
-    `kind` is what reports count by; `content` is the row as it was read, for the quarantine file.
+    `kind` is what reports count by; `content` is the row as it was read, for the quarantine file. What it says may quote
+    a row, so it is kept with every character that does not print escaped.
     """
 
     exit_code = EXIT_DATA
 
     def __init__(self, message: str, *, source: str = "", row: int | str | None = None, kind: str = "row", content: object = None) -> None:
-        self.source, self.row, self.message, self.kind, self.content = source, row, message, kind, content
-        place = source + (f", row {row}" if row is not None else "")
-        super().__init__(f"{place}: {message}" if place else message)
+        self.source = escaped(source)
+        self.row = escaped(row) if isinstance(row, str) else row
+        self.message = "\n".join(map(escaped, message.split("\n")))
+        self.kind, self.content = kind, content
+        place = self.source + (f", row {self.row}" if row is not None else "")
+        super().__init__(f"{place}: {self.message}" if place else self.message)
 
 
 class ModelError(VlmTuneError):

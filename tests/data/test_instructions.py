@@ -16,6 +16,7 @@ from vlm_tune.resources import resource_names
 SETS = resource_names("data_templates/instructions")
 VALUES = {
     "vqa": {"question": "Q{x}%s?", "answer": "A"},
+    "multiple_choice": {"question": "Q{x}?", "choices": "A. {x}\nB. y", "letter": "A", "answer": "{x}"},
     "caption": {"caption": "C{y}"},
     "classify": {"choices": "x, {y}", "label": "{y}"},
     "retrieval": {"candidates": "- {x}\n- y", "answer": "{x}"},
@@ -24,11 +25,13 @@ VALUES = {
 }
 TOLD = {
     "vqa": ["question"],
+    "multiple_choice": ["question", "choices"],
     "classify": ["choices"],
     "retrieval": ["candidates"],
     "translate": ["text", "source_language", "target_language"],
 }
 ANSWERS = {"vqa": "answer", "caption": "caption", "classify": "label", "retrieval": "answer", "ocr": "text", "translate": "translation"}
+ANSWERS |= {"multiple_choice": "letter"}
 
 
 def test_every_task_has_an_english_and_a_chinese_prompt_set_of_several_phrasings() -> None:
@@ -50,7 +53,7 @@ def test_a_prompt_set_fills_in_its_fields_whatever_they_hold(name: str) -> None:
     found, media, values = load_instructions(name, task), Media(b"i"), VALUES[task]
     for number in range(20):
         question, answer = found.messages(f"r{number}", ("0.0s: ", media), values, seed=0)[-2:]
-        assert question.parts[:2] == ("0.0s: ", media) and answer.text == values[ANSWERS[task]]
+        assert question.parts[:2] == ("0.0s: ", media) and answer.text == values["answer" if name.endswith("-text") else ANSWERS[task]]
         assert all(values[field] in question.text for field in TOLD.get(task, []))
 
 

@@ -37,11 +37,16 @@ def said(who: str, value: str, **more: Any) -> dict[str, Any]:
     return {"from": who, "value": value, **more}
 
 
+def pair(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"user": question, "assistant": answer, "source": "somewhere", **more}
+
+
 # One sample: a system text, a question with two images, an answer that says <image>, and a second question.
 QUESTION, ANSWER = "<image>\nthen <image>\nWhat differs?", "Nothing, <image> is a word here."
 MARKED = [said("human", QUESTION), said("gpt", ANSWER), said("human", "Sure?"), said("gpt", "Yes.")]
 THEN = [{"type": "text", "text": "then "}, {"type": "text", "text": "What differs?"}]
 PLACED = [{"type": "image"}, THEN[0], {"type": "image"}, THEN[1]]
+NUMBERED = [{"type": "image", "index": 1}, THEN[0], {"type": "image", "index": 0}, THEN[1]]
 OWN = [{"type": "image", "image": "a.png"}, THEN[0], {"type": "image", "path": "b.png"}, THEN[1]]
 URLS = [{"type": "image_url", "image_url": {"url": "a.png"}}, THEN[0], {"type": "image_url", "image_url": "b.png"}, THEN[1]]
 NULLS = [{"text": None, **part} if part["type"] == "image" else {"image": None, **part} for part in PLACED]  # as Arrow keeps parts
@@ -63,6 +68,24 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "messages, urls": ("messages", {"system": "Be brief.", "messages": [turn("user", URLS), *REST]}),
     "messages under conversations": ("messages", {"images": IMAGES, "conversations": [SYSTEM, turn("user", PLACED), *REST]}),
     "prompt_completion": ("prompt_completion", {"images": IMAGES, "prompt": [SYSTEM, turn("user", PLACED)], "completion": REST}),
+    "messages, marks": ("messages", {"images": IMAGES, "messages": [SYSTEM, turn("user", QUESTION), *REST]}),
+    "messages, marks in a part": (
+        "messages",
+        {"images": IMAGES, "messages": [SYSTEM, turn("user", [{"type": "text", "text": QUESTION}]), *REST]},
+    ),
+    "messages, numbered parts": ("messages", {"images": IMAGES[::-1], "messages": [SYSTEM, turn("user", NUMBERED), *REST]}),
+    "prompt_completion, marks": (
+        "prompt_completion",
+        {"images": IMAGES, "prompt": [SYSTEM, turn("user", QUESTION)], "completion": REST},
+    ),
+    "cauldron": (
+        "cauldron",
+        {"images": IMAGES, "system": "Be brief.", "texts": [pair(QUESTION, ANSWER), pair("Sure?", "Yes.")]},
+    ),
+    "cauldron in columns": (
+        "cauldron",
+        {"images": IMAGES, "system": "Be brief.", "texts": {"user": [QUESTION, "Sure?"], "assistant": [ANSWER, "Yes."]}},
+    ),
     "alpaca": (
         "alpaca",
         {"images": IMAGES, "system": "Be brief.", "history": [[QUESTION, ANSWER]], "instruction": "Sure?", "input": "", "output": "Yes."},
@@ -110,6 +133,29 @@ TASKS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "vqa, answers": ("vqa", {"image": "a.png", "question": "q?", "answers": ["blue", "red", "red"]}, "q?", "red"),
     "vqa, VQAv2": ("vqa", {"image": "a.png", "question": "q?", "answers": [{"answer": "2"}, {"answer": "3"}, {"answer": "2"}]}, "q?", "2"),
     "vqa, a number": ("vqa", {"image": "a.png", "question": "how many?", "answer": 3}, "how many?", "3"),
+    "vqa, true": ("vqa", {"image": "a.png", "question": "is it?", "answer": True}, "is it?", "yes"),
+    "vqa, context": ("vqa", {"image": "a.png", "context": "It is noon.", "question": "q?", "answer": "a"}, "It is noon.\nq?", "a"),
+    "choices": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Which?", "choices": ["the sun", "the moon"], "answer": 1},
+        "A. the sun\nB. the moon",
+        "B",
+    ),
+    "choices, letter": ("multiple_choice", {"image": "a.png", "question": "Q?", "options": ["x", "y"], "answer": "(b)"}, "B. y", "B"),
+    "choices, text": ("multiple_choice", {"image": "a.png", "question": "Q?", "candidates": ["x", "y"], "answer": "x"}, "A. x", "A"),
+    "choices, columns": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Q?", "A": "x", "B": "y", "C": "", "answer": "B"},
+        "B. y",
+        "B",
+    ),
+    "choices, labels": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Q?", "choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answer": "1"},
+        "A. x",
+        "A",
+    ),
+    "choices, true": ("multiple_choice", {"image": "a.png", "question": "Q?", "choices": ["Yes", "No"], "answer": False}, "B. No", "B"),
     "caption": ("caption", {"image": "a.png", "caption": "a red square"}, "", "a red square"),
     "captions": ("caption", {"image": "a.png", "caption": ["a red square", "red"]}, "", "a red square"),
     "classify": ("classify", {"image": "a.png", "label": "cat", "choices": ["dog", "cat"]}, "dog, cat", "cat"),
@@ -149,19 +195,22 @@ def test_a_task_row_is_detected_and_asked_in_its_prompt_set(folder: Path, name: 
 BAD = {
     "no answer": ({"image": "a.png", "question": "q?", "answer": ""}, "vqa", "no text `answer`"),
     "answer None": ({"image": "a.png", "question": "q?", "answer": None}, "vqa", "no text `answer`"),
-    "answer a list": ({"image": "a.png", "question": "q?", "answer": ["red"]}, "vqa", "no text `answer`, got ['red']"),
-    "answer true": ({"image": "a.png", "question": "q?", "answer": True}, "vqa", "no text `answer`, got True"),
+    "answer a list": ({"image": "a.png", "question": "q?", "answer": ["red"]}, "vqa", "no text `answer`, got a list of 1"),
     "no image": ({"question": "q?", "answer": "a"}, "vqa", "no image"),
     "image None": ({"question": "q?", "answer": "a", "image": None}, "vqa", "no image"),
     "image and images": ({"question": "q?", "answer": "a", "image": "a.png", "images": ["a.png"]}, "vqa", "both `image` and `images`"),
-    "label unknown": ({"image": "a.png", "label": "cow", "choices": ["a", "b"]}, "classify", "`label` 'cow' is none of the 2 choices"),
+    "label unknown": (
+        {"image": "a.png", "label": "cow", "choices": ["a", "b"]},
+        "classify",
+        "'cow' is none of the 2 choices by text",
+    ),
     "label out of range": ({"image": "a.png", "label": 2, "choices": ["a", "b"]}, "classify", "`label` 2 is none"),
-    "label true": ({"image": "a.png", "label": True, "choices": ["a", "b"]}, "classify", "`label` True is none"),
+    "label true": ({"image": "a.png", "label": True, "choices": ["a", "b"]}, "classify", "`label` true is none"),
     "no choices": ({"image": "a.png", "label": "a"}, "classify", "no list `choices`"),
     "answer not a candidate": ({"image": "a.png", "candidates": ["a"], "answer": "b"}, "retrieval", "none of the 1 candidates"),
     "no language": ({"image": "a.png", "translation": "b"}, "translate", "no text `target_language`"),
     "audio": ({"audios": ["x.wav"], "messages": [turn("user", "q"), turn("assistant", "a")]}, "messages", "audio"),
-    "tools": ({"tools": "[...]", "conversations": MARKED, "image": IMAGES}, "sharegpt", "`tools`"),
+    "tools": ({"tools": "[...]", "conversations": MARKED, "image": IMAGES}, "sharegpt", "`tools` is not supported"),
     "unknown speaker": ({"conversations": [said("bot", "hi")]}, "llava", "from 'bot' is none of human, user"),
     "two systems": (
         {"system": "a", "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")]},
@@ -171,15 +220,19 @@ BAD = {
     "half the images placed": (
         {"images": IMAGES, "messages": [turn("user", PLACED[:2]), *REST]},
         "messages",
-        "2 images and 1 image parts",
+        "2 images and 1 <image> mark or part in the questions",
     ),
     "half the images marked": (
         {"images": IMAGES, "instruction": "<image> what?", "output": "a"},
         "alpaca",
-        "2 images and 1 image marks",
+        "2 images and 1 <image> mark or part in the questions",
     ),
     "weight of a half": ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]}, "messages", "`weight` is 0 or 1, got 0.5"),
-    "train maybe": ({"messages": [turn("user", "q"), turn("assistant", "a", train="no")]}, "messages", "`train` is true or false"),
+    "train maybe": (
+        {"messages": [turn("user", "q"), turn("assistant", "a", train="no")]},
+        "messages",
+        "true or false, got 'no'",
+    ),
     "history of texts": ({"instruction": "q", "output": "a", "history": ["qa"]}, "alpaca", "a list of [question, answer]"),
     "no completion": ({"prompt": "q", "completion": ""}, "prompt_completion", "an empty answer"),
 }
@@ -237,7 +290,7 @@ FORM_OF = {name: form for name, (form, *_) in (SAME | TASKS).items()}  # type: i
     [
         ({"query": "q", "response": "r"}, "can't tell the rows' form: the rows have query, response; tell it with `form`"),
         ({"image": "a.png", "question": "q", "answer": "a", "text": "t"}, "may be ocr or vqa"),
-        ({"question": "q", "answer": "a", "candidates": ["a"]}, "may be retrieval or vqa"),
+        ({"image": "a.png", "question": "q", "answer": "a", "candidates": ["a"], "text": "t"}, "may be multiple_choice or ocr"),
         ({"question": "q", "answer": "a", "instruction": "q", "output": "a"}, "may be alpaca or vqa"),
         ({"question": None, "answer": None}, "the rows have no fields"),
     ],
@@ -246,7 +299,11 @@ def test_rows_of_no_form_or_of_two_list_what_was_seen(folder: Path, row: dict[st
     path = write_rows(folder / "rows.jsonl", [row] * 3)
     with pytest.raises(DataError) as caught:
         open_source(file_source(path), seed=0)
-    assert message in str(caught.value) and str(path) in str(caught.value) and ": question, answer or answers" in str(caught.value)
+    assert (
+        message in str(caught.value)
+        and str(path) in str(caught.value)
+        and (": question, answer or answers" in str(caught.value) or ": question, choices or options" in str(caught.value))
+    )
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(["llava", "messages", "alpaca", "vqa", "ocr"], 2)))

@@ -247,7 +247,10 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
     plain = {"conversations": [{"from": "human", "value": "What is <video> in HTML?"}, {"from": "gpt", "value": "a tag"}]}
     (one,) = good(read(file_source(write_rows(tmp_path / "plain.jsonl", [plain]))))
     assert one.messages[0].parts == ("What is <video> in HTML?",)
-    for text_of_question, message in (("<video><video>?", "more <video> marks than videos"), ("no mark", "fewer <video> marks")):
+    for text_of_question, message in (
+        ("<video><video>?", "1 video and 2 <video> marks"),
+        ("no mark", "1 video and 0 <video> marks"),
+    ):
         turns = [{"from": "human", "value": text_of_question}, {"from": "gpt", "value": "a"}]
         (bad,) = read(file_source(write_rows(tmp_path / "bad.jsonl", [{"videos": ["v.mp4"], "conversations": turns}])))
         assert isinstance(bad, DataError) and message in str(bad)

@@ -139,7 +139,7 @@ BAD_TURNS = {
     "role None": ([turn(None, "q"), turn("assistant", "a")], "turn 1: no `role`"),
     "empty answer": ([turn("user", "q"), turn("assistant", "")], "an empty answer"),
     "blank answer": ([turn("user", "q"), turn("assistant", " \n")], "an empty answer"),
-    "answer None": ([turn("user", "q"), turn("assistant", None)], "turn 2: `content` is text or a list of parts, got NoneType"),
+    "answer None": ([turn("user", "q"), turn("assistant", None)], "turn 2: `content` is text or a list of parts, got nothing (null)"),
     "answer of no parts": ([turn("user", "q"), turn("assistant", [])], "an empty answer"),
     "empty question": ([turn("user", ""), turn("assistant", "a")], "an empty question"),
     "no answer": ([turn("user", "q")], "no answer to the last question"),
@@ -150,7 +150,7 @@ BAD_TURNS = {
     "none": ([], "no list `messages`"),
     "a number": (5, "no list `messages`"),
     "unknown part": ([turn("user", [{"type": "audio"}]), turn("assistant", "a")], "got 'audio'"),
-    "video without a video": ([turn("user", [{"type": "video"}]), turn("assistant", "a")], "more video parts than videos"),
+    "video without a video": ([turn("user", [{"type": "video"}]), turn("assistant", "a")], "0 videos and 1 <video> mark or part"),
 }
 
 
@@ -179,10 +179,10 @@ def test_fault_11_images_and_places_are_counted_per_sample(tmp_path: Path) -> No
     path.write_text("\n".join(json.dumps(llava(marks)) for marks in (2, 0, 1)))
     rows, bad = read(path, skip=True, form="llava")
     assert [row.id for row in rows] == ["rows:3:3"] and [error.row for error in bad] == [1, 2]
-    assert "more <image> marks than images" in str(bad[0]) and "fewer <image> marks" in str(bad[1])
+    assert "1 image and 2 <image> marks or parts" in str(bad[0]) and "1 image and 0 <image> marks or parts" in str(bad[1])
     path.write_text("\n".join(json.dumps(parts(places)) for places in (2, 1)))
     rows, bad = read(path, skip=True)
-    assert not rows and "more image parts than images" in str(bad[0]) and "2 images and 1 image parts" in str(bad[1])
+    assert not rows and "1 image and 2 <image> marks" in str(bad[0]) and "2 images and 1 <image> mark or" in str(bad[1])
 
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))

@@ -16,6 +16,7 @@ from vlm_tune.resources import find_resource, resource_names
 
 FIELDS = {
     "vqa": {"question", "answer"},
+    "multiple_choice": {"question", "choices", "letter", "answer"},
     "caption": {"caption"},
     "classify": {"choices", "label"},
     "retrieval": {"candidates", "answer"},
@@ -25,7 +26,7 @@ FIELDS = {
 OPTIONAL = {"translate": {"text", "source_language"}}
 """Fields that a row may lack: a prompt is drawn from those that use what the row has, and as much of it as any does."""
 
-Task = Literal["vqa", "caption", "classify", "retrieval", "ocr", "translate"]
+Task = Literal["vqa", "multiple_choice", "caption", "classify", "retrieval", "ocr", "translate"]
 
 
 class Instructions(BaseModel):
@@ -39,8 +40,8 @@ class Instructions(BaseModel):
     answer: str
     system: str | None = None
 
-    def messages(self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int) -> list[Message]:
-        """The row as a user turn, its media first, and an assistant turn; the phrasing is drawn from (seed, row id).
+    def texts(self, row_id: str, values: Mapping[str, str], *, seed: int) -> tuple[str, str]:
+        """The row as a question and its answer; the phrasing is drawn from (seed, row id).
 
         Raises `DataError` if no phrasing does with the fields that the row has.
         """
@@ -48,10 +49,17 @@ class Instructions(BaseModel):
         draw = hashlib.blake2b(f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         prompt = prompts[int.from_bytes(draw, "big") % len(prompts)]
         # format_map reads each field once, so braces inside a question are left as they are.
-        messages = [Message("user", (*media, prompt.format_map(values))), Message("assistant", (self.answer.format_map(values),))]
-        if self.system:
-            messages.insert(0, Message("system", (self.system,)))
-        return messages
+        return prompt.format_map(values), self.answer.format_map(values)
+
+    def messages(self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int) -> list[Message]:
+        """The row as a user turn, its media first, and an assistant turn; raises as `texts`."""
+        question, answer = self.texts(row_id, values, seed=seed)
+        return self.turns((*media, question), answer)
+
+    def turns(self, question: tuple[str | Media, ...], answer: str) -> list[Message]:
+        """A question and its answer as turns, after the set's system text."""
+        messages = [Message("user", question), Message("assistant", (answer,))]
+        return [Message("system", (self.system,)), *messages] if self.system else messages
 
     def _fitting(self, values: Mapping[str, str]) -> list[str]:
         """The phrasings for rows with these fields."""

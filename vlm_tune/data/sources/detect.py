@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from vlm_tune.data.sources.forms import LISTS, decoded_lists
+from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, has_choices, is_empty
+from vlm_tune.data.sources.forms import decoded_lists
 from vlm_tune.data.sources.rows import StoredRow
 from vlm_tune.errors import DataError
 
@@ -22,7 +23,9 @@ NEEDS = {
     "messages": "messages (turns of role/content)",
     "prompt_completion": "prompt, completion",
     "alpaca": "instruction, output",
+    "cauldron": "texts (turns of user/assistant), images",
     "vqa": "question, answer or answers, image",
+    "multiple_choice": "question, choices or options (or columns A, B, ...), answer, image",
     "caption": "caption, image",
     "classify": "label, choices, image",
     "retrieval": "candidates, answer, image",
@@ -30,19 +33,12 @@ NEEDS = {
     "translate": "translation, target_language, image",
 }
 """What a form's rows hold, as errors and the documentation put it; `image` may be images, video or videos."""
-MEDIA = ("image", "images", "video", "videos")
-
-
-FIELDS = {"id", "category", "system", "tools", "audio", "audios", *MEDIA, *LISTS}
-FIELDS |= {"prompt", "completion", "instruction", "input", "output", "question", "answer", "caption", "label", "text"}
-FIELDS |= {"translation", "source_language", "target_language"}
-"""All that a form reads of a row."""
 
 
 def check_columns(columns: Mapping[str, str], name: str) -> None:
     """Raises `DataError` for a rename to a field that no form has."""
     for ours in columns:
-        if ours not in FIELDS:
+        if ours not in FIELDS and ours not in set(LETTERS):
             near = get_close_matches(ours, FIELDS, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
             raise DataError(f"columns: no form has a field {ours!r}{hint}", source=name)
@@ -110,16 +106,20 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
             found.add(("sharegpt" if has & {"images", "videos", "video", "system", "tools"} else "llava", field))
         elif {"role", "content"} <= keys:
             found.add(("messages", field))
+    if {"user", "assistant"} <= _turn_keys(row.get("texts")):
+        found.add(("cauldron", ""))
     if found:
         return found
-    shown = bool(has & set(MEDIA))
+    shown = any(not is_empty(row.get(name)) for name in MEDIA)
+    asked, chosen = "question" in has, has_choices(row)
     rules = {
         "prompt_completion": {"prompt", "completion"} <= has,
         "alpaca": {"instruction", "output"} <= has,
-        "vqa": "question" in has and bool(has & {"answer", "answers"}),
-        "retrieval": {"candidates", "answer"} <= has,
+        "vqa": asked and not chosen and bool(has & {"answer", "answers"}),
+        "multiple_choice": asked and chosen and bool(has & {"answer", "label"}),
+        "retrieval": {"candidates", "answer"} <= has and not asked,
         "caption": "caption" in has and shown,
-        "classify": "label" in has and shown,
+        "classify": "label" in has and shown and not asked,
         "translate": {"translation", "target_language"} <= has,
         "ocr": "text" in has and shown and "translation" not in has,
     }

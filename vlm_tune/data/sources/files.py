@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlm_tune.data.sources.rows import CHUNK_ROWS, SURROGATE, Chunk, StoredRow, files_digest
+from vlm_tune.data.sources.legible import SURROGATE
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import escaped
 
 BLOCK = 1 << 20
 CHUNK_BYTES = 1 << 25
@@ -68,8 +70,11 @@ class FileRows:
         if len(self.files) > 1:
             shared = os.path.commonpath([file.parent for file in self.files])
             label = path.relative_to(shared).with_suffix("").as_posix()
+        # A file's name may hold bytes that are no text; its path is read as it is.
+        source, label = escaped(str(path)), escaped(label)
+        untyped = isinstance(self.formats[place], Csv)
         for number, value in self.formats[place].rows(path, chunk.first_row, payload):
-            yield StoredRow(str(path), label, number, value, path.parent)
+            yield StoredRow(source, label, number, value, path.parent, untyped)
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -272,7 +277,8 @@ class Csv:
         if any("\0" in cell for cell in record):
             return DataError("a NUL byte", kind="not_csv")
         if any(map(SURROGATE.search, record)):
-            return DataError("not UTF-8", kind="not_csv")
+            columns = [name for name, cell in zip(header, record, strict=True) if SURROGATE.search(cell)]
+            return DataError(f"not UTF-8: {', '.join(columns)}", kind="not_csv")
         return {name: cell or None for name, cell in zip(header, record, strict=True)}
 
     def _header(self, path: Path, file: Any) -> tuple[list[str], int]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_tune.config import DatasetSource, RowsSource
 from vlm_tune.data.instructions import load_instructions
 from vlm_tune.data.sources.detect import check_columns, detect_form, renamed, usable
-from vlm_tune.data.sources.forms import CHAT_FORMS, RowMedia, decoded_lists
+from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, without
+from vlm_tune.data.sources.forms import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system
+from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.rows import Chunk, Container, StoredRow, checked, digest
 from vlm_tune.data.sources.shots import Shots
-from vlm_tune.data.sources.tasks import TASK_FORMS
+from vlm_tune.data.sources.tasks import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 NOT_ROWS = {"limit", "weight", "count", "template", "system"}
 """What a source can be told that does not change its rows."""
@@ -37,6 +41,7 @@ class RowsReader:
         self._instructions = load_instructions(config.instructions or self.form, self.form) if self.form in TASK_FORMS else None
         self._finders: dict[Path | None, MediaFinder] = {}
         self._shots = Shots(config.shots, seed)
+        self._options = TaskOptions((config.booleans[0], config.booleans[1]), config.answer_is, seed if config.shuffle_choices else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker fills its own caches."""
@@ -58,39 +63,83 @@ class RowsReader:
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
         """The chunk's rows in order."""
         self._shots.fill(self._conversation(stored) for stored in self._stored())
-        for stored in self._container.rows(chunk):
+        for stored in self._rows(chunk):
             found = self._conversation(stored)
             yield found if isinstance(found, DataError) else self._shots.before(found)
 
     def _stored(self) -> Iterator[StoredRow]:
         """All rows from the first on."""
-        return (stored for chunk in self._container.chunks() for stored in self._container.rows(chunk))
+        return (stored for chunk in self._container.chunks() for stored in self._rows(chunk))
+
+    def _rows(self, chunk: Chunk) -> Iterator[StoredRow]:
+        """The container's rows without what is no value, and without what the recipe ignores."""
+        for stored in self._container.rows(chunk):
+            value = stored.value
+            if isinstance(value, dict):
+                value = without(value, self._config.ignore) if self._config.ignore else value
+                nulls = self._nulls(stored)
+                if nulls:
+                    value = {name: None if isinstance(cell, str) and cell.strip() in nulls else cell for name, cell in value.items()}
+            yield stored if value is stored.value else replace(stored, value=value)
+
+    def _nulls(self, stored: StoredRow) -> Collection[str]:
+        """The texts that are no value in this row's container."""
+        if self._config.null_values is not None:
+            return self._config.null_values
+        return NULLS if stored.untyped else ()
 
     def _conversation(self, stored: StoredRow) -> Conversation | DataError:
         try:
-            row = decoded_lists(renamed(usable(stored.value), self._columns))
-            given = row.get("id")
-            row_id = f"{stored.label}:{given if isinstance(given, str | int) else stored.number}:{stored.number}"
+            row = self._fields(stored)
+            row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
             messages = self._task(row_id, row, finder) if self._instructions else CHAT_FORMS[self.form](row, finder)
             category = row.get("category")
             if category is None and self.form == "classify":
                 category = messages[-1].text
             category = str(category) if isinstance(category, str | int) else ""
+            if SURROGATE.search(category):
+                raise DataError(f"`category` {quoted(category)} holds half a surrogate pair, which is no character", kind="text")
             return Conversation(row_id, checked(messages), category, stored.source, stored.number)
         except DataError as error:
             missing = [name for name in self._columns.values() if isinstance(stored.value, dict) and name not in stored.value]
             hint = f" (columns: the row has no {', '.join(missing)})" if missing else ""
             return DataError(error.message + hint, source=stored.source, row=stored.number, kind=error.kind, content=stored.value)
 
+    def _fields(self, stored: StoredRow) -> dict[str, Any]:
+        """The row by our field names. Raises `DataError` for a field that is used and can't be, or that is meant and not used."""
+        row = renamed(usable(stored.value), self._columns)
+        used = USED[self.form] | EVERY_FORM
+        for name in used & row.keys():
+            value = row[name]
+            if isinstance(value, DataError):
+                raise DataError(f"`{name}`: {value.message}", kind=value.kind)
+            if stored.untyped and self._config.null_values is None and isinstance(value, str) and value.strip() in MAYBE_NULLS:
+                message = f"`{name}` is {quoted(value)}, a text or a missing value: say which with the source's `null_values`"
+                raise DataError(message, kind="ambiguous")
+        row = decoded_lists({name: value for name, value in row.items() if not isinstance(value, DataError)})
+        refuse_unused(row, self.form, task=self._instructions is not None, detected=self._config.form == "auto")
+        return row
+
+    @staticmethod
+    def _id(row: dict[str, Any], stored: StoredRow) -> str | int:
+        given = row.get("id")
+        if not isinstance(given, str | int):
+            return stored.number
+        if isinstance(given, str) and SURROGATE.search(given):
+            raise DataError(f"`id` {quoted(given)} holds half a surrogate pair, which is no character", kind="text")
+        return given
+
     def _task(self, row_id: str, row: dict[str, Any], finder: MediaFinder) -> list[Message]:
-        """A task row in the words of its prompt set."""
+        """A task row in the words of its prompt set; `<image>` marks of its fields or of the set take its images."""
         assert self._instructions is not None
-        values = TASK_FORMS[self.form](row)
-        media = RowMedia(row, finder).rest("places")
-        if not media:
+        values = TASK_FORMS[self.form](row, row_id, self._options)
+        media = RowMedia(row, finder)
+        if not any(media.items.values()):
             raise DataError("no image", kind="image_count")
-        return self._instructions.messages(row_id, media, values, seed=self._seed)
+        question, answer = self._instructions.texts(row_id, values, seed=self._seed)
+        messages = with_media(self._instructions.turns(marked_parts(question, media), answer), media)
+        return with_system(row, messages)
 
     def _finder(self, folder: Path | None) -> MediaFinder:
         """What finds images for rows of a folder's file."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 CHUNK_ROWS = 2000
 """About how many rows a chunk has: enough that a worker's start does not count, few enough to share out."""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class StoredRow:
     value: Any
     folder: Path | None = None
     """Where its image paths start if the recipe does not say."""
+    untyped: bool = False
+    """Every field is text, as in CSV: whether it is missing must be told from its letters."""
 
 
 class Container(Protocol):
@@ -103,14 +104,14 @@ def files_digest(files: Iterable[Path]) -> str:
 def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The turns, if they make sense.
 
-    Raises `DataError` for unknown roles, a system turn that is not first, turns that don't alternate, an empty or
-    missing answer, and an empty question without media.
+    Raises `DataError` for unknown roles, a system turn that is not first, turns that don't alternate, an answer without
+    a character that can be seen, and such a question without media.
     """
     messages = tuple(messages)
     turns = [message for message in messages if message.role != "system"]
     for message in messages:
         if message.role not in ROLES:
-            raise DataError(f"the role {message.role!r} is none of {', '.join(ROLES)}", kind="role")
+            raise DataError(f"the role {quoted(message.role)} is none of {', '.join(ROLES)}", kind="role")
         if SURROGATE.search(message.text):
             raise DataError(f"the {message.role}'s text holds half a surrogate pair, which is no character", kind="text")
     if any(message.role == "system" for message in messages[1:]):
@@ -121,11 +122,12 @@ def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
         expected = "user" if number % 2 == 0 else "assistant"
         if message.role != expected:
             raise DataError(f"turn {number + 1} is the {message.role}'s, expected the {expected}'s", kind="turns")
-        if message.role == "assistant" and not message.text.strip():
-            raise DataError(f"turn {number + 1}: an empty answer", kind="empty_answer")
+        if message.role == "assistant" and not is_legible(message.text):
+            unseen = f", nothing but {quoted(message.text)}" if message.text else ""
+            raise DataError(f"turn {number + 1}: an empty answer{unseen}", kind="empty_answer")
         if message.role == "assistant" and any(isinstance(part, Media) for part in message.parts):
             raise DataError(f"turn {number + 1}: an image in an answer", kind="image_count")
-        if message.role == "user" and not message.parts:
+        if message.role == "user" and not is_legible(message.text) and not any(isinstance(part, Media) for part in message.parts):
             raise DataError(f"turn {number + 1}: an empty question", kind="empty_question")
     if turns[-1].role != "assistant":
         raise DataError("no answer to the last question", kind="turns")

@@ -2,89 +2,261 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from vlm_tune.data.sources.fields import CHOICES, LETTERS, is_empty, lettered
+from vlm_tune.data.sources.legible import is_legible
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 Row = Mapping[str, Any]
 
-
-def _text(row: Row, field: str) -> str:
-    """A field's text; numbers are written out."""
-    return _plain(row.get(field), field)
+LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+"""An answer that names a choice by its letter: `B`, `b`, `(B)`, `B.`."""
 
 
-def _plain(value: Any, field: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+class ClassName(str):
+    """The name of a class that the data set's own features give: it is a text, whatever number it looks like."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How a source's task rows are read.
+
+    `booleans` are the texts of false and true; `answer_is` says what an answer that names a choice is; choices are
+    shuffled by (`shuffle_seed`, row id) where it is not None.
+    """
+
+    booleans: tuple[str, str] = ("no", "yes")
+    answer_is: Literal["auto", "index", "index_from_1", "letter", "text"] = "auto"
+    shuffle_seed: int | None = None
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _text(row: Row, field: str, options: TaskOptions) -> str:
+    """A field's text; numbers are written out, booleans as the source says."""
+    return _plain(row.get(field), field, options)
+
+
+def _plain(value: Any, field: str, options: TaskOptions) -> str:
+    if isinstance(value, bool):
+        return options.booleans[value]
+    if isinstance(value, int | float):
+        if value - value != 0:  # infinite, or no number
+            raise DataError(f"`{field}` is {value}, which is no value", kind="missing_field")
         return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"no text `{field}`" + ("" if value is None or value == "" else f", got {value!r:.100}"), kind="missing_field")
+    if not isinstance(value, str) or not is_legible(value):
+        got = "" if value is None or value == "" else f", got {quoted(value)}"
+        raise DataError(f"no text `{field}`{got}", kind="missing_field")
     return value
 
 
-def _texts(row: Row, field: str) -> list[str]:
+def _texts(row: Row, field: str, options: TaskOptions) -> list[str]:
     values = row.get(field)
     if not isinstance(values, list) or not values:
-        raise DataError(f"no list `{field}`", kind="missing_field")
-    return [_plain(value, field) for value in values]
+        raise DataError(f"no list `{field}`" + ("" if values is None else f", got {quoted(values)}"), kind="missing_field")
+    return [_plain(value, field, options) for value in values]
 
 
-def _one_of(row: Row, field: str, options: list[str], called: str) -> str:
-    """The option that a field names, by its text or by its place from 0."""
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices of a row: whether they are shown with `letters`, and what the row itself calls them (`labels`)."""
+
+    field: str
+    texts: list[str]
+    labels: list[str] | None = None
+    letters: bool = True
+
+
+def _question_choices(row: Row, options: TaskOptions) -> Choices:
+    """The choices of a multiple-choice row: a list, {"A": text}, {"label": [...], "text": [...]}, or columns A, B, ..."""
+    fields = [name for name in CHOICES if not is_empty(row.get(name))]
+    letters = lettered(row)
+    if len(fields) + bool(letters) > 1:
+        raise DataError(f"several lists of choices: {', '.join([*fields, *letters])}", kind="field")
+    if letters:
+        if letters != list(LETTERS[: len(letters)]):
+            raise DataError(f"choices {', '.join(letters)}: a letter between them is empty", kind="missing_field")
+        return Choices(", ".join(letters), [_text(row, letter, options) for letter in letters])
+    if not fields:
+        raise DataError(f"no list of choices ({', '.join(CHOICES)}, or columns A, B, ...)", kind="missing_field")
+    (field,) = fields
+    value, labels = row[field], None
+    if isinstance(value, Mapping):
+        if isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+            value, labels = value["text"], [str(label) for label in value["label"]]
+        else:
+            given = {str(key): inner for key, inner in value.items() if inner is not None}
+            value, labels = list(given.values()), list(given)
+    if not isinstance(value, list) or (labels is not None and len(labels) != len(value)):
+        raise DataError(f"`{field}` is a list of choices, got {quoted(row[field])}", kind="field")
+    if not 2 <= len(value) <= len(LETTERS):
+        raise DataError(f"`{field}` has {len(value)} choices; a question has 2 to {len(LETTERS)}", kind="field")
+    return Choices(field, [_plain(text, field, options) for text in value], labels)
+
+
+def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int:
+    """The place from 0 of the choice that a field names: by its text, its letter or label, or its place.
+
+    Raises `DataError` for none, and for one that names different choices when read differently.
+    """
     value = row.get(field)
-    if isinstance(value, str) and value in options:
-        return value
-    place = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 9 else value
-    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(options):
-        return options[place]
-    raise DataError(f"`{field}` {value!r:.100} is none of the {len(options)} {called} and no place among them", kind="field")
+    if is_empty(value) and not isinstance(value, bool):
+        raise DataError(f"no `{field}`", kind="missing_field")
+    readings = _readings(value, choices, options)
+    wanted = options.answer_is
+    if wanted != "auto":
+        readings = {how: places for how, places in readings.items() if how == wanted or (wanted == "letter" and how == "label")}
+    elif isinstance(value, ClassName):
+        readings = {"text": readings["text"]}
+    elif readings["label"]:
+        # The row itself says what its choices are called.
+        readings = {"label": readings["label"], "text": readings["text"]}
+    else:
+        readings.pop("index_from_1")
+        if not choices.letters:
+            readings.pop("letter")
+    places = {place for found in readings.values() for place in found}
+    count = len(choices.texts)
+    if not places:
+        auto = "text, letter or place from 0" if choices.letters else "text or place from 0"
+        what = {"auto": auto, "index": "place from 0", "index_from_1": "place from 1"}.get(wanted, wanted)
+        called = choices.field if choices.field in CHOICES else "choices"
+        message = f"`{field}` {quoted(value)} is none of the {count} {called} by {what}"
+        raise DataError(f"{message} (the source's `answer_is` says what an answer is)", kind="field")
+    if len(places) > 1:
+        ways = ", ".join(f"choice {place + 1} by its {how}" for how, found in readings.items() for place in found)
+        raise DataError(
+            f"`{field}` {quoted(value)} may be {ways}: say what it is with the source's `answer_is` (index, index_from_1, letter or text)",
+            kind="ambiguous",
+        )
+    return places.pop()
 
 
-def vqa(row: Row) -> dict[str, str]:
-    """`question` and `answer`; of several `answers`, texts or {"answer": ...}, the most common."""
-    question = _text(row, "question")
+def _readings(value: Any, choices: Choices, options: TaskOptions) -> dict[str, list[int]]:
+    """The places that a value names, by each way to read it."""
+    text = value.strip() if isinstance(value, str) else None
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, float) and value.is_integer():
+        number = int(value)
+    if text is not None and re.fullmatch(r"[0-9]{1,9}", text):
+        number = int(text)
+    spelled = {text} if text is not None else {str(value), str(number)} if number is not None else set()
+    if isinstance(value, bool):
+        spelled = {options.booleans[value], str(value)}
+    stripped = [choice.strip() for choice in choices.texts]
+    exact = [place for place, choice in enumerate(stripped) if choice in spelled]
+    folded = {each.casefold() for each in spelled if each is not None}
+    letter = LETTER.fullmatch(text) if text else None
+    count = len(stripped)
+    place = LETTERS.index(letter[1].upper()) if letter else count
+    return {
+        "label": [place for place, label in enumerate(choices.labels or []) if label in spelled],
+        "text": exact or [place for place, choice in enumerate(stripped) if choice.casefold() in folded],
+        "letter": [place] if place < count and choices.labels is None else [],
+        "index": [number] if number is not None and 0 <= number < count else [],
+        "index_from_1": [number - 1] if number is not None and 1 <= number <= count else [],
+    }
+
+
+def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
+    """The order in which choices are shown: as they stand, or drawn from (seed, row id)."""
+    order = list(range(count))
+    if options.shuffle_seed is not None:
+        draw = hashlib.blake2b(f"{options.shuffle_seed}:choices:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        random.Random(int.from_bytes(draw, "big")).shuffle(order)
+    return order
+
+
+# --- the forms -------------------------------------------------------------------------------------------------------
+
+
+def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+    """`question` and `answer`, perhaps `context`; of several `answers`, texts or {"answer": ...}, the most common."""
+    question = _question(row, options)
     if row.get("answer") is not None or not row.get("answers"):
-        return {"question": question, "answer": _text(row, "answer")}
+        return {"question": question, "answer": _text(row, "answer", options)}
     answers = row["answers"]
     if not isinstance(answers, list):
-        raise DataError(f"`answers` is a list, got {type(answers).__name__}", kind="field")
-    said = [_plain(given.get("answer") if isinstance(given, Mapping) else given, "answers") for given in answers]
-    return {"question": question, "answer": Counter(said).most_common(1)[0][0]}
+        raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
+    texts = [_plain(given.get("answer") if isinstance(given, Mapping) else given, "answers", options) for given in answers]
+    return {"question": question, "answer": Counter(texts).most_common(1)[0][0]}
 
 
-def caption(row: Row) -> dict[str, str]:
+def _question(row: Row, options: TaskOptions) -> str:
+    question = _text(row, "question", options)
+    return question if is_empty(row.get("context")) else f"{_text(row, 'context', options)}\n{question}"
+
+
+def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+    """`question`, its choices and `answer` (or `label`); the choices are shown with letters, a line each."""
+    fields = [name for name in ("answer", "label") if not is_empty(row.get(name)) or isinstance(row.get(name), bool)]
+    if len(fields) > 1:
+        raise DataError("both `answer` and `label`", kind="field")
+    choices = _question_choices(row, options)
+    chosen = _chosen(row, fields[0] if fields else "answer", choices, options)
+    if sum(text.strip() == choices.texts[chosen].strip() for text in choices.texts) > 1:
+        raise DataError(f"the right choice {quoted(choices.texts[chosen])} comes twice in `{choices.field}`", kind="ambiguous")
+    order = _order(len(choices.texts), row_id, options)
+    lines = [f"{letter}. {choices.texts[place]}" for letter, place in zip(LETTERS, order, strict=False)]
+    return {
+        "question": _question(row, options),
+        "choices": "\n".join(lines),
+        "letter": LETTERS[order.index(chosen)],
+        "answer": choices.texts[chosen],
+    }
+
+
+def caption(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`caption`; of a list of captions, the first."""
     value = row.get("caption")
-    return {"caption": _plain(value[0] if isinstance(value, list) and value else value, "caption")}
+    return {"caption": _plain(value[0] if isinstance(value, list) and value else value, "caption", options)}
 
 
-def classify(row: Row) -> dict[str, str]:
+def _one_of(row: Row, field: str, listed: str, row_id: str, options: TaskOptions) -> tuple[str, Sequence[str]]:
+    """The choice that a field names, and all of them in the order in which they are shown."""
+    choices = Choices(listed, _texts(row, listed, options), letters=False)
+    chosen = _chosen(row, field, choices, options)
+    return choices.texts[chosen], [choices.texts[place] for place in _order(len(choices.texts), row_id, options)]
+
+
+def classify(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`label` out of `choices`, by its text or its place."""
-    choices = _texts(row, "choices")
-    return {"choices": ", ".join(choices), "label": _one_of(row, "label", choices, "choices")}
+    label, choices = _one_of(row, "label", "choices", row_id, options)
+    return {"choices": ", ".join(choices), "label": label}
 
 
-def retrieval(row: Row) -> dict[str, str]:
+def retrieval(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`answer`, the one of the `candidates` that fits the image, by its text or its place."""
-    candidates = _texts(row, "candidates")
-    return {"candidates": "\n".join(f"- {text}" for text in candidates), "answer": _one_of(row, "answer", candidates, "candidates")}
+    answer, candidates = _one_of(row, "answer", "candidates", row_id, options)
+    return {"candidates": "\n".join(f"- {text}" for text in candidates), "answer": answer}
 
 
-def ocr(row: Row) -> dict[str, str]:
+def ocr(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`text`, what is written in the image."""
-    return {"text": _text(row, "text")}
+    return {"text": _text(row, "text", options)}
 
 
-def translate(row: Row) -> dict[str, str]:
+def translate(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`translation` into `target_language`, of the image's text or of `text`; `source_language` where known."""
-    values = {field: _text(row, field) for field in ("target_language", "translation")}
-    return values | {field: _text(row, field) for field in ("text", "source_language") if row.get(field) not in (None, "")}
+    values = {field: _text(row, field, options) for field in ("target_language", "translation")}
+    return values | {field: _text(row, field, options) for field in ("text", "source_language") if row.get(field) not in (None, "")}
 
 
-TASK_FORMS: dict[str, Callable[[Row], dict[str, str]]] = {
+TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], dict[str, str]]] = {
     "vqa": vqa,
+    "multiple_choice": multiple_choice,
     "caption": caption,
     "classify": classify,
     "retrieval": retrieval,

@@ -1,0 +1,115 @@
+"""Fields of rows: which a form reads, which carry meaning and must not be dropped, and when one is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+MEDIA = ("image", "images", "video", "videos")
+CHOICES = ("choices", "options", "candidates")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""What lettered choices are called; columns of these names hold one choice each."""
+
+EVERY_FORM = {"id", "category", "system", *MEDIA}
+USED: dict[str, set[str]] = {
+    "llava": {"conversations"},
+    "sharegpt": {"conversations"},
+    "messages": {"messages"},
+    "prompt_completion": {"prompt", "completion"},
+    "alpaca": {"instruction", "input", "output", "history"},
+    "cauldron": {"texts"},
+    "vqa": {"question", "answer", "answers", "context"},
+    "multiple_choice": {"question", "answer", "label", "context", *CHOICES, *LETTERS},
+    "caption": {"caption"},
+    "classify": {"label", "choices"},
+    "retrieval": {"candidates", "answer"},
+    "ocr": {"text"},
+    "translate": {"translation", "target_language", "source_language", "text"},
+}
+"""The fields that a form reads, beside those of every form."""
+
+FIELDS = EVERY_FORM.union(*USED.values()) - set(LETTERS)
+"""All that a form reads of a row; what `columns` can name."""
+
+MEANT = {
+    *CHOICES,
+    *("label", "labels", "weight", "weights", "sample_weight", "loss_weight"),
+    *("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
+    *("audio", "audios", "objects", "bbox", "bboxes", "documents"),
+}
+"""Fields that change what a row teaches: a form that has no use for one refuses the row."""
+
+MEANT_IN_TASKS = {
+    *("question", "answer", "answers", "instruction", "prompt", "completion", "messages", "conversations"),
+    *("context", "passage", "hint", "history", "input", "output"),
+}
+"""The same, for rows of a task whose form was detected: with `form` the recipe says that they are not meant."""
+
+UNSUPPORTED = {"tools", "functions", "tool_calls", "function_call", "audio", "audios", "reasoning_content", "reasoning", "thinking"}
+"""Of these, what no chat format and no model here has a place for."""
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, white space, an empty list or object (as text too), or one of such values."""
+    if value is None or value is False:
+        return True
+    if isinstance(value, float):
+        return value != value
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, bytes | bytearray | list | tuple):
+        return not len(value) or (isinstance(value, list | tuple) and all(map(is_empty, value)))
+    return False
+
+
+def lettered(row: Mapping[str, Any]) -> list[str]:
+    """The row's choice columns A, B, ... that hold something, if there are A and B."""
+    if is_empty(row.get("A")) or is_empty(row.get("B")):
+        return []
+    return [letter for letter in LETTERS if not is_empty(row.get(letter))]
+
+
+def has_choices(row: Mapping[str, Any]) -> bool:
+    """Whether the row brings choices, as a list or in lettered columns."""
+    return any(not is_empty(row.get(name)) for name in CHOICES) or bool(lettered(row))
+
+
+def refuse_unused(row: Mapping[str, Any], form: str, *, task: bool, detected: bool) -> None:
+    """Raises `DataError` for a field that carries meaning and that `form` has no use for; metadata passes."""
+    used = USED[form]
+    meant = MEANT | MEANT_IN_TASKS if task and detected else MEANT
+    for name, value in row.items():
+        if name not in meant or name in used or is_empty(value):
+            continue
+        if name.endswith(("weight", "weights")) and value == 1:
+            continue
+        if name in UNSUPPORTED:
+            message = f"`{name}` is not supported: no model or chat format here has a place for it"
+            raise DataError(f"{message} (take it out, or name it in the source's `ignore`)", kind="unsupported")
+        raise DataError(_unused(name, value, form), kind="unused_field")
+    letters = [] if "A" in used else lettered(row)
+    if letters and task:
+        raise DataError(_unused(", ".join(letters), row["A"], form), kind="unused_field")
+
+
+def _unused(name: str, value: Any, form: str) -> str:
+    choices = name in CHOICES or name.startswith("A, B")
+    other = "`form: multiple_choice` reads it, or " if choices else ""
+    return f"`{name}` ({quoted(value)}) is not read by the {form} form: {other}name it in the source's `ignore` where it is not meant"
+
+
+def without(row: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """The row without the fields that the source ignores, in its turns too."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [{key: inner for key, inner in turn.items() if key not in ignored} if isinstance(turn, dict) else turn for turn in value]
+
+    return {name: plain(value) for name, value in row.items() if name not in ignored}
