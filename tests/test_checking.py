@@ -247,7 +247,7 @@ def test_listed_findings_are_bounded_and_all_are_counted(tmp_path: Path, tiny_re
 
 def test_the_page_shows_rows_as_text_and_is_complete_in_itself(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
     picture(tmp_path / "a.png", 1)
-    hostile = "<script>alert(1)</script><image>"
+    hostile = "<script>alert(1)</script>\\<image>"
     rows: list[Row] = [
         chat(hostile, "a", "a.png"),
         chat("q", "", f"{hostile}.png"),
