@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from vlm_tune import cli, resources
+from vlm_tune import __version__, cli, resources, runfolder
 from vlm_tune.cli import app, main
 from vlm_tune.errors import DataError, Interrupted, ModelError, Problem, RecipeError, TrainingError
 from vlm_tune.recipe import load_recipe, recipe_schema
@@ -102,10 +106,10 @@ def test_errors_as_json_carry_every_problem(tmp_path: Path, monkeypatch: pytest.
 def test_each_error_ends_with_its_code_and_no_traceback(
     error: Exception, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(cli, "_recipe_path", fail)
+    monkeypatch.setattr(cli, "_load", fail)
     assert call_main(monkeypatch, "sft", "x", *(["--json"] if as_json else [])) == code
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err and "wrong" in (out if as_json else err)
@@ -151,3 +155,132 @@ def test_show_of_bad_data_ends_with_the_data_code(
         file.write('{"messages": [')
     assert call_main(monkeypatch, "show", str(path)) == 3
     assert "messages.jsonl, row 9: not JSON" in capsys.readouterr().err
+
+
+# --- the command line as a whole -------------------------------------------------------------------------------------
+
+
+def test_version_is_told_and_as_json_with_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith(f"vlm_tune {__version__} (Python 3.")
+    assert call_main(monkeypatch, "--version", "--json") == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["vlm_tune"] == __version__ and known["torch"] == version("torch")
+    assert known["transformers"] == version("transformers")
+
+
+def test_version_loads_no_torch() -> None:
+    code = "import sys; sys.argv = ['vlm-tune', '--version', '--json']\nfrom vlm_tune.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sft"], "Missing argument"),
+        (["nope"], "nope"),
+        (["sft", "demo", "--nope"], "--nope"),
+        (["sft", "demo", "--processes", "0"], "--processes"),
+        (["--json"], "stands after the command"),
+        (["eval", "x", "--device", "tpu"], "'tpu' is none of cpu, cuda"),
+        (["sft", "demo", "--device", "cuda:1", "--processes", "2"], "CUDA_VISIBLE_DEVICES"),
+        (["chat", "x", "--max-new-tokens", "9999999999"], "--max-new-tokens"),
+        (["show", "demo", "-n", "99999999999999999999"], "-n"),
+    ],
+)
+def test_what_the_command_line_can_not_read_is_code_2_and_one_object_as_json(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--json" not in arguments:
+        assert call_main(monkeypatch, *arguments) == 2
+        assert message in capsys.readouterr().err
+        arguments = [*arguments, "--json"]
+    assert call_main(monkeypatch, *arguments) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] == "UsageError" and message in told["message"] and len(told["problems"]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="a GPU is there")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_told(device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    assert call_main(monkeypatch, "chat", "x", "--device", device) == 2
+    assert f"{device} is not there" in capsys.readouterr().err
+
+
+def test_a_device_leaves_only_that_one_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    cli._use_device("cuda")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
+    cli._use_device("cuda:1")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    cli._use_device("cuda:3")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    cli._use_device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_an_unforeseen_error_keeps_its_traceback_and_asks_for_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = KeyError("odd")
+    cli._report_bug(type(error), error, None)
+    told = capsys.readouterr().err
+    assert "KeyError: 'odd'" in told and "fault of vlm_tune" in told and __version__ in told
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\udcff", "a\0b", "", "/", "/dev/null", "/dev/null/x"])
+@pytest.mark.parametrize("command", [["sft"], ["check"], ["show"], ["eval"], ["chat", "--prompt", "hi"], ["verify-run"], ["plan"]])
+def test_a_name_that_is_no_file_is_told_and_no_traceback(
+    name: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call_main(monkeypatch, command[0], name, *command[1:]) in (2, 4)
+    assert len(capsys.readouterr().err) < 600
+
+
+@pytest.mark.parametrize("place", ["n" * 300, ".", "/dev/null/x"])
+def test_an_output_that_can_not_be_written_is_told_before_the_work(
+    place: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe("causal"))
+    # The names of these would be the first thing to go wrong in the work itself.
+    for arguments in (["check", str(path), "--html", place], ["eval", "no-model", "--answers", place]):
+        assert call_main(monkeypatch, *arguments) == 2
+        assert "can't be written" in capsys.readouterr().err
+
+
+def test_output_in_another_encoding_has_numbers_for_what_it_can_not_hold() -> None:
+    code = "import sys; sys.argv = ['vlm-tune', '--version']\nfrom vlm_tune.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    print('\u5927')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout.splitlines()[1] == b"\\u5927"
+
+
+def test_sft_output_is_the_recipes_output(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe("causal"))
+    outputs = []
+
+    def check(run: Path, *_: Any, **__: Any) -> None:
+        outputs.append(run)
+        raise TrainingError("far enough")
+
+    monkeypatch.setattr(runfolder, "check_run", check)
+    assert call_main(monkeypatch, "sft", str(path), "--output", str(tmp_path / "it's: here")) == 5
+    assert outputs == [tmp_path / "it's: here"]
+
+
+def test_steps_set_beside_epochs_are_said(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe("causal"))
+    assert call_main(monkeypatch, "sft", str(path), "--set", "train.epochs=2", "--output", "/dev/null") == 2
+    assert "note: train.epochs: 2 replaces train.steps: 4" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vlm_tune.config import Recipe
 from vlm_tune.data.prepare import read_part
 from vlm_tune.data.types import distinct_media
-from vlm_tune.errors import Problem, RecipeError, TrainingError, check_count
+from vlm_tune.errors import ModelError, Problem, RecipeError, TrainingError, check_count
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
@@ -22,6 +22,7 @@ from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import load_model
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.loop import Report
@@ -73,10 +74,12 @@ def verify_run(run: str | Path, *, steps: int | None = None, show: Report | None
 
 def find_recipe(model: Path) -> Path:
     """The recipe of a run that a model folder lies in. Raises `RecipeError` if there is none."""
+    if not is_folder(model):
+        raise ModelError(f"no such folder: {shown_path(model)}")
     for folder in (model, *model.resolve().parents):
-        if (folder / "recipe.yaml").is_file():
+        if is_file(folder / "recipe.yaml"):
             return folder / "recipe.yaml"
-    raise RecipeError([Problem(str(model), "no recipe.yaml in this folder or above it; say which data with --recipe")])
+    raise RecipeError([Problem(shown_path(model), "no recipe.yaml in this folder or above it; say which data with --recipe")])
 
 
 def evaluate(

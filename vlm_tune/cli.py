@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_TRAINING, RecipeError, VlmTuneError
+from vlm_tune.config import Recipe
+from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, EXIT_TRAINING, Problem, RecipeError, VlmTuneError
+from vlm_tune.paths import check_writable, writing
+from vlm_tune.quoting import cut, escaped, quoted
 
 app = typer.Typer(
     add_completion=False,
@@ -34,13 +42,96 @@ AcceptBaseOption = Annotated[
     bool, typer.Option("--accept-other-base", help="take the base though its weights are not those that MODEL was trained over")
 ]
 DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU where one is")
+]
+MOST_TOKENS = 1_000_000
+"""Tokens that an answer may be asked to have."""
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+"""Libraries whose versions `--version --json` tells."""
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What typer raises for a command line that it can't read; releases keep the class in other places."""
 
 
-def _recipe_path(name: str) -> str:
-    from vlm_tune.resources import find_resource
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version (with --json, also those of libraries) and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --version", hidden=True)] = False,
+) -> None:
+    """Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask."""
+    if version:
+        _print_json(_versions()) if as_json else typer.echo(_version_line())
+        raise typer.Exit
+    if as_json:
+        raise typer.BadParameter("stands after the command, as in `vlm-tune check recipe.yaml --json`", param_hint="--json")
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_RECIPE)
 
-    found = None if Path(name).exists() else find_resource("recipes", name.removesuffix(".yaml"))
-    return str(found) if found else name
+
+def _versions() -> dict[str, str | None]:
+    """Versions by name, from what is installed: nothing is imported. None for a library that is not there."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from vlm_tune import __version__
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {"vlm_tune": __version__, "python": platform.python_version(), **{name: installed(name) for name in LIBRARIES}}
+
+
+def _version_line() -> str:
+    known = _versions()
+    return f"vlm_tune {known['vlm_tune']} (Python {known['python']}, torch {known['torch']}, transformers {known['transformers']})"
+
+
+def _load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Recipe:
+    """A recipe file, or a shipped recipe by its name, with overrides; what these replace is said unless `quiet`."""
+    from vlm_tune.recipe import load_recipe
+    from vlm_tune.resources import find_resource, resource_names
+
+    path = name
+    if not os.path.lexists(name):
+        short = name.removesuffix(".yaml").removesuffix(".yml")
+        shipped = find_resource("recipes", short)
+        near = difflib.get_close_matches(short, resource_names("recipes"), n=1)
+        if shipped is None and near:
+            message = f"no such recipe file, and no shipped recipe of that name; did you mean {near[0]}?"
+            raise RecipeError([Problem(cut(name), message)])
+        path = str(shipped) if shipped else name
+    note: Callable[[str], None] | None = None if quiet else lambda text: typer.echo(f"note: {text}", err=True)
+    return load_recipe(path, overrides or [], note=note)
+
+
+def _use_device(device: str | None) -> None:
+    """Leaves one kind of device, or one GPU, for torch to see, which must not have looked for GPUs yet."""
+    if device is None:
+        return
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+    if match is None:
+        raise typer.BadParameter(f"{quoted(device)} is none of cpu, cuda, cuda:0, cuda:1, ...", param_hint="--device")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    if match[1] is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible is not None else []
+        number = int(match[1])
+        if visible is not None and number >= len(names):
+            message = f"{device} is not there: CUDA_VISIBLE_DEVICES is {quoted(visible)}"
+            raise typer.BadParameter(message, param_hint="--device")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number] if names else str(number)
+    import torch
+
+    # The first look at the GPUs, after which the variable is read no more.
+    if not torch.cuda.device_count():
+        raise typer.BadParameter(f"{device} is not there: torch {torch.__version__} sees no such GPU", param_hint="--device")
 
 
 def _quiet() -> None:
@@ -61,7 +152,7 @@ def _quiet() -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode())
 
 
 def _bases(given: list[str] | None) -> dict[str, str]:
@@ -91,29 +182,34 @@ def sft(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
     processes: ProcessesOption = 1,
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
+    output: Annotated[str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")] = None,
+    no_test: Annotated[bool, typer.Option("--no-test", help="do not score the test part at the end (it is read and checked)")] = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what RECIPE says, score the result, and write a report."""
-    from vlm_tune.recipe import load_recipe
     from vlm_tune.runfolder import check_run
 
-    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    changes = [*(set_ or []), *([f"output={json.dumps(output)}"] if output is not None else [])]
     first = int(os.environ.get("RANK", "0")) == 0
+    loaded = _load(recipe, changes, quiet=not first)
     if first:
         check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     if processes > 1:
+        if device not in (None, "cpu", "cuda"):
+            raise typer.BadParameter("several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES", param_hint="--device")
         flags = {"--resume": resume, "--overwrite": overwrite, "--accept-changes": accept_changes, "--json": as_json}
-        options = [*(f"--set={change}" for change in set_ or []), *(name for name, given in flags.items() if given)]
-        _launch(processes, "sft", recipe, *options)
+        flags["--no-test"] = no_test
+        options = [*(f"--set={change}" for change in changes), *(name for name, given in flags.items() if given)]
+        _launch(processes, "sft", recipe, *options, *([f"--device={device}"] if device else []))
+    _use_device(device)
     _quiet()
     from vlm_tune.api import sft as train
     from vlm_tune.display import Display
 
-    display = Display(Console(stderr=as_json))
-    try:
-        run = train(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, show=display)
-    finally:
-        display.close()
+    display = Display(Console(stderr=as_json), beats=first)
+    with display if first else nullcontext():
+        run = train(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=not no_test, show=display)
     if first:
         if as_json:
             _print_json({"run": str(run.folder), **run.result})
@@ -132,38 +228,39 @@ def evaluate(
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score MODEL's generated answers by exact match."""
     from dataclasses import asdict
 
-    from vlm_tune.recipe import load_recipe
-
     _choice("--split", split, ("test", "validation"))
+    part: Any = split
     _dtype(dtype)
-    loaded = load_recipe(_recipe_path(recipe), set_ or []) if recipe else None
+    loaded = _load(recipe, set_) if recipe else None
+    if answers:
+        check_writable(answers, "the file of answers")
+    _use_device(device)
     _quiet()
     from vlm_tune.api import evaluate as run
     from vlm_tune.display import Display, score_table
 
     console = Console(stderr=as_json)
-    display = Display(console)
-    try:
+    with Display(console) as display:
         found = run(
             model,
             loaded,
             set_ or [],
-            split=split,
+            split=part,
             limit=limit,
             dtype=dtype,
             base=_bases(base),
             accept_other_base=accept_other_base,
             show=display,
         )
-    finally:
-        display.close()
     if answers:
-        answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers))
+        with writing(answers, "the file of answers"):
+            answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers), encoding="utf-8")
     if as_json:
         _print_json(found.summary())
     else:
@@ -203,16 +300,20 @@ def merge(
     tolerance: Annotated[float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")] = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA weights into the 16-bit base, verify, and write a self-contained folder."""
     from dataclasses import asdict
 
     _dtype(dtype)
+    _use_device(device)
     _quiet()
     from vlm_tune.api import merge as run
+    from vlm_tune.display import Display
 
-    report = run(model, output, dtype=dtype, tolerance=tolerance, base=_bases(base), accept_other_base=accept_other_base)
+    with Display(Console(stderr=True)):
+        report = run(model, output, dtype=dtype, tolerance=tolerance, base=_bases(base), accept_other_base=accept_other_base)
     if as_json:
         _print_json(asdict(report))
     else:
@@ -245,18 +346,19 @@ def export(
         _choice("--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ())))
     _quiet()
     from vlm_tune.api import export as run
+    from vlm_tune.display import Display
 
-    places = _bases(base)
-    report = run(
-        model,
-        output,
-        format=format_,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        verify=verify,
-        base=places,
-        accept_other_base=accept_other_base,
-    )
+    with Display(Console(stderr=True)):
+        report = run(
+            model,
+            output,
+            format=format_,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            base=_bases(base),
+            accept_other_base=accept_other_base,
+        )
     if as_json:
         _print_json(asdict(report))
     else:
@@ -273,14 +375,16 @@ def chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
     image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
     prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")] = 128,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
     _dtype(dtype)
+    _use_device(device)
     _quiet()
     from vlm_tune.model.build import DTYPES
     from vlm_tune.model.vlm import VisionLanguageModel
@@ -291,7 +395,7 @@ def chat(
     images = image or []
     if prompt is not None:
         answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
-        _print_json({"answer": answer}) if as_json else typer.echo(answer)
+        _print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
         return
     turns: list[dict[str, str]] = []
     if sys.stdin.isatty():
@@ -306,21 +410,24 @@ def chat(
         turns.append({"role": "user", "content": line})
         answer = vlm.chat(turns, images=images, max_new_tokens=max_new_tokens)
         turns.append({"role": "assistant", "content": answer})
-        _print_json({"answer": answer}) if as_json else typer.echo(answer)
+        _print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
+
+
+def _lines(text: str) -> str:
+    """Text whose line breaks and tabs a terminal may act on, and nothing else of it."""
+    return "\n".join("\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
 @app.command()
 def show(
     recipe: RecipeArgument,
-    n: Annotated[int, typer.Option("-n", min=1, help="how many samples of each stage")] = 3,
+    n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="how many samples of each stage")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="print token ids as well")] = False,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print training samples as the model sees them: trained tokens, prompt tokens, image slots."""
-    from vlm_tune.recipe import load_recipe
-
-    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    loaded = _load(recipe, set_)
     _quiet()
     from vlm_tune.inspection import sample_tokens, show_samples
 
@@ -340,23 +447,21 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
-    from vlm_tune.recipe import load_recipe
-
-    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    loaded = _load(recipe, set_)
+    if html:
+        check_writable(html, "the page")
     _quiet()
     from vlm_tune.checking.checker import check as run
     from vlm_tune.display import Display, show_check
 
     console = Console(stderr=as_json)
-    display = Display(console)
-    try:
+    with Display(console) as display:
         report = run(loaded, sample=sample, show=display)
-    finally:
-        display.close()
     if html:
         from vlm_tune.checking.page import write_page
 
-        write_page(report, html)
+        with writing(html, "the page"):
+            write_page(report, html)
     if as_json:
         _print_json(report.summary())
     else:
@@ -381,10 +486,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit code 5 if it does not fit."""
-    from vlm_tune.recipe import load_recipe
-
     _choice("--offload", offload, ("none", "optimizer", "all"))
-    loaded = load_recipe(_recipe_path(recipe), set_ or [])
+    loaded = _load(recipe, set_)
     _quiet()
     from vlm_tune.display import show_plan
     from vlm_tune.planning.planner import plan as run
@@ -413,17 +516,18 @@ def recipes(
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped recipes, or copy one."""
-    from vlm_tune.errors import Problem
     from vlm_tune.resources import find_resource, resource_names
 
-    if copy:
-        found, target = find_resource("recipes", copy), Path(f"{Path(copy).name}.yaml")
-        if found is None:
-            raise RecipeError([Problem("--copy", f"no recipe {copy!r}; there are {', '.join(resource_names('recipes'))}")])
-        if target.exists():
-            raise RecipeError([Problem(str(target), "is there already")])
-        target.write_text(found.read_text())
-        typer.echo(str(target))
+    if copy is not None:
+        shipped = find_resource("recipes", copy)
+        if shipped is None:
+            raise RecipeError([Problem("--copy", f"no recipe {quoted(copy)}; there are {', '.join(resource_names('recipes'))}")])
+        target = Path(f"{Path(copy).name}.yaml")
+        with writing(target, "the recipe's copy"):
+            if os.path.lexists(target):
+                raise RecipeError([Problem(str(target), "is there already; it is left as it is")])
+            target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+        _print_json({"path": str(target)}) if as_json else typer.echo(str(target))
         return
     rows = []
     for name in resource_names("recipes"):
@@ -452,8 +556,15 @@ def main() -> None:
     """Runs the command line; every error of ours ends with its own exit code and no traceback."""
     # Libraries make millions of objects that stay: looking for garbage among them takes a sixth of the time of importing them.
     gc.set_threshold(50_000, 20, 50)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that can't encode a character gets its number, and the command goes on.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    sys.excepthook = _report_bug
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except UsageError as error:
+        _usage(error)
+        sys.exit(EXIT_RECIPE)
     except VlmTuneError as error:
         if "--json" in sys.argv:
             problems = [{"where": p.where, "message": p.message} for p in error.problems] if isinstance(error, RecipeError) else []
@@ -463,9 +574,28 @@ def main() -> None:
                 f"{type(error).__name__}\n{error}" if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}", err=True
             )
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _usage(error: Any) -> None:
+    """Prints what is wrong with a command line."""
+    if "--json" not in sys.argv:
+        error.show()
+        return
+    hint = getattr(error, "param_hint", None) or getattr(getattr(error, "param", None), "opts", [""])[0]
+    message = error.format_message()
+    _print_json({"error": "UsageError", "message": message, "problems": [{"where": str(hint), "message": message}]})
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints the traceback of what no part of the package has foreseen."""
+    sys.__excepthook__(kind, error, trace)
+    typer.echo(
+        f"\nThis is a fault of vlm_tune, not of your input. Please report it with the lines above, the command, and: {_version_line()}",
+        err=True,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 NAMED = 5
 """Findings of a kind that are printed; the JSON and the page hold more."""
+EVERY = 30.0
+"""Seconds after which something is printed of work that goes on, where the output is no terminal."""
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -28,32 +34,86 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Display:
-    """Shows a run's events on a console."""
+class Display(logging.Handler):
+    """Shows a run's events on a console, and what the package logs (`logging.getLogger("vlm_tune")`).
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    A terminal has one live line. Elsewhere (a pipe, a log file) a phase of work is a line when it begins, and where
+    nothing was printed for `EVERY` seconds a thread prints how far it is. `close` ends both.
+    """
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic, beats: bool = True) -> None:
+        """`clock` gives seconds; without `beats` no thread is started and `beat` is called by hand."""
+        super().__init__(logging.INFO)
+        self.console, self.clock = console, clock
         self._status: Any = None
+        self._phase = ""
+        self._state = ""
+        self._began = self._printed = clock()
+        self._closed = threading.Event()
+        if beats and not console.is_terminal:
+            threading.Thread(target=self._beats, name="display", daemon=True).start()
+
+    def __enter__(self) -> Display:
+        """Listens to the package's log, too."""
+        package = logging.getLogger("vlm_tune")
+        package.addHandler(self)
+        package.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("vlm_tune").removeHandler(self)
+        self.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A record of the package's log: a warning is a note, the rest says what begins."""
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._line(text, "yellow")
+        else:
+            self._live(text, text)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows one event."""
         getattr(self, f"_{event['event']}", self._other)(event)
 
     def close(self) -> None:
-        """Removes the live line."""
+        """Removes the live line and ends the thread."""
+        self._closed.set()
+        self._clear()
+        super().close()
+
+    def _clear(self) -> None:
+        self._phase = self._state = ""
         if self._status is not None:
             self._status.stop()
             self._status = None
 
-    def _live(self, text: str) -> None:
+    def _beats(self) -> None:
+        while not self._closed.wait(1.0):
+            self.beat()
+
+    def beat(self) -> None:
+        """Prints the state of the work that goes on, where nothing was printed for `EVERY` seconds."""
+        now, state = self.clock(), self._state
+        if state and now - self._printed >= EVERY:
+            self._line(f"{state} ({duration(now - self._began)} so far)")
+
+    def _live(self, phase: str, text: str) -> None:
+        """Shows `text` as the state of a phase of work."""
         if not self.console.is_terminal:
+            begins = phase != self._phase
+            self._phase, self._state = phase, text
+            if begins:
+                self._began = self.clock()
+                self._line(text)
             return
         if self._status is None:
-            self._status = self.console.status(text)
+            self._status = self.console.status(Text(text))
             self._status.start()
-        self._status.update(text)
+        self._status.update(Text(text))
 
     def _line(self, text: str, style: str = "") -> None:
+        self._printed = self.clock()
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def _stage(self, event: dict[str, Any]) -> None:
@@ -66,17 +126,18 @@ class Display:
         self._line(f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}", "bold")
 
     def _preparing(self, event: dict[str, Any]) -> None:
-        self._live(f"preparing {event['name']} {event['part']}: {event['rows']:,} rows")
+        text = f"preparing {event['name']} {event['part']}: {event['rows']:,} rows"
+        self._live(f"preparing {event['name']} {event['part']}", text)
 
     def _tuning(self, event: dict[str, Any]) -> None:
-        self.close()
+        self._clear()
         self.console.print(tuning_table(event["name"], event["rows"]))
 
     def _features(self, event: dict[str, Any]) -> None:
-        self._live(f"tower features {event['done']:,} of {event['of']:,} images")
+        self._live("features", f"computing tower features: {event['done']:,} of {event['of']:,} images")
 
     def _scoring(self, event: dict[str, Any]) -> None:
-        self._live(f"answering {event['done']:,} of {event['of']:,} questions")
+        self._live("scoring", f"answering {event['done']:,} of {event['of']:,} questions")
 
     def _train(self, event: dict[str, Any]) -> None:
         text = (
@@ -85,11 +146,16 @@ class Display:
             f"padding {event['padding']:.1%}  {duration(event['left'])} left"
         )
         if self.console.is_terminal:
-            self._live(text)
-        else:
-            self._line(text)
+            self._live("training", text)
+            return
+        self._phase, self._state = "training", f"training, past step {event['step']:,} of {event['of']:,}"
+        self._began = self.clock()
+        self._line(text)
 
     def _evaluate(self, event: dict[str, Any]) -> None:
+        if not self.console.is_terminal:
+            self._began = self.clock()
+            self._phase, self._state = "training", f"training, past step {event['step']:,}"
         by_source = event.get("by_source", {})
         sources = [f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
@@ -97,7 +163,7 @@ class Display:
         self._line(f"  step {event['step']:,}: {score}", "green")
 
     def _test(self, event: dict[str, Any]) -> None:
-        self.close()
+        self._clear()
         self.console.print(score_table(event["accuracy"], event["n"], event["by_category"], event["by_source"]))
 
     def _note(self, event: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.paths import check_writable, shown_path
+from vlm_tune.paths import check_writable, is_file, shown_path
 
 CACHE = "the cache folder (VLM_TUNE_CACHE)"
 
@@ -45,7 +45,7 @@ def find_resource(kind: str, name: str) -> Path | None:
     if name in resource_names(kind):
         return folder / f"{name}.yaml"
     own = Path(name)
-    return own if own.suffix in (".yaml", ".yml") and own.is_file() else None
+    return own if own.suffix in (".yaml", ".yml") and is_file(own) else None
 
 
 def cache_folder(name: str) -> Path:

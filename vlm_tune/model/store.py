@@ -48,6 +48,7 @@ from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
+from vlm_tune.paths import is_file, is_folder, shown_path
 
 MANIFEST = "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -242,17 +243,17 @@ def find_model(path: Path) -> Path:
 
     Raises `ModelError` if there is none.
     """
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         return path
-    if not path.is_dir():
-        raise ModelError(f"no such folder: {path}")
-    if (path / "model" / "config.json").is_file():
+    if not is_folder(path):
+        raise ModelError(f"no such folder: {shown_path(path)}")
+    if is_file(path / "model" / "config.json"):
         return path / "model"
     checkpoints = sorted(path.glob("stages/*/checkpoints/step-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in checkpoints:
         if is_whole(folder):
             return folder
-    raise ModelError(f"{path} holds no model: neither config.json, nor model/, nor a whole checkpoint")
+    raise ModelError(f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a whole checkpoint")
 
 
 def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:

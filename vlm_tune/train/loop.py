@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import math
 import shutil
 import time
@@ -36,6 +37,8 @@ from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.trace import DIGESTS, Step, cut_trace, digest, told, write_step
 from vlm_tune.train.watch import Watch
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 """Takes one event of the run: it is logged, shown and tracked."""
@@ -208,6 +211,10 @@ class StageLoop:
         why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
         to_compile = blocks(self.model.llm, training=True) if why is None else []
         self._compiles = bool(to_compile)
+        if to_compile:
+            log.info("training; the first step compiles the language model's blocks, up to a minute where that is new")
+        else:
+            log.info("training")
         if why:
             self.report({"event": "note", "text": why})
         self.model.train()
@@ -391,6 +398,7 @@ class StageLoop:
 
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the evaluation, {done} of {of} rows")
+            self.report({"event": "scoring", "done": done, "of": of})
             if self._stopping() if together else self.stop():
                 raise _CutShort
 

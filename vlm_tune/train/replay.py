@@ -19,6 +19,7 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.model.build import build_processor, load_dtype
 from vlm_tune.model.store import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
+from vlm_tune.paths import is_file, shown_path
 from vlm_tune.recipe import load_recipe
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
@@ -77,8 +78,8 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     that has no such checkpoint and for another number of processes than the run's, `ModelError` and `DataError`.
     """
     started = time.perf_counter()
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError([Problem(str(run), "no run: there is no recipe.yaml")])
+    if not is_file(run / "recipe.yaml"):
+        raise RecipeError([Problem(shown_path(run), "no run: there is no recipe.yaml")])
     recipe = load_recipe(run / "recipe.yaml")
     stages = recipe.resolved_stages()
     number, start, end = _span(run, [name for name, _ in stages], steps)

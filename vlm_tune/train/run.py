@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_feat
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.watch import Watch
+
+log = logging.getLogger(__name__)
+"""What is told when it begins, for it may take long."""
 
 
 @dataclass
@@ -204,10 +208,12 @@ def _forget_after(run: Path, progress: Progress) -> None:
 def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, float, list[Conversation]]:
     """Runs the stages that are left; the model as the last one leaves it, the seconds of all, and the rows of test."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
+    log.info("reading the rows")
     texts = scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
     processor = build_processor(recipe, texts)
     rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
+    log.info("making the model")
     found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
     progress, checkpoint = Progress(), None
     samples = rows[-1].samples
@@ -224,6 +230,7 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
     else:
         model = build(recipe, texts, bare=not context.holds)
         if context.accelerator.is_main_process:
+            log.info("answering the report's samples before training")
             _write_samples(context, model, samples, "before")
     seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
     for number in range(progress.stage, len(stages)):
@@ -382,6 +389,7 @@ def _finish(context: Context, model: VisionLanguageModel, rows: Sequence[Convers
     """Saves the finished model, scores it on rows of the test part, and fills the result."""
     recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
     if accelerator.is_main_process:
+        log.info("saving the model")
         save_model(model, context.run / "model")
         rows = rows[: recipe.evaluate.test_limit]
         if rows:

@@ -1,0 +1,103 @@
+"""What is shown of work that goes on: lines where the output is no terminal, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vlm_tune.display import EVERY, Display
+
+TRAIN = {"event": "train", "step": 10, "of": 400, "loss": 1.0, "learning_rate": 1e-3, "questions_per_s": 1.0, "tokens_per_s": 1.0}
+TRAIN |= {"padding": 0.0, "left": 60.0}
+
+
+class Shown:
+    """A display that writes to a text, and seconds that pass when they are added."""
+
+    def __init__(self, *, terminal: bool = False) -> None:
+        self.now = 1000.0
+        self.file = io.StringIO()
+        console = Console(file=self.file, force_terminal=terminal, width=60)
+        self.display = Display(console, clock=lambda: self.now, beats=False)
+
+    def after(self, seconds: float) -> list[str]:
+        """The lines that are new after so many seconds."""
+        self.now += seconds
+        before = len(self.file.getvalue())
+        self.display.beat()
+        return self.file.getvalue()[before:].splitlines()
+
+    def event(self, **event: Any) -> list[str]:
+        before = len(self.file.getvalue())
+        self.display(event)
+        return self.file.getvalue()[before:].splitlines()
+
+
+def test_a_phase_is_a_line_when_it_begins_and_every_half_minute_after() -> None:
+    shown = Shown()
+    assert shown.event(event="scoring", done=0, of=780) == ["answering 0 of 780 questions"]
+    assert shown.event(event="scoring", done=64, of=780) == []
+    assert shown.after(EVERY - 1) == []
+    assert shown.after(1) == ["answering 64 of 780 questions (0:30 so far)"]
+    assert shown.after(EVERY - 1) == []
+    shown.event(event="scoring", done=128, of=780)
+    assert shown.after(61) == ["answering 128 of 780 questions (2:00 so far)"]
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"event": "preparing", "name": "main", "part": "train", "rows": 2000}, "preparing main train: 2,000 rows"),
+        ({"event": "features", "done": 64, "of": 4000}, "computing tower features: 64 of 4,000 images"),
+    ],
+)
+def test_every_phase_says_how_far_it_is(event: dict[str, Any], line: str) -> None:
+    shown = Shown()
+    assert shown.event(**event) == [line]
+    assert shown.after(EVERY) == [f"{line} (0:30 so far)"]
+
+
+def test_steps_that_take_long_are_no_silence() -> None:
+    shown = Shown()
+    assert len(shown.event(**TRAIN)) == 1
+    assert shown.after(EVERY) == ["training, past step 10 of 400 (0:30 so far)"]
+    shown.event(event="scoring", done=64, of=64)
+    shown.event(event="evaluate", step=10, accuracy=0.5, n=64, loss=1.0)
+    assert shown.after(EVERY) == ["training, past step 10 (0:30 so far)"]
+
+
+def test_what_the_package_logs_is_shown_until_the_display_is_closed() -> None:
+    shown = Shown()
+    log = logging.getLogger("vlm_tune.somewhere")
+    with shown.display:
+        log.info("compiling %s, some %d seconds", "kernels", 20)
+        log.warning("a warning")
+        assert shown.file.getvalue().splitlines() == ["compiling kernels, some 20 seconds", "a warning"]
+        assert shown.after(EVERY) == ["compiling kernels, some 20 seconds (0:30 so far)"]
+    log.info("not shown")
+    assert shown.after(10 * EVERY) == []
+    assert "not shown" not in shown.file.getvalue()
+
+
+def test_nothing_is_said_where_nothing_goes_on() -> None:
+    shown = Shown()
+    assert shown.after(100 * EVERY) == []
+    shown.event(event="scoring", done=1, of=2)
+    shown.event(event="test", accuracy=1.0, n=2, by_category={}, by_source={})
+    assert shown.after(100 * EVERY) == []
+
+
+def test_lines_are_not_cut_where_there_is_no_terminal() -> None:
+    shown = Shown()
+    assert shown.event(event="note", text="word " * 100) == ["word " * 100]
+
+
+def test_texts_are_no_markup_of_a_terminal() -> None:
+    shown = Shown(terminal=True)
+    shown.event(event="preparing", name="[/nope] a", part="train", rows=1)
+    shown.display.close()
+    assert "[/nope]" in shown.file.getvalue()
