@@ -17,11 +17,15 @@ def recipe(
     output: Path,
     *,
     batch: int,
-    steps: int,
+    steps: int | None,
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
-    """A recipe that trains what the peers train: LoRA on every linear layer and the connector, the tower frozen."""
+    """A recipe that trains what the peers train: LoRA on every linear layer and the connector, the tower frozen.
+
+    Without `steps` it trains one epoch.
+    """
+    duration = "epochs: 1" if steps is None else f"steps: {steps}"
     name, template = (decoder, "chatml") if kind == "causal" else (material / "t5", "flan")
     return f"""
 name: bench
@@ -42,7 +46,7 @@ tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "connector.*", how: full, learning_rate: 1.0e-3}}
   - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 2.0e-4}}
-train: {{steps: {steps}, batch_size: {batch}, precision: bf16, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
+train: {{{duration}, batch_size: {batch}, precision: bf16, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
 evaluate: {{samples: 0}}
 """
 
@@ -54,11 +58,11 @@ def recipe_from(
     output: Path,
     *,
     batch: int,
-    steps: int,
+    steps: int | None,
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
-    """A decoder recipe of the user's, its tower, data and length replaced by those of the comparison."""
+    """A decoder recipe of the user's, its tower, data and length replaced by those of the comparison; without `steps` one epoch."""
     from vlm_tune.recipe import dump_recipe, load_recipe
 
     changes: dict[str, Any] = {
@@ -69,7 +73,7 @@ def recipe_from(
         "data.validation": [],
         "data.test": [],
         "data.max_length": 2048,
-        "train.epochs": None,
+        "train.epochs": 1 if steps is None else None,
         "train.steps": steps,
         "train.batch_size": batch,
         "train.log_every": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -78,9 +79,9 @@ class Ended:
         return lines[-1] if lines else f"exit code {self.code}"
 
 
-def execute(command: Sequence[str], threads: int, timeout: float) -> Ended:
-    """Runs a command with that many threads; after `timeout` seconds it is killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def execute(command: Sequence[str], threads: int, timeout: float, **variables: str) -> Ended:
+    """Runs a command with that many threads and more environment variables; after `timeout` seconds it is killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
@@ -208,23 +209,36 @@ class Bench:
             self.check("vlm_tune", self._works[kind].answers)
         return self._works[kind]
 
-    def _recipe(self, kind: str, settings: dict[str, Any], output: Path, steps: int) -> str:
+    def epoch(self, name: str, kind: str, settings: dict[str, Any]) -> Run:
+        """A run over all questions once, by a peer or by ours, which finds nothing of earlier runs: no features, nothing compiled."""
+        if name not in PEERS:
+            return self.ours(kind, settings, None)
+        rows = self.images if settings["rows"] == "multi" else len(self.answers)
+        return self.peer(name, settings, Length(0, math.ceil(rows / settings["batch"]), math.inf))
+
+    def _recipe(self, kind: str, settings: dict[str, Any], output: Path, steps: int | None) -> str:
         amount: dict[str, Any] = {**settings, "steps": steps}
         if self.recipe and kind == "causal":
             return ours.recipe_from(self.recipe, self.material, self.decoder, output, **amount)
         return ours.recipe(kind, self.material, self.decoder, output, **amount)
 
-    def ours(self, kind: str, settings: dict[str, Any], length: Length) -> Run:
-        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, and quantize."""
+    def ours(self, kind: str, settings: dict[str, Any], length: Length | None) -> Run:
+        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, and quantize.
+
+        Without `length` it is an epoch, in a cache folder of its own.
+        """
         work = self.work(kind)
         name = "ours" if kind == "causal" else f"ours_{kind}"
         with tempfile.TemporaryDirectory() as scratch:
-            output = Path(scratch) / "run"
-            (Path(scratch) / "recipe.yaml").write_text(self._recipe(kind, settings, output, length.warm + length.steps))
-            ended = execute([sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"], self.threads, self.timeout)
+            output, warm = Path(scratch) / "run", length.warm if length else 0
+            steps = warm + length.steps if length else None
+            (Path(scratch) / "recipe.yaml").write_text(self._recipe(kind, settings, output, steps))
+            command = [sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"]
+            cache = {} if length else {"VLM_TUNE_CACHE": f"{scratch}/cache"}
+            ended = execute(command, self.threads, self.timeout, **cache)
             if ended.code:
                 return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
-            lines, preparing = ours.logged(output)[length.warm :], ours.preparing(output)
+            lines, preparing = ours.logged(output)[warm:], ours.preparing(output)
         rates = [line["questions_per_s"] for line in lines]
         rate = statistics.median(rates)
         return Run(

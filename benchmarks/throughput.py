@@ -51,6 +51,7 @@ class Comparison:
         self.sweep: list[Run] = []
         self.runs: list[Run] = []
         self.levels: dict[str, tuple[Run, float]] = {}
+        self.epochs: list[Run] = []
         self.rates: list[float] = []
 
     @property
@@ -63,9 +64,14 @@ class Comparison:
         """causal or seq2seq."""
         return PEERS[name].kind if name in PEERS else next(kind for kind, own in OURS.items() if own == name)
 
-    def measure(self, name: str, settings: dict[str, Any], length: Length, kept: list[Run]) -> Run:
-        """One run, shown and kept."""
-        run = self.bench.peer(name, settings, length) if name in PEERS else self.bench.ours(self.kind(name), settings, length)
+    def measure(self, name: str, settings: dict[str, Any], length: Length | None, kept: list[Run]) -> Run:
+        """One run, shown and kept; without `length` it is an epoch."""
+        if length is None:
+            run = self.bench.epoch(name, self.kind(name), settings)
+        elif name in PEERS:
+            run = self.bench.peer(name, settings, length)
+        else:
+            run = self.bench.ours(self.kind(name), settings, length)
         self.compare_with_gemm(run)
         print(line(run), flush=True)
         kept.append(run)
@@ -150,6 +156,14 @@ class Comparison:
             if not run.failed:
                 self.levels[name] = run, run.peak_memory_mb / theirs
 
+    def whole_epochs(self) -> None:
+        """Measures one epoch from the process's start to its end, of ours and of each peer's best settings."""
+        for kind in self.kinds:
+            self.measure(OURS[kind], self.settings[OURS[kind]][0], None, self.epochs)
+            for name in self.asked.against:
+                if PEERS[name].kind == kind:
+                    self.measure(name, self.best(name), None, self.epochs)
+
     # --- what is saved -----------------------------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any]:
@@ -173,6 +187,7 @@ class Comparison:
             "mfu_by_kind": mfu,
             "peak_memory_ratio": next(iter(memory.values()), None),
             "peak_memory_by_peer": memory,
+            "epoch_seconds": {run.name: run.seconds_total for run in self.epochs if not run.failed},
             "gemm": max(self.rates, default=None),
             "threads": asked.threads,
             "image_tokens": asked.image_tokens,
@@ -181,6 +196,7 @@ class Comparison:
             "settings": self.settings,
             "sweep": [asdict(run) for run in self.sweep],
             "runs": [asdict(run) for run in [*self.runs, *(run for run, _ in self.levels.values())]],
+            "epochs": [asdict(run) for run in self.epochs],
         }
 
     def save(self) -> None:
@@ -199,6 +215,9 @@ class Comparison:
                 print(line(found))
         for name, (run, ratio) in self.levels.items():
             print(f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its")
+        for run in self.epochs:
+            before = f", {run.preparing_s:.0f} s of them for features" if run.preparing_s else ""
+            print(f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} {run.seconds_total:.0f} s{before}")
 
     # --- how long ----------------------------------------------------------------------------------------------------
 
@@ -268,6 +287,7 @@ def arguments() -> argparse.Namespace:
     add("--sweep-steps", type=int, default=1, help="measured steps of a run in the sweep")
     add("--sweep-only", action="store_true", help="find and save the peers' best settings, nothing else")
     add("--cpu-time", action="store_true", help="with --sweep-only: rank by the process's own time, on a machine that does other work")
+    add("--no-epoch", action="store_true", help="leave out the epoch from start to end of ours and of each peer's best settings")
     add("--nf4", action="store_true", help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)")
     add("--quick", action="store_true", help="two measured steps, one round, one batch of ours: a trial of the bench itself")
     add("--threads", type=int, default=os.cpu_count())
@@ -326,8 +346,11 @@ def main() -> None:
         comparison.save()
     comparison.level_memory()
     comparison.save()
+    if not asked.no_epoch:
+        comparison.whole_epochs()
+        comparison.save()
     comparison.table()
-    shown = ("ratios", "mfu", "peak_memory_ratio", "gemm")
+    shown = ("ratios", "mfu", "peak_memory_ratio", "epoch_seconds", "gemm")
     result = comparison.result()
     print(json.dumps({key: result[key] for key in shown}, indent=1))
 

@@ -19,7 +19,7 @@ from vlm_tune.model.blocks import block_names
 from vlm_tune.model.decoder import DecoderLayer
 from vlm_tune.model.llm import LanguageModel
 from vlm_tune.model.native import compiler
-from vlm_tune.model.tree_attention import compute_dtype, usable
+from vlm_tune.model.tree_attention import usable
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder
 
@@ -50,7 +50,7 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
 def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
     """Those that a compiler is given: in training none that is one kernel, for there it would find nothing to do."""
     found = [llm.model.get_submodule(name) for name in block_names(llm.model)]
-    quick = training and usable(llm, llm.model.dtype)
+    quick = training and usable(llm)
     return [block for block in found if not (quick and isinstance(block, DecoderLayer) and block.is_ready())]
 
 
@@ -79,7 +79,7 @@ def reading(llm: LanguageModel, asked: bool | str, questions: int) -> contextlib
     """Within, the blocks run compiled while they read so many questions, where `asked` and the model allow it."""
     if asked is False or (asked == "auto" and questions < MANY) or why_not(llm, asked, LONG) is not None:
         return contextlib.nullcontext()
-    ready = usable(llm, compute_dtype(llm)) and not any(is_sharded(parameter) for parameter in llm.parameters())
+    ready = usable(llm) and not any(is_sharded(parameter) for parameter in llm.parameters())
     return compiled(blocks(llm, training=False)) if ready else contextlib.nullcontext()
 
 

@@ -1,7 +1,8 @@
-"""The operator behind gated feed-forward parts: y = (f(x Wg^T) * x Wu^T) Wd^T, each with LoRA or without, in one kernel a pass.
+"""The operator behind gated feed-forward parts: y = (f(x Wg^T) * x Wu^T) Wd^T, each with LoRA or without.
 
-The kernel (`gated.cpp`) is for a CPU with AMX, in bf16. Elsewhere, and for whatever it does not compute, a module runs as
-transformers wrote it.
+In bf16 each pass is one kernel (`gated.cpp`) where there is one. Elsewhere on a CPU a training step goes through torch's
+matrix products, some rows at a time (`gated_rows.py`): of what lies between, only the outputs of gate and up are kept. For
+whatever the operator does not compute, a module runs as transformers wrote it.
 
 Shapes: T tokens, H inputs and outputs, F numbers between, R the ranks of gate and up together, D that of down.
 """
@@ -10,27 +11,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
 from torch.nn.utils import skip_init
 
 from vlm_tune.model import native
 from vlm_tune.model.fused import LoraLinear, Operands, compute_dtype
+from vlm_tune.model.gated_rows import ACTIVATIONS, gated_rows, gated_rows_backward
 from vlm_tune.model.projection import NO_NORM, Adapters, by_layer, rows_of, sizes, unpacked
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
+PARTS = (Path(__file__), Path(__file__).with_name("gated_rows.py"))
+SOURCE = hashlib.sha256(b"".join(part.read_bytes() for part in PARTS) + native.code(native.KERNELS)).hexdigest()[:8]
 
 NAMES = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("wi_0", "wi_1", "wo", "act"))
 """What Llama's family and T5's call the three layers and the activation."""
-
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (silu, functools.partial(gelu, approximate="tanh"))
-"""By the kernel's number of each."""
 
 LARGE = 6144
 """H + 2F above which too few rows fit a core's cache beside the weights that pass."""
@@ -40,7 +39,7 @@ FEW = 32
 
 
 def gate(model: nn.Module) -> int:
-    """Lets the gated feed-forward parts of a language model run by the kernel where they can; how many there are."""
+    """Lets the gated feed-forward parts of a language model run by the operator where they can; how many there are."""
     found = 0
     for module in model.modules():
         for *names, act in NAMES:
@@ -78,7 +77,7 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
 
 
 class GatedModule(nn.Module):
-    """A gated feed-forward module that runs by the kernel for frozen weights, with plain LoRA or none; else as its class does.
+    """A gated feed-forward module that runs by the operator for frozen weights, with plain LoRA or none; else as its class does.
 
     A subclass is made of each class of modules: code that all modules share is compiled once.
     """
@@ -89,11 +88,13 @@ class GatedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The outputs [..., H] of x [..., H]."""
         layers = self.layers()
-        if not self.is_quick(x, layers):
+        if not self.is_plain(x, layers):
             return super().forward(x)
         of = gated_operands(layers)
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        keep = torch.is_grad_enabled() and (rows.requires_grad or any(tensor.requires_grad for tensor in (*of.downs, *of.ups)))
+        keep = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in (*of.downs, *of.ups)))
+        if not (keep or self.is_quick(x, layers)):
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
         return gated(rows, of.weights, of.packing, self.activation, of.downs, of.ups, of.scales, keep)[0].view(x.shape)
 
     def layers(self) -> list[Any]:
@@ -102,7 +103,15 @@ class GatedModule(nn.Module):
 
     def is_quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the kernel computes what the module does of x now."""
-        if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or not native.has_kernels():
+        if not self.is_plain(x, layers):
+            return False
+        bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
+        together = (isinstance(layers[0], LoraLinear) and layers[0].packed) or bases[0].weight.stride() == bases[1].weight.stride()
+        return bool(together) and _by_kernel(compute_dtype(x), bases[0].in_features, bases[0].out_features)
+
+    def is_plain(self, x: Tensor, layers: Sequence[Any]) -> bool:
+        """Whether the operator computes what the module does of x now."""
+        if x.device.type != "cpu":
             return False
         dropout = self._modules.get("dropout")
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
@@ -113,15 +122,16 @@ class GatedModule(nn.Module):
             return False
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
         packings = {layer.packed.packing if isinstance(layer, LoraLinear) and layer.packed else "" for layer in layers}
-        inner, width = bases[0].out_features, bases[0].in_features
         return (
             len(packings) == 1
-            and (packings != {""} or {base.weight.dtype for base in bases} == {torch.bfloat16})
-            and (packings != {""} or bases[0].weight.stride() == bases[1].weight.stride())
+            and (packings != {""} or {base.weight.dtype for base in bases} == {compute_dtype(x)})
             and all(base.bias is None for base in bases)
-            and not (inner % 32 or width % 32)
-            and width + 2 * inner <= LARGE
         )
+
+
+def _by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
+    """Whether gated parts of these sizes are the kernel's to compute in this type."""
+    return dtype == torch.bfloat16 and not (inner % 32 or width % 32) and width + 2 * inner <= LARGE and native.has_kernels()
 
 
 def gated_operands(layers: Sequence[Any]) -> Operands:
@@ -170,16 +180,6 @@ def _shape(rows: Tensor, weights: Sequence[Tensor], activation: int, *strides: i
     return sizes(*rows.shape, len(weights[0]), activation, rows.stride(0), *(weight.stride(0) for weight in weights), *strides)
 
 
-def _by_layers(
-    rows: Tensor, weights: Sequence[Tensor], activation: int, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
-) -> Tensor:
-    def layer(place: int, x: Tensor) -> Tensor:
-        out, down = linear(x, weights[place]), downs[place]
-        return out.addmm_(x @ down.to(x.dtype).t(), (ups[place] * scales[place]).to(x.dtype).t()) if len(down) else out
-
-    return layer(2, ACTIVATIONS[activation](layer(0, rows)) * layer(1, rows))
-
-
 @torch.library.custom_op(f"vlm_tune::gated_{SOURCE}", mutates_args=())
 def gated(
     rows: Tensor,
@@ -191,16 +191,18 @@ def gated(
     scales: Sequence[float],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs [T, H] of bf16 rows [T, H], and with `keep` what the backward pass wants beside its inputs.
+    """The outputs [T, H] of rows [T, H], and with `keep` what the backward pass wants beside its inputs.
 
     `weights` are gate and up [F, H] and down [H, F], or with a `packing` (as nf4:64) the codes and block scales of each. `downs` and
     `ups` are A and B of each, of no ranks where it has none. Kept are the outputs of gate and up, by blocks of the kernel's own
-    [32 ceil(T / 32), 2F], and those of the A: [T, R] and [T, D].
+    [32 ceil(T / 32), 2F] or one after the other, and those of the A: [T, R] and [T, D].
     """
     matrices, rows = gated_weights(weights, packing, ups, downs, rows), rows_of(rows)
-    if not keep and len(rows) < FEW * torch.get_num_threads():
-        return _by_layers(rows, matrices, activation, downs, ups, scales), *_kept(rows, downs, ups, keep)
-    adapters, out, kept = Adapters(downs, ups, scales), rows.new_empty(rows.shape), _kept(rows, downs, ups, keep)
+    kept = _kept(rows, downs, ups, keep)
+    few = not keep and len(rows) < FEW * torch.get_num_threads()
+    if few or not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
+        return gated_rows(rows, matrices, activation, downs, ups, scales, kept if keep else None), *kept
+    adapters, out = Adapters(downs, ups, scales), rows.new_empty(rows.shape)
     held = kept if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
     native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, *matrices, out, *held))
@@ -239,7 +241,11 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, H] (of no rows unless needed) and fp32 ones of every A and of every B, one after another, given [T, H]."""
     matrices, rows, gradient = gated_weights(weights, packing, ups, downs, rows), rows_of(rows), rows_of(gradient)
-    adapters, found = Adapters(downs, ups, scales), _gradients(gradient, downs, ups, needs_x)
+    found = _gradients(gradient, downs, ups, needs_x)
+    if not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
+        gated_rows_backward(gradient, rows, kept, matrices, activation, downs, ups, scales, found)
+        return found
+    adapters = Adapters(downs, ups, scales)
     native.kernels().gated_backward(
         _shape(rows, matrices, activation, gradient.stride(0)),
         adapters.array,
@@ -249,10 +255,11 @@ def gated_backward(
 
 
 def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], needs_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
     return (
         gradient.new_empty(gradient.shape[0] if needs_x else 0, gradient.shape[1]),
-        gradient.new_empty(sum(down.numel() for down in downs), dtype=torch.float32),
-        gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32),
+        gradient.new_empty(sum(down.numel() for down in downs), dtype=wide),
+        gradient.new_empty(sum(up.numel() for up in ups), dtype=wide),
     )
 
 

@@ -24,7 +24,7 @@ from vlm_tune.model.head import by_kernel, head_loss
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
-from vlm_tune.model.tree_attention import Branches, attending, attends, compute_dtype, growing, keeping, runs, usable
+from vlm_tune.model.tree_attention import Branches, attending, attends, growing, keeping, runs, usable
 
 Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[torch.Tensor], None]]
 """Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
@@ -231,7 +231,7 @@ class CausalLLM(LanguageModel):
         seen = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
-        if usable(self, compute_dtype(self)):
+        if usable(self):
             hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
         else:
             hidden, grow, keep = self._read_masked(embeds, seen, batch.positions, visible)

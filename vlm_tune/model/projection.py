@@ -168,8 +168,8 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I], and what the backward pass keeps beside its inputs.
 
-    `weights` is W [O, I] of one layer (`room` 0), and x A^T [T, R] is kept; or it is [W | room for s B] of
-    [O, I + room], all is one GEMM of [x | x A^T], and that is kept, in place of x. With a `packing` (the kind of 4-bit
+    `weights` is W [O, I] of one layer (`room` 0), or [W | room for s B] of [O, I + room], and all is one GEMM of
+    [x | x A^T]. Kept is x A^T [T, R], of several layers with `room` for R. With a `packing` (the kind of 4-bit
     codes and their block, as nf4:64) it is the codes and block scales of each layer, unpacked in either pass and kept
     by neither. `quick` is by the kernel, which fills no room and keeps x A^T in any case.
     """
@@ -182,22 +182,22 @@ def project(
         return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
     # Written in secret, as far as a compiler knows: the frozen columns stay what they were, and nobody else reads the rest.
     _fill(matrix.data[:, width:], ups, scales)
-    kept = torch.cat([rows, rows @ _down(downs, room, rows.dtype).t()], 1)
-    return linear(kept, matrix, bias), kept
+    kept = rows @ _down(downs, room, rows.dtype).t()
+    return linear(torch.cat([rows, kept], 1), matrix, bias), kept
 
 
 @project.register_fake
 def _(
     rows: Tensor, weights: Any, packing: str, room: int, quick: bool, bias: Tensor | None, downs: Any, ups: Any, scales: Any
 ) -> tuple[Tensor, Tensor]:
-    kept = rows.shape[1] + room if room and not quick else sum(map(len, downs))
+    kept = room if room and not quick else sum(map(len, downs))
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
 
 
 @torch.library.custom_op(f"vlm_tune::project_backward_{SOURCE}", mutates_args=())
 def project_backward(
     gradient: Tensor,
-    rows: Tensor | None,
+    rows: Tensor,
     kept: Tensor,
     weights: Sequence[Tensor],
     packing: str,
@@ -215,24 +215,21 @@ def project_backward(
     width = downs[0].shape[1]
     matrix = joined_weights(weights, packing, room, ups, kept, width)
     if quick:
-        assert rows is not None
         return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
-    if rows is None:
-        rows, low = kept[:, :width], kept[:, width:]
+    if room:
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
         if packing:
             _fill(matrix[:, width:], ups, scales)
         both = gradient @ matrix if needs_x else None
         x_gradient, low_gradient = (None, gradient @ matrix[:, width:]) if both is None else (both[:, :width], both[:, width:])
     else:
-        low = kept
-        low_gradient = gradient @ (ups[0] * scales[0]).to(low.dtype)
+        low_gradient = gradient @ (ups[0] * scales[0]).to(kept.dtype)
         x_gradient = gradient @ matrix if needs_x else None
     if x_gradient is None:
         x_gradient = gradient.new_empty(0, width)
     else:
-        x_gradient.addmm_(low_gradient, _down(downs, low.shape[1], low.dtype))
-    return x_gradient, low_gradient.t() @ rows, low.t() @ gradient
+        x_gradient.addmm_(low_gradient, _down(downs, kept.shape[1], kept.dtype))
+    return x_gradient, low_gradient.t() @ rows, kept.t() @ gradient
 
 
 @project_backward.register_fake
@@ -254,8 +251,7 @@ def _(
         of_downs = gradient.new_empty(kept.shape[1], width, dtype=torch.float32)
         of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
         return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_downs, of_ups
-    rank = kept.shape[1] - (width if rows is None else 0)
-    count = gradient.shape[0]
+    rank, count = kept.shape[1], gradient.shape[0]
     return (
         gradient.new_empty_strided((count, width), (width + room, 1)) if needs_x else gradient.new_empty(0, width),
         gradient.new_empty(rank, width),
@@ -267,7 +263,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     rows, weights, ctx.packing, ctx.room, ctx.quick, _, downs, ups, ctx.scales = inputs
     ctx.counts = len(weights), len(downs)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1] if ctx.room and not ctx.quick else rows, output[1], *weights, *downs, *ups)
+    ctx.save_for_backward(rows, output[1], *weights, *downs, *ups)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -277,7 +273,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     needs_x = ctx.needs_input_grad[0]
     x, down, up = project_backward(
         gradient,
-        None if ctx.room and not ctx.quick else rows,
+        rows,
         kept,
         weights,
         ctx.packing,

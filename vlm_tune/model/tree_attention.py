@@ -1,7 +1,8 @@
-"""Attention of decoder rows whose tokens see intervals, by a kernel of our own for CPUs with AMX.
+"""Attention of decoder rows whose tokens see intervals, block by block: nothing of [L, L] is kept for the backward pass.
 
-Scores are made, used and dropped inside a core's cache, in both passes, so nothing of [L, L] is written to memory or
-kept for the backward pass; keys that no query of a block sees are left out.
+A kernel of our own computes it in bf16 where there is one (`native`): scores are made, used and dropped inside a core's
+cache. Elsewhere, and in other types, blocks of queries go through torch's matrix products (`block_attention`). In both,
+keys that no query of a block sees are left out.
 
 Shapes: B rows, H query heads, G key heads, L tokens, D head width.
 """
@@ -21,6 +22,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_tune.model import native
+from vlm_tune.model.block_attention import attend_blocks, attend_blocks_backward, attend_grown
+from vlm_tune.model.fused import compute_dtype
 from vlm_tune.model.native import pointers
 from vlm_tune.model.prompts import KeyValuePrefix
 
@@ -49,28 +52,25 @@ def _plain(config: Any) -> bool:
     return kinds == {"full_attention"} and not any(getattr(config, name, None) for name in UNSUPPORTED)
 
 
-def compute_dtype(llm: LanguageModel) -> torch.dtype:
-    """The type that matrix products of a language model on a CPU are in now."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else llm.model.dtype
-
-
-def usable(llm: LanguageModel, dtype: torch.dtype) -> bool:
-    """Whether a language model can attend by the kernel when it computes in `dtype`."""
-    if llm.layout != "causal" or dtype != torch.bfloat16 or isinstance(llm.prompt, KeyValuePrefix):
+def usable(llm: LanguageModel) -> bool:
+    """Whether a language model on a CPU can attend by `attend`: its attention is that and nothing else."""
+    if llm.layout != "causal" or isinstance(llm.prompt, KeyValuePrefix):
         return False
     config = llm.model.config
     # A plan's model has shapes alone.
     if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend:
         return False
-    if not _plain(config) or config.get_text_config() is not config:
-        return False
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width % 32 == 0 and native.library(native.KERNELS) is not None
+    return _plain(config) and config.get_text_config() is config
+
+
+def _by_kernel(query: Tensor) -> bool:
+    """Whether attention of a query [B, H, L, D] is the kernel's to compute."""
+    return query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and native.library(native.KERNELS) is not None
 
 
 @contextmanager
 def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
-    """Within, a language model attends by the function of that name, the kernel's where not given."""
+    """Within, a language model attends by the function of that name, ours where not given."""
     config = llm.model.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -81,7 +81,7 @@ def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
 
 
 def attends(llm: LanguageModel) -> bool:
-    """Whether a language model attends by the kernel now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
+    """Whether a language model attends by `attend` now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
     return llm.model.config._attn_implementation == NAME
 
 
@@ -109,6 +109,8 @@ class Branches:
         own = self.own[self.calls % len(self.kept)]
         self.calls += 1
         own.append((key.clone(), value.clone()))
+        if not _by_kernel(query):
+            return attend_grown(query, keys, values, self.seen, own, scale)
         (rows, heads, branches, width), query = query.shape, _rows(query)
         out = query.new_empty(rows, branches, heads, width)
         grown = [each for pair in own for each in pair]
@@ -130,12 +132,12 @@ _runs = 0
 
 
 def runs() -> int:
-    """How often the kernel's forward pass has run in this process."""
+    """How often attention's forward pass has run in this process, by itself or within a kernel of whole layers."""
     return _runs
 
 
 def count_run() -> None:
-    """The kernel's forward pass has run, within another."""
+    """Attention's forward pass has run, within a kernel of whole layers."""
     global _runs
     _runs += 1
 
@@ -147,7 +149,7 @@ def is_generating() -> bool:
 
 @contextmanager
 def keeping() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within, the keys and values [B, G, L, D] of every layer that attends by the kernel are kept, in the list it gives.
+    """Within, the keys and values [B, G, L, D] of every layer that attends by `attend` are kept, in the list it gives.
 
     So a compiled block needs no cache among its arguments, and no second graph for one.
     """
@@ -162,7 +164,7 @@ def keeping() -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 @contextmanager
 def growing(branches: Branches) -> Iterator[None]:
-    """Within, a model that attends by the kernel is given the newest tokens of branches, and they attend as branches do."""
+    """Within, a model that attends by `attend` is given the newest tokens of branches, and they attend as branches do."""
     global _growing
     _growing = branches
     try:
@@ -187,13 +189,15 @@ def _shape(query: Tensor, key: Tensor) -> Any:
 
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
-KERNEL = hashlib.sha256(native.code(native.KERNELS) + Path(__file__).read_bytes()).hexdigest()[:8]
+PARTS = (Path(__file__), Path(__file__).with_name("block_attention.py"))
+KERNEL = hashlib.sha256(native.code(native.KERNELS) + b"".join(part.read_bytes() for part in PARTS)).hexdigest()[:8]
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the outputs [B, L, H, D] and fp32 logs [B, H, L] of a query [B, H, L, D]."""
+    """Room for the outputs [B, L, H, D] and fp32 logs [B, H, L] of a query [B, H, L, D]; blocks keep no logs."""
     rows, heads, length, width = query.shape
-    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, length, dtype=torch.float32)
+    logged = length if _by_kernel(query) else 0
+    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, logged, dtype=torch.float32)
 
 
 def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,17 +209,19 @@ def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op(f"vlm_tune::attend_{KERNEL}", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention outputs [B, L, H, D] of bf16 query [B, H, L, D], key and value [B, G, L, D], and fp32 [B, H, L] the logs of their sums.
+    """Attention outputs [B, L, H, D] of query [B, H, L, D], key and value [B, G, L, D], and the kernel's fp32 [B, H, L] logs of their sums.
 
     Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
     """
     if _growing is not None:
-        return _growing.attend(query, key, value, scale), query.new_empty(*query.shape[:3], dtype=torch.float32)
+        return _growing.attend(query, key, value, scale), _outputs(query)[1]
     query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
     global _runs
     _runs += 1
     if _kept is not None:
         _kept.append((key.clone(), value.clone()))
+    if not _by_kernel(query):
+        return attend_blocks(query, key, value, ends, scale), _outputs(query)[1]
     out, logs = _outputs(query)
     native.kernels().attend(
         _shape(query, key),
@@ -237,6 +243,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
     query, key, value, ends, gradient = _rows(query), _rows(key), _rows(value), ends.contiguous(), _rows(gradient)
+    if not _by_kernel(query):
+        return attend_blocks_backward(gradient, query, key, value, ends, scale)
     found = _gradients(query, key)
     native.kernels().attend_backward(
         _shape(query, key),
@@ -274,7 +282,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As transformers calls it, with int32[B, 1, 1, L] for a mask."""
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
+    dtype = compute_dtype(query)
+    query, key, value = (each.to(dtype) for each in (query, key, value))
     return attend(query, key, value, attention_mask[:, 0, 0], scale)[0], None
 
 

@@ -64,7 +64,7 @@ def traced(
             idle[0] = holes(trace, allocator(), accumulating=accumulating)
         return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
-    kernel = attending(model.llm) if not gpu and usable(model.llm, half) else nullcontext()
+    kernel = attending(model.llm) if not gpu and usable(model.llm) else nullcontext()
     with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
         return by_depth(model.llm, measure), idle[0]
 

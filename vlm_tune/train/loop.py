@@ -224,10 +224,9 @@ class StageLoop:
             yield
 
     def _attending(self) -> contextlib.AbstractContextManager[None]:
-        """Attention by the kernel, where there is one for the model as it is trained."""
+        """Attention by intervals, where the model's is no other."""
         llm = self.model.llm
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else llm.model.dtype
-        return attending(llm) if usable(llm, dtype) else contextlib.nullcontext()
+        return attending(llm) if usable(llm) else contextlib.nullcontext()
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
