@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-CHUNK_BYTES = 1 << 26
-"""How large the fp32 logits of a chunk may be."""
+CHUNK_BYTES = 1 << 25
+"""How large the fp32 logits of a chunk may be; two tensors of that size live at once."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """fp32 logits [S, V] of hidden states [S, E]."""
@@ -51,9 +51,13 @@ class _TokenLoss(torch.autograd.Function):
         for part, said in _parts(hidden.detach(), targets, chunk):
             with torch.enable_grad():
                 part.requires_grad_()
-                loss = cross_entropy(logits(part), said, reduction="sum")
-                found, *rest = torch.autograd.grad(loss, [part, *trained])
-            total += loss.detach()
+                scores = logits(part)
+            # The gradient, softmax less one at the target, is written over the logarithms that give the loss.
+            logs = scores.detach().log_softmax(-1)
+            total -= logs.gather(1, said[:, None]).sum()
+            gradient = logs.exp_().scatter_add_(1, said[:, None], logs.new_full((len(said), 1), -1.0))
+            found, *rest = torch.autograd.grad(scores, [part, *trained], gradient)
+            del scores, logs, gradient
             of_hidden.append(found)
             for kept, added in zip(of_trained, rest, strict=True):
                 kept += added
