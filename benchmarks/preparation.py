@@ -82,6 +82,7 @@ def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
 
 def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     """All rows read, mixed in a buffer of 10,000; and the first 2,000 batches of 16 made."""
+    from vlm_tune.data.feed import Position
     from vlm_tune.data.sources.registry import open_source
     from vlm_tune.data.stream import StreamFeed, mixed, shuffled
 
@@ -95,7 +96,7 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     feed = StreamFeed(data, data.train, made, made.images, 16, seed=0)
     started = time.perf_counter()
     batches = min(2000, rows // 16)
-    questions = sum(batch.questions for batch in islice(feed.batches(0), batches))
+    questions = sum(batch.questions for window in islice(feed.windows(Position()), batches) for batch in window)
     batching = time.perf_counter() - started
     return {"rows": rows, "read": seen, "read_rows_per_s": seen / reading, "batch_rows_per_s": questions / batching}
 
@@ -122,7 +123,7 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
             prepared = prepare(data, data.train, made, seed=0)
             plan = Plan(prepared, data, Sizes(8), 0)
             epoch = plan.epoch(0)
-            widest = [[int(plan.lengths[row[0], 0]) for row in epoch.rows(batch, 0)] for batch in range(len(epoch))]
+            widest = [[int(plan.lengths[row[0], 0]) for row in epoch.rows(*place, 0, 1)] for place in epoch.places(1)]
             lengths[group] = (
                 prepared.unit_lengths[:, 1],
                 sum(max(batch) * len(batch) for batch in widest),

@@ -196,7 +196,7 @@ def stage_loop(
     train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
     tuned = tuned_by(model, recipe)
     features = tower_features(model, train.media) if cached else None
-    plan = Plan(train, recipe.data, Sizes(recipe.train.batch_size, recipe.train.batch_tokens), recipe.seed)
+    plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
     fetch = features or PixelCache(model.processor.images)
     feed = PreparedFeed(train, plan, model.processor.spec, fetch, cached=cached, augment=recipe.data.augment)
     AcceleratorState._reset_state()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,49 +32,82 @@ def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None =
     return Plan(made, DataSection(train=list(sources), template="chatml", **options), sizes, seed=3)
 
 
-def flat(epoch: Epoch, rank: int) -> list[list[int]]:
+def flat(epoch: Epoch, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """The units of each micro-batch of a rank."""
-    return [[unit for row in epoch.rows(number, rank) for unit in row] for number in range(len(epoch))]
+    return [[unit for row in epoch.rows(*place, rank, ranks) for unit in row] for place in epoch.places(ranks)]
+
+
+def steps_of(epoch: Epoch) -> list[list[int]]:
+    """The units of each step."""
+    return [epoch.drawn(step + 1)[epoch.units_before(step) :].tolist() for step in range(len(epoch))]
 
 
 lengths_of = st.lists(st.integers(1, 90), min_size=1, max_size=80)
 
 
-@given(lengths_of, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.booleans())
+@given(lengths_of, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_every_unit_comes_once_over_all_ranks(lengths: list[int], size: int, ranks: int, epoch: int, packing: bool) -> None:
+def test_every_unit_comes_once_over_all_ranks(
+    lengths: list[int], size: int, accumulation: int, ranks: int, epoch: int, packing: bool
+) -> None:
     assume(len(lengths) >= ranks)
-    found = plan(lengths, Sizes(size, ranks=ranks), packing=packing, row_length=64).epoch(epoch)
-    shares = [flat(found, rank) for rank in range(ranks)]
+    sizes = Sizes(size, ranks=ranks, accumulation=accumulation)
+    found = plan(lengths, sizes, packing=packing, row_length=64).epoch(epoch)
+    shares = [flat(found, rank, ranks) for rank in range(ranks)]
     assert Counter(unit for share in shares for batch in share for unit in batch) == Counter(range(len(lengths)))
-    assert all(len(found.rows(number, rank)) <= size for number in range(len(found)) for rank in range(ranks))
-    assert all(len(found.rows(number, 0)) == size for number in range(len(found) - 1))
-    # Which units a step sees does not depend on the number of processes.
-    single = flat(plan(lengths, Sizes(size * ranks), packing=packing, row_length=64).epoch(epoch), 0)
-    assert [sorted(batch) for batch in single] == [
-        sorted(chain.from_iterable(share[step] for share in shares)) for step in range(len(found))
-    ]
+    rows = [[len(found.rows(*place, rank, ranks)) for rank in range(ranks)] for place in found.places(ranks)]
+    assert all(max(numbers) <= size and max(numbers) - min(numbers) <= 1 for numbers in rows)
+    assert all(len(step) == size * accumulation * ranks for step in found.steps[:-1])
+    # Every split of a step takes the same rows, in the same order of steps.
+    whole = steps_of(plan(lengths, Sizes(size * accumulation * ranks), packing=packing, row_length=64).epoch(epoch))
+    assert steps_of(found) == whole
+    for other in range(1, 4):
+        taken = [sorted(unit for number in range(len(found.shares(step, other))) for rank in range(other)
+                        for row in found.rows(step, number, rank, other) for unit in row) for step in range(len(found))]  # fmt: skip
+        assert taken == [sorted(step) for step in whole]
 
 
-@given(lengths_of, st.integers(1, 200), st.integers(1, 3), st.booleans())
+@given(lengths_of, st.integers(1, 60), st.integers(1, 3), st.integers(1, 3), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_token_batches_hold_their_budget(lengths: list[int], tokens: int, ranks: int, packing: bool) -> None:
+def test_token_batches_hold_their_budget(lengths: list[int], tokens: int, accumulation: int, ranks: int, packing: bool) -> None:
     assume(len(lengths) >= ranks)
-    made = plan(lengths, Sizes(1, tokens, ranks), packing=packing, row_length=64)
-    found = made.epoch(0)
-    drawn = [unit for rank in range(ranks) for batch in flat(found, rank) for unit in batch]
+    sizes = Sizes(1, tokens, ranks, accumulation=accumulation)
+    found = plan(lengths, sizes, packing=packing, row_length=64).epoch(0)
+    whole = plan(lengths, Sizes(1, tokens * accumulation * ranks), packing=packing, row_length=64).epoch(0)
+    assert steps_of(found) == steps_of(whole)
+    drawn = [unit for rank in range(ranks) for batch in flat(found, rank, ranks) for unit in batch]
     assert Counter(drawn) == Counter(range(len(lengths)))
-    for number in range(len(found)):
+    for place in found.places(ranks):
         for rank in range(ranks):
-            rows = [sum(lengths[unit] for unit in row) for row in found.rows(number, rank)]
+            rows = [sum(lengths[unit] for unit in row) for row in found.rows(*place, rank, ranks)]
             assert not rows or len(rows) == 1 or len(rows) * max(rows) <= tokens
+
+
+@given(lengths_of, st.integers(1, 6), st.integers(1, 9), st.integers(0, 5), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_another_plan_goes_on_with_what_is_left(lengths: list[int], size: int, other: int, steps: int, packing: bool) -> None:
+    first = plan(lengths, Sizes(size), packing=packing, row_length=64).epoch(1)
+    steps = min(steps, len(first))
+    drawn = np.bincount(first.drawn(steps), minlength=len(lengths))
+    rest = plan(lengths, Sizes(other)).epoch(1, drawn)
+    assert Counter(first.drawn(steps).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(range(len(lengths)))
+    assert rest.units_before(len(rest)) == len(lengths) - first.units_before(steps)
+
+
+def test_units_that_come_several_times_an_epoch_are_left_out_as_often_as_they_came() -> None:
+    def made(size: int) -> Plan:
+        return plan([1] * 4, Sizes(size), sources=[source(count=10)])
+
+    first = made(3).epoch(0)
+    rest = made(2).epoch(0, np.bincount(first.drawn(2), minlength=4))
+    assert Counter(first.drawn(2).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(first.drawn(len(first)).tolist())
 
 
 @given(lengths_of, st.integers(1, 90))
 @settings(max_examples=150, deadline=None)
 def test_packed_rows_are_full_and_never_too_long(lengths: list[int], limit: int) -> None:
     found = plan(lengths, Sizes(1), packing=True, row_length=limit).epoch(0)
-    rows = [found.rows(number, 0)[0] for number in range(len(found))]
+    rows = [found.rows(number, 0, 0, 1)[0] for number in range(len(found))]
     totals = [sum(lengths[unit] for unit in row) for row in rows]
     assert all(total <= limit or len(row) == 1 for total, row in zip(totals, rows, strict=True))
     # No two rows could have been one.
@@ -158,17 +190,3 @@ def test_shares_are_even(costs: list[int], ranks: int) -> None:
 def test_dear_rows_are_spread_over_the_ranks() -> None:
     costs = np.array([100.0] * 4 + [1.0] * 12)
     assert [float(costs[share].sum()) for share in even_shares(np.arange(16), costs, 4)] == [103.0] * 4
-
-
-@given(lengths_of, st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
-def test_other_ranks_share_the_same_micro_batches(lengths: list[int], size: int, planned: int, ranks: int) -> None:
-    assume(len(lengths) >= planned)
-    made = plan(lengths, Sizes(size, ranks=planned)).epoch(0)
-    pieces = -(-planned // ranks)
-    for number in range(len(made)):
-        whole = sorted(unit for rank in range(planned) for row in made.rows(number, rank) for unit in row)
-        shares = [made.rows(number, share, ranks * pieces) for share in range(ranks * pieces)]
-        assert sorted(unit for share in shares for row in share for unit in row) == whole
-        # A process never takes more rows at once than it was planned to.
-        assert max(map(len, shares)) <= size

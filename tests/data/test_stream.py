@@ -13,6 +13,7 @@ from chat_samples import processor
 from row_samples import write_rows
 
 from vlm_tune.config import DataSection, FileSource
+from vlm_tune.data.feed import Position
 from vlm_tune.data.stream import StreamFeed, mixed, shuffled
 from vlm_tune.data.types import Batch, Media
 from vlm_tune.errors import DataError
@@ -29,15 +30,29 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def feed(
-    files: list[Path], *, size: int = 4, rank: int = 0, ranks: int = 1, weights: tuple[float, ...] = (3.0, 1.0), **options: Any
+    files: list[Path],
+    *,
+    size: int = 4,
+    rank: int = 0,
+    ranks: int = 1,
+    weights: tuple[float, ...] = (3.0, 1.0),
+    accumulation: int = 1,
+    **options: Any,
 ) -> StreamFeed:
     sources = [FileSource(kind="file", path=str(path), weight=weight) for path, weight in zip(files, weights, strict=False)]
     data = DataSection(train=list(sources), template="chatml", streaming=True, **options)
-    return StreamFeed(data, sources, processor("chatml", "bytes", "causal"), fetch, size, seed=5, rank=rank, ranks=ranks)
+    return StreamFeed(
+        data, sources, processor("chatml", "bytes", "causal"), fetch, size, seed=5, rank=rank, ranks=ranks, accumulation=accumulation
+    )
 
 
 def fetch(media: Media) -> torch.Tensor:
     raise DataError(f"{media.name}: cut")
+
+
+def draw(made: StreamFeed, steps: int, first: int = 0) -> list[Batch]:
+    """The micro-batches of a number of steps."""
+    return [batch for window in islice(made.windows(Position(step=first)), steps) for batch in window]
 
 
 def ids(batches: list[Batch]) -> list[list[str]]:
@@ -62,14 +77,14 @@ def test_a_buffer_mixes_and_loses_nothing() -> None:
 
 
 def test_batches_are_a_function_of_their_number(files: list[Path]) -> None:
-    whole = ids(list(islice(feed(files, shuffle_buffer=16).batches(0), 12)))
-    assert ids(list(islice(feed(files, shuffle_buffer=16).batches(0, 7), 5))) == whole[7:]
+    whole = ids(draw(feed(files, shuffle_buffer=16), 12))
+    assert ids(draw(feed(files, shuffle_buffer=16), 5, 7)) == whole[7:]
     assert len({name for batch in whole for name in batch}) > 20
 
 
 def test_processes_share_the_rows_of_one(files: list[Path]) -> None:
-    single = ids(list(islice(feed(files, size=4, shuffle_buffer=8).batches(0), 6)))
-    shares = [ids(list(islice(feed(files, size=2, rank=rank, ranks=2, shuffle_buffer=8).batches(0), 6))) for rank in range(2)]
+    single = ids(draw(feed(files, size=4, shuffle_buffer=8), 6))
+    shares = [ids(draw(feed(files, size=2, rank=rank, ranks=2, shuffle_buffer=8), 6)) for rank in range(2)]
     assert [sorted(batch) for batch in single] == [sorted(one + other) for one, other in zip(*shares, strict=True)]
 
 
@@ -77,27 +92,27 @@ def test_bad_rows_leave_a_batch_smaller_and_are_counted(tmp_path: Path) -> None:
     rows = [talk("good"), {"messages": []}, {**talk("cut"), "images": [str(tmp_path / "no.png")]}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=r"rows\.jsonl, row [23]: "):
-        list(islice(feed([path], shuffle_buffer=1).batches(0), 3))
+        draw(feed([path], shuffle_buffer=1), 3)
     told: list[DataError] = []
     made = feed([path], size=3, shuffle_buffer=1, on_bad_row="skip", max_bad_rows=6)
     made.report = told.append
-    assert ids(list(islice(made.batches(0), 3))) == [["good"]] * 3
+    assert ids(draw(made, 3)) == [["good"]] * 3
     assert made.bad == 6 and {error.row for error in told} == {2, 3}
     with pytest.raises(DataError, match="more than 6 bad rows"):
-        list(islice(made.batches(0), 1))
+        draw(made, 1)
 
 
 def test_a_batch_without_a_usable_row_counts_nothing(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [talk("good"), {"messages": []}])
     made = feed([path], size=1, shuffle_buffer=1, on_bad_row="skip")
-    batches = list(islice(made.batches(0), 6))
+    batches = draw(made, 6)
     assert sorted(batch.supervised > 0 for batch in batches) == [False] * 3 + [True] * 3
     assert [batch.questions for batch in batches if not batch.supervised] == [0] * 3
 
 
 def test_packed_streams_fill_their_rows(files: list[Path]) -> None:
-    plain = list(islice(feed(files, size=8, shuffle_buffer=8).batches(0), 3))
-    packed = list(islice(feed(files, size=8, shuffle_buffer=8, packing=True, row_length=256).batches(0), 3))
+    plain = draw(feed(files, size=8, shuffle_buffer=8), 3)
+    packed = draw(feed(files, size=8, shuffle_buffer=8, packing=True, row_length=256), 3)
     for one, other in zip(plain, packed, strict=True):
         assert other.tokens == one.tokens and other.supervised == one.supervised and len(other.ids) < len(one.ids)
         assert other.ends is not None
@@ -106,7 +121,7 @@ def test_packed_streams_fill_their_rows(files: list[Path]) -> None:
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"rows\.jsonl"):
-        next(feed([tmp_path / "rows.jsonl"]).batches(0))
+        draw(feed([tmp_path / "rows.jsonl"]), 1)
 
 
 def shards(tmp_path: Path, rank: int, ranks: int, planned: int = 2) -> StreamFeed:
@@ -120,32 +135,44 @@ def shards(tmp_path: Path, rank: int, ranks: int, planned: int = 2) -> StreamFee
 
 
 def test_each_process_reads_its_own_shards(tmp_path: Path) -> None:
-    shares = [ids(list(islice(shards(tmp_path, rank, 2).batches(0), 9))) for rank in range(2)]
+    shares = [ids(draw(shards(tmp_path, rank, 2), 9)) for rank in range(2)]
     files = [{name.partition("-")[0] for batch in share for name in batch} for share in shares]
     assert files == [{"0", "2", "4"}, {"1", "3", "5"}]
-    assert ids(list(islice(shards(tmp_path, 1, 2).batches(0, 4), 5))) == shares[1][4:]
+    assert ids(draw(shards(tmp_path, 1, 2), 5, 4)) == shares[1][4:]
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_other_processes_go_on_with_the_shards_of_those_before(tmp_path: Path, ranks: int) -> None:
-    planned = [ids(list(islice(shards(tmp_path, rank, 2).batches(0), 6))) for rank in range(2)]
+    planned = [ids(draw(shards(tmp_path, rank, 2), 6)) for rank in range(2)]
     whole = [sorted(one + other) for one, other in zip(*planned, strict=True)]
-    feeds = [shards(tmp_path, rank, ranks) for rank in range(ranks)]
-    pieces = feeds[0].pieces
     taken = [
-        [[name for batch in batches if batch.supervised for name in ids([batch])[0]] for batches in _windows(made, pieces, 6)]
-        for made in feeds
+        [[name for batch in window if batch.supervised for name in ids([batch])[0]] for window in islice(made.windows(Position()), 6)]
+        for made in (shards(tmp_path, rank, ranks) for rank in range(ranks))
     ]
     assert [sorted(name for own in taken for name in own[step]) for step in range(6)] == whole
 
 
-def _windows(made: StreamFeed, pieces: int, steps: int) -> list[list[Batch]]:
-    batches = list(islice(made.batches(0), pieces * steps))
-    return [batches[step * pieces : (step + 1) * pieces] for step in range(steps)]
+@pytest.mark.parametrize(("size", "accumulation", "ranks"), [(2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)])
+def test_the_rows_of_a_step_do_not_depend_on_how_it_is_split(files: list[Path], size: int, accumulation: int, ranks: int) -> None:
+    whole = ids(draw(feed(files, size=4, shuffle_buffer=8), 6))
+    made = [feed(files, size=size, rank=rank, ranks=ranks, shuffle_buffer=8, accumulation=accumulation) for rank in range(ranks)]
+    windows = [list(islice(one.windows(Position()), 6)) for one in made]
+    assert all(len(window) == accumulation and len(batch.ids) == size for own in windows for window in own for batch in window)
+    taken = [[name for own in windows for batch in ids(own[step]) for name in batch] for step in range(6)]
+    assert [sorted(step) for step in taken] == [sorted(step) for step in whole]
+
+
+def test_steps_of_another_size_go_on_after_the_rows_that_were_read(files: list[Path]) -> None:
+    rows = [name for batch in ids(draw(feed(files, size=1, shuffle_buffer=8), 24)) for name in batch]
+    first, second = feed(files, size=2, accumulation=2, shuffle_buffer=8), feed(files, size=8, shuffle_buffer=8)
+    position = second.resumed(Position(step=2), first.cut(), first.drawn(Position(step=2)))
+    taken = [name for window in islice(second.windows(position), 2) for batch in ids(window) for name in batch]
+    assert taken == rows[8:24]
+    assert first.resumed(Position(step=2), first.cut(), {}) == Position(step=2)
 
 
 def test_a_source_of_few_chunks_is_shared_by_rows(files: list[Path]) -> None:
-    shares = [ids(list(islice(feed([files[0]], rank=rank, ranks=2, own_shards=True, weights=(1.0,)).batches(0), 3))) for rank in range(2)]
+    shares = [ids(draw(feed([files[0]], rank=rank, ranks=2, own_shards=True, weights=(1.0,)), 3)) for rank in range(2)]
     named = [{name for batch in share for name in batch} for share in shares]
     assert not named[0] & named[1]
     assert named[0] | named[1] <= {f"a{number}" for number in range(30)}

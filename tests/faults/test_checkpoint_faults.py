@@ -18,6 +18,7 @@ from processes import ended, hidden, runs, stage_of, start, stopped_at, until
 from small import assert_same_bits, built, interrupted, stage_loop, tensors_of
 
 from vlm_tune.api import sft
+from vlm_tune.data.feed import Position
 from vlm_tune.errors import RecipeError, TrainingError
 from vlm_tune.model.store import is_whole, recover_folders
 from vlm_tune.train.checkpoint import (
@@ -51,14 +52,14 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Ca
     """A save that replaces a damaged folder and rotates one away: the one before it and the best are whole after any kill."""
     recipe = runs(tiny_recipe, train__steps=1)
     loop = stage_loop(built(recipe), recipe, tmp_path / "once")
-    objective: Any = loop.objective(loop.engine.model, next(loop.data.feed.batches(0)))
+    objective: Any = loop.objective(loop.engine.model, next(loop.data.feed.windows(Position()))[0])
     loop.engine.backward(objective.sum)
     loop.engine.step()
     stage = stage_of(tmp_path / "run")
 
     def save(step: int, keep: int) -> None:
         told = Progress(step=step, best_step=0)
-        write = capture_checkpoint(loop.model, loop.engine.optimizer_state(), told, "", [random_state()])
+        write = capture_checkpoint(loop.model, loop.engine.optimizer_state(), told, "", [random_state()], {})
         CheckpointWriter(stage, keep, background=False).save(step, write, 0)
 
     # In a process of its own: a fork of one that has written before may wait for a thread that it does not have.

@@ -188,7 +188,7 @@ def _part_report(part: Part) -> PartReport:
     sides = [max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height) for number in part.rows.first_rows]
     held_out = part.name != "train" and bool(prepared.column("part")[part.rows.places].any())
     batched = part.name == "train" and len(prepared) > 0
-    sizes = Sizes(train.batch_size, train.batch_tokens)
+    sizes = Sizes.of(train)
     return PartReport(
         stage=part.stage,
         part=part.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -53,9 +54,9 @@ def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, see
     lengths, questions, starts = prepared.store.lengths, prepared.store.questions, prepared.starts
     epoch = Plan(prepared, data, sizes, seed).epoch(0)
     real = padded = asked = 0
-    for number in range(min(len(epoch), MEASURED)):
+    for step, number in islice(epoch.places(sizes.ranks), MEASURED):
         rows: list[int] = []
-        for units in epoch.rows(number, 0):
+        for units in epoch.rows(step, number, 0, sizes.ranks):
             own = np.concatenate([np.arange(starts[unit], starts[unit + 1]) for unit in units])
             asked += int(questions[own].sum())
             # Several units make one packed row; the examples of one unit are rows of their own.

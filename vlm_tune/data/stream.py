@@ -7,14 +7,16 @@ again without tokenising.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
-from typing import TYPE_CHECKING
+from itertools import chain, count, islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vlm_tune.config import DataSection, Source
 from vlm_tune.data.collate import Fetch, collate
-from vlm_tune.data.feed import Augmented, blank
+from vlm_tune.data.feed import Augmented, Position, blank
 from vlm_tune.data.fitting import fit
 from vlm_tune.data.joining import pack_layout
 from vlm_tune.data.prepared import Group
@@ -86,8 +88,9 @@ def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
 class StreamFeed:
     """Batches of rows that are read as they come; `report` is told of every row that can't be used.
 
-    A micro-batch is made of `batch_size` rows of each `planned` process: one that can't be used leaves it smaller, so a
-    batch is a function of its number. Raises `DataError` as the policy for bad rows tells.
+    A step takes the next `batch_size` x `accumulation` rows of each `planned` process, and its micro-batches are shares of
+    them: one that can't be used leaves its micro-batch smaller, so a step's rows are a function of its number. Raises
+    `DataError` as the policy for bad rows tells.
     """
 
     data: DataSection
@@ -99,36 +102,71 @@ class StreamFeed:
     rank: int = 0
     ranks: int = 1
     planned: int | None = None
+    accumulation: int = 1
     report: Callable[[DataError], None] = lambda error: None
     bad: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.planned = self.planned or self.ranks
-        self.pieces = -(-self.planned // self.ranks)
         self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
         self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
         self._last: Group | None = None
 
-    def micro_batches(self, epoch: int) -> None:
+    @property
+    def step_rows(self) -> int:
+        """Rows that a step reads, over all processes."""
+        return self.batch_size * self.accumulation * (self.planned or self.ranks)
+
+    def cut(self) -> dict[str, Any]:
+        """What the order of rows and the rows of each step depend on."""
+        own = {"own_shards": self.planned} if self.data.own_shards else {}
+        order = {"seed": self.seed, "rows": self.step_rows, "shuffle_buffer": self.data.shuffle_buffer, **own}
+        sources = [source.model_dump_json(exclude={"template", "system"}, exclude_defaults=True) for source in self.sources]
+        return {**order, "sources": [[source, None] for source in sources]}
+
+    def steps(self, position: Position) -> None:
         """None: a stream has no epochs."""
         return
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """This process's micro-batches from number `first`."""
-        planned, shares = self.planned or self.ranks, self.ranks * self.pieces
+    def share(self, position: Position) -> float:
+        """0: an epoch without an end."""
+        return 0.0
+
+    def drawn(self, position: Position) -> dict[str, np.ndarray]:
+        """Nothing: a position says how many rows were read."""
+        return {}
+
+    def resumed(self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> Position:
+        """A checkpoint's position in the present plan: after as many rows, whatever their order is now."""
+        if cut == self.cut():
+            return position
+        return Position(rows=position.rows + position.step * cut["rows"])
+
+    def windows(self, position: Position) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step from the position."""
+        planned = self.planned or self.ranks
+        mine, shares = self._streams(planned)
+        size = self.step_rows // planned if self.data.own_shards else self.step_rows
+        first = position.rows // shares + position.step * size
+        streams = [islice(self._stream(share), first, None) for share in mine]
+        for step in count(position.step):
+            drawn = [list(islice(rows, size)) for rows in streams]
+            if self.data.own_shards and planned == self.ranks:
+                (rows,) = drawn
+                number = -(-len(rows) // self.batch_size)
+                yield [self._batch(part, step) for part in _parts(rows, number)]
+                continue
+            rows = list(chain.from_iterable(drawn))
+            number = -(-len(rows) // (self.batch_size * self.ranks))
+            yield [self._batch(part[self.rank :: self.ranks], step) for part in _parts(rows, number)]
+
+    def _streams(self, planned: int) -> tuple[list[Share], int]:
+        """The shares of the rows that this process draws, and in how many all rows are shared."""
         if not self.data.own_shards:
             # Every process draws all rows, so that none has to ask another.
-            streams, size = [self._stream((0, 1))], self.batch_size * planned
-        else:
-            mine = range(self.rank * self.pieces, (self.rank + 1) * self.pieces) if shares == planned else range(planned)
-            streams, size = [self._stream((number, planned)) for number in mine], self.batch_size
-        streams = [islice(rows, first // self.pieces * size, None) for rows in streams]
-        for number in count(first // self.pieces):
-            drawn = [list(islice(rows, size)) for rows in streams]
-            every = list(chain.from_iterable(drawn))
-            for piece in range(self.pieces):
-                own = self.data.own_shards and shares == planned
-                yield self._batch(drawn[piece] if own else every[self.rank + piece * self.ranks :: shares], number)
+            return [(0, 1)], 1
+        mine = [self.rank] if self.ranks == planned else range(planned)
+        return [(number, planned) for number in mine], planned
 
     def _stream(self, share: Share) -> Iterator[Row]:
         """The rows, shuffled, that a share of the processes' own shards brings."""
@@ -136,7 +174,7 @@ class StreamFeed:
         rows = mixed(self.readers, self.sources, self.seed, share)
         return shuffled(rows, max(self.data.shuffle_buffer // of, 1), self.seed + number)
 
-    def _batch(self, rows: Sequence[Row], number: int) -> Batch:
+    def _batch(self, rows: Sequence[Row], step: int) -> Batch:
         pixels: dict[Media, torch.Tensor] = {}
         groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
         if groups:
@@ -155,7 +193,7 @@ class StreamFeed:
 
         if self.data.augment is None:
             return collate(examples, spec, fetch=fetch)
-        changed = Augmented(fetch, self.data.augment, self.seed, number)
+        changed = Augmented(fetch, self.data.augment, self.seed, step)
         return collate(examples, spec, fetch_for=changed, owners=[example.id for example in examples])
 
     def _usable(self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]) -> Group:
@@ -205,6 +243,12 @@ def usable_rows(data: DataSection, sources: Sequence[Source], processor: Process
         if fits:
             rows.append(row)
     return rows
+
+
+def _parts(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
+    """Rows in so many parts, in order, whose sizes differ by one at most."""
+    edges = [len(rows) * place // number for place in range(number + 1)]
+    return [rows[start:end] for start, end in pairwise(edges)]
 
 
 def _filled(groups: Sequence[Group], limit: int) -> list[Group]:

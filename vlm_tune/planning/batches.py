@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlm_tune.config import Recipe
-from vlm_tune.data.feed import PreparedFeed
+from vlm_tune.data.feed import Place, Position, PreparedFeed
 from vlm_tune.data.plan import Plan, Sizes
 from vlm_tune.data.prepare import prepare, scratch_texts
 from vlm_tune.data.prepared import Prepared
@@ -85,28 +85,30 @@ def _read(stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, 
         return Reading(None, None, 0, f"max_length (the rows are not prepared and take more than {PREPARING:g} s)")
     except DataError as error:
         return Reading(None, None, 0, f"max_length ({error})")
-    largest, sampled = _chosen(feed)
-    works = [work_of(feed.batch(0, number)) for number in sampled]
+    start = Position()
+    largest, sampled, count = _chosen(feed)
+    works = [work_of(feed.batch(start, place)) for place in sampled]
     mean = Work(*(float(np.mean([getattr(work, name) for work in works])) for name in Work.__dataclass_fields__))  # type: ignore[arg-type]
-    return Reading(feed.batch(0, largest), mean, len(prepared.media), f"the largest of {feed.micro_batches(0):,} batches of the data")
+    return Reading(feed.batch(start, largest), mean, len(prepared.media), f"the largest of {count:,} batches of the data")
 
 
 def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:
-    sizes = Sizes(stage.train.batch_size, stage.train.batch_tokens, processes)
-    return PreparedFeed(prepared, Plan(prepared, stage.data, sizes, stage.seed), processor.spec, None)  # type: ignore[arg-type]
+    plan = Plan(prepared, stage.data, Sizes.of(stage.train, processes), stage.seed)
+    return PreparedFeed(prepared, plan, processor.spec, None)  # type: ignore[arg-type]
 
 
-def _chosen(feed: PreparedFeed) -> tuple[int, list[int]]:
-    """The number of the first epoch's batch with most padded tokens, and of SAMPLED batches of it."""
+def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
+    """The first epoch's micro-batch with most padded tokens, SAMPLED of them, and how many there are."""
     epoch, lengths = feed.plan.epoch(0), feed.plan.lengths
+    places = epoch.places(feed.ranks)
 
-    def padded(number: int) -> int:
-        rows = epoch.rows(number, 0)
+    def padded(place: Place) -> int:
+        rows = epoch.rows(*place, 0, feed.ranks)
         length = max((lengths[row[0], 0] if len(row) == 1 else lengths[row, 1].sum() for row in rows), default=0)
         return int(length) * sum(len(feed.prepared.unit(row[0])) if len(row) == 1 else 1 for row in rows)
 
-    count = feed.micro_batches(0)
-    return max(range(count), key=padded), sorted({int(place) for place in np.linspace(0, count - 1, SAMPLED)})
+    sampled = sorted({int(number) for number in np.linspace(0, len(places) - 1, SAMPLED)})
+    return max(places, key=padded), [places[number] for number in sampled], len(places)
 
 
 def work_of(batch: Batch) -> Work:

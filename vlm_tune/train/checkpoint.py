@@ -23,10 +23,19 @@ from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetenso
 
 @dataclass
 class Progress:
-    """Where a stage is: optimizer steps done, and by what the best checkpoint was chosen."""
+    """Where a stage is: optimizer steps done, the place in the data, and by what the best checkpoint was chosen."""
 
     stage: int = 0
     step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    """Steps of this epoch, from where its present plan began."""
+    rows: int = 0
+    """Of a stream: rows read before the present plan began."""
+    cut: dict[str, Any] = field(default_factory=dict)
+    """What the plan depends on; under another one the rest of an epoch is planned anew."""
+    origin: tuple[int, float] = (0, 0.0)
+    """The step at which the present plan began, and the share of the schedule that was done by then."""
     seconds: float = 0.0
     best_step: int | None = None
     best_score: float | None = None
@@ -70,9 +79,11 @@ def capture_checkpoint(
     progress: Progress,
     recipe_text: str,
     random_states: Sequence[Mapping[str, torch.Tensor]],
+    drawn: Mapping[str, np.ndarray],
 ) -> Callable[[Path], None]:
-    """What writes the training's state as it is now to a folder, while training goes on; one random state a process.
+    """What writes the training's state as it is now to a folder, while training goes on.
 
+    There is one random state a process; `drawn` is what the feed needs to go on in the middle of an epoch.
     What trains is copied to the CPU's memory; frozen weights are not. Of sharded weights every process must ask, and the
     first one may write.
     """
@@ -86,10 +97,16 @@ def capture_checkpoint(
         write_model(folder)
         write_safetensors(state, folder / "trainer" / "optimizer.safetensors")
         write_safetensors(random_state, folder / "trainer" / "random.safetensors")
+        write_safetensors({key: torch.from_numpy(_small(value)) for key, value in drawn.items()}, folder / "trainer" / "epoch.safetensors")
         (folder / "trainer" / "progress.json").write_text(told)
         (folder / "recipe.yaml").write_text(recipe_text)
 
     return write
+
+
+def _small(counts: np.ndarray) -> np.ndarray:
+    """Counts in one byte each where they fit."""
+    return counts.astype(np.uint8) if counts.max(initial=0) < 256 else counts
 
 
 class _Copies:
@@ -186,6 +203,11 @@ def load_random(folder: Path, rank: int) -> None:
     random.setstate((version, tuple(words), next(iter(own["python_gaussian"].tolist()), None)))
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
+
+
+def read_drawn(folder: Path) -> dict[str, np.ndarray]:
+    """How often the units of an epoch were drawn, as its feed gave it."""
+    return {key: value.numpy().astype(np.int64) for key, value in read_safetensors(folder / "trainer" / "epoch.safetensors").items()}
 
 
 def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config import Recipe, Schedule
 from vlm_tune.data.collate import collate
-from vlm_tune.data.feed import Feed, PreparedFeed
+from vlm_tune.data.feed import Feed, Position, PreparedFeed
 from vlm_tune.data.images import PixelCache
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
@@ -32,7 +31,15 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.tree_attention import attending, usable
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_optimizer
+from vlm_tune.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    capture_checkpoint,
+    load_random,
+    random_state,
+    read_drawn,
+    read_optimizer,
+)
 from vlm_tune.train.engines import Engine
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.trace import DIGESTS, Step, cut_trace, digest, told, write_step
@@ -55,7 +62,7 @@ class StageData:
     """How many tokens an image costs."""
 
 
-def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
+def schedule_factor(schedule: Schedule, step: float, total: float) -> float:
     """The share of the full learning rate at optimizer step `step` of `total`, both from 1."""
     warm = round(schedule.warmup * total)
     if step <= warm:
@@ -143,15 +150,14 @@ class StageLoop:
             engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
             load_random(resume_from, self.accelerator.process_index)
         progress.processes = self.accelerator.num_processes
-        self.accumulation = train.gradient_accumulation * data.feed.pieces
+        self.position = self._begin(resume_from)
         self.watch = watch or Watch(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
         self._nonfinite = 0
         self._compiles = False
         self._attention = model.llm.model.config._attn_implementation
         self.total = train.steps or self._steps_of(train.epochs or 1)
-        self.steps_per_epoch = self._steps_in(0) or self.total
-        self.evaluate_every = recipe.evaluate.every or self.steps_per_epoch
+        self._epoch_ended = False
         self.pixels = PixelCache(model.processor.images)
 
     def run(self) -> Progress:
@@ -182,17 +188,19 @@ class StageLoop:
             step = self.progress.step + 1
             rates.waited += waited
             rate = self._step(batches, step, rates)
+            self._advance()
             if self._compiles and step == self._first_step + 1:
                 taken = time.perf_counter() - started
                 self.report({"event": "note", "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled"})
-            self.progress.step, self.progress.seconds = step, before + time.perf_counter() - started
+            self.progress.seconds = before + time.perf_counter() - started
             last = step == self.total
             if step % self.recipe.train.log_every == 0 or last:
                 left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
-                self.report({"event": "train", "step": step, "of": self.total, **rates.line(), "learning_rate": rate, "left": left})
+                place = {"step": step, "of": self.total, "epoch": self.position.epoch + self.data.feed.share(self.position)}
+                self.report({"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left})
                 rates = _Rates()
             self.progress.unlogged = rates.loss, rates.count
-            if self.data.validation and (step % self.evaluate_every == 0 or last):
+            if self.data.validation and (self._scored(step) or last):
                 with rates.paused():
                     self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
@@ -236,8 +244,9 @@ class StageLoop:
         self.folder = trace
         with self._training():
             for batches, _ in self._windows():
-                step = self.progress.step = self.progress.step + 1
+                step = self.progress.step + 1
                 self._step(batches, step, _Rates())
+                self._advance()
                 states = gather_object([random_state()])
                 if step in at and self.accelerator.is_main_process:
                     written = trace / f"replayed-{step}"
@@ -253,51 +262,89 @@ class StageLoop:
                     return
 
     def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
-        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states)
+        drawn = self.data.feed.drawn(self.position) if self.accelerator.is_main_process else {}
+        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states, drawn)
+
+    def _scored(self, step: int) -> bool:
+        """Whether the recipe asks for an evaluation at this step."""
+        every = self.recipe.evaluate.every
+        return self._epoch_ended if every is None else step % every == 0
 
     def _due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint at this step."""
-        every = self.recipe.train.checkpoints.every or (self.evaluate_every if self.data.validation else self.steps_per_epoch)
+        every = self.recipe.train.checkpoints.every
+        if every is None:
+            return self._scored(step) if self.data.validation else self._epoch_ended
         return step % every == 0
 
-    def _steps_in(self, epoch: int) -> int | None:
-        """Optimizer steps of an epoch; None for a stream."""
-        batches = self.data.feed.micro_batches(epoch)
-        return None if batches is None else math.ceil(batches / self.accumulation)
+    # --- the place in the data ---
+
+    def _begin(self, resume_from: Path | None) -> Position:
+        """Where in the data the stage begins, from a checkpoint or anew; notes where the schedule is if the plan changed."""
+        progress, feed, cut = self.progress, self.data.feed, self.data.feed.cut()
+        position = Position(progress.epoch, progress.epoch_step, rows=progress.rows)
+        if resume_from is not None:
+            position = feed.resumed(position, progress.cut, read_drawn(resume_from))
+        while feed.steps(position) == 0:
+            position = Position(position.epoch + 1)
+        if resume_from is not None and progress.cut != cut:
+            share = self._schedule_share(position)
+            progress.origin = (progress.step, share) if share < 1 else (0, 0.0)
+        progress.cut = cut
+        self._note(position)
+        return position
+
+    def _note(self, position: Position) -> None:
+        self.progress.epoch, self.progress.epoch_step, self.progress.rows = position.epoch, position.step, position.rows
+
+    def _schedule_share(self, position: Position) -> float:
+        """What share of all that is to be done was done before the position."""
+        train = self.recipe.train
+        if train.steps:
+            return self.progress.step / train.steps
+        return (position.epoch + self.data.feed.share(position)) / (train.epochs or 1)
 
     def _steps_of(self, epochs: float) -> int:
-        """Optimizer steps of that many epochs, at least one."""
-        whole, part = divmod(epochs, 1)
-        steps = [self._steps_in(epoch) or 0 for epoch in range(math.ceil(epochs))]
-        return max(sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0), 1)
+        """Optimizer steps of that many epochs, with those that are done: at least one."""
+        steps = self.progress.step - self.position.step
+        for epoch in range(self.position.epoch, math.ceil(epochs)):
+            start = replace(self.position, step=0) if epoch == self.position.epoch else Position(epoch)
+            part, done = min(epochs - epoch, 1.0), self.data.feed.share(start)
+            whole = self.data.feed.steps(start) or 0
+            steps += whole if part == 1 else round(whole * max(part - done, 0.0) / (1 - done))
+        return max(steps, 1)
+
+    def _schedule_place(self, step: int) -> tuple[float, float]:
+        """A step and the number of all steps as the schedule counts them.
+
+        Where the plan changed in the middle of a run, those before count as many as make the share that was done.
+        """
+        start, share = self.progress.origin
+        total = (self.total - start) / (1 - share)
+        return share * total + step - start, total
+
+    def _advance(self) -> None:
+        """Notes that a step is done."""
+        self.progress.step += 1
+        self.position = replace(self.position, step=self.position.step + 1)
+        self._epoch_ended = self.position.step == self.data.feed.steps(self.position)
+        if self._epoch_ended:
+            self.position = Position(self.position.epoch + 1)
+        self._note(self.position)
 
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
         """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
         self._first_step = self.progress.step
-        accumulation, done = self.accumulation, 0
-        if self.progress.step >= self.total:
-            return
-        for epoch in itertools.count():
-            steps = self._steps_in(epoch)
-            if steps is not None and done + steps <= self.progress.step:
-                done += steps
-                continue
-            skipped = self.progress.step - done if done < self.progress.step else 0
-            done += skipped
+        while self.progress.step < self.total:
+            epoch = self.position.epoch
             # A process that is forked while a thread writes could wait for ever for what that thread holds.
             self.writer.wait()
-            batches = self.data.feed.batches(epoch, skipped * accumulation)
-            while True:
-                self.watch.at(f"the batches of step {done + 1}", (done + 1, 0))
-                asked = time.perf_counter()
-                window = [batch.to(self.accelerator.device) for batch in itertools.islice(batches, accumulation)]
-                waited = time.perf_counter() - asked
-                if not window:
-                    break
-                done += 1
-                yield window, waited
-                if done == self.total:
-                    return
+            windows = self.data.feed.windows(self.position)
+            while self.progress.step < self.total and self.position.epoch == epoch:
+                self.watch.at(f"the batches of step {self.progress.step + 1}", (self.progress.step + 1, 0))
+                start = time.perf_counter()
+                window = [batch.to(self.accelerator.device) for batch in next(windows)]
+                yield window, time.perf_counter() - start
 
     def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
@@ -321,7 +368,7 @@ class StageLoop:
                 self.engine.backward(loss.sum / total)
             summed += loss.sum.detach()
         value = float(_summed(accelerator, summed))
-        factor = schedule_factor(self.recipe.train.schedule, step, self.total)
+        factor = schedule_factor(self.recipe.train.schedule, *self._schedule_place(step))
         norm = self.engine.clip(factor)
         if self._usable(step, value, norm, ids):
             self.engine.step()

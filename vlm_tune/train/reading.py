@@ -172,9 +172,10 @@ def stage_feed(
             rank=rank,
             ranks=ranks,
             planned=planned,
+            accumulation=settings.gradient_accumulation,
             report=lambda error: report({"event": "note", "text": f"left out: {error}"}),
         )
-    plan = Plan(train, data, Sizes(settings.batch_size, settings.batch_tokens, planned, image_cost), recipe.seed)
+    plan = Plan(train, data, Sizes.of(settings, planned, image_cost), recipe.seed)
     return PreparedFeed(
         train,
         plan,
