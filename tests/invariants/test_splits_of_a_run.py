@@ -58,7 +58,7 @@ def assert_same_run(one: Path, other: Path) -> list[Step]:
 def test_accumulation_splits_the_steps_of_a_whole_run(kind: str, tiny_recipe: Callable[..., str], unlike: Path) -> None:
     splits = [(4, 1), (1, 4), *([(2, 2)] if kind == "rows" else [])]
     runs = [sft(recipe(tiny_recipe, kind, f"{size}x{often}", size, often)).folder for size, often in splits]
-    steps = [assert_same_run(runs[0], run) for run in runs[1:]][0]
+    steps = [assert_same_run(runs[0], run) for run in runs[1:]].pop()
     # The test can tell: different steps see different samples.
     assert len({step.samples for step in steps}) > 1
 
