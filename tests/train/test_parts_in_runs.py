@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from small import parsed
 
 import vlm_tune
 from vlm_tune.api import evaluate, sft
 from vlm_tune.checking.findings import CheckReport
+from vlm_tune.data.job import PartName
+from vlm_tune.data.prepare import prepared_parts, scratch_texts
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
+from vlm_tune.model.build import build_processor
 from vlm_tune.resources import cache_folder
 
 QUICK: dict[str, Any] = {"train__steps": 1, "train__log_every": 1}
@@ -145,6 +150,60 @@ def test_a_part_with_no_row_left_and_one_with_too_many_bad_rows_stop_the_run(
     assert faults(vlm_tune.check(recipe)) == [("validation", "too_many_bad")]
     with pytest.raises(DataError, match="2 bad rows, more than 1"):
         sft(recipe, overwrite=True)
+
+
+@pytest.fixture
+def sixty(tmp_path: Path) -> Path:
+    """Sixty rows about an image each, the first of them cut."""
+    rows = []
+    for number in range(60):
+        Image.new("RGB", (16, 16), (4 * number, 200 - 3 * number, number)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": f"what is {number}?", "answer": f"it is {number}"})
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    path = tmp_path / "sixty.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_worked_examples_come_from_training_rows_and_leave_the_split_as_it_is(
+    tiny_recipe: Callable[..., str], sixty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_tune.data.sources.rows.CHUNK_ROWS", 7)
+    changes: dict[str, Any] = QUICK | {"data__validation": [], "data__split": {"validation": 0.2, "test": 0.2}}
+    changes |= {"data__on_bad_row": "skip", "evaluate__samples": 0, "data__max_length": 512}
+    rows: dict[int, dict[str, list[Conversation]]] = {}
+    for shots in (0, 2):
+        source = {"kind": "file", "path": str(sixty), "shots": shots}
+        recipe = parsed(tiny_recipe("causal"), **changes, data__train=[source])
+        report = vlm_tune.check(recipe)
+        assert report.exit_code == 0, report.errors
+        assert {part.part: part.sources[0].usable for part in report.parts} == {"train": 35, "validation": 12, "test": 12}
+        processor = build_processor(recipe, scratch_texts(recipe))
+        (prepared,) = prepared_parts(recipe.data, "train", processor, 0)
+        parts: tuple[PartName, ...] = ("train", "validation", "test")
+        rows[shots] = {part: list(prepared.conversations(prepared.places(part))) for part in parts}
+    for name in ("train", "validation", "test"):
+        assert [row.id for row in rows[2][name]] == [row.id for row in rows[0][name]]
+    trained = {row.media[-1] for row in rows[2]["train"]}
+    for row in [row for part in rows[2].values() for row in part]:
+        assert row.shots == 4 and len(row.media) == 3 and set(row.media[:2]) <= trained - {row.media[-1]}
+    run = sft(recipe)
+    assert run.result["n"] == 12 and events(run.folder, "evaluate")[0]["n"] == 12
+    assert events(run.folder, "stage")[0]["questions"] == 35
+
+
+def test_a_split_that_can_not_be_is_an_error_with_its_numbers(
+    tiny_recipe: Callable[..., str], color_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    color_rows.write_text("".join(json.dumps(row | {"images": ["red.png"]}) + "\n" for row in rows))
+    changes = QUICK | {"data__validation": [], "data__split": {"validation": 0.25}}
+    recipe = parsed(tiny_recipe("causal"), **changes)
+    assert faults(vlm_tune.check(recipe)) == [("validation", "split")]
+    no_weights(monkeypatch)
+    expected = r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 groups, the largest of 8 rows"
+    with pytest.raises(DataError, match=expected):
+        sft(recipe)
 
 
 def test_scores_are_told_by_source(tiny_recipe: Callable[..., str], color_rows: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm_tune.checking.findings import CheckReport, Part, PartReport, SourceReport, histogram
-from vlm_tune.checking.rows import check_batches, check_rows, report_leaks
+from vlm_tune.checking.rows import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.config import Recipe, Source
 from vlm_tune.data.job import PartName
 from vlm_tune.data.overlap import PartRows, leaks
@@ -64,6 +64,8 @@ def check(
             check_batches(report, part)
     for part in distinct.values():
         check_rows(report, part)
+        if part.name == "train" and sample is None:
+            check_split(report, part)
     scored = [part for part in distinct.values() if part.name != "train"]
     for part, found in zip(scored, leaks([part.rows for part in scored], list(trained.values())), strict=True):
         report_leaks(report, part, found)

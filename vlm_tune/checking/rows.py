@@ -119,6 +119,13 @@ def _pointed(what: str, rows: dict[int, Place]) -> list[tuple[int, str]]:
     return [(place, f"{what} {row} of {source}") for source, row, place in named] + [(place, "") for place in places[LISTED:]]
 
 
+def check_split(report: CheckReport, part: Part) -> None:
+    """Parts held out of train that are empty or far from their share."""
+    for name in ("validation", "test"):
+        if problem := part.prepared.split_problem(name):
+            report.add_whole(part.stage, name, "split", problem, "data.split")
+
+
 def check_batches(report: CheckReport, part: Part) -> None:
     """Fewer rows than one global batch."""
     train = part.recipe.train

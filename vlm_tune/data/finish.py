@@ -8,7 +8,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from vlm_tune.data.store import (
     write_batches,
 )
 from vlm_tune.data.types import Example, Slice
+from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +54,9 @@ def finish(partial: Path, folder: Path, job: Job) -> None:
     rows = _Rows(shards, job.sources, media)
     if data.clean.duplicates != "keep":
         _leave_out_duplicates(rows, media.rows, perceptual=data.clean.duplicates == "perceptual")
-    if data.split is not None:
+    if job.parts is not None:
+        _hold_out_as(rows, job.parts)
+    elif data.split is not None:
         _hold_out(rows, media.rows, data.split, job.seed)
     media.close()
     write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
@@ -212,7 +215,7 @@ def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -
 
     Families are ordered by a hash of (seed, image bytes), so which come first does not depend on the order of rows.
     """
-    families = _families(rows, len(media))
+    families = joined_rows(np.flatnonzero(rows.status == OK).tolist(), rows.images, len(media))
     categories = rows.categories() if split.stratify else None
     strata: dict[str, list[list[int]]] = defaultdict(list)
     for members in families:
@@ -229,8 +232,16 @@ def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -
             taken += len(members)
 
 
-def _families(rows: _Rows, images: int) -> list[list[int]]:
-    """The usable rows, those joined by a common image together."""
+def _hold_out_as(rows: _Rows, parts: np.ndarray) -> None:
+    """Gives rows the parts that were settled when they were read without worked examples."""
+    if len(parts) != len(rows):
+        message = f"{len(parts):,} rows, then {len(rows):,}: a source was changed while it was read; start again"
+        raise DataError(message, source="data.train")
+    rows.part[:] = np.where(rows.status == OK, parts, 0)
+
+
+def joined_rows(rows: Sequence[int], images_of: Callable[[int], np.ndarray], images: int) -> list[list[int]]:
+    """Rows in groups: those that share one of the `images`, directly or through other rows, together."""
     parent = list(range(images))
 
     def root(image: int) -> int:
@@ -238,18 +249,17 @@ def _families(rows: _Rows, images: int) -> list[list[int]]:
             parent[image] = image = parent[parent[image]]
         return image
 
-    usable = np.flatnonzero(rows.status == OK).tolist()
-    for row in usable:
-        for image in rows.images(row)[1:]:
-            parent[root(int(image))] = root(int(rows.images(row)[0]))
-    found: dict[int, list[int]] = defaultdict(list)
+    for row in rows:
+        for image in images_of(row)[1:]:
+            parent[root(int(image))] = root(int(images_of(row)[0]))
+    groups: dict[int, list[int]] = defaultdict(list)
     alone = []
-    for row in usable:
-        if len(rows.images(row)):
-            found[root(int(rows.images(row)[0]))].append(row)
+    for row in rows:
+        if len(images_of(row)):
+            groups[root(int(images_of(row)[0]))].append(row)
         else:
             alone.append([row])
-    return [*found.values(), *alone]
+    return [*groups.values(), *alone]
 
 
 def _draw(rows: _Rows, media: Sequence[MediaRow], members: Sequence[int], seed: int) -> bytes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from vlm_tune.config import Clean, DataSection, DatasetSource, Source
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.sources.registry import open_source
@@ -33,6 +35,8 @@ class Job:
     readers: Sequence[SourceReader]
     processors: Sequence[Processor]
     seed: int
+    parts: np.ndarray | None = None
+    """Which part each row is held out for, where that was settled before worked examples were drawn."""
 
     @property
     def scored(self) -> bool:
@@ -52,6 +56,8 @@ class Job:
         for source, reader, processor in zip(self.sources, self.readers, self.processors, strict=True):
             unused = {"weight", "count"} if isinstance(source, DatasetSource) else {"weight", "count", "name"}
             parts += [source.model_dump_json(exclude=unused), reader.fingerprint(), processor.fingerprint()]
+        if self.parts is not None:
+            parts.append(hashlib.sha256(self.parts.tobytes()).hexdigest())
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 

@@ -18,19 +18,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm_tune.checksums import is_intact
-from vlm_tune.config import DataSection, Recipe, Source
+from vlm_tune.config import DataSection, Recipe, RowsSource, Source
 from vlm_tune.data.finish import finish
 from vlm_tune.data.job import Job, PartName, plan_job
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.shards import ShardMaker, ShardSummary
+from vlm_tune.data.sources.reader import RowsReader
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.sources.rows import Chunk, SourceReader
+from vlm_tune.data.sources.shots import POOL_ROWS
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, Interrupted
 from vlm_tune.resources import cache_folder, cache_room, check_cache
@@ -62,6 +67,11 @@ def prepare(
         RecipeError: the cache can't be written.
     """
     job = plan_job(data, sources, processor, seed=seed, part=part)
+    if any(isinstance(source, RowsSource) and source.shots for source in sources):
+        alone = [source.model_copy(update={"shots": 0}) if isinstance(source, RowsSource) else source for source in sources]
+        single = data.model_copy(update={"group": "none", "overlong": "drop"})
+        options = {"seed": seed, "part": part, "lenient": lenient, "progress": progress, "stop": stop, "note": note}
+        job = _with_shots(job, prepare(single, alone, processor, **options))
     folder = cache_folder("prepared") / job.key
     prepared = _opened(folder, job)
     if prepared is None:
@@ -79,6 +89,20 @@ def prepare(
                 prepared = Prepared(folder, job)
     prepared.check(lenient=lenient)
     return prepared
+
+
+def _with_shots(job: Job, alone: Prepared) -> Job:
+    """The job, its worked examples drawn from rows of the same part that can be used, and its split settled without them."""
+    places = alone.places(alone.part)
+    numbers = alone.column("number")
+    readers = []
+    for number, reader in enumerate(job.readers):
+        if isinstance(reader, RowsReader):
+            first = int(np.searchsorted(numbers, number))
+            usable = places[numbers[places] == number][:POOL_ROWS] - first
+            reader = reader.with_shots_from(tuple(usable.tolist()))
+        readers.append(reader)
+    return replace(job, readers=readers, parts=alone.column("part"))
 
 
 def _opened(folder: Path, job: Job) -> Prepared | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.checksums import is_intact
-from vlm_tune.data.finish import PARTS
+from vlm_tune.data.finish import PARTS, joined_rows
 from vlm_tune.data.job import Job, source_names
 from vlm_tune.data.shards import BAD, LEFT_OUT, OK, content_hash, file_stamp
 from vlm_tune.data.sources.registry import read_all
@@ -188,22 +189,44 @@ class Prepared:
                 if not isinstance(row, Conversation) or content_hash(row) != digests[place]:
                     message = "the row is another than when it was prepared: the source was changed meanwhile; start again"
                     raise DataError(message, source=row.source, row=row.row)
-                yield replace(self._with_stored_images(row, place), source_name=name)
+                yield replace(self._with_stored_images(row), source_name=name)
                 wanted.remove(place)
                 if not wanted:
                     break
 
-    def _with_stored_images(self, row: Conversation, place: int) -> Conversation:
+    def _with_stored_images(self, row: Conversation) -> Conversation:
         """The row, each image that it brought as bytes in place of where it is stored."""
         if not any(isinstance(item.source, bytes) for item in row.media):
             return row
-        shown, offsets = self.shown
-        stored = iter([self.media_rows[number].media for number in shown[offsets[place] : offsets[place + 1]]])
-        messages = []
-        for message in row.messages:
-            parts = [part if isinstance(part, str) else next(stored) for part in message.parts]
-            messages.append(replace(message, parts=tuple(parts)))
+        messages = [replace(message, parts=tuple(map(self._stored, message.parts))) for message in row.messages]
         return replace(row, messages=tuple(messages))
+
+    def _stored(self, part: str | Media) -> str | Media:
+        if isinstance(part, str) or not isinstance(part.source, bytes):
+            return part
+        return self._media_by_bytes[hashlib.sha256(part.source).digest()]
+
+    @cached_property
+    def _media_by_bytes(self) -> dict[bytes, Media]:
+        """Whole images by the SHA-256 of their bytes."""
+        return {row.info.sha256: row.media for row in self.media_rows if row.media.tile is None}
+
+    def split_problem(self, part: str) -> str | None:
+        """Why a part that `data.split` holds out is empty or far from its share; None if it is not, or none is asked for."""
+        share = getattr(self.data.split, part) if self.data.split is not None else 0
+        usable = np.flatnonzero(self.column("status") == OK)
+        wanted, rows = share * len(usable), int((self.column("part")[usable] == PARTS.index(part)).sum())
+        if not share or not len(usable) or (rows and abs(rows - wanted) <= max(wanted / 2, 1)):
+            return None
+        shown, offsets = self.shown
+        groups = joined_rows(usable.tolist(), lambda row: shown[offsets[row] : offsets[row + 1]], len(self.media_rows))
+        message = (
+            f"{part} holds out {rows:,} of {len(usable):,} usable rows, far from its share of {share:g} ({wanted:,.1f} rows): rows that "
+            f"share an image stay together, which makes {len(groups):,} groups, the largest of {max(map(len, groups)):,} rows"
+        )
+        if self.data.split is not None and self.data.split.stratify:
+            message += ", and stratify rounds in each category"
+        return f"{message}; give {part} sources of its own, or another share"
 
     def check(self, *, lenient: bool) -> None:
         """Raises `DataError` as the policy for bad rows tells (not if `lenient`), and if no row is left."""
@@ -225,3 +248,6 @@ class Prepared:
             first = next(self.reasons(1), "")
             message = f"no row is left to {what}, of {rows:,}" + (f"; the first: {first}" if first else "")
             raise DataError(message, source=f"data.{self.part}")
+        for part in PARTS[1:]:
+            if problem := self.split_problem(part):
+                raise DataError(problem, source="data.split", kind="split")

@@ -85,7 +85,8 @@ def text_hash(conversation: Conversation) -> int:
 
 
 def content_hash(conversation: Conversation) -> int:
-    """64 bits of the roles, the exact texts, and which turns are trained; images are not in it."""
+    """64 bits of the roles, the exact texts, and which turns are trained; images are not in it, nor worked examples."""
+    conversation = conversation.without_shots()
     turns = [(m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts]) for m in conversation.messages]
     return _hash(json.dumps(turns))
 
@@ -148,12 +149,15 @@ class ShardMaker:
             record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
             record.digest = _hash(content or found.message)
             return record, []
-        record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(found))
+        alone = found.without_shots()
+        record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(alone))
         record.digest = content_hash(found)
-        record.controls = self._controls(found, self.processors[source])
+        record.controls = self._controls(alone, self.processors[source])
         try:
-            record.images = [media.add(item, self._look(item)) for item in found.media]
-            reason = self._unwanted(found, [media.rows[image] for image in record.images])
+            record.images = [media.add(item, self._look(item)) for item in alone.media]
+            for item in found.media:
+                self._look(item)
+            reason = self._unwanted(alone, [media.rows[image] for image in record.images])
             if reason:
                 record.status, (record.kind, record.message) = LEFT_OUT, reason
                 return record, []

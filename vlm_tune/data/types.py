@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D wid
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -87,7 +87,8 @@ class Message:
 class Conversation:
     """A sample: its turns, a stable id, and where it stands (source, row from 1).
 
-    Scores are also told by `category` and by `source_name`, the name of its source in the recipe.
+    Scores are also told by `category` and by `source_name`, the name of its source in the recipe. `shots` counts the
+    messages, first after a system turn, that are worked examples of other rows.
     """
 
     id: str
@@ -96,11 +97,19 @@ class Conversation:
     source: str = ""
     row: int = 0
     source_name: str = ""
+    shots: int = 0
 
     @property
     def media(self) -> tuple[Media, ...]:
         """All media in reading order."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+
+    def without_shots(self) -> Conversation:
+        """The row alone, without its worked examples."""
+        if not self.shots:
+            return self
+        start = sum(message.role == "system" for message in self.messages)
+        return replace(self, messages=(*self.messages[:start], *self.messages[start + self.shots :]), shots=0)
 
 
 def distinct_media(conversations: Iterable[Conversation]) -> list[Media]:

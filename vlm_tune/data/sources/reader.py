@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,19 @@ class RowsReader:
             raise DataError(f"instructions are for rows of a task; {self.form} rows bring their own words", source=self.name)
         self._instructions = load_instructions(config.instructions or self.form, self.form) if self.form in TASK_FORMS else None
         self._finders: dict[Path | None, MediaFinder] = {}
+        self._shot_places: Sequence[int] | None = None
         self._shots = Shots(config.shots, seed)
         self._options = TaskOptions((config.booleans[0], config.booleans[1]), config.answer_is, seed if config.shuffle_choices else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker fills its own caches."""
-        return {**vars(self), "_finders": {}, "_shots": Shots(self._config.shots, self._seed)}
+        return {**vars(self), "_finders": {}, "_shots": Shots(self._config.shots, self._seed, self._shot_places)}
+
+    def with_shots_from(self, places: Sequence[int]) -> RowsReader:
+        """This reader, its worked examples drawn from the rows at `places` (from 0) alone."""
+        other = copy(self)
+        other._shot_places, other._shots = places, Shots(self._config.shots, self._seed, places)
+        return other
 
     def fingerprint(self) -> str:
         """Of the stored rows, the options that shape conversations, and the prompt set."""
@@ -54,7 +62,8 @@ class RowsReader:
         options = self._config.model_dump_json(exclude=unused)
         prompts = self._instructions.model_dump_json() if self._instructions else ""
         drawn = self._seed if self._instructions or self._config.shots else ""
-        return digest(self._container.fingerprint(), self.form, sorted(self._columns.items()), options, prompts, drawn)
+        shots = "" if self._shot_places is None else list(self._shot_places)
+        return digest(self._container.fingerprint(), self.form, sorted(self._columns.items()), options, prompts, drawn, shots)
 
     def chunks(self) -> Iterator[Chunk]:
         """The container's chunks."""

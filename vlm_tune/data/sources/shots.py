@@ -1,31 +1,37 @@
-"""Worked examples before a question, drawn from a source's first rows."""
+"""Worked examples before a question, drawn from a source's first rows that can be used."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 
 POOL_ROWS = 256
-"""How many of a source's first rows examples are drawn from: the same in every worker, and few enough to keep."""
+"""How many of a source's rows examples are drawn from: the same in every worker, and few enough to keep."""
 
 
 class Shots:
-    """Puts `count` examples before each question, as earlier turns that carry no loss; drawn from (seed, row id)."""
+    """Puts `count` examples before each question, as earlier turns that carry no loss; drawn from (seed, row id).
 
-    def __init__(self, count: int, seed: int) -> None:
+    They are drawn from the rows at `places` (from 0) of the source; where it is None, from its first rows.
+    """
+
+    def __init__(self, count: int, seed: int, places: Sequence[int] | None = None) -> None:
         self.count, self.seed = count, seed
+        self._places = range(POOL_ROWS) if places is None else places
         self._pool: list[Conversation] | None = None
 
     def fill(self, rows: Iterable[Conversation | DataError]) -> None:
-        """Takes the examples out of the source's first rows, once; rows that can't be used are none."""
+        """Takes the examples out of the source's rows, once; rows that can't be read are none."""
         if not self.count or self._pool is not None:
             return
-        first = (found for _, found in zip(range(POOL_ROWS), rows, strict=False))
-        self._pool = [found for found in first if isinstance(found, Conversation)]
+        first = islice(rows, max(self._places, default=-1) + 1)
+        wanted = set(self._places)
+        self._pool = [row for place, row in enumerate(first) if place in wanted and isinstance(row, Conversation)]
 
     def before(self, row: Conversation) -> Conversation | DataError:
         """The row after its examples; a `DataError` if too few rows have another image than the row's."""
@@ -45,11 +51,14 @@ class Shots:
                     turns += _first_answer(example)
                     break
             else:
-                message = f"shots: {self.count} needs as many rows with other images among the first {POOL_ROWS}; {len(chosen)} are usable"
+                message = (
+                    f"shots: {self.count} needs as many rows with other images, of the first {POOL_ROWS} of the part that can "
+                    f"be used; there are {len(chosen)}"
+                )
                 return DataError(message, source=row.source, row=row.row, kind="shots")
         system = [message for message in row.messages if message.role == "system"]
         rest = [message for message in row.messages if message.role != "system"]
-        return replace(row, messages=(*system, *turns, *rest))
+        return replace(row, messages=(*system, *turns, *rest), shots=len(turns))
 
 
 def _first_answer(example: Conversation) -> list[Message]:
