@@ -19,7 +19,7 @@ LAYERS = [
     ["runfolder"],
     ["data"],
     ["model"],
-    ["evaluation", "inspection", "planning"],
+    ["evaluation", "inspection", "planning", "prediction"],
     ["page"],
     ["report", "checking"],
     ["train"],

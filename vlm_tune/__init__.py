@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_tune.api import evaluate, export, merge, sft, verify_run
+    from vlm_tune.api import evaluate, export, merge, predict, sft, verify_run
     from vlm_tune.checking.checker import check
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
     from vlm_tune.planning.planner import plan
@@ -24,6 +24,7 @@ _HOMES = {
     "verify_run": "vlm_tune.api",
     "export": "vlm_tune.api",
     "plan": "vlm_tune.planning.planner",
+    "predict": "vlm_tune.api",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "plan",
+    "predict",
     "sft",
     "verify_run",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import EvaluateSection, Recipe
 from vlm_tune.data.prepare import read_part
-from vlm_tune.data.types import distinct_media
+from vlm_tune.data.sources.registry import read_path
+from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import ModelError, Problem, RecipeError, TrainingError, check_count
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.exporting import ExportReport
@@ -20,10 +23,12 @@ from vlm_tune.model.bases import BaseArgument, base_choice
 from vlm_tune.model.build import dtype_of
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import load_model
+from vlm_tune.model.store import find_model, load_model
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.paths import is_file, is_folder, shown_path
-from vlm_tune.recipe import load_recipe
+from vlm_tune.paths import check_path, check_writable, is_file, is_folder, shown_path
+from vlm_tune.prediction import Predictions, write_answers
+from vlm_tune.quoting import quoted
+from vlm_tune.recipe import as_recipe
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.loop import Report
 from vlm_tune.train.memory import is_out_of_memory, out_of_memory
@@ -31,6 +36,11 @@ from vlm_tune.train.replay import ReplayReport
 from vlm_tune.train.replay import verify_run as replay_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
+
+log = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+"""The recipe of a run, in its folder."""
 
 
 def sft(
@@ -50,7 +60,7 @@ def sft(
     A run is resumed with its own recipe, or with `accept_changes` with this one.
     Raises the errors of `vlm_tune.errors`: a bad recipe, data, weights, or training that stopped.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     try:
         return run_recipe(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=test, show=show)
     except (RuntimeError, MemoryError) as error:
@@ -67,8 +77,10 @@ def sft(
 def verify_run(run: str | Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
     """Replays steps of a run from one of its checkpoints and compares samples, losses, gradient norms and tensors bit for bit.
 
-    Raises `RecipeError` if no checkpoint is kept to start from.
+    Raises `RecipeError` if no checkpoint is kept to start from, and for arguments of another kind.
     """
+    check_path("run", run)
+    check_count("--steps", steps)
     return replay_run(Path(run), steps=steps, show=show)
 
 
@@ -77,8 +89,8 @@ def find_recipe(model: Path) -> Path:
     if not is_folder(model):
         raise ModelError(f"no such folder: {shown_path(model)}")
     for folder in (model, *model.resolve().parents):
-        if is_file(folder / "recipe.yaml"):
-            return folder / "recipe.yaml"
+        if is_file(folder / RECIPE):
+            return folder / RECIPE
     raise RecipeError([Problem(shown_path(model), "no recipe.yaml in this folder or above it; say which data with --recipe")])
 
 
@@ -88,23 +100,36 @@ def evaluate(
     overrides: Sequence[str] | dict[str, Any] = (),
     *,
     split: Literal["validation", "test"] = "test",
+    data: str | Path | None = None,
     limit: int | None = None,
     dtype: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
     show: Report | None = None,
 ) -> Scores:
-    """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage.
+    """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage, or on a file.
 
     The recipe is the run's own where none is given; `limit` scores the first rows only; `base` and `accept_other_base`
-    are as in `merge`. Raises `RecipeError` if that part is empty or unknown, or the limit under 1.
+    are as in `merge`. `data` is a file (or a pattern, or tar shards) of rows of any form, read in place of the recipe's.
+
+    Raises:
+        RecipeError: that part is empty or unknown, an argument is of another kind, or the limit is under 1.
+        DataError: a row can't be used.
+        ModelError: the model can't be loaded.
     """
+    check_path("model", model)
     if split not in ("validation", "test"):
-        raise RecipeError([Problem("--split", f"{split!r} is none of validation, test")])
+        raise RecipeError([Problem("--split", f"{quoted(split)} is none of validation, test")])
     check_count("--limit", limit)
     precision = dtype_of(dtype)
     folder = Path(model)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or find_recipe(folder), overrides)
+    if data is not None:
+        check_path("data", data)
+        settings = _settings(folder, recipe, overrides)
+        rows, _ = read_path(str(data), seed=0)
+        vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
+        return _score_rows(vlm, rows[:limit], settings, compile=False, show=show)
+    loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
     stage = loaded.resolved_stages()[-1][1]
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
@@ -124,21 +149,126 @@ def evaluate_model(
     """Scores a loaded model on the `test` or `validation` part of a recipe's last stage."""
     stage = recipe.resolved_stages()[-1][1]
     rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
+    return _score_rows(model, rows, stage.evaluate, compile=stage.train.compile, show=show)
+
+
+def _score_rows(
+    model: VisionLanguageModel, rows: Sequence[Conversation], settings: EvaluateSection, *, compile: bool | str, show: Report | None
+) -> Scores:
     media = distinct_media(rows)
+
+    def progress(event: str) -> Callable[[int, int], None]:
+        return lambda done, of: show({"event": event, "done": done, "of": of}) if show else None
+
     keep_freed_memory()
     try:
         return score(
             model,
             rows,
-            decoding=Decoding(stage.evaluate.max_new_tokens, stage.evaluate.num_beams),
-            batch_size=stage.evaluate.batch_size,
-            features=tower_features(model, media) if media else None,
+            decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+            batch_size=settings.batch_size,
+            features=tower_features(model, media, progress("features")) if media else None,
             loss=False,
-            compile=stage.train.compile,
-            progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
+            compile=compile,
+            progress=progress("scoring"),
         )
     finally:
         shut_range()
+
+
+def _settings(folder: Path, recipe: str | Path | Recipe | None, overrides: Sequence[str] | dict[str, Any]) -> EvaluateSection:
+    """How answers are generated: as a recipe says, the run's own where none is given, or by the defaults where there is none."""
+    if recipe is None:
+        find_model(folder)
+        recipe = next((parent / RECIPE for parent in (folder, *folder.resolve().parents) if is_file(parent / RECIPE)), None)
+    if recipe is None:
+        return EvaluateSection()
+    return as_recipe(recipe, overrides).resolved_stages()[-1][1].evaluate
+
+
+def predict(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
+    show: Report | None = None,
+) -> Predictions:
+    """Answers the last question of every row of a file and writes the answers as JSONL, without scoring.
+
+    Args:
+        model: a run, a checkpoint or a merged folder.
+        data: a file, a pattern of files, or tar shards, of rows of any form; rows may lack their answer.
+        output: the JSONL file; one that is there is replaced.
+        limit: answer the first rows only.
+        max_new_tokens: longest answer in tokens; this and the next two are the run's recipe's where not given.
+        num_beams: 1 is greedy.
+        batch_size: rows a batch.
+        dtype: bf16, fp16 or fp32; the model's own where not given.
+        base: as in `merge`, like `accept_other_base`.
+        show: is given every event.
+
+    Raises:
+        RecipeError: an argument is of another kind, or the output can't be written.
+        DataError: a row can't be used, before the model is loaded.
+        ModelError: the model can't be loaded.
+    """
+    for name, value in (("model", model), ("data", data), ("output", output)):
+        check_path(name, value)
+    numbers = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--num-beams": num_beams, "--batch-size": batch_size}
+    for name, number in numbers.items():
+        check_count(name, number)
+    precision = dtype_of(dtype)
+    settings = _settings(Path(model), None, ())
+    check_writable(output, "the file of answers")
+    log.info("reading the rows")
+    rows, unanswered = read_path(str(data), seed=0, unanswered=True)
+    log.info("loading the model")
+    vlm = load_model(Path(model), dtype=precision, base=base_choice(base, accept_other_base))
+    return write_answers(
+        vlm,
+        rows[:limit],
+        unanswered,
+        Path(output),
+        decoding=Decoding(max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams),
+        batch_size=batch_size or settings.batch_size,
+        progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
+    )
+
+
+def which_model(path: str | Path) -> dict[str, Any]:
+    """Which saved model a path means: its folder, what it is in words, and stage and step where they are known.
+
+    Raises `ModelError` if there is none.
+    """
+    folder = find_model(Path(path))
+    above = folder.resolve()
+    if above.parent.name == "checkpoints":
+        stage, step = above.parent.parent.name, above.name.removeprefix("step-")
+        run = above.parent.parent.parent.parent
+        text = f"the checkpoint of step {step} of stage {stage}"
+        if above != Path(path).resolve():
+            text += ", the last whole one: the run has no finished model yet"
+        return {"folder": str(folder), "about": text, "stage": stage, "step": int(step) if step.isdecimal() else None, "run": str(run)}
+    stages = sorted((above.parent / "stages").glob("*/done.json")) if above.name == "model" else []
+    if not stages:
+        return {"folder": str(folder), "about": "a model folder", "stage": None, "step": None, "run": None}
+    done = json.loads(stages[-1].read_text(encoding="utf-8"))
+    step, best, stage = done.get("step"), done.get("best_step"), stages[-1].parent.name
+    which = f"the best checkpoint, step {best}," if best not in (None, step) else f"the last step, {step},"
+    return {
+        "folder": str(folder),
+        "about": f"the finished model: {which} of stage {stage}",
+        "stage": stage,
+        "step": best or step,
+        "run": str(above.parent),
+    }
 
 
 def merge(
@@ -164,6 +294,8 @@ def merge(
         ModelError: it can't be merged, or fails verification; nothing is written.
         RecipeError: the output can't be written.
     """
+    check_path("model", model)
+    check_path("output", output)
     choice = base_choice(base, accept_other_base)
     return merge_folder(Path(model), Path(output), dtype=dtype, tolerance=tolerance, base=choice)
 
@@ -184,5 +316,7 @@ def export(
     `base` and `accept_other_base` are as in `merge`.
     Raises `ModelError` for a model that the format can't express, too little memory or disk, and a failed verification.
     """
+    check_path("model", model)
+    check_path("output", output)
     choice = base_choice(base, accept_other_base)
     return export_folder(Path(model), Path(output), format=format, dtype=dtype, max_shard_size=max_shard_size, verify=verify, base=choice)

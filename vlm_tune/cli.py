@@ -223,6 +223,9 @@ def evaluate(
     recipe: Annotated[str | None, typer.Option(help="whose data to score on; the run's own where not given")] = None,
     set_: SetOption = None,
     split: Annotated[str, typer.Option(help="test or validation")] = "test",
+    data: Annotated[
+        str | None, typer.Option(help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
     answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
     dtype: DtypeOption = None,
@@ -243,15 +246,19 @@ def evaluate(
     _use_device(device)
     _quiet()
     from vlm_tune.api import evaluate as run
+    from vlm_tune.api import which_model
     from vlm_tune.display import Display, score_table
 
     console = Console(stderr=as_json)
+    which = which_model(model)
     with Display(console) as display:
+        display({"event": "model", **which})
         found = run(
             model,
             loaded,
             set_ or [],
             split=part,
+            data=data,
             limit=limit,
             dtype=dtype,
             base=_bases(base),
@@ -262,9 +269,55 @@ def evaluate(
         with writing(answers, "the file of answers"):
             answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers), encoding="utf-8")
     if as_json:
-        _print_json(found.summary())
+        _print_json({"model": which, **found.summary()})
     else:
         console.print(score_table(found.accuracy, found.n, found.by_category, found.by_source))
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    data: Annotated[str, typer.Option(help="a file of rows (or a pattern, or tar shards) of any form, with or without answers")],
+    output: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    limit: Annotated[int | None, typer.Option(min=1, help="answer the first n rows only")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given")] = None,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL's answers to the rows of a file, without scoring them."""
+    _dtype(dtype)
+    check_writable(output, "the file of answers")
+    _use_device(device)
+    _quiet()
+    from vlm_tune.api import predict as run
+    from vlm_tune.api import which_model
+    from vlm_tune.display import Display
+
+    which = which_model(model)
+    with Display(Console(stderr=True)) as display:
+        display({"event": "model", **which})
+        written = run(
+            model,
+            data,
+            output,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            batch_size=batch_size,
+            dtype=dtype,
+            base=_bases(base),
+            accept_other_base=accept_other_base,
+            show=display,
+        )
+    if as_json:
+        _print_json({"model": which, **written.summary()})
+    else:
+        typer.echo(f"{written.n:,} answers in {written.seconds:,.1f} s: {output}")
 
 
 @app.command("verify-run")

@@ -125,6 +125,9 @@ class Display(logging.Handler):
         )
         self._line(f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}", "bold")
 
+    def _model(self, event: dict[str, Any]) -> None:
+        self._line(f"{event['folder']}: {event['about']}")
+
     def _preparing(self, event: dict[str, Any]) -> None:
         text = f"preparing {event['name']} {event['part']}: {event['rows']:,} rows"
         self._live(f"preparing {event['name']} {event['part']}", text)

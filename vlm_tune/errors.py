@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlm_tune.quoting import escaped
+from vlm_tune.quoting import escaped, quoted
 
 EXIT_DONE, EXIT_RECIPE, EXIT_DATA, EXIT_MODEL, EXIT_TRAINING, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 
@@ -37,9 +37,11 @@ class RecipeError(VlmTuneError):
 
 
 def check_count(option: str, count: int | None) -> None:
-    """Raises `RecipeError`, naming the option, for a number of rows under 1; None is no bound."""
-    if count is not None and count < 1:
-        raise RecipeError([Problem(option, f"expected a number of rows from 1 on, not {count}")])
+    """Raises `RecipeError`, naming the option, for what is no whole number from 1 on; None is no bound."""
+    if count is None:
+        return
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise RecipeError([Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")])
 
 
 class DataError(VlmTuneError):

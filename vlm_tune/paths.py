@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.quoting import quoted
 
 SHOWN = 200
 """Characters of a path that a message shows."""
@@ -106,3 +107,9 @@ def is_folder(path: str | Path) -> bool:
         return Path(path).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def check_path(name: str, path: object) -> None:
+    """Raises `RecipeError`, naming the argument, for what is no path."""
+    if not isinstance(path, str | Path):
+        raise RecipeError([Problem(name, f"expected a path, got {quoted(path)}")])

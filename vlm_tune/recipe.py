@@ -228,6 +228,18 @@ def _at(raw: Any, path: Path) -> Any:
     return raw
 
 
+def as_recipe(recipe: str | FilePath | Recipe, overrides: Sequence[str] | dict[str, Any] = ()) -> Recipe:
+    """A recipe as functions take it: a file with overrides, or one that was loaded, which takes none.
+
+    Raises `RecipeError` as `load_recipe`.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides)
+    if overrides:
+        raise RecipeError([Problem("overrides", "a recipe that is loaded takes none; give them to load_recipe")])
+    return recipe
+
+
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """As `load_recipe`, from text."""
     return check_recipe(read_yaml_text(text, name))

@@ -26,7 +26,7 @@ from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, check_count
 from vlm_tune.model.build import build_processor
-from vlm_tune.recipe import load_recipe
+from vlm_tune.recipe import as_recipe
 
 STREAMED = 10_000
 """Rows of each source that are read of a recipe that streams."""
@@ -43,7 +43,7 @@ def check(
     for a chat format or tokenizer that can't be used.
     """
     check_count("--sample", sample)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     started = time.perf_counter()
     stages = loaded.resolved_stages()
     if sample is None and any(stage.data.streaming for _, stage in stages):

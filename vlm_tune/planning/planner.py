@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.types import Batch
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import Problem, RecipeError, check_count
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -32,11 +32,16 @@ from vlm_tune.planning.communication import GIGABIT, Communication, communicatio
 from vlm_tune.planning.heap import Allocator, allocator
 from vlm_tune.planning.step import ROWS, traced
 from vlm_tune.planning.zero import Held, Shares, zero_memory
-from vlm_tune.recipe import load_recipe
+from vlm_tune.quoting import quoted
+from vlm_tune.recipe import as_recipe
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries' work space take of a GPU."""
+
+MOST_PROCESSES = 1_000_000
+LONGEST = 1_000_000
+"""Tokens of a row that a plan may be asked for."""
 
 Offload = Literal["none", "optimizer", "all"]
 """What DeepSpeed keeps in the machine's memory: nothing, optimizer states, or those and the weights."""
@@ -178,7 +183,8 @@ def plan(
     rules that don't fit.
     """
     started = time.perf_counter()
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
+    _check_arguments(gpu_memory, processes, zero, offload, nodes, tokens)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
     setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops, CONTEXT if gpu else resident())
@@ -202,14 +208,34 @@ def plan(
     return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
 
 
+def _check_arguments(gpu_memory: Any, processes: Any, zero: Any, offload: Any, nodes: Any, tokens: Any) -> None:
+    """Raises `RecipeError` for an argument of another kind than `plan` takes."""
+    if not isinstance(gpu_memory, str):
+        check_count("--gpu-memory", gpu_memory)
+    for option, count in (("--processes", processes), ("--nodes", nodes)):
+        check_count(option, count)
+        if count > MOST_PROCESSES:
+            raise RecipeError([Problem(option, f"expected at most {MOST_PROCESSES:,}, not {count:,}")])
+    if zero not in (0, 1, 2, 3):
+        raise RecipeError([Problem("--zero", f"expected 0 to 3, not {quoted(zero)}")])
+    if offload not in get_args(Offload):
+        raise RecipeError([Problem("--offload", f"{quoted(offload)} is none of {', '.join(get_args(Offload))}")])
+    check_count("--tokens", tokens)
+    if tokens is not None and not 2 <= tokens <= LONGEST:
+        raise RecipeError([Problem("--tokens", f"expected 2 to {LONGEST:,}, not {tokens:,}")])
+
+
 def parse_size(text: str) -> int:
     """Bytes of a text as 24GB or 22.5 GiB. Raises `RecipeError` for any other."""
     number = text.strip().rstrip("BGMTbgmti ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
-        return int(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
-        raise RecipeError([Problem("--gpu-memory", f"{text!r} is no size as 24GB or 40GiB")]) from None
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise RecipeError([Problem("--gpu-memory", f"{quoted(text)} is no size as 24GB or 40GiB")]) from None
+    if size <= 0:
+        raise RecipeError([Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")])
+    return size
 
 
 # --- a stage ---------------------------------------------------------------------------------------------------------

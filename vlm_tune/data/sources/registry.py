@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from vlm_tune.config import DatasetSource, FileSource, Source, WebDatasetSource
 from vlm_tune.data.sources.class_folders import ClassFolders
 from vlm_tune.data.sources.easy_vqa import EasyVqa
 from vlm_tune.data.sources.files import Csv, FileFormat, FileRows, JsonLines, find_files, json_format
+from vlm_tune.data.sources.questions import QuestionRows
 from vlm_tune.data.sources.reader import RowsReader
 from vlm_tune.data.sources.rows import SourceReader
 from vlm_tune.data.sources.shards import TarShard
@@ -31,24 +33,34 @@ FORMATS: dict[str, Callable[[Path], FileFormat]] = {
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
-def open_file(config: FileSource, seed: int, streaming: bool) -> SourceReader:
-    """Rows of a file, or of all files that a pattern names."""
+def file_rows(config: FileSource) -> FileRows:
+    """What holds the rows of a file, or of all files that a pattern names."""
     files = find_files(config.path)
     for path in files:
         if path.suffix.lower() not in FORMATS:
             hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
             raise DataError(f"the ending {path.suffix!r} is none of {', '.join(FORMATS)}{hint}", source=str(path))
     formats = tuple(FORMATS[path.suffix.lower()](path) for path in files)
-    return RowsReader(FileRows(config.path, tuple(files), formats), config, seed=seed)
+    return FileRows(config.path, tuple(files), formats)
 
 
-def open_webdataset(config: WebDatasetSource, seed: int, streaming: bool) -> SourceReader:
-    """Samples of tar shards."""
+def shard_rows(config: WebDatasetSource) -> FileRows:
+    """What holds the samples of tar shards."""
     files = find_files(config.path)
     for path in files:
         if not path.name.endswith(SHARDS):
             raise DataError(f"a shard ends in {', '.join(SHARDS)}", source=str(path))
-    return RowsReader(FileRows(config.path, tuple(files), (TarShard(),) * len(files)), config, seed=seed)
+    return FileRows(config.path, tuple(files), (TarShard(),) * len(files))
+
+
+def open_file(config: FileSource, seed: int, streaming: bool) -> SourceReader:
+    """Rows of a file, or of all files that a pattern names."""
+    return RowsReader(file_rows(config), config, seed=seed)
+
+
+def open_webdataset(config: WebDatasetSource, seed: int, streaming: bool) -> SourceReader:
+    """Samples of tar shards."""
+    return RowsReader(shard_rows(config), config, seed=seed)
 
 
 def open_dataset(config: DatasetSource, seed: int, streaming: bool) -> SourceReader:
@@ -71,6 +83,25 @@ def open_source(config: Source, *, seed: int, streaming: bool = False) -> Source
     Raises `DataError` for what is not there, and for rows whose form can't be told.
     """
     return SOURCES[getattr(config, "kind")](config, seed, streaming)  # noqa: B009
+
+
+def read_path(path: str, *, seed: int, unanswered: bool = False) -> tuple[list[Conversation], set[tuple[str, int]]]:
+    """All rows of a file, a pattern of files, or tar shards, in the form that their first rows have.
+
+    With `unanswered` rows may lack their last answer: these have a placeholder, and their (source, row) are returned too.
+    Raises `DataError` for the first row that can't be used.
+    """
+    tarred = path.endswith(SHARDS)
+    config = WebDatasetSource(kind="webdataset", path=path) if tarred else FileSource(kind="file", path=path)
+    container = shard_rows(config) if isinstance(config, WebDatasetSource) else file_rows(config)
+    questions = QuestionRows(container)
+    reader = RowsReader(questions if unanswered else container, config, seed=seed)
+    rows = []
+    for row in read_all([reader]):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(replace(row, source_name=Path(path).stem))
+    return rows, questions.unanswered
 
 
 def read_all(readers: Iterable[SourceReader]) -> Iterator[Conversation | DataError]:
