@@ -201,6 +201,17 @@ class Llm(Config):
     gguf_file: str | None = Field(default=None, description="a GGUF file in `name`, de-quantised at load")
     scratch: Scratch | None = None
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
+    added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained"
+    )
+    added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers"
+    )
+
+    @property
+    def words(self) -> list[str]:
+        """The tokens that are added to the vocabulary."""
+        return [*self.added_tokens, *self.added_special_tokens]
 
 
 class ModelSection(Config):
@@ -215,6 +226,17 @@ class PretrainedLlm(Config):
     """What the language model of an existing vision-language model can be told."""
 
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
+    added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained"
+    )
+    added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers"
+    )
+
+    @property
+    def words(self) -> list[str]:
+        """The tokens that are added to the vocabulary."""
+        return [*self.added_tokens, *self.added_special_tokens]
 
 
 class PretrainedModel(Config):

@@ -162,7 +162,7 @@ class _AsTrained:
 
 def _as_trained(path: Path, source: Path, base: BaseChoice) -> _AsTrained:
     model = load_model(source, dtype=torch.float32, base=base)
-    if not model.adapters:
+    if not (model.adapters or model.beside):
         raise _nothing_to_merge(source)
     probes = probe_rows(path, model)
     logits, texts = observe(model, probes)
@@ -227,13 +227,13 @@ class _Merging:
         """The model merged in one precision, not yet written, and how far it is from adapter and base."""
         precision = DTYPES[dtype]
         model = load_model(self.source, dtype=precision, quantize=False, base=self.base)
-        if not model.adapters:
+        if not (model.adapters or model.beside):
             raise _nothing_to_merge(self.source)
         merged_parts = sorted(model.adapters)
         model.float()
         probes = probe_rows(self.path, model)
         adapter_logits, adapter_text = observe(model, probes)
-        base_logits = _without_adapters(model, probes)
+        base_logits = self._base_logits(precision, probes) if model.beside else _without_adapters(model, probes)
         for part in merged_parts:
             merge_adapter(model, part)
         cast_parameters(model, precision)
@@ -255,6 +255,10 @@ class _Merging:
             text_may_differ=self.text_may_differ,
             quantized=quantized,
         )
+
+    def _base_logits(self, precision: torch.dtype, probes: Sequence[Conversation]) -> torch.Tensor:
+        model = load_model(self.source, dtype=precision, quantize=False, adapters=False, base=self.base)
+        return observe(model.float(), probes)[0]
 
 
 def passes(report: MergeReport) -> bool:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vlm_tune.config import (
-    TRAINS_BASE,
     DataSection,
     EvaluateSection,
     ModelSection,
@@ -127,6 +126,14 @@ OLD_NAMES = {
     "projector": "model.connector",
 }
 """Names that other trainers, older releases and haste use, and what they are called here; N is a rule's place in `tune`."""
+
+BLOCK_WEIGHTS = (
+    "llm.model.layers.0.self_attn.q_proj.weight",
+    "llm.model.decoder.layers.0.self_attn.q_proj.weight",
+    "llm.transformer.h.0.attn.c_attn.weight",
+    "llm.encoder.block.0.layer.0.SelfAttention.q.weight",
+)
+"""What families of LLMs call a linear layer of a block."""
 
 LORA = ("lora",)
 RULE_KEYS = {
@@ -632,8 +639,11 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
             if covered:
                 found.append((("tune", index, "match"), f"never reached: {covered[0]!r} above matches first"))
             seen.append(match)
-        if how in TRAINS_BASE and isinstance(match, str) and match.startswith("llm") and _get(raw, "model", "llm", "quantize"):
-            message = "quantised weights can't be trained; use how: lora, or drop model.llm.quantize"
+        if how in ("full", "last_layers") and _get(raw, "model", "llm", "quantize") and _reaches_blocks(rules, index):
+            message = (
+                f"{match!r} reaches the llm's layers, and quantised weights can't be trained; use how: lora for them, or drop "
+                "model.llm.quantize (its embedding and head are not quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
+            )
             found.append((("tune", index, "how"), message))
         if rule.get("init") == "pissa" and _get(raw, "model", "llm", "quantize") and isinstance(match, str) and match.startswith("llm"):
             message = "PiSSA takes the singular vectors of 16-bit weights; use init: default, or drop model.llm.quantize"
@@ -641,6 +651,12 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
     if rules and all(rule.get("how") == "frozen" for rule in rules):
         found.append((("tune",), "every rule is frozen, nothing would train"))
     return found
+
+
+def _reaches_blocks(rules: Sequence[Any], index: int) -> bool:
+    """Whether a rule is the first to match the linear layers of an LLM's blocks, whatever family it is of."""
+    matches = [str(rule.get("match")) for rule in rules]
+    return any(next((n for n, match in enumerate(matches) if fnmatch.fnmatchcase(name, match)), None) == index for name in BLOCK_WEIGHTS)
 
 
 def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:

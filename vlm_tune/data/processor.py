@@ -26,6 +26,8 @@ class Processor:
     spec: InputSpec
     images: ImageProcessor
     system: str | None = None
+    words: tuple[str, ...] = ()
+    """Tokens that were added to the vocabulary, which texts may hold."""
     encoder: TextEncoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -35,7 +37,11 @@ class Processor:
                 f"this one is {self.spec.layout}",
                 source="data.template",
             )
-        self.encoder = TextEncoder(self.tokenizer)
+        clashing = [word for word in self.words if word in self.template.control_tokens]
+        if clashing:
+            message = f"{clashing[0]!r} is a control token of the chat format {self.template.name!r}, which no text may hold"
+            raise DataError(message, source="model.llm.added_tokens")
+        self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:
             self.encoder.control(name)
 
@@ -103,4 +109,6 @@ class Processor:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids as text, control tokens and outer white space removed."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        if self.words:  # a special one among them is part of the answer all the same
+            ids = [token for token in ids if not self.encoder.is_control(token)]
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not self.words)).strip()

@@ -31,13 +31,16 @@ class TextEncoder:
     """A tokenizer of which plain text can never make a control token.
 
     Text goes through a copy that splits special tokens into ordinary pieces; control tokens are looked up by name.
+    Of the special tokens those named in `words` are ordinary ones: a text may hold them, each as one id.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError("needs a fast tokenizer (tokenizer.json)", source=str(tokenizer.name_or_path))
         described = json.loads(backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] &= token["content"] not in words
         self._opening = _plain(type(backend), described)
         without = {**described, **{part: _without_prefix(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
         self._inner = self._opening if without == described else _plain(type(backend), without)
@@ -49,7 +52,8 @@ class TextEncoder:
         # T5's splits at white space first, so that its spaces are nothing but the prefixes of the words.
         self._spaces_are_prefixes = self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
         special: set[Any] = {token["id"] for token in described["added_tokens"] if token["special"]}
-        self._controls = special.union(tokenizer.all_special_ids).difference([tokenizer.unk_token_id])
+        ordinary = [tokenizer.unk_token_id, *map(tokenizer.convert_tokens_to_ids, words)]
+        self._controls = special.union(tokenizer.all_special_ids).difference(ordinary)
         self._unknown: Any = tokenizer.unk_token_id
         self._own = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
         self._memo: dict[tuple[bool, str], list[int]] = {}
@@ -96,6 +100,10 @@ class TextEncoder:
         cuts = {cut for start, end in found for cut in ((start + 1,) if end - start > 1 else (start, end)) if 0 < cut < len(text)}
         pieces = pairwise([0, *sorted(cuts), len(text)])
         return [token for a, b in pieces for token in self._encode(text[a:b], opening and a == 0)]
+
+    def is_control(self, token: int) -> bool:
+        """Whether an id is a control token's, which no text holds."""
+        return token in self._controls
 
     def described(self) -> str:
         """All that its ids depend on, as text: the tokenizer and the names of its own control tokens."""

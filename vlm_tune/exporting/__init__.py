@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlm_tune.config import Recipe
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.adapter import export_adapter
-from vlm_tune.exporting.gguf import export_gguf
+from vlm_tune.exporting.adapter import adapter_reasons, export_adapter
+from vlm_tune.exporting.gguf import export_gguf, gguf_reasons
 from vlm_tune.exporting.llava import export_llava
 from vlm_tune.exporting.source import ExportReport
 from vlm_tune.model.bases import AS_SAVED, BaseChoice
-from vlm_tune.model.build import DTYPES
+from vlm_tune.model.build import DTYPES, planned_config
 from vlm_tune.model.llamacpp.file import TYPES
+from vlm_tune.model.llava import llava_reasons
 
 FORMATS = ("llava", "adapter", "gguf")
 
-__all__ = ["FORMATS", "ExportReport", "export"]
+__all__ = ["FORMATS", "ExportReport", "export", "possible_exports"]
 
 
 def export(
@@ -49,3 +51,21 @@ def export(
     if format == "adapter":
         return export_adapter(path, output, dtype, verify, base)
     return export_gguf(path, output, dtype, verify, base)
+
+
+def possible_exports(recipe: Recipe) -> dict[str, str | None]:
+    """By format why the model that a recipe trains could not be exported so; None where it could.
+
+    Only configs are read, and a tokenizer's fitness for GGUF is left to the export. Raises `ModelError` for a config that
+    can't be read.
+    """
+    config, text = planned_config(recipe)
+    decoder = text if config.llm.kind == "causal" else None
+    virtual = any(rule.how in ("prompt", "prefix") for _, stage in recipe.resolved_stages() for rule in stage.tune)
+    prompt = ["a soft prompt (how: prompt or prefix) has no place there"] if virtual else []
+    reasons = {
+        "llava": prompt + llava_reasons(config, decoder),
+        "adapter": prompt + adapter_reasons(recipe, config),
+        "gguf": prompt + gguf_reasons(config, decoder),
+    }
+    return {name: "; ".join(found) or None for name, found in reasons.items()}

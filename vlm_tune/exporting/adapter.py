@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 
 import torch
 
+from vlm_tune.config import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines
 from vlm_tune.merging import check_output, probe_rows
+from vlm_tune.model.adapters import PREFIX
 from vlm_tune.model.bases import BaseChoice
-from vlm_tune.model.build import load_llm
+from vlm_tune.model.build import load_llm, make_room
+from vlm_tune.model.hub import read_json
 from vlm_tune.model.pretrained import find_vlm
 from vlm_tune.model.store import ADAPTERS, find_model, load_model, read_config, verify_folder
+from vlm_tune.model.store import BESIDE as OWN
 from vlm_tune.model.vlm import VisionLanguageConfig
-from vlm_tune.model.weights import read_safetensors
+from vlm_tune.model.weights import read_safetensors, write_safetensors
 
 BESIDE = (
     "bases.json",
@@ -29,6 +34,20 @@ BESIDE = (
     "chat_template.jinja",
 )
 """What goes with an adapter, where the model's folder has it."""
+
+
+def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
+    """Why what a recipe trains will not be an adapter over a model with a name."""
+    rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
+    of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
+    reasons = [] if any(rule.how == "lora" for rule in of_llm) else ["no rule puts LoRA on the llm"]
+    if config.llm.name is None:
+        reasons.append("its language model starts from random weights, and has no name to be an adapter over")
+    elif config.llm.quantize is None and any(rule.trains_base for rule in of_llm):
+        reasons.append("its language model's own weights are trained too")
+    elif find_vlm(config.llm.name) is not None:
+        reasons.append(f"its language model is a part of {config.llm.name}, which PEFT can't load alone")
+    return reasons
 
 
 def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
@@ -53,6 +72,8 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
                 shutil.copytree(source / name, folder / name)
             elif (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if (source / OWN).is_file():
+            _add_own_weights(folder, source)
         tensors = read_safetensors(folder / "adapter_model.safetensors")
         report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None)
         if verify:
@@ -61,6 +82,16 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
         return report, _adapter_card(path, config, report)
 
     return commit_export(output, write)
+
+
+def _add_own_weights(folder: Path, source: Path) -> None:
+    """Adds the LLM's own trained weights to a PEFT folder, as PEFT's `modules_to_save`; a head that shares them is one too."""
+    own = read_safetensors(source / OWN)
+    config = read_json(folder / "adapter_config.json")
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in own})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    weights = folder / "adapter_model.safetensors"
+    write_safetensors(read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in own.items()}, weights)
 
 
 @torch.inference_mode()
@@ -78,6 +109,7 @@ def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> 
     ]
     llm = model.config.llm.model_copy(update={"quantize": None})
     untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
+    make_room(untuned, len(model.llm.model.get_input_embeddings().weight))
     seq2seq = model.llm.layout == "seq2seq"
     own, plain = ([_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned))
     theirs = PeftModel.from_pretrained(untuned, str(folder)).eval()

@@ -75,18 +75,19 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base:
 def check_target(source: Path, config: VisionLanguageConfig) -> Any:
     """transformers' config of the LLM. Raises `ModelError` with every reason why a model can't be GGUF, before weights are read."""
     check_prompt(source)
-    reasons = mmproj_reasons(config)
-    text: Any = None
-    if config.llm.kind != "causal":
-        reasons.append("its language model is an encoder-decoder")
-    else:
-        text = text_config(source, config)
-        reasons += decoder_reasons(text)
+    text = text_config(source, config) if config.llm.kind == "causal" else None
+    reasons = gguf_reasons(config, text)
     if text is not None and not reasons:
         reasons = tokenizer_reasons(load_tokenizer(config.llm, source), text.vocab_size, ChatTemplate.model_validate(config.template))
     if reasons:
         raise ModelError(f"this model can't be exported as GGUF: {'; '.join(reasons)}. {HELD}")
     return text
+
+
+def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """Why a model can't be GGUF, its tokenizer apart, given its LLM's transformers config (None for an encoder-decoder)."""
+    language = ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
+    return [*mmproj_reasons(config), *language]
 
 
 def notes_of(model: VisionLanguageModel) -> list[str]:

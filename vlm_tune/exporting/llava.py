@@ -128,7 +128,7 @@ def _their_logits(theirs: Any, processor: Any, model: VisionLanguageModel, row: 
 def _their_answer(theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation) -> str:
     inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
+    return model.processor.decode([token for token in ids.tolist() if token not in model.processor.stop_ids])
 
 
 def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) -> None:

@@ -16,7 +16,7 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.merging import TOLERANCE, merged_model, observe, plain_probe, probe_rows
 from vlm_tune.model.bases import BaseChoice
-from vlm_tune.model.build import DTYPES, llm_config
+from vlm_tune.model.build import DTYPES, llm_config, load_tokenizer
 from vlm_tune.model.connectors import build_connector
 from vlm_tune.model.store import ADAPTERS, PROMPT, commit_folder, load_model
 from vlm_tune.model.towers import build_tower
@@ -114,7 +114,10 @@ def _size(count: int) -> str:
 def text_config(source: Path, config: VisionLanguageConfig) -> Any:
     """transformers' config of a saved model's LLM. Raises `ModelError` if it can't be read."""
     own = source / "llm"
-    return llm_config(config.llm, own if own.is_dir() else None)
+    found = llm_config(config.llm, own if own.is_dir() else None)
+    if config.llm.words:
+        found.vocab_size = max(found.vocab_size, len(load_tokenizer(config.llm, source)))
+    return found
 
 
 def count_parameters(text: Any, config: VisionLanguageConfig) -> int:

@@ -112,11 +112,24 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
     """
     if part == "llm" and model.config.llm.quantize:
         raise ModelError("an adapter can't be merged into quantised weights; load the 16-bit base and merge into that")
+    if part == "llm":
+        _untie(model.llm.model)
     try:
         model.adapters.pop(part).merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"merging the {part}'s adapter: {error}") from None
     model.changed.add(part)
+
+
+def _untie(language: Any) -> None:
+    """Gives the head a weight of its own where it shares the embedding's and one of the two is about to change."""
+    head, embedding = language.get_output_embeddings(), language.get_input_embeddings()
+    if not (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
+        return
+    own, shared = getattr(head, "base_layer", head), getattr(embedding, "base_layer", embedding)
+    if own.weight is shared.weight:
+        own.weight = nn.Parameter(shared.weight.detach().clone(), requires_grad=False)
+        language.config.tie_word_embeddings = False
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------

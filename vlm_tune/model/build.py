@@ -62,7 +62,7 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     own_tower = own / TOWER if own and (own / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
-        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
+        tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
         with torch.device("meta") if bare else nullcontext():
             language = _scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
     else:
@@ -114,7 +114,7 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
     section, template = model_section(recipe), load_template(recipe.data.template)
     if section.llm.scratch:
-        tokenizer = train_tokenizer(conversations, section.llm.scratch.vocab_size, template)
+        tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
     else:
         tokenizer = load_tokenizer(section.llm)
     with torch.device("meta"):
@@ -147,7 +147,31 @@ def _processor(
             tower.image_size, section.tower.resize, tower.mean, tuple((columns, rows) for columns, rows in section.tower.tiles)
         ),
         system=system,
+        words=tuple(section.llm.words),
     )
+
+
+def add_words(tokenizer: Any, llm: Llm) -> Any:
+    """The tokenizer with the tokens that a recipe adds to it; those that it has keep their ids."""
+    from tokenizers import AddedToken
+
+    for words, special in ((llm.added_tokens, False), (llm.added_special_tokens, True)):
+        present = tokenizer.added_tokens_encoder
+        new: Any = [AddedToken(word, special=special, normalized=False) for word in words if word not in present]
+        tokenizer.add_tokens(new, special_tokens=special)
+    return tokenizer
+
+
+def make_room(language: Any, rows: int) -> None:
+    """Gives an LLM's embedding and head as many rows as a vocabulary has; new ones are the mean of the others."""
+    before = language.get_input_embeddings().num_embeddings
+    if rows <= before:
+        return
+    language.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in {language.get_input_embeddings(), language.get_output_embeddings()}:
+        layer.weight.data[before:] = layer.weight.data[:before].float().mean(0).to(layer.weight.dtype)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data[before:] = layer.bias.data[:before].float().mean().to(layer.bias.dtype)
 
 
 def assemble(
@@ -157,11 +181,16 @@ def assemble(
 
     Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for.
     """
-    llm, connector, tokens = _connected(config.model, tower.measure(), language)
-    if len(tokenizer) > language.get_input_embeddings().num_embeddings:
+    rows = language.get_input_embeddings().num_embeddings
+    without = [name for name, token in tokenizer.get_vocab().items() if token >= rows and name not in config.llm.words]
+    if without:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {language.get_input_embeddings().num_embeddings}"
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: none for {', '.join(sorted(without)[:4])}. "
+            "Use the tokenizer that the model was made with, or name these in model.llm.added_tokens: then they get rows, which are trained"
         )
+    if config.llm.words:
+        make_room(language, len(tokenizer))
+    llm, connector, tokens = _connected(config.model, tower.measure(), language)
     if words is not None:
         _connect_words(config, connector, tokenizer, words)
     template = ChatTemplate.model_validate(config.template)
@@ -228,6 +257,9 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
             language = _scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
         else:
             language = bare_llm(section.llm, load_dtype(recipe), attention=attention)
+            if section.llm.words:
+                rows = language.get_input_embeddings().num_embeddings
+                make_room(language, len(tokenizer) if tokenizer else rows + len(section.llm.words))
         measured = tower.measure()
         llm, connector, tokens = _connected(section, measured, language)
     spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
@@ -278,8 +310,11 @@ def trained_later(recipe: Recipe, stage: int) -> set[str]:
 
 
 def load_dtype(recipe: Recipe) -> torch.dtype:
-    """Half precision to load frozen weights in; fp32 where any stage trains the LLM's own weights, so no digit is lost."""
-    full = any(
+    """Half precision to load frozen weights in; fp32 where any stage trains the LLM's own weights, so no digit is lost.
+
+    What trains beside quantised weights is kept apart, in fp32.
+    """
+    full = recipe.model.llm.quantize is None and any(
         rule.trains_base and (rule.match.startswith("llm") or rule.match.startswith("*"))
         for _, stage in recipe.resolved_stages()
         for rule in stage.tune
@@ -307,17 +342,43 @@ def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, temp
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS)
 
 
+def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
+    """The config of the model that a recipe trains, and transformers' config of its LLM; only configs are read.
+
+    Raises `ModelError` for unknown names.
+    """
+    section = model_section(recipe)
+    with torch.device("meta"):
+        tower = bare_tower(section.tower, own_rebuild(recipe))
+    if section.llm.scratch is None:
+        text = llm_config(section.llm)
+    else:
+        ids: Any = SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
+        text = _scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
+    return _config(recipe, section, tower), text
+
+
 def _scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None) -> Any:
     """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = _scratch_config(llm, scratch, tokenizer, vocabulary)
+    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+    try:
+        return factory.from_config(config, **_attention(attention))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model.llm.scratch: {error}") from None
+
+
+def _scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
+    """transformers' config of an LLM of random weights."""
+    from transformers import AutoConfig
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     if llm.kind == "seq2seq":
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
-        config = AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
-        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-        return factory.from_config(config, **_attention(attention))
+        return AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model.llm.scratch: {error}") from None
 
@@ -343,7 +404,7 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
         name = str(folder or llm.name)
         raise ModelError(f"no tokenizer in {name!r}: {load_reason(name, error)}") from None
     tokenizer.chat_template = None
-    return tokenizer
+    return add_words(tokenizer, llm)
 
 
 def pin_tokenizer(folder: Path) -> None:

@@ -13,7 +13,7 @@ SECONDS = 3.0
 """How long the hub may take to answer at all."""
 OURS = "vlm_tune"
 """The model type in the config.json of a model folder of ours."""
-ADAPTER_FOLDERS = ("adapter", "tower_adapter", "prompt")
+ADAPTERS = ("adapter", "tower_adapter", "prompt", "llm.safetensors")
 """What a model folder holds that is not merged into its weights."""
 
 
@@ -23,14 +23,22 @@ def hub_answers() -> bool:
 
     Without this each of their requests is tried again for minutes.
     """
-    from httpx import HTTPError
-    from huggingface_hub import constants, get_session
+    import ssl
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except (HTTPError, OSError):
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=SECONDS).close()
+    except HTTPError:
+        return True  # whatever it says, it answers
+    except OSError as error:
+        # What is wrong with a certificate is for the hub's own library to find, which has its own list of them.
+        if isinstance(error, URLError) and isinstance(error.reason, ssl.SSLError):
+            return True
         constants.HF_HUB_OFFLINE = True
         return False
     return True
@@ -74,8 +82,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def unmerged(folder: Path) -> list[str]:
-    """The adapters and virtual tokens of a model folder of ours, by the names of their folders."""
-    return [name for name in ADAPTER_FOLDERS if (folder / name).is_dir()]
+    """The adapters, virtual tokens and single weights of a model folder of ours, by the names of their files and folders."""
+    return [name for name in ADAPTERS if (folder / name).exists()]
 
 
 def check_base(name: str, key: str) -> None:

@@ -93,7 +93,8 @@ class LanguageModel(nn.Module):
     @property
     def width(self) -> int:
         """E, the width of the input embeddings."""
-        return self.model.get_input_embeddings().embedding_dim
+        embeddings = self.model.get_input_embeddings()
+        return getattr(embeddings, "base_layer", embeddings).embedding_dim
 
     @property
     def head(self) -> nn.Module:

@@ -111,9 +111,9 @@ def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
     except ValidationError as error:
         raise ModelError(f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})") from None
     section = moved(folder, section, AS_SAVED)
-    llm = section.llm.model_copy(update={"quantize": asked.llm.quantize})
+    llm = section.llm.model_copy(update=asked.llm.model_dump())
     if (folder / "llm").is_dir():
-        llm = Llm(kind=llm.kind, name=str(folder / "llm"), quantize=asked.llm.quantize)
+        llm = Llm(kind=llm.kind, name=str(folder / "llm"), **asked.llm.model_dump())
     tower = section.tower.model_copy(update=asked.tower.model_dump(exclude_unset=True))
     return section.model_copy(update={"llm": llm, "tower": tower})
 
@@ -162,7 +162,7 @@ def _section(asked: PretrainedModel) -> ModelSection:
     return ModelSection(
         tower=tower.model_copy(update=asked.tower.model_dump(exclude_unset=True)),
         connector=connector,
-        llm=Llm(kind=kind, name=vlm.name, quantize=asked.llm.quantize),
+        llm=Llm(kind=kind, name=vlm.name, **asked.llm.model_dump()),
     )
 
 

@@ -5,6 +5,7 @@ connector.safetensors
 bases.json             fingerprints of the weights that are not here, and where they were
 tower.safetensors      where the tower's weights are not those of its name
 llm/                   the language model in transformers' layout, where its weights are not those of its name
+llm.safetensors        the LLM's own weights that were trained where the others are its base's (beside 4-bit layers, new tokens)
 adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
@@ -19,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ TEMPORARY, REPLACED = ".tmp-", ".old-"
 """What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
+BESIDE = "llm.safetensors"
 
 
 # --- folders that are whole ------------------------------------------------------------------------------------------
@@ -188,6 +190,7 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
     adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
     prompt = model.llm.prompt
     virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
+    beside = copied(_base_state(language, model.beside)) if model.beside and llm is None else None
     bases = {part: base for part, base in model.bases.items() if part not in model.changed}
 
     def write(folder: Path) -> None:
@@ -202,6 +205,8 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
             # With it the folder is a whole model to transformers, and to a next recipe.
             model.processor.tokenizer.save_pretrained(folder / "llm")
             pin_tokenizer(folder / "llm")
+        if beside is not None:
+            write_safetensors(beside, folder / BESIDE)
         for part, (config, tensors) in adapters.items():
             write_adapter(config, tensors, folder / ADAPTERS[part])
         if prompt is not None and virtual is not None:
@@ -217,9 +222,12 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
     return write
 
 
-def _base_state(module: nn.Module) -> dict[str, torch.Tensor]:
+def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    def wanted(name: str) -> bool:
+        return not is_adapter(name) and (names is None or clean(name) in names)
+
     # Contiguous, as merged projections' weights are not: they are views into one matrix.
-    return {clean(name): value.contiguous() for name, value in whole_state(module, lambda name: not is_adapter(name)).items()}
+    return {clean(name): value.contiguous() for name, value in whole_state(module, wanted).items()}
 
 
 def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
@@ -273,12 +281,15 @@ def load_model(
 ) -> VisionLanguageModel:
     """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
 
-    With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without its adapters.
+    With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without what was trained of it.
     Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
     """
     model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype or DTYPES[model.config.precision])
+    for name in model.beside:
+        parameter = model.llm.model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype or DTYPES[model.config.precision])
     model.requires_grad_(False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -319,12 +330,26 @@ def restore_model(
     model.changed = changed
     model.bases = notes.parts
     load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
+    if adapters and (folder / BESIDE).is_file() and not bare:
+        _read_beside(model, folder / BESIDE)
     for part, name in ADAPTERS.items():
         if adapters and (folder / name).is_dir():
             read_adapter(model, part, folder / name)
     if adapters and (folder / PROMPT).is_dir():
         model.llm.prompt = read_prompt(folder / PROMPT)
     return model
+
+
+def _read_beside(model: VisionLanguageModel, path: Path) -> None:
+    """Puts the LLM's own trained weights in the place of its base's, exactly as saved."""
+    tensors = read_safetensors(path)
+    own = dict(model.llm.model.named_parameters(remove_duplicate=False))
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            found = list(own[name].shape) if name in own else "nothing of that name"
+            raise ModelError(f"{path} does not fit the model: {name} is {list(value.shape)}, and the LLM has {found}")
+        own[name].data = value
+    model.beside = set(tensors)
 
 
 def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:

@@ -87,13 +87,23 @@ def apply_rules(
 def _owners(model: VisionLanguageModel, rules: Sequence[TuneRule]) -> tuple[dict[str, int], list[str]]:
     owner: dict[str, int] = {}
     uncovered: list[str] = []
-    for name, _ in base_parameters(model):
-        place = next((place for place, rule in enumerate(rules) if fnmatch.fnmatchcase(name, rule.match)), None)
+    for names in _all_names(model):
+        place = next((place for place, rule in enumerate(rules) if any(fnmatch.fnmatchcase(name, rule.match) for name in names)), None)
         if place is None:
-            uncovered.append(name)
+            uncovered.append(names[0])
         else:
-            owner[name] = place
+            owner |= dict.fromkeys(names, place)
     return owner, uncovered
+
+
+def _all_names(model: VisionLanguageModel) -> list[list[str]]:
+    """The names of every parameter that is not an adapter's; a head that shares the embedding's weight is a second name of it."""
+    names: dict[int, list[str]] = {}
+    for part, module in parts(model).items():
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not is_adapter(name):
+                names.setdefault(id(parameter), []).append(f"{part}.{clean(name)}")
+    return list(names.values())
 
 
 def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> None:
@@ -119,12 +129,19 @@ def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict
 def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner: dict[str, int], model: VisionLanguageModel) -> Any:
     from peft import LoraConfig
 
-    head = {id(model.llm.head)}
+    named = rule.target_modules if isinstance(rule.target_modules, list) else []
+    # The head and the embedding get LoRA where they are named, and else not.
+    apart = {id(model.llm.head), id(model.llm.model.get_input_embeddings())}
+    apart |= {id(getattr(layer, "base_layer", None)) for layer in (model.llm.head, model.llm.model.get_input_embeddings())}
     every = {
-        clean(f"{name}.").removesuffix("."): layer
+        short: layer
         for name, layer in module.named_modules()
-        if is_linear(layer) and id(layer) not in head and not is_adapter(name)
+        if not is_adapter(name)
+        and (short := clean(f"{name}.").removesuffix("."))
+        and (any(short == target or short.endswith(f".{target}") for target in named) if id(layer) in apart else is_linear(layer))
     }
+    if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
+        raise ModelError(f"the LoRA rule {rule.match!r} is init: pissa, which takes linear layers' weights, and names the embedding")
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
         chosen = [name for name in matched if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)]
@@ -182,7 +199,8 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
 
 def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> set[str]:
     """Names of the base parameters that train. Raises `ModelError` for a rule that finds nothing of its kind."""
-    trained: set[str] = set()
+    # The rows of new tokens have values only from training, whatever rule they fall under.
+    trained = vocabulary_weights(model) if model.config.llm.words else set[str]()
     for place, rule in enumerate(rules):
         if not rule.trains_base:
             continue
@@ -231,12 +249,39 @@ def _freeze_and_cast(
         for name, parameter in module.named_parameters():
             base = f"{part}.{clean(name)}" in trained
             changes |= base
+            if base and not parameter.dtype.is_floating_point:
+                raise ModelError(
+                    f"{part}.{clean(name)} is packed in {model.config.llm.quantize}, and quantised weights can't be trained; use how: lora "
+                    "for what its rule matches, or drop model.llm.quantize"
+                )
             if parameter.dtype.is_floating_point:
                 half = not base and not is_adapter(name) and id(parameter) in halves
                 parameter.data = parameter.data.to(precision if half else torch.float32)
                 parameter.requires_grad_(base or is_trained_adapter(name))
-        if changes and part != "connector":
+        if changes and part == "llm" and _kept_apart(model, trained):
+            model.beside |= {name.removeprefix("llm.") for name in trained if name.startswith("llm.")}
+        elif changes and part != "connector":
             model.changed.add(part)
+
+
+def _kept_apart(model: VisionLanguageModel, trained: set[str]) -> bool:
+    """Whether what trains of the LLM is saved without the rest, which is its base's: beside quantised layers, and new tokens' rows."""
+    if "llm" in model.changed or model.config.llm.name is None:
+        return False
+    names = {name for name in trained if name.startswith("llm.")}
+    return bool(model.config.llm.quantize) or (bool(model.config.llm.words) and names <= vocabulary_weights(model))
+
+
+def vocabulary_weights(model: VisionLanguageModel) -> set[str]:
+    """The names of the embedding's and the head's own parameters, as rules match them."""
+    language = model.llm.model
+    layers = [language.get_input_embeddings(), language.get_output_embeddings()]
+    wanted = {id(parameter) for layer in layers for name, parameter in layer.named_parameters() if not is_adapter(name)}
+    return {
+        f"llm.{clean(name)}"
+        for name, parameter in language.named_parameters(remove_duplicate=False)
+        if id(parameter) in wanted and not is_adapter(name)
+    }
 
 
 def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]:

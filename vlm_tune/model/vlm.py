@@ -62,6 +62,7 @@ class VisionLanguageModel(nn.Module):
 
     `changed` names the parts (tower, llm) whose base weights are no longer those of their name in the recipe;
     `adapters` holds the LoRA tuner of each part that has one; `bases` are the fingerprints of the weights that parts started from.
+    `beside` names the LLM's own weights that were trained where all others are still its base's.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.config, self.processor = config, processor
         self.tower, self.connector, self.llm = tower, connector, llm
         self.changed: set[str] = set()
+        self.beside: set[str] = set()
         self.adapters: dict[str, Any] = {}
         self.bases: dict[str, Base] = {}
 

@@ -1,0 +1,31 @@
+"""A hub that can't be reached is tried once, briefly, and the error says what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+CODE = """
+from vlm_tune.config import Llm
+from vlm_tune.errors import ModelError
+from vlm_tune.model.build import llm_config, load_tokenizer, load_llm
+import torch
+for read in (llm_config, load_tokenizer, lambda llm: load_llm(llm, dtype=torch.float32)):
+    try:
+        read(Llm(kind="causal", name="nobody/nothing-of-this-name"))
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_hub_that_does_not_answer() -> None:
+    # Nothing listens on that port, so that every request fails at once: tried again, they would take minutes.
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}, capture_output=True, text=True, timeout=400
+    )
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == 3, result.stderr
+    assert all("http://127.0.0.1:9 can't be reached; name a local folder, or try again with a network" in line for line in lines), lines
+    assert "Retrying" not in result.stderr, result.stderr
