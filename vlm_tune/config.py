@@ -5,10 +5,40 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+
+from vlm_tune.recipe_yaml import Located, Path
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+"""Of an image or a grid, in pixels or tokens."""
+Width = Annotated[int, Field(ge=1, le=131_072)]
+"""Of a layer, a rank, or a number of heads or learned vectors."""
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Processes = Annotated[int, Field(ge=0, le=4096)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""How much of a running mean is kept at each step: at 1 nothing new would enter it."""
+
+
+class Places:
+    """Where a recipe's values stand in its file; no part of what the recipe says, so any two are equal."""
+
+    def __init__(self, located: Located | None = None) -> None:
+        self._located = located
+
+    def where(self, path: Path) -> str:
+        """`file:line:column` of a value that was read, else its dotted name."""
+        return ".".join(map(str, path)) if self._located is None else self._located.where(path, key=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Config(BaseModel):
@@ -23,10 +53,10 @@ class Config(BaseModel):
 class Tower(Config):
     """What every vision tower can be told."""
 
-    image_size: PositiveInt | None = Field(default=None, description="side in pixels; the tower's own where not given")
+    image_size: Side | None = Field(default=None, description="side in pixels; the tower's own where not given")
     resize: Literal["squash", "crop", "pad"] = Field(default="crop", description="how an image that is not square becomes square")
-    grid: PositiveInt | None = Field(default=None, description="average-pool the patch features to grid x grid tokens")
-    tiles: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] = Field(
+    grid: Side | None = Field(default=None, description="average-pool the patch features to grid x grid tokens")
+    tiles: list[Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]] = Field(
         default=[],
         description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the tiles of the grid that fits best",
     )
@@ -42,7 +72,7 @@ class OpenClipTower(Tower):
     name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder")
     pretrained: str | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
     config: dict[str, Any] | None = Field(default=None, description="an open_clip `vision_cfg`, randomly initialised")
-    layer: int = Field(default=-1, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
+    layer: int = Field(default=-1, ge=-1024, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
     class_token: bool = CLASS_TOKEN
 
 
@@ -52,7 +82,7 @@ class TransformersTower(Tower):
     kind: Literal["transformers"]
     name: str
     weights: str | None = Field(default=None, description="a vision-language model that holds the tower's weights, where `name` does not")
-    layer: int = Field(default=-2, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
+    layer: int = Field(default=-2, ge=-1024, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
     final_norm: bool = Field(default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)")
     class_token: bool = CLASS_TOKEN
 
@@ -63,8 +93,10 @@ class TimmTower(Tower):
     kind: Literal["timm"]
     name: str
     pretrained: str | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
-    stages: list[int] = Field(default=[-1], min_length=1, description="which feature maps, as timm's out_indices")
-    grid: PositiveInt | None = Field(default=7, description="the grid every feature map is pooled to")
+    stages: list[Annotated[int, Field(ge=-64, le=63)]] = Field(
+        default=[-1], min_length=1, description="which feature maps, as timm's out_indices"
+    )
+    grid: Side | None = Field(default=7, description="the grid every feature map is pooled to")
     class_token: bool = CLASS_TOKEN
 
 
@@ -121,7 +153,7 @@ class AvgPoolConnector(Projector):
     """The mean over each cell of a grid x grid pattern, then `depth` linear layers."""
 
     kind: Literal["avg_pool"]
-    grid: PositiveInt = Field(description="an image takes grid x grid tokens")
+    grid: Side = Field(description="an image takes grid x grid tokens")
     depth: Depth = 2
 
 
@@ -129,20 +161,20 @@ class ResamplerConnector(Projector):
     """A Perceiver resampler: learned latents read the features in `depth` layers (Flamingo)."""
 
     kind: Literal["resampler"]
-    latents: PositiveInt = Field(default=64, description="tokens an image takes")
-    depth: PositiveInt = 6
-    heads: PositiveInt = 8
-    head_width: PositiveInt | None = Field(default=None, description="the tower's width / heads where not given")
+    latents: Width = Field(default=64, description="tokens an image takes")
+    depth: Layers = 6
+    heads: Width = 8
+    head_width: Width | None = Field(default=None, description="the tower's width / heads where not given")
 
 
 class QFormerConnector(Projector):
     """A Q-Former: learned queries read the features, and the question where `text` is true (BLIP-2, InstructBLIP)."""
 
     kind: Literal["qformer"]
-    queries: PositiveInt = Field(default=32, description="tokens an image takes")
-    width: PositiveInt = 768
-    depth: PositiveInt = Field(default=12, description="layers")
-    heads: PositiveInt = 12
+    queries: Width = Field(default=32, description="tokens an image takes")
+    width: Width = 768
+    depth: Layers = Field(default=12, description="layers")
+    heads: Width = 12
     every: PositiveInt = Field(default=2, description="every n-th layer, from the first, attends to the features")
     text: bool = Field(default=False, description="the instruction joins the queries in self-attention (InstructBLIP)")
     max_text: PositiveInt = Field(default=512, description="the last tokens of an instruction that are read")
@@ -162,11 +194,9 @@ class FusionConnector(Config):
     kind: Literal["fusion"]
     how: Literal["concat", "attention", "gate", "product", "bilinear"]
     base: Annotated[BaseConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
-    heads: PositiveInt = Field(default=8, description="of how: attention")
-    rank: PositiveInt | None = Field(
-        default=None, description="width of the product or number of bilinear forms; the LLM's width if not given"
-    )
-    factors: PositiveInt = Field(default=4, description="rank of each bilinear form")
+    heads: Width = Field(default=8, description="of how: attention")
+    rank: Width | None = Field(default=None, description="width of the product or number of bilinear forms; the LLM's width if not given")
+    factors: Width = Field(default=4, description="rank of each bilinear form")
 
 
 class CrossAttentionConnector(Config):
@@ -174,8 +204,8 @@ class CrossAttentionConnector(Config):
 
     kind: Literal["cross_attention"]
     every: PositiveInt = Field(default=4, description="a block before every n-th layer, the n-th first")
-    heads: PositiveInt = 8
-    head_width: PositiveInt | None = Field(default=None, description="the LLM's width / heads where not given")
+    heads: Width = 8
+    head_width: Width | None = Field(default=None, description="the LLM's width / heads where not given")
     images: Literal["last", "all"] = Field(
         default="last", description="the images before it that a token sees: the last run of adjacent ones, or all"
     )
@@ -190,7 +220,7 @@ class Scratch(Config):
 
     config: dict[str, Any] = Field(description="keys of the transformers config (d_model, num_layers, ...)")
     model_type: str = Field(description="transformers' model type: t5, llama, gpt2, ...")
-    vocab_size: Annotated[int, Field(ge=300)] = Field(default=512, description="of the byte-level BPE tokenizer")
+    vocab_size: Annotated[int, Field(ge=300, le=10_000_000)] = Field(default=512, description="of the byte-level BPE tokenizer")
 
 
 class Llm(Config):
@@ -440,7 +470,7 @@ class DataSection(Config):
     own_shards: bool = Field(
         default=False, description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes"
     )
-    workers: NonNegativeInt | None = Field(default=None, description="processes that prepare; as many as cores where not given")
+    workers: Processes | None = Field(default=None, description="processes that prepare; as many as cores where not given")
     augment: Augment | None = None
 
 
@@ -455,18 +485,18 @@ class TuneRule(Config):
 
     match: str = Field(description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*")
     how: Literal["frozen", "full", "last_layers", "norms", "biases", "lora", "prompt", "prefix"]
-    learning_rate: PositiveFloat | None = Field(default=None, description="the train section's where not given")
+    learning_rate: LearningRate | None = Field(default=None, description="the train section's where not given")
     layers: PositiveInt | None = Field(
         default=None, description="how many blocks train, from the last; what else matches is frozen (last_layers only)"
     )
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="the rate is multiplied by this once a block, from the top down (full and last_layers only)"
     )
-    r: PositiveInt | None = Field(default=None, description="LoRA rank (lora only)")
+    r: Width | None = Field(default=None, description="LoRA rank (lora only)")
     lora_alpha: PositiveFloat | None = Field(
         default=None, description="LoRA's scale is lora_alpha / r, or / sqrt(r) for rsLoRA (lora only)"
     )
-    lora_dropout: Fraction | None = Field(default=None, description="lora only")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(default=None, description="lora only")
     target_modules: list[str] | Literal["all-linear"] | None = Field(
         default=None, description="module names as in PEFT; all-linear leaves out the output head (lora only)"
     )
@@ -476,12 +506,10 @@ class TuneRule(Config):
     init: Literal["default", "gaussian", "pissa"] | None = Field(
         default=None, description="A random and B zero, or both the weight's principal singular vectors (lora only)"
     )
-    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = Field(
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         default=None, description="LoRA+: B's learning rate is this many times A's (lora only)"
     )
-    tokens: PositiveInt | None = Field(
-        default=None, description="virtual tokens before every row; 20 where not given (prompt and prefix only)"
-    )
+    tokens: Width | None = Field(default=None, description="virtual tokens before every row; 20 where not given (prompt and prefix only)")
 
     @property
     def trains_base(self) -> bool:
@@ -530,9 +558,9 @@ class TrainSection(Config):
     batch_size: PositiveInt = Field(default=8, description="units (rows, or images with group: image) a device and micro-batch")
     batch_tokens: PositiveInt | None = Field(default=None, description="padded tokens a device and micro-batch, instead of batch_size")
     gradient_accumulation: PositiveInt = 1
-    learning_rate: PositiveFloat = 2e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    learning_rate: LearningRate = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    betas: list[Decay] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     schedule: Schedule = Schedule()
     max_grad_norm: PositiveFloat | None = 1.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -542,13 +570,15 @@ class TrainSection(Config):
         description="compile the language model's blocks; auto: from 50 million parameters and 50 steps or 2,000 scored rows on",
     )
     cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
-    loader_workers: NonNegativeInt = Field(default=0, description="processes that decode images and make batches ahead")
+    loader_workers: Processes = Field(default=0, description="processes that decode images and make batches ahead")
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     max_nonfinite: PositiveInt = Field(
         default=3, description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out"
     )
-    timeout: PositiveFloat = Field(default=1800.0, description="seconds that a process waits for the others before it gives up")
+    timeout: Annotated[float, Field(gt=0, le=1e7)] = Field(
+        default=1800.0, description="seconds that a process waits for the others before it gives up"
+    )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
 
 
@@ -560,7 +590,7 @@ class EvaluateSection(Config):
     test_limit: PositiveInt | None = Field(default=None, description="score the first n test rows only")
     batch_size: PositiveInt = Field(default=64, description="rows")
     max_new_tokens: PositiveInt = 32
-    num_beams: PositiveInt = 1
+    num_beams: Layers = 1
     samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
 
 
@@ -627,6 +657,16 @@ class Recipe(Config):
     evaluate: EvaluateSection = EvaluateSection()
     engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()
     stages: list[Stage] = []
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    def where(self, path: Path) -> str:
+        """Where a value stands: `file:line:column` of a recipe that was read, else its dotted name."""
+        return self._places.where(path)
+
+    def read_from(self, located: Located) -> Recipe:
+        """The recipe, which remembers where its values stand."""
+        self._places = Places(located)
+        return self
 
     @property
     def scratch(self) -> Scratch | None:

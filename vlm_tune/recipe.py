@@ -308,7 +308,7 @@ def check_recipe(located: Located) -> Recipe:
     unique = list(dict.fromkeys(problems))
     if unique:
         raise RecipeError(sorted(unique, key=lambda problem: _sort_key(problem.where)))
-    return Recipe.model_validate(located.value)
+    return Recipe.model_validate(located.value).read_from(located)
 
 
 def _sort_key(where: str) -> tuple[str, int, int]:

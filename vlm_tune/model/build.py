@@ -28,6 +28,7 @@ from vlm_tune.model.llm import LLMS, LanguageModel
 from vlm_tune.model.packed import pack_linears
 from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
 from vlm_tune.model.projectors import Connector
+from vlm_tune.model.sense import check_memory
 from vlm_tune.model.starting import load_words, start_connector
 from vlm_tune.model.text import Reader
 from vlm_tune.model.towers import VisionTower, architecture, build_tower
@@ -237,6 +238,8 @@ def _connected(section: ModelSection, measured: tuple[int, int], language: Any) 
     `measured` are the tokens and the width that the tower gives.
     """
     llm = LLMS[section.llm.kind](language)
+    with torch.device("meta"):
+        check_memory(build_connector(section.connector, measured[1], llm.width), "model.connector")
     connector = build_connector(section.connector, measured[1], llm.width)
     connector.attach(llm)
     return llm, connector, connector.tokens(measured[0])

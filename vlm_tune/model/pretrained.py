@@ -29,6 +29,7 @@ from vlm_tune.config import (
 )
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, hub_answers, is_ours, is_path, load_reason, read_json, unmerged
+from vlm_tune.model.sense import check_model
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.recipe import check_parts
 
@@ -138,9 +139,10 @@ def model_section(recipe: Recipe) -> ModelSection:
     """The recipe's tower, connector and LLM, those of `model.pretrained` where it names a model to start from.
 
     Of that model only configs are read. Raises `ModelError` for a model that can't be taken over, with what was expected,
-    and `RecipeError` where the rest of the recipe does not go with its parts.
+    and `RecipeError` where the rest of the recipe does not go with its parts, or random weights can't be made of its numbers.
     """
     if isinstance(recipe.model, ModelSection):
+        check_model(recipe)
         return recipe.model
     section = _section(recipe.model)
     check_parts(recipe, section)

@@ -262,7 +262,13 @@ class TransformersVision(VisionTower):
         setattr(model, family.norm, nn.Identity())
         _drop_unused(model)
         self.rebuild, self.model, self.class_token = source, model, config.class_token
-        self.side = self.image_size // vision["patch_size"]
+        self.side, left = divmod(self.image_size, vision["patch_size"])
+        if left or not self.side:
+            patch, near = vision["patch_size"], max(self.side, 1)
+            raise ModelError(
+                f"model.tower.image_size: {self.image_size} is no multiple of the tower's patches of {patch} pixels; "
+                f"{near * patch} or {(near + 1) * patch} is"
+            )
         resized = family.asks_to_interpolate and self.image_size != vision["image_size"]
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 

@@ -1,0 +1,166 @@
+"""Whether the parts of a recipe that start from random weights can be built, found out from their numbers alone.
+
+The keys and defaults are those of the libraries that build them, so this loads transformers (and open_clip): it runs
+where a recipe's model is first needed, before data and weights, and its errors have the recipe's places.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from vlm_tune.config import ModelSection, OpenClipTower, PairTower, Recipe, Scratch
+from vlm_tune.errors import ModelError, Problem, RecipeError
+
+LARGEST = 2**31 - 1
+LAYERS = 2048
+"""More layers than any model has: each is an object in memory, however small."""
+ROPE = {"rope_theta", "rope_scaling"}
+"""Keys that configs of transformers take in the place of `rope_parameters`."""
+Fault = tuple[tuple[str | int, ...], str]
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises `RecipeError` with the places of all numbers that make no model, and of keys that nothing reads."""
+    if not isinstance(recipe.model, ModelSection):
+        return
+    faults: list[Fault] = []
+    llm, tower = recipe.model.llm, recipe.model.tower
+    if llm.scratch:
+        faults += _scratch_faults(llm.scratch, llm.kind)
+    towers = enumerate(tower.towers) if isinstance(tower, PairTower) else [(None, tower)]
+    for number, part in towers:
+        if isinstance(part, OpenClipTower) and part.config is not None:
+            path: tuple[str | int, ...] = ("model", "tower") if number is None else ("model", "tower", "towers", number)
+            faults += [((*path, *rest), message) for rest, message in _vision_faults(part)]
+    if faults:
+        raise RecipeError([Problem(recipe.where(path), message) for path, message in faults])
+
+
+def check_memory(module: nn.Module, name: str) -> None:
+    """Raises `ModelError` if a module, which may be on the meta device, does not fit into this machine's memory in fp32."""
+    needed, free = 4 * sum(parameter.numel() for parameter in module.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, and {free / 1e9:.1f} GB are free")
+
+
+def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    at = ("model", "llm", "scratch")
+    if scratch.model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(scratch.model_type, CONFIG_MAPPING.keys(), n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return [((*at, "model_type"), f"transformers has no model type {scratch.model_type!r}{hint}")]
+    default: Any = CONFIG_MAPPING[scratch.model_type]()
+    values = default.to_dict()
+    values |= {alias: values.get(name) for alias, name in default.attribute_map.items()} | dict.fromkeys(ROPE)
+    faults = _value_faults(scratch.config, values, f"a {scratch.model_type}'s config")
+    if faults:
+        return [((*at, "config", *path), message) for path, message in faults]
+    try:
+        config = CONFIG_MAPPING[scratch.model_type](**{"vocab_size": scratch.vocab_size, **scratch.config})
+        fault = _heads_fault(config, scratch.config)
+        if fault is None:
+            factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
+            with torch.device("meta"):
+                model = factory.from_config(config)
+            check_memory(model, "it")
+    # What a library raises for numbers of which it can't make a model; it reads nothing else here.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError, ModelError) as error:
+        line = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        fault = f"no {scratch.model_type} can be built from it: {line[-1].strip()}"
+    return [((*at, "config"), fault)] if fault else []
+
+
+def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
+    """Why heads don't share out a width, where a head's own width is not given."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+    own = any(key in given for key in ("head_dim", "d_kv"))
+    if isinstance(heads, int) and isinstance(width, int) and not own and not hasattr(config, "d_kv") and width % heads:
+        return f"a width of {width} is no multiple of {heads} heads"
+    return None
+
+
+def _vision_faults(tower: OpenClipTower) -> list[Fault]:
+    from open_clip.model import CLIPVisionCfg
+
+    known: dict[str, Any] = {
+        field.name: None if field.default is MISSING else field.default
+        for field in fields(CLIPVisionCfg)  # type: ignore[arg-type]
+    }
+    given = dict(tower.config or {})
+    faults: list[Fault] = [(("config", *path), message) for path, message in _value_faults(given, known, "an open_clip vision_cfg")]
+    if faults or given.get("timm_model_name"):
+        return faults
+    width, head, patch = (given.get(key, known[key]) for key in ("width", "head_width", "patch_size"))
+    image = tower.image_size or given.get("image_size", known["image_size"])
+    resnet = isinstance(given.get("layers"), list)
+    side, what = (32, "32, by which a ResNet shrinks it") if resnet else (patch, f"the patch_size {patch}")
+    if isinstance(image, int) and isinstance(side, int) and (image % side or image < side):
+        near = sorted({max(image // side, 1) * side, (image // side + 1) * side})
+        key = ("image_size",) if tower.image_size else ("config",)
+        faults.append((key, f"image_size {image} is no multiple of {what}; {' or '.join(map(str, near))} is"))
+    if not resnet and width % head:
+        faults.append((("config",), f"width {width} is no multiple of the head_width {head}"))
+    return faults
+
+
+def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> list[Fault]:
+    """Keys that are not known, and values of another type or range than their defaults."""
+    faults: list[Fault] = []
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known)[:12])}, ..."
+            faults.append(((key,), f"{what} has no key {key!r}; {hint}"))
+        elif (fault := _value_fault(key, value, known[key])) is not None:
+            faults.append(((key,), f"{key}: {fault}, got {value!r}"))
+    return faults
+
+
+def _value_fault(key: str, value: Any, default: Any) -> str | None:
+    numbers = list(_numbers(value))
+    if any(not math.isfinite(number) for number in numbers):
+        return "expected a finite number"
+    if any(abs(number) > LARGEST for number in numbers):
+        return f"expected at most {LARGEST:,}"
+    if isinstance(default, bool) or default is None or value is None:
+        right = isinstance(value, bool) or not isinstance(default, bool)
+        counts = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
+        return "expected true or false" if not right else "expected at least 1" if counts and value < 1 else None
+    if isinstance(default, int):
+        if not isinstance(value, int | list) or isinstance(value, bool):
+            return "expected a whole number"
+        least = 1 if default > 0 and not key.endswith("_id") else -LARGEST
+        most = LAYERS if "layer" in key else LARGEST
+        inside = all(isinstance(number, int) and least <= number <= most for number in numbers)
+        return None if inside and numbers else f"expected whole numbers from {least} to {most:,}"
+    if isinstance(default, float):
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "expected a number"
+    if isinstance(default, str):
+        return None if isinstance(value, str) else "expected text"
+    return None
+
+
+def _numbers(value: Any) -> Iterable[int | float]:
+    """The numbers in a value, those of lists and mappings too."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _numbers(each)
