@@ -11,7 +11,7 @@ from vlm_tune.recipe_yaml import Located, Path
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LARGEST = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
