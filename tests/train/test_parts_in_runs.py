@@ -17,9 +17,10 @@ from vlm_tune.checking.findings import CheckReport
 from vlm_tune.data.job import PartName
 from vlm_tune.data.prepare import prepared_parts, scratch_texts
 from vlm_tune.data.types import Conversation
-from vlm_tune.errors import DataError
+from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.model.build import build_processor
 from vlm_tune.resources import cache_folder
+from vlm_tune.train.reading import read_stage
 
 QUICK: dict[str, Any] = {"train__steps": 1, "train__log_every": 1}
 
@@ -204,6 +205,54 @@ def test_a_split_that_can_not_be_is_an_error_with_its_numbers(
     expected = r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 groups, the largest of 8 rows"
     with pytest.raises(DataError, match=expected):
         sft(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train__batch_tokens": 8}, "8 of 8 rows are over train.batch_tokens 8, the longest"),
+        ({"data__packing": True, "data__row_length": 8}, "8 of 8 rows are over data.row_length 8,"),
+        (
+            {"data__group": "image", "data__row_length": 8, "train__batch_tokens": 8},
+            "4 of 4 images with their rows are over train.batch_tokens 8",
+        ),
+        ({"data__group": "image", "data__row_length": 8}, "8 of 8 rows are over data.row_length 8,"),
+        ({"data__streaming": True, "data__packing": True, "data__row_length": 8}, "data.max_length 128 tokens, more than"),
+        ({"data__packing": True, "data__row_length": 200, "train__batch_tokens": 100}, "a packed row may have data.row_length 200"),
+        ({"data__packing": True, "data__row_length": 200, "train__batch_tokens": 200}, None),
+        ({"data__row_length": 20}, None),
+    ],
+)
+def test_a_bound_that_rows_are_too_long_for_is_told(changes: dict[str, Any], line: str | None, tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"), **QUICK, **changes, data__validation=[])
+    warnings = [finding.message for finding in vlm_tune.check(recipe).warnings if finding.kind == "bound"]
+    events: list[dict[str, Any]] = []
+    read_stage(
+        recipe,
+        build_processor(recipe, scratch_texts(recipe)),
+        last=True,
+        report=events.append,
+        stop=lambda: False,
+        quarantine=None,
+    )
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    if not recipe.data.streaming:
+        assert notes == warnings
+    assert any(line in note for note in notes) if line else notes == []
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_numbers_of_rows_that_are_none_are_refused(number: int, tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    with pytest.raises(RecipeError, match="--limit"):
+        evaluate("nowhere", recipe, limit=number)
+    with pytest.raises(RecipeError, match="--sample"):
+        vlm_tune.check(recipe, sample=number)
+    with pytest.raises(RecipeError, match="limit"):
+        parsed(tiny_recipe("causal"), data__train=[{"kind": "file", "path": "x.jsonl", "limit": number}])
+    for bandwidth in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(RecipeError, match="--bandwidth"):
+            vlm_tune.plan(recipe, bandwidth=bandwidth)
 
 
 def test_scores_are_told_by_source(tiny_recipe: Callable[..., str], color_rows: Path) -> None:

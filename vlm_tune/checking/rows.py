@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlm_tune.checking.findings import LISTED, CheckReport, Part
+from vlm_tune.data.bounds import unkept_bounds
 from vlm_tune.data.overlap import Leaks, Place, repeats
 from vlm_tune.data.plan import Plan, Sizes
 from vlm_tune.data.shards import BAD, LEFT_OUT
@@ -127,8 +128,10 @@ def check_split(report: CheckReport, part: Part) -> None:
 
 
 def check_batches(report: CheckReport, part: Part) -> None:
-    """Fewer rows than one global batch."""
+    """Rows over the bounds of a batch, and fewer rows than one global batch."""
     train = part.recipe.train
+    for line in unkept_bounds(part.recipe, part.prepared):
+        report.add_whole(part.stage, part.name, "bound", line, error=False)
     if not len(part.prepared) or train.batch_tokens is not None:
         return
     units = sum(Plan(part.prepared, part.recipe.data, Sizes(train.batch_size), part.recipe.seed).counts)

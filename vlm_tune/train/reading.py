@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from vlm_tune.config import Recipe
+from vlm_tune.data.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.feed import Feed, PreparedFeed
 from vlm_tune.data.fingerprints import fingerprint_prepared, fingerprint_streams
 from vlm_tune.data.images import PixelCache
@@ -81,6 +82,8 @@ def read_stage(
             if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
                 _quarantine(prepared, quarantine)
     (train,) = parts.get("train") or [None]
+    for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
+        report({"event": "note", "text": line})
     validation, test = (part_conversations(parts.get(part, ()), part) for part in ("validation", "test"))
     samples = _samples(recipe, processor, train, validation) if last else []
     return StageRows(processor, train, validation, test, parts, samples)
