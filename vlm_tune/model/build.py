@@ -180,7 +180,8 @@ def assemble(
 ) -> VisionLanguageModel:
     """A model from its parts, with a connector of random weights; `words` is the connector's own tokenizer, where it has one.
 
-    Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for.
+    Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for, and for a language model whose
+    logits are not its own when it is called as it is here.
     """
     rows = language.get_input_embeddings().num_embeddings
     without = [name for name, token in tokenizer.get_vocab().items() if token >= rows and name not in config.llm.words]
@@ -194,6 +195,8 @@ def assemble(
     llm, connector, tokens = _connected(config.model, tower.measure(), language)
     if words is not None:
         _connect_words(config, connector, tokenizer, words)
+    if llm.model.device.type != "meta":
+        llm.check()
     template = ChatTemplate.model_validate(config.template)
     processor = _processor(config.model, tokenizer, template, tokens, tower, config.system, config.max_length)
     model = VisionLanguageModel(config, tower, connector, llm, processor)

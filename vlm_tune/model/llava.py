@@ -12,14 +12,14 @@ from torch import nn
 from vlm_tune.config import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
 from vlm_tune.data.template import processor_jinja
 from vlm_tune.errors import ModelError
+from vlm_tune.model.llm import CausalLLM
+from vlm_tune.model.logits import HeadRule
 from vlm_tune.model.projectors import Linear
 from vlm_tune.model.towers import OpenClipVision, TransformersVision, VisionTower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 
 IMAGE_TOKEN = "<image>"
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""What some decoders do to their logits; LLaVA's head does none of it."""
 PROJECTOR = {"layers.0": "linear_1", "layers.2": "linear_2"}
 OPEN_CLIP_BLOCK = {
     "ln_1": "layer_norm1",
@@ -55,18 +55,20 @@ def decoder_reasons(text: Any) -> list[str]:
     from transformers import AutoModel, AutoModelForCausalLM
 
     name = text.model_type
-    reasons = [
-        f"its language model, a {name}, scales its logits ({key} of {value}), which LLaVA does not"
-        for key in SCALED_LOGITS
-        if (value := getattr(text, key, None)) is not None and value != 1
-    ]
     bodies: Any = AutoModel._model_mapping
     wholes: Any = AutoModelForCausalLM._model_mapping
     if type(text) not in bodies or type(text) not in wholes:
-        return [*reasons, f"its language model is of type {name}, of which transformers has no decoder without a head"]
+        return [f"its language model is of type {name}, of which transformers has no decoder without a head"]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(text)
         body = AutoModel.from_config(text)
+        llm = CausalLLM(whole)
+    reasons = []
+    if llm.rule != HeadRule():
+        what = "" if llm.rule is None else f" ({llm.rule})"
+        reasons.append(f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not")
+    if llm.factor != 1:
+        reasons.append(f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not")
     if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
         reasons.append(f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them")
     if getattr(whole.get_output_embeddings(), "bias", None) is not None:

@@ -21,6 +21,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.decoder import join
 from vlm_tune.model.feedforward import gate
 from vlm_tune.model.head import by_kernel, head_loss
+from vlm_tune.model.logits import FAULTS, embedding_factor, first_line, head_rule, own_logits
 from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
@@ -30,6 +31,8 @@ Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 """Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
 what leaves only the branches at places [B, K'] to grow on."""
 
+PROBED = 6
+"""Tokens of a row by which a model is compared with its own forward pass."""
 SPARED = 0.8
 """Share of the branches that are left below which the others are let go."""
 
@@ -76,6 +79,8 @@ class LanguageModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.rule = head_rule(model, self.bodies, self.head)
+        self.factor = 1.0 if self.layout == "seq2seq" else embedding_factor(self.body, model.get_input_embeddings())
         gate(model)
         join(model)
         self.prompt: VirtualTokens | None = None
@@ -102,6 +107,11 @@ class LanguageModel(nn.Module):
         return self.model.get_output_embeddings()
 
     @property
+    def bodies(self) -> list[nn.Module]:
+        """What puts out the hidden states that the head takes: one module, or one inside another that passes them on."""
+        raise NotImplementedError
+
+    @property
     def body(self) -> Any:
         """What makes hidden states of embeddings; transformers misnames it in Llama4ForCausalLM."""
         return self.model.base_model if self.model.base_model is not self.model else self.model.model
@@ -112,15 +122,63 @@ class LanguageModel(nn.Module):
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [B, L, E] of ids [B, L]."""
-        return self.model.get_input_embeddings()(input_ids)
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return embeds if self.factor == 1 else embeds * self.factor
 
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
         head: Any = self.head
-        if self.cap is None and not self.whole_head and by_kernel(hidden, head):
-            return TokenLoss(head_loss(self.scaled(hidden), head.weight, targets), len(targets))
-        return TokenLoss(token_loss(self.logits, hidden, targets, head, whole=self.whole_head), len(targets))
+        scale = None if self.rule is None else self.rule.scale
+        if scale is not None and not self.whole_head and by_kernel(hidden, head):
+            return TokenLoss(head_loss(hidden if scale == 1 else hidden * scale, head.weight, targets), len(targets))
+        return TokenLoss(token_loss(self.logits, hidden, targets, self.head_parts(), whole=self.whole_head), len(targets))
+
+    def head_parts(self) -> nn.ModuleList:
+        """The modules that `logits` calls: the head, and all beside the bodies where the model does more than a rule holds."""
+        if self.rule is not None:
+            return nn.ModuleList([self.head])
+        bodies = [*self.bodies, *([self.model.get_encoder()] if self.layout == "seq2seq" else [])]
+        inside = {id(module) for body in bodies for module in body.modules()}
+        outside = [module for module in self.model.modules() if inside.isdisjoint(map(id, module.modules()))]
+        return nn.ModuleList([self.head, *outside])
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares the logits of a few tokens with those of the model's own forward pass.
+
+        Raises `ModelError` for a model that is called in another way than it is made for: one whose logits differ, and a
+        decoder whose tokens see what comes after them.
+        """
+        name = type(self.model).__name__
+        rows = self.model.get_input_embeddings().num_embeddings
+        ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
+        ids[1, -1] = rows // 5
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        batch = Batch(["a", "b"], ids, mask, torch.zeros_like(mask), ids, torch.zeros(0, dtype=torch.int64))
+        was = self.training
+        self.eval()
+        try:
+            theirs = self.theirs(batch)
+            ours = self.supervised_logits(self.embed(ids), batch).view_as(theirs)
+        except FAULTS as error:
+            raise ModelError(
+                f"a {name} can't be trained here: its forward pass does not take text alone, as embeddings ({first_line(error)})"
+            ) from None
+        finally:
+            self.train(was)
+        allowed = (1e-4 if theirs.dtype == torch.float32 else 3e-2) * max(float(theirs.abs().max()), 1.0)
+        difference = float((ours - theirs.float()).abs().max())
+        if not difference <= allowed:
+            raise ModelError(
+                f"a {name} can't be trained here: called with embeddings its logits are others than with ids, by {difference:.3g}"
+            )
+        if self.layout == "causal" and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed:
+            raise ModelError(f"a {name} is no decoder as it is configured: its tokens see what comes after them (is_decoder: false?)")
+
+    def theirs(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, T, V] of the model's own forward pass of a batch of text."""
+        raise NotImplementedError
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
@@ -131,18 +189,8 @@ class LanguageModel(nn.Module):
         return self.logits(self.supervised(embeds, batch)[0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32[..., V] of hidden states [..., E], as the transformers model makes them."""
-        logits = self.head(self.scaled(hidden)).float()
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., E] as the head takes them."""
-        return hidden
-
-    @property
-    def cap(self) -> float | None:
-        """What a soft cap keeps logits below; None without one."""
-        return getattr(self.model.config, "final_logit_softcapping", None)
+        """fp32[S, V] of hidden states [S, E], as the transformers model makes them."""
+        return own_logits(self.model, self.bodies, hidden).float() if self.rule is None else self.rule.logits(self.head, hidden)
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
@@ -169,6 +217,15 @@ class CausalLLM(LanguageModel):
     """A decoder: Llama, Mistral, Qwen, Gemma, SmolLM, GPT-2, ..."""
 
     layout = "causal"
+
+    @property
+    def bodies(self) -> list[nn.Module]:
+        # Bart's decoder stands in a wrapper, whose decoder is called.
+        inner = self.model.get_decoder()
+        return [self.body, *(module for module in self.body.modules() if module is inner and inner is not self.body)]
+
+    def theirs(self, batch: Batch) -> torch.Tensor:
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
 
     @cached_property
     def unjoined(self) -> str | None:
@@ -229,6 +286,7 @@ class CausalLLM(LanguageModel):
         The rows are read once; then every branch grows by a token a step, and sees what its leaf sees and itself.
         """
         assert batch.ends is not None and batch.positions is not None
+        rising = self.rule is not None and self.rule.rising
         seen = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
@@ -240,8 +298,8 @@ class CausalLLM(LanguageModel):
         stops, ended = torch.tensor(stop_ids, device=embeds.device), torch.zeros_like(leaves, dtype=torch.bool)
         found, place = stops[0].repeat(*leaves.shape, max_new_tokens), torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
         for step in range(max_new_tokens):
-            # As they are: neither a wider type nor a soft cap moves the largest.
-            said = largest(self.head(hidden))
+            # As they are where neither a wider type nor a soft cap moves the largest.
+            said = largest(self.head(hidden) if rising else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
             found[..., step].scatter_(1, place, torch.where(ended, stops[0], said))
             ended = ended | torch.isin(said, stops)
             left = int((~ended).sum(1).max())
@@ -307,12 +365,31 @@ class Seq2SeqLLM(LanguageModel):
 
     layout = "seq2seq"
 
+    @property
+    def bodies(self) -> list[nn.Module]:
+        return [self.model.get_decoder()]
+
     def kept(self, input_ids: torch.Tensor) -> Any:
         return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True)[cache_name()].self_attention_cache
 
     def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A prefix stands before what the decoder writes.
         return super().prompted(embeds, mask) if isinstance(self.prompt, SoftPrompt) else (embeds, mask)
+
+    def theirs(self, batch: Batch) -> torch.Tensor:
+        return self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels, use_cache=False
+        ).logits
+
+    def shifted(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads, int64[B, T], to write labels [B, T]: its start token, then the labels but the last."""
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None:
+            raise ModelError(f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
+        if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
+            return self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs = pad(labels[:, :-1], (1, 0), value=start)
+        return inputs.masked_fill(inputs == IGNORE_INDEX, self.model.config.pad_token_id)
 
     def _prefix(self, rows: int, dtype: torch.dtype) -> Any:
         """transformers' cache of a decoder that begins with the prefix; None where there is none."""
@@ -322,9 +399,7 @@ class Seq2SeqLLM(LanguageModel):
         return None if cache is None else EncoderDecoderCache(cache, DynamicCache())
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        if getattr(self.model.config, "decoder_start_token_id", None) is None:
-            raise ModelError(f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
-        inputs = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        inputs = self.shifted(batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         mask, seen, order = mask.long(), mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
@@ -349,9 +424,6 @@ class Seq2SeqLLM(LanguageModel):
         ).last_hidden_state
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
-
-    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else hidden
 
     def generate(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]

@@ -56,7 +56,7 @@ class _TokenLoss(torch.autograd.Function):
             logs = scores.detach().log_softmax(-1)
             total -= logs.gather(1, said[:, None]).sum()
             gradient = logs.exp_().scatter_add_(1, said[:, None], logs.new_full((len(said), 1), -1.0))
-            found, *rest = torch.autograd.grad(scores, [part, *trained], gradient)
+            found, *rest = torch.autograd.grad(scores, [part, *trained], gradient, materialize_grads=True)
             del scores, logs, gradient
             of_hidden.append(found)
             for kept, added in zip(of_trained, rest, strict=True):
