@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-QUERIES = 128
-"""Queries of a block: more of them see more keys that are not theirs, fewer leave the matrix products small."""
+QUERIES = 192
+"""Queries of a block at most: more of them see more keys that are not theirs, fewer leave the matrix products small."""
 
 KEY_STEP = 64
 """What the keys of a block are padded to a multiple of, and QUERY_STEP its queries: oneDNN compiles a kernel for every shape."""
@@ -60,8 +60,10 @@ class _Block:
 def _blocks(ends: Tensor) -> Iterator[_Block]:
     """The blocks of a row in which some query sees some key, given where its tokens cease to be seen, int[L]."""
     length = len(ends)
-    for start in range(0, length, QUERIES):
-        block = _Block(ends, start, min(start + QUERIES, length))
+    # Blocks of one size: a short last one would be padded, and its products small.
+    size = -(-length // -(-length // QUERIES))
+    for start in range(0, length, size):
+        block = _Block(ends, start, min(start + size, length))
         if block.count:
             yield block
 
@@ -94,7 +96,7 @@ def attend_blocks_backward(
             flow = block.queries(gradient[row].transpose(0, 1), groups)
             weights = block.weights(own, seen, scale)
             of_weights = torch.bmm(flow, values.transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
             of_query[row, block.rows] = block.of_row(torch.bmm(of_scores, seen), heads).transpose(0, 1)
             of_both = torch.bmm(of_scores.transpose(1, 2), own), torch.bmm(weights.transpose(1, 2), flow)
             for total, made in zip(sums, of_both, strict=True):

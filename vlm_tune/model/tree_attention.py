@@ -284,6 +284,8 @@ def _attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     dtype = compute_dtype(query)
     query, key, value = (each.to(dtype) for each in (query, key, value))
+    # Values are often a view of all that q, k and v are computed in, which would be kept with them.
+    value = value.contiguous()
     return attend(query, key, value, attention_mask[:, 0, 0], scale)[0], None
 
 
