@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,31 @@ TINY = {
 }
 
 
+COMPILED = Path(tempfile.gettempdir()) / f"vlm_tune-tests-{os.getuid()}"
+"""Where the parts in C++ are compiled once for all tests, of this session and later ones: their names say what they are made of."""
+
+
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Caches of tests are their own, but the parts in C++ are compiled once for all."""
-    cache, shared = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp() / "compiled"
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of tests are their own, but for the parts in C++."""
+    cache = tmp_path_factory.mktemp("cache")
+    COMPILED.mkdir(mode=0o700, exist_ok=True)
+    (cache / "kernels").symlink_to(COMPILED)
     monkeypatch.setenv("VLM_TUNE_CACHE", str(cache))
-    own = cache / "compiled"
-    for folder in (shared, own):
-        folder.mkdir(exist_ok=True)
-    _link(shared, own)
-    yield
-    _link(own, shared)
 
 
-def _link(start: Path, end: Path) -> None:
-    for part in start.glob("*.so"):
-        if not (end / part.name).exists():
-            (end / part.name).hardlink_to(part)
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> str:
+    """Lets a test run with the kernels, emulated where the CPU has no AMX; it is their mode."""
+    from vlm_tune.model import native
+
+    if native.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("VLM_TUNE_KERNELS", "auto" if native.has_amx() else "emulate")
+    mode = native.kernel_status().mode
+    assert native.library(native.KERNELS) is not None
+    record_property("kernels", mode)
+    return mode
 
 
 def write_color_rows(folder: Path) -> Path:

@@ -327,7 +327,7 @@ def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe, precision: str) -> Non
     assert stage.flops == pytest.approx(expected + 6 * images * connector, rel=0.02)
 
 
-@pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
+@pytest.mark.usefixtures("kernels")
 def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(tiny_recipe: TinyRecipe) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
     (cpu,), (gpu,) = plan(recipe, tokens=60).stages, plan(recipe, tokens=60, gpu_memory="24GB").stages

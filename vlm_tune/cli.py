@@ -21,6 +21,7 @@ from vlm_tune.config import Recipe
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, EXIT_TRAINING, Problem, RecipeError, VlmTuneError
 from vlm_tune.paths import check_writable, writing
 from vlm_tune.quoting import cut, escaped, quoted
+from vlm_tune.resources import kernel_choice
 
 app = typer.Typer(
     add_completion=False,
@@ -614,6 +615,7 @@ def main() -> None:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     sys.excepthook = _report_bug
     try:
+        kernel_choice()  # a value that is none ends every command before it does anything
         sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:
         _usage(error)

@@ -116,6 +116,10 @@ class Display(logging.Handler):
         self._printed = self.clock()
         self.console.print(Text(text, style=style), soft_wrap=True)
 
+    def _environment(self, event: dict[str, Any]) -> None:
+        if "kernels" in event:
+            self._line(f"bf16 on the CPU by {event['kernels_reason']}")
+
     def _stage(self, event: dict[str, Any]) -> None:
         start = f", from step {event['from_step']}" if event["from_step"] else ""
         rows = (

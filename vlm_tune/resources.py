@@ -13,6 +13,12 @@ from vlm_tune.paths import check_writable, is_file, shown_path
 
 CACHE = "the cache folder (VLM_TUNE_CACHE)"
 
+KERNELS_VARIABLE = "VLM_TUNE_KERNELS"
+"""The environment variable that says what computes in bf16 on a CPU."""
+
+KERNEL_CHOICES = ("auto", "reference", "emulate")
+"""Its values: what is best on this CPU, plain torch, or the kernels with the instructions that the CPU lacks emulated."""
+
 KERNELS = 128
 """oneDNN's compiled kernels that a process keeps: some steps' worth, for a step has about thirty kinds of matrix product."""
 
@@ -73,6 +79,14 @@ def full_cache(folder: Path, reason: str) -> RecipeError:
     """The error for a cache that has no room for what is to be written."""
     message = f"{CACHE} is full: {reason}; make room, or set VLM_TUNE_CACHE to a larger place"
     return RecipeError([Problem(shown_path(folder), message)])
+
+
+def kernel_choice() -> str:
+    """$VLM_TUNE_KERNELS, or auto where it is not set. Raises `RecipeError` for a value that is none of `KERNEL_CHOICES`."""
+    choice = os.environ.get(KERNELS_VARIABLE) or "auto"
+    if choice not in KERNEL_CHOICES:
+        raise RecipeError([Problem(KERNELS_VARIABLE, f"{choice!r} is none of {', '.join(KERNEL_CHOICES)}")])
+    return choice
 
 
 def cache_limit() -> int:

@@ -20,7 +20,7 @@ from vlm_tune.model.feedforward import gate
 from vlm_tune.model.fused import LoraLinear, fuse
 from vlm_tune.model.tree_attention import NAME
 
-needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.usefixtures("kernels")
 
 BF16 = 2**-8
 ROWS, LENGTH = 3, 45

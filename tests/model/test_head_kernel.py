@@ -17,7 +17,7 @@ from vlm_tune.model.head import by_kernel, head_loss, losses
 from vlm_tune.model.llm import CausalLLM, LanguageModel, Seq2SeqLLM
 from vlm_tune.model.loss import token_loss
 
-needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.usefixtures("kernels")
 
 BF16 = 2**-8
 

@@ -15,7 +15,7 @@ from vlm_tune.model import native
 from vlm_tune.model.fused import LoraLinear, fuse
 from vlm_tune.model.projection import TOGETHER, by_kernel, project
 
-needs_kernel = pytest.mark.skipif(native.library(native.KERNELS) is None, reason="needs a CPU with AMX and a C++ compiler")
+needs_kernel = pytest.mark.usefixtures("kernels")
 
 
 @dataclass

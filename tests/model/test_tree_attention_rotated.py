@@ -13,9 +13,7 @@ from torch.nn.functional import softmax
 from vlm_tune.model import native
 from vlm_tune.model.native import pointers
 
-needs_kernel = pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported() or native.compiler() is None, reason="wants a CPU with AMX and a C++ compiler"
-)
+needs_kernel = pytest.mark.usefixtures("kernels")
 
 
 def parts(buffer: Tensor, heads: int, groups: int, width: int) -> list[Tensor]:

@@ -45,6 +45,7 @@ from vlm_tune.model.build import (
     restore_tower,
 )
 from vlm_tune.model.hub import read_json
+from vlm_tune.model.native import kernel_status
 from vlm_tune.model.prompts import read_prompt, write_prompt
 from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -304,6 +305,7 @@ def restore_model(
     base: BaseChoice = AS_SAVED,
 ) -> VisionLanguageModel:
     """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
+    kernel_status()
     verify_folder(folder)
     config, notes = read_config(folder, base), read_notes(folder)
     if not quantize:

@@ -10,18 +10,23 @@ import torch
 from accelerate import Accelerator
 
 from vlm_tune.config import AnyEngine
+from vlm_tune.model.native import kernel_status
 
 LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
 
 
 def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
-    """The values by name; two runs whose values differ may round differently."""
-    device = accelerator.device
+    """The values by name; two runs whose values differ may round differently.
+
+    Raises `RecipeError` for a value of $VLM_TUNE_KERNELS that is none or can't be on this machine.
+    """
+    device, kernels = accelerator.device, kernel_status()
     return {
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        **({} if device.type == "cuda" else {"kernels": kernels.mode}),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "engine": engine.model_dump(mode="json"),

@@ -25,6 +25,7 @@ from vlm_tune.evaluation import Scores, score
 from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
+from vlm_tune.model.native import kernel_status
 from vlm_tune.model.store import recover_folders, restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -94,6 +95,7 @@ def sft(
     to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
+    kernels = kernel_status()
     forget_old_kernels()
     return_freed_memory()
     section = resolve_engine(recipe.engine)
@@ -107,7 +109,7 @@ def sft(
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        report({"event": "environment", **environment(accelerator, section)})
+        report({"event": "environment", **environment(accelerator, section), "kernels_reason": str(kernels)})
         for note in notes or []:
             report({"event": "note", "text": note})
         context = Context(recipe, run, accelerator, report, stop, text, watch, section)
