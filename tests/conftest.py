@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +33,100 @@ TINY = {
 
 COMPILED = Path(tempfile.gettempdir()) / f"vlm_tune-tests-{os.getuid()}"
 """Where the parts in C++ are compiled once for all tests, of this session and later ones: their names say what they are made of."""
+
+
+# --- skips and kernels -----------------------------------------------------------------------------------------------
+
+SKIPS = Path(__file__).with_name("skips.txt")
+KERNEL_TESTS = "[kernels]"
+"""What stands in skips.txt for all tests that use the fixture of that name."""
+
+_unused: set[str] = set()
+_kernel_tests: set[str] = set()
+
+
+def allowed_skips() -> dict[str, str]:
+    """The patterns of skips.txt, each with its reason."""
+    lines = [line.strip() for line in SKIPS.read_text().splitlines()]
+    entries = [line.partition(" ") for line in lines if line and not line.startswith("#")]
+    missing = [pattern for pattern, _, reason in entries if not reason.strip()]
+    if missing:
+        raise pytest.UsageError(f"{SKIPS.name}: no reason is given for {', '.join(missing)}")
+    return {pattern: reason.strip() for pattern, _, reason in entries}
+
+
+def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
+    """Whether an entry of skips.txt is about a test."""
+    # In fnmatch's own patterns the brackets of a test's parameters would be a set of characters.
+    return test in kernel_tests if pattern == KERNEL_TESTS else fnmatchcase(test, pattern.replace("[", "[[]"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notes, before any test is left out, which use the kernels and which entries of skips.txt are about none."""
+    _kernel_tests.update(item.nodeid for item in items if "kernels" in getattr(item, "fixturenames", ()))
+    _unused.update(pattern for pattern in allowed_skips() if not any(matches(pattern, item.nodeid, _kernel_tests) for item in items))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session that skipped what skips.txt does not list, or that saw all tests and found an entry about none."""
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput |= {"unused": sorted(_unused), "kernel_tests": sorted(_kernel_tests)}
+        return
+    faults = skip_faults(config)
+    if faults and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a worker of pytest-xdist noted."""
+    noted = getattr(node, "workeroutput", {})
+    _unused.update(noted.get("unused", ()))
+    _kernel_tests.update(noted.get("kernel_tests", ()))
+
+
+def skip_faults(config: pytest.Config) -> list[str]:
+    """What is wrong with the session's skips, a line each."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    patterns = allowed_skips()
+    faults = [
+        f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: {report.longrepr[2] if report.longrepr else ''}"
+        for report in skipped
+        if not any(matches(pattern, report.nodeid, _kernel_tests) for pattern in patterns)
+    ]
+    if _sees_all(config):
+        faults += [f"tests/{SKIPS.name} lists {pattern}, which is no test" for pattern in sorted(_unused)]
+    return faults
+
+
+def _sees_all(config: pytest.Config) -> bool:
+    """Whether all tests were collected: nothing narrower than the folder was asked for."""
+    here = Path(__file__).parent
+    asked = [Path(config.invocation_params.dir, argument).resolve() for argument in config.args]
+    return all(path in (here, here.parent) for path in asked) and not config.getoption("ignore") and not config.getoption("deselect")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Counts the kernel tests that were collected and ran, and by which kernels, and says what is wrong with skips."""
+    ran = Counter(
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "kernels"
+    )
+    if _kernel_tests:
+        modes = ", ".join(f"{count} {mode}" for mode, count in sorted(ran.items())) or "none"
+        terminalreporter.write_line(f"kernel tests: {len(_kernel_tests)} collected, ran: {modes}")
+    for fault in skip_faults(config):
+        terminalreporter.write_line(f"FAULT {fault}", red=True)
+
+
+# --- fixtures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -376,7 +376,6 @@ def test_nothing_but_configs_is_read(tiny_recipe: TinyRecipe, tmp_path: Path) ->
 
 
 def test_nf4_bytes_are_those_of_bitsandbytes(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     base = parsed(tiny_recipe("causal", precision="bf16"))
     folder = save_llm(tmp_path / "llm", "causal", rows_of(base), hidden_size=64, intermediate_size=128, num_attention_heads=2)
     recipe = parsed(with_tune(with_llm(tiny_recipe("causal", precision="bf16"), folder, "causal", ", quantize: nf4")))

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -142,7 +143,6 @@ def test_a_folder_of_frames_is_a_video_in_the_order_of_its_numbers(tmp_path: Pat
 
 def clip(path: Path, frames: int = 25, rate: int = 5, codec: str = "mpeg4", gap: int = 7, start: int = 0) -> Path:
     """A video whose n-th frame is of the grey 10 n, with a key frame every `gap` frames."""
-    av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", gap

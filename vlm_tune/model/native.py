@@ -265,8 +265,8 @@ def _open(path: Path) -> ctypes.CDLL | None:
             logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, reason)
             return None
         # By its descriptor: nobody can put another file in its place after it was looked at.
-        own = f"/proc/self/fd/{descriptor}"
-        return ctypes.CDLL(own if os.path.exists(own) else str(path))
+        own = Path(f"/proc/self/fd/{descriptor}")
+        return ctypes.CDLL(str(own if own.exists() else path))
     finally:
         os.close(descriptor)
 
