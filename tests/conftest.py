@@ -71,8 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a session that skipped what skips.txt does not list, or that saw all tests and found an entry about none."""
     config = session.config
-    if hasattr(config, "workeroutput"):
-        config.workeroutput |= {"unused": sorted(_unused), "kernel_tests": sorted(_kernel_tests)}
+    if (output := getattr(config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
+        output.update(unused=sorted(_unused), kernel_tests=sorted(_kernel_tests))
         return
     faults = skip_faults(config)
     if faults and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
