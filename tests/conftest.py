@@ -64,8 +64,13 @@ def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notes, before any test is left out, which use the kernels and which entries of skips.txt are about none."""
-    _kernel_tests.update(item.nodeid for item in items if "kernels" in getattr(item, "fixturenames", ()))
+    _kernel_tests.update(item.nodeid for item in items if _uses_kernels(item))
     _unused.update(pattern for pattern in allowed_skips() if not any(matches(pattern, item.nodeid, _kernel_tests) for item in items))
+
+
+def _uses_kernels(item: pytest.Item) -> bool:
+    path = getattr(item, "callspec", None)
+    return "kernels" in getattr(item, "fixturenames", ()) or (path is not None and path.params.get("either_path") == "kernels")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -150,6 +155,15 @@ def kernels(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, obj
     assert native.library(native.KERNELS) is not None
     record_property("kernels", mode)
     return mode
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test run twice: with the kernels, and with plain torch."""
+    if request.param == "kernels":
+        request.getfixturevalue("kernels")
+    else:
+        monkeypatch.setenv("VLM_TUNE_KERNELS", "reference")
 
 
 def write_color_rows(folder: Path) -> Path:

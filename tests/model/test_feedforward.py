@@ -17,6 +17,8 @@ from vlm_tune.model import feedforward, native
 from vlm_tune.model.feedforward import ACTIVATIONS, GatedModule, gate, gated, gated_backward
 from vlm_tune.model.fused import LoraLinear, fuse
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 BF16 = 2**-8
 
 

@@ -15,10 +15,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from vlm_tune.api import sft
 from vlm_tune.data.prepare import prepare
 from vlm_tune.errors import ModelError
-from vlm_tune.model import native, tree_attention
+from vlm_tune.model import tree_attention
 from vlm_tune.model.llm import CausalLLM
 from vlm_tune.model.masks import additive, tree_mask
 from vlm_tune.model.tree_attention import Branches, attend, attending, attends, usable
+
+pytestmark = pytest.mark.usefixtures("either_path")
 
 WIDE = "hidden_size: 64, head_dim: 32"
 
@@ -170,7 +172,7 @@ def test_training_attends_by_it(tiny_recipe: Callable[..., str], tmp_path: Path,
     assert len(taken) == 2 * 4
 
 
-def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str]) -> None:
     llm = built(parsed(tiny_recipe("causal").replace("hidden_size: 32", WIDE))).llm
     assert usable(llm)
     for name, value in (("sliding_window", 16), ("attention_dropout", 0.1), ("layer_types", ["sliding_attention"])):
@@ -179,13 +181,6 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
         assert not usable(llm), name
         setattr(llm.model.config, name, before)
     assert not usable(built(parsed(tiny_recipe("seq2seq"))).llm)
-
-
-def test_without_a_compiler_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    native.library.cache_clear()
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert native.library(native.KERNELS) is None
-    native.library.cache_clear()
 
 
 @pytest.mark.parametrize(
