@@ -130,6 +130,7 @@ def test_bad_rows_to_score_are_counted_shown_and_quarantined(name: str, tiny_rec
         (name, 1, "not_json"),
         (name, 2, "image_unreadable"),
     ]
+    assert rows[0]["content"] == ""
     notes = [event["text"] for event in events(run.folder, "note") if event["text"].startswith(f"left out of {name}: ")]
     assert len(notes) == 3
     scored = run.result["n"] if name == "test" else events(run.folder, "evaluate")[0]["n"]

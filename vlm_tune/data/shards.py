@@ -145,7 +145,9 @@ class ShardMaker:
     def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
         if isinstance(found, DataError):
             row = found.row if isinstance(found.row, int) else number
-            content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if found.content is not None else ""
+            # What could not be read at all has no content but the error.
+            read = found.content is not None and not isinstance(found.content, Exception)
+            content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if read else ""
             record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
             record.digest = _hash(content or found.message)
             return record, []
