@@ -144,3 +144,43 @@ def test_what_a_merge_says_and_its_card(
     assert f"within {report.difference_to_adapter:.2g} of" in said[1] and "(0.02 is allowed)" in said[1]
     printed = run_card(tmp_path / "merged", monkeypatch, capsys)
     assert printed.endswith("\n") and len(printed.splitlines()) >= 1
+
+
+def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal"), LORA_TUNE))
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    model.llm.head.weight.data *= 3000  # type: ignore[operator, union-attr]
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    fine = merge(saved, tmp_path / "fine")
+    assert fine.dtype == "fp32" and fine.why_dtype is not None
+    assert "bf16 moves the logits by" in fine.why_dtype and "--tolerance allows more" in fine.why_dtype
+    assert f"merged in fp32 because {fine.why_dtype}" in merge_proof(fine)
+    assert f"merged in fp32 because {fine.why_dtype}" in (tmp_path / "fine" / "README.md").read_text()
+    coarse = merge(saved, tmp_path / "coarse", tolerance=1e3)
+    assert coarse.dtype == "bf16" and coarse.why_dtype is None and coarse.allowed == 1e3
+    assert coarse.difference_to_adapter > 2e-2
+    with pytest.raises(ModelError, match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with --tolerance"):
+        merge(saved, tmp_path / "refused", dtype="bf16")
+
+
+def test_a_quantised_run_is_compared_as_it_was_trained(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    text = tiny_recipe("causal")
+    named = with_llm(text, save_llm(tmp_path / "base", "causal", rows_of(parsed(text))), "causal", ", quantize: nf4")
+    saved, _ = trained(named, tmp_path / "run" / "model")
+    (tmp_path / "run" / "recipe.yaml").write_text(named)
+    report = merge(saved, tmp_path / "merged", dtype="fp32")
+    assert report.quantized == "nf4" and report.difference_to_run is not None and report.scored == 8
+    rows = probe_rows(saved, load_model(saved))
+    as_trained, _ = observe(load_model(saved, dtype=torch.float32), rows)
+    merged, _ = observe(load_model(tmp_path / "merged", dtype=torch.float32), rows)
+    assert report.difference_to_run == pytest.approx(largest(as_trained, merged), rel=1e-3)
+    assert report.difference_to_run > 10 * report.difference_to_adapter
+    said = merge_proof(report)
+    assert "from those of the run as it was trained, over its nf4 base" in said
+    assert f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged" in said
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"] == report.run_accuracy
+    (tmp_path / "messages.jsonl").unlink()
+    assert "its validation part can't be read" in str(merge(saved, tmp_path / "again", dtype="fp32").unscored)

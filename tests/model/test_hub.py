@@ -5,6 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from vlm_tune.exporting import FORMATS, possible_exports
+from vlm_tune.model.build import bare_model
+from vlm_tune.recipe import load_recipe
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 CODE = """
 from vlm_tune.config import Llm
@@ -29,3 +38,16 @@ def test_a_hub_that_does_not_answer() -> None:
     assert result.returncode == 0 and len(lines) == 3, result.stderr
     assert all("http://127.0.0.1:9 can't be reached; name a local folder, or try again with a network" in line for line in lines), lines
     assert "Retrying" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-style", "llava-1.5-7b-qlora", "instructblip-flan-t5-xl-lora", "flan-t5-clip-vqa"])
+def test_shipped_recipes_bring_their_models_configs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without hub and cache the models of shipped recipes are known by shape."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    model, _ = bare_model(recipe)
+    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    assert 3 < billions < 8
+    assert set(possible_exports(recipe)) == set(FORMATS)

@@ -23,7 +23,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.bases import Base, llm_base, tower_base
 from vlm_tune.model.blocks import block_names
 from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.hub import check_base, load_reason
+from vlm_tune.model.hub import check_base, config_source, load_reason
 from vlm_tune.model.llm import LLMS, LanguageModel
 from vlm_tune.model.packed import pack_linears
 from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
@@ -126,7 +126,7 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Pr
     return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
 
 
-def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None) -> VisionTower:
+def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
     """The recipe's tower with random weights in place of pretrained ones; of those only configs are read.
 
     `rebuild` is the architecture where it is known.
@@ -303,7 +303,7 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
         return language_config(vlm)
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
-        return AutoConfig.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
+        return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         name = str(folder or llm.name)
         raise ModelError(f"can't read the config of the language model {name!r}: {load_reason(name, error)}") from None

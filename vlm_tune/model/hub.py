@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.errors import ModelError
+from vlm_tune.resources import resource_folder
 
 SECONDS = 3.0
 """How long the hub may take to answer at all."""
@@ -42,6 +43,17 @@ def hub_answers() -> bool:
         constants.HF_HUB_OFFLINE = True
         return False
     return True
+
+
+def config_source(name: str) -> str:
+    """Where a model's config is read: under its name, or where neither folder, hub nor cache has it, from those shipped."""
+    if Path(name).exists() or is_path(name) or hub_answers():
+        return name
+    from huggingface_hub import try_to_load_from_cache
+
+    shipped = resource_folder("data_templates") / "models" / name
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return str(shipped) if not cached and (shipped / "config.json").is_file() else name
 
 
 def is_path(name: str) -> bool:

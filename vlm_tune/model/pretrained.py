@@ -28,7 +28,7 @@ from vlm_tune.config import (
     TransformersTower,
 )
 from vlm_tune.errors import ModelError
-from vlm_tune.model.hub import check_base, hub_answers, is_ours, is_path, load_reason, read_json, unmerged
+from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
 from vlm_tune.model.sense import check_model
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.recipe import check_parts
@@ -123,10 +123,8 @@ def find_vlm(name: str) -> Vlm | None:
     """The vision-language model of a hub name or folder; None where there is none, or none of a known kind."""
     from transformers.configuration_utils import PretrainedConfig
 
-    if not Path(name).exists() and not is_path(name):
-        hub_answers()
     try:
-        config, _ = PretrainedConfig.get_config_dict(name)
+        config, _ = PretrainedConfig.get_config_dict(config_source(name))
     except (OSError, ValueError):
         return None
     found = config.get("model_type")
@@ -277,7 +275,7 @@ def _transformers_config(vlm: Vlm) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(vlm.name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(config_source(vlm.name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.pretrained: can't read the config of {vlm.name!r}: {load_reason(vlm.name, error)}") from None
 
@@ -287,7 +285,7 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
     from transformers import AutoImageProcessor
 
     try:
-        found: Any = AutoImageProcessor.from_pretrained(vlm.name, backend="pil", trust_remote_code=False)
+        found: Any = AutoImageProcessor.from_pretrained(config_source(vlm.name), backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.pretrained: {vlm.name!r} needs its preprocessor_config.json: {error}") from None
     if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):

@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, Tower, TransformersTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.hub import check_base, hub_answers, is_path, load_reason
+from vlm_tune.model.hub import check_base, config_source, hub_answers, is_path, load_reason
 from vlm_tune.model.pretrained import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, check_safetensors, load_into, read_safetensors
 
@@ -298,7 +298,7 @@ def transformers_config(name: str) -> dict[str, Any]:
 
     check_base(name, "model.tower.name")
     try:
-        whole: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        whole: Any = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
     vision = getattr(whole, "vision_config", whole)
@@ -306,7 +306,7 @@ def transformers_config(name: str) -> dict[str, Any]:
     if family is None:
         raise ModelError(f"the tower {name!r} is of type {vision.model_type}; known are {', '.join(FAMILIES)}")
     try:
-        pixels, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(config_source(name))
     except OSError:
         pixels = {}
     scale = {"mean": pixels.get("image_mean") or family.mean, "std": pixels.get("image_std") or family.std}
