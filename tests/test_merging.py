@@ -170,7 +170,7 @@ def test_a_quantised_run_is_compared_as_it_was_trained(tiny_recipe: Callable[...
     text = tiny_recipe("causal")
     named = with_llm(text, save_llm(tmp_path / "base", "causal", rows_of(parsed(text))), "causal", ", quantize: nf4")
     saved, _ = trained(named, tmp_path / "run" / "model")
-    (tmp_path / "run" / "recipe.yaml").write_text(named)
+    (tmp_path / "run" / "recipe.yaml").write_text(with_tune(named))
     report = merge(saved, tmp_path / "merged", dtype="fp32")
     assert report.quantized == "nf4" and report.difference_to_run is not None and report.scored == 8
     rows = probe_rows(saved, load_model(saved))
