@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm_tune.quoting import escaped
+
 if TYPE_CHECKING:
     from vlm_tune.checking.findings import CheckReport, Finding, Histogram, PartReport
     from vlm_tune.exporting import ExportReport
@@ -114,7 +116,8 @@ class Display(logging.Handler):
 
     def _line(self, text: str, style: str = "") -> None:
         self._printed = self.clock()
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        lines = "\n".join(map(escaped, text.split("\n")))  # notes quote rows and names of files
+        self.console.print(Text(lines, style=style), soft_wrap=True)
 
     def _environment(self, event: dict[str, Any]) -> None:
         if "kernels" in event:
@@ -214,7 +217,7 @@ def score_table(accuracy: float, n: int, by_category: Groups, by_source: Groups)
     table.add_column("n", justify="right")
     for kind, groups in (("category", by_category), ("source", by_source if len(by_source) > 1 else {})):
         for name, entry in groups.items():
-            table.add_row(kind, Text(name), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}")
+            table.add_row(kind, Text(escaped(name)), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}")
         table.add_section()
     table.add_row("all", "", f"{accuracy:.2%}", f"{n:,}")
     return table
@@ -268,7 +271,7 @@ def _show_part(console: Console, part: PartReport) -> None:
     for source in part.sources:
         bad = Text(f"{source.bad:,}", style="red" if source.bad else "")
         figures = (source.left_out, source.images, source.tokens, source.supervised)
-        table.add_row(Text(f"  {source.source}"), source.form, f"{source.rows:,}", bad, *(f"{figure:,}" for figure in figures))
+        table.add_row(Text(f"  {escaped(source.source)}"), source.form, f"{source.rows:,}", bad, *(f"{figure:,}" for figure in figures))
     console.print(table)
     lines = [("tokens a row", _bars(part.lengths))] if part.lengths else []
     lines += [("longer side", _bars(part.image_sides, " px"))] if part.image_sides else []
@@ -296,7 +299,7 @@ def _show_findings(console: Console, title: str, style: str, findings: list[Find
         console.print(Text.assemble((f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"))
         for finding in shown:
             where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
-            console.print(Text(f"  {finding.stage} {finding.part}: {where}: {finding.message}"))
+            console.print(Text(escaped(f"  {finding.stage} {finding.part}: {where}: {finding.message}")))
         if count > len(shown):
             console.print(Text(f"  and {count - len(shown):,} more", style="dim"))
 

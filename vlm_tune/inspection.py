@@ -15,6 +15,7 @@ from vlm_tune.data.prepare import conversations, scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.model.build import build_processor
+from vlm_tune.quoting import escaped
 
 ROWS = 200
 """Rows read for each unit that is shown: those of one image need not stand together."""
@@ -74,7 +75,10 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
         trained = sum(token["kind"] in ("trained", "target") for token in tokens)
         images = sum(token["kind"] == "image" for token in tokens)
         console.print(
-            Text(f"\n{sample['stage']}  {sample['id']}: {len(tokens)} tokens, {trained} trained, {images} image slots", style="bold")
+            Text(
+                f"\n{escaped(sample['stage'])}  {escaped(sample['id'])}: {len(tokens)} tokens, {trained} trained, {images} image slots",
+                style="bold",
+            )
         )
         console.print(_line(tokens, ids=ids), soft_wrap=True)
 
@@ -94,7 +98,8 @@ def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
             line.append("\n=> ", style="dim")
         elif token["branch"] != previous["branch"]:
             line.append(f"\n  branch {token['branch']}: ", style="dim")
-        shown = token["text"].replace("\n", "\\n") + (f"⟨{token['id']}⟩" if ids else "")
+        # A row's text may hold what a terminal would act on.
+        shown = escaped(token["text"]) + (f"⟨{token['id']}⟩" if ids else "")
         line.append(shown, style=STYLES[token["kind"]])
         previous = token
     return line

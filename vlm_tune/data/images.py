@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 ORIENTATION = 0x0112
 """The EXIF tag of how a camera was held; 5 to 8 exchange width and height."""
-DAMAGED = (OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, EOFError, struct.error)
-"""What Pillow raises for damaged files."""
+DAMAGED = (OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, EOFError, RuntimeError, struct.error)
+"""What Pillow raises for damaged files (RuntimeError: AVIF)."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
 def decode_image(data: bytes, name: str = "<bytes>") -> Image:
     """An RGB image: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
 
-    Raises `DataError` for other formats than PNG, JPEG, WebP, BMP, GIF and TIFF, for files that are cut or empty, and
+    Raises `DataError` for other formats than PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, for files that are cut or empty, and
     from the header alone for more than 100 megapixels or sides of over 200 to 1.
     """
     with opened(data, name) as image:

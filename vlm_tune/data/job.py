@@ -16,7 +16,7 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.sources.rows import SourceReader
 
-FORMAT = 5
+FORMAT = 6
 """Counts up when what is prepared from the same input changes."""
 
 KEY_PARTS = {"max_length", "overlong", "clean", "group", "row_length", "split"}

@@ -23,6 +23,7 @@ from vlm_tune.data.sources.rows import Chunk, SourceReader
 from vlm_tune.data.store import BLOB, MediaRow, example_batch, media_batch, write_batches
 from vlm_tune.data.types import Conversation, Example, Media, Slice
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,7 +148,7 @@ class ShardMaker:
             row = found.row if isinstance(found.row, int) else number
             # What could not be read at all has no content but the error.
             read = found.content is not None and not isinstance(found.content, Exception)
-            content = json.dumps(found.content, ensure_ascii=False, default=repr)[:CONTENT] if read else ""
+            content = _content(found.content) if read else ""
             record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
             record.digest = _hash(content or found.message)
             return record, []
@@ -232,6 +233,16 @@ class ShardMaker:
             if found is not None and found not in clean.languages:
                 return "language", f"in {found!r}, none of {', '.join(clean.languages)}"
         return None
+
+
+def _content(row: object) -> str:
+    """The beginning of a row as JSON, for the quarantine file; what JSON has no form for is named, as `2,048 bytes`."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=quoted)[:CONTENT]
+    except (RecursionError, TypeError, ValueError):  # nested too deeply, or keys that are no text
+        text = json.dumps(quoted(row, CONTENT))
+    # Half a surrogate pair is written as JSON's own escape of it.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class _MediaTable:

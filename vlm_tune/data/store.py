@@ -6,6 +6,7 @@ beside it.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -196,19 +197,19 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
     """A media table for `folder`; items that are bytes must have become slices of its blob before."""
     import pyarrow as pa
 
-    def place(media: Media) -> tuple[str, int, int]:
+    def place(media: Media) -> tuple[bytes, int, int]:
         source = media.source
         assert not isinstance(source, bytes)
         if isinstance(source, Path):
-            return str(source), -1, -1
+            return os.fsencode(source), -1, -1
         # The blob's name alone: the folder may be moved as a whole.
-        return BLOB if source.path == folder / BLOB else str(source.path), source.offset, source.size
+        return os.fsencode(BLOB if source.path == folder / BLOB else source.path), source.offset, source.size
 
     places = [place(row.media) for row in rows]
     tiles = [row.media.tile for row in rows]
     return pa.RecordBatch.from_pydict(
         {
-            "path": pa.array([path for path, _, _ in places], pa.string()),
+            "path": pa.array([path for path, _, _ in places], pa.binary()),
             "offset": pa.array([offset for _, offset, _ in places], pa.int64()),
             "size": pa.array([size for _, _, size in places], pa.int64()),
             "tile": _lists([() if tile is None else (tile.column, tile.row, tile.columns, tile.rows) for tile in tiles]),
@@ -227,7 +228,9 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
     """The rows of the media table of `folder`."""
 
     def media(row: dict[str, Any]) -> Media:
-        path = folder / BLOB if row["path"] == BLOB else Path(row["path"])
+        # A path may hold bytes that are no text.
+        name = os.fsdecode(row["path"])
+        path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
         return Media(source, tile=Tile(*row["tile"]) if row["tile"] else None)
 

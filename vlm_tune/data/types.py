@@ -66,7 +66,10 @@ class Media:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return "<bytes>" if isinstance(self.source, bytes) else str(self.source)
+        if isinstance(self.source, bytes):
+            return "<bytes>"
+        # A file's name may hold bytes that are no text.
+        return str(self.source).encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vlm_tune.data.images import MAX_PIXELS
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 # Only these demuxers, and never by probing: a playlist named .mp4 would make FFmpeg open what it lists.
 DEMUXERS = {
     ".mp4": "mp4",

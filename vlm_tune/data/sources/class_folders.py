@@ -8,11 +8,13 @@ from pathlib import Path
 
 from vlm_tune.config import FolderSource
 from vlm_tune.data.instructions import load_instructions
+from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import ImageFolder
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest, home
 from vlm_tune.data.types import Conversation
 from vlm_tune.data.video import IMAGE_SUFFIXES
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import escaped, quoted
 
 
 class ClassFolders:
@@ -23,10 +25,13 @@ class ClassFolders:
     def __init__(self, config: FolderSource, *, seed: int) -> None:
         """Raises `DataError` for a path that holds no folders."""
         self.name, self._seed = config.path, seed
-        self._root = Path(config.path)
+        self._root = Path(home(config.path))
         if not self._root.is_dir():
             raise DataError("no such folder", source=self.name)
         self._classes = sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir() and not entry.name.startswith("."))
+        unreadable = next((name for name in self._classes if SURROGATE.search(name) or not is_legible(name)), None)
+        if unreadable is not None:
+            raise DataError(f"the class folder {quoted(unreadable)} has a name that is no text; rename it", source=self.name)
         if not self._classes:
             raise DataError("holds no folders; a class is a folder of images", source=self.name)
         self._instructions = load_instructions(config.instructions, self.form)
@@ -60,7 +65,7 @@ class ClassFolders:
         paths = self._listed[1][start : start + chunk.rows]
         for row, path in enumerate(paths, chunk.first_row):
             inner = path.relative_to(self._root).as_posix()
-            row_id = f"{self._root.name}/{inner}"
+            row_id = escaped(f"{self._root.name}/{inner}")
             try:
                 messages = self._instructions.messages(row_id, (folder.find(inner),), values, seed=self._seed)
                 yield Conversation(row_id, checked(messages), label, self.name, row)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlm_tune.data.sources.fields import FIELDS
 from vlm_tune.data.sources.legible import SURROGATE
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest
+from vlm_tune.data.sources.packed import BLOCK, MAX_ROW_BYTES, check_text, reading, scan_object
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest, home
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import escaped
 
-BLOCK = 1 << 20
 CHUNK_BYTES = 1 << 25
 """A chunk of long lines ends early: rows with images in them are large."""
-MAX_ROW_BYTES = 1 << 28
 BOM = b"\xef\xbb\xbf"
 
 Stretch = tuple[int, int, Any]
@@ -66,10 +66,10 @@ class FileRows:
         """The chunk's rows in order."""
         place, payload = chunk.payload
         path = self.files[place]
-        label = path.stem
+        label = unpacked_name(path).stem
         if len(self.files) > 1:
             shared = os.path.commonpath([file.parent for file in self.files])
-            label = path.relative_to(shared).with_suffix("").as_posix()
+            label = unpacked_name(path.relative_to(shared)).with_suffix("").as_posix()
         # A file's name may hold bytes that are no text; its path is read as it is.
         source, label = escaped(str(path)), escaped(label)
         untyped = isinstance(self.formats[place], Csv)
@@ -77,8 +77,14 @@ class FileRows:
             yield StoredRow(source, label, number, value, path.parent, untyped)
 
 
+def unpacked_name(path: Path) -> Path:
+    """The path without the ending `.gz`."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
 def find_files(pattern: str) -> list[Path]:
-    """The file, or the files that a pattern as `data/**/*.jsonl` names, sorted. Raises `DataError` where there is none."""
+    """The file, or the files that a pattern as `~/data/**/*.jsonl` names, sorted. Raises `DataError` where there is none."""
+    pattern = home(pattern)
     path = Path(pattern)
     if path.is_file():
         return [path]
@@ -100,7 +106,7 @@ class JsonLines:
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """About CHUNK_ROWS lines each; lines are counted, not read."""
         first, start, lines, offset, last = 1, 0, 0, 0, b"\n"
-        with path.open("rb") as file:
+        with reading(path) as file:
             while block := file.read(BLOCK):
                 place = 0
                 while lines + block.count(b"\n", place) >= CHUNK_ROWS:
@@ -121,7 +127,7 @@ class JsonLines:
     def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
         """Each line's object; one that can't be read is a `DataError`, and the next line is read all the same."""
         start, stop = payload
-        with path.open("rb") as file:
+        with reading(path) as file:
             file.seek(start)
             number = first_row
             while file.tell() < stop:
@@ -138,16 +144,24 @@ class JsonLines:
                 number += 1
 
 
+@dataclass(frozen=True)
 class JsonList:
-    """One JSON list of objects; the file is scanned element by element, never held as a whole."""
+    """One JSON list of objects; the file is scanned element by element, never held as a whole.
+
+    `start` is where its elements begin if it is a field of an object, as in {"version": 1, "data": [...]}.
+    """
+
+    start: int | None = None
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """About CHUNK_ROWS elements each. Raises `DataError` where the list is cut or malformed."""
-        with path.open("rb") as file:
-            start = file.read(BLOCK).find(b"[") + 1
+        start = self.start
+        if start is None:
+            with reading(path) as file:
+                start = file.read(BLOCK).find(b"[") + 1
         first, count, stop = 1, 0, start
         try:
-            for stop, _ in list_elements(path, start):
+            for stop, _ in list_elements(path, start, inside=self.start is not None):
                 count += 1
                 if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
                     yield first, count, (start, stop)
@@ -159,7 +173,8 @@ class JsonList:
 
     def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
         """The elements."""
-        for number, (_, element) in enumerate(list_elements(path, *payload), first_row):
+        elements = list_elements(path, *payload, inside=self.start is not None)
+        for number, (_, element) in enumerate(elements, first_row):
             yield number, json_value(element.encode("latin-1"))
 
 
@@ -167,14 +182,16 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _AFTER = re.compile(r"[ \t\r\n]*([,\]])")
 
 
-def list_elements(path: Path, start: int, stop: int | None = None) -> Iterator[tuple[int, str]]:
+def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bool = False) -> Iterator[tuple[int, str]]:
     """(offset behind it, text) of each element of a JSON list whose elements begin at byte `start`.
+
+    `inside` an object, more may stand behind the list.
 
     Latin-1 keeps a character a byte, so offsets are bytes; JSON's own signs are the same in UTF-8, whose other bytes stand
     in strings only. Raises `DataError` for what is no list.
     """
     decode = json.JSONDecoder(strict=False).raw_decode
-    with path.open("rb") as file:
+    with reading(path) as file:
         file.seek(start)
         text, offset, place, first = "", start, 0, True
         while stop is None or offset + place < stop:
@@ -201,7 +218,7 @@ def list_elements(path: Path, start: int, stop: int | None = None) -> Iterator[t
             if end > begin:
                 yield offset + place, text[begin:end]
             if closing[1] == "]":
-                if (text[place:] + file.read(BLOCK).decode("latin-1")).strip():
+                if not inside and (text[place:] + file.read(BLOCK).decode("latin-1")).strip():
                     raise DataError(f"more text after the list, at byte {offset + place}")
                 return
 
@@ -246,7 +263,7 @@ class Csv:
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """About CHUNK_ROWS records each; a record may span lines."""
         first, count = 1, 0
-        with path.open("rb") as file:
+        with reading(path) as file:
             header, start = self._header(path, file)
             if len(set(header)) < len(header):
                 raise DataError(f"a column comes twice in the header {header}", source=str(path))
@@ -262,7 +279,7 @@ class Csv:
     def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
         """Each record's cells by column; one that can't be read is a `DataError`."""
         start, stop = payload
-        with path.open("rb") as file:
+        with reading(path) as file:
             header, _ = self._header(path, file)
             for number, (end, record) in enumerate(self._records(file, start), first_row):
                 yield number, self._row(header, record)
@@ -311,7 +328,45 @@ class Csv:
 
 
 def json_format(path: Path) -> FileFormat:
-    """A list or lines, by the first character."""
-    with path.open("rb") as file:
+    """A list, lines, or an object that holds the list, by the first characters.
+
+    Raises `DataError` for a file that is no text, or one object without a list of rows.
+    """
+    check_text(path)
+    with reading(path) as file:
         start = file.read(BLOCK).removeprefix(BOM).lstrip()
-    return JsonList() if start.startswith(b"[") else JsonLines()
+    if start.startswith(b"["):
+        return JsonList()
+    if not start.startswith(b"{"):
+        return JsonLines()
+    first, newline, _ = start.partition(b"\n")
+    try:
+        lists, end = scan_object(path)
+    except DataError as error:
+        # An object over several lines is no file of lines, in which each line would be a fault.
+        if newline and first.strip() == b"{" and start[len(first) :].lstrip().startswith(b'"'):
+            raise DataError(f"not JSON: {error.message}", source=str(path)) from None
+        return JsonLines()
+    with reading(path) as file:
+        file.seek(end)
+        if file.read(BLOCK).strip():
+            return JsonLines()
+    rows = {name: place for name, place in lists.items() if place >= 0}
+    one_line = b"\n" not in start.rstrip()
+    if one_line and (not rows or unpacked_name(path).suffix.lower() != ".json"):
+        return JsonLines()
+    if "data" not in rows and FIELDS & (rows or lists).keys():
+        if not one_line:
+            raise DataError("is one row over several lines, not one a line and no list: put it in [ ]", source=str(path))
+        return JsonLines()
+    if len(rows) > 1 and "data" not in rows:
+        raise DataError(f"holds several lists of objects: {', '.join(rows)}; make a file of the one that is meant", source=str(path))
+    if not rows:
+        raise DataError(f"holds one JSON object ({', '.join(lists) or 'empty'}) and no list of rows", source=str(path))
+    return JsonList(rows.get("data", next(iter(rows.values()))))
+
+
+def csv_format(path: Path, delimiter: str) -> FileFormat:
+    """A table as text. Raises `DataError` for a file that is no text."""
+    check_text(path)
+    return Csv(delimiter)

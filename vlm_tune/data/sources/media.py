@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from typing import Any
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.data.video import frame_files, frame_parts, video_parts
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import cut, quoted
 
+BASE64_IMAGE = re.compile(r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII)
+"""Base64 text of a PNG, JPEG, GIF, WebP, TIFF or AVIF file, by how these begin; no path of 200 such characters does."""
 REMEMBERED = 4096
 """How many resolved folders an image root remembers."""
 
@@ -32,18 +36,19 @@ class ImageFolder:
     def path(self, name: Any, what: str, *, folder: bool = False) -> Path:
         """The file (or, with `folder`, the file or folder) called `name`; raises as `find`."""
         if not isinstance(name, str) or not name:
-            raise DataError(f"the {what} is a path relative to {self.root}, got {name!r:.200}", kind="image_missing")
+            raise DataError(f"the {what} is a path relative to {self.root}, got {quoted(name)}", kind="image_missing")
         try:
             path, mode = self._resolved(name)
         except FileNotFoundError:
-            raise DataError(f"no {what} {name!r} under {self.root}", kind="image_missing") from None
+            raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing") from None
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, links in a circle
-            raise DataError(f"the {what} {name[:200]!r} is no path: {error}", kind="image_missing") from None
+            why = getattr(error, "strerror", None) or cut(str(error))
+            raise DataError(f"the {what} {quoted(name)} is no path: {why}", kind="image_missing") from None
         if path is None:
-            raise DataError(f"the {what} {name!r} lies outside the image root {self.root}", kind="image_outside")
+            raise DataError(f"the {what} {quoted(name)} lies outside the image root {self.root}", kind="image_outside")
         if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
             return path
-        raise DataError(f"no {what} {name!r} under {self.root}", kind="image_missing")
+        raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing")
 
     def _resolved(self, name: str) -> tuple[Path | None, int]:
         """The path without links, None outside the root, and what it is.
@@ -91,15 +96,17 @@ class MediaFinder:
             if path.is_dir():
                 # A frame may itself be a link that leads out of the root.
                 frames = [root.find(str(frame)) for frame in frame_files(path)]
-                return frame_parts(frames, frames=self.frames, fps=self.fps, name=repr(found))
+                return frame_parts(frames, frames=self.frames, fps=self.fps, name=quoted(found))
             return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
         return video_parts(found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps)
 
     def _source(self, value: Any, what: str) -> str | bytes | Slice:
         """A path's text, or where the bytes are."""
         if isinstance(value, Mapping):
-            given = value.get("bytes")
-            value = given if given is not None else value.get("path") or value.get("url")
+            keys = [name for name in ("bytes", "path", "url") if value.get(name) not in (None, "")]
+            if not keys:
+                raise DataError(f"the {what} is an object without `bytes`, `path` or `url`: {quoted(value)}", kind="field")
+            value = value[keys[0]]
         if isinstance(value, bytes | bytearray | memoryview):
             if not len(value):
                 raise DataError(f"the {what} has no bytes", kind="image_unreadable")
@@ -108,11 +115,13 @@ class MediaFinder:
             return data_url(value, what)
         if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
             raise DataError(
-                f"the {what} {value[:200]!r} is a URL, and nothing is fetched: download it and give its path", kind="unsupported"
+                f"the {what} {quoted(value)} is a URL, and nothing is fetched: download it and give its path", kind="unsupported"
             )
+        if isinstance(value, str) and BASE64_IMAGE.match(value):
+            return base64_bytes(value, what)
         if isinstance(value, str | Slice):
             return value
-        raise DataError(f"the {what} is a path, a data URL or bytes, got {value!r:.200}", kind="field")
+        raise DataError(f"the {what} is a path, a data URL or bytes, got {quoted(value)}", kind="field")
 
     def _root(self, what: str) -> ImageFolder:
         if self.images is None:
@@ -139,11 +148,16 @@ def data_url(text: str, what: str = "image") -> bytes:
     """The bytes of a base64 data URL. Raises `DataError` for another encoding and for bad base64."""
     head, comma, body = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise DataError(f"the {what}'s data URL is not base64: it begins {text[:40]!r}", kind="image_unreadable")
-    try:
-        data = base64.b64decode("".join(body.split()), validate=True)
-    except ValueError as error:
-        raise DataError(f"the {what}'s data URL is bad base64: {error}", kind="image_unreadable") from None
+        raise DataError(f"the {what}'s data URL is not base64: it begins {quoted(text[:40])}", kind="image_unreadable")
+    data = base64_bytes(body, f"{what}'s data URL")
     if not data:
         raise DataError(f"the {what}'s data URL is empty", kind="image_unreadable")
     return data
+
+
+def base64_bytes(text: str, what: str) -> bytes:
+    """The bytes that base64 text stands for. Raises `DataError` for bad base64."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise DataError(f"the {what} is bad base64: {error}", kind="image_unreadable") from None

@@ -15,7 +15,7 @@ from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, withou
 from vlm_tune.data.sources.forms import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
-from vlm_tune.data.sources.rows import Chunk, Container, StoredRow, checked, digest
+from vlm_tune.data.sources.rows import Chunk, Container, StoredRow, checked, digest, home
 from vlm_tune.data.sources.shots import Shots
 from vlm_tune.data.sources.tasks import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message
@@ -152,7 +152,7 @@ class RowsReader:
 
     def _finder(self, folder: Path | None) -> MediaFinder:
         """What finds images for rows of a folder's file."""
-        root = Path(self._config.image_root) if self._config.image_root else folder
+        root = Path(home(self._config.image_root)) if self._config.image_root else folder
         found = self._finders.get(root)
         if found is None:
             images = ImageFolder(root) if root else None

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_tune.config import DatasetSource, FileSource, Source, WebDatasetSource
 from vlm_tune.data.sources.class_folders import ClassFolders
 from vlm_tune.data.sources.easy_vqa import EasyVqa
-from vlm_tune.data.sources.files import Csv, FileFormat, FileRows, JsonLines, find_files, json_format
+from vlm_tune.data.sources.files import FileFormat, FileRows, csv_format, find_files, json_format, unpacked_name
 from vlm_tune.data.sources.questions import QuestionRows
 from vlm_tune.data.sources.reader import RowsReader
 from vlm_tune.data.sources.rows import SourceReader
@@ -18,30 +18,41 @@ from vlm_tune.data.sources.shards import TarShard
 from vlm_tune.data.sources.tables import ArrowFile, DatasetRows, Parquet
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 FORMATS: dict[str, Callable[[Path], FileFormat]] = {
     ".json": json_format,
     ".jsonl": json_format,
-    ".ndjson": lambda path: JsonLines(),
-    ".csv": lambda path: Csv(),
-    ".tsv": lambda path: Csv("\t"),
+    ".ndjson": json_format,
+    ".csv": lambda path: csv_format(path, ","),
+    ".tsv": lambda path: csv_format(path, "\t"),
     ".parquet": lambda path: Parquet(),
     ".arrow": lambda path: ArrowFile(),
     ".feather": lambda path: ArrowFile(),
 }
-"""The format of a file by its ending."""
+"""The format of a file by its ending; files of text may be gzip (.jsonl.gz)."""
+TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def file_rows(config: FileSource) -> FileRows:
     """What holds the rows of a file, or of all files that a pattern names."""
     files = find_files(config.path)
-    for path in files:
-        if path.suffix.lower() not in FORMATS:
-            hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
-            raise DataError(f"the ending {path.suffix!r} is none of {', '.join(FORMATS)}{hint}", source=str(path))
-    formats = tuple(FORMATS[path.suffix.lower()](path) for path in files)
+    formats = tuple(_file_format(path) for path in files)
     return FileRows(config.path, tuple(files), formats)
+
+
+def _file_format(path: Path) -> FileFormat:
+    """The format of a file. Raises `DataError` for an ending that is none, and for a file that is something else."""
+    ending = unpacked_name(path).suffix.lower()
+    if ending not in FORMATS or (ending != path.suffix.lower() and ending not in TEXTS):
+        hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
+        message = f"the ending {quoted(path.suffix)} is none of {', '.join(FORMATS)} (and .gz behind those of text){hint}"
+        raise DataError(message, source=str(path))
+    try:
+        return FORMATS[ending](path)
+    except OSError as error:
+        raise DataError(f"can't be read: {error.strerror or error}", source=str(path)) from None
 
 
 def shard_rows(config: WebDatasetSource) -> FileRows:

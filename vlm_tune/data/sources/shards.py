@@ -15,6 +15,7 @@ from vlm_tune.data.sources.rows import CHUNK_ROWS
 from vlm_tune.data.types import Slice
 from vlm_tune.data.video import DEMUXERS, IMAGE_SUFFIXES
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import escaped
 
 PICKLES = {"pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib"}
 TEXTS = {"txt": "caption", "caption": "caption", "cls": "label", "question": "question", "answer": "answer", "ocr": "text"}
@@ -128,7 +129,7 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 
 def _fields(sample: _Sample) -> dict[str, Any] | DataError:
     """A row: the JSON member's fields, texts by their ending, images and videos."""
-    row: dict[str, Any] = {"id": sample.key.strip("/.")}
+    row: dict[str, Any] = {"id": escaped(sample.key.strip("/."))}  # a member's name may hold bytes that are no text
     images, videos = {}, {}
     for ending, content in sample.members.items():
         kind = ending.rpartition(".")[2]

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config import DatasetSource
 from vlm_tune.data.sources.files import Stretch
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, digest
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, digest, home
+from vlm_tune.data.sources.tasks import ClassName
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import cut
 
 if TYPE_CHECKING:
     import pyarrow
 
 READ_ROWS = 128
 """Rows turned into Python objects at a time: rows hold images."""
+SHOWN = 200
+"""Characters of another library's message that ours quote."""
 
 
 def _ranges(rows: int, size: int = CHUNK_ROWS) -> Iterator[tuple[int, int]]:
@@ -34,7 +38,33 @@ def _damage() -> tuple[type[Exception], ...]:
 
 
 def _broken(error: Exception) -> str:
-    return f"can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"can't be read: {cut(str(error).splitlines()[0], SHOWN) if str(error) else type(error).__name__}"
+
+
+def _lost(first: int, end: int, error: Exception) -> Iterator[tuple[int, Any]]:
+    """A `DataError` for each row from `first` up to `end`: all that a damaged part of a file held."""
+    for number in range(first, end):
+        yield number, DataError(_broken(error), kind="damaged")
+
+
+def python_rows(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows as Python objects; a `DataError` stands for a cell that Python has no value for.
+
+    These are dates and times out of its range, and texts that are not UTF-8. Only a form that reads such a cell refuses
+    its row.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        columns = {name: [_cell(value) for value in batch.column(place)] for place, name in enumerate(batch.schema.names)}
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, ArithmeticError) as error:
+        return DataError(cut(str(error), SHOWN), kind="text" if isinstance(error, UnicodeDecodeError) else "field")
 
 
 class Parquet:
@@ -56,7 +86,7 @@ class Parquet:
                 first += count
 
     def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
-        """The stretch's rows; where the file is damaged, one `DataError` takes the place of the rest."""
+        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
         from pyarrow import parquet
 
         group, start, count = payload
@@ -67,13 +97,13 @@ class Parquet:
                 for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=[group]):
                     begin, end = max(start - seen, 0), min(start + count - seen, batch.num_rows)
                     seen += batch.num_rows
-                    for row in batch.slice(begin, end - begin).to_pylist() if begin < end else []:
+                    for row in python_rows(batch.slice(begin, end - begin)) if begin < end else []:
                         yield number, row
                         number += 1
                     if seen >= start + count:
                         return
         except _damage() as error:
-            yield number, DataError(_broken(error), kind="damaged")
+            yield from _lost(number, first_row + count, error)
 
 
 class ArrowFile:
@@ -91,18 +121,30 @@ class ArrowFile:
             raise DataError(_broken(error), source=str(path)) from None
 
     def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
-        """The stretch's rows; where the file is damaged, one `DataError` takes the place of the rest."""
+        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
         place, start, count = payload
         number = first_row
         try:
             batch = _batch(path, place)
-            batch.validate(full=True)  # offsets of a damaged file would be followed out of it
+            _check_offsets(batch)
             for begin, some in _ranges(count, READ_ROWS):
-                for row in batch.slice(start + begin, some).to_pylist():
+                for row in python_rows(batch.slice(start + begin, some)):
                     yield number, row
                     number += 1
         except _damage() as error:
-            yield number, DataError(_broken(error), kind="damaged")
+            yield from _lost(number, first_row + count, error)
+
+
+def _check_offsets(batch: pyarrow.RecordBatch) -> None:
+    """Raises `pyarrow.ArrowInvalid` for a damaged batch, whose offsets would be followed out of it; texts may be no UTF-8."""
+    import pyarrow
+
+    for column in batch.columns:
+        if pyarrow.types.is_string(column.type):
+            column = column.view(pyarrow.binary())
+        elif pyarrow.types.is_large_string(column.type):
+            column = column.view(pyarrow.large_binary())
+        column.validate(full=True)
 
 
 def _is_stream(path: Path) -> bool:
@@ -146,12 +188,13 @@ class DatasetRows:
 
     def __init__(self, config: DatasetSource, *, streaming: bool = False) -> None:
         self.name = config.name
-        folder = Path(config.name)
+        folder = Path(home(config.name))
         self._folder = folder if folder.is_dir() else None
         self._version = (config.name, config.config, config.split, config.revision)
         self._data = _open_dataset(config, streaming)
         self._streaming = not hasattr(self._data, "__len__")
         self._classes = _class_names(self._data.features)
+        self._label, self._ignored = config.columns.get("label", "label"), set(config.ignore)
 
     def fingerprint(self) -> str:
         """The library's own, which follows the files; of a streamed data set, its name and revision."""
@@ -173,11 +216,15 @@ class DatasetRows:
         number = chunk.first_row
         try:
             for table in self._tables(chunk):
-                for row in table.to_pylist():
+                for row in python_rows(table):
                     yield StoredRow(source, label, number, self._named(row), self._images())
                     number += 1
         except _damage() as error:
-            yield StoredRow(source, label, number, DataError(_broken(error), kind="damaged"))
+            if self._streaming:
+                # How many rows the shard still had can't be told, so they can't be counted as bad ones.
+                raise DataError(_broken(error), source=source, row=number, kind="damaged") from None
+            for lost, fault in _lost(number, chunk.first_row + chunk.rows, error):
+                yield StoredRow(source, label, lost, fault)
 
     def _tables(self, chunk: Chunk) -> Iterator[pyarrow.Table]:
         data = self._data.with_format("arrow")
@@ -191,9 +238,9 @@ class DatasetRows:
     def _named(self, row: dict[str, Any]) -> dict[str, Any]:
         for column, names in self._classes.items():
             place = row.get(column)
-            row[column] = names[place] if isinstance(place, int) and 0 <= place < len(names) else None
-        if len(self._classes) == 1:
-            row.setdefault("choices", next(iter(self._classes.values())))
+            row[column] = ClassName(names[place]) if isinstance(place, int) and 0 <= place < len(names) else None
+        if self._label in self._classes and self._label not in self._ignored:
+            row.setdefault("choices", [ClassName(name) for name in self._classes[self._label]])
         return row
 
     def _images(self) -> Path:
@@ -210,14 +257,15 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
     import datasets
 
     try:
-        if any((Path(config.name) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data: Any = datasets.load_from_disk(config.name)
+        name = home(config.name)
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
                     raise DataError(f"no split {config.split!r}; there are {', '.join(map(str, data))}")
                 data = data[config.split]
             return data
-        return datasets.load_dataset(config.name, config.config, split=config.split, revision=config.revision, streaming=streaming)
+        return datasets.load_dataset(name, config.config, split=config.split, revision=config.revision, streaming=streaming)
     except DataError as error:
         raise DataError(error.message, source=config.name) from None
     except Exception as error:
