@@ -86,6 +86,12 @@ def emulation() -> Mode | None:
     return "avx512" if torch.cpu._is_avx512_supported() else "portable"
 
 
+@functools.cache
+def prefers_portable() -> bool:
+    """Whether the kernels in plain C++ were measured to be faster than torch here: with AVX2, but without AVX-512 (`docs/speed.md`)."""
+    return emulation() == "portable" and torch.cpu._is_avx2_supported()
+
+
 def kernel_status() -> KernelStatus:
     """What would compute on this machine now, by $VLM_TUNE_KERNELS, the CPU and the compiler; nothing is compiled to find out.
 
@@ -103,10 +109,13 @@ def kernel_status() -> KernelStatus:
         reason = failure
     elif choice == "emulate":
         return KernelStatus(choice, emulated, f"{KERNELS_VARIABLE}=emulate")
-    elif has_amx():
-        return KernelStatus(choice, "amx", "the CPU has AMX")
     else:
-        return KernelStatus(choice, "reference", "the CPU has no AMX")
+        reasons: dict[Mode, str] = {
+            "amx": "the CPU has AMX",
+            "portable": "the CPU has neither AMX nor AVX-512, and torch's own products of bf16 are slower there",
+            "reference": "the CPU has no AMX",
+        }
+        return KernelStatus(choice, _mode(choice), reasons[_mode(choice)])
     if choice == "emulate":
         raise RecipeError([Problem(f"{KERNELS_VARIABLE}=emulate", reason)])
     return KernelStatus(choice, "reference", reason)
@@ -114,8 +123,8 @@ def kernel_status() -> KernelStatus:
 
 def _mode(choice: str) -> Mode:
     """The mode of a choice, as far as the CPU decides it: asked before each layer, so that nothing is looked for."""
-    if choice == "auto" and has_amx():
-        return "amx"
+    if choice == "auto":
+        return "amx" if has_amx() else "portable" if prefers_portable() else "reference"
     return (emulation() if choice == "emulate" else None) or "reference"
 
 
