@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import COMPILED
 from small import LORA_TUNE, built, parsed, with_tune
 
 from vlm_tune import cli
@@ -171,6 +172,15 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.chown(path, NOBODY, NOBODY)
     else:
         monkeypatch.setattr(os, "getuid", lambda: NOBODY)
+
+
+def test_parts_are_told_apart(kernels: str, fresh: Path) -> None:
+    """The loader knows a library by its name: two that were opened one after the other have two."""
+    fresh.parent.mkdir()
+    fresh.symlink_to(COMPILED)
+    for name, function in ((native.KERNELS, "low_rank"), ("allocator", "vlm_tune_open")):
+        part = native.library(name)
+        assert part is not None and getattr(part, function)
 
 
 @needs_compiler

@@ -268,16 +268,15 @@ def _open(path: Path) -> ctypes.CDLL | None:
     except OSError as error:
         logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, error.strerror)
         return None
-    try:
-        reason = why_not_trusted(os.fstat(descriptor))
-        if reason:
-            logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, reason)
-            return None
-        # By its descriptor: nobody can put another file in its place after it was looked at.
-        own = Path(f"/proc/self/fd/{descriptor}")
-        return ctypes.CDLL(str(own if own.exists() else path))
-    finally:
+    reason = why_not_trusted(os.fstat(descriptor))
+    if reason:
         os.close(descriptor)
+        logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, reason)
+        return None
+    # By its descriptor: nobody can put another file in its place after it was looked at. It stays open, because the loader knows
+    # a library by its name, and would take the next one that got the same number for this one.
+    own = Path(f"/proc/self/fd/{descriptor}")
+    return ctypes.CDLL(str(own if own.exists() else path))
 
 
 @contextmanager
