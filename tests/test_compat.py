@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from vlm_tune.compat import cache_name
+from vlm_tune.compat import HARMLESS, cache_name, without_harmless_warnings
 
 
 def test_the_cache_is_given_and_returned_by_its_name() -> None:
@@ -19,3 +20,11 @@ def test_the_cache_is_given_and_returned_by_its_name() -> None:
     second = model(input_ids=ids[:, 4:], use_cache=True, **{cache_name(): first[cache_name()]})
     assert first[cache_name()] is cache and cache.get_seq_length() == 6
     assert torch.allclose(second.logits, model(input_ids=ids).logits[:, 4:], atol=1e-5)
+
+
+def test_warnings_are_left_out_within_a_call_alone() -> None:
+    logger = logging.getLogger(HARMLESS[0])
+    before = logger.level
+    with without_harmless_warnings():
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+    assert logger.level == before

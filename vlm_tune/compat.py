@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+
+HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
+"""Loggers that warn of what is meant to be so: a config.json of our own type, and a 4-bit kernel that is not installed."""
+
+
+@contextmanager
+def without_harmless_warnings() -> Iterator[None]:
+    """Within, the loggers of `HARMLESS` tell errors alone; their levels come back after."""
+    loggers = [logging.getLogger(name) for name in HARMLESS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @cache

@@ -44,6 +44,12 @@ def check_count(option: str, count: int | None) -> None:
         raise RecipeError([Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")])
 
 
+class ArgumentError(VlmTuneError, ValueError):
+    """An argument of a Python call that can't be used; names it, and what was expected."""
+
+    exit_code = EXIT_RECIPE
+
+
 class DataError(VlmTuneError):
     """A row, an image or a template that can't be used; names the source and the row.
 

@@ -58,8 +58,9 @@ Losses = dict[str, tuple[float, int]]
 
 
 def normalise(text: str) -> str:
-    """Text as exact match compares it: NFKC, case folded, white space joined, a final full stop removed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".")
+    """Text as exact match compares it: NFKC, case folded, white space joined, a full stop removed that ends more than itself."""
+    joined = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return joined.removesuffix(".") or joined
 
 
 def score(

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_tune.data.chat import image_media
 from vlm_tune.data.duplicates import inspect_image, look_alikes
 from vlm_tune.data.images import FORMATS, ImageProcessor, decode_image, image_size
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import build
 from vlm_tune.model.features import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel, _media
+from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipe import parse_recipe
 
 
@@ -252,7 +253,7 @@ def test_fault_25_a_rotated_pil_image_in_a_mode_that_png_cannot_hold(model: Visi
     exif[0x0112] = 6
     data = encoded(upright().transpose(Image.Transpose.ROTATE_90).convert("CMYK"), "JPEG", exif=exif, quality=100)
     with Image.open(io.BytesIO(data)) as opened:
-        given = _media(opened)
+        given = image_media(opened)
     assert torch.equal(model.processor.images(given), model.processor.images(Media(data)))
 
 

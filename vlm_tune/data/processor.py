@@ -49,6 +49,10 @@ class Processor:
         """Workers that prepare rows need no transformers: the tokenizer stays behind."""
         return {**self.__dict__, "tokenizer": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processor:
+        # Nothing of it changes, so a copy of a model shares it; `__getstate__` would leave the tokenizer behind.
+        return self
+
     def variant(self, template: str | None, system: str | None) -> Processor:
         """This processor with another chat format or system text, where they are given."""
         changes: dict[str, Any] = {"template": load_template(template)} if template is not None else {}

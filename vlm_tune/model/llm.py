@@ -5,6 +5,7 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import IGNORE_INDEX, Batch
-from vlm_tune.errors import ModelError
+from vlm_tune.errors import ArgumentError, ModelError
 from vlm_tune.model.decoder import join
 from vlm_tune.model.feedforward import gate
 from vlm_tune.model.head import by_kernel, head_loss
@@ -26,6 +27,7 @@ from vlm_tune.model.loss import token_loss
 from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
 from vlm_tune.model.tree_attention import Branches, attending, attends, growing, keeping, runs, usable
+from vlm_tune.quoting import quoted
 
 Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[torch.Tensor], None]]
 """Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
@@ -33,6 +35,11 @@ what leaves only the branches at places [B, K'] to grow on."""
 
 PROBED = 6
 """Tokens of a row by which a model is compared with its own forward pass."""
+MOST = 1_000_000
+"""The largest number of tokens or beams that is taken for one that is meant."""
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+SAMPLED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "transformers_version", "_from_model_config", "max_length")
+"""What a generation config says of sampling and lengths, which answers here do not depend on."""
 SPARED = 0.8
 """Share of the branches that are left below which the others are let go."""
 
@@ -52,6 +59,16 @@ class Decoding:
     max_new_tokens: int
     num_beams: int = 1
 
+    def __post_init__(self) -> None:
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_count("num_beams", self.num_beams)
+
+
+def check_count(name: str, value: Any, most: int = MOST) -> None:
+    """Raises `ArgumentError` unless a value is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
+
 
 def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
     """Where the largest of logits [..., V] is, the first of equal ones: block by block, for torch's argmax on a CPU is no vector code."""
@@ -65,6 +82,21 @@ def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
     # Past the end it is the last one again, which is not the first of equals.
     places = (tops.argmax(-1, keepdim=True) * block + torch.arange(block)).clamp(max=size - 1)
     return places.gather(-1, logits.gather(-1, places).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def plain_generation(model: Any) -> dict[str, Any]:
+    """Takes from a model's generation config all but its special ids, and returns what changed answers in it.
+
+    Answers are greedy, or beams, by the model's logits alone: the same one by one, in batches, as branches and exported.
+    """
+    from transformers import GenerationConfig
+
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return {}
+    ids = {name: getattr(given, name, None) for name in IDS}
+    model.generation_config = GenerationConfig(**{name: value for name, value in ids.items() if value is not None})
+    return {name: value for name, value in given.to_diff_dict().items() if name not in (*IDS, *SAMPLED)}
 
 
 class LanguageModel(nn.Module):
@@ -85,6 +117,7 @@ class LanguageModel(nn.Module):
         join(model)
         self.prompt: VirtualTokens | None = None
         self.whole_head = False
+        self.dropped = plain_generation(model)
 
     @property
     def virtual(self) -> int:
@@ -151,6 +184,9 @@ class LanguageModel(nn.Module):
         decoder whose tokens see what comes after them.
         """
         name = type(self.model).__name__
+        if self.dropped:
+            told = ", ".join(f"{key} {quoted(value)}" for key, value in self.dropped.items())
+            logging.getLogger("vlm_tune").warning("%s: left out of its generation config, for answers follow its logits: %s", name, told)
         rows = self.model.get_input_embeddings().num_embeddings
         ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
         ids[1, -1] = rows // 5

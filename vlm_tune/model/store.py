@@ -29,6 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from vlm_tune.compat import without_harmless_warnings
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
 from vlm_tune.model.bases import AS_SAVED, NOTES, BaseChoice, BaseNotes, check_same, llm_base, moved, places_of, read_notes, tower_base
@@ -285,7 +286,8 @@ def load_model(
     With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without what was trained of it.
     Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
     """
-    model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
+    with without_harmless_warnings():
+        model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype or DTYPES[model.config.precision])
     for name in model.beside:

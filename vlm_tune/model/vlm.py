@@ -5,7 +5,8 @@ Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +16,20 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vlm_tune.config import Config, Llm, ModelSection
+from vlm_tune.data.chat import request_conversation
 from vlm_tune.data.collate import Fetch, collate
-from vlm_tune.data.images import PixelCache, upright
+from vlm_tune.data.images import PixelCache
 from vlm_tune.data.joining import Tree, trees
 from vlm_tune.data.processor import Processor
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Example, Media, Message
-from vlm_tune.errors import DataError, ModelError
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example
+from vlm_tune.errors import ArgumentError, DataError, ModelError
 from vlm_tune.model.bases import Base, BaseArgument, base_choice
-from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss
+from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss, check_count
 from vlm_tune.model.projectors import Connector
 from vlm_tune.model.text import Text, instructions, places
 from vlm_tune.model.towers import VisionTower
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.quoting import quoted
 
 JOINED_PROMPTS = 1024
 """Tokens of a row of prompts about one image."""
@@ -218,25 +221,49 @@ class VisionLanguageModel(nn.Module):
         stops = self.processor.stop_ids
         return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
-    def chat(
-        self, prompt: str | Sequence[dict[str, Any]], images: Sequence[Any] = (), *, max_new_tokens: int = 128, num_beams: int = 1
-    ) -> str:
-        """The answer to one question. `prompt` is text, or turns [{"role", "content"}, ...]; images go first.
+    def chat(self, prompt: str | Sequence[Mapping[str, Any]], images: Any = (), *, max_new_tokens: int = 128, num_beams: int = 1) -> str:
+        r"""The greedy answer to one question, or with `num_beams` the likeliest of beams.
 
-        `images` are paths, encoded bytes or PIL images. Raises `DataError` for an image that can't be decoded.
+        Args:
+            prompt: a text, or turns `{"role", "content"}` whose contents are texts or lists of parts, `{"type": "text", "text": ...}`
+                and `{"type": "image"}`, which may hold its own `image`. `<image>` in a text is a place of an image,
+                `\<image>` the text itself.
+            images: one image or a list, taken by the places in order; without a place they go before the first question. An
+                image is a path, a data URL, bytes, a file object, a PIL image or a uint8 array [H, W, 3].
+
+        Raises:
+            DataError: for turns or images that can't be used, and places and images that differ in number.
+            ArgumentError: for numbers of tokens or beams that are none.
         """
         return self.chat_batch([{"prompt": prompt, "images": images}], max_new_tokens=max_new_tokens, num_beams=num_beams)[0]
 
     def chat_batch(
-        self, requests: Sequence[dict[str, Any]], *, max_new_tokens: int = 128, num_beams: int = 1, batch_size: int = 32
+        self, requests: Sequence[str | Mapping[str, Any]], *, max_new_tokens: int = 128, num_beams: int = 1, batch_size: int = 32
     ) -> list[str]:
-        """The answers to many questions [{"prompt": ..., "images": [...]}, ...], in their order."""
+        """The answers to many questions, in their order: texts, or `{"prompt": ..., "image" or "images": ...}` as in `chat`.
+
+        Raises as `chat`; a `DataError` names the request, from 1.
+        """
+        if isinstance(requests, str | Mapping):
+            raise ArgumentError(f"chat_batch takes a list of requests, got {quoted(requests)}")
+        decoding = Decoding(max_new_tokens, num_beams)
+        check_count("batch_size", batch_size)
+        prompts = self.processor.prompts([request_conversation(number, request) for number, request in enumerate(requests, 1)])
         was = self.training
         self.eval()
-        prompts = self.processor.prompts([_conversation(number, request) for number, request in enumerate(requests)])
-        answers = self.answers(prompts, Decoding(max_new_tokens, num_beams), fetch=PixelCache(self.processor.images), batch_size=batch_size)
-        self.train(was)
-        return answers
+        try:
+            return self.answers(prompts, decoding, fetch=PixelCache(self.processor.images), batch_size=batch_size)
+        finally:
+            self.train(was)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError("a model can't be pickled: write a folder by save_pretrained and read it by from_pretrained")
 
     @classmethod
     def from_pretrained(
@@ -275,31 +302,3 @@ def _batches(made: Sequence[Tree], size: int) -> Iterator[list[Tree]]:
         batch.append(tree)
     if batch:
         yield batch
-
-
-def _conversation(number: int, request: dict[str, Any]) -> Conversation:
-    prompt = request["prompt"]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    media = tuple(_media(image) for image in request.get("images") or ())
-    messages = [Message(turn["role"], (turn["content"],)) for turn in turns]
-    first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
-    if first is None or messages[-1].role != "user":
-        raise DataError("a chat ends with the user's turn", row=number)
-    messages[first] = Message("user", (*media, *messages[first].parts))
-    return Conversation(f"request {number}", tuple(messages))
-
-
-def _media(image: Any) -> Media:
-    if isinstance(image, bytes):
-        return Media(image)
-    if isinstance(image, str | Path):
-        if not Path(image).is_file():
-            raise DataError(f"no image file {str(image)!r}")
-        return Media(Path(image))
-    import io
-
-    buffer = io.BytesIO()
-    # Neither format keeps the EXIF rotation of an opened photo; TIFF holds the modes that PNG can't (CMYK, I, F, ...).
-    kind = "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF"
-    upright(image).save(buffer, format=kind)
-    return Media(buffer.getvalue())

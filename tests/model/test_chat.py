@@ -1,0 +1,151 @@
+"""What is asked in a chat: images where they stand, one behaviour batched or single, and errors that name the request."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from small import built, parsed, png, rows_of, save_llm, with_llm
+
+from vlm_tune.data.chat import request_conversation
+from vlm_tune.data.types import Media
+from vlm_tune.errors import ArgumentError, DataError, ModelError, VlmTuneError
+from vlm_tune.evaluation import normalise
+from vlm_tune.model.llm import Decoding
+
+RED, BLUE = png((200, 30, 30)), png((30, 30, 200))
+TEXT = {"type": "text", "text": "hi"}
+
+
+def parts(request: Any) -> list[tuple[str | Media, ...]]:
+    return [message.parts for message in request_conversation(1, request).messages]
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ("hello", [("hello",)]),
+        ({"prompt": "what?", "images": [RED.source]}, [(RED, "what?")]),
+        ({"prompt": "what?", "image": RED.source}, [(RED, "what?")]),
+        ({"prompt": "first <image> then <image>", "images": [RED.source, BLUE.source]}, [("first ", RED, " then ", BLUE)]),
+        ({"prompt": r"what is \<image> in HTML?", "images": RED.source}, [(RED, "what is <image> in HTML?")]),
+        ({"prompt": [{"role": "user", "content": [TEXT, {"type": "image"}]}], "images": [RED.source]}, [("hi", RED)]),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "image": BLUE.source}, TEXT]}]}, [(BLUE, "hi")]),
+        (
+            {
+                "prompt": [
+                    {"role": "user", "content": "hello"},
+                    {"role": "assistant", "content": "an <image> is"},
+                    {"role": "user", "content": "<image>\nand?"},
+                ],
+                "images": [RED.source],
+            },
+            [("hello",), ("an <image> is",), (RED, "and?")],
+        ),
+    ],
+)
+def test_images_stand_where_they_are_put(request_: Any, expected: list[Any]) -> None:
+    assert parts(request_) == expected
+
+
+def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(RED.read())
+    array = np.full((4, 6, 3), 90, dtype=np.uint8)
+    url = "data:image/png;base64," + __import__("base64").b64encode(RED.read()).decode()
+    forms = [str(tmp_path / "a.png"), tmp_path / "a.png", RED.read(), io.BytesIO(RED.read()), url, array, array[..., 0]]
+    forms += [Image.fromarray(array), Image.fromarray(array).convert("HSV"), Image.fromarray(array).convert("CMYK")]
+    for form in forms:
+        ((media, text),) = parts({"prompt": "what?", "images": form})
+        assert isinstance(media, Media) and text == "what?"
+        assert Image.open(io.BytesIO(media.read())).size in ((32, 32), (6, 4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": "<image> and <image>", "images": [RED.source]}, r"1 images and 2 <image> marks"),
+        ({"prompt": "<image>"}, r"0 images and 1 <image> marks .*is the text itself"),
+        ({"prompt": "<image>", "images": [RED.source, BLUE.source]}, r"2 images and 1 <image> marks"),
+        ({"prompt": "a", "imgae": RED.source}, r"unknown key 'imgae'; did you mean `image`\?"),
+        ({"images": [RED.source]}, r"a request has a `prompt`"),
+        ({"prompt": "a", "image": RED.source, "images": [RED.source]}, r"both `image` and `images`"),
+        (7, r"a request is a text or .* got 7"),
+        ({"prompt": []}, r"a prompt is a text or a list of turns"),
+        ({"prompt": None}, r"a prompt is a text or a list of turns, got nothing"),
+        ({"prompt": [{"role": "user", "contnet": "a"}]}, r"turn 1: unknown key 'contnet'; did you mean `content`\?"),
+        ({"prompt": [{"role": "robot", "content": "a"}]}, r"turn 1: the role is one of system, user, assistant, got 'robot'"),
+        ({"prompt": [{"role": "user", "content": 5}]}, r"turn 1: `content` is a text or a list of parts, got 5"),
+        ({"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, r"a part is of type text, image or image_url, got 'audio'"),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, r"a chat ends with the user's turn"),
+        ({"prompt": "a", "images": [None]}, r"an image is a path, bytes, .* got nothing"),
+        ({"prompt": "a", "images": ["nope.png"]}, r"no image file 'nope.png'"),
+        ({"prompt": "a", "images": ["http://a/b.png"]}, r"is a URL, and nothing is fetched"),
+        ({"prompt": "a", "images": ["\0"]}, r"no image file"),
+        ({"prompt": "a", "images": [np.full((4, 4, 3), np.nan)]}, r"an image's array is uint8 from 0 to 255, got float64"),
+        ({"prompt": "a", "images": [np.zeros((0, 5, 3), np.uint8)]}, r"got \[0, 5, 3\]"),
+        ({"prompt": "a", "images": [Image.new("RGB", (0, 5))]}, r"an image of 0x5 pixels has none"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_its_number(request_: Any, message: str) -> None:
+    with pytest.raises(DataError, match=r"^request 3: .*" + message):
+        request_conversation(3, request_)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "3", None, 10**9])
+@pytest.mark.parametrize("name", ["max_new_tokens", "num_beams"])
+def test_numbers_that_are_none_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=rf"{name} is a whole number from 1") as caught:
+        Decoding(**{"max_new_tokens": 4, name: value})
+    assert isinstance(caught.value, VlmTuneError) and isinstance(caught.value, ValueError) and caught.value.exit_code == 2
+
+
+def test_a_chat_is_the_same_in_a_batch_a_copy_and_with_parts(tiny_recipe: Callable[..., str]) -> None:
+    model = built(parsed(tiny_recipe("causal"))).eval()
+    image = RED.read()
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color is it?"}]}]
+    single = model.chat("what color is it?", images=image, max_new_tokens=5)
+    assert model.chat(turns, images=[image], max_new_tokens=5) == single
+    assert model.chat("<image>\nwhat color is it?", images=[image], max_new_tokens=5) == single
+    requests: list[Any] = [{"prompt": "what color is it?", "image": image}, "hello"]
+    assert model.chat_batch(requests, max_new_tokens=5) == [single, model.chat("hello", max_new_tokens=5)]
+    assert copy.deepcopy(model).chat("what color is it?", images=image, max_new_tokens=5) == single
+    with pytest.raises(ModelError, match=r"save_pretrained"):
+        pickle.dumps(model)
+    with pytest.raises(ArgumentError, match=r"a list of requests"):
+        model.chat_batch("hello")
+    with pytest.raises(ArgumentError, match=r"num_beams"):
+        model.chat("hello", num_beams=0)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_bases_generation_config_changes_no_answer(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path, caplog: Any) -> None:
+    from transformers import GenerationConfig
+
+    text = tiny_recipe(kind)
+    folder = save_llm(tmp_path / "base", kind, rows_of(parsed(text)))
+    recipe = parsed(with_llm(text, folder, kind))
+    requests: list[Any] = [{"prompt": question, "image": RED.read()} for question in ("what color is it?", "is it red?")]
+    plain = built(recipe).chat_batch(requests, max_new_tokens=12)
+    given = GenerationConfig.from_pretrained(folder)
+    odd: dict[str, Any] = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "num_return_sequences": 2, "num_beams": 2}
+    odd |= {"stop_strings": ["a"], "return_dict_in_generate": True, "guidance_scale": 2.0, "min_new_tokens": 9, "suppress_tokens": [5]}
+    for name, value in odd.items():
+        setattr(given, name, value)
+    (folder / "generation_config.json").write_text(given.to_json_string(use_diff=True))
+    model = built(recipe)
+    assert "repetition_penalty 5.0" in caplog.text
+    assert model.chat_batch(requests, max_new_tokens=12) == plain
+    assert [model.chat(request["prompt"], request["image"], max_new_tokens=12) for request in requests] == plain
+    assert model.chat_batch(requests, max_new_tokens=12, num_beams=2)
+    assert model.llm.model.generation_config.repetition_penalty in (None, 1.0)
+
+
+def test_an_empty_answer_is_no_full_stop() -> None:
+    assert normalise("") != normalise(".") and normalise("Yes.") == normalise(" yes")
