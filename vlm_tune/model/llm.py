@@ -38,7 +38,18 @@ PROBED = 6
 MOST = 1_000_000
 """The largest number of tokens or beams that is taken for one that is meant."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-SAMPLED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "transformers_version", "_from_model_config", "max_length")
+SAMPLED = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "transformers_version",
+    "_from_model_config",
+    "max_length",
+    "use_cache",
+)
 """What a generation config says of sampling and lengths, which answers here do not depend on."""
 SPARED = 0.8
 """Share of the branches that are left below which the others are let go."""
@@ -96,7 +107,8 @@ def plain_generation(model: Any) -> dict[str, Any]:
         return {}
     ids = {name: getattr(given, name, None) for name in IDS}
     model.generation_config = GenerationConfig(**{name: value for name, value in ids.items() if value is not None})
-    return {name: value for name, value in given.to_diff_dict().items() if name not in (*IDS, *SAMPLED)}
+    changed = given.to_diff_dict().items()
+    return {name: value for name, value in changed if name not in (*IDS, *SAMPLED) and value is not None and value is not False}
 
 
 class LanguageModel(nn.Module):
