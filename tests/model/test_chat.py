@@ -149,3 +149,23 @@ def test_a_bases_generation_config_changes_no_answer(kind: str, tiny_recipe: Cal
 
 def test_an_empty_answer_is_no_full_stop() -> None:
     assert normalise("") != normalise(".") and normalise("Yes.") == normalise(" yes")
+
+
+GPT2 = "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 1, n_head: 2, n_positions: 40}}"
+OPT = (
+    "{model_type: opt, vocab_size: 400, config: {hidden_size: 32, ffn_dim: 48, num_hidden_layers: 1, num_attention_heads: 2, "
+    "word_embed_proj_dim: 32, max_position_embeddings: 40}}"
+)
+
+
+@pytest.mark.parametrize("scratch", [GPT2, OPT], ids=["gpt2", "opt"])
+def test_learned_positions_are_not_passed(scratch: str, tiny_recipe: Callable[..., str]) -> None:
+    text = tiny_recipe("causal").splitlines()
+    lines = [f"  llm: {{kind: causal, scratch: {scratch}}}" if line.startswith("  llm:") else line for line in text]
+    model = built(parsed("\n".join(lines) + "\n")).eval()
+    assert model.llm.longest == 40
+    requests: list[Any] = [{"prompt": question, "image": RED.read()} for question in ("what color is it?", "is it red?")]
+    assert all(isinstance(answer, str) for answer in model.chat_batch(requests, max_new_tokens=100))
+    assert isinstance(model.chat("what color is it?", max_new_tokens=100), str)
+    with pytest.raises(ModelError, match=r"has positions for 40: set data.max_length to at most 40"):
+        model.chat("what color is it? " * 9, max_new_tokens=1)

@@ -6,8 +6,9 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -51,6 +52,8 @@ SAMPLED = (
     "use_cache",
 )
 """What a generation config says of sampling and lengths, which answers here do not depend on."""
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)$")
+"""Tables of learned positions, as transformers names them."""
 SPARED = 0.8
 """Share of the branches that are left below which the others are let go."""
 
@@ -136,8 +139,36 @@ class LanguageModel(nn.Module):
         """How many virtual tokens stand before every row."""
         return 0 if self.prompt is None else self.prompt.tokens
 
+    @cached_property
+    def longest(self) -> int | None:
+        """Tokens of the longest row that the model has positions for; None where positions are computed, not looked up."""
+        sizes = [
+            module.num_embeddings - int(getattr(module, "offset", 0))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and POSITIONS.search(name)
+        ]
+        return min(sizes, default=None)
+
+    def check_length(self, length: int) -> None:
+        """Raises `ModelError` for rows of more tokens than the model has positions for, virtual tokens included."""
+        if self.longest is not None and length > self.longest:
+            raise ModelError(
+                f"a row of {length} tokens (images and virtual tokens included), and {type(self.model).__name__} has positions for "
+                f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
+            )
+
+    def room(self, decoding: Decoding, length: int) -> Decoding:
+        """The decoding with as many new tokens after `length` others as there are positions for, one at least."""
+        if self.longest is None or length + decoding.max_new_tokens <= self.longest + 1:
+            return decoding
+        return replace(decoding, max_new_tokens=self.longest - length + 1)  # the last one is read by nobody
+
     def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
+        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone.
+
+        Raises `ModelError` as `check_length`.
+        """
+        self.check_length(mask.shape[1] + self.virtual)
         return embeds if self.prompt is None else self.prompt.before(embeds), pad(mask, (self.virtual, 0), value=True)
 
     @property
@@ -318,7 +349,7 @@ class CausalLLM(LanguageModel):
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
-        options = self._options(decoding, pad_id, stop_ids)
+        options = self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole input beside a cache, and drops what the cache stands for.
             options[cache_name()] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
@@ -335,6 +366,9 @@ class CausalLLM(LanguageModel):
         """
         assert batch.ends is not None and batch.positions is not None
         rising = self.rule is not None and self.rule.rising
+        self.check_length(int(batch.positions.max()) + 1)
+        if self.longest is not None:
+            max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
         seen = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
@@ -422,7 +456,10 @@ class Seq2SeqLLM(LanguageModel):
 
     def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A prefix stands before what the decoder writes.
-        return super().prompted(embeds, mask) if isinstance(self.prompt, SoftPrompt) else (embeds, mask)
+        if isinstance(self.prompt, SoftPrompt):
+            return super().prompted(embeds, mask)
+        self.check_length(mask.shape[1])
+        return embeds, mask
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(
