@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlm_tune.quoting import escaped, quoted
 
@@ -54,16 +55,27 @@ class DataError(VlmTuneError):
     """A row, an image or a template that can't be used; names the source and the row.
 
     `kind` is what reports count by; `content` is the row as it was read, for the quarantine file. What it says may quote
-    a row, so it is kept with every character that does not print escaped.
+    a row, so it is kept with every character that does not print escaped. `file` is the image's or video's file that the
+    row can't be used for: what is prepared goes out of date when that changes.
     """
 
     exit_code = EXIT_DATA
 
-    def __init__(self, message: str, *, source: str = "", row: int | str | None = None, kind: str = "row", content: object = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        source: str = "",
+        row: int | str | None = None,
+        kind: str = "row",
+        content: object = None,
+        file: Path | None = None,
+    ) -> None:
         self.source = escaped(source)
         self.row = escaped(row) if isinstance(row, str) else row
         self.message = "\n".join(map(escaped, message.split("\n")))
         self.kind, self.content = kind, content
+        self.file = file
         place = self.source + (f", row {self.row}" if row is not None else "")
         super().__init__(f"{place}: {self.message}" if place else self.message)
 

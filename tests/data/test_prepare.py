@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_samples import IMAGE_SLOTS, processor, turns
+from PIL import Image
 from small import examples_of, png, prepare_rows, units_of
 
 from vlm_tune.config import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
@@ -332,3 +334,51 @@ def test_sources_are_named_by_their_files_longer_where_two_are_alike() -> None:
     assert source_names(easy) == ["easy_vqa:train", "easy_vqa:test"]
     assert source_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == ["org/set", "easy_vqa"]
     assert source_names([file("a/x.jsonl", "all"), file("b/x.jsonl", "all")]) == ["all", "all"]
+
+
+def image_row(image: str) -> dict[str, Any]:
+    """A row about an image file, as it is written."""
+    turns = [{"role": "user", "content": "<image>what color?"}, {"role": "assistant", "content": "red"}]
+    return {"messages": turns, "images": [image]}
+
+
+def section_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> DataSection:
+    """A data section that reads rows from a file, written now."""
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    source = FileSource(kind="file", path=str(path), form="messages")
+    return DataSection(train=[source], template="chatml", max_length=4096, **options)
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_an_image_that_was_mended_is_looked_at_again(policy: Any, damage: str, tmp_path: Path) -> None:
+    """Neither chunks of a preparation that failed nor a finished one hold on to what was wrong with a file."""
+    made = processor("chatml", "bytes", "causal")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), (200, 10, 10)).save(image)
+    Image.new("RGB", (32, 32), (10, 10, 200)).save(tmp_path / "b.png")
+    whole = image.read_bytes()
+    data = section_of(tmp_path / "rows.jsonl", [image_row("a.png"), image_row("b.png")], on_bad_row=policy)
+    if damage == "cut":
+        image.write_bytes(whole[:60])
+    else:
+        image.unlink()
+    if policy == "fail":
+        with pytest.raises(DataError, match=r"a\.png"):
+            prepare(data, data.train, made, seed=0)
+    else:
+        assert prepare(data, data.train, made, seed=0).bad == 1
+    image.write_bytes(whole)
+    prepared = prepare(data, data.train, made, seed=0)
+    assert prepared.bad == 0
+    assert len(prepared) == 2
+
+
+def test_a_second_name_of_the_same_image_is_watched_too(tmp_path: Path) -> None:
+    made = processor("chatml", "bytes", "causal")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32), (200, 10, 10)).save(tmp_path / name)
+    data = section_of(tmp_path / "rows.jsonl", [image_row("a.png"), image_row("b.png")])
+    assert len(prepare(data, data.train, made, seed=0).media) == 1
+    Image.new("RGB", (32, 32), (10, 10, 200)).save(tmp_path / "b.png")
+    assert len(prepare(data, data.train, made, seed=0).media) == 2

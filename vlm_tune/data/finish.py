@@ -21,7 +21,7 @@ from vlm_tune.config import Source, Split
 from vlm_tune.data.duplicates import look_alikes
 from vlm_tune.data.job import Job
 from vlm_tune.data.joining import branch_layout
-from vlm_tune.data.shards import LEFT_OUT, OK
+from vlm_tune.data.shards import LEFT_OUT, OK, read_stamps, write_stamps
 from vlm_tune.data.store import (
     BLOB,
     ExampleStore,
@@ -72,6 +72,7 @@ def finish(partial: Path, folder: Path, job: Job) -> None:
         counts = _write_units(store, units, temporary / "examples.arrow", job.layout, data.row_length)
         unit_source = unit_source[np.array([unit[0] for unit in units], dtype=np.int64)]
         plain.unlink()
+    write_stamps(temporary, {path: stamp for _, shard in shards for path, stamp in read_stamps(shard).items()})
     np.savez(temporary / "units.npz", starts=np.cumsum([0, *counts]), source=unit_source)
     write_checksums(temporary)
     temporary.rename(folder)

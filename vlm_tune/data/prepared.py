@@ -15,10 +15,10 @@ import numpy as np
 from vlm_tune.checksums import is_intact
 from vlm_tune.data.finish import PARTS, joined_rows
 from vlm_tune.data.job import Job, source_names
-from vlm_tune.data.shards import BAD, LEFT_OUT, OK, content_hash, file_stamp
+from vlm_tune.data.shards import BAD, LEFT_OUT, OK, content_hash, files_changed
 from vlm_tune.data.sources.registry import read_all
 from vlm_tune.data.store import ExampleStore, MediaRow, media_rows, read_batches
-from vlm_tune.data.types import Conversation, Example, Media, Slice
+from vlm_tune.data.types import Conversation, Example, Media
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,19 +43,8 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path, job: Job) -> Prepared | None:
-        """What is prepared in `folder`; None if nothing is, it is damaged, or an image has changed or gone since."""
-        if not is_intact(folder):
-            return None
-        found = cls(folder, job)
-        stamps: dict[Path, int] = {}
-        for row in found.media_rows:
-            if row.stamp:
-                source = row.media.source
-                assert not isinstance(source, bytes)
-                path = source.path if isinstance(source, Slice) else source
-                if stamps.setdefault(path, file_stamp(path)) != row.stamp:
-                    return None
-        return found
+        """What is prepared in `folder`; None if nothing is, it is damaged, or an image changed, went or came since."""
+        return cls(folder, job) if is_intact(folder) and not files_changed(folder) else None
 
     # --- units ---
 

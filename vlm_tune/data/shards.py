@@ -119,7 +119,7 @@ class ShardMaker:
     def __call__(self, source: int, chunk: Chunk) -> ShardSummary:
         """Writes the shard, or finds it written, and sums it up."""
         folder = self.folder / f"{source:04}-{chunk.number:08}"
-        if not is_intact(folder):
+        if not is_intact(folder) or files_changed(folder):
             shutil.rmtree(folder, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -133,6 +133,7 @@ class ShardMaker:
         examples: list[Example] = []
         media = _MediaTable(temporary / BLOB, folder / BLOB)
         for found in self.readers[source].conversations(chunk):
+            media.note(found.file if isinstance(found, DataError) else None)
             record, made = self._row(found, source, media, chunk.first_row + len(records))
             records.append(record)
             examples += made
@@ -141,6 +142,7 @@ class ShardMaker:
         write_batches(temporary / "examples.arrow", [example_batch(examples, numbers)])
         write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
         write_batches(temporary / "rows.arrow", [record_batch(records)])
+        write_stamps(temporary, media.stamps)
         write_checksums(temporary)
 
     def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
@@ -157,6 +159,8 @@ class ShardMaker:
         record.digest = content_hash(found)
         record.controls = self._controls(alone, self.processors[source])
         try:
+            for item in found.media:
+                media.note(item.file)
             record.images = [media.add(item, self._look(item)) for item in alone.media]
             for item in found.media:
                 self._look(item)
@@ -250,6 +254,7 @@ class _MediaTable:
 
     def __init__(self, blob: Path, final: Path) -> None:
         self.rows: list[MediaRow] = []
+        self.stamps: dict[str, int] = {}
         self._numbers: dict[Media, int] = {}
         self._blob, self._final, self._file, self._size = blob, final, None, 0
         self._placed: dict[bytes, Slice] = {}
@@ -257,13 +262,17 @@ class _MediaTable:
     def number(self, media: Media) -> int:
         return self._numbers[media]
 
+    def note(self, file: Path | None) -> None:
+        """Keeps when a file was last changed that the rows depend on, whether it can be used or not."""
+        if file is not None and str(file) not in self.stamps:
+            self.stamps[str(file)] = file_stamp(file)
+
     def add(self, media: Media, info: ImageInfo) -> int:
         found = self._numbers.get(media)
         if found is None:
             found = self._numbers[media] = len(self.rows)
             source = self._place(media.source) if isinstance(media.source, bytes) else media.source
-            stamp = 0 if isinstance(media.source, bytes) else file_stamp(source)
-            self.rows.append(MediaRow(replace(media, source=source), info, stamp))
+            self.rows.append(MediaRow(replace(media, source=source), info))
         return found
 
     def _place(self, data: bytes) -> Slice:
@@ -280,13 +289,31 @@ class _MediaTable:
             self._file.close()
 
 
-def file_stamp(source: Path | Slice) -> int:
-    """When a file was last changed, in nanoseconds; -1 if it is gone."""
-    path = source.path if isinstance(source, Slice) else source
+STAMPS = "files.json"
+"""The file of a prepared folder that holds when the files that its rows depend on were last changed."""
+
+
+def file_stamp(path: Path) -> int:
+    """When a file was last changed, in nanoseconds; -1 if there is none."""
     try:
         return path.stat().st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):  # a ValueError for a NUL byte in the name
         return -1
+
+
+def write_stamps(folder: Path, stamps: dict[str, int]) -> None:
+    """Writes when the files that the rows in `folder` depend on were last changed. Raises `OSError`."""
+    (folder / STAMPS).write_text(json.dumps(stamps))
+
+
+def read_stamps(folder: Path) -> dict[str, int]:
+    """What `write_stamps` wrote."""
+    return json.loads((folder / STAMPS).read_text())
+
+
+def files_changed(folder: Path) -> bool:
+    """Whether an image or video that the rows in `folder` depend on was changed, removed or put there since."""
+    return any(file_stamp(Path(path)) != stamp for path, stamp in read_stamps(folder).items())
 
 
 def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:

@@ -28,14 +28,10 @@ LISTS = ("input_ids", "labels", "slots", "media", "positions", "ends")
 
 @dataclass(frozen=True)
 class MediaRow:
-    """One distinct media item: where it is, what looking at its whole image found, and when that file was last changed.
-
-    `stamp` is in nanoseconds; 0 for bytes of our own.
-    """
+    """One distinct media item: where it is, and what looking at its whole image found."""
 
     media: Media
     info: ImageInfo
-    stamp: int
 
 
 def _lists(values: Sequence[np.ndarray | Sequence[int]]) -> pa.ListArray:
@@ -219,7 +215,6 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             "format": pa.array([row.info.format for row in rows], pa.string()),
             "dhash": pa.array([row.info.dhash for row in rows], pa.uint64()),
             "thumbnail": pa.array([row.info.thumbnail for row in rows], pa.binary()),
-            "stamp": pa.array([row.stamp for row in rows], pa.int64()),
         }
     )
 
@@ -235,4 +230,4 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         return Media(source, tile=Tile(*row["tile"]) if row["tile"] else None)
 
     names = [field.name for field in fields(ImageInfo)]
-    return [MediaRow(media(row), ImageInfo(**{name: row[name] for name in names}), row["stamp"]) for row in batch.to_pylist()]
+    return [MediaRow(media(row), ImageInfo(**{name: row[name] for name in names})) for row in batch.to_pylist()]

@@ -52,12 +52,21 @@ class Tile:
 class Media:
     """One image, by file, by a part of a file, or by encoded bytes; never decoded here.
 
-    A video is several images. `tile` is set on a cell of a larger image; None is the whole.
+    A video is several images; `origin` is the file that frames were decoded from. `tile` is set on a cell of a larger
+    image; None is the whole.
     """
 
     source: Path | Slice | bytes
     modality: Literal["image"] = "image"
     tile: Tile | None = None
+    origin: Path | None = field(default=None, compare=False)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it is read from, or was; None for bytes that came with a row."""
+        if isinstance(self.source, bytes):
+            return self.origin
+        return self.source.path if isinstance(self.source, Slice) else self.source
 
     def read(self) -> bytes:
         """The encoded bytes of the whole image. Raises `OSError` for a file that can't be read."""

@@ -37,8 +37,9 @@ def video_parts(video: Path | Slice | bytes, *, suffix: str, frames: int, fps: f
     if isinstance(video, Path) and video.is_dir():
         return frame_parts([Media(path) for path in frame_files(video)], frames=frames, fps=fps, name=str(video))
     parts: list[str | Media] = []
+    origin = video if isinstance(video, Path) else None
     for time, data in _decoded(video, suffix, frames):
-        parts += [*time_text(time), Media(data)]
+        parts += [*time_text(time), Media(data, origin=origin)]
     return tuple(parts)
 
 

@@ -40,7 +40,8 @@ class ImageFolder:
         try:
             path, mode = self._resolved(name)
         except FileNotFoundError:
-            raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing") from None
+            missing = self.root / name
+            raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=missing) from None
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, links in a circle
             why = getattr(error, "strerror", None) or cut(str(error))
             raise DataError(f"the {what} {quoted(name)} is no path: {why}", kind="image_missing") from None
@@ -48,7 +49,7 @@ class ImageFolder:
             raise DataError(f"the {what} {quoted(name)} lies outside the image root {self.root}", kind="image_outside")
         if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
             return path
-        raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing")
+        raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=path)
 
     def _resolved(self, name: str) -> tuple[Path | None, int]:
         """The path without links, None outside the root, and what it is.
@@ -97,7 +98,10 @@ class MediaFinder:
                 # A frame may itself be a link that leads out of the root.
                 frames = [root.find(str(frame)) for frame in frame_files(path)]
                 return frame_parts(frames, frames=self.frames, fps=self.fps, name=quoted(found))
-            return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
+            try:
+                return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
+            except DataError as error:
+                raise DataError(error.message, kind=error.kind, file=path) from None
         return video_parts(found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps)
 
     def _source(self, value: Any, what: str) -> str | bytes | Slice:

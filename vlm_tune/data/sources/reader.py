@@ -113,7 +113,14 @@ class RowsReader:
         except DataError as error:
             missing = [name for name in self._columns.values() if isinstance(stored.value, dict) and name not in stored.value]
             hint = f" (columns: the row has no {', '.join(missing)})" if missing else ""
-            return DataError(error.message + hint, source=stored.source, row=stored.number, kind=error.kind, content=stored.value)
+            return DataError(
+                error.message + hint,
+                source=stored.source,
+                row=stored.number,
+                kind=error.kind,
+                content=stored.value,
+                file=error.file,
+            )
 
     def _fields(self, stored: StoredRow) -> dict[str, Any]:
         """The row by our field names. Raises `DataError` for a field that is used and can't be, or that is meant and not used."""
