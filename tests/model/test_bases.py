@@ -198,3 +198,21 @@ def test_a_run_starts_from_an_exported_llava(tiny_recipe: Tiny, tmp_path: Path) 
     assert largest(start.view(len(expected), -1)[:, :vocabulary], expected) <= 1e-4
     sft(parsed(following, train__steps=1))
     load_model(tmp_path / "next")
+
+
+def test_a_run_is_resumed_over_a_base_that_moved_and_not_over_another(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    text = tiny_recipe("causal")
+    save_llm(tmp_path / "base", "causal", rows_of(parsed(text)))
+
+    def resume(base: str) -> None:
+        recipe = parsed(with_tune(with_llm(text, tmp_path / base, "causal"), LORA_TUNE), train__steps=6)
+        sft(recipe, resume=True, accept_changes=True)
+
+    sft(parsed(with_tune(with_llm(text, tmp_path / "base", "causal"), LORA_TUNE)))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    change_one_number(tmp_path / "other")
+    with pytest.raises(ModelError, match="1 of 21 tensors differ"):
+        resume("other")
+    resume("moved")
+    load_model(tmp_path / "run")

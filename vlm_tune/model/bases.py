@@ -21,10 +21,10 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from vlm_tune.config import AnyTower, Config, Llm, ModelSection, PairTower
+from vlm_tune.config import AnyTower, Config, Llm, ModelSection, PairTower, Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import is_path, read_json
-from vlm_tune.model.pretrained import find_vlm
+from vlm_tune.model.pretrained import find_vlm, model_section
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.resources import cache_folder
 
@@ -84,6 +84,12 @@ def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
         if is_path(str(place)) and not Path(place).exists():
             raise ModelError(f"base: no such file or folder: {place} (for the {part})")
     return BaseChoice({part: str(place) for part, place in given.items()}, accept_other)
+
+
+def recipe_choice(recipe: Recipe) -> BaseChoice:
+    """What a resumed run is loaded over: the LLM where its recipe says that it is, which may be a new place."""
+    llm = model_section(recipe).llm
+    return AS_SAVED if llm.name is None else BaseChoice({"llm": llm.name})
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 
 from vlm_tune.data.prepare import scratch_texts
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.model.bases import recipe_choice
 from vlm_tune.model.build import build_processor, load_dtype
 from vlm_tune.model.store import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
@@ -102,9 +103,8 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
         context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section)
         rows = read_rows(context, number, name, stage, build_processor(recipe, scratch_texts(recipe)))
-        loop = stage_loop(
-            context, restore_model(start, dtype=load_dtype(recipe), bare=not context.holds), name, stage, rows, progress, start
-        )
+        model = restore_model(start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
+        loop = stage_loop(context, model, name, stage, rows, progress, start)
         kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
         for step, written in loop.replay(end, scratch, set(kept)):
             report.checkpoints.append(step)

@@ -22,6 +22,7 @@ from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import Interrupted, VlmTuneError
 from vlm_tune.evaluation import Scores, score
+from vlm_tune.model.bases import recipe_choice
 from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
@@ -228,7 +229,7 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
             )
         if context.accelerator.is_main_process:
             _forget_after(context.run, progress)
-        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds)
+        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
     else:
         model = build(recipe, texts, bare=not context.holds)
         if context.accelerator.is_main_process:
@@ -349,7 +350,8 @@ def _stage(
     if best is not None:
         # A model that other engines keep as it is: the next stage draws the random numbers that it would have.
         with torch.random.fork_rng(devices=[], enabled=shares):
-            model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds)
+            base = recipe_choice(context.recipe)
+            model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds, base=base)
             apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
         if context.holds:
             model.to(accelerator.device)
