@@ -197,6 +197,16 @@ def test_where_nothing_flows_further_the_gradients_are_the_same(counted: list[st
 
 
 @needs_kernel
+def test_heads_of_a_width_that_no_tile_holds_leave_a_layer_as_it_is(counted: list[str]) -> None:
+    model, (x, *rest) = decoder(head_dim=16), given()
+    exact = plain(model)
+    quick(model)
+    found = run(model, x.clone().requires_grad_(), *rest)
+    found.float().sum().backward()
+    assert not counted and relative(found, run(exact, x.double(), *rest)) < 3 * BF16
+
+
+@needs_kernel
 @pytest.mark.parametrize("kind", ["gemma", "qwen3", "granite", "olmo2", "cohere", "phi3"])
 def test_layers_that_compute_something_else_are_left_as_they_are(kind: str) -> None:
     model = decoder(kind, **{"granite": {"residual_multiplier": 0.5}}.get(kind, {}))

@@ -203,7 +203,8 @@ class DecoderLayer(nn.Module):
             return False
         if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):
             return False
-        if not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
+        # Heads of other widths are attended to in blocks, outside of the kernels.
+        if self.self_attn.head_dim % 32 or not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
             return False
         merged, outputs = layers[0].siblings, [layer.base_layer.out_features for layer in layers]
         # A plan's weights have shapes alone, and are not merged.
