@@ -137,9 +137,10 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
     if any(abs(number) > LARGEST for number in numbers):
         return f"expected at most {LARGEST:,}"
     if isinstance(default, bool) or default is None or value is None:
-        right = isinstance(value, bool) or not isinstance(default, bool)
-        counts = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
-        return "expected true or false" if not right else "expected at least 1" if counts and value < 1 else None
+        if isinstance(default, bool) and not isinstance(value, bool):
+            return "expected true or false"
+        count = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
+        return "expected at least 1" if count and int(value) < 1 else None
     if isinstance(default, int):
         if not isinstance(value, int | list) or isinstance(value, bool):
             return "expected a whole number"
