@@ -422,3 +422,23 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(tiny_reci
     assert found["advice"]
     assert found["stages"][0]["memory"]["exchange"] > 0
     assert found["stages"][0]["communication"]["traffic"]["gradients"] > 0
+
+
+# --- steps and time --------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=3, train__batch_size=4)
+    found = plan(recipe)
+    stage = found.stages[0]
+    assert stage.steps == 6  # eight rows, four a batch, three times
+    assert found.machine is not None and found.machine.rate > 0 and "no GPU" in " ".join(found.machine.lacks)
+    least, most = found.time(stage) or (0.0, 0.0)
+    assert least == pytest.approx(6 * stage.flops / found.machine.rate) and most == pytest.approx(5 * least)
+    assert found.summary()["stages"][0]["time"] == (least, most)
+
+
+def test_no_time_is_told_of_another_machine_or_of_rows_that_are_not_known(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=3)
+    elsewhere = plan(recipe, gpu_memory="24GB", tokens=32)
+    assert elsewhere.machine is None and elsewhere.stages[0].steps is None and elsewhere.time(elsewhere.stages[0]) is None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_text, write_color_rows
+from small import built, cli, parsed
 
 import vlm_tune
-from tests.conftest import tiny_text, write_color_rows
-from tests.small import built, cli, parsed
 from vlm_tune.api import which_model
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.errors import DataError, RecipeError, VlmTuneError

@@ -506,7 +506,7 @@ def check(
         check_writable(html, "the page")
     _quiet()
     from vlm_tune.checking.checker import check as run
-    from vlm_tune.display import Display, show_check
+    from vlm_tune.display import Display, show_check, show_exports
 
     console = Console(stderr=as_json)
     with Display(console) as display:
@@ -516,9 +516,11 @@ def check(
 
         with writing(html, "the page"):
             write_page(report, html)
+    exports = _exports(loaded)
     if as_json:
-        _print_json(report.summary())
+        _print_json({**report.summary(), "exports": exports})
     else:
+        show_exports(console, exports)
         show_check(console, report)
         if html:
             typer.echo(f"page: {html}")
@@ -543,17 +545,30 @@ def plan(
     _choice("--offload", offload, ("none", "optimizer", "all"))
     loaded = _load(recipe, set_)
     _quiet()
-    from vlm_tune.display import show_plan
+    from vlm_tune.display import show_exports, show_plan
     from vlm_tune.planning.planner import plan as run
 
     places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
     found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)
+    exports = _exports(loaded)
     if as_json:
-        _print_json(found.summary())
+        _print_json({**found.summary(), "exports": exports})
     else:
         show_plan(Console(), found)
+        show_exports(Console(), exports)
     if found.fits is False:
         sys.exit(EXIT_TRAINING)
+
+
+def _exports(recipe: Recipe) -> dict[str, str | None] | str:
+    """By format why the trained model can't be exported so, None where it can; or why that is not known."""
+    from vlm_tune.errors import ModelError
+    from vlm_tune.exporting import possible_exports
+
+    try:
+        return possible_exports(recipe)
+    except ModelError as error:  # a config that is not on this machine: the rest of what is told does not need it
+        return str(error).splitlines()[0]
 
 
 @app.command()

@@ -116,8 +116,7 @@ class Display(logging.Handler):
 
     def _line(self, text: str, style: str = "") -> None:
         self._printed = self.clock()
-        lines = "\n".join(map(escaped, text.split("\n")))  # notes quote rows and names of files
-        self.console.print(Text(lines, style=style), soft_wrap=True)
+        _print(self.console, text, style)
 
     def _environment(self, event: dict[str, Any]) -> None:
         if "kernels" in event:
@@ -181,6 +180,11 @@ class Display(logging.Handler):
 
     def _other(self, event: dict[str, Any]) -> None:
         pass
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    """Prints lines as they are: wrapped by the terminal alone, and without the control characters that rows and names may hold."""
+    console.print(Text("\n".join(map(escaped, text.split("\n"))), style=style), soft_wrap=True)
 
 
 def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
@@ -280,7 +284,7 @@ def _show_part(console: Console, part: PartReport) -> None:
     if part.ms_per_row is not None:
         lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
     for name, text in lines:
-        console.print(Text(f"  {name:17}{text}"))
+        _print(console, f"  {name:17}{text}")
 
 
 def _bars(values: Histogram, unit: str = "") -> str:
@@ -299,9 +303,18 @@ def _show_findings(console: Console, title: str, style: str, findings: list[Find
         console.print(Text.assemble((f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"))
         for finding in shown:
             where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
-            console.print(Text(escaped(f"  {finding.stage} {finding.part}: {where}: {finding.message}")))
+            _print(console, f"  {finding.stage} {finding.part}: {where}: {finding.message}")
         if count > len(shown):
             console.print(Text(f"  and {count - len(shown):,} more", style="dim"))
+
+
+def show_exports(console: Console, exports: dict[str, str | None] | str) -> None:
+    """Prints which formats the trained model can be exported in, and why not in the others; or why that is not known."""
+    if isinstance(exports, str):
+        _print(console, f"exports: not known ({exports})")
+        return
+    for name, why_not in exports.items():
+        _print(console, f"export --format {name}: {'possible' if why_not is None else f'not possible: {why_not}'}")
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -336,10 +349,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
     for stage in plan.stages:
         _show_stage(console, stage)
+        _show_time(console, plan, stage)
     if plan.allocator == "malloc":
         # Measured with glibc 2.36, as docs/plan.md says.
         why = "no C++ compiler, or addresses are limited (ulimit -v)"
         console.print(Text(f"{why}: tensors lie where malloc puts them, and a run may take a third more", style="yellow"))
+    if plan.machine is not None and plan.machine.lacks:
+        _print(console, f"\n{plan.machine.device}: {'; '.join(plan.machine.lacks)}", "yellow")
     verdict = f"needs {gigabytes(plan.needed)} on each device"
     if plan.gpu_memory is not None:
         fits = plan.fits
@@ -390,6 +406,18 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
         console.print(Text(f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"))
     if stage.communication:
         _show_communication(console, stage.communication)
+
+
+def _show_time(console: Console, plan: Plan, stage: StagePlan) -> None:
+    """The steps of a stage, and how long they are expected to take on this machine."""
+    if stage.steps is None:
+        _print(console, f"  {'steps':15}not known: they are counted of the data's rows")
+        return
+    line = f"  {'steps':15}{stage.steps:,}"
+    if (expected := plan.time(stage)) is not None and plan.machine is not None:
+        rate = f"{plan.machine.rate / 1e9:,.3g} GFLOP/s of {plan.machine.precision} products, measured just now"
+        line += f", expected to take {duration(expected[0])} to {duration(expected[1])} here (an estimate from {rate}; without evaluation)"
+    _print(console, line)
 
 
 def _show_communication(console: Console, found: Communication) -> None:

@@ -74,12 +74,8 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
         tokens = sample["tokens"]
         trained = sum(token["kind"] in ("trained", "target") for token in tokens)
         images = sum(token["kind"] == "image" for token in tokens)
-        console.print(
-            Text(
-                f"\n{escaped(sample['stage'])}  {escaped(sample['id'])}: {len(tokens)} tokens, {trained} trained, {images} image slots",
-                style="bold",
-            )
-        )
+        title = f"\n{sample['stage']}  {escaped(sample['id'])}: {len(tokens)} tokens, {trained} trained, {images} image slots"
+        console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(_line(tokens, ids=ids), soft_wrap=True)
 
 

@@ -46,12 +46,13 @@ class Work:
 
 @dataclass
 class Reading:
-    """A stage's largest batch, the mean of some, how many images there are, and where this is known from."""
+    """A stage's largest batch, the mean of some, how many images there are, where this is known from, and steps of an epoch."""
 
     batch: Batch | None
     mean: Work | None
     images: int
     source: str
+    steps: int | None = None
 
 
 def readings(recipe: Recipe, tokens: int | None, processes: int) -> tuple[Any, list[Reading]]:
@@ -89,7 +90,8 @@ def _read(stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, 
     largest, sampled, count = _chosen(feed)
     works = [work_of(feed.batch(start, place)) for place in sampled]
     mean = Work(*(float(np.mean([getattr(work, name) for work in works])) for name in Work.__dataclass_fields__))  # type: ignore[arg-type]
-    return Reading(feed.batch(start, largest), mean, len(prepared.media), f"the largest of {count:,} batches of the data")
+    source = f"the largest of {count:,} batches of the data"
+    return Reading(feed.batch(start, largest), mean, len(prepared.media), source, feed.steps(start))
 
 
 def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:

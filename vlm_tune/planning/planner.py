@@ -30,6 +30,7 @@ from vlm_tune.planning.batches import Reading, Work, longest_batch, readings, wo
 from vlm_tune.planning.changes import changed, changes, written
 from vlm_tune.planning.communication import GIGABIT, Communication, communication, traffic
 from vlm_tune.planning.heap import Allocator, allocator
+from vlm_tune.planning.machine import Machine, measure
 from vlm_tune.planning.step import ROWS, traced
 from vlm_tune.planning.zero import Held, Shares, zero_memory
 from vlm_tune.quoting import quoted
@@ -91,7 +92,8 @@ class StagePlan:
     """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
 
     `loading` is the peak before the first step, where weights are made in fp32; `source` says where lengths are from;
-    `host` are the bytes offloaded to the machine's memory; `communication` is None for one process.
+    `host` are the bytes offloaded to the machine's memory; `communication` is None for one process; `steps` are all
+    optimizer steps, None where the data is not known.
     """
 
     name: str
@@ -107,6 +109,7 @@ class StagePlan:
     cached: bool
     host: int
     communication: Communication | None
+    steps: int | None
 
     @property
     def needed(self) -> int:
@@ -128,7 +131,7 @@ class Advice:
 class Plan:
     """What a run needs on each of `processes` devices; `fits` is None where no memory was named.
 
-    `allocator` is what a CPU's holes are counted for.
+    `allocator` is what a CPU's holes are counted for; `machine` is this one, None where the plan is for another.
     """
 
     name: str
@@ -143,6 +146,7 @@ class Plan:
     allocator: Allocator | None
     stages: list[StagePlan]
     seconds: float
+    machine: Machine | None = None
     advice: list[Advice] = field(default_factory=list)
 
     @property
@@ -155,9 +159,15 @@ class Plan:
         """Whether that is within the memory named."""
         return None if self.gpu_memory is None else self.needed <= self.gpu_memory
 
+    def time(self, stage: StagePlan) -> tuple[float, float] | None:
+        """The least and the most seconds that a stage's steps are expected to take here; None where that is not known."""
+        if self.machine is None or stage.steps is None:
+            return None
+        return self.machine.seconds(stage.flops * stage.steps)
+
     def summary(self) -> dict[str, Any]:
         """The plan as JSON."""
-        stages = [asdict(stage) | {"needed": stage.needed} for stage in self.stages]
+        stages = [asdict(stage) | {"needed": stage.needed, "time": self.time(stage)} for stage in self.stages]
         return asdict(self) | {"needed": self.needed, "fits": self.fits, "stages": stages}
 
 
@@ -203,6 +213,8 @@ def plan(
         allocator=None if gpu else allocator(),
         stages=stages,
         seconds=0.0,
+        # A memory that is named, and several processes, are of other machines.
+        machine=measure(loaded.train.precision, DTYPES[loaded.train.precision]) if limit is None and processes == 1 else None,
     )
     advice = _advice(loaded, found, setting) if advise or found.fits is False else []
     return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
@@ -366,7 +378,15 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         feature_cache=reading.images * found.feature_bytes if found.cached else 0,
         cached=found.cached,
         communication=_communication(found.sizes, accumulation, flops, found.cached, setting) if setting.processes > 1 else None,
+        steps=_steps(stage, reading),
     )
+
+
+def _steps(stage: Recipe, reading: Reading) -> int | None:
+    """Optimizer steps of a stage; None where its epochs are of rows that are not known."""
+    if stage.train.steps is not None or reading.steps is None:
+        return stage.train.steps
+    return max(round((stage.train.epochs or 1) * reading.steps), 1)
 
 
 def _communication(sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting) -> Communication:
