@@ -139,8 +139,9 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
     if isinstance(default, bool) or default is None or value is None:
         if isinstance(default, bool) and not isinstance(value, bool):
             return "expected true or false"
-        count = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
-        return "expected at least 1" if count and int(value) < 1 else None
+        if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id") and value < 1:
+            return "expected at least 1"
+        return None
     if isinstance(default, int):
         if not isinstance(value, int | list) or isinstance(value, bool):
             return "expected a whole number"
