@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from small import built, parsed
 
+from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.build import bare_model, build_processor
 from vlm_tune.recipe import load_recipe
@@ -107,3 +108,9 @@ def test_where_values_stand_is_no_part_of_a_recipe(tiny_recipe: Tiny) -> None:
     assert recipe.where(("model", "llm")).startswith("recipe:") and other.where(("model", "llm")) == "model.llm"
     for same in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
         assert same == recipe and same.where(("train",)) == recipe.where(("train",))
+
+
+def test_nothing_is_written_for_such_a_recipe(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="hiden_size"):
+        sft(parsed(tiny_recipe("causal").replace("hidden_size", "hiden_size")))
+    assert not (tmp_path / "run").exists()

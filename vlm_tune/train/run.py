@@ -27,6 +27,7 @@ from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, tra
 from vlm_tune.model.features import tower_features
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.native import kernel_status
+from vlm_tune.model.sense import check_model
 from vlm_tune.model.store import recover_folders, restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -97,6 +98,7 @@ def sft(
     """
     run, text = Path(recipe.output), dump_recipe(recipe)
     kernels = kernel_status()
+    check_model(recipe)  # before anything is written
     forget_old_kernels()
     return_freed_memory()
     section = resolve_engine(recipe.engine)
