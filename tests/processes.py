@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import os
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from small import free_port, parsed, with_tune
+from small import parsed, with_tune
 
 from vlm_tune.config import Recipe
 from vlm_tune.errors import VlmTuneError
@@ -43,15 +44,32 @@ def hidden(run: Path) -> list[str]:
     return [str(path) for path in run.rglob(".*") if path.is_dir()]
 
 
+_stores: dict[int, Any] = {}
+"""By a process's pid the store that it meets the others in, held here until all have ended."""
+
+
 def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
     """Forks `ranks` processes that call `act` as one launch; what rank n prints goes to the file `said` with .n added."""
-    port = free_port()
+    reading, writing = os.pipe()
     pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
+            os.close(writing)
+            port = int(os.read(reading, 16)) if ranks > 1 else 0
             _run(act, Path(f"{said}.{rank}"), rank, ranks, port)
         pids.append(pid)
+    if ranks > 1:
+        from torch.distributed import TCPStore
+
+        # Held by this process from the moment the port is chosen: a port that is only known to be free can be another test's by
+        # the time rank 0 listens, and then ranks of two jobs meet and wait for ever. After the forks, as a store has threads.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        _stores.update(dict.fromkeys(pids, store))
+        for _ in pids:
+            os.write(writing, f"{store.port:<16}".encode())
+    os.close(writing)
+    os.close(reading)
     return pids
 
 
@@ -64,9 +82,11 @@ def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -
         for place in (1, 2):
             os.dup2(descriptor, place)
         sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+        # Where every thread is, if `ended` finds that this process hangs.
+        faulthandler.register(signal.SIGUSR1, file=2)
         AcceleratorState._reset_state(reset_partial_state=True)
         if ranks > 1:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address})
         act()
         code = 0
@@ -80,21 +100,41 @@ def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -
         os._exit(code)
 
 
-def ended(pids: list[int], timeout: float = 400) -> list[int]:
-    """The exit codes of processes; -9 for a killed one. Kills those that are not done in time, and fails."""
+STILL, IDLE = 240.0, 1.0
+"""Processes hang that together computed for less than IDLE seconds in STILL: a busy machine slows them down, but not so far."""
+
+
+def ended(pids: list[int]) -> list[int]:
+    """The exit codes of processes; -9 for a killed one. Kills those that hang, once they have said where, and fails."""
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + timeout
+    seen, since = 0.0, time.monotonic()
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(found[1])
+                _stores.pop(pid, None)
+                since = time.monotonic()
         time.sleep(0.02)
-        if time.monotonic() > deadline:
-            for pid in pids:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
-            raise AssertionError("hangs")
+        if time.monotonic() - since > STILL:
+            left = [pid for pid in pids if pid not in codes]
+            now = sum(map(_computed, left))
+            if now - seen < IDLE:
+                for number in (signal.SIGUSR1, signal.SIGKILL):
+                    for pid in left:
+                        os.kill(pid, number)
+                    time.sleep(1)
+                raise AssertionError("hangs; where its threads were is in what it said")
+            seen, since = now, time.monotonic()
     return [codes[pid] for pid in pids]
+
+
+def _computed(pid: int) -> float:
+    """Seconds of processor time that a process has taken."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def until(condition: Callable[[], Any], timeout: float = 400) -> None:

@@ -15,6 +15,7 @@ LAYERS = [
     ["recipe_yaml", "resources"],
     ["config"],
     ["recipe"],
+    ["recipe_changes"],
     ["runlock"],
     ["runfolder"],
     ["data"],

@@ -1,74 +1,175 @@
-"""A run's folder: made or refused before anything heavy is loaded, and never emptied without being told."""
+"""A run's folder: made or refused before anything heavy is loaded, and emptied only of what a run wrote there."""
 
 from __future__ import annotations
 
-import shutil
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vlm_tune.config import Recipe
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.paths import check_writable, writing
 from vlm_tune.recipe import load_recipe
+from vlm_tune.recipe_changes import fixed_changes, recipe_changes
 from vlm_tune.runlock import NAME as LOCK
 from vlm_tune.runlock import check_lock
 
-FILES = ("log.jsonl", "tuning.json", "samples.json", "answers.jsonl", "result.json", "report.html", "recipe.yaml")
-FOLDERS = ("stages", "model")
-"""What a run writes; starting anew removes these and nothing else."""
+MARK = ".vlm_tune-run"
+"""The file by which a folder is known as a run's: without it nothing in a folder is ever deleted."""
+
+RECIPE = "recipe.yaml"
+RESULTS = ("result.json", "report.html", "answers.jsonl")
+EARLIER = "earlier_result.json"
+"""The result of a run that was extended since."""
+
+FILES = ("log.jsonl", "tuning.json", "samples.json", "data.json", "quarantine.jsonl", EARLIER, *RESULTS, RECIPE)
+STAGE_FILES = ("trace.jsonl", "nonfinite.jsonl", "done.json")
+MODEL = "model"
 WRITTEN = ".recipe.yaml"
 """The recipe in the making: all that a start leaves that was killed before it became a run."""
 
+MANIFEST = "manifest.json"
+"""Lists the files of a model folder."""
+
+OUTPUT = "the output folder"
+
 
 def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool) -> None:
-    """Raises `RecipeError` if the run can't be started or resumed in this folder, `TrainingError` if one is running there.
+    """Checks that the run can be started or resumed in this folder; changes nothing.
 
-    Touches nothing.
+    Raises `RecipeError` if it can't, or the folder can't be written, and `TrainingError` if a run goes on there.
     """
+    check_writable(run, OUTPUT, folder=True)
     check_lock(run)
-    saved = run / "recipe.yaml"
+    marked, saved = (run / MARK).is_file(), run / RECIPE
     if resume:
-        if not saved.is_file():
-            raise RecipeError([Problem(str(run), "there is no run to resume here (no recipe.yaml)")])
-        changed = [] if accept_changes else changes(saved, recipe)
-        if changed:
-            lines = [Problem(str(saved), f"the recipe differs from the run's: {line}") for line in changed]
-            hint = "--resume goes on with the run's own recipe only, unless --accept-changes says that this is meant"
-            raise RecipeError([*lines, Problem(str(saved), hint)])
-    elif run.exists() and (not run.is_dir() or _holds_files(run)) and not (overwrite and saved.is_file()):
-        hint = "--resume goes on with it, --overwrite starts anew" if saved.is_file() else "choose another output"
+        if not marked or not saved.is_file():
+            missing = f"no {RECIPE}" if marked else f"no {MARK}, which every run writes"
+            raise RecipeError([Problem(str(run), f"there is no run to resume here ({missing})")])
+        _check_changes(run, load_recipe(saved), recipe, accept_changes=accept_changes)
+    elif run.exists() and _holds_files(run) and not (overwrite and marked):
+        stranger = "no run wrote it, so nothing in it is deleted; choose another output"
+        hint = "--resume goes on with it, --overwrite starts anew" if marked else stranger
         raise RecipeError([Problem(str(run), f"the output folder is not empty; {hint}")])
 
 
+def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bool) -> None:
+    """Raises `RecipeError` for a recipe that the run can't go on with."""
+    saved, stage = str(run / RECIPE), _begun(run)
+    fixed = fixed_changes(old, recipe, stage) if stage is not None else []
+    if accept_changes:
+        if fixed:
+            lines = [Problem(saved, f"a run that has begun can't change this: {change}") for change in fixed]
+            hint = "its checkpoints hold it; resume with the run's own value, or start another run (another output, or --overwrite)"
+            raise RecipeError([*lines, Problem(saved, hint)])
+        return
+    changes = recipe_changes(old, recipe)
+    if changes:
+        lines = [Problem(saved, f"the recipe differs from the run's: {change}") for change in changes]
+        hint = "--resume goes on with the run's own recipe only, unless --accept-changes says that this is meant"
+        if fixed:
+            hint = f"of these a run that has begun can't change {', '.join(change.name for change in fixed)}: start another run"
+        raise RecipeError([*lines, Problem(saved, hint)])
+
+
+def _begun(run: Path) -> int | None:
+    """The number of the furthest stage that has a checkpoint; None where there is none."""
+    numbers = [int(match[1]) - 1 for path in run.glob("stages/*/checkpoints/step-*") if (match := re.match(r"(\d+)-", path.parts[-3]))]
+    return max(numbers, default=None)
+
+
 def _holds_files(run: Path) -> bool:
-    return any(path.name not in (LOCK, WRITTEN) for path in run.iterdir())
-
-
-def changes(saved: Path, recipe: Recipe) -> list[str]:
-    """What a recipe changes in a saved one: `dotted.name: old -> new`; its engine may be another, which computes the same."""
-    old, new = (found.model_dump(exclude={"engine"}) for found in (load_recipe(saved), recipe))
-    return [f"{name}: {before} -> {now}" for name, before, now in _differences(old, new, "")]
+    return any(path.name not in (LOCK, WRITTEN, MARK) for path in run.iterdir())
 
 
 def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool) -> list[str]:
-    """Makes the run's folder and writes the recipe; what of the recipe was changed. Raises as `check_run`."""
+    """Makes the run's folder, marks it, and writes the recipe of a new run; what of the recipe is changed by a resumed one.
+
+    A resumed run's recipe stays as it is until `keep_recipe`. Raises as `check_run`.
+    """
     check_run(run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
-    changed = changes(run / "recipe.yaml", recipe) if resume else []
-    if not resume:
+    if resume:
+        return [f"resumed with a changed recipe: {change}" for change in recipe_changes(load_recipe(run / RECIPE), recipe)]
+    with writing(run, OUTPUT):
         run.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (run / name).unlink(missing_ok=True)
-        for name in FOLDERS:
-            shutil.rmtree(run / name, ignore_errors=True)
-    if changed or not resume:
-        written = run / WRITTEN
-        written.write_text(text)
-        written.replace(run / "recipe.yaml")
-    return [f"resumed with a changed recipe: {line}" for line in changed]
+        if (run / MARK).is_file():
+            remove_written(run)
+        (run / MARK).write_text(json.dumps({"written_by": "vlm_tune", "kind": "run"}))
+        keep_recipe(run, text)
+    return []
 
 
-def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every value that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [found for key in keys for found in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))]
-    return [] if old == new else [(name, old, new)]
+def keep_recipe(run: Path, text: str) -> None:
+    """Writes the recipe that the run goes on with."""
+    (run / WRITTEN).write_text(text)
+    (run / WRITTEN).replace(run / RECIPE)
+
+
+def retire_result(run: Path) -> str | None:
+    """Puts the result of a finished run aside, as it goes on; what is to be told of it, None where there is none."""
+    if not (run / "result.json").is_file():
+        return None
+    (run / "result.json").replace(run / EARLIER)
+    for name in RESULTS:
+        (run / name).unlink(missing_ok=True)
+    return f"the run had ended and goes on: its result of before is {EARLIER}, and {MODEL}/ is of before until the new end"
+
+
+def check_present(run: Path) -> None:
+    """Raises `TrainingError` if the folder of a run that goes on is there no longer."""
+    if not (run / MARK).exists():
+        raise TrainingError(f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it does can be kept")
+
+
+def remove_written(run: Path) -> None:
+    """Removes what a run wrote to its folder; files of others stay, and so do the folders that hold them."""
+    for name in FILES:
+        (run / name).unlink(missing_ok=True)
+    remove_model(run / MODEL)
+    for stage in _folders(run / "stages", r"\d+-"):
+        for name in STAGE_FILES:
+            (stage / name).unlink(missing_ok=True)
+        for checkpoint in _folders(stage / "checkpoints", r"step-\d+$"):
+            remove_model(checkpoint)
+        _remove_empty(stage / "checkpoints")
+        _remove_empty(stage)
+    _remove_empty(run / "stages")
+
+
+def remove_model(folder: Path) -> None:
+    """Removes a model folder but for files that its manifest does not list, and the folders that hold those."""
+    others = strangers(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            _remove_empty(path)
+        elif path not in others:
+            path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def strangers(folder: Path) -> set[Path]:
+    """The files in a model folder that its manifest does not list: somebody else's.
+
+    Without a manifest these are all, since a folder is never seen before it has one; a damaged one tells of none.
+    """
+    files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not (folder / MANIFEST).is_file():
+        return files
+    try:
+        value: Any = json.loads((folder / MANIFEST).read_text())
+        return files - {folder / str(name) for name in value["files"]} - {folder / MANIFEST}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
+def _folders(parent: Path, pattern: str) -> Iterator[Path]:
+    for path in sorted(parent.glob("*")):
+        if path.is_dir() and not path.is_symlink() and re.match(pattern, path.name):
+            yield path
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.errors import TrainingError
+from vlm_tune.paths import writing
 
 NAME = "run.lock"
 REFRESH, STALE = 30.0, 300.0
@@ -26,11 +27,13 @@ _held: set[Path] = set()
 @contextmanager
 def run_lock(run: Path) -> Iterator[str | None]:
     """Holds the folder's lock; gives a note if it was a dead process's. Raises `TrainingError` naming who holds it."""
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run, "the output folder"):
+        run.mkdir(parents=True, exist_ok=True)
     path = run.resolve() / NAME
     if path in _held:
         raise TrainingError(f"{run} is in use by this very process")
-    descriptor, before = _taken(run, path)
+    with writing(path, "the run's lock"):
+        descriptor, before = _taken(run, path)
     _held.add(path)
     ended = threading.Event()
     threading.Thread(target=_refresh, args=(path, ended), name="lock", daemon=True).start()
@@ -65,7 +68,8 @@ def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
             if free and (not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino):
                 os.close(descriptor)
                 continue  # its owner has just removed it
-            elsewhere = before is not None and before.get("host") != socket.gethostname()
+            # A file that was cut names no host; who holds it on this one keeps it locked.
+            elsewhere = before is not None and before.get("host", socket.gethostname()) != socket.gethostname()
             if not free or (elsewhere and time.time() - path.stat().st_mtime < STALE):
                 raise _refusal(run, before)
         except TrainingError:
@@ -97,7 +101,9 @@ def _read(descriptor: int) -> dict[str, Any] | None:
 
 def _who(owner: dict[str, Any]) -> str:
     started = owner.get("started")
-    since = f" since {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}" if isinstance(started, int | float) else ""
+    since = ""
+    if isinstance(started, int | float) and 0 <= started < 1e11:
+        since = f" since {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}"
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}{since}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,21 +210,33 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(tmp_path: P
     recipe = load_recipe(path)
     run = Path(recipe.output)
     text = dump_recipe(recipe)
-    (run / "sub").mkdir(parents=True)
-    (run / "sub" / "mine.txt").write_text("mine")
+    # A user's own files, called as a run's.
+    for name in ("sub/mine.txt", "recipe.yaml", "model/weights.bin", "stages/1-main/trace.jsonl", "result.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine")
+    owned = sorted(run.rglob("*"))
     for overwrite in (False, True):  # a folder that is no run is not deleted even when told to overwrite
-        with pytest.raises(RecipeError, match="not empty; choose another output"):
+        with pytest.raises(RecipeError, match="not empty; no run wrote it"):
             open_run(run, recipe, text, resume=False, overwrite=overwrite, accept_changes=False)
     with pytest.raises(RecipeError, match="no run to resume"):
         open_run(run, recipe, text, resume=True, overwrite=False, accept_changes=False)
-    assert [p.relative_to(run).as_posix() for p in sorted(run.rglob("*"))] == ["sub", "sub/mine.txt"]
-    (run / "recipe.yaml").write_text(text)
+    assert sorted(run.rglob("*")) == owned and (run / "recipe.yaml").read_text() == "mine"
+    shutil.rmtree(run)
+    open_run(run, recipe, text, resume=False, overwrite=False, accept_changes=False)
+    step = run / "stages" / "1-main" / "checkpoints" / "step-0000001"
+    for name in ("connector.safetensors", "mine.txt"):
+        step.mkdir(parents=True, exist_ok=True)
+        (step / name).write_text("")
+    (step / "manifest.json").write_text(json.dumps({"files": {"connector.safetensors": {}}}))
+    for name in ("sub/mine.txt", "model/mine.bin", "stages/1-main/trace.jsonl", "result.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine")
     with pytest.raises(RecipeError, match="--resume goes on with it"):
         open_run(run, recipe, text, resume=False, overwrite=False, accept_changes=False)
-    (run / "stages").mkdir()
     open_run(run, recipe, text, resume=False, overwrite=True, accept_changes=False)
-    assert not (run / "stages").exists()
-    assert (run / "sub" / "mine.txt").read_text() == "mine"  # only what a run writes is removed
+    left = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
+    own = ["model/mine.bin", "stages/1-main/checkpoints/step-0000001/mine.txt", "sub/mine.txt"]
+    assert left == sorted([".vlm_tune-run", *own, "recipe.yaml"])  # only what a run wrote is removed
     before = sorted(run.rglob("*"))
     code = f"""
 import sys
@@ -240,7 +254,7 @@ assert "torch" not in sys.modules, "torch was loaded"
     assert sorted(run.rglob("*")) == before
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="not empty"):
+    with pytest.raises(RecipeError, match="is a file, and no folder"):
         open_run(tmp_path / "file", recipe, text, resume=False, overwrite=True, accept_changes=False)
 
 

@@ -111,13 +111,16 @@ def _from_scratch(tower: AnyTower) -> bool:
     return isinstance(tower, TimmTower) and tower.pretrained is False
 
 
-def build_processor(recipe: Recipe, conversations: Iterable[Conversation]) -> Processor:
-    """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded."""
+def build_processor(recipe: Recipe, conversations: Iterable[Conversation], *, saved: Path | None = None) -> Processor:
+    """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded.
+
+    The tokenizer is that of the model folder `saved` where one is given, else the LLM's, or one trained on `conversations`.
+    """
     section, template = model_section(recipe), load_template(recipe.data.template)
-    if section.llm.scratch:
+    if section.llm.scratch and saved is None:
         tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
     else:
-        tokenizer = load_tokenizer(section.llm)
+        tokenizer = load_tokenizer(section.llm, saved)
     with torch.device("meta"):
         tower = bare_tower(section.tower, own_rebuild(recipe))
         tokens, width = tower.measure()

@@ -52,8 +52,8 @@ from vlm_tune.model.starting import load_words
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 from vlm_tune.paths import is_file, is_folder, shown_path
+from vlm_tune.runfolder import MANIFEST, strangers
 
-MANIFEST = "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 """What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
@@ -83,8 +83,8 @@ def _sync(path: Path) -> None:
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
 
-    A folder that was there is replaced only once the new one is whole. What fails leaves no partial folder, and what a
-    killed process leaves `recover_folders` puts right.
+    A folder that was there is replaced only once the new one is whole; files in it that no manifest lists are kept. What
+    fails leaves no partial folder, and what a killed process leaves `recover_folders` puts right.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
@@ -105,12 +105,23 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
             target.rename(old)
         temporary.rename(target)
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            _keep_strangers(old, target)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def _keep_strangers(old: Path, target: Path) -> None:
+    """Moves the files that are not a model's own from a folder to the one that took its place."""
+    for path in strangers(old):
+        kept = target / path.relative_to(old)
+        if not os.path.lexists(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
 
 
 def recover_folders(parent: Path) -> None:

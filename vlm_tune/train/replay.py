@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from vlm_tune.data.prepare import scratch_texts
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.model.bases import recipe_choice
 from vlm_tune.model.build import build_processor, load_dtype
@@ -28,6 +27,8 @@ from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, 
 from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report
+from vlm_tune.train.reading import stage_fingerprint
+from vlm_tune.train.resuming import changed_data, data_differences
 from vlm_tune.train.run import Context, read_rows, stage_loop
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trace import Step, read_trace
@@ -102,7 +103,10 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
         context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section)
-        rows = read_rows(context, number, name, stage, build_processor(recipe, scratch_texts(recipe)))
+        rows = read_rows(context, number, name, stage, build_processor(recipe, [], saved=start))
+        differences = data_differences(run, [*[{}] * number, stage_fingerprint(stage, rows)], context.note)
+        if differences:
+            raise changed_data(differences, "put it back: other data can't be trained on as the run did")
         model = restore_model(start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
         loop = stage_loop(context, model, name, stage, rows, progress, start)
         kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
@@ -136,9 +140,12 @@ def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, in
 def _changed(run: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
     then: dict[str, Any] = {}
     path = run / "log.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        event = json.loads(line)
-        if event.get("event") == "environment":
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "environment":
             then = event
     return {key: [then[key], value] for key, value in now.items() if key in then and then[key] != value}
 

@@ -20,7 +20,7 @@ from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.data.prepare import scratch_texts
 from vlm_tune.data.processor import Processor
 from vlm_tune.data.types import Conversation, distinct_media
-from vlm_tune.errors import Interrupted, VlmTuneError
+from vlm_tune.errors import Interrupted, TrainingError, VlmTuneError
 from vlm_tune.evaluation import Scores, score
 from vlm_tune.model.bases import recipe_choice
 from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
@@ -32,9 +32,11 @@ from vlm_tune.model.store import recover_folders, restore_model, save_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import own_memory
-from vlm_tune.recipe import dump_recipe
+from vlm_tune.paths import reason
+from vlm_tune.recipe import dump_recipe, load_recipe
+from vlm_tune.recipe_changes import recipe_changes
 from vlm_tune.report import write_report
-from vlm_tune.runfolder import check_run, open_run
+from vlm_tune.runfolder import check_present, check_run, keep_recipe, open_run, retire_result
 from vlm_tune.runlock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory, shut_range
@@ -42,7 +44,8 @@ from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint
 from vlm_tune.train.engines import build_engine, resolve_engine, shards
 from vlm_tune.train.environment import environment
 from vlm_tune.train.loop import Report, StageData, StageLoop
-from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_features, stage_feed
+from vlm_tune.train.reading import StageRows, image_cost, read_stage, stage_features, stage_feed, stage_fingerprint
+from vlm_tune.train.resuming import changed_data, damaged_only, data_differences, earlier_seconds, forget_after, read_json, write_data
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.watch import Watch
@@ -72,6 +75,15 @@ class Context:
     text: str
     watch: Watch
     section: AnyEngine
+    resumed: bool = False
+    accepts: bool = False
+    """Whether a resumed run goes on though recipe or data have changed."""
+    data: list[dict[str, Any]] = field(default_factory=list)
+    """The fingerprints of what the stages read; the first process's alone."""
+
+    def note(self, text: str) -> None:
+        """Reports what the user should know."""
+        self.report({"event": "note", "text": text})
 
     @property
     def holds(self) -> bool:
@@ -115,17 +127,19 @@ def sft(
         report({"event": "environment", **environment(accelerator, section), "kernels_reason": str(kernels)})
         for note in notes or []:
             report({"event": "note", "text": note})
-        context = Context(recipe, run, accelerator, report, stop, text, watch, section)
+        context = Context(recipe, run, accelerator, report, stop, text, watch, section, resumed=resume, accepts=accept_changes)
         try:
-            model, seconds, rows = _stages(context, resume=resume)
+            model, seconds, rows = _stages(context)
             result = _finish(context, model, rows if test else [], {"seconds": seconds})
+            result["seconds_total"] = round(time.perf_counter() - started, 2)
+            if accelerator.is_main_process:
+                (run / "result.json").write_text(json.dumps(result, indent=2))
+                write_report(run)
         except RuntimeError as error:
             lost = watch.lost(error)
             raise error if lost is None else lost from error
-        result["seconds_total"] = round(time.perf_counter() - started, 2)
-        if accelerator.is_main_process:
-            (run / "result.json").write_text(json.dumps(result, indent=2))
-            write_report(run)
+        except OSError as error:
+            raise _file_fault(run, error) from error
     return Run(run, result, model)
 
 
@@ -137,6 +151,17 @@ def _open(stack: ExitStack, run: Path, recipe: Recipe, text: str, *, resume: boo
     for folder in (run, *run.glob("stages/*/checkpoints")):
         recover_folders(folder)
     return notes
+
+
+def _file_fault(run: Path, error: OSError) -> BaseException:
+    """The error that tells of a file system's fault in the run's folder; a fault of another place as it is."""
+    try:
+        check_present(run)
+    except TrainingError as gone:
+        return gone
+    if error.filename is None or not Path(str(error.filename)).is_relative_to(run):
+        return error
+    return TrainingError(f"{error.filename}: {reason(error)}; the last checkpoint is kept: --resume goes on from there")
 
 
 def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[str] | None:
@@ -171,6 +196,7 @@ def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: R
         watch.at(event["event"])
         if not accelerator.is_main_process:
             return
+        check_present(run)
         event = {**event, "time": time.time()}
         with path.open("a") as file:
             file.write(json.dumps(event) + "\n")
@@ -190,54 +216,38 @@ def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: R
             trackers.close()
 
 
-def _forget_after(run: Path, progress: Progress) -> None:
-    """Removes from the log what a resumed run will do again."""
-    path = run / "log.jsonl"
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        where = (event.get("stage", 0), event.get("step", 0))
-        if where <= (progress.stage, progress.step):
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
-
-
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
-def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, float, list[Conversation]]:
+def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversation]]:
     """Runs the stages that are left; the model as the last one leaves it, the seconds of all, and the rows of test."""
     recipe, stages = context.recipe, context.recipe.resolved_stages()
     log.info("reading the rows")
-    texts = scratch_texts(recipe)
+    names, main = [name for name, _ in stages], context.accelerator.is_main_process
+    checkpoint = _checkpoint(context, names) if context.resumed else None
+    texts = [] if checkpoint else scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
-    processor = build_processor(recipe, texts)
+    processor = build_processor(recipe, texts, saved=checkpoint)
     rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     log.info("making the model")
-    found = last_checkpoint(context.run, [name for name, _ in stages]) if resume else None
-    progress, checkpoint = Progress(), None
-    samples = rows[-1].samples
-    if found:
-        checkpoint, damaged = found
+    samples, progress = rows[-1].samples, Progress()
+    if main:
+        context.data = [stage_fingerprint(stage, own) for (_, stage), own in zip(stages, rows, strict=True)]
+    if checkpoint:
+        for line in _together(context.accelerator, lambda: _changed_data(context)) or []:
+            context.note(f"resumed with changed data: {line}")
         progress = read_progress(checkpoint)
-        for folder in damaged:
-            context.report(
-                {"event": "note", "text": f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"}
-            )
-        if context.accelerator.is_main_process:
-            _forget_after(context.run, progress)
+        if main:
+            forget_after(context.run, progress)
         model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
     else:
+        if main:
+            write_data(context.run, context.data)
         model = build(recipe, texts, bare=not context.holds)
-        if context.accelerator.is_main_process:
+        if main:
             log.info("answering the report's samples before training")
             _write_samples(context, model, samples, "before")
-    seconds = sum(_earlier_seconds(context.run, stages[: progress.stage]))
+    seconds = earlier_seconds(context.run, names[: progress.stage], context.note) if main else 0.0
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
@@ -245,9 +255,44 @@ def _stages(context: Context, *, resume: bool) -> tuple[VisionLanguageModel, flo
         progress.ranks = progress.ranks or context.accelerator.num_processes
         model = _stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds
-    if context.accelerator.is_main_process:
+    if main:
         _write_samples(context, model, samples, "after")
     return model, seconds, rows[-1].test
+
+
+def _checkpoint(context: Context, names: list[str]) -> Path | None:
+    """The checkpoint that a resumed run goes on from; None where none is whole."""
+    newest = last_checkpoint(context.run, names)
+    if newest is None:
+        damaged = ", ".join(damaged_only(context.run, names))
+        context.note(f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: the run begins anew")
+        if context.accelerator.is_main_process:
+            forget_after(context.run, Progress())
+            keep_recipe(context.run, context.text)
+        return None
+    checkpoint, damaged = newest
+    for folder in damaged:
+        context.note(f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}")
+    return checkpoint
+
+
+def _changed_data(context: Context) -> list[str]:
+    """What of the data is not as it was. Raises `DataError` if that is not accepted."""
+    differences = data_differences(context.run, context.data, context.note)
+    if differences and not context.accepts:
+        raise changed_data(differences, "put it back, or go on with it by --resume --accept-changes, or start another run")
+    return differences
+
+
+def _begin_work(context: Context, loop: StageLoop) -> None:
+    """Once a resumed run's checkpoint is loaded: keeps its recipe and data as they are now, and puts an old result aside."""
+    if not context.resumed:
+        return
+    if recipe_changes(load_recipe(context.run / "recipe.yaml"), context.recipe):
+        keep_recipe(context.run, context.text)
+    write_data(context.run, context.data)
+    if loop.total > loop.progress.step and (note := retire_result(context.run)):
+        context.note(note)
 
 
 def read_rows(context: Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
@@ -261,14 +306,6 @@ def read_rows(context: Context, number: int, name: str, recipe: Recipe, processo
         stop=context.stop,
         quarantine=context.run / "quarantine.jsonl" if context.accelerator.is_main_process else None,
     )
-
-
-def _earlier_seconds(run: Path, stages: Sequence[tuple[str, Recipe]]) -> list[float]:
-    found = []
-    for number, (name, _) in enumerate(stages):
-        done = stage_folder(run, number, name) / "done.json"
-        found.append(json.loads(done.read_text())["seconds"] if done.is_file() else 0.0)
-    return found
 
 
 def stage_loop(
@@ -339,6 +376,8 @@ def _stage(
         context.accelerator = accelerator_of(recipe)
     accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
     loop = stage_loop(context, model, name, recipe, rows, progress, checkpoint)
+    if accelerator.is_main_process:
+        _begin_work(context, loop)
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
@@ -384,8 +423,8 @@ def _tuning_table(context: Context, number: int, name: str, table: Sequence[Tune
     context.report({"event": "tuning", "stage": number, "name": name, "rows": rows})
     if context.accelerator.is_main_process:
         path = context.run / "tuning.json"
-        earlier = json.loads(path.read_text()) if path.is_file() else []
-        path.write_text(json.dumps([*earlier[:number], {"stage": name, "rows": rows}], indent=1))
+        tables = read_json(path, list, context.note, "the tables of earlier stages are lost") or []
+        path.write_text(json.dumps([*tables[:number], {"stage": name, "rows": rows}], indent=1))
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
@@ -395,6 +434,7 @@ def _finish(context: Context, model: VisionLanguageModel, rows: Sequence[Convers
     """Saves the finished model, scores it on rows of the test part, and fills the result."""
     recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
     if accelerator.is_main_process:
+        check_present(context.run)
         log.info("saving the model")
         save_model(model, context.run / "model")
         rows = rows[: recipe.evaluate.test_limit]
@@ -441,7 +481,8 @@ def _write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[
         return
     recipe = context.recipe.resolved_stages()[-1][1]
     path = context.run / "samples.json"
-    known = {entry["id"]: entry for entry in json.loads(path.read_text())} if path.is_file() else {}
+    entries = read_json(path, list, context.note, "the answers before training are lost") or []
+    known = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
     with context.accelerator.autocast():
         answers = score(model, rows, decoding=Decoding(recipe.evaluate.max_new_tokens), batch_size=16, loss=False).answers
     table = []

@@ -44,13 +44,15 @@ def write_step(stage: Path, step: Step) -> None:
 
 
 def read_trace(stage: Path) -> list[Step]:
-    """A stage's steps; a line that a killed process left half is passed over."""
+    """A stage's steps; a line that can't be read, as a killed process leaves it, is passed over."""
     path, steps = stage / NAME, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            steps.append(Step(**json.loads(line)))
+            step = Step(**json.loads(line))
         except (ValueError, TypeError):
             continue
+        if isinstance(step.step, int):
+            steps.append(step)
     return steps
 
 

@@ -1,0 +1,97 @@
+"""What one recipe changes in another, and what of it a run that was begun can take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_tune.config import Recipe
+from vlm_tune.quoting import cut, escaped
+
+ABSENT = object()
+"""Stands for the value of a key or list entry that one of the two recipes does not have."""
+
+RATES = ("learning_rate", "layer_decay", "lora_plus_ratio")
+"""What a tuning rule says of how fast something trains, and not of what."""
+
+PLACES = ("name", "pretrained")
+"""Keys of the model section that say where weights lie."""
+
+IN_THE_MODEL = ("template", "system", "max_length")
+"""Keys of the data section that a checkpoint keeps as a part of its model."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that differs, by its dotted name; entries of lists are named by their number."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+def recipe_changes(old: Recipe, new: Recipe) -> list[Change]:
+    """Every value that `new` changes in `old`; its engine may be another, which computes the same."""
+    before, after = (recipe.model_dump(mode="json", exclude={"engine"}) for recipe in (old, new))
+    return list(_changes(before, after, ""))
+
+
+def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
+    """The changes that a run in its stage number `stage` can't take: its checkpoint holds what they would make another."""
+    before, after = (recipe.model_dump(mode="json") for recipe in (old, new))
+    # Where a base lies may change: that it is the same one is seen when it is loaded.
+    fixed = [change for change in _changes(before["model"], after["model"], "model") if change.name.rpartition(".")[2] not in PLACES]
+    for key in IN_THE_MODEL:
+        fixed += _changes(before["data"][key], after["data"][key], f"data.{key}")
+    first, second = old.resolved_stages(), new.resolved_stages()
+    for number, (name, recipe) in enumerate(first[: stage + 1]):
+        prefix = f"stages.{number}." if old.stages or new.stages else ""
+        if number >= len(second):
+            fixed.append(Change(f"stages.{number}", name, ABSENT))
+            continue
+        other, changed = second[number]
+        if name != other:
+            fixed.append(Change(f"stages.{number}.name", name, other))
+        fixed += [Change(prefix + change.name, change.old, change.new) for change in _stage_changes(recipe, changed)]
+    return fixed
+
+
+def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
+    """What a stage that was begun can't change: what trains, in which precision, by which objective, streamed or prepared."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for change in _changes(before["tune"], after["tune"], "tune"):
+        if change.name.rpartition(".")[2] not in RATES:
+            yield change
+    yield from _changes(before["train"]["precision"], after["train"]["precision"], "train.precision")
+    yield from _changes(before["objective"]["kind"], after["objective"]["kind"], "objective.kind")
+    yield from _changes(before["data"]["streaming"], after["data"]["streaming"], "data.streaming")
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[Change]:
+    prefix = f"{name}." if name else ""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if old.get("kind") != new.get("kind"):
+            # Another kind of thing, whose other keys mean something else.
+            yield Change(f"{prefix}kind", old.get("kind", ABSENT), new.get("kind", ABSENT))
+            return
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _changes(old.get(key, ABSENT), new.get(key, ABSENT), f"{prefix}{key}")
+    elif isinstance(old, list) and isinstance(new, list):
+        for place in range(max(len(old), len(new))):
+            one, other = (values[place] if place < len(values) else ABSENT for values in (old, new))
+            yield from _changes(one, other, f"{prefix}{place}")
+    elif old != new:
+        yield Change(name, old, new)
+
+
+def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "nothing"
+    if isinstance(value, dict):
+        value = {key: each for key, each in value.items() if each is not None}
+    return cut(escaped(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

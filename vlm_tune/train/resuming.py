@@ -1,0 +1,100 @@
+"""What a resumed run finds in its folder: files that were cut are told of, and data that has changed is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlm_tune.data.fingerprints import fingerprint_differences
+from vlm_tune.errors import DataError
+from vlm_tune.train.checkpoint import Progress, checkpoints, stage_folder
+
+DATA = "data.json"
+"""The fingerprints of what every stage reads."""
+
+SHOWN = 8
+"""Differences that a message shows."""
+
+T = TypeVar("T", list[Any], dict[str, Any])
+
+Note = Callable[[str], None]
+"""Is told what the user should know."""
+
+
+def read_json(path: Path, kind: type[T], note: Note, lost: str) -> T | None:
+    """A file that an earlier start of the run wrote.
+
+    None where it is missing, and where it can't be read: then a note says so, and what is `lost` by it.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, kind):
+            return value
+        fault = f"it holds no {'list' if kind is list else 'mapping'}"
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    note(f"{path.name} can't be read ({fault}): {lost}")
+    return None
+
+
+def data_differences(run: Path, now: Sequence[dict[str, Any]], note: Note) -> list[str]:
+    """What of the stages' data is not what the run began with; `now` are the fingerprints of the stages."""
+    before = read_json(run / DATA, list, note, "whether the data is still what the run began with can't be told")
+    if before is None or not all(isinstance(stage, dict) for stage in before):
+        return []
+    names = [f"stage {number + 1}: " if len(now) > 1 else "" for number in range(len(now))]
+    try:
+        pairs = zip(names, before, now, strict=False)
+        return [f"{name}{line}" for name, old, new in pairs for line in fingerprint_differences(old, new)]
+    except (KeyError, TypeError, AttributeError):
+        note(f"{DATA} is not as it was written: whether the data is still what the run began with can't be told")
+        return []
+
+
+def changed_data(differences: Sequence[str], advice: str) -> DataError:
+    """The error for data that is not what the run began with."""
+    lines = [f"  {line}" for line in differences[:SHOWN]]
+    if len(differences) > SHOWN:
+        lines.append(f"  and {len(differences) - SHOWN:,} more")
+    return DataError("\n".join(["the data is not what the run began with:", *lines, advice]))
+
+
+def write_data(run: Path, now: Sequence[dict[str, Any]]) -> None:
+    """Keeps the fingerprints of what the stages read."""
+    (run / DATA).write_text(json.dumps(now))
+
+
+def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
+    """How long the stages before took."""
+    total = 0.0
+    for number, name in enumerate(names):
+        done = read_json(stage_folder(run, number, name) / "done.json", dict, note, f"how long stage {name} took is lost")
+        seconds = (done or {}).get("seconds")
+        total += seconds if isinstance(seconds, int | float) else 0.0
+    return total
+
+
+def damaged_only(run: Path, names: Sequence[str]) -> list[str]:
+    """The checkpoints of a run none of which is whole."""
+    return [folder.name for number, name in enumerate(names) for folder in checkpoints(stage_folder(run, number, name))]
+
+
+def forget_after(run: Path, progress: Progress) -> None:
+    """Removes from the log what a resumed run will do again, and lines that can't be read."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        return
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+            where = (int(event.get("stage", 0)), int(event.get("step", 0)))
+        except (ValueError, TypeError, AttributeError):
+            continue
+        if where <= (progress.stage, progress.step):
+            lines.append(line + "\n")
+    path.write_text("".join(lines))
