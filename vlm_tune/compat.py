@@ -32,3 +32,14 @@ def cache_name() -> str:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def build_no_shared_memory_op() -> None:
+    """Keeps DeepSpeed from compiling an operator for exchange through shared memory, which training does not call.
+
+    It is compiled as processes join, without a word, behind a lock file that outlives a killed process: every later run
+    then waits for that file for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vlm_tune.compat import build_no_shared_memory_op
 from vlm_tune.config import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine, TrainSection
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.model.adapters import parts
@@ -234,6 +235,7 @@ class DeepSpeed(Engine):
     def _prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
         import deepspeed
 
+        build_no_shared_memory_op()
         self.inner, self.names = model, tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
         config = self._config(train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"]))
