@@ -99,7 +99,7 @@ def _load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Rec
 
     path = name
     if not os.path.lexists(name):
-        short = name.removesuffix(".yaml").removesuffix(".yml")
+        short = name.removesuffix(".yaml")
         shipped = find_resource("recipes", short)
         near = difflib.get_close_matches(short, resource_names("recipes"), n=1)
         if shipped is None and near:

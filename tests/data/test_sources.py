@@ -107,6 +107,7 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(tmp_path: Path, rows:
         ("none.jsonl", "none.jsonl: no such file"),
         ("none-*.jsonl", "no file fits this pattern"),
         (".", "is a folder; name a file, or a pattern"),
+        ("n" * 300, "no such file"),
         ("a.png", r"the ending '.png' is none of .json, .*"),
         ("shard.tar", "a tar shard is of `kind: webdataset`"),
         ("broken.parquet", r"broken.parquet: can't be read: "),

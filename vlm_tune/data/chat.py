@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm_tune.data.images import upright
 from vlm_tune.data.marks import split_marks
+from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.media import data_url
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import DataError
@@ -105,6 +106,8 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
 
 def _marked(role: str, text: str, take: Callable[[], Media | None]) -> Iterator[str | Media]:
     """A text with its marks taking images; what the assistant says has none."""
+    if SURROGATE.search(text):
+        raise DataError(f"the text {quoted(text)} holds half a surrogate pair, which is no character", kind="text")
     for place, piece in enumerate([text] if role == "assistant" else split_marks(text)):
         found = take() if place % 2 else piece
         if found:

@@ -17,6 +17,7 @@ from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.packed import BLOCK, MAX_ROW_BYTES, check_text, reading, scan_object
 from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest, home
 from vlm_tune.errors import DataError
+from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import escaped
 
 CHUNK_BYTES = 1 << 25
@@ -86,12 +87,12 @@ def find_files(pattern: str) -> list[Path]:
     """The file, or the files that a pattern as `~/data/**/*.jsonl` names, sorted. Raises `DataError` where there is none."""
     pattern = home(pattern)
     path = Path(pattern)
-    if path.is_file():
+    if is_file(path):
         return [path]
-    if path.is_dir():
+    if is_folder(path):
         raise DataError("is a folder; name a file, or a pattern as folder/*.jsonl", source=pattern)
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - a pattern may be absolute
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if is_file(path)]
     if not files:
         raise DataError("no such file" if not glob.has_magic(pattern) else "no file fits this pattern", source=pattern)
     return files
