@@ -134,10 +134,14 @@ def test_answers_of_joined_prompts_are_those_one_by_one(decoder: str, long_quest
 
 def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(long_questions: Path, tiny_recipe: Callable[..., str]) -> None:
     """A state that goes from token to token, and distances counted by place: an LFM2's convolutions, a BLOOM's ALiBi."""
-    lfm2 = "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], "
-    bloom = "model_type: bloom, vocab_size: 400, config: {"
+    text = tiny_recipe("causal")
+    lfm2 = text.replace(
+        "model_type: llama, vocab_size: 400, config: {", "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], "
+    )
+    head, _, rest = text.partition("model_type: llama")
+    bloom = f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, n_head: 2{rest[rest.index('}}') :]}"
     for scratch, said in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
-        recipe = parsed(tiny_recipe("causal").replace("model_type: llama, vocab_size: 400, config: {", scratch))
+        recipe = parsed(scratch)
         model = built(recipe).eval()
         assert isinstance(model.llm, CausalLLM)
         _, together = joined_rows(model, recipe, "branches")

@@ -67,7 +67,9 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     if faults:
         return [((*at, "config", *path), message) for path, message in faults]
     try:
-        config = CONFIG_MAPPING[scratch.model_type](**{"vocab_size": scratch.vocab_size, **scratch.config})
+        # The tokenizer's ids come later; a family's own may be past a small vocabulary.
+        ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+        config = CONFIG_MAPPING[scratch.model_type](**{"vocab_size": scratch.vocab_size, **ids, **scratch.config})
         fault = _heads_fault(config, scratch.config)
         if fault is None:
             factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
@@ -75,7 +77,17 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
                 model = factory.from_config(config)
             check_memory(model, "it")
     # What a library raises for numbers of which it can't make a model; it reads nothing else here.
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError, ModelError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+        ZeroDivisionError,
+        StrictDataclassError,
+        ModelError,
+    ) as error:
         line = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         fault = f"no {scratch.model_type} can be built from it: {line[-1].strip()}"
     return [((*at, "config"), fault)] if fault else []
