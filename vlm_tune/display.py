@@ -149,9 +149,11 @@ class Display(logging.Handler):
         self._live("scoring", f"answering {event['done']:,} of {event['of']:,} questions")
 
     def _train(self, event: dict[str, Any]) -> None:
+        # A stream has no epochs.
+        epoch = f"  epoch {event['epoch']:.2f}" if "epoch" in event else ""
         text = (
-            f"step {event['step']:,}/{event['of']:,}  loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  "
-            f"{event['questions_per_s']:,.0f} qa/s  {event['tokens_per_s']:,.0f} tok/s  "
+            f"step {event['step']:,}/{event['of']:,}{epoch}  loss {event['loss']:.4f}  "
+            f"lr {event['learning_rate']:.2e}  {event['questions_per_s']:,.0f} qa/s  {event['tokens_per_s']:,.0f} tok/s  "
             f"padding {event['padding']:.1%}  {duration(event['left'])} left"
         )
         if self.console.is_terminal:

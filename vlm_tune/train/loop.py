@@ -196,7 +196,7 @@ class StageLoop:
             last = step == self.total
             if step % self.recipe.train.log_every == 0 or last:
                 left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
-                place = {"step": step, "of": self.total, "epoch": self.position.epoch + self.data.feed.share(self.position)}
+                place = {"step": step, "of": self.total, **self._epochs_done()}
                 self.report({"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left})
                 rates = _Rates()
             self.progress.unlogged = rates.loss, rates.count
@@ -331,6 +331,12 @@ class StageLoop:
         if self._epoch_ended:
             self.position = Position(self.position.epoch + 1)
         self._note(self.position)
+
+    def _epochs_done(self) -> dict[str, float]:
+        """How many epochs are done, by rows, as a figure of the log; none of a stream."""
+        if self.data.feed.steps(self.position) is None:
+            return {}
+        return {"epoch": self.position.epoch + self.data.feed.share(self.position)}
 
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
         """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
