@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import write_color_rows
+from conftest import COMPILED, write_color_rows
 from PIL import Image
 from strategies import Case, base_recipe, dump
 
@@ -58,7 +58,13 @@ class Workplace:
         self.folder = folder
         self.start = folder / "start"
         self._model: Any = None
-        os.environ["VLM_TUNE_CACHE"] = str(folder / "cache")
+        cache = folder / "cache"
+        os.environ["VLM_TUNE_CACHE"] = str(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        # The parts in C++ are compiled once for all tests.
+        COMPILED.mkdir(mode=0o700, exist_ok=True)
+        if not (cache / "kernels").exists():
+            (cache / "kernels").symlink_to(COMPILED)
 
     def prepare(self) -> None:
         """Makes the folder, once."""
@@ -128,7 +134,7 @@ class Workplace:
 
     def _damage(self, place: Path, damage: str, number: int, cache: bool) -> None:
         if cache:
-            shutil.copytree(self.folder / "cache", place / "cache", ignore=shutil.ignore_patterns("compiled"))
+            shutil.copytree(self.folder / "cache", place / "cache", ignore=shutil.ignore_patterns("kernels"))
             os.environ["VLM_TUNE_CACHE"] = str(place / "cache")
         root = place / ("cache" if cache else "run")
         paths = sorted(path for path in root.rglob("*") if path.is_file())

@@ -38,7 +38,7 @@ def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> 
     from strategies import drawn
 
     with tempfile.TemporaryDirectory() as folder, limits():
-        shutil.copytree(start, folder, dirs_exist_ok=True)
+        shutil.copytree(start, folder, symlinks=True, dirs_exist_ok=True)
         workplace = Workplace(Path(folder))
         with log.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for place in range(count):

@@ -12,10 +12,11 @@ import pytest
 RUN = Path(__file__).with_name("run.py")
 
 
+COUNTS = {"recipe": 60, "override": 30, "row": 20, "training": 8, "command": 15, "python": 30, "folder": 6}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "count"), [("recipe", 100), ("override", 40), ("row", 25), ("training", 12), ("command", 25), ("python", 50), ("folder", 10)]
-)
+@pytest.mark.parametrize(("kind", "count"), COUNTS.items())
 def test_no_input_ends_in_a_traceback(kind: str, count: int, tmp_path: Path) -> None:
     """Cases of one kind end in success, or in an error that says where the fault is."""
     command = [sys.executable, str(RUN), "--cases", str(count), "--processes", "1", "--kind", kind, "--json", str(tmp_path / "report.json")]
