@@ -168,7 +168,7 @@ ranges = st.sampled_from(
         ("epochs: 1", "epochs: 1, learning_rate: {}", st.floats(max_value=0, allow_infinity=False)),
         ("epochs: 1", "epochs: 1, schedule: {{warmup: {}}}", st.floats(min_value=1, max_value=9) | st.integers(1)),
         ("name: small", "name: small\nseed: {}", st.integers(max_value=-1) | st.integers(min_value=2**32)),
-        ("how: full", "how: full, r: {}", st.integers(1)),
+        ("how: full", "how: full, r: {}", st.integers(1, 1000)),
         ("kind: transformers, name: clip", "kind: transformers, name: clip, layer: {}", st.integers(0)),
     ]
 )
