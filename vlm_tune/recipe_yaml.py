@@ -149,7 +149,7 @@ def read_yaml(path: str | FilePath) -> Located:
     """
     name = shown_path(path)
     if is_folder(path):
-        raise RecipeError([Problem(name, "is a folder; a recipe is one YAML file")])
+        raise RecipeError([Problem(name or "recipe", "is a folder; a recipe is one YAML file")])
     if not is_file(path):
         raise RecipeError([Problem(name, "no such recipe file (`vlm-tune recipes` lists the ones that are shipped)")])
     try:

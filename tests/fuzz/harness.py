@@ -300,7 +300,8 @@ def site(error: BaseException) -> str:
 
 
 PLACE = re.compile(
-    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest \d|\bmessage \d|\bstep \d|\bstage\b|'[^']+'|\b[a-z_]+\b:)"
+    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest \d|\bmessage \d|\bstep \d|\bstage\b"
+    r"|'[^']+'|\b[a-z_]+\b:|^[a-z_]+ (is|takes) )"
 )
 
 
@@ -308,9 +309,10 @@ def missing_place(error: Any) -> str:
     """What is wrong with an error's message; empty where it has a place and is short enough."""
     from vlm_tune.errors import RecipeError
 
-    if isinstance(error, RecipeError) and not all(problem.where for problem in error.problems):
-        return f"a problem without a place: {error}"
-    if not PLACE.search(str(error)):
+    if isinstance(error, RecipeError):
+        if not all(problem.where for problem in error.problems):
+            return f"a problem without a place: {error}"
+    elif not PLACE.search(str(error)):
         return f"no place: {error}"
     longest = max(map(len, str(error).splitlines()), default=0)
     return f"a line of {longest} characters: {str(error)[:300]}" if longest > LONGEST_LINE else ""

@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -244,7 +244,7 @@ class VisionLanguageModel(nn.Module):
 
         Raises as `chat`; a `DataError` names the request, from 1.
         """
-        if isinstance(requests, str | Mapping):
+        if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
             raise ArgumentError(f"chat_batch takes a list of requests, got {quoted(requests)}")
         decoding = Decoding(max_new_tokens, num_beams)
         check_count("batch_size", batch_size)
