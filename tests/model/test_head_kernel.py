@@ -239,7 +239,7 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(monkeypatch
     monkeypatch.setattr("vlm_tune.model.llm.head_loss", never)
     capped = decoder(Gemma2Config, num_key_value_heads=1, head_dim=32)
     whole, trained = decoder(LlamaConfig), decoder(LlamaConfig)
-    assert capped.cap is not None
+    assert capped.rule is not None and capped.rule.scale is None
     whole.whole_head = True
     for model in (capped, whole, trained):
         model.bfloat16().requires_grad_(model is trained)

@@ -198,8 +198,6 @@ def assemble(
     llm, connector, tokens = _connected(config.model, tower.measure(), language)
     if words is not None:
         _connect_words(config, connector, tokenizer, words)
-    if llm.model.device.type != "meta":
-        llm.check()
     template = ChatTemplate.model_validate(config.template)
     processor = _processor(config.model, tokenizer, template, tokens, tower, config.system, config.max_length)
     model = VisionLanguageModel(config, tower, connector, llm, processor)
@@ -244,6 +242,9 @@ def _connected(section: ModelSection, measured: tuple[int, int], language: Any) 
     `measured` are the tokens and the width that the tower gives.
     """
     llm = LLMS[section.llm.kind](language)
+    if language.device.type != "meta":
+        # Before a connector's blocks go into its layers: those may be of another type yet.
+        llm.check()
     with torch.device("meta"):
         check_memory(build_connector(section.connector, measured[1], llm.width), "model.connector")
     connector = build_connector(section.connector, measured[1], llm.width)

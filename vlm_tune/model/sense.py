@@ -22,8 +22,8 @@ from vlm_tune.errors import ModelError, Problem, RecipeError
 LARGEST = 2**31 - 1
 LAYERS = 2048
 """More layers than any model has: each is an object in memory, however small."""
-ROPE = {"rope_theta", "rope_scaling"}
-"""Keys that configs of transformers take in the place of `rope_parameters`."""
+UNDECLARED = {"rope_theta", "rope_scaling", "head_dim"}
+"""Keys that models of transformers read though their configs don't declare them all."""
 Fault = tuple[tuple[str | int, ...], str]
 
 
@@ -62,7 +62,7 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
         return [((*at, "model_type"), f"transformers has no model type {scratch.model_type!r}{hint}")]
     default: Any = CONFIG_MAPPING[scratch.model_type]()
     values = default.to_dict()
-    values |= {alias: values.get(name) for alias, name in default.attribute_map.items()} | dict.fromkeys(ROPE)
+    values |= {alias: values.get(name) for alias, name in default.attribute_map.items()} | dict.fromkeys(UNDECLARED)
     faults = _value_faults(scratch.config, values, f"a {scratch.model_type}'s config")
     if faults:
         return [((*at, "config", *path), message) for path, message in faults]
