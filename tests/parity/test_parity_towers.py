@@ -45,10 +45,10 @@ def transformers_model(family: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("layer", "image_size"), [(-1, None), (-2, 32), (-2, 48), (-1, 24), (-4 + 1, 36)])
+@pytest.mark.parametrize(("layer", "image_size"), [(-1, None), (-2, 32), (-2, 48), (-1, 24), (-4 + 1, 40)])
 @torch.no_grad()
 def test_transformers_tower_gives_the_hidden_state_of_its_layer(family: str, layer: int, image_size: int | None, tmp_path: Path) -> None:
-    """Sizes 48, 24 and 36 (no multiple of the patch) interpolate the positions as transformers does."""
+    """Sizes 48, 24 and 40 interpolate the positions as transformers does."""
     theirs = transformers_model(family, tmp_path)
     config = TransformersTower(kind="transformers", name=str(tmp_path), layer=layer, image_size=image_size)
     ours = build_tower(config).eval()
