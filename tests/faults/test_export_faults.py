@@ -245,11 +245,11 @@ def test_fault_58_other_towers_of_open_clip_and_transformers(tiny_recipe: Callab
 
 
 def test_fault_58_a_decoder_that_scales_its_logits(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    model = built(parsed(llava_text(tiny_recipe)))
-    language: Any = model.llm.model
-    language.config.final_logit_softcapping = 30.0
-    model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ModelError, match="final_logit_softcapping of 30"):
+    scaled = "model_type: granite, vocab_size: 400, config: {logits_scaling: 8.0, "
+    text = llava_text(tiny_recipe).replace("model_type: llama, vocab_size: 400, config: {", scaled)
+    assert "granite" in text
+    built(parsed(text)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match="scales, caps or shifts its logits"):
         export(tmp_path / "saved", tmp_path / "llava")
 
 
