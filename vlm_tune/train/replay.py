@@ -104,7 +104,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
         context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section)
         rows = read_rows(context, number, name, stage, build_processor(recipe, [], saved=start))
-        differences = data_differences(run, [*[{}] * number, stage_fingerprint(stage, rows)], context.note)
+        differences = data_differences(run, {number: stage_fingerprint(stage, rows)}, context.note)
         if differences:
             raise changed_data(differences, "put it back: other data can't be trained on as the run did")
         model = restore_model(start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,15 +41,21 @@ def read_json(path: Path, kind: type[T], note: Note, lost: str) -> T | None:
     return None
 
 
-def data_differences(run: Path, now: Sequence[dict[str, Any]], note: Note) -> list[str]:
-    """What of the stages' data is not what the run began with; `now` are the fingerprints of the stages."""
+def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -> list[str]:
+    """What of the stages' data is not what the run began with; `now` are fingerprints by the number of their stage.
+
+    A stage that is not in `now` is not compared.
+    """
     before = read_json(run / DATA, list, note, "whether the data is still what the run began with can't be told")
     if before is None or not all(isinstance(stage, dict) for stage in before):
         return []
-    names = [f"stage {number + 1}: " if len(now) > 1 else "" for number in range(len(now))]
     try:
-        pairs = zip(names, before, now, strict=False)
-        return [f"{name}{line}" for name, old, new in pairs for line in fingerprint_differences(old, new)]
+        return [
+            f"stage {number + 1}: {line}" if len(before) > 1 else line
+            for number, stage in enumerate(before)
+            if number in now
+            for line in fingerprint_differences(stage, now[number])
+        ]
     except (KeyError, TypeError, AttributeError):
         note(f"{DATA} is not as it was written: whether the data is still what the run began with can't be told")
         return []

@@ -278,7 +278,7 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
 
 def _changed_data(context: Context) -> list[str]:
     """What of the data is not as it was. Raises `DataError` if that is not accepted."""
-    differences = data_differences(context.run, context.data, context.note)
+    differences = data_differences(context.run, dict(enumerate(context.data)), context.note)
     if differences and not context.accepts:
         raise changed_data(differences, "put it back, or go on with it by --resume --accept-changes, or start another run")
     return differences
