@@ -440,12 +440,9 @@ def chat(
     _dtype(dtype)
     _use_device(device)
     _quiet()
-    from vlm_tune.model.build import DTYPES
     from vlm_tune.model.vlm import VisionLanguageModel
 
-    vlm = VisionLanguageModel.from_pretrained(
-        model, dtype=DTYPES[dtype] if dtype else None, base=_bases(base), accept_other_base=accept_other_base
-    )
+    vlm = VisionLanguageModel.from_pretrained(model, dtype=dtype, base=_bases(base), accept_other_base=accept_other_base)
     images = image or []
     if prompt is not None:
         answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)

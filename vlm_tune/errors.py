@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def check_count(option: str, count: int | None) -> None:
         return
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise RecipeError([Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")])
+
+
+def check_number(option: str, number: float | None) -> None:
+    """Raises `RecipeError`, naming the option, for what is no finite number above 0; None is none."""
+    if number is None:
+        return
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:  # NaN is neither
+        raise RecipeError([Problem(option, f"expected a number above 0, not {quoted(number)}")])
 
 
 class ArgumentError(VlmTuneError, ValueError):

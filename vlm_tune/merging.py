@@ -15,11 +15,11 @@ from vlm_tune.config import Recipe
 from vlm_tune.data.collate import collate
 from vlm_tune.data.prepare import conversations, read_part
 from vlm_tune.data.types import Conversation, Media, Message
-from vlm_tune.errors import DataError, ModelError
+from vlm_tune.errors import DataError, ModelError, check_number
 from vlm_tune.evaluation import score
 from vlm_tune.model.adapters import merge_adapter
 from vlm_tune.model.bases import AS_SAVED, BaseChoice
-from vlm_tune.model.build import DTYPES, dtype_of
+from vlm_tune.model.build import DTYPES, dtype_name
 from vlm_tune.model.llm import Decoding
 from vlm_tune.model.store import find_model, load_model, read_config, save_model
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -89,9 +89,8 @@ def merge(
         RecipeError: the output can't be written.
     """
     path, output = Path(path), Path(output)
-    dtype_of(dtype)
-    if tolerance is not None and not 0 < tolerance < float("inf"):
-        raise ModelError(f"tolerance is {tolerance!r}, expected a number above 0")
+    dtype = dtype_name(dtype)
+    check_number("--tolerance", tolerance)
     check_output(output, path)
     model, report = merged_model(path, output, dtype, tolerance, base)
 

@@ -111,5 +111,5 @@ def is_folder(path: str | Path) -> bool:
 
 def check_path(name: str, path: object) -> None:
     """Raises `RecipeError`, naming the argument, for what is no path."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise RecipeError([Problem(name, f"expected a path, got {quoted(path)}")])

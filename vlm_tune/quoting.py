@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-QUOTED = 80
+QUOTED = 200
 """Characters of a value that a message shows."""
 
 

@@ -637,11 +637,11 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
         if isinstance(match, str):
             covered = [earlier for earlier in seen if fnmatch.fnmatchcase(match, earlier)]
             if covered:
-                found.append((("tune", index, "match"), f"never reached: {covered[0]!r} above matches first"))
+                found.append((("tune", index, "match"), f"never reached: {quoted(covered[0])} above matches first"))
             seen.append(match)
         if how in ("full", "last_layers") and _get(raw, "model", "llm", "quantize") and _reaches_blocks(rules, index):
             message = (
-                f"{match!r} reaches the llm's layers, and quantised weights can't be trained; use how: lora for them, or drop "
+                f"{quoted(match)} reaches the llm's layers, and quantised weights can't be trained; use how: lora for them, or drop "
                 "model.llm.quantize (its embedding and head are not quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
             )
             found.append((("tune", index, "how"), message))

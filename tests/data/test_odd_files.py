@@ -27,6 +27,7 @@ from vlm_tune.display import show_check
 from vlm_tune.errors import DataError
 from vlm_tune.inspection import sample_tokens, show_samples
 from vlm_tune.model.build import build_processor
+from vlm_tune.quoting import QUOTED
 
 HALF = "\ud83d"
 """Half a surrogate pair, as JSON's \\ud83d gives it."""
@@ -156,7 +157,7 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
     ("image", "message"),
     [
         ({"foo": 1, "bar": 2}, "the image is an object without `bytes`, `path` or `url`: a mapping with foo, bar"),
-        ("x" * 240_000, f"the image '{'x' * 80}'... (240,000 characters) is no path: File name too long"),
+        ("x" * 240_000, f"the image '{'x' * QUOTED}'... (240,000 characters) is no path: File name too long"),
         ("/9j/" + "A" * 299, "the image is bad base64"),
         (5, "the image is a path, a data URL or bytes, got 5"),
         ({"bytes": {"a": 1}}, "the image is a path, a data URL or bytes, got a mapping with a"),
@@ -187,7 +188,7 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
         ([{"type": "text", "text": "a", "image": "a.png"}], "got `image` beside it"),
         ([{"type": "image", "text": "a", "image": "a.png"}], "turn 1: a part of type image with a `text`"),
         ([{"text": "a"}], "a part is of type text, image, image_url or video, got nothing (null)"),
-        ([{"type": "y" * 500}], f"got '{'y' * 80}'... (500 characters)"),
+        ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),
     ],
 )
 def test_an_odd_content_is_named_in_few_words(folder: Path, content: Any, message: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.quoting import quoted
 from vlm_tune.recipe_yaml import read_yaml
 from vlm_tune.resources import find_resource, resource_names
 
@@ -84,7 +85,7 @@ def load_instructions(name: str, task: str) -> Instructions:
     path = find_resource("data_templates/instructions", name)
     if path is None:
         names = ", ".join(resource_names("data_templates/instructions"))
-        raise DataError(f"no prompt set {name!r}; there are {names}", source="instructions")
+        raise DataError(f"no prompt set {quoted(name)}; there are {names}", source="instructions")
     try:
         found = Instructions.model_validate(read_yaml(path).value)
     except RecipeError as error:
@@ -98,7 +99,7 @@ def load_instructions(name: str, task: str) -> Instructions:
         try:
             unknown = fields_of(text) - FIELDS[task]
         except ValueError as error:
-            raise DataError(f"{text!r}: {error} (a brace of the text itself is written twice)", source=str(path)) from None
+            raise DataError(f"{quoted(text)}: {error} (a brace of the text itself is written twice)", source=str(path)) from None
         if unknown:
-            raise DataError(f"{text!r} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}", source=str(path))
+            raise DataError(f"{quoted(text)} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}", source=str(path))
     return found

@@ -12,6 +12,7 @@ from vlm_tune.data.template import ChatTemplate, load_template
 from vlm_tune.data.tokens import LAYOUTS, TextEncoder
 from vlm_tune.data.types import Conversation, Example, InputSpec, Media
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,13 +34,13 @@ class Processor:
     def __post_init__(self) -> None:
         if self.spec.layout not in self.template.layouts:
             raise DataError(
-                f"the chat format {self.template.name!r} is for {' and '.join(self.template.layouts)} models, "
+                f"the chat format {quoted(self.template.name)} is for {' and '.join(self.template.layouts)} models, "
                 f"this one is {self.spec.layout}",
                 source="data.template",
             )
         clashing = [word for word in self.words if word in self.template.control_tokens]
         if clashing:
-            message = f"{clashing[0]!r} is a control token of the chat format {self.template.name!r}, which no text may hold"
+            message = f"{quoted(clashing[0])} is a control token of the chat format {quoted(self.template.name)}, which no text may hold"
             raise DataError(message, source="model.llm.added_tokens")
         self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:

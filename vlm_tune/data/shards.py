@@ -235,7 +235,7 @@ class ShardMaker:
         if clean.languages:
             found = language_of(" ".join(message.text for message in conversation.messages))
             if found is not None and found not in clean.languages:
-                return "language", f"in {found!r}, none of {', '.join(clean.languages)}"
+                return "language", f"in {quoted(found)}, none of {', '.join(clean.languages)}"
         return None
 
 

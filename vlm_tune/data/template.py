@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm_tune.data.types import ROLES, Conversation, Media, Message, Segment
 from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.quoting import quoted
 from vlm_tune.recipe_yaml import read_yaml
 from vlm_tune.resources import find_resource, resource_names
 
@@ -67,7 +68,10 @@ class ChatTemplate(BaseModel):
         for message in messages:
             if message.role not in ROLES:
                 raise DataError(
-                    f"the role {message.role!r} is none of {', '.join(ROLES)}", source="conversation", row=conversation.id, kind="role"
+                    f"the role {quoted(message.role)} is none of {', '.join(ROLES)}",
+                    source="conversation",
+                    row=conversation.id,
+                    kind="role",
                 )
             if message.role == "system" and not self.system:
                 raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id, kind="template")
@@ -178,7 +182,9 @@ def load_template(name: str) -> ChatTemplate:
     """
     path = find_resource("data_templates/chat", name)
     if path is None:
-        raise DataError(f"no chat format {name!r}; there are {', '.join(resource_names('data_templates/chat'))}", source="data.template")
+        raise DataError(
+            f"no chat format {quoted(name)}; there are {', '.join(resource_names('data_templates/chat'))}", source="data.template"
+        )
     return read_template(path)
 
 

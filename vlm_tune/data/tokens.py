@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -115,7 +116,8 @@ class TextEncoder:
         found = self._opening.token_to_id(str(token)) if token is not None else None
         if found is None:
             raise DataError(
-                f"the template's control token {name!r} is not in the model's tokenizer: choose the chat format the model was made with",
+                f"the template's control token {quoted(name)} is not in the model's tokenizer: "
+                "choose the chat format the model was made with",
                 source="data.template",
             )
         if found not in self._controls:

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_tune.data.images import MAX_PIXELS
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 # Only these demuxers, and never by probing: a playlist named .mp4 would make FFmpeg open what it lists.
@@ -87,7 +88,7 @@ def _decoded(video: Path | Slice | bytes, suffix: str, frames: int) -> Iterator[
     demuxer = DEMUXERS.get(suffix.lower())
     if demuxer is None:
         raise DataError(
-            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {suffix or 'no ending'!r}", kind="unsupported"
+            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {quoted(suffix or 'no ending')}", kind="unsupported"
         )
     try:
         opened: Any = video.open("rb") if isinstance(video, Path) else io.BytesIO(video if isinstance(video, bytes) else video.read_bytes())

@@ -11,9 +11,9 @@ from vlm_tune.exporting.gguf import export_gguf, gguf_reasons
 from vlm_tune.exporting.llava import export_llava
 from vlm_tune.exporting.source import ExportReport
 from vlm_tune.model.bases import AS_SAVED, BaseChoice
-from vlm_tune.model.build import DTYPES, planned_config
-from vlm_tune.model.llamacpp.file import TYPES
+from vlm_tune.model.build import dtype_name, planned_config
 from vlm_tune.model.llava import llava_reasons
+from vlm_tune.quoting import quoted
 
 FORMATS = ("llava", "adapter", "gguf")
 
@@ -42,10 +42,8 @@ def export(
     """
     path, output = Path(path), Path(output)
     if format not in FORMATS:
-        raise ModelError(f"no export format {format!r}; there are {', '.join(FORMATS)}")
-    known = TYPES if format == "gguf" else DTYPES
-    if dtype not in (None, *known):
-        raise ModelError(f"{format} has no --dtype {dtype}; there are {', '.join(known)}")
+        raise ModelError(f"no export format {quoted(format)}; there are {', '.join(FORMATS)}")
+    dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
     if format == "llava":
         return export_llava(path, output, dtype, max_shard_size, verify, base)
     if format == "adapter":

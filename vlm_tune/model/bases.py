@@ -26,6 +26,8 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import is_path, read_json
 from vlm_tune.model.pretrained import find_vlm, model_section
 from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.paths import check_path
+from vlm_tune.quoting import quoted
 from vlm_tune.resources import cache_folder
 
 NOTES = "bases.json"
@@ -64,10 +66,19 @@ class BaseChoice:
     """Which weights a saved model is loaded over.
 
     `places` are new places by part (llm, tower, tower.0, tower.1); with `accept_other` weights that differ are taken.
+    `resumed` says that a run goes on, whose recipe names the places.
     """
 
     places: Mapping[str, str]
     accept_other: bool = False
+    resumed: bool = False
+
+    def remedy(self, part: str) -> str:
+        """How a user names another place of a part's weights."""
+        if self.resumed:
+            key = "model.llm.name" if part == "llm" else "model.tower"
+            return f"with --resume --accept-changes and --set {key}=..."
+        return f"with --base {'' if part == 'llm' else f'{part}='}PATH (base=... in Python)"
 
 
 AS_SAVED = BaseChoice({})
@@ -77,10 +88,11 @@ BaseArgument = str | Path | Mapping[str, str | Path] | None
 def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
     """A choice from what a user gives: the LLM's new place, or new places by part. Raises `ModelError` for unknown parts."""
     given = {} if base is None else dict(base) if isinstance(base, Mapping) else {"llm": base}
-    unknown = sorted(given.keys() - {"llm", "tower", "tower.0", "tower.1"})
+    unknown = [part for part in given if part not in ("llm", "tower", "tower.0", "tower.1")]
     if unknown:
-        raise ModelError(f"base: no part {unknown[0]!r} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1")
+        raise ModelError(f"base: no part {quoted(unknown[0])} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1")
     for part, place in given.items():
+        check_path("base" if part == "llm" else f"base {part}", place)
         if is_path(str(place)) and not Path(place).exists():
             raise ModelError(f"base: no such file or folder: {place} (for the {part})")
     return BaseChoice({part: str(place) for part, place in given.items()}, accept_other)
@@ -89,7 +101,7 @@ def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
 def recipe_choice(recipe: Recipe) -> BaseChoice:
     """What a resumed run is loaded over: the LLM where its recipe says that it is, which may be a new place."""
     llm = model_section(recipe).llm
-    return AS_SAVED if llm.name is None else BaseChoice({"llm": llm.name})
+    return BaseChoice({} if llm.name is None else {"llm": llm.name}, resumed=True)
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
@@ -150,7 +162,7 @@ def llm_base(llm: Llm) -> Base:
     name = str(llm.name)
     folder = Path(name) if Path(name).is_dir() else _snapshot(name)
     if folder is None:
-        raise ModelError(f"the weights of {name!r} are not on this machine")
+        raise ModelError(f"the weights of {quoted(name)} are not on this machine")
     revision = folder.name if folder.parent.name == "snapshots" else None
     if llm.gguf_file:
         return Base(name=name, revision=revision, tensors={llm.gguf_file: _whole_file_digest(folder / llm.gguf_file)})
@@ -191,7 +203,7 @@ def differences(before: Base, now: Base) -> list[str]:
             lines.append(f"{len(names)} of {len(before.tensors)} tensors {word} ({shown})")
     keys = sorted(before.config.keys() | now.config.keys())
     changed = [key for key in keys if before.config.get(key) != now.config.get(key)]
-    lines += [f"config.json has {key}: {before.config.get(key)!r} -> {now.config.get(key)!r}" for key in changed[:SHOWN]]
+    lines += [f"config.json has {key}: {quoted(before.config.get(key))} -> {quoted(now.config.get(key))}" for key in changed[:SHOWN]]
     if before.revision and now.revision and before.revision != now.revision and lines:
         lines.append(f"revision {before.revision} -> {now.revision}")
     return lines
@@ -201,10 +213,10 @@ def check_same(folder: Path, part: str, before: Base, now: Base, choice: BaseCho
     """Raises `ModelError` with what differs if weights are not those that a folder's model was trained over."""
     changed = [] if choice.accept_other else differences(before, now)
     if changed:
-        where = "" if part == "llm" else f"{part}="
+        other = "" if choice.resumed else ", or take these as they are with --accept-other-base"
         raise ModelError(
-            f"{folder}: its {part} was {before.name!r}, and other weights are in {now.name!r}: {'; '.join(changed)}. Name the right ones "
-            f"with --base {where}PATH (base=... in Python), or take these as they are with --accept-other-base"
+            f"{folder}: its {part} was {quoted(before.name)}, and other weights are in {quoted(now.name)}: {'; '.join(changed)}. "
+            f"Name the right ones {choice.remedy(part)}{other}"
         )
 
 
@@ -303,10 +315,9 @@ def _found(folder: Path, section: ModelSection, path: str, place: Place, choice:
     candidates = [Path(place.absolute), folder / place.relative, Path(path)]
     existing = next((candidate for candidate in candidates if candidate.exists()), None)
     if existing is None:
-        where = "" if is_llm else "tower="
         raise ModelError(
-            f"{folder}: it needs the weights of {path!r}, and they are gone from {place.absolute}. Put them back, or name their new "
-            f"place with --base {where}PATH (base=... in Python)"
+            f"{folder}: it needs the weights of {quoted(path)}, and they are gone from {place.absolute}. Put them back, or name their new "
+            f"place {choice.remedy('llm' if is_llm else 'tower')}"
         )
     if Path(path).exists() and existing.samefile(path):
         return path

@@ -34,17 +34,30 @@ from vlm_tune.model.text import Reader
 from vlm_tune.model.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, own_memory, read_safetensors
+from vlm_tune.quoting import quoted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONNECTOR, TOWER, WORDS = "connector.safetensors", "tower.safetensors", "connector_tokenizer"
 """What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
 
 
-def dtype_of(name: str | None, known: Iterable[str] = DTYPES) -> torch.dtype | None:
-    """The torch type of a precision's name; None for none. Raises `ModelError` for a name that is not `known`."""
-    if name is not None and name not in known:
-        raise ModelError(f"no dtype {name!r}; there are {', '.join(known)}")
-    return DTYPES.get(name) if name is not None else None
+def dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """The name that recipes have for a precision, given by that name ("bf16"), by torch's ("bfloat16") or as torch's type.
+
+    None for None; raises `ModelError` for what is none of bf16, fp16 and fp32.
+    """
+    if dtype is None:
+        return None
+    for name, known in DTYPES.items():
+        if (isinstance(dtype, str) and dtype in (name, str(known).removeprefix("torch."))) or dtype is known:
+            return name
+    raise ModelError(f"dtype: there is no {quoted(dtype)}; there are {', '.join(DTYPES)}")
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch type of a precision that is given as in `dtype_name`."""
+    name = dtype_name(dtype)
+    return None if name is None else DTYPES[name]
 
 
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -141,7 +154,7 @@ def _processor(
     section: ModelSection, tokenizer: Any, template: ChatTemplate, tokens: int, tower: VisionTower, system: str | None, max_length: int
 ) -> Processor:
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {section.llm.name!r} has no end token")
+        raise ModelError(f"the tokenizer of {quoted(section.llm.name)} has no end token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Processor(
         tokenizer=tokenizer,
@@ -287,7 +300,7 @@ def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attent
         with torch.device("meta"):
             model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't build the language model of {llm.name!r}: {load_reason(str(llm.name), error)}") from None
+        raise ModelError(f"can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}") from None
     if getattr(config, "scale_decoder_outputs", True) is False:
         # Flan-T5's head is its own; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -310,7 +323,7 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
         return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         name = str(folder or llm.name)
-        raise ModelError(f"can't read the config of the language model {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}") from None
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
@@ -412,7 +425,7 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         name = str(folder or llm.name)
-        raise ModelError(f"no tokenizer in {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"no tokenizer in {quoted(name)}: {load_reason(name, error)}") from None
     tokenizer.chat_template = None
     return add_words(tokenizer, llm)
 
@@ -438,7 +451,7 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
         check_base(name, "model.llm.name")
     gguf = llm.gguf_file if folder is None else None
     if gguf and not (Path(name) / gguf).is_file():
-        raise ModelError(f"no GGUF file {gguf!r} in {name!r}")
+        raise ModelError(f"no GGUF file {quoted(gguf)} in {quoted(name)}")
     if Path(name).is_dir() and not gguf:
         check_folder(Path(name))
     options: dict[str, Any] = {"dtype": dtype, **_attention()}
@@ -467,9 +480,9 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"can't load the language model {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't load the language model {quoted(name)}: {load_reason(name, error)}") from None
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"model.llm.name: {name!r} is a PEFT adapter, not a whole model; merge it first and name the merged model")
+        raise ModelError(f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model")
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
         # It is a language model now: saved under its own names, not under those it was found by.
@@ -480,7 +493,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         if info.get(key)
     ]
     if faults:
-        raise ModelError(f"the weights in {name!r} do not fit the model: {'; '.join(faults)}")
+        raise ModelError(f"the weights in {quoted(name)} do not fit the model: {'; '.join(faults)}")
     if "quantization_config" in options:
         own_memory(model)
     for module in model.modules():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.errors import ModelError
+from vlm_tune.quoting import quoted
 from vlm_tune.resources import resource_folder
 
 SECONDS = 3.0
@@ -120,17 +121,17 @@ def check_base(name: str, key: str) -> None:
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ModelError(
-            f"{key}: {name!r} is a PEFT adapter over {base!r}, not a whole model, and training would replace it; merge it first "
-            "(PEFT's merge_and_unload, then save_pretrained) and name the merged folder, or name the base"
+            f"{key}: {quoted(name)} is a PEFT adapter over {quoted(base)}, not a whole model, and training would replace it; "
+            "merge it first (PEFT's merge_and_unload, then save_pretrained) and name the merged folder, or name the base"
         )
     if (folder / "recipe.yaml").is_file() and any((folder / part).is_dir() for part in ("model", "stages")):
-        raise ModelError(f"{key}: {name!r} is a run of vlm_tune; {_folder_to_take(folder / 'model', name, key)}")
+        raise ModelError(f"{key}: {quoted(name)} is a run of vlm_tune; {_folder_to_take(folder / 'model', name, key)}")
     if is_ours(folder):
-        raise ModelError(f"{key}: {name!r} is a model of vlm_tune with all its parts; {_folder_to_take(folder, name, key)}")
+        raise ModelError(f"{key}: {quoted(name)} is a model of vlm_tune with all its parts; {_folder_to_take(folder, name, key)}")
     if folder.name == "llm" and is_ours(folder.parent) and unmerged(folder.parent):
         beside = ", ".join(unmerged(folder.parent))
         raise ModelError(
-            f"{key}: {name!r} is the language model without what was trained beside it ({beside}); "
+            f"{key}: {quoted(name)} is the language model without what was trained beside it ({beside}); "
             f"run `vlm-tune merge {folder.parent} --output merged` and name merged/llm"
         )
 

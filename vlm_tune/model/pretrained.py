@@ -31,6 +31,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
 from vlm_tune.model.sense import check_model
 from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.quoting import quoted
 from vlm_tune.recipe import check_parts
 
 Part = Literal["tower", "connector"]
@@ -104,7 +105,7 @@ def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
     if unmerged(folder):
         beside = ", ".join(unmerged(folder))
         raise ModelError(
-            f"model.pretrained: {str(folder)!r} has parts that are not merged ({beside}); "
+            f"model.pretrained: {quoted(str(folder))} has parts that are not merged ({beside}); "
             f"run `vlm-tune merge {folder} --output merged` and name merged"
         )
     try:
@@ -155,7 +156,7 @@ def _section(asked: PretrainedModel) -> ModelSection:
     vlm = find_vlm(asked.pretrained)
     if vlm is None:
         raise ModelError(
-            f"model.pretrained: {asked.pretrained!r} is no vision-language model of a known kind "
+            f"model.pretrained: {quoted(asked.pretrained)} is no vision-language model of a known kind "
             "(LLaVA-1.5 in transformers' layout or the LLaVA repository's, BLIP-2, InstructBLIP): expected its config.json"
         )
     tower, connector, kind = SECTIONS[vlm.kind](vlm)
@@ -268,7 +269,7 @@ SECTIONS = {"llava": _llava, "llava_original": _llava_original, "blip-2": _blip,
 
 
 def _refuse(vlm: Vlm, found: str, expected: str) -> None:
-    raise ModelError(f"model.pretrained: {vlm.name!r} has {found}, which can't be taken over; expected {expected}")
+    raise ModelError(f"model.pretrained: {quoted(vlm.name)} has {found}, which can't be taken over; expected {expected}")
 
 
 def _transformers_config(vlm: Vlm) -> Any:
@@ -277,7 +278,7 @@ def _transformers_config(vlm: Vlm) -> Any:
     try:
         return AutoConfig.from_pretrained(config_source(vlm.name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.pretrained: can't read the config of {vlm.name!r}: {load_reason(vlm.name, error)}") from None
+        raise ModelError(f"model.pretrained: can't read the config of {quoted(vlm.name)}: {load_reason(vlm.name, error)}") from None
 
 
 def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
     try:
         found: Any = AutoImageProcessor.from_pretrained(config_source(vlm.name), backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.pretrained: {vlm.name!r} needs its preprocessor_config.json: {error}") from None
+        raise ModelError(f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {error}") from None
     if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
         _refuse(vlm, "an image processor that does not resize, rescale and normalise, or not bicubically", "resample: 3")
     if abs(found.rescale_factor * 255 - 1) > 1e-6:
@@ -364,4 +365,4 @@ def _files(name: str) -> list[Path]:
     try:
         return check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"])))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"can't fetch the weights of {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't fetch the weights of {quoted(name)}: {load_reason(name, error)}") from None

@@ -18,6 +18,7 @@ from torch import nn
 
 from vlm_tune.config import ModelSection, OpenClipTower, PairTower, Recipe, Scratch
 from vlm_tune.errors import ModelError, Problem, RecipeError
+from vlm_tune.quoting import quoted
 
 LARGEST = 2**31 - 1
 LAYERS = 2048
@@ -59,7 +60,7 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     if scratch.model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(scratch.model_type, CONFIG_MAPPING.keys(), n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return [((*at, "model_type"), f"transformers has no model type {scratch.model_type!r}{hint}")]
+        return [((*at, "model_type"), f"transformers has no model type {quoted(scratch.model_type)}{hint}")]
     default: Any = CONFIG_MAPPING[scratch.model_type]()
     values = default.to_dict()
     values |= {alias: values.get(name) for alias, name in default.attribute_map.items()} | dict.fromkeys(UNDECLARED)
@@ -136,9 +137,9 @@ def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known)[:12])}, ..."
-            faults.append(((key,), f"{what} has no key {key!r}; {hint}"))
+            faults.append(((key,), f"{what} has no key {quoted(key)}; {hint}"))
         elif (fault := _value_fault(key, value, known[key])) is not None:
-            faults.append(((key,), f"{key}: {fault}, got {value!r}"))
+            faults.append(((key,), f"{key}: {fault}, got {quoted(value)}"))
     return faults
 
 

@@ -14,6 +14,7 @@ from vlm_tune.model.pretrained import QFORMER_TOKENIZER, find_vlm, part_tensors
 from vlm_tune.model.projectors import Linear, Mlp
 from vlm_tune.model.qformer import QFormer
 from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.quoting import quoted
 
 Tensors = dict[str, torch.Tensor]
 QFORMER_LAYER = {
@@ -66,7 +67,7 @@ def _read(weights: str) -> Tensors:
     vlm = find_vlm(weights)
     if vlm is None:
         raise ModelError(
-            f"model.connector.weights: {weights!r} is neither a safetensors file nor a vision-language model of a known kind "
+            f"model.connector.weights: {quoted(weights)} is neither a safetensors file nor a vision-language model of a known kind "
             "(LLaVA-1.5, BLIP-2, InstructBLIP)"
         )
     return part_tensors(vlm, "connector")
@@ -136,4 +137,6 @@ def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
             str(folder or name), trust_remote_code=False, **({"subfolder": QFORMER_TOKENIZER} if inside else {})
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.connector.tokenizer: no tokenizer in {str(folder or name)!r}: {str(error).splitlines()[0]}") from None
+        raise ModelError(
+            f"model.connector.tokenizer: no tokenizer in {quoted(str(folder or name))}: {str(error).splitlines()[0]}"
+        ) from None

@@ -86,6 +86,7 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     A folder that was there is replaced only once the new one is whole; files in it that no manifest lists are kept. What
     fails leaves no partial folder, and what a killed process leaves `recover_folders` puts right.
     """
+    target = target.resolve()  # "." has no name to rename
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
     old = target.parent / f".{target.name}{REPLACED}{os.getpid()}"

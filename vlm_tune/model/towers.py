@@ -20,6 +20,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, hub_answers, is_path, load_reason
 from vlm_tune.model.pretrained import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, check_safetensors, load_into, read_safetensors
+from vlm_tune.quoting import quoted
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -150,9 +151,9 @@ def open_clip_config(name: str) -> dict[str, Any]:
     try:
         known = open_clip.get_model_config(name)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     if known is None:
-        raise ModelError(f"open_clip has no model {name!r} (open_clip.list_models() lists them)")
+        raise ModelError(f"open_clip has no model {quoted(name)} (open_clip.list_models() lists them)")
     return {"vision_cfg": known["vision_cfg"], "quick_gelu": known.get("quick_gelu", False), "mean": CLIP_MEAN, "std": CLIP_STD}
 
 
@@ -300,11 +301,11 @@ def transformers_config(name: str) -> dict[str, Any]:
     try:
         whole: Any = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     vision = getattr(whole, "vision_config", whole)
     family = FAMILIES.get(vision.model_type)
     if family is None:
-        raise ModelError(f"the tower {name!r} is of type {vision.model_type}; known are {', '.join(FAMILIES)}")
+        raise ModelError(f"the tower {quoted(name)} is of type {vision.model_type}; known are {', '.join(FAMILIES)}")
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(config_source(name))
     except OSError:
@@ -320,21 +321,21 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     name, vlm = config.name, find_vlm(config.weights or config.name)
     if vlm is not None:
         found = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
-        load_into(found, part_tensors(vlm, "tower"), f"the tower in {vlm.name!r}")
+        load_into(found, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
         return found
     if config.weights is not None:
-        raise ModelError(f"model.tower.weights: {config.weights!r} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
+        raise ModelError(f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
     if Path(name).is_dir():
         check_folder(Path(name))
     factory: Any = getattr(transformers, family.model)
     try:
         model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {name!r}: {load_reason(name, error)}") from None
+        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
     unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unfit:
-        raise ModelError(f"the weights in {name!r} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}")
+        raise ModelError(f"the weights in {quoted(name)} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}")
     return model
 
 

@@ -18,6 +18,7 @@ from vlm_tune.model.blocks import block_names, columns, depths
 from vlm_tune.model.prompts import KINDS, new_prompt
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import castable
+from vlm_tune.quoting import quoted
 
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA}
 """PEFT's names of how LoRA's values begin."""
@@ -77,7 +78,9 @@ def apply_rules(
         )
     for place, rule in enumerate(rules):
         if place not in owner.values():
-            raise ModelError(f"the tune rule {rule.match!r} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ...")
+            raise ModelError(
+                f"the tune rule {quoted(rule.match)} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ..."
+            )
     _adapters(model, rules, owner)
     _prompt(model, rules, precision)
     _freeze_and_cast(model, owner, _trained(model, rules, owner), precision, exact)
@@ -141,18 +144,18 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         and (any(short == target or short.endswith(f".{target}") for target in named) if id(layer) in apart else is_linear(layer))
     }
     if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
-        raise ModelError(f"the LoRA rule {rule.match!r} is init: pissa, which takes linear layers' weights, and names the embedding")
+        raise ModelError(f"the LoRA rule {quoted(rule.match)} is init: pissa, which takes linear layers' weights, and names the embedding")
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
         chosen = [name for name in matched if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)]
         unused = [target for target in rule.target_modules if not any(n == target or n.endswith(f".{target}") for n in chosen)]
         if unused:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
-            raise ModelError(f"target_modules {unused} match no linear layer of {rule.match!r}; it has {', '.join(kinds)}")
+            raise ModelError(f"target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}")
     else:
         chosen = matched
     if not chosen:
-        raise ModelError(f"the LoRA rule {rule.match!r} matches no linear layer")
+        raise ModelError(f"the LoRA rule {quoted(rule.match)} matches no linear layer")
     alpha = rule.lora_alpha or 2 * (rule.r or 16)
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all("." in name for name in chosen)
@@ -207,7 +210,7 @@ def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
         owned = {name for name, where in owner.items() if where == place}
         found = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
         if not found:
-            raise ModelError(f"the rule {rule.match!r} is how: {rule.how}, and there are none in what it matches")
+            raise ModelError(f"the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches")
         trained |= found
     return trained
 
@@ -235,7 +238,7 @@ def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) 
         matched = [block for block in blocks if any(name.startswith(block) for name in owned)]
         wanted = rule.layers or 1
         if 0 < len(matched) < wanted:
-            raise ModelError(f"the rule {rule.match!r} wants the last {wanted} blocks, and matches {len(matched)}")
+            raise ModelError(f"the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}")
         found |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
     return found
 

@@ -29,6 +29,7 @@ from vlm_tune.model.projectors import Connector
 from vlm_tune.model.text import Text, instructions, places
 from vlm_tune.model.towers import VisionTower
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.paths import check_path
 from vlm_tune.quoting import quoted
 
 JOINED_PROMPTS = 1024
@@ -267,27 +268,31 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, base: BaseArgument = None, accept_other_base: bool = False
+        cls, path: str | Path, *, dtype: str | torch.dtype | None = None, base: BaseArgument = None, accept_other_base: bool = False
     ) -> VisionLanguageModel:
         """The model of a run, a checkpoint or a merged folder, in eval mode.
 
         Args:
             path: the folder.
-            dtype: of the weights; the folder's own where not given.
+            dtype: of the weights, torch.bfloat16, "bfloat16" or "bf16"; the folder's own where not given.
             base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; where it was where not given.
             accept_other_base: whether to load over weights other than those it was trained over.
 
         Raises:
             ModelError: as `load_model`.
+            RecipeError: what is given as a path is none.
         """
+        from vlm_tune.model.build import dtype_of
         from vlm_tune.model.store import load_model
 
-        return load_model(Path(path), dtype=dtype, base=base_choice(base, accept_other_base))
+        check_path("path", path)
+        return load_model(Path(path), dtype=dtype_of(dtype), base=base_choice(base, accept_other_base))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` reads: all that was trained, and what its bases don't hold."""
         from vlm_tune.model.store import save_model
 
+        check_path("path", path)
         save_model(self, Path(path))
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from vlm_tune.config import Recipe
 from vlm_tune.data.types import Batch
-from vlm_tune.errors import Problem, RecipeError, check_count
+from vlm_tune.errors import Problem, RecipeError, check_count, check_number
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -284,11 +284,10 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
         )
     if quantize and setting.zero == 3:
         problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
-    for option, number in (("--bandwidth", setting.bandwidth), ("--tflops", setting.tflops)):
-        if number is not None and not 0 < number < math.inf:  # NaN is neither
-            problems.append(Problem(option, f"expected a number above 0, not {number}"))
     if problems:
         raise RecipeError(problems)
+    check_number("--bandwidth", setting.bandwidth)
+    check_number("--tflops", setting.tflops)
 
 
 def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:

@@ -117,11 +117,11 @@ def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
 
 def _quarantine(prepared: Prepared, path: Path) -> None:
     """Adds the rows that can't be used, those that are not there yet."""
-    known = set(path.read_text(errors="replace").splitlines()) if path.is_file() else set()
+    known = set(path.read_text("utf-8", "replace").split("\n")) if path.is_file() else set()
     names = ("source", "row", "kind", "message", "content")
     rows = [{"part": prepared.part, **{name: record[name] for name in names}} for record in prepared.records(BAD)]
     lines = [line for line in (json.dumps(row, ensure_ascii=False) for row in rows) if line not in known]
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write("".join(line + "\n" for line in lines))
 
 

@@ -444,7 +444,8 @@ def _finish(context: Context, model: VisionLanguageModel, rows: Sequence[Convers
             result |= {name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")}
             result["seconds_test"] = round(time.perf_counter() - started, 2)
             context.report({"event": "test", **found.summary()})
-            (context.run / "answers.jsonl").write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in found.answers))
+            lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers)
+            (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
     result["seconds"] = round(result["seconds"], 2)
     result["peak_memory_mb"] = peak_memory_mb()
     return result

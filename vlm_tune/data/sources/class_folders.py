@@ -48,7 +48,7 @@ class ClassFolders:
         for place, name in enumerate(self._classes):
             images = len(_images(self._root / name))
             if not images:
-                raise DataError(f"the class {name!r} has no image ({', '.join(IMAGE_SUFFIXES)})", source=self.name)
+                raise DataError(f"the class {quoted(name)} has no image ({', '.join(IMAGE_SUFFIXES)})", source=self.name)
             for start in range(0, images, CHUNK_ROWS):
                 count = min(CHUNK_ROWS, images - start)
                 yield Chunk(number, first, count, (place, start))

@@ -11,6 +11,7 @@ from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, has_choices, is
 from vlm_tune.data.sources.forms import decoded_lists
 from vlm_tune.data.sources.rows import StoredRow
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
 
 LOOKED_AT = 16
 """How many readable rows are judged."""
@@ -41,7 +42,7 @@ def check_columns(columns: Mapping[str, str], name: str) -> None:
         if ours not in FIELDS and ours not in set(LETTERS):
             near = get_close_matches(ours, FIELDS, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
-            raise DataError(f"columns: no form has a field {ours!r}{hint}", source=name)
+            raise DataError(f"columns: no form has a field {quoted(ours)}{hint}", source=name)
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vlm_tune.data.sources.rows import CHUNK_ROWS
 from vlm_tune.data.types import Slice
 from vlm_tune.data.video import DEMUXERS, IMAGE_SUFFIXES
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import escaped
+from vlm_tune.quoting import escaped, quoted
 
 PICKLES = {"pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib"}
 TEXTS = {"txt": "caption", "caption": "caption", "cls": "label", "question": "question", "answer": "answer", "ocr": "text"}
@@ -98,13 +98,13 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
 def _refused(member: tarfile.TarInfo) -> DataError | None:
     """Why a member is not read, if it is not: nothing is ever unpacked, but a shard that tries is not to be trusted."""
     if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
-        return DataError(f"the member {member.name!r} leads out of the archive", kind="unsafe")
+        return DataError(f"the member {quoted(member.name)} leads out of the archive", kind="unsafe")
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        return DataError(f"the member {member.name!r} is a link or no plain file", kind="unsafe")
+        return DataError(f"the member {quoted(member.name)} is a link or no plain file", kind="unsafe")
     if PICKLES.intersection(member.name.lower().rpartition("/")[2].split(".")[1:]):
-        return DataError(f"the member {member.name!r} is a pickle, which could run code when read", kind="unsafe")
+        return DataError(f"the member {quoted(member.name)} is a pickle, which could run code when read", kind="unsafe")
     return None
 
 
@@ -112,7 +112,7 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> S
     if not _is_compressed(path):
         return Slice(path, member.offset_data, member.size)
     if member.size > MAX_ROW_BYTES:
-        raise DataError(f"the member {member.name!r} has {member.size:,} bytes", kind="damaged")
+        raise DataError(f"the member {quoted(member.name)} has {member.size:,} bytes", kind="damaged")
     stream = archive.extractfile(member)
     assert stream is not None  # a plain file
     return stream.read()

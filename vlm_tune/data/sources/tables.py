@@ -13,7 +13,7 @@ from vlm_tune.data.sources.files import Stretch
 from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, digest, home
 from vlm_tune.data.sources.tasks import ClassName
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import cut
+from vlm_tune.quoting import cut, quoted
 
 if TYPE_CHECKING:
     import pyarrow
@@ -262,7 +262,7 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
-                    raise DataError(f"no split {config.split!r}; there are {', '.join(map(str, data))}")
+                    raise DataError(f"no split {quoted(config.split)}; there are {', '.join(map(str, data))}")
                 data = data[config.split]
             return data
         return datasets.load_dataset(name, config.config, split=config.split, revision=config.revision, streaming=streaming)

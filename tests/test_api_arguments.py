@@ -1,0 +1,80 @@
+"""Arguments of the wrong kind to every public function: an error of ours that says what was expected, or success."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_text, write_color_rows
+
+import vlm_tune
+from vlm_tune.errors import VlmTuneError
+
+ODD: tuple[Any, ...] = (7, -1, float("nan"), "", "nonsense", "a\0b", b"x", [], [None], {}, {"a": 1}, {1: 2}, object())
+"""What is given in place of an argument."""
+
+UNCHECKED = {"self", "cls", "show"}
+"""Parameters that are no data: `show` is the caller's own function."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, a recipe, its run and the merged model."""
+    place = tmp_path_factory.mktemp("arguments")
+    rows = write_color_rows(place)
+    (place / "recipe.yaml").write_text(tiny_text("causal", rows, place / "run", "fp32"))
+    vlm_tune.sft(place / "recipe.yaml", ["train.steps=1", "evaluate.samples=0"], test=False)
+    return place
+
+
+def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Public functions with arguments that work."""
+    model = vlm_tune.VisionLanguageModel
+    vlm = model.from_pretrained(folder / "run")
+    recipe, run = folder / "recipe.yaml", folder / "run"
+    return {
+        "sft": (vlm_tune.sft, {"recipe": recipe, "overrides": ["train.steps=1"], "overwrite": True, "test": False}),
+        "check": (vlm_tune.check, {"recipe": recipe}),
+        "plan": (vlm_tune.plan, {"recipe": recipe}),
+        "load_recipe": (vlm_tune.load_recipe, {"path": recipe}),
+        "evaluate": (vlm_tune.evaluate, {"model": run, "data": folder / "messages.jsonl", "limit": 1}),
+        "predict": (
+            vlm_tune.predict,
+            {"model": run, "data": folder / "messages.jsonl", "output": folder / "answers.jsonl", "limit": 1, "max_new_tokens": 1},
+        ),
+        "verify_run": (vlm_tune.verify_run, {"run": run}),
+        "merge": (vlm_tune.merge, {"model": run, "output": folder / "merged"}),
+        "export": (vlm_tune.export, {"model": run, "output": folder / "exported"}),
+        "from_pretrained": (model.from_pretrained, {"path": run}),
+        "save_pretrained": (vlm.save_pretrained, {"path": folder / "saved"}),
+        "chat": (vlm.chat, {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1}),
+        "chat_batch": (vlm.chat_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
+    }
+
+
+@pytest.mark.slow
+def test_every_public_function_names_an_argument_that_can_not_be_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    table = calls(folder)
+    public = {name for name in vlm_tune.__all__ if inspect.isfunction(getattr(vlm_tune, name))}
+    assert public <= table.keys()
+    wrong = []
+    refused = 0
+    for name, (function, arguments) in table.items():
+        for parameter, kind in inspect.signature(function).parameters.items():
+            if parameter in UNCHECKED or str(kind.annotation).startswith("bool"):
+                continue
+            for value in ODD:
+                try:
+                    function(**arguments | {parameter: value})
+                except VlmTuneError as error:
+                    refused += 1
+                    if len(str(error)) < 10 or len(max(str(error).splitlines(), key=len)) > 600:
+                        wrong.append(f"{name}({parameter}={value!r}): {error}")
+                except Exception as error:
+                    wrong.append(f"{name}({parameter}={value!r}): {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+    assert refused > 300
