@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,14 @@ def request_conversation(number: int, request: Any) -> Conversation:
         DataError: for a request of another form, images that can't be read, and places and images that differ in number.
     """
     try:
-        return Conversation(f"request {number}", tuple(_messages(request)), row=number)
+        messages = _messages(request)
     except DataError as error:
         raise DataError(f"request {number}: {error.message}", kind=error.kind) from None
+    labels = (f"request {number}: image {place}" for place in count(1))
+    for place, message in enumerate(messages):
+        parts = (part if isinstance(part, str) else replace(part, label=next(labels)) for part in message.parts)
+        messages[place] = replace(message, parts=tuple(parts))
+    return Conversation(f"request {number}", tuple(messages), row=number)
 
 
 def _messages(request: Any) -> list[Message]:

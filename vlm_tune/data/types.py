@@ -53,13 +53,14 @@ class Media:
     """One image, by file, by a part of a file, or by encoded bytes; never decoded here.
 
     A video is several images; `origin` is the file that frames were decoded from. `tile` is set on a cell of a larger
-    image; None is the whole.
+    image; None is the whole. `label` names bytes in messages.
     """
 
     source: Path | Slice | bytes
     modality: Literal["image"] = "image"
     tile: Tile | None = None
     origin: Path | None = field(default=None, compare=False)
+    label: str = field(default="<bytes>", compare=False)
 
     @property
     def file(self) -> Path | None:
@@ -76,7 +77,7 @@ class Media:
     def name(self) -> str:
         """What messages call it."""
         if isinstance(self.source, bytes):
-            return "<bytes>"
+            return self.label
         # A file's name may hold bytes that are no text.
         return str(self.source).encode("utf-8", "backslashreplace").decode()
 
