@@ -283,6 +283,8 @@ def _show_part(console: Console, part: PartReport) -> None:
     lines += [("longer side", _bars(part.image_sides, " px"))] if part.image_sides else []
     for waste in part.padding:
         lines.append((waste.name, f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question"))
+    if part.steps is not None:
+        lines.append(("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)"))
     if part.ms_per_row is not None:
         lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
     for name, text in lines:

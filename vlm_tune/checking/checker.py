@@ -17,7 +17,7 @@ from vlm_tune.config import Recipe, Source
 from vlm_tune.data.job import PartName
 from vlm_tune.data.overlap import PartRows, leaks
 from vlm_tune.data.padding import padding
-from vlm_tune.data.plan import Sizes
+from vlm_tune.data.plan import Plan, Sizes, planned_steps
 from vlm_tune.data.prepare import prepare
 from vlm_tune.data.prepared import Prepared
 from vlm_tune.data.processor import Processor
@@ -163,6 +163,12 @@ def _prepared(
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+def _steps(part: Part) -> int:
+    """Optimizer steps of a stage, in one process."""
+    train = part.recipe.train
+    return planned_steps(train, len(Plan(part.prepared, part.recipe.data, Sizes.of(train), part.recipe.seed).epoch(0)))
+
+
 def _part_report(part: Part) -> PartReport:
     prepared, train = part.prepared, part.recipe.train
     numbers, status = prepared.column("number"), prepared.column("status")
@@ -200,4 +206,5 @@ def _part_report(part: Part) -> PartReport:
         image_sides=histogram(np.array(sides, dtype=np.int64)),
         padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
         ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
+        steps=_steps(part) if batched else None,
     )

@@ -73,6 +73,8 @@ class PartReport:
     padding: list[Waste]
     ms_per_row: float | None
     """Milliseconds to read and prepare a row; None where it was prepared before."""
+    steps: int | None = None
+    """Optimizer steps of the stage in one process; None for other parts than train."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def _part(part: PartReport) -> str:
         lines.append(f"<tr><td>{escape(source.source)}</td><td>{escape(source.form)}</td>{numbers}</tr>")
     charts = _histogram("Tokens a row", part.lengths) + _histogram("Longer side of images, in pixels", part.image_sides)
     facts = [f"{part.questions:,} question-answer pairs"] if part.questions is not None else []
+    facts += [f"{part.steps:,} steps"] if part.steps is not None else []
     facts += [f"{part.ms_per_row:.2f} ms a row"] if part.ms_per_row is not None else []
     body = table(columns, ["<tbody>", *lines, "</tbody>"]) + (f'<div class="charts">{charts}</div>' if charts else "") + _padding(part)
     return section(f"{part.stage}: {part.part}", body, ", ".join(facts))

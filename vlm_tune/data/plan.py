@@ -62,6 +62,11 @@ class Sizes:
         return None if self.batch_tokens is None else self.batch_tokens * self.accumulation * self.ranks
 
 
+def planned_steps(train: TrainSection, epoch_steps: int) -> int:
+    """Optimizer steps of a stage whose first epoch has `epoch_steps`."""
+    return train.steps or max(round((train.epochs or 1) * epoch_steps), 1)
+
+
 class Epoch:
     """One epoch: rows (`units` from `starts`), and which of them every optimizer step takes."""
 

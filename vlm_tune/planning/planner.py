@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vlm_tune.config import Recipe
+from vlm_tune.data.plan import planned_steps
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import Problem, RecipeError, check_count, check_number
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
@@ -385,7 +386,7 @@ def _steps(stage: Recipe, reading: Reading) -> int | None:
     """Optimizer steps of a stage; None where its epochs are of rows that are not known."""
     if stage.train.steps is not None or reading.steps is None:
         return stage.train.steps
-    return max(round((stage.train.epochs or 1) * reading.steps), 1)
+    return planned_steps(stage.train, reading.steps)
 
 
 def _communication(sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting) -> Communication:
