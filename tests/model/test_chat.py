@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from small import built, parsed, png, rows_of, save_llm, with_llm
 
+from vlm_tune import check, sft
 from vlm_tune.data.chat import request_conversation
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ArgumentError, DataError, ModelError, VlmTuneError
@@ -170,3 +171,28 @@ def test_learned_positions_are_not_passed(scratch: str, tiny_recipe: Callable[..
     assert isinstance(model.chat("what color is it?", max_new_tokens=100), str)
     with pytest.raises(ModelError, match=r"has positions for 40: set data.max_length to at most 40"):
         model.chat("what color is it? " * 9, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("scratch", [GPT2, OPT], ids=["gpt2", "opt"])
+def test_rows_beyond_learned_positions_are_told_before_training(scratch: str, tiny_recipe: Callable[..., str]) -> None:
+    """By `check` and by `sft` before its first step; rows of one image that are joined are each within the positions."""
+    text = tiny_recipe("causal").splitlines()
+    lines = [f"  llm: {{kind: causal, scratch: {scratch}}}" if line.startswith("  llm:") else line for line in text]
+    settings: dict[str, Any] = {
+        "data__workers": 0,
+        "train__steps": 1,
+        "evaluate__samples": 0,
+        "data__group": "image",
+        "data__validation": [],
+    }
+    recipe = parsed("\n".join(lines) + "\n", **settings)
+    longest = max(part.lengths.most for part in check(recipe).parts if part.lengths)
+    assert longest < 40
+    assert not check(recipe).errors
+    assert sft(recipe).result
+    short = parsed("\n".join(lines).replace(": 40}", f": {longest - 1}}}"), output=recipe.output + "-short", **settings)
+    (finding,) = check(short).errors
+    assert finding.kind == "positions" and f"has positions for {longest - 1}" in finding.message
+    with pytest.raises(ModelError, match=f"has positions for {longest - 1}: set data.max_length"):
+        sft(short)
+    assert not (Path(short.output) / "stages").exists()

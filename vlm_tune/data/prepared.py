@@ -90,6 +90,11 @@ class Prepared:
         """The records of all rows in order, as `shards.RowRecord`, with `part` and `number` (of the source)."""
         return read_batches(self.folder / "rows.arrow")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that is trained on, before examples of an image were joined."""
+        return int(self.column("longest")[self.places(self.part)].max(initial=0))
+
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the row records."""
         found = [batch.column(name).to_numpy() for batch in self.row_batches]

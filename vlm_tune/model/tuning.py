@@ -55,6 +55,11 @@ def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parame
                 yield f"{part}.{clean(name)}", parameter
 
 
+def virtual_tokens(rules: Sequence[TuneRule]) -> int:
+    """How many virtual tokens a stage's rules put before every row."""
+    return max((rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0)
+
+
 def apply_rules(
     model: VisionLanguageModel,
     rules: Sequence[TuneRule],
