@@ -188,11 +188,39 @@ def test_rows_beyond_learned_positions_are_told_before_training(scratch: str, ti
     recipe = parsed("\n".join(lines) + "\n", **settings)
     longest = max(part.lengths.most for part in check(recipe).parts if part.lengths)
     assert longest < 40
-    assert not check(recipe).errors
-    assert sft(recipe).result
-    short = parsed("\n".join(lines).replace(": 40}", f": {longest - 1}}}"), output=recipe.output + "-short", **settings)
+    # The joined rows of an image are longer than any row by itself.
+    exact, short = (
+        parsed("\n".join(lines).replace(": 40}", f": {size}}}"), output=f"{recipe.output}-{size}", **settings)
+        for size in (longest, longest - 1)
+    )
+    assert not check(exact).errors
+    assert sft(exact).result
     (finding,) = check(short).errors
-    assert finding.kind == "positions" and f"has positions for {longest - 1}" in finding.message
+    assert finding.kind == "unfit" and f"has positions for {longest - 1}" in finding.message
     with pytest.raises(ModelError, match=f"has positions for {longest - 1}: set data.max_length"):
         sft(short)
     assert not (Path(short.output) / "stages").exists()
+
+
+BART = (
+    "encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+)
+PLACED = {
+    "bart": f"{{model_type: bart, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",
+    "pegasus": f"{{model_type: pegasus, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",
+}
+
+
+@pytest.mark.parametrize("kind", PLACED)
+def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(kind: str, tiny_recipe: Callable[..., str]) -> None:
+    """Learned or sinusoidal positions would go on from sample to sample of a packed row; T5's distances don't."""
+    text = tiny_recipe("seq2seq")
+    lines = [f"  llm: {{kind: seq2seq, scratch: {PLACED[kind]}}}" if line.startswith("  llm:") else line for line in text.splitlines()]
+    settings: dict[str, Any] = {"data__workers": 0, "train__steps": 1, "evaluate__samples": 0, "data__validation": []}
+    packed = parsed("\n".join(lines) + "\n", data__packing=True, **settings)
+    (finding,) = check(packed).errors
+    assert finding.kind == "unfit" and "can't be joined" in finding.message
+    with pytest.raises(ModelError, match="can't be joined, it knows where tokens are by their places"):
+        sft(packed)
+    assert sft(parsed("\n".join(lines) + "\n", **settings), overwrite=True).result
+    assert not check(parsed(text, data__packing=True, **settings)).errors

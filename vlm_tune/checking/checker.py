@@ -26,7 +26,7 @@ from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, ModelError, check_count
 from vlm_tune.model.build import bare_model, build_processor
-from vlm_tune.model.tuning import virtual_tokens
+from vlm_tune.model.tuning import check_fits
 from vlm_tune.recipe import as_recipe
 
 STREAMED = 10_000
@@ -63,7 +63,7 @@ def check(
         report.parts.append(_part_report(part))
         if part.name == "train":
             check_batches(report, part)
-    _check_positions(report, loaded, processor.tokenizer)
+    _check_fits(report, loaded, processor.tokenizer)
     for part in distinct.values():
         check_rows(report, part)
         if part.name == "train" and sample is None:
@@ -162,8 +162,8 @@ def _prepared(
     return found, 1000 * (time.perf_counter() - started) / rows if rows else None
 
 
-def _check_positions(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
-    """Rows of more tokens than the language model has positions for, where its config is on this machine."""
+def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
+    """Rows that the language model can't read, where its config is on this machine."""
     try:
         language = bare_model(recipe, tokenizer)[0].llm
     except ModelError:
@@ -171,9 +171,9 @@ def _check_positions(report: CheckReport, recipe: Recipe, tokenizer: Any) -> Non
     for part in report.read:
         if part.name == "train":
             try:
-                language.check_length(part.prepared.longest + virtual_tokens(part.recipe.tune))
+                check_fits(language, part.prepared, part.recipe.tune)
             except ModelError as error:
-                report.add_whole(part.stage, part.name, "positions", str(error), "data.max_length")
+                report.add_whole(part.stage, part.name, "unfit", str(error), "model.llm")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

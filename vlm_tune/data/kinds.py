@@ -45,7 +45,7 @@ FOUND = {
     "no_rows": "no row is left to train on",
     "split": "a part held out of train that is empty, or far from its share",
     "bound": "rows over train.batch_tokens or data.row_length, which stand alone",
-    "positions": "rows of more tokens than the language model has positions for",
+    "unfit": "rows that the language model can't read: longer than its positions, or joined",
     "few_rows": "fewer rows than one global batch, or than processes",
     "leak_row": "a row of validation or test that is trained on",
     "leak_image": "an image of validation or test that is trained on, byte for byte",

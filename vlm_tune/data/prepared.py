@@ -91,6 +91,11 @@ class Prepared:
         return read_batches(self.folder / "rows.arrow")
 
     @property
+    def joins(self) -> bool:
+        """Whether rows of an image are joined to one example, or examples are packed."""
+        return self.data.packing or int(self.column("examples")[self.places(self.part)].sum()) > len(self.store.lengths)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest example that is trained on, before examples of an image were joined."""
         return int(self.column("longest")[self.places(self.part)].max(initial=0))

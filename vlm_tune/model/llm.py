@@ -25,7 +25,7 @@ from vlm_tune.model.feedforward import gate
 from vlm_tune.model.head import by_kernel, head_loss
 from vlm_tune.model.logits import FAULTS, embedding_factor, first_line, head_rule, own_logits
 from vlm_tune.model.loss import token_loss
-from vlm_tune.model.masks import additive, joining_reason, layer_masks, same_sample, tree_mask
+from vlm_tune.model.masks import additive, joining_reason, layer_masks, packing_reason, same_sample, tree_mask
 from vlm_tune.model.prompts import KeyValuePrefix, SoftPrompt, VirtualTokens
 from vlm_tune.model.tree_attention import Branches, attending, attends, growing, keeping, runs, usable
 from vlm_tune.quoting import quoted
@@ -157,6 +157,18 @@ class LanguageModel(nn.Module):
                 f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
 
+    @property
+    def unjoined(self) -> str | None:
+        """Why samples can't be joined to one row, None where they can."""
+        raise NotImplementedError
+
+    def check_joined(self) -> None:
+        """Raises `ModelError` where samples can't be joined to one row."""
+        if self.unjoined:
+            raise ModelError(
+                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: set data.group: none and data.packing: false"
+            )
+
     def room(self, decoding: Decoding, length: int) -> Decoding:
         """The decoding with as many new tokens after `length` others as there are positions for, one at least."""
         if self.longest is None or length + decoding.max_new_tokens <= self.longest + 1:
@@ -164,11 +176,7 @@ class LanguageModel(nn.Module):
         return replace(decoding, max_new_tokens=self.longest - length + 1)  # the last one is read by nobody
 
     def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone.
-
-        Raises `ModelError` as `check_length`.
-        """
-        self.check_length(mask.shape[1] + self.virtual)
+        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
         return embeds if self.prompt is None else self.prompt.before(embeds), pad(mask, (self.virtual, 0), value=True)
 
     @property
@@ -308,17 +316,16 @@ class CausalLLM(LanguageModel):
 
     @cached_property
     def unjoined(self) -> str | None:
-        """Why rows can't be joined, None where they can."""
         return joining_reason(self.model, self.body)
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         length, virtual, positions, ends = embeds.shape[1], self.virtual, batch.positions, batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
+        # The positions of joined rows begin anew with each of them.
+        self.check_length(virtual + (length if positions is None or self.longest is None else int(positions.max()) + 1))
         embeds, mask = self.prompted(embeds, batch.attention_mask)
-        if ends is not None and self.unjoined:
-            raise ModelError(
-                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: set data.group: none and data.packing: false"
-            )
+        if ends is not None:
+            self.check_joined()
         if virtual and ends is not None:
             # Every sample of a joined row sees the virtual tokens, and its own tokens come after them.
             ends = pad(torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length)
@@ -349,6 +356,7 @@ class CausalLLM(LanguageModel):
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
+        self.check_length(mask.shape[1])
         options = self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole input beside a cache, and drops what the cache stands for.
@@ -458,13 +466,16 @@ class Seq2SeqLLM(LanguageModel):
         # A prefix stands before what the decoder writes.
         if isinstance(self.prompt, SoftPrompt):
             return super().prompted(embeds, mask)
-        self.check_length(mask.shape[1])
         return embeds, mask
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels, use_cache=False
         ).logits
+
+    @cached_property
+    def unjoined(self) -> str | None:
+        return packing_reason(self.model)
 
     def shifted(self, labels: torch.Tensor) -> torch.Tensor:
         """What the decoder reads, int64[B, T], to write labels [B, T]: its start token, then the labels but the last."""
@@ -486,8 +497,10 @@ class Seq2SeqLLM(LanguageModel):
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.shifted(batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
+        self.check_length(mask.shape[1])
         mask, seen, order = mask.long(), mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
+            self.check_joined()
             if self.virtual:
                 raise ModelError("virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)")
             own, said = batch.samples, batch.label_samples
@@ -514,6 +527,7 @@ class Seq2SeqLLM(LanguageModel):
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
+        self.check_length(mask.shape[1])
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
         options, first = self._options(decoding, pad_id, stop_ids), 1
         if isinstance(self.prompt, KeyValuePrefix):

@@ -74,6 +74,18 @@ def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             module.__dict__["forward"] = own
 
 
+@contextmanager
+def _real_buffers(model: nn.Module) -> Iterator[None]:
+    """Within, the model's own buffers that are on the meta device, as Bart's bias of logits, are zeros on the CPU."""
+    bare = {name: buffer for name, buffer in model.named_buffers(recurse=False) if buffer.is_meta}
+    for name, buffer in bare.items():
+        model._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    try:
+        yield
+    finally:
+        model._buffers.update(bare)
+
+
 def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E] as the model's own forward pass makes them of what `bodies` put out.
 
@@ -110,7 +122,7 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
 
     was = model.training
     try:
-        with torch.no_grad(), _computing(head, note):
+        with torch.no_grad(), _real_buffers(model), _computing(head, note):
             found = own_logits(model.eval(), bodies, hidden)
     except FAULTS as error:
         raise ModelError(

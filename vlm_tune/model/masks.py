@@ -51,6 +51,14 @@ def joining_reason(model: Any, body: Any) -> str | None:
     return None
 
 
+def packing_reason(model: Any) -> str | None:
+    """Why rows of a transformers encoder-decoder can't be packed, None where they can: samples share a row's positions."""
+    encoder = model.get_encoder()
+    if any("relative_attention_bias" in name for name, _ in encoder.named_parameters()):
+        return None
+    return "it knows where tokens are by their places in the row"
+
+
 def layer_masks(
     config: Any, seen: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:

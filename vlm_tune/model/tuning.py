@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm_tune.config import TuneRule
+from vlm_tune.data.prepared import Prepared
 from vlm_tune.errors import ModelError
 from vlm_tune.model.adapters import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter
 from vlm_tune.model.blocks import block_names, columns, depths
+from vlm_tune.model.llm import LanguageModel
 from vlm_tune.model.prompts import KINDS, new_prompt
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import castable
@@ -55,9 +57,12 @@ def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parame
                 yield f"{part}.{clean(name)}", parameter
 
 
-def virtual_tokens(rules: Sequence[TuneRule]) -> int:
-    """How many virtual tokens a stage's rules put before every row."""
-    return max((rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0)
+def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) -> None:
+    """Raises `ModelError` where a language model can't read a stage's rows: too long for its positions, or joined."""
+    virtual = max((rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0)
+    llm.check_length(rows.longest + virtual)
+    if rows.joins:
+        llm.check_joined()
 
 
 def apply_rules(

@@ -29,7 +29,7 @@ from vlm_tune.model.llm import Decoding
 from vlm_tune.model.native import kernel_status
 from vlm_tune.model.sense import check_model
 from vlm_tune.model.store import recover_folders, restore_model, save_model
-from vlm_tune.model.tuning import TuneRow, apply_rules, virtual_tokens
+from vlm_tune.model.tuning import TuneRow, apply_rules, check_fits
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import own_memory
 from vlm_tune.paths import reason
@@ -249,7 +249,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
             _write_samples(context, model, samples, "before")
     for (_, stage), own in zip(stages[progress.stage :], rows[progress.stage :], strict=True):
         if own.train is not None:
-            model.llm.check_length(own.train.longest + virtual_tokens(stage.tune))
+            check_fits(model.llm, own.train, stage.tune)
     seconds = earlier_seconds(context.run, names[: progress.stage], context.note) if main else 0.0
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
