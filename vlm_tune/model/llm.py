@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
                 f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
 
-    @property
+    @cached_property
     def unjoined(self) -> str | None:
         """Why samples can't be joined to one row, None where they can."""
         raise NotImplementedError
