@@ -121,6 +121,7 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
         ("{kind: language_modeling}", "{kind: contrastive}", "19:5", "a contrastive objective compares images"),
         ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
         ("name: instruct", "name: a/b", "19:11", "expected letters, digits"),
+        ("max_length: 64", "test: [{kind: file, path: t}]", "16:18", "only the last stage's test part is scored"),
     ],
 )
 def test_a_stages_errors_are_placed_at_the_stage(old: str, new: str, place: str, message: str) -> None:

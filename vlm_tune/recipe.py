@@ -299,6 +299,10 @@ def check_recipe(located: Located) -> Recipe:
     for index, name in enumerate(names):
         if isinstance(name, str) and name in names[:index]:
             problems.append(Problem(located.where(("stages", index, "name")), f"a stage before it is called {quoted(name)} too"))
+    for index, stage in enumerate(stages[:-1]):
+        if _get(stage, "data", "test"):
+            message = "only the last stage's test part is scored, by the finished model; move it there"
+            problems.append(Problem(located.where(("stages", index, "data", "test")), message))
     common_faults = _contradictions(located.value)
     for prefix, merged in whole:
         for path, message in _contradictions(merged):

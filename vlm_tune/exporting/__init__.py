@@ -42,7 +42,7 @@ def export(
     """
     path, output = Path(path), Path(output)
     if format not in FORMATS:
-        raise ModelError(f"no export format {quoted(format)}; there are {', '.join(FORMATS)}")
+        raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
     if format == "llava":
         return export_llava(path, output, dtype, max_shard_size, verify, base)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -77,6 +78,7 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
             with torch.device("meta"):
                 model = factory.from_config(config)
             check_memory(model, "it")
+            fault = _forward_fault(model)
     # What a library raises for numbers of which it can't make a model; it reads nothing else here.
     except (
         ValueError,
@@ -92,6 +94,23 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
         line = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         fault = f"no {scratch.model_type} can be built from it: {line[-1].strip()}"
     return [((*at, "config"), fault)] if fault else []
+
+
+def _forward_fault(model: Any) -> str | None:
+    """Why shapes in a model on the meta device don't fit each other, as those of heads whose width is odd; None where they do.
+
+    None too where its layers ask for values, or for kernels, that the meta device doesn't have.
+    """
+    ids = torch.zeros(1, 3, dtype=torch.int64, device="meta")
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=ids, use_cache=False, **more)
+    # What of a library's a forward pass raises here is not known beforehand; only a clash of shapes is the config's fault.
+    except Exception as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return f"shapes do not fit each other: {line}" if re.search(r"\b(shapes?|sizes?)\b", line) else None
+    return None
 
 
 def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
