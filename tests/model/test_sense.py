@@ -26,8 +26,7 @@ SCRATCH = [
     ("hidden_size: 32", "hidden_size: 400000000000", "hidden_size: expected at most 2,147,483,647"),
     ("hidden_size: 32", "hidden_size: 1073741824", r"has [\d,]+ parameters, [\d,.]+ GB in fp32, and [\d.]+ GB are free"),
     ("hidden_size: 32", "hidden_size: 32, vocab_size: 400000000000", "vocab_size: expected at most"),
-    # Of the 32 heads that a Llama then has each has a width of 1, which can't be rotated.
-    ("num_attention_heads: 2, ", "", "shapes do not fit each other"),
+    ("num_attention_heads: 2, ", "", "32 heads of width 1 can't be rotated"),
     ("num_hidden_layers: 2", "num_hidden_layers: -1", "num_hidden_layers: expected whole numbers from 1"),
     ("num_hidden_layers: 2", "num_hidden_layers: 0", "num_hidden_layers: expected whole numbers from 1"),
     ("num_hidden_layers: 2", "num_hidden_layers: 1000000", "num_hidden_layers: expected whole numbers from 1 to 2,048"),
