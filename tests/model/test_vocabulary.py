@@ -159,8 +159,5 @@ def test_embedding_and_head_train_beside_quantised_layers(tied: bool, tune: str,
     assert largest(merged, logits) <= 1e-4 and answers == texts
     exported = export(run, tmp_path / "llava", format="llava", dtype="fp32")
     assert exported.difference is not None and exported.difference <= 1e-3
-    if "embed_tokens]" in tune:
-        with pytest.raises(ModelError, match="LoRA on the embedding"):
-            export(run, tmp_path / "adapter", format="adapter")
-    elif (run / "model" / "adapter").is_dir():
+    if (run / "model" / "adapter").is_dir():
         assert export(run, tmp_path / "adapter", format="adapter").difference is not None

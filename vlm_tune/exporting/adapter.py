@@ -63,10 +63,6 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
         raise ModelError(f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava")
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
-    if any("lora_embedding_" in name for name in read_safetensors(source / ADAPTERS["llm"] / "adapter_model.safetensors")):
-        raise ModelError(
-            "the adapter has LoRA on the embedding, which plain PEFT did not load as it was trained: use merge, or --format llava"
-        )
     check_output(output, path)
 
     def write(folder: Path) -> tuple[ExportReport, str]:

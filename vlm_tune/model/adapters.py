@@ -148,11 +148,13 @@ def plain_config(config: Any) -> Any:
 def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Under each key that PEFT writes the tensors that are its value, joined along the rank where they are two."""
     state = whole_state(module, is_adapter)
-    return {
-        _key(name): [value] + ([state[initial]] if (initial := name.replace(f".{TRAINED}.", f".{INITIAL}.")) in state else [])
-        for name, value in state.items()
-        if is_trained_adapter(name)
-    }
+    tensors = {}
+    for name, value in state.items():
+        if is_trained_adapter(name):
+            initial = name.replace(f".{TRAINED}.", f".{INITIAL}.")
+            # An embedding's names end with TRAINED: they have no other of PiSSA's, which is of linear layers.
+            tensors[_key(name)] = [value, state[initial]] if initial != name and initial in state else [value]
+    return tensors
 
 
 def _key(name: str) -> str:
