@@ -136,9 +136,12 @@ def test_rows_that_no_token_has_take_the_image_token(tiny_recipe: Callable[..., 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_an_adapter_opens_in_plain_peft(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
     base = save_llm(tmp_path / "base", kind, rows_of(parsed(tiny_recipe(kind))))
+    given = GenerationConfig.from_pretrained(base)
+    given.repetition_penalty = 1.5
+    (base / "generation_config.json").write_text(given.to_json_string(use_diff=True))
     text = with_llm(tiny_recipe(kind), base, kind)
     recipe = parsed(with_tune(text, LORA_TUNE))
     model = built(recipe)
@@ -147,6 +150,7 @@ def test_an_adapter_opens_in_plain_peft(kind: str, tiny_recipe: Callable[..., st
     model.save_pretrained(tmp_path / "saved")
     report = export(tmp_path / "saved", tmp_path / "adapter", format="adapter")
     assert report.difference is not None and report.difference <= 1e-5
+    assert len(report.notes) == 1 and "repetition_penalty 1.5" in report.notes[0]
     factory: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSeq2SeqLM
     theirs = PeftModel.from_pretrained(factory.from_pretrained(base), str(tmp_path / "adapter")).eval()
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)

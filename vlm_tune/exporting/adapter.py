@@ -23,6 +23,7 @@ from vlm_tune.model.store import ADAPTERS, find_model, load_model, read_config, 
 from vlm_tune.model.store import BESIDE as OWN
 from vlm_tune.model.vlm import VisionLanguageConfig
 from vlm_tune.model.weights import read_safetensors, write_safetensors
+from vlm_tune.quoting import quoted
 
 BESIDE = (
     "bases.json",
@@ -77,8 +78,8 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
         tensors = read_safetensors(folder / "adapter_model.safetensors")
         report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None)
         if verify:
-            difference, allowed, rows = verify_adapter(folder, path, source, base)
-            report = replace(report, difference=difference, allowed=allowed, rows=rows)
+            difference, allowed, rows, notes = verify_adapter(folder, path, source, base)
+            report = replace(report, difference=difference, allowed=allowed, rows=rows, notes=notes)
         return report, _adapter_card(path, config, report)
 
     return commit_export(output, write)
@@ -95,10 +96,11 @@ def _add_own_weights(folder: Path, source: Path) -> None:
 
 
 @torch.inference_mode()
-def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> tuple[float, float, int]:
+def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> tuple[float, float, int, list[str]]:
     """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
 
-    Raises `ModelError` if that is too far, or if the adapter changes nothing.
+    With them notes on what answers by plain PEFT depend on beside logits. Raises `ModelError` if that is too far, or if the
+    adapter changes nothing.
     """
     from peft import PeftModel
 
@@ -120,7 +122,9 @@ def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> 
     allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
     if not difference <= allowed:
         raise ModelError(f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written")
-    return difference, allowed, len(rows)
+    base_says = ", ".join(f"{key} {quoted(value)}" for key, value in model.llm.dropped.items())
+    notes = [f"the base's generation config changes what plain PEFT answers, and not answers here: {base_says}"] if base_says else []
+    return difference, allowed, len(rows), notes
 
 
 def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
