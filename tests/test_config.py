@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config import Recipe
+from vlm_tune.config import ModelSection, Recipe
 from vlm_tune.errors import RecipeError
 from vlm_tune.recipe import OLD_NAMES, check_recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
 from vlm_tune.recipe_yaml import Located, apply_override, read_yaml, read_yaml_text
@@ -517,3 +517,13 @@ def test_engines_refuse_what_they_cant_train(engine: str, changes: dict[str, Any
         load_recipe(path, changes)
     assert said in str(refused.value)
     assert len(refused.value.problems) == 1
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_recipe_has_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = SMALL.replace("runs/small", "~/runs").replace("name: llama", "name: ~/llama").replace("template: chatml", "template: ~/t.jinja")
+    recipe = parse_recipe(text.replace("name: clip", "name: ~/clip"))
+    assert isinstance(recipe.model, ModelSection)
+    places = [recipe.output, recipe.model.llm.name, recipe.data.template, getattr(recipe.model.tower, "name", None)]
+    assert places == [f"{tmp_path}/{name}" for name in ("runs", "llama", "t.jinja", "clip")]
+    assert parse_recipe(SMALL.replace("runs/small", "~nobody-of-this-name/runs")).output == "~nobody-of-this-name/runs"

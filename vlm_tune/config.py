@@ -5,8 +5,9 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
+from vlm_tune.paths import home
 from vlm_tune.recipe_yaml import Located, Path
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -20,6 +21,8 @@ Width = Annotated[int, Field(ge=1, le=131_072)]
 """Of a layer, a rank, or a number of heads or learned vectors."""
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Processes = Annotated[int, Field(ge=0, le=4096)]
+HomePath = Annotated[str, AfterValidator(home)]
+"""A path, whose `~` is the user's home folder, or a name."""
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """How much of a running mean is kept at each step: at 1 nothing new would enter it."""
@@ -70,7 +73,7 @@ class OpenClipTower(Tower):
 
     kind: Literal["open_clip"]
     name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder")
-    pretrained: str | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
+    pretrained: HomePath | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
     config: dict[str, Any] | None = Field(default=None, description="an open_clip `vision_cfg`, randomly initialised")
     layer: int = Field(default=-1, ge=-1024, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
     class_token: bool = CLASS_TOKEN
@@ -80,8 +83,10 @@ class TransformersTower(Tower):
     """A vision tower from transformers (CLIP, SigLIP, DINOv2, or a vision-language model's own): a hub name or a folder."""
 
     kind: Literal["transformers"]
-    name: str
-    weights: str | None = Field(default=None, description="a vision-language model that holds the tower's weights, where `name` does not")
+    name: HomePath
+    weights: HomePath | None = Field(
+        default=None, description="a vision-language model that holds the tower's weights, where `name` does not"
+    )
     layer: int = Field(default=-2, ge=-1024, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
     final_norm: bool = Field(default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)")
     class_token: bool = CLASS_TOKEN
@@ -92,7 +97,7 @@ class TimmTower(Tower):
 
     kind: Literal["timm"]
     name: str
-    pretrained: str | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
+    pretrained: HomePath | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
     stages: list[Annotated[int, Field(ge=-64, le=63)]] = Field(
         default=[-1], min_length=1, description="which feature maps, as timm's out_indices"
     )
@@ -120,7 +125,7 @@ class Projector(Config):
     """What every connector can be told."""
 
     norm: bool = Field(default=False, description="a LayerNorm on the tower's features first; for towers that end without one")
-    weights: str | None = Field(
+    weights: HomePath | None = Field(
         default=None, description="where it starts from: a safetensors file, or a vision-language model; random where not given"
     )
 
@@ -178,7 +183,7 @@ class QFormerConnector(Projector):
     every: PositiveInt = Field(default=2, description="every n-th layer, from the first, attends to the features")
     text: bool = Field(default=False, description="the instruction joins the queries in self-attention (InstructBLIP)")
     max_text: PositiveInt = Field(default=512, description="the last tokens of an instruction that are read")
-    tokenizer: str | None = Field(
+    tokenizer: HomePath | None = Field(
         default=None, description="reads the instruction by this tokenizer and word embeddings of its own; else by the LLM's"
     )
     vocab_size: PositiveInt | None = Field(default=None, description="rows of its own word embeddings, with `tokenizer`")
@@ -227,7 +232,7 @@ class Llm(Config):
     """The language model: an encoder-decoder (`seq2seq`: T5, Flan-T5) or a decoder (`causal`)."""
 
     kind: Literal["causal", "seq2seq"]
-    name: str | None = Field(default=None, description="a hub name or a local folder")
+    name: HomePath | None = Field(default=None, description="a hub name or a local folder")
     gguf_file: str | None = Field(default=None, description="a GGUF file in `name`, de-quantised at load")
     scratch: Scratch | None = None
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
@@ -275,7 +280,7 @@ class PretrainedModel(Config):
     What is set of `tower` is used in place of what the checkpoint's own configs say.
     """
 
-    pretrained: str = Field(description="a hub name or a local folder")
+    pretrained: HomePath = Field(description="a hub name or a local folder")
     tower: Tower = Tower()
     llm: PretrainedLlm = PretrainedLlm()
 
@@ -301,7 +306,7 @@ class Source(Config):
     limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
     weight: PositiveFloat | None = Field(default=None, description="share of every epoch, relative to the other sources")
     count: PositiveInt | None = Field(default=None, description="units of every epoch; all where neither is given")
-    template: str | None = Field(default=None, description="a chat format; data.template where not given")
+    template: HomePath | None = Field(default=None, description="a chat format; data.template where not given")
     system: str | None = Field(default=None, description="system text for conversations that bring none; data.system where not given")
 
 
@@ -316,7 +321,7 @@ class EasyVqaSource(Source):
     split: Literal["train", "validation", "test"]
     validation_images: NonNegativeInt = Field(default=200, description="how many train images are held out as `validation`")
     task: Literal["vqa", "caption"] = Field(default="vqa", description="questions, or captions of what the questions reveal")
-    instructions: str = Field(default="vqa", description="a prompt set of data_templates/instructions, or a file")
+    instructions: HomePath = Field(default="vqa", description="a prompt set of data_templates/instructions, or a file")
 
 
 Form = Literal[
@@ -343,7 +348,7 @@ class RowsSource(Source):
     form: Form | Literal["auto"] = Field(default="auto", description="what a row looks like; detected from the first rows and named")
     columns: dict[str, str] = Field(default={}, description="our field names to the rows' own, as {question: query}")
     image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
-    instructions: str | None = Field(default=None, description="a prompt set for plain task rows; the task's own where not given")
+    instructions: HomePath | None = Field(default=None, description="a prompt set for plain task rows; the task's own where not given")
     ignore: list[str] = Field(
         default=[],
         description="fields of the rows to pass over: those that carry meaning are refused where a form does not read them",
@@ -396,7 +401,7 @@ class FolderSource(Source):
     kind: Literal["folder"]
     name: str | None = SOURCE_NAME
     path: str
-    instructions: str = Field(default="classify", description="a prompt set of data_templates/instructions, or a file")
+    instructions: HomePath = Field(default="classify", description="a prompt set of data_templates/instructions, or a file")
 
 
 AnySource = Annotated[EasyVqaSource | FileSource | DatasetSource | WebDatasetSource | FolderSource, Field(discriminator="kind")]
@@ -450,7 +455,7 @@ class DataSection(Config):
     validation: list[AnySource] = Field(default=[], description="scored while training; chooses the best checkpoint")
     test: list[AnySource] = Field(default=[], description="scored once, by the finished model; never used to choose")
     split: Split | None = Field(default=None, description="take validation and test from the train sources")
-    template: str = Field(description="a chat format of data_templates/chat, or a file")
+    template: HomePath = Field(description="a chat format of data_templates/chat, or a file")
     system: str | None = Field(default=None, description="system text for conversations that bring none")
     max_length: PositiveInt = Field(default=2048, description="longest example in tokens, image slots included")
     overlong: Literal["fail", "drop", "split", "trim"] = Field(
@@ -647,7 +652,7 @@ class Recipe(Config):
     """A whole run: what is trained, on what, how, and where it is written."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    output: str = Field(description="the run's folder")
+    output: HomePath = Field(description="the run's folder")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: AnyModel
     data: DataSection

@@ -1,4 +1,4 @@
-"""Whether a place can be written, found out before the work whose result goes there."""
+"""Paths that users give: `~`, what is no path, and whether a place can be written, found out before the work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from vlm_tune.quoting import quoted
 
 SHOWN = 200
 """Characters of a path that a message shows."""
+
+
+def home(path: str) -> str:
+    """A path whose `~` is the user's home folder; one of a user that there is not stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
 def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None:

@@ -10,10 +10,11 @@ from vlm_tune.config import FolderSource
 from vlm_tune.data.instructions import load_instructions
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import ImageFolder
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest, home
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest
 from vlm_tune.data.types import Conversation
 from vlm_tune.data.video import IMAGE_SUFFIXES
 from vlm_tune.errors import DataError
+from vlm_tune.paths import home
 from vlm_tune.quoting import escaped, quoted
 
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from vlm_tune.data.sources.fields import FIELDS
 from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.packed import BLOCK, MAX_ROW_BYTES, check_text, reading, scan_object
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest, home
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, files_digest
 from vlm_tune.errors import DataError
-from vlm_tune.paths import is_file, is_folder
+from vlm_tune.paths import home, is_file, is_folder
 from vlm_tune.quoting import escaped
 
 CHUNK_BYTES = 1 << 25

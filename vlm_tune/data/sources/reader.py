@@ -15,11 +15,12 @@ from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, withou
 from vlm_tune.data.sources.forms import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
-from vlm_tune.data.sources.rows import Chunk, Container, StoredRow, checked, digest, home
+from vlm_tune.data.sources.rows import Chunk, Container, StoredRow, checked, digest
 from vlm_tune.data.sources.shots import Shots
 from vlm_tune.data.sources.tasks import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
+from vlm_tune.paths import home
 from vlm_tune.quoting import quoted
 
 NOT_ROWS = {"limit", "weight", "count", "template", "system"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +85,6 @@ class Container(Protocol):
     def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
         """The chunk's rows in order."""
         ...
-
-
-def home(path: str) -> str:
-    """A path whose `~` is the user's home folder; one of a user that there is not stays as it is."""
-    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
 def digest(*parts: object) -> str:

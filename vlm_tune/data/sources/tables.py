@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config import DatasetSource
 from vlm_tune.data.sources.files import Stretch
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, digest, home
+from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, StoredRow, digest
 from vlm_tune.data.sources.tasks import ClassName
 from vlm_tune.errors import DataError
+from vlm_tune.paths import home
 from vlm_tune.quoting import cut, quoted
 
 if TYPE_CHECKING:
