@@ -95,7 +95,7 @@ def main() -> int:
     if form is None:
         print(__doc__, file=sys.stderr)
         return 2
-    tools = {"ruff", "pyright", "pre-commit", "pip-audit"}
+    tools = {"pyright", "pre-commit", "pip-audit"}
     print("\n".join(form(each) for each in requirements(project) if each.name not in tools))
     return 0
 

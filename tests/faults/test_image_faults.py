@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -175,6 +176,11 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_fault_24_every_mode_has_its_conversion(name: str) -> None:
     data, *expected = GOLDEN[name]
+    if name == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        # Pillow took the values of such a TIFF, three a pixel, for four.
+        with pytest.raises(DataError, match="can't be decoded"):
+            decode_image(data)
+        return
     with Image.open(io.BytesIO(data)) as stored:
         assert stored.mode == name.split(",")[0].split()[0] or name in ("L, one value clear",), "the file is no good example"
     image = decode_image(data)

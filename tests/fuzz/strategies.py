@@ -598,10 +598,10 @@ def folder_cases(draw: st.DrawFn) -> Case:
 
 
 KINDS = {
-    "recipe": (recipe_cases(), 43),
-    "override": (override_cases(), 14),
-    "row": (row_cases(), 14),
-    "training": (training_cases(), 15),
+    "recipe": (recipe_cases(), 51),
+    "override": (override_cases(), 17),
+    "row": (row_cases(), 10),
+    "training": (training_cases(), 8),
     "command": (command_cases(), 4),
     "python": (python_cases(), 8),
     "folder": (folder_cases(), 2),

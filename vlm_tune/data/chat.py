@@ -188,7 +188,7 @@ def _encoded(image: Any) -> Media:
     """A PIL image as encoded bytes, upright: neither format keeps the EXIF rotation of an opened photo."""
     if 0 in image.size:
         raise DataError(f"an image of {image.size[0]}x{image.size[1]} pixels has none")
-    if image.mode in ("HSV", "LAB"):
+    if image.mode in ("HSV", "LAB", "YCbCr"):
         image = image.convert("RGB")
     buffer = io.BytesIO()
     try:

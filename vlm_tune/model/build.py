@@ -321,7 +321,7 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
     options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     try:
         return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last for JSON that is no object
         name = str(folder or llm.name)
         raise ModelError(f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}") from None
 
