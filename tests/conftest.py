@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,12 @@ TINY = {
 
 COMPILED = Path(tempfile.gettempdir()) / f"vlm_tune-tests-{os.getuid()}"
 """Where the parts in C++ are compiled once for all tests, of this session and later ones: their names say what they are made of."""
+
+
+FROZEN_AFTER = (5, 50, 400)
+"""After so many tests of a process most of the libraries are imported."""
+
+_ended = itertools.count(1)
 
 
 # --- skips and kernels -----------------------------------------------------------------------------------------------
@@ -141,6 +149,15 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     COMPILED.mkdir(mode=0o700, exist_ok=True)
     (cache / "kernels").symlink_to(COMPILED)
     monkeypatch.setenv("VLM_TUNE_CACHE", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Takes the libraries' objects, which stay, from what is gone through for garbage: each end of training does that."""
+    yield
+    if next(_ended) in FROZEN_AFTER:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -177,15 +177,15 @@ GOLDEN = {
 def test_fault_24_every_mode_has_its_conversion(name: str) -> None:
     data, *expected = GOLDEN[name]
     if name == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
-        # Pillow took the values of such a TIFF, three a pixel, for four.
+        # Pillow takes the values of such a TIFF, three a pixel, for four.
         with pytest.raises(DataError, match="can't be decoded"):
             decode_image(data)
-        return
-    with Image.open(io.BytesIO(data)) as stored:
-        assert stored.mode == name.split(",")[0].split()[0] or name in ("L, one value clear",), "the file is no good example"
-    image = decode_image(data)
-    assert image.mode == "RGB" and [image.getpixel((0, 0)), image.getpixel((1, 0))] == expected
-    assert inspect_image(Media(data)).width == 2
+    else:
+        with Image.open(io.BytesIO(data)) as stored:
+            assert stored.mode == name.split(",")[0].split()[0] or name in ("L, one value clear",), "the file is no good example"
+        image = decode_image(data)
+        assert image.mode == "RGB" and [image.getpixel((0, 0)), image.getpixel((1, 0))] == expected
+        assert inspect_image(Media(data)).width == 2
 
 
 def test_fault_24_an_adobe_cmyk_jpeg_is_not_shown_inverted() -> None:
