@@ -30,6 +30,14 @@ BATCH = 250
 """Cases of one process."""
 
 
+def mixed(kind: str | None, count: int) -> list[str | None]:
+    """The kind of each of `count` cases: None for any, one kind, or as `recipe:60,row:20` says."""
+    if kind is None or ":" not in kind:
+        return [kind] * count
+    pairs = [part.split(":") for part in kind.split(",")]
+    return [name for name, number in pairs for _ in range(int(number))]
+
+
 def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> None:
     """Draws and runs `count` cases; each is written to the log before it runs, and its outcome after.
 
@@ -42,8 +50,8 @@ def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> 
         shutil.copytree(start, folder, symlinks=True, dirs_exist_ok=True)
         workplace = Workplace(Path(folder))
         with log.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for place in range(count):
-                case = drawn(f"{number}-{place}", kind)
+            for place, own in enumerate(mixed(kind, count)):
+                case = drawn(f"{number}-{place}", own)
                 file.write(json.dumps({"case": f"{number}-{place}: {case!r}"}) + "\n")
                 file.flush()
                 began = time.perf_counter()
@@ -114,7 +122,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", help="cases of one kind only")
+    parser.add_argument("--kind", help="cases of one kind only, or so many of each, as recipe:60,row:20, in one batch")
     parser.add_argument("--case", help="run one case again and print how it ended")
     parser.add_argument("--json", type=Path, help="save the report")
     parser.add_argument("--batch", nargs=4, help=argparse.SUPPRESS)

@@ -23,6 +23,7 @@ def test_eight_image_questions_are_learnt_word_for_word(kind: str, llm: str, tin
         train__steps=150,
         train__batch_size=8,
         train__learning_rate=5e-3,
+        train__checkpoints={"every": 150},  # not after each epoch, which is a step
         evaluate__samples=0,
     )
     run = sft(recipe)

@@ -94,7 +94,8 @@ def find_files(pattern: str) -> list[Path]:
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - a pattern may be absolute
     files = [path for path in found if is_file(path)]
     if not files:
-        raise DataError("no such file" if not glob.has_magic(pattern) else "no file fits this pattern", source=pattern)
+        where = "" if path.is_absolute() else f" (from {Path.cwd()})"
+        raise DataError(("no file fits this pattern" if glob.has_magic(pattern) else "no such file") + where, source=pattern)
     return files
 
 
