@@ -25,8 +25,8 @@ demo: setup
 	@echo "what color is the shape? (a test image)"
 	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
 
-# All tests, slow ones too, in two processes of one thread each.
-ALL_TESTS := -m pytest -m "slow or not slow" -n 2 --dist worksteal
+# All tests, slow ones too, in processes of one thread each; a third one works where two wait for the disk or for ranks.
+ALL_TESTS := -m pytest -m "slow or not slow" -n 3 --dist worksteal
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(ALL_TESTS)
