@@ -98,7 +98,7 @@ def _start_from_singular_vectors(layer: Any) -> None:
     rank, scale = layer.r[TRAINED], layer.scaling[TRAINED]
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if len(values) < rank:
-        raise ModelError(f"PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side")
+        raise ModelError(f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side")
     root = (values[:rank] / scale).sqrt()
     for name, sign in ((TRAINED, 1.0), (INITIAL, -1.0)):
         layer.lora_A[name].weight.copy_(root[:, None] * right[:rank])

@@ -18,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, *, head_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         if head_width is None and width % heads:
-            raise ModelError(f"{heads} attention heads don't divide a width of {width}")
+            raise ModelError(f"model.connector.heads: {heads} attention heads don't divide a width of {width}")
         self.heads, inner = heads, heads * (head_width or width // heads)
         self.query = nn.Linear(width, inner, bias=bias)
         self.key = nn.Linear(context_width, inner, bias=bias)

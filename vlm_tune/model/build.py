@@ -300,7 +300,9 @@ def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attent
         with torch.device("meta"):
             model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}") from None
+        raise ModelError(
+            f"model.llm.name: can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}"
+        ) from None
     if getattr(config, "scale_decoder_outputs", True) is False:
         # Flan-T5's head is its own; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -425,7 +427,7 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         name = str(folder or llm.name)
-        raise ModelError(f"no tokenizer in {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(f"model.llm.name: no tokenizer in {quoted(name)}: {load_reason(name, error)}") from None
     tokenizer.chat_template = None
     return add_words(tokenizer, llm)
 
@@ -444,14 +446,14 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if llm.kind == "seq2seq" and dtype == torch.float16:
-        raise ModelError("T5's activations overflow in fp16; use bf16 or fp32")
+        raise ModelError("dtype: T5's activations overflow in fp16; use bf16 or fp32")
     factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
     name = str(folder or llm.name)
     if folder is None:
         check_base(name, "model.llm.name")
     gguf = llm.gguf_file if folder is None else None
     if gguf and not (Path(name) / gguf).is_file():
-        raise ModelError(f"no GGUF file {quoted(gguf)} in {quoted(name)}")
+        raise ModelError(f"model.llm.gguf_file: no GGUF file {quoted(gguf)} in {quoted(name)}")
     if Path(name).is_dir() and not gguf:
         check_folder(Path(name))
     options: dict[str, Any] = {"dtype": dtype, **_attention()}

@@ -151,7 +151,9 @@ class AvgPool(Connector):
     def tokens(self, tower_tokens: int) -> int:
         """grid², whatever the tower's."""
         if square(tower_tokens, "avg_pool") < self.grid:
-            raise ModelError(f"the tower's {tower_tokens} tokens can't be pooled to a larger grid of {self.grid} x {self.grid}")
+            raise ModelError(
+                f"model.connector.grid: the tower's {tower_tokens} tokens can't be pooled to a larger grid of {self.grid} x {self.grid}"
+            )
         return self.grid**2
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def instructions(batch: Batch, embeds: torch.Tensor, rows: torch.Tensor, columns
     Raises `ModelError` for branched rows, whose questions share one image.
     """
     if batch.branched:
-        raise ModelError("a text-conditioned connector reads an image once a question: set data.group: none")
+        raise ModelError("data.group: a text-conditioned connector reads an image once a question: set data.group: none")
     mask = batch.attention_mask[rows] & ~batch.image_mask[rows]
     samples = batch.packed
     if samples is not None:

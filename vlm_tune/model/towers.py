@@ -112,24 +112,24 @@ class OpenClipVision(VisionTower):
         if hasattr(visual, "trunk"):
             trunk = visual.trunk
             if not hasattr(trunk, "prune_intermediate_layers"):
-                raise ModelError(f"timm's {type(trunk).__name__}, which this tower is, gives no intermediate features")
+                raise ModelError(f"model.tower.layer: timm's {type(trunk).__name__}, which this tower is, gives no intermediate features")
             try:
                 trunk.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
             except AssertionError:
-                raise ModelError(f"the tower has no layer {layer}") from None
+                raise ModelError(f"model.tower.layer: the tower has no layer {layer}") from None
             visual.head = nn.Identity()
             has_class = getattr(trunk, "cls_token", None) is not None
         elif hasattr(visual, "transformer"):
             blocks = visual.transformer.resblocks
             if -layer > len(blocks):
-                raise ModelError(f"the tower has {len(blocks)} blocks, there is no layer {layer}")
+                raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}")
             visual.transformer.resblocks = blocks[: len(blocks) + layer + 1]
             visual.ln_post, visual.proj, visual.attn_pool = nn.Identity(), None, None
             visual.attn_pool_contrastive = None
             has_class = True
         else:
             if layer != -1:
-                raise ModelError("a ModifiedResNet tower gives its last feature map only: layer -1")
+                raise ModelError("model.tower.layer: a ModifiedResNet tower gives its last feature map only, layer -1")
             visual.attnpool, has_class = nn.Identity(), False
         if self.class_token and not has_class:
             raise ModelError("model.tower.class_token: this tower has none")
@@ -151,9 +151,9 @@ def open_clip_config(name: str) -> dict[str, Any]:
     try:
         known = open_clip.get_model_config(name)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     if known is None:
-        raise ModelError(f"open_clip has no model {quoted(name)} (open_clip.list_models() lists them)")
+        raise ModelError(f"model.tower.name: open_clip has no model {quoted(name)} (open_clip.list_models() lists them)")
     return {"vision_cfg": known["vision_cfg"], "quick_gelu": known.get("quick_gelu", False), "mean": CLIP_MEAN, "std": CLIP_STD}
 
 
@@ -257,7 +257,7 @@ class TransformersVision(VisionTower):
             raise ModelError(f"model.tower.class_token: a tower of type {vision['model_type']} has none")
         blocks = getattr(model.encoder, family.blocks)
         if -config.layer > len(blocks):
-            raise ModelError(f"the tower has {len(blocks)} blocks, there is no layer {config.layer}")
+            raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {config.layer}")
         setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
@@ -301,7 +301,7 @@ def transformers_config(name: str) -> dict[str, Any]:
     try:
         whole: Any = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     vision = getattr(whole, "vision_config", whole)
     family = FAMILIES.get(vision.model_type)
     if family is None:
@@ -331,7 +331,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     try:
         model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
     # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
     unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unfit:
@@ -403,7 +403,7 @@ class PairVision(VisionTower):
         if odd:
             raise ModelError(f"two towers see one image: set model.tower.resize: {odd[0]} for the pair, not for one of them")
         if len({getattr(part, "class_token", False) for part in config.towers}) > 1:
-            raise ModelError("two towers side by side need class_token in both or in none")
+            raise ModelError("model.tower.towers: two towers side by side need class_token in both or in none")
         super().__init__(config, config.image_size or max(tower.image_size for tower in towers), towers[0].mean, towers[0].std)
         self.towers = nn.ModuleList(towers)
         self.rebuild = {"towers": [tower.rebuild for tower in towers]}

@@ -89,7 +89,7 @@ def apply_rules(
     for place, rule in enumerate(rules):
         if place not in owner.values():
             raise ModelError(
-                f"the tune rule {quoted(rule.match)} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ..."
+                f"tune: the rule {quoted(rule.match)} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ..."
             )
     _adapters(model, rules, owner)
     _prompt(model, rules, precision)
@@ -128,7 +128,7 @@ def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict
             if rule.how == "lora" and any(name.startswith(f"{part}.") and where == place for name, where in owner.items())
         ]
         if len(asked) > 1:
-            raise ModelError(f"{len(asked)} LoRA rules match the {part}; a part has one adapter")
+            raise ModelError(f"tune: {len(asked)} LoRA rules match the {part}; a part has one adapter")
         config = _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
         present = model.adapters.get(part)
         if present is not None and config is not None and same_adapter(present.peft_config["default"], config):
@@ -154,18 +154,20 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         and (any(short == target or short.endswith(f".{target}") for target in named) if id(layer) in apart else is_linear(layer))
     }
     if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
-        raise ModelError(f"the LoRA rule {quoted(rule.match)} is init: pissa, which takes linear layers' weights, and names the embedding")
+        raise ModelError(
+            f"tune: the LoRA rule {quoted(rule.match)} is init: pissa, which takes linear layers' weights, and names the embedding"
+        )
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
         chosen = [name for name in matched if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)]
         unused = [target for target in rule.target_modules if not any(n == target or n.endswith(f".{target}") for n in chosen)]
         if unused:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
-            raise ModelError(f"target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}")
+            raise ModelError(f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}")
     else:
         chosen = matched
     if not chosen:
-        raise ModelError(f"the LoRA rule {quoted(rule.match)} matches no linear layer")
+        raise ModelError(f"tune: the LoRA rule {quoted(rule.match)} matches no linear layer")
     alpha = rule.lora_alpha or 2 * (rule.r or 16)
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all("." in name for name in chosen)
@@ -194,7 +196,7 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
     """Makes the virtual tokens the rules ask for; those of an earlier stage stay, and train on if asked for again."""
     asked = [rule for rule in rules if rule.how in KINDS]
     if len(asked) > 1:
-        raise ModelError(f"{len(asked)} rules put virtual tokens before the llm's input; one can")
+        raise ModelError(f"tune: {len(asked)} rules put virtual tokens before the llm's input; one can")
     present = model.llm.prompt
     if asked:
         kind, tokens = KINDS[asked[0].how], asked[0].tokens or TOKENS
@@ -220,7 +222,7 @@ def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
         owned = {name for name, where in owner.items() if where == place}
         found = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
         if not found:
-            raise ModelError(f"the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches")
+            raise ModelError(f"tune: the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches")
         trained |= found
     return trained
 
@@ -248,7 +250,7 @@ def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) 
         matched = [block for block in blocks if any(name.startswith(block) for name in owned)]
         wanted = rule.layers or 1
         if 0 < len(matched) < wanted:
-            raise ModelError(f"the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}")
+            raise ModelError(f"tune: the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}")
         found |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
     return found
 
