@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -100,7 +101,9 @@ class Watch:
             if found := self._failed() or self._silent(3 * self.interval):
                 return TrainingError(f"{found}; {self._kept()}")
             time.sleep(self.interval / 2)
-        return TrainingError(f"{self._diagnosis or self._places()}; {self._kept()} ({text.splitlines()[0][:200]})")
+        late = re.search(r"tim(e|ed)[ -]?out", text, re.IGNORECASE)
+        reason = self._diagnosis or (self._places() if late else "the processes could not exchange tensors")
+        return TrainingError(f"{reason}; {self._kept()} ({text.splitlines()[0][:200]})")
 
     # --- the thread that looks ---
 
