@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,33 @@ def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(monkeypatch: pytes
     for _ in range(2):
         found._judge(1790.0)
     assert ended == [5]
+
+
+class _OthersLive:
+    """A common store in which the other process beats at each look."""
+
+    def __init__(self) -> None:
+        self.beats = count()
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+    def get(self, key: str) -> str:
+        return json.dumps({"place": "step 1", "count": 0, "reached": [0, 1, 2], "beat": next(self.beats)})
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("ProcessGroupGloo::allgather: invalid tensor type at index 0", "the processes could not exchange tensors"),
+        ("[gloo/transport] Timed out waiting 1800000ms for recv", "no progress for 0.2 s (train.timeout)"),
+    ],
+)
+def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(raised: str, told: str) -> None:
+    one = watch.Watch(SimpleNamespace(process_index=0, num_processes=2), 0.2)  # type: ignore[arg-type]
+    one._store = _OthersLive()
+    error = one.lost(RuntimeError(raised))
+    assert str(error).startswith(told) and raised[:30] in str(error)
 
 
 @pytest.mark.slow
