@@ -46,12 +46,12 @@ def check_count(option: str, count: int | None) -> None:
         raise RecipeError([Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")])
 
 
-def check_number(option: str, number: float | None) -> None:
-    """Raises `RecipeError`, naming the option, for what is no finite number above 0; None is none."""
-    if number is None:
-        return
-    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:  # NaN is neither
-        raise RecipeError([Problem(option, f"expected a number above 0, not {quoted(number)}")])
+def number_problems(option: str, number: float | None) -> list[Problem]:
+    """The problem, naming the option, with what is no finite number above 0; none with None."""
+    # NaN is neither above 0 nor under infinity.
+    if number is None or (isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf):
+        return []
+    return [Problem(option, f"expected a number above 0, not {quoted(number)}")]
 
 
 class ArgumentError(VlmTuneError, ValueError):

@@ -15,7 +15,7 @@ from vlm_tune.config import Recipe
 from vlm_tune.data.collate import collate
 from vlm_tune.data.prepare import conversations, read_part
 from vlm_tune.data.types import Conversation, Media, Message
-from vlm_tune.errors import DataError, ModelError, check_number
+from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation import score
 from vlm_tune.model.adapters import merge_adapter
 from vlm_tune.model.bases import AS_SAVED, BaseChoice
@@ -90,7 +90,8 @@ def merge(
     """
     path, output = Path(path), Path(output)
     dtype = dtype_name(dtype)
-    check_number("--tolerance", tolerance)
+    if problems := number_problems("--tolerance", tolerance):
+        raise RecipeError(problems)
     check_output(output, path)
     model, report = merged_model(path, output, dtype, tolerance, base)
 

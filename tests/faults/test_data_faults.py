@@ -30,6 +30,7 @@ from vlm_tune.data.template import load_template, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, InputSpec, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import train_tokenizer
+from vlm_tune.quoting import quoted
 from vlm_tune.resources import resource_names
 
 GOOD = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]}
@@ -332,7 +333,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 def test_fault_17_a_shard_that_links_or_leads_out_is_refused_by_member(tmp_path: Path, member: tarfile.TarInfo) -> None:
     before, refused, after = shard(tmp_path / "shard.tar", [member])
     assert isinstance(before, Conversation) and isinstance(after, Conversation) and after.row == 3
-    assert isinstance(refused, DataError) and refused.row == 2 and repr(member.name) in str(refused)
+    assert isinstance(refused, DataError) and refused.row == 2 and quoted(member.name) in str(refused)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard.tar"]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from vlm_tune.config import Recipe
 from vlm_tune.data.plan import planned_steps
 from vlm_tune.data.types import Batch
-from vlm_tune.errors import Problem, RecipeError, check_count, check_number
+from vlm_tune.errors import Problem, RecipeError, check_count, number_problems
 from vlm_tune.model.build import DTYPES, bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -285,10 +285,9 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
         )
     if quantize and setting.zero == 3:
         problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
+    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems("--tflops", setting.tflops)
     if problems:
         raise RecipeError(problems)
-    check_number("--bandwidth", setting.bandwidth)
-    check_number("--tflops", setting.tflops)
 
 
 def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:
