@@ -233,7 +233,7 @@ def test_an_unforeseen_error_keeps_its_traceback_and_asks_for_a_report(
     assert "KeyError: 'odd'" in told and "fault of vlm_tune" in told and __version__ in told
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "a\udcff", "", "/", "/dev/null", "/dev/null/x"])
+@pytest.mark.parametrize("name", ["n" * 300, "a\udcff", "a\0b", "", "/", "/dev/null", "/dev/null/x"])
 @pytest.mark.parametrize("command", [["sft"], ["check"], ["show"], ["eval"], ["chat", "--prompt", "hi"], ["verify-run"], ["plan"]])
 def test_a_name_that_is_no_file_is_told_and_no_traceback(
     name: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -628,6 +628,8 @@ def main() -> None:
     sys.excepthook = _report_bug
     try:
         kernel_choice()  # a value that is none ends every command before it does anything
+        if any("\0" in argument for argument in sys.argv):  # as a caller in Python may give it
+            raise typer.BadParameter("an argument holds a NUL character")
         sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:
         _usage(error)

@@ -30,12 +30,15 @@ BATCH = 250
 """Cases of one process."""
 
 
-def mixed(kind: str | None, count: int) -> list[str | None]:
-    """The kind of each of `count` cases: None for any, one kind, or as `recipe:60,row:20` says."""
-    if kind is None or ":" not in kind:
-        return [kind] * count
-    pairs = [part.split(":") for part in kind.split(",")]
-    return [name for name, number in pairs for _ in range(int(number))]
+def planned(number: int, kind: str | None, count: int) -> list[tuple[str, str | None]]:
+    """The seed and kind of each case of a batch, of one kind, of any (None), or of several as `recipe:60,row:20` says.
+
+    Seeds are counted within a kind: `--case SEED --kind KIND` gives the same case.
+    """
+    counts = [(kind, count)]
+    if kind is not None and ":" in kind:
+        counts = [(name, int(cases)) for name, cases in (part.split(":") for part in kind.split(","))]
+    return [(f"{number}-{place}", name) for name, cases in counts for place in range(cases)]
 
 
 def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> None:
@@ -50,9 +53,9 @@ def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> 
         shutil.copytree(start, folder, symlinks=True, dirs_exist_ok=True)
         workplace = Workplace(Path(folder))
         with log.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for place, own in enumerate(mixed(kind, count)):
-                case = drawn(f"{number}-{place}", own)
-                file.write(json.dumps({"case": f"{number}-{place}: {case!r}"}) + "\n")
+            for place, (seed, one_kind) in enumerate(planned(number, kind, count)):
+                case = drawn(seed, one_kind)
+                file.write(json.dumps({"case": f"{seed}: {case!r}"}) + "\n")
                 file.flush()
                 began = time.perf_counter()
                 outcome = workplace.run(case)

@@ -29,4 +29,4 @@ def test_no_input_ends_in_a_traceback(tmp_path: Path) -> None:
     assert report is not None
     assert {kind: counts["cases"] for kind, counts in report["by_kind"].items()} == COUNTS
     assert report["by_kind"]["training"]["reached a training step"] >= COUNTS["training"] // 3
-    assert report["by_kind"]["row"]["reached a training step"] > 0
+    assert report["by_kind"]["row"]["reached a training step"] >= COUNTS["row"] // 8
