@@ -18,6 +18,7 @@ def recipe(
     *,
     batch: int,
     steps: int | None,
+    precision: str = "bf16",
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
@@ -46,7 +47,7 @@ tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "connector.*", how: full, learning_rate: 1.0e-3}}
   - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 2.0e-4}}
-train: {{{duration}, batch_size: {batch}, precision: bf16, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
+train: {{{duration}, batch_size: {batch}, precision: {precision}, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
 evaluate: {{samples: 0}}
 """
 
@@ -59,6 +60,7 @@ def recipe_from(
     *,
     batch: int,
     steps: int | None,
+    precision: str | None = None,
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
@@ -80,6 +82,8 @@ def recipe_from(
         "train.checkpoints": {"every": 1000000},
         "evaluate.samples": 0,
     }
+    if precision:
+        changes["train.precision"] = precision
     if quantize:
         changes["model.llm.quantize"] = quantize
     if row_length:

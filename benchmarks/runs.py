@@ -22,6 +22,9 @@ from benchmarks.peers import PEERS, SCRIPTS, install
 GEMMS = ((2048, 2048, 2048), (1536, 576, 3072))
 """Products whose better rate is the machine's: a square one, and SmolLM2's widest."""
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""torch's names of the precisions whose GEMM rates are measured."""
+
 
 @dataclass(frozen=True)
 class Length:
@@ -62,6 +65,10 @@ def spread(rates: Sequence[float]) -> float:
     return (high - low) / middle
 
 
+STOPPED = -9
+"""Exit code of a process that was killed."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """A child process that ended: exit code, output, errors, peak memory in MB, seconds."""
@@ -75,6 +82,8 @@ class Ended:
     @property
     def why(self) -> str:
         """The last line of its errors."""
+        if self.code == STOPPED:
+            return f"stopped after {self.seconds:.0f} s"
         lines = [line for line in self.errors.strip().splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
@@ -93,7 +102,7 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
             elif time.perf_counter() - started > timeout:
                 child.kill()
                 _, _, usage = os.wait4(child.pid, 0)
-                status = -9
+                status = STOPPED
             else:
                 time.sleep(0.05)
         child.returncode = status
@@ -102,21 +111,25 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
         return Ended(int(status or 0), out.read(), errors.read(), usage.ru_maxrss * 1024 // 1_000_000, time.perf_counter() - started)
 
 
-def gemm_rate(threads: int) -> float:
-    """The machine's bf16 GEMM rate now, operations a second, by the better of `GEMMS`."""
+def gemm_rates(threads: int) -> dict[str, float]:
+    """The machine's GEMM rates now by precision, operations a second, by the better of `GEMMS`."""
     import torch
 
     torch.set_num_threads(threads)
-    rates = []
-    for rows, inner, wide in GEMMS:
-        a, b = torch.randn(rows, inner).bfloat16(), torch.randn(inner, wide).bfloat16()
-        product, seconds = torch.empty(rows, wide, dtype=torch.bfloat16), []
-        for _ in range(24):
-            start = time.perf_counter()
-            torch.mm(a, b, out=product)
-            seconds.append(time.perf_counter() - start)
-        rates.append(2 * rows * inner * wide / statistics.median(seconds[4:]))
-    return max(rates)
+    return {name: max(_gemm_rate(getattr(torch, dtype), *shape) for shape in GEMMS) for name, dtype in DTYPES.items()}
+
+
+def _gemm_rate(dtype: Any, rows: int, inner: int, wide: int) -> float:
+    """The median of up to 24 products, of which the first four don't count; of fewer where they take over 5 seconds."""
+    import torch
+
+    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, wide).to(dtype)
+    product, seconds = torch.empty(rows, wide, dtype=dtype), []
+    while len(seconds) < 24 and sum(seconds) < 5:
+        start = time.perf_counter()
+        torch.mm(a, b, out=product)
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * wide / statistics.median(seconds[4:] or seconds[-1:])
 
 
 @dataclass
@@ -147,8 +160,8 @@ class Bench:
         """Questions about an image, on average."""
         return len(self.answers) / self.images
 
-    def peer(self, name: str, settings: dict[str, Any], length: Length) -> Run:
-        """A run of a peer."""
+    def peer(self, name: str, settings: dict[str, Any], length: Length, timeout: float | None = None) -> Run:
+        """A run of a peer, stopped after `timeout` seconds, or those of the bench."""
         unchecked = (name, settings["rows"]) not in self.checked
         given = {
             **settings,
@@ -160,7 +173,8 @@ class Bench:
             "cpu_time": self.cpu_time,
             "check": unchecked,
         }
-        ended = execute([str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)], self.threads, self.timeout)
+        command = [str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)]
+        ended = execute(command, self.threads, timeout or self.timeout)
         line = next((line for line in reversed(ended.out.splitlines()) if line.startswith('{"steps"')), None)
         if ended.code or line is None:
             return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
@@ -222,8 +236,8 @@ class Bench:
             return ours.recipe_from(self.recipe, self.material, self.decoder, output, **amount)
         return ours.recipe(kind, self.material, self.decoder, output, **amount)
 
-    def ours(self, kind: str, settings: dict[str, Any], length: Length | None) -> Run:
-        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, and quantize.
+    def ours(self, kind: str, settings: dict[str, Any], length: Length | None, timeout: float | None = None) -> Run:
+        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, precision, and quantize.
 
         Without `length` it is an epoch, in a cache folder of its own.
         """
@@ -235,7 +249,7 @@ class Bench:
             (Path(scratch) / "recipe.yaml").write_text(self._recipe(kind, settings, output, steps))
             command = [sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"]
             cache = {} if length else {"VLM_TUNE_CACHE": f"{scratch}/cache"}
-            ended = execute(command, self.threads, self.timeout, **cache)
+            ended = execute(command, self.threads, timeout or self.timeout, **cache)
             if ended.code:
                 return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
             lines, preparing = ours.logged(output)[warm:], ours.preparing(output)

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import material
 from benchmarks.peers import DEFAULTS, PEERS, versions
-from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rate, line
+from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rates, line
 from vlm_tune.resources import cache_folder
 
 OUR_SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -29,6 +29,11 @@ OUR_SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 An encoder-decoder reads an image again with every question, which takes memory.
 """
+
+OUR_PRECISIONS = ("bf16", "fp32")
+
+HOPELESS = 4.0
+"""A run of a sweep is stopped after so many times the seconds of the fastest run so far."""
 
 OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
 
@@ -52,7 +57,7 @@ class Comparison:
         self.runs: list[Run] = []
         self.levels: dict[str, tuple[Run, float]] = {}
         self.epochs: list[Run] = []
-        self.rates: list[float] = []
+        self.rates: list[dict[str, float]] = []
 
     @property
     def names(self) -> list[str]:
@@ -64,53 +69,80 @@ class Comparison:
         """causal or seq2seq."""
         return PEERS[name].kind if name in PEERS else next(kind for kind, own in OURS.items() if own == name)
 
-    def measure(self, name: str, settings: dict[str, Any], length: Length | None, kept: list[Run]) -> Run:
-        """One run, shown and kept; without `length` it is an epoch."""
+    def measure(self, name: str, settings: dict[str, Any], length: Length | None, runs: list[Run], timeout: float | None = None) -> Run:
+        """One run, printed and added to `runs`, stopped after `timeout` seconds; without `length` it is an epoch."""
         if length is None:
             run = self.bench.epoch(name, self.kind(name), settings)
         elif name in PEERS:
-            run = self.bench.peer(name, settings, length)
+            run = self.bench.peer(name, settings, length, timeout)
         else:
-            run = self.bench.ours(self.kind(name), settings, length)
+            run = self.bench.ours(self.kind(name), settings, length, timeout)
         self.compare_with_gemm(run)
         print(line(run), flush=True)
-        kept.append(run)
+        runs.append(run)
         return run
 
     def compare_with_gemm(self, *runs: Run) -> None:
         """Sets the MFU of runs: by the best of the GEMM rates, for one that something disturbed would flatter."""
         if self.rates and not self.asked.cpu_time:  # a rate of the clock's
             for run in runs:
-                run.mfu = run.operations_per_s / max(self.rates)
+                run.mfu = run.operations_per_s / self.gemm
+
+    @property
+    def gemm(self) -> float | None:
+        """The machine's GEMM rate: the best of either precision and of all measurements."""
+        return max((max(rates.values()) for rates in self.rates), default=None)
+
+    @property
+    def fp32_first(self) -> bool:
+        """Whether this machine multiplies fp32 faster than bf16, as CPUs without instructions for bf16 do."""
+        return bool(self.rates) and self.rates[0]["fp32"] > self.rates[0]["bf16"]
 
     def note_gemm(self) -> None:
-        """Notes the GEMM rate now."""
-        self.rates.append(gemm_rate(self.asked.threads))
+        """Measures the GEMM rates now."""
+        self.rates.append(gemm_rates(self.asked.threads))
         self.compare_with_gemm(*self.sweep, *self.runs)
-        print(f"bf16 GEMM {self.rates[-1] / 1e12:.2f} TFLOP/s, {self.asked.threads} threads", flush=True)
+        rates = ", ".join(f"{name} {rate / 1e12:.3f}" for name, rate in self.rates[-1].items())
+        print(f"GEMM in TFLOP/s, {self.asked.threads} threads: {rates}", flush=True)
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def tune(self, name: str) -> None:
-        """Finds the fastest settings, one after the other: each key's values are tried with the best of those before it."""
-        length, found = Length(1, self.asked.sweep_steps, 15.0), []
+        """Finds the fastest settings, one after the other: each key's values are tried with the best of those before it.
 
-        def tried(settings: dict[str, Any]) -> dict[str, Any]:
-            found.append(self.measure(name, settings, length, self.sweep))
-            return max(found, key=speed).settings
+        A run that has taken `HOPELESS` times as long as the fastest one before it is stopped.
+        """
+        length, runs = Length(1, self.asked.sweep_steps, 15.0), []
+
+        def try_settings(settings: dict[str, Any]) -> dict[str, Any]:
+            fastest = min((run.seconds_total for run in runs if not run.failed), default=None)
+            timeout = HOPELESS * fastest if fastest else None
+            runs.append(self.measure(name, settings, length, self.sweep, timeout))
+            return max(runs, key=speed).settings
 
         if name in PEERS:
-            best = tried(PEERS[name].start())
+            best = try_settings(PEERS[name].start(fp32=self.fp32_first))
             for key in (*PEERS[name].sweep, "batch"):
                 for settings in list(PEERS[name].changes(best, key)):
-                    best = tried(settings)
+                    best = try_settings(settings)
         else:
-            for settings in OUR_SETTINGS[self.kind(name)][: 1 if self.asked.quick else None]:
-                tried(settings)
-        ranked = [run.settings for run in sorted(found, key=speed, reverse=True) if speed(run)]
+            first, *others = OUR_SETTINGS[self.kind(name)][: 1 if self.asked.quick else None]
+            best = first
+            for precision in self.our_precisions():
+                best = try_settings({**first, **precision})
+            for settings in others:
+                try_settings({**best, **settings})
+        ranked = [run.settings for run in sorted(runs, key=speed, reverse=True) if speed(run)]
         if not ranked:
-            raise SystemExit(f"no settings of {name} run: {found[0].failed}")
+            raise SystemExit(f"no settings of {name} run: {runs[0].failed}")
         self.settings[name] = ranked[: self.asked.finalists if name in PEERS else 1]
+
+    def our_precisions(self) -> list[dict[str, Any]]:
+        """The precisions to try, the one that the machine multiplies faster first; a recipe's own is not changed."""
+        if self.asked.recipe:
+            return [{}]
+        names = sorted(OUR_PRECISIONS, reverse=self.fp32_first)
+        return [{"precision": name} for name in names[: 1 if self.asked.quick else None]]
 
     # --- the runs in turns -------------------------------------------------------------------------------------------
 
@@ -123,7 +155,7 @@ class Comparison:
         for name in self.asked.against:
             if PEERS[name].kind == kind:
                 yield from ((name, settings) for settings in self.settings[name])
-                if name == "trl":
+                if name == "trl" and not self.asked.no_defaults:
                     yield name, DEFAULTS
 
     def round(self) -> None:
@@ -151,8 +183,9 @@ class Comparison:
             theirs = max(run.peak_memory_mb for run in self.runs if run.name == name and run.settings == best)
             images = max(round(self.median(name, best, "questions") / self.bench.a_image), 1)
             mine = OURS[PEERS[name].kind]
-            same = [run for run in self.runs if run.name == mine and run.settings == {"batch": images}]
-            run = same[0] if same else self.measure(mine, {"batch": images}, Length(1, 1, 0.0), [])
+            settings = {key: value for key, value in self.settings[mine][0].items() if key == "precision"} | {"batch": images}
+            same = [run for run in self.runs if run.name == mine and run.settings == settings]
+            run = same[0] if same else self.measure(mine, settings, Length(1, 1, 0.0), [])
             if not run.failed:
                 self.levels[name] = run, run.peak_memory_mb / theirs
 
@@ -176,7 +209,7 @@ class Comparison:
             for name in asked.against:
                 if PEERS[name].kind == kind:
                     ratios[f"{name}_tuned"] = rate / self.median(name, self.best(name))
-                    if name == "trl":
+                    if name == "trl" and not asked.no_defaults:
                         ratios["trl_default"] = rate / self.median(name, DEFAULTS)
             if asked.nf4 and kind == "causal":
                 ratios["nf4_step"] = rate / self.median(OURS[kind], {**mine, "quantize": "nf4"})
@@ -188,7 +221,8 @@ class Comparison:
             "peak_memory_ratio": next(iter(memory.values()), None),
             "peak_memory_by_peer": memory,
             "epoch_seconds": {run.name: run.seconds_total for run in self.epochs if not run.failed},
-            "gemm": max(self.rates, default=None),
+            "gemm": self.gemm,
+            "gemm_by_precision": self.rates,
             "threads": asked.threads,
             "image_tokens": asked.image_tokens,
             "questions": len(self.bench.answers),
@@ -253,7 +287,7 @@ class Comparison:
             first = PEERS[name].start() if name in PEERS else OUR_SETTINGS[self.kind(name)][0]
             given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
             turn += sum(self.seconds_of(name, settings, length) for settings in given)
-            turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" else 0.0
+            turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" and not self.asked.no_defaults else 0.0
         turn += self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.asked.nf4 else 0.0
         return sweep, self.asked.rounds * turn + START * len(self.asked.against)
 
@@ -288,6 +322,7 @@ def arguments() -> argparse.Namespace:
     add("--sweep-only", action="store_true", help="find and save the peers' best settings, nothing else")
     add("--cpu-time", action="store_true", help="with --sweep-only: rank by the process's own time, on a machine that does other work")
     add("--no-epoch", action="store_true", help="leave out the epoch from start to end of ours and of each peer's best settings")
+    add("--no-defaults", action="store_true", help="leave out TRL's defaults (bf16, which a CPU without instructions for it is slow at)")
     add("--nf4", action="store_true", help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)")
     add("--quick", action="store_true", help="two measured steps, one round, one batch of ours: a trial of the bench itself")
     add("--threads", type=int, default=os.cpu_count())

@@ -107,11 +107,11 @@ def test_the_sweep_finds_the_fastest_of_separable_settings(name: str) -> None:
     gains = {"bf16_weights": 3.0, None: 2.0, "multi": 4.0, 8: 1.5, 16: 1.2}
 
     class Known(Comparison):
-        def measure(self, name: str, settings: dict[str, Any], length: Length, kept: list[Run]) -> Run:
-            kept.append(Run(name, settings, questions_per_s=math.prod(gains.get(value, 1.0) for value in settings.values())))
-            return kept[-1]
+        def measure(self, name: str, settings: dict[str, Any], length: Length, runs: list[Run], timeout: Any = None) -> Run:
+            runs.append(Run(name, settings, questions_per_s=math.prod(gains.get(value, 1.0) for value in settings.values())))
+            return runs[-1]
 
-    asked = Namespace(against=[name], finalists=2, sweep_only=False, sweep_steps=1, quick=False)
+    asked = Namespace(against=[name], finalists=2, sweep_only=False, sweep_steps=1, quick=False, recipe=None)
     found = Known(asked, None, {})  # type: ignore[arg-type]
     found.tune(name)
     peer = PEERS[name]

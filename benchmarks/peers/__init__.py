@@ -20,8 +20,8 @@ SCRIPTS = Path(__file__).parent
 class Peer:
     """A trainer: what pip installs, its settings out of the box, the values to sweep, and what to expect on two cores.
 
-    `sweep` goes from what is quickest to try; `batches` are rows a step by row form, the first of which the others are
-    tried with; `rates` are question-answer pairs a second, from which the time of a comparison is foretold.
+    `sweep` goes from what is quickest to try, fp32 is its last precision; `batches` are rows a step by row form, the first
+    of which the others are tried with; `rates` are question-answer pairs a second, from which the time of a comparison is foretold.
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Peer:
     batches: dict[str, tuple[int, ...]]
     rates: dict[str, float]
 
-    def start(self) -> dict[str, Any]:
-        """The settings that a sweep begins with: the first value of everything."""
-        first = {key: values[0] for key, values in self.sweep.items()}
+    def start(self, *, fp32: bool = False) -> dict[str, Any]:
+        """The settings that a sweep begins with: the first value of everything, or the last precision, which is fp32."""
+        first = {key: values[-1 if fp32 and key == "precision" else 0] for key, values in self.sweep.items()}
         return {**first, "batch": self.batches[first["rows"]][0]}
 
     def changes(self, settings: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
@@ -50,8 +50,8 @@ DEFAULTS = {"rows": "single", "batch": None, "precision": None, "checkpointing":
 BATCHES = {"single": (8, 16, 32), "multi": (4, 2, 8)}
 """Rows of one question, and rows of all questions of an image."""
 
-PRECISIONS = ("bf16", "bf16_weights", "bf16_both")
-"""Autocast over fp32 weights; weights that are loaded in bf16 without autocast; and with it."""
+PRECISIONS = ("bf16", "bf16_weights", "bf16_both", "fp32")
+"""Autocast over fp32 weights; weights that are loaded in bf16 without autocast; and with it; fp32 alone."""
 
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "pillow")
 
