@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -46,6 +47,26 @@ def test_a_phase_is_a_line_when_it_begins_and_every_half_minute_after() -> None:
     assert shown.after(EVERY - 1) == []
     shown.event(event="scoring", done=128, of=780)
     assert shown.after(61) == ["answering 128 of 780 questions (2:00 so far)"]
+
+
+def test_the_thread_ends_when_the_display_is_closed_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logging handler has attributes of its own, one of which `close` sets."""
+    faults: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    monkeypatch.setattr("vlm_tune.display.LOOK", 0.001)
+    looks = threading.Event()
+
+    class Closed(Display):
+        def beat(self) -> None:
+            self.close()
+            looks.set()
+
+    before = set(threading.enumerate())
+    Closed(Console(file=io.StringIO(), force_terminal=False))
+    assert looks.wait(60)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert not faults
 
 
 @pytest.mark.parametrize(

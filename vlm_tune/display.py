@@ -26,6 +26,8 @@ NAMED = 5
 """Findings of a kind that are printed; the JSON and the page hold more."""
 EVERY = 30.0
 """Seconds after which something is printed of work that goes on, where the output is no terminal."""
+LOOK = 1.0
+"""Seconds between two looks at whether that is so."""
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -51,7 +53,7 @@ class Display(logging.Handler):
         self._phase = ""
         self._state = ""
         self._began = self._printed = clock()
-        self._closed = threading.Event()
+        self._stopping = threading.Event()
         if beats and not console.is_terminal:
             threading.Thread(target=self._beats, name="display", daemon=True).start()
 
@@ -80,7 +82,7 @@ class Display(logging.Handler):
 
     def close(self) -> None:
         """Removes the live line and ends the thread."""
-        self._closed.set()
+        self._stopping.set()
         self._clear()
         super().close()
 
@@ -91,7 +93,7 @@ class Display(logging.Handler):
             self._status = None
 
     def _beats(self) -> None:
-        while not self._closed.wait(1.0):
+        while not self._stopping.wait(LOOK):
             self.beat()
 
     def beat(self) -> None:

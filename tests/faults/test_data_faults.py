@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small import cli, examples_of, parsed, png, prepare_rows
 
+from vlm_tune.api import sft
 from vlm_tune.checking.checker import check
 from vlm_tune.config import DataSection, FileSource, WebDatasetSource
 from vlm_tune.data.images import ImageProcessor, decode_image
@@ -402,8 +403,9 @@ def test_fault_20_sft_with_more_processes_than_rows_names_both_numbers(tmp_path:
     (tmp_path / "one.jsonl").write_text(json.dumps(GOOD) + "\n")
     path = tmp_path / "recipe.yaml"
     path.write_text(tiny_recipe("causal"))
-    options = ["--set", f"data.train=[{{kind: file, path: {tmp_path / 'one.jsonl'}}}]", "--set", "data.validation=[]"]
-    assert "model:" in cli("sft", str(path), *options, "--set", f"output={tmp_path / 'alone'}")
+    changes: dict[str, Any] = {"data.train": [{"kind": "file", "path": str(tmp_path / "one.jsonl")}], "data.validation": []}
+    options = [option for key, value in changes.items() for option in ("--set", f"{key}={json.dumps(value)}")]
+    assert (sft(path, {**changes, "output": str(tmp_path / "alone")}).folder / "model").is_dir()
     said = cli("sft", str(path), *options, "--json", ranks=2, code=1)  # torchrun's own code for a process that failed
     assert '"error": "DataError"' in said and "1 rows an epoch for 2 processes" in said
     assert not (tmp_path / "run" / "model").exists()

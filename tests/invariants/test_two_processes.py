@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small import cli, largest, parsed, tensors_of, with_tune
+from processes import ended, start
+from small import largest, parsed, tensors_of, with_tune
 
 from vlm_tune.api import sft
-from vlm_tune.recipe import dump_recipe
 
 LORA_BOTH = """
 tune:
@@ -57,8 +58,7 @@ def test_two_ranks_train_as_one(
         return parsed(with_tune(text, tune) if tune else text, **changes, **settings, evaluate__samples=0)
 
     one = sft(recipe("one", 4)).folder
-    (tmp_path / "two.yaml").write_text(dump_recipe(recipe("two", 2)))
-    cli("sft", str(tmp_path / "two.yaml"), "--json", ranks=2)
+    assert ended(start(partial(sft, recipe("two", 2)), tmp_path / "output", ranks=2)) == [0, 0], (tmp_path / "output.0").read_text()
     two = tmp_path / "two"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     first, second = tensors_of(one / "model"), tensors_of(two / "model")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from connector_kinds import Tiny, with_connector
-from small import cli, largest, parsed, tensors_of
+from processes import ended, start
+from small import largest, parsed, tensors_of
 
 from vlm_tune.api import sft
-from vlm_tune.recipe import dump_recipe
 
 
 @pytest.mark.slow
@@ -27,8 +28,7 @@ def test_two_ranks_train_as_one(kind: str, llm: str, tiny_recipe: Tiny, color_ro
         return parsed(text, train__steps=4, train__log_every=1, train__batch_size=size, evaluate__samples=0, evaluate__every=4)
 
     one = sft(recipe("one", 4)).folder
-    (tmp_path / "two.yaml").write_text(dump_recipe(recipe("two", 2)))
-    cli("sft", str(tmp_path / "two.yaml"), "--json", ranks=2)
+    assert ended(start(partial(sft, recipe("two", 2)), tmp_path / "output", ranks=2)) == [0, 0], (tmp_path / "output.0").read_text()
     first, second = tensors_of(one / "model"), tensors_of(tmp_path / "two" / "model")
     assert first.keys() == second.keys()
     assert any(name.startswith("connector") for name in first)
