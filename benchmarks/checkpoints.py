@@ -23,14 +23,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.recipe import load_recipe
+from vlm_tune.config.load import load_recipe
 
 
 def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apart: int, saves: int) -> dict[str, Any]:
     """Seconds of a step and of a save, and the share that a save every so many steps takes."""
     from vlm_tune.api import sft
     from vlm_tune.train.checkpoint import CheckpointWriter
-    from vlm_tune.train.loop import StageLoop
+    from vlm_tune.train.trainer import StageLoop
 
     began: list[float] = []
     written: list[float] = []

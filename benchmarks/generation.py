@@ -52,9 +52,9 @@ def written(run: Path, folder: Path) -> tuple[Path, Path]:
 
 def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> int:
     """Writes the questions about the first test images as both sides take them; their number."""
-    from vlm_tune.data.prepare import read_part
-    from vlm_tune.model.store import load_model
-    from vlm_tune.recipe import load_recipe
+    from vlm_tune.config.load import load_recipe
+    from vlm_tune.data.prepare.run import read_part
+    from vlm_tune.model.checkpoint import load_model
 
     material.write_rows(folder, images, "test")
     recipe = load_recipe(run / "recipe.yaml", overrides(folder))
@@ -86,9 +86,9 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from vlm_tune.api import evaluate_model
+    from vlm_tune.config.load import load_recipe
     from vlm_tune.model.build import DTYPES
-    from vlm_tune.model.store import load_model
-    from vlm_tune.recipe import load_recipe
+    from vlm_tune.model.checkpoint import load_model
 
     torch.set_num_threads(given["threads"])
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from vlm_tune.model.fused import LoraLinear, fuse
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 from vlm_tune.train.allocator import keep_freed_memory
 
 BLOCK = {

@@ -105,8 +105,8 @@ def _write_t5(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     from vlm_tune.config import DataSection
-    from vlm_tune.data.prepare import conversations
-    from vlm_tune.data.template import load_template
+    from vlm_tune.data.chat.template import load_template
+    from vlm_tune.data.prepare.run import conversations
     from vlm_tune.model.build import train_tokenizer
 
     data = DataSection.model_validate({"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]})

@@ -110,8 +110,8 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from vlm_tune.config import DataSection
-    from vlm_tune.data.prepare import conversations
-    from vlm_tune.data.template import load_template
+    from vlm_tune.data.chat.template import load_template
+    from vlm_tune.data.prepare.run import conversations
     from vlm_tune.model.build import train_tokenizer
 
     data = DataSection.model_validate(recipe["data"])
@@ -130,7 +130,7 @@ def resident(name: str) -> int:
 
 def predict(path: Path) -> dict[str, Any]:
     """What `plan` says of a recipe, without the process's base."""
-    from vlm_tune.planning.planner import plan
+    from vlm_tune.memory_plan.plan import plan
 
     found = plan(path)
     stage = found.stages[0]

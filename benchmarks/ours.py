@@ -65,7 +65,7 @@ def recipe_from(
     row_length: int | None = None,
 ) -> str:
     """A decoder recipe of the user's, its tower, data and length replaced by those of the comparison; without `steps` one epoch."""
-    from vlm_tune.recipe import dump_recipe, load_recipe
+    from vlm_tune.config.load import dump_recipe, load_recipe
 
     changes: dict[str, Any] = {
         "output": str(output),
@@ -193,10 +193,10 @@ def work(text: str) -> Work:
     """The mean over the training data of a recipe with LoRA on its language model."""
     from transformers import AutoConfig
 
-    from vlm_tune.data.prepare import prepare, scratch_texts
+    from vlm_tune.config.load import parse_recipe
+    from vlm_tune.data.prepare.run import prepare, scratch_texts
     from vlm_tune.data.types import IGNORE_INDEX
     from vlm_tune.model.build import build_processor
-    from vlm_tune.recipe import parse_recipe
 
     asked = parse_recipe(text)
     llm, seq2seq = asked.model.llm, asked.model.llm.kind == "seq2seq"

@@ -55,9 +55,9 @@ def data_section(path: Path, **options: Any) -> Any:
 def processor(template: str = "smollm2", tokens: int = 49) -> Any:
     from transformers import AutoTokenizer
 
-    from vlm_tune.data.images import ImageProcessor
-    from vlm_tune.data.processor import Processor
-    from vlm_tune.data.template import load_template
+    from vlm_tune.data.chat.processor import Processor
+    from vlm_tune.data.chat.template import load_template
+    from vlm_tune.data.images.decode import ImageProcessor
     from vlm_tune.data.types import InputSpec
 
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -67,7 +67,7 @@ def processor(template: str = "smollm2", tokens: int = 49) -> Any:
 
 def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
     """Cold and warm preparation of `rows` rows."""
-    from vlm_tune.data.prepare import prepare
+    from vlm_tune.data.prepare.run import prepare
 
     write_rows(folder / "rows.jsonl", rows)
     data, made = data_section(folder / "rows.jsonl"), processor()
@@ -82,9 +82,9 @@ def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
 
 def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     """All rows read, mixed in a buffer of 10,000; and the first 2,000 batches of 16 made."""
-    from vlm_tune.data.feed import Position
+    from vlm_tune.data.batching.loader import Position
+    from vlm_tune.data.batching.streaming import StreamFeed, mixed, shuffled
     from vlm_tune.data.sources.registry import open_source
-    from vlm_tune.data.stream import StreamFeed, mixed, shuffled
 
     write_rows(folder / "rows.jsonl", rows)
     data = data_section(folder / "rows.jsonl", streaming=True)
@@ -106,8 +106,8 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
     import numpy as np
 
     from vlm_tune.config import DataSection, EasyVqaSource
-    from vlm_tune.data.plan import Plan, Sizes
-    from vlm_tune.data.prepare import prepare
+    from vlm_tune.data.batching.sampler import Plan, Sizes
+    from vlm_tune.data.prepare.run import prepare
 
     found: dict[str, Any] = {}
     source = EasyVqaSource(kind="easy_vqa", split="train")

@@ -88,7 +88,7 @@ class Peak(threading.Thread):
 def worker(recipe: Path, output: Path) -> None:
     """One rank: trains up to its second step, writes what it held, and ends there."""
     from vlm_tune.api import sft
-    from vlm_tune.recipe import load_recipe
+    from vlm_tune.config.load import load_recipe
     from vlm_tune.train import run
     from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
 

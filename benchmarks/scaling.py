@@ -127,7 +127,7 @@ def recipe(shape: Shape, rows: Path, output: Path, steps: int) -> str:
 def measure(axis: str, shape: Shape, source: Path, steps: int) -> Point:
     """Trains a point's steps."""
     from vlm_tune.api import sft
-    from vlm_tune.recipe import parse_recipe
+    from vlm_tune.config.load import parse_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"

@@ -163,7 +163,7 @@ def quick_collections() -> Iterator[None]:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> str:
     """Lets a test run with the kernels, emulated where the CPU has no AMX; it is their mode."""
-    from vlm_tune.model import native
+    from vlm_tune.kernels.cpu import native
 
     if native.compiler() is None:
         pytest.skip("needs a C++ compiler")

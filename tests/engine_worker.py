@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from vlm_tune.api import sft, verify_run
+from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Interrupted
 from vlm_tune.model.weights import whole_tensor
-from vlm_tune.recipe import load_recipe
 from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
-from vlm_tune.train.loop import StageLoop
+from vlm_tune.train.trainer import StageLoop
 
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:

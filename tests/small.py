@@ -22,25 +22,25 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from vlm_tune.config import DataSection, FileSource, Recipe
-from vlm_tune.data.collate import collate
-from vlm_tune.data.feed import PreparedFeed
-from vlm_tune.data.images import PixelCache
-from vlm_tune.data.plan import Plan, Sizes
-from vlm_tune.data.prepare import conversations, prepare
-from vlm_tune.data.prepared import Prepared
-from vlm_tune.data.processor import Processor
-from vlm_tune.data.template import load_template
+from vlm_tune.config.load import parse_recipe
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.loader import PreparedFeed
+from vlm_tune.data.batching.sampler import Plan, Sizes
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
 from vlm_tune.model.build import DTYPES, build, train_tokenizer
-from vlm_tune.model.features import tower_features
 from vlm_tune.model.tuning import Tuned, apply_rules
+from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.recipe import parse_recipe
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.engines import Engine
-from vlm_tune.train.loop import StageData, StageLoop
+from vlm_tune.train.trainer import StageData, StageLoop
 
 LLAMA = {
     "hidden_size": 32,
@@ -69,11 +69,11 @@ def with_tune(recipe: str, tune: str = LORA_TUNE) -> str:
 
 def parsed(text: str, **changes: Any) -> Recipe:
     """A recipe from text, with `a__b=value` set as `a.b`."""
-    from vlm_tune.recipe_yaml import apply_override, read_yaml_text
+    from vlm_tune.config.yaml_source import apply_override, read_yaml_text
 
     if not changes:
         return parse_recipe(text)
-    from vlm_tune.recipe import check_recipe
+    from vlm_tune.config.load import check_recipe
 
     located = read_yaml_text(text, "recipe")
     for name, value in changes.items():

@@ -13,10 +13,10 @@ from PIL import Image
 from small import built, cli, parsed, rows_of, save_llm, with_llm
 
 import vlm_tune
-from vlm_tune.checking.findings import histogram
-from vlm_tune.checking.page import write_page
-from vlm_tune.data.kinds import BAD_ROWS, KINDS
+from vlm_tune.data_check.findings import histogram
+from vlm_tune.data_check.row_errors import BAD_ROWS, KINDS
 from vlm_tune.errors import ModelError
+from vlm_tune.rendering.check_page import write_page
 
 Row = dict[str, Any] | str
 

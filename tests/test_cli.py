@@ -15,10 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_tune import __version__, cli, resources, runfolder
+from vlm_tune import __version__, cli, resources, run_folder
 from vlm_tune.cli import app, main
+from vlm_tune.config.load import load_recipe, recipe_schema
 from vlm_tune.errors import DataError, Interrupted, ModelError, Problem, RecipeError, TrainingError
-from vlm_tune.recipe import load_recipe, recipe_schema
 
 run = CliRunner()
 
@@ -272,7 +272,7 @@ def test_sft_output_is_the_recipes_output(tiny_recipe: Callable[..., str], tmp_p
         outputs.append(run)
         raise TrainingError("far enough")
 
-    monkeypatch.setattr(runfolder, "check_run", check)
+    monkeypatch.setattr(run_folder, "check_run", check)
     assert call_main(monkeypatch, "sft", str(path), "--output", str(tmp_path / "it's: here")) == 5
     assert outputs == [tmp_path / "it's: here"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vlm_tune.display import EVERY, Display
+from vlm_tune.rendering.terminal import EVERY, Display
 
 TRAIN = {"event": "train", "step": 10, "of": 400, "loss": 1.0, "learning_rate": 1e-3, "questions_per_s": 1.0, "tokens_per_s": 1.0}
 TRAIN |= {"padding": 0.0, "left": 60.0}
@@ -53,7 +53,7 @@ def test_the_thread_ends_when_the_display_is_closed_while_it_looks(monkeypatch: 
     """A logging handler has attributes of its own, one of which `close` sets."""
     faults: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", faults.append)
-    monkeypatch.setattr("vlm_tune.display.LOOK", 0.001)
+    monkeypatch.setattr("vlm_tune.rendering.terminal.LOOK", 0.001)
     looks = threading.Event()
 
     class Closed(Display):

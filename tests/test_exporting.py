@@ -31,7 +31,7 @@ from small import (
 
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export
-from vlm_tune.merging import observe
+from vlm_tune.exporting.merge import observe
 from vlm_tune.model.vlm import VisionLanguageModel
 
 

@@ -14,10 +14,10 @@ from gguf import GGUFReader
 from small import cli, parsed, rows_of, save_llm, with_llm, with_tower
 
 from vlm_tune.exporting import export
-from vlm_tune.model.llamacpp.decoder import decoder_reasons
-from vlm_tune.model.llamacpp.file import read_fields, read_tensors
-from vlm_tune.model.llamacpp.tokens import MARKER, SPLITS, _steps, read_tokenizer
-from vlm_tune.model.store import load_model
+from vlm_tune.exporting.gguf.language import decoder_reasons
+from vlm_tune.exporting.gguf.tokenizer import MARKER, SPLITS, _steps, read_tokenizer
+from vlm_tune.exporting.gguf.writer import read_fields, read_tensors
+from vlm_tune.model.checkpoint import load_model
 
 LLAMA3 = (
     "rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, "

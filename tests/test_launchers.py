@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from small import LORA_TUNE, free_port, parsed, with_tune
 
-from vlm_tune.recipe import dump_recipe
-from vlm_tune.train.trace import read_trace
+from vlm_tune.config.load import dump_recipe
+from vlm_tune.train.step_trace import read_trace
 
 LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
 SFT = ["-m", "vlm_tune.cli", "sft"]

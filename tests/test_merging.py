@@ -24,11 +24,11 @@ from small import (
     with_tune,
 )
 
-from vlm_tune.display import merge_proof
 from vlm_tune.errors import ModelError
-from vlm_tune.merging import merge, observe, probe_rows
-from vlm_tune.model.store import load_model, verify_folder
+from vlm_tune.exporting.merge import merge, observe, probe_rows
+from vlm_tune.model.checkpoint import load_model, verify_folder
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.rendering.terminal import merge_proof
 
 BOTH = """
 tune:

@@ -18,20 +18,21 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from vlm_tune.config import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
-from vlm_tune.display import show_plan
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.model import native, tracing
+from vlm_tune.kernels.cpu import native
+from vlm_tune.memory_plan import plan as planner
+from vlm_tune.memory_plan import tracer
+from vlm_tune.memory_plan.advice import changes
+from vlm_tune.memory_plan.batch_stats import longest_batch
+from vlm_tune.memory_plan.communication import communication, traffic
+from vlm_tune.memory_plan.heap import ASIDE, Glibc, Range, holes
+from vlm_tune.memory_plan.plan import CONTEXT, _memory, _Setting, parse_size, plan
+from vlm_tune.memory_plan.step import traced
+from vlm_tune.memory_plan.tracer import Trace
+from vlm_tune.memory_plan.zero import Held, zero_memory
 from vlm_tune.model.build import DTYPES, bare_model
-from vlm_tune.model.tracing import Trace
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.planning import planner
-from vlm_tune.planning.batches import longest_batch
-from vlm_tune.planning.changes import changes
-from vlm_tune.planning.communication import communication, traffic
-from vlm_tune.planning.heap import ASIDE, Glibc, Range, holes
-from vlm_tune.planning.planner import CONTEXT, _memory, _Setting, parse_size, plan
-from vlm_tune.planning.step import traced
-from vlm_tune.planning.zero import Held, zero_memory
+from vlm_tune.rendering.terminal import show_plan
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
@@ -99,7 +100,7 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
     ):
         few = plan(recipe, tokens=96).stages[0]
         with monkeypatch.context() as patch:
-            patch.setattr(tracing, "DEEP", 1000)
+            patch.setattr(tracer, "DEEP", 1000)
             whole = plan(recipe, tokens=96).stages[0]
         assert few.flops == pytest.approx(whole.flops, rel=1e-6)
         one, other = asdict(few.memory), asdict(whole.memory)
@@ -127,7 +128,7 @@ def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
     assert isinstance(recipe.model.connector, QFormerConnector) and recipe.model.connector.depth == 12
     few = plan(recipe, tokens=96, gpu_memory="1TB").stages[0].memory
     with monkeypatch.context() as patch:
-        patch.setattr(tracing, "DEEP", 1000)
+        patch.setattr(tracer, "DEEP", 1000)
         whole = plan(recipe, tokens=96, gpu_memory="1TB").stages[0].memory
     assert few.activations == pytest.approx(whole.activations, rel=0.05)
     assert few.total - few.base == pytest.approx(whole.total - whole.base, rel=0.02)

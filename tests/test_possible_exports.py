@@ -10,9 +10,8 @@ import pytest
 from export_samples import llava_text
 from small import LORA_TUNE, built, parsed, rows_of, save_llm, tuned_by, with_llm, with_tune
 
-from vlm_tune import merging
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.exporting import FORMATS, export, possible_exports
+from vlm_tune.exporting import FORMATS, export, merge, possible_exports
 
 Tiny = Callable[..., str]
 GPT2 = "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128}}"
@@ -45,17 +44,17 @@ def test_gpt2_is_no_llava_and_that_is_told_before_it_is_merged(tiny_recipe: Tiny
     model = built(recipe)
     tuned_by(model, recipe)
     model.save_pretrained(tmp_path / "saved")
-    monkeypatch.setattr(merging, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(merge, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(ModelError, match=reason):
         export(tmp_path / "saved", tmp_path / "out", format="llava")
     # Neither may an output lie in what is read.
     with pytest.raises(ModelError, match="the output lies in the model folder that is read"):
-        merging.merge(tmp_path / "saved", tmp_path / "saved" / "out")
+        merge.merge(tmp_path / "saved", tmp_path / "saved" / "out")
     with pytest.raises(ModelError, match="dtype: there is no 'int8'; there are bf16, fp16, fp32"):
-        merging.merge(tmp_path / "saved", tmp_path / "out", dtype="int8")
+        merge.merge(tmp_path / "saved", tmp_path / "out", dtype="int8")
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(RecipeError, match="--tolerance: expected a number above 0"):
-            merging.merge(tmp_path / "saved", tmp_path / "out", tolerance=value)
+            merge.merge(tmp_path / "saved", tmp_path / "out", tolerance=value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "saved" / "out").exists()
 
 
@@ -71,7 +70,7 @@ def test_cut_files_of_a_model_folder(content: str, tiny_recipe: Tiny, tmp_path: 
     for path in files:
         shutil.copytree(tmp_path / "saved", tmp_path / "cut")
         (tmp_path / "cut" / path.relative_to(tmp_path / "saved")).write_bytes(content.encode("latin-1"))
-        for call in (merging.merge, export):
+        for call in (merge.merge, export):
             with pytest.raises(ModelError, match=f"{path.name}|no whole model|cut/llm"):
                 call(tmp_path / "cut", tmp_path / "out")
         shutil.rmtree(tmp_path / "cut")

@@ -14,7 +14,7 @@ import vlm_tune
 from vlm_tune.api import which_model
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.errors import DataError, RecipeError, VlmTuneError
-from vlm_tune.model.store import save_model
+from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.vlm import VisionLanguageModel
 
 

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks.plan_time import write_instructblip, write_llava
 from vlm_tune.config import Recipe
-from vlm_tune.data.template import load_template
+from vlm_tune.config.load import load_recipe
+from vlm_tune.data.chat.template import load_template
 from vlm_tune.model.build import assemble, bare_model, bare_tower, train_tokenizer
-from vlm_tune.model.pretrained import model_section
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vlm_tune.errors import RecipeError
-from vlm_tune.report import write_report
+from vlm_tune.rendering.report import write_report
 
 HOSTILE = "<script>alert(1)</script>"
 BREAKOUT = "\"'><img src=x onerror=alert(1)>"

@@ -20,10 +20,10 @@ from benchmarks.peers import PEERS, probe
 from benchmarks.runs import Length, Run, within
 from benchmarks.scaling import exponent
 from benchmarks.throughput import Comparison
-from vlm_tune.data.prepare import conversations, prepare
+from vlm_tune.config.load import parse_recipe
+from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.model.build import build_processor
-from vlm_tune.model.masks import tree_mask
-from vlm_tune.recipe import parse_recipe
+from vlm_tune.model.language.masks import tree_mask
 
 
 def test_both_row_forms_hold_the_same_questions(tmp_path: Path) -> None:

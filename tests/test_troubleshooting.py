@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from vlm_tune import errors
-from vlm_tune.data.kinds import KINDS
+from vlm_tune.data_check.row_errors import KINDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

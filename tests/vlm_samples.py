@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from vlm_tune.data.template import load_template
+from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Batch, Conversation, Example
 from vlm_tune.model.build import train_tokenizer
 from vlm_tune.model.vlm import VisionLanguageModel

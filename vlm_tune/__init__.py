@@ -8,22 +8,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlm_tune.api import evaluate, export, merge, predict, sft, verify_run
-    from vlm_tune.checking.checker import check
+    from vlm_tune.config.load import load_recipe
+    from vlm_tune.data_check.check import check
+    from vlm_tune.memory_plan.plan import plan
     from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-    from vlm_tune.planning.planner import plan
-    from vlm_tune.recipe import load_recipe
 
 _HOMES = {
     "VisionLanguageModel": "vlm_tune.model.vlm",
     "VisionLanguageConfig": "vlm_tune.model.vlm",
-    "load_recipe": "vlm_tune.recipe",
+    "load_recipe": "vlm_tune.config.load",
     "sft": "vlm_tune.api",
-    "check": "vlm_tune.checking.checker",
+    "check": "vlm_tune.data_check.check",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.api",
     "verify_run": "vlm_tune.api",
     "export": "vlm_tune.api",
-    "plan": "vlm_tune.planning.planner",
+    "plan": "vlm_tune.memory_plan.plan",
     "predict": "vlm_tune.api",
 }
 

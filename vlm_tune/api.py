@@ -10,32 +10,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_tune.config import EvaluateSection, Recipe
-from vlm_tune.data.prepare import read_part
+from vlm_tune.config.load import as_recipe
+from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import ModelError, Problem, RecipeError, TrainingError, check_count
-from vlm_tune.evaluation import Scores, score
+from vlm_tune.evaluation.evaluate import Scores, score
+from vlm_tune.evaluation.predict import Predictions, write_answers
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
-from vlm_tune.merging import MergeReport
-from vlm_tune.merging import merge as merge_folder
-from vlm_tune.model.bases import BaseArgument, base_choice
+from vlm_tune.exporting.merge import MergeReport
+from vlm_tune.exporting.merge import merge as merge_folder
+from vlm_tune.model.base_weights import BaseArgument, base_choice
 from vlm_tune.model.build import dtype_of
-from vlm_tune.model.features import tower_features
-from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import find_model, load_model
+from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.paths import check_path, check_writable, is_file, is_folder, shown_path
-from vlm_tune.prediction import Predictions, write_answers
 from vlm_tune.quoting import quoted
-from vlm_tune.recipe import as_recipe
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
-from vlm_tune.train.loop import Report
-from vlm_tune.train.memory import is_out_of_memory, out_of_memory
+from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
 from vlm_tune.train.replay import ReplayReport
 from vlm_tune.train.replay import verify_run as replay_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
+from vlm_tune.train.trainer import Report
 
 log = logging.getLogger(__name__)
 

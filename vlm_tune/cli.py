@@ -94,7 +94,7 @@ def _version_line() -> str:
 
 def _load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Recipe:
     """A recipe file, or a shipped recipe by its name, with overrides; what these replace is said unless `quiet`."""
-    from vlm_tune.recipe import load_recipe
+    from vlm_tune.config.load import load_recipe
     from vlm_tune.resources import find_resource, resource_names
 
     path = name
@@ -189,7 +189,7 @@ def sft(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what RECIPE says, score the result, and write a report."""
-    from vlm_tune.runfolder import check_run
+    from vlm_tune.run_folder import check_run
 
     changes = [*(set_ or []), *([f"output={json.dumps(output)}"] if output is not None else [])]
     first = int(os.environ.get("RANK", "0")) == 0
@@ -206,7 +206,7 @@ def sft(
     _use_device(device)
     _quiet()
     from vlm_tune.api import sft as train
-    from vlm_tune.display import Display
+    from vlm_tune.rendering.terminal import Display
 
     display = Display(Console(stderr=as_json), beats=first)
     with display if first else nullcontext():
@@ -248,7 +248,7 @@ def evaluate(
     _quiet()
     from vlm_tune.api import evaluate as run
     from vlm_tune.api import which_model
-    from vlm_tune.display import Display, score_table
+    from vlm_tune.rendering.terminal import Display, score_table
 
     console = Console(stderr=as_json)
     which = which_model(model)
@@ -297,7 +297,7 @@ def predict(
     _quiet()
     from vlm_tune.api import predict as run
     from vlm_tune.api import which_model
-    from vlm_tune.display import Display
+    from vlm_tune.rendering.terminal import Display
 
     which = which_model(model)
     with Display(Console(stderr=True)) as display:
@@ -334,7 +334,7 @@ def verify_run(
         _launch(processes, "verify-run", str(run), *options)
     _quiet()
     from vlm_tune.api import verify_run as replay
-    from vlm_tune.display import replay_lines
+    from vlm_tune.rendering.terminal import replay_lines
 
     found = replay(run, steps=steps)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -364,14 +364,14 @@ def merge(
     _use_device(device)
     _quiet()
     from vlm_tune.api import merge as run
-    from vlm_tune.display import Display
+    from vlm_tune.rendering.terminal import Display
 
     with Display(Console(stderr=True)):
         report = run(model, output, dtype=dtype, tolerance=tolerance, base=_bases(base), accept_other_base=accept_other_base)
     if as_json:
         _print_json(asdict(report))
     else:
-        from vlm_tune.display import merge_proof
+        from vlm_tune.rendering.terminal import merge_proof
 
         typer.echo(f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}")
 
@@ -400,7 +400,7 @@ def export(
         _choice("--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ())))
     _quiet()
     from vlm_tune.api import export as run
-    from vlm_tune.display import Display
+    from vlm_tune.rendering.terminal import Display
 
     with Display(Console(stderr=True)):
         report = run(
@@ -416,7 +416,7 @@ def export(
     if as_json:
         _print_json(asdict(report))
     else:
-        from vlm_tune.display import export_proof
+        from vlm_tune.rendering.terminal import export_proof
 
         typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}")
         for note in report.notes:
@@ -480,7 +480,7 @@ def show(
     """Print training samples as the model sees them: trained tokens, prompt tokens, image slots."""
     loaded = _load(recipe, set_)
     _quiet()
-    from vlm_tune.inspection import sample_tokens, show_samples
+    from vlm_tune.rendering.samples import sample_tokens, show_samples
 
     samples = sample_tokens(loaded, n)
     if as_json:
@@ -502,14 +502,14 @@ def check(
     if html:
         check_writable(html, "the page")
     _quiet()
-    from vlm_tune.checking.checker import check as run
-    from vlm_tune.display import Display, show_check, show_exports
+    from vlm_tune.data_check.check import check as run
+    from vlm_tune.rendering.terminal import Display, show_check, show_exports
 
     console = Console(stderr=as_json)
     with Display(console) as display:
         report = run(loaded, sample=sample, show=display)
     if html:
-        from vlm_tune.checking.page import write_page
+        from vlm_tune.rendering.check_page import write_page
 
         with writing(html, "the page"):
             write_page(report, html)
@@ -542,8 +542,8 @@ def plan(
     _choice("--offload", offload, ("none", "optimizer", "all"))
     loaded = _load(recipe, set_)
     _quiet()
-    from vlm_tune.display import show_exports, show_plan
-    from vlm_tune.planning.planner import plan as run
+    from vlm_tune.memory_plan.plan import plan as run
+    from vlm_tune.rendering.terminal import show_exports, show_plan
 
     places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
     found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)
@@ -571,7 +571,7 @@ def _exports(recipe: Recipe) -> dict[str, str | None] | str:
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
-    from vlm_tune.recipe import recipe_schema
+    from vlm_tune.config.load import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm_tune.data.images import ImageProcessor
-from vlm_tune.data.processor import Processor
-from vlm_tune.data.template import ChatTemplate, load_template
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec, Media, Message
 from vlm_tune.model.build import SPECIALS, train_tokenizer
 from vlm_tune.resources import resource_names

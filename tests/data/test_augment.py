@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
 from vlm_tune.config import Augment, RandAugment
-from vlm_tune.data.augment import OPERATIONS, crop_box, rand_augment, warp
-from vlm_tune.data.images import augment_pixels
+from vlm_tune.data.images.augment import OPERATIONS, crop_box, rand_augment, warp
+from vlm_tune.data.images.decode import augment_pixels
 
 EVERY: dict[str, Any] = {
     "crop": 0.5,

@@ -14,12 +14,12 @@ from chat_samples import processor
 from small import built, examples_of, parsed, rows_of, run
 
 from vlm_tune.api import sft
-from vlm_tune.checksums import file_checksum, is_intact, write_checksums
-from vlm_tune.data.prepare import prepare
-from vlm_tune.data.shards import ShardMaker
+from vlm_tune.data.prepare.run import prepare
+from vlm_tune.data.prepare.worker import ShardMaker
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import RecipeError
-from vlm_tune.model.features import tower_features
+from vlm_tune.files import file_checksum, is_intact, write_checksums
+from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.resources import cache_folder
 
 
@@ -83,7 +83,7 @@ def test_a_shard_that_was_damaged_while_preparing_was_stopped_is_made_again(
     recipe, made = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
     expected = [example.input_ids.tolist() for example in examples_of(prepare(recipe.data, recipe.data.train, made, seed=0))]
     with monkeypatch.context() as patched:
-        patched.setattr("vlm_tune.data.prepare.finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("vlm_tune.data.prepare.run.finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe.data, recipe.data.train, made, seed=1)
     (shard,) = cache_folder("prepared").glob("*.partial/0000-*")
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_written_is_told_by_name_before_the_work(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("vlm_tune.data.prepare._make_shards", lambda *arguments, **more: pytest.fail("it was begun"))
+    monkeypatch.setattr("vlm_tune.data.prepare.run._make_shards", lambda *arguments, **more: pytest.fail("it was begun"))
     with pytest.raises(RecipeError, match=r"VLM_TUNE_CACHE.*can't be written"):
         sft(parsed(tiny_recipe("causal")))
 

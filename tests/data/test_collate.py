@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_tune.data.collate import collate
-from vlm_tune.data.joining import branch_layout, pack_layout
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.packing import branch_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media
 
 A, B = Media(b"a"), Media(b"b")

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
-from vlm_tune.data.duplicates import BRIGHTNESS, CELL, inspect_image, look_alikes, similar
-from vlm_tune.data.images import decode_image
+from vlm_tune.data.images.decode import decode_image
+from vlm_tune.data.prepare.duplicates import BRIGHTNESS, CELL, inspect_image, look_alikes, similar
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 

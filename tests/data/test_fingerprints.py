@@ -13,8 +13,8 @@ from chat_samples import processor
 from conftest import write_color_rows
 from small import parsed
 
-from vlm_tune.data.fingerprints import BLOCK, fingerprint_differences
-from vlm_tune.train.reading import read_stage, stage_fingerprint
+from vlm_tune.data.prepare.fingerprints import BLOCK, fingerprint_differences
+from vlm_tune.train.stage_data import read_stage, stage_fingerprint
 
 Change = Callable[[Path], None]
 

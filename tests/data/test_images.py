@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_tune.data.images import FORMATS, ImageProcessor, PixelCache, best_grid, decode_image, image_size
+from vlm_tune.data.images.decode import FORMATS, ImageProcessor, PixelCache, best_grid, decode_image, image_size
 from vlm_tune.data.types import Media, Slice, Tile
 from vlm_tune.errors import DataError
 
@@ -145,7 +145,7 @@ def test_sizes_past_the_limits_are_refused_from_the_header(width: int, height: i
 def test_a_bomb_takes_no_memory() -> None:
     code = f"""
 import resource
-from vlm_tune.data.images import decode_image
+from vlm_tune.data.images.decode import decode_image
 from vlm_tune.errors import DataError
 data = {png_header(30_000, 30_000)!r}
 import PIL.Image, PIL.PngImagePlugin, PIL.ImageOps
@@ -261,7 +261,7 @@ def test_extreme_shapes_have_tiles_of_the_towers_size(size: tuple[int, int]) -> 
 
 
 def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vlm_tune.data import images
+    from vlm_tune.data.images.decode import decode
 
     path, decoded = tmp_path / "a.png", []
 
@@ -269,7 +269,7 @@ def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch
         decoded.append(name)
         return decode_image(data, name)
 
-    monkeypatch.setattr(images, "decode_image", counted)
+    monkeypatch.setattr(decode, "decode_image", counted)
     processor = ImageProcessor(8, tiles=((2, 2),))
     path.write_bytes(encoded(picture()))
     items = processor.expand(Media(path))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_tune.data.instructions import FIELDS, load_instructions
+from vlm_tune.data.chat.instructions import FIELDS, load_instructions
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 from vlm_tune.resources import resource_names

@@ -8,7 +8,7 @@ from chat_samples import IMAGE, IMAGE_SLOTS, processor, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.joining import branch_layout, pack_layout
+from vlm_tune.data.batching.packing import branch_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_tune.data.marks import split_marks
+from vlm_tune.data.chat.image_marks import split_marks
 
 
 @pytest.mark.parametrize(

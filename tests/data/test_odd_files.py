@@ -20,14 +20,14 @@ from small import parsed
 
 import vlm_tune
 from vlm_tune.config import FolderSource, WebDatasetSource
-from vlm_tune.data.prepare import prepare, scratch_texts
+from vlm_tune.data.prepare.run import prepare, scratch_texts
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import Conversation
-from vlm_tune.display import show_check
 from vlm_tune.errors import DataError
-from vlm_tune.inspection import sample_tokens, show_samples
 from vlm_tune.model.build import build_processor
 from vlm_tune.quoting import QUOTED
+from vlm_tune.rendering.samples import sample_tokens, show_samples
+from vlm_tune.rendering.terminal import show_check
 
 HALF = "\ud83d"
 """Half a surrogate pair, as JSON's \\ud83d gives it."""
@@ -141,7 +141,7 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
     shard = write_shard(folder / "s.tar", [{"avif": (folder / "b.avif").read_bytes(), "json": b'{"caption": "red"}'}])
     (row,) = good(read(WebDatasetSource(kind="webdataset", path=str(shard))))
     assert len(row.media) == 1
-    from vlm_tune.data.images import decode_image
+    from vlm_tune.data.images.decode import decode_image
 
     data = (folder / "b.avif").read_bytes()
     assert decode_image(data).size == (40, 30)
@@ -313,7 +313,7 @@ def test_a_cell_that_can_not_be_read_is_its_rows_fault_only_where_it_is_used(fol
 
 
 def odd_rows(path: Path) -> list[dict[str, Any]]:
-    from vlm_tune.data.sources.tables import ArrowFile, Parquet
+    from vlm_tune.data.sources.columnar import ArrowFile, Parquet
 
     kind = Parquet() if path.suffix == ".parquet" else ArrowFile()
     return [row for first, _, payload in kind.stretches(path) for _, row in kind.rows(path, first, payload)]

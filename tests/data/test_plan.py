@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config import DataSection, FileSource
-from vlm_tune.data.plan import Epoch, Plan, Sizes, epoch_counts, even_shares
+from vlm_tune.data.batching.sampler import Epoch, Plan, Sizes, epoch_counts, even_shares
 
 PREPARED: Any = type("Stub", (), {})
 """Stands for prepared rows, of which a plan reads nothing but lengths and sources."""

@@ -17,10 +17,10 @@ from PIL import Image
 from small import examples_of, png, prepare_rows, units_of
 
 from vlm_tune.config import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
-from vlm_tune.data.job import source_names
-from vlm_tune.data.prepare import conversations, prepare, read_part
-from vlm_tune.data.prepared import Prepared
-from vlm_tune.data.shards import ShardMaker
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.job import source_names
+from vlm_tune.data.prepare.run import conversations, prepare, read_part
+from vlm_tune.data.prepare.worker import ShardMaker
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media, Message
 from vlm_tune.errors import DataError, Interrupted
 from vlm_tune.resources import cache_folder
@@ -252,8 +252,8 @@ def test_a_second_start_reads_nothing_and_a_change_is_seen(tmp_path: Path, monke
 
 
 def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_tune.data.sources.rows.CHUNK_ROWS", 10)
-    monkeypatch.setattr("vlm_tune.data.sources.files.CHUNK_ROWS", 10)
+    monkeypatch.setattr("vlm_tune.data.sources.base.CHUNK_ROWS", 10)
+    monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     written = counted(monkeypatch)
     made = processor("chatml", "bytes", "causal")
     path = tmp_path / "rows.jsonl"
@@ -270,7 +270,7 @@ def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(tmp_path: Pat
 
 
 def test_several_processes_prepare_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_tune.data.sources.files.CHUNK_ROWS", 10)
+    monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     made = processor("chatml", "bytes", "causal")
     rows: list[Any] = [row(f"{n}", f"q{n}", media=colored(n % 7)) for n in range(60)]
     rows[33] = {"messages": []}
@@ -284,7 +284,7 @@ def test_several_processes_prepare_what_one_does(tmp_path: Path, monkeypatch: py
 
 
 def test_a_killed_worker_is_an_error_that_names_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_tune.data.sources.files.CHUNK_ROWS", 10)
+    monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     parent, plain = os.getpid(), ShardMaker._write
 
     def die(self: ShardMaker, source: int, chunk: Any, temporary: Path, folder: Path) -> None:

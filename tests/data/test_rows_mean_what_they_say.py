@@ -13,8 +13,8 @@ from row_samples import file_source, good, read, write_rows
 from small import parsed
 
 import vlm_tune
-from vlm_tune.data.prepare import prepare, scratch_texts
-from vlm_tune.data.prepared import Prepared
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.run import prepare, scratch_texts
 from vlm_tune.data.sources.fields import MEANT, UNSUPPORTED, USED, is_empty
 from vlm_tune.data.sources.legible import is_legible
 from vlm_tune.data.types import Conversation, Media

@@ -19,10 +19,10 @@ from PIL import Image
 from row_samples import FILES, file_source, good, read, write_rows, write_shard
 
 from vlm_tune.config import DatasetSource, WebDatasetSource
-from vlm_tune.data.sources import files, shards
-from vlm_tune.data.sources.files import Csv, FileRows, JsonLines, JsonList, list_elements
+from vlm_tune.data.sources import json_csv, webdataset
+from vlm_tune.data.sources.columnar import Parquet
+from vlm_tune.data.sources.json_csv import Csv, FileRows, JsonLines, JsonList, list_elements
 from vlm_tune.data.sources.registry import open_source, read_all
-from vlm_tune.data.sources.tables import Parquet
 from vlm_tune.data.types import Conversation, Media, Slice
 from vlm_tune.errors import DataError
 
@@ -60,8 +60,8 @@ def test_every_file_format_gives_the_same_conversations(tmp_path: Path, png: byt
 
 @pytest.mark.parametrize("ending", FILES)
 def test_chunks_number_all_rows_in_order(tmp_path: Path, png: bytes, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "CHUNK_ROWS", 4)
-    monkeypatch.setattr("vlm_tune.data.sources.tables.CHUNK_ROWS", 4)
+    monkeypatch.setattr(json_csv, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("vlm_tune.data.sources.columnar.CHUNK_ROWS", 4)
     reader = open_source(file_source(write_rows(tmp_path / f"rows.{ending}", vqa(23))), seed=0)
     chunks = list(reader.chunks())
     assert len(chunks) >= 6 and [chunk.number for chunk in chunks] == list(range(len(chunks)))
@@ -87,7 +87,7 @@ def test_fault_09_a_bad_line_is_one_row_wherever_blocks_and_chunks_end(
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + b"\n".join(lines) + (b"" if cut else b"\n"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("CHUNK_ROWS", size), ("BLOCK", block), ("CHUNK_BYTES", 200)):
-            patch.setattr(files, name, value)
+            patch.setattr(json_csv, name, value)
         form = JsonLines()
         stretches = list(form.stretches(path))
         found = [row for first, _, payload in stretches for row in form.rows(path, first, payload)]
@@ -119,8 +119,8 @@ def test_a_file_of_many_lines_is_scanned_in_little_memory(tmp_path: Path) -> Non
 
 
 def test_a_line_longer_than_any_row_is_named_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
-    monkeypatch.setattr(files, "BLOCK", 16)
+    monkeypatch.setattr(json_csv, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(json_csv, "BLOCK", 16)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "' + b"x" * 500 + b'"}\n{"a": 2}\n' + b"y" * 400)
     ((first, _, payload),) = JsonLines().stretches(path)
@@ -144,8 +144,8 @@ def test_a_list_is_read_in_parts_as_it_is_read_whole(
     path = tmp_path / "rows.json"
     path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK_ROWS", size)
-        patch.setattr(files, "BLOCK", max(block, 8))  # the file's first block holds the bracket
+        patch.setattr(json_csv, "CHUNK_ROWS", size)
+        patch.setattr(json_csv, "BLOCK", max(block, 8))  # the file's first block holds the bracket
         stretches = list(JsonList().stretches(path))
         found = [row for first, _, payload in stretches[::-1] for row in JsonList().rows(path, first, payload)]
     found = sorted(found, key=lambda row: row[0])
@@ -224,7 +224,7 @@ def test_a_table_is_cut_between_records_only(tmp_path: Path, cells: list[tuple[s
     assume(all("\r" not in a + b for a, b in cells))
     path = write_rows(tmp_path / "rows.csv", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK_ROWS", size)
+        patch.setattr(json_csv, "CHUNK_ROWS", size)
         found = [row for first, _, payload in Csv().stretches(path) for row in Csv().rows(path, first, payload)]
     assert [number for number, _ in found] == list(range(1, len(rows) + 1))
     for (_, value), row in zip(found, rows, strict=True):
@@ -239,8 +239,8 @@ def test_a_long_row_group_is_cut_and_every_part_is_read_alone(tmp_path: Path, mo
     import pyarrow
     from pyarrow import parquet
 
-    monkeypatch.setattr("vlm_tune.data.sources.tables.CHUNK_ROWS", 10)
-    monkeypatch.setattr("vlm_tune.data.sources.tables.READ_ROWS", 7)
+    monkeypatch.setattr("vlm_tune.data.sources.columnar.CHUNK_ROWS", 10)
+    monkeypatch.setattr("vlm_tune.data.sources.columnar.READ_ROWS", 7)
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"n": list(range(500))}), path, row_group_size=300)
     stretches = list(Parquet().stretches(path))
@@ -423,7 +423,7 @@ def test_a_shards_json_brings_fields_and_the_order_of_images(tmp_path: Path, png
 
 
 def test_shards_are_read_from_the_middle_and_by_pattern(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(webdataset, "CHUNK_ROWS", 3)
     long = "a rather long folder name that a plain header has no place for " * 3
     for name in ("a", "b"):
         with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT if name == "a" else tarfile.GNU_FORMAT) as archive:

@@ -18,12 +18,11 @@ from PIL import Image
 from row_samples import file_source, good, read, write_rows, write_shard
 
 from vlm_tune.config import WebDatasetSource
-from vlm_tune.data import video
-from vlm_tune.data.images import decode_image
-from vlm_tune.data.sources import media
+from vlm_tune.data.images.decode import decode_image
+from vlm_tune.data.sources import media, video
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
+from vlm_tune.data.sources.video import evenly_spaced, video_parts
 from vlm_tune.data.types import Conversation, Media, Slice
-from vlm_tune.data.video import evenly_spaced, video_parts
 from vlm_tune.errors import DataError
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from row_samples import file_source, good, read, write_rows
 
-from vlm_tune.data.sources import files, shots
+from vlm_tune.data.sources import few_shot, json_csv
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
@@ -51,14 +51,14 @@ def test_examples_are_drawn_by_seed_and_row_and_vary(path: Path) -> None:
 
 def test_examples_do_not_depend_on_which_chunk_a_worker_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = good(read(file_source(path, shots=2)))
-    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(json_csv, "CHUNK_ROWS", 5)
     for chunk in open_source(file_source(path), seed=0).chunks():
         rows = good(list(open_source(file_source(path, shots=2), seed=0).conversations(chunk)))
         assert rows == whole[chunk.first_row - 1 : chunk.first_row - 1 + len(rows)]
 
 
 def test_the_pool_is_the_first_rows_that_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shots, "POOL_ROWS", 9)
+    monkeypatch.setattr(few_shot, "POOL_ROWS", 9)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(["{", *lines]))
     rows = [row for row in read(file_source(path, shots=1)) if isinstance(row, Conversation)]

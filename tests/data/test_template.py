@@ -10,7 +10,7 @@ from chat_samples import CHAT, IMAGE, KINDS, LAYOUTS, Kind, as_dicts, ends, proc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.template import load_template, processor_jinja, read_template
+from vlm_tune.data.chat.template import load_template, processor_jinja, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import DataError
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from vlm_tune.data.template import load_template
-from vlm_tune.data.tokens import TextEncoder, causal_layout
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.chat.tokenize import TextEncoder, causal_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Message, Segment
 from vlm_tune.errors import DataError
 

@@ -18,9 +18,9 @@ from processes import ended, hidden, runs, stage_of, start, stopped_at, until
 from small import assert_same_bits, built, interrupted, stage_loop, tensors_of
 
 from vlm_tune.api import sft
-from vlm_tune.data.feed import Position
+from vlm_tune.data.batching.loader import Position
 from vlm_tune.errors import RecipeError, TrainingError
-from vlm_tune.model.store import is_whole, recover_folders
+from vlm_tune.model.checkpoint import is_whole, recover_folders
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -30,8 +30,8 @@ from vlm_tune.train.checkpoint import (
     random_state,
     step_folder,
 )
-from vlm_tune.train.loop import StageLoop
-from vlm_tune.train.trace import read_trace
+from vlm_tune.train.step_trace import read_trace
+from vlm_tune.train.trainer import StageLoop
 
 
 def flip(path: Path) -> None:

@@ -20,15 +20,15 @@ from PIL import Image
 from small import cli, examples_of, parsed, png, prepare_rows
 
 from vlm_tune.api import sft
-from vlm_tune.checking.checker import check
 from vlm_tune.config import DataSection, FileSource, WebDatasetSource
-from vlm_tune.data.images import ImageProcessor, decode_image
-from vlm_tune.data.plan import Plan, Sizes
-from vlm_tune.data.prepare import conversations
-from vlm_tune.data.processor import Processor
+from vlm_tune.data.batching.sampler import Plan, Sizes
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.template import load_template, read_template
+from vlm_tune.data.images.decode import ImageProcessor, decode_image
+from vlm_tune.data.prepare.run import conversations
 from vlm_tune.data.sources.registry import open_source, read_all
-from vlm_tune.data.template import load_template, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, InputSpec, Media, Message
+from vlm_tune.data_check.check import check
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import train_tokenizer
 from vlm_tune.quoting import quoted

@@ -17,14 +17,14 @@ from export_samples import llava_text, photos, saved_model
 from safetensors.torch import load_file, save_file
 from small import built, parsed, with_tower
 
-from vlm_tune import merging
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.exporting import export, gguf, llava, source
-from vlm_tune.exporting.llava import verify_llava
+from vlm_tune.exporting import export, hf_llava, merge, source
+from vlm_tune.exporting.gguf import export as gguf
+from vlm_tune.exporting.gguf.writer import read_fields
+from vlm_tune.exporting.hf_llava import verify_llava
+from vlm_tune.exporting.merge import observe, probe_rows
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
-from vlm_tune.merging import observe, probe_rows
-from vlm_tune.model.llamacpp.file import read_fields
-from vlm_tune.model.store import load_model, read_config, verify_folder
+from vlm_tune.model.checkpoint import load_model, read_config, verify_folder
 from vlm_tune.model.vlm import VisionLanguageModel
 
 WITHOUT_EFFECT = ("post_layernorm", "k_proj.bias")
@@ -35,7 +35,7 @@ def test_fault_54_an_adapter_that_is_not_applied_is_not_exported(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved", lora=True, sharpen=1.0)
-    monkeypatch.setattr(merging, "merge_adapter", lambda model, part: model.adapters.pop(part).unload())
+    monkeypatch.setattr(merge, "merge_adapter", lambda model, part: model.adapters.pop(part).unload())
     with pytest.raises(ModelError, match="the merge did nothing"):
         export(run, tmp_path / "llava", verify=False)
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
@@ -86,7 +86,7 @@ def test_fault_54_a_processor_that_does_something_else_is_found(
         (folder / file).write_text(text.replace(*change))
         return verify_llava(folder, *rest)
 
-    monkeypatch.setattr(llava, "verify_llava", corrupted)
+    monkeypatch.setattr(hf_llava, "verify_llava", corrupted)
     with pytest.raises(ModelError, match=said):
         export(run, tmp_path / "llava")
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
@@ -103,13 +103,13 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
             def fails(*arguments: Any, error: Any = error) -> None:
                 raise error
 
-            patch.setattr(llava, place, fails)
+            patch.setattr(hf_llava, place, fails)
             with pytest.raises((KeyboardInterrupt, RecipeError), match=r"^$|no space left on device: make room"):
                 export(run, target)
             assert list((tmp_path / "out").iterdir()) == []
     child = os.fork()
     if child == 0:
-        llava.model_card = lambda *arguments: os._exit(9)
+        hf_llava.model_card = lambda *arguments: os._exit(9)
         export(run, target)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not target.exists()

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_tune.data.chat import image_media
-from vlm_tune.data.duplicates import inspect_image, look_alikes
-from vlm_tune.data.images import FORMATS, ImageProcessor, decode_image, image_size
+from vlm_tune.config.load import parse_recipe
+from vlm_tune.data.chat.requests import image_media
+from vlm_tune.data.images.decode import FORMATS, ImageProcessor, decode_image, image_size
+from vlm_tune.data.prepare.duplicates import inspect_image, look_alikes
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import build
-from vlm_tune.model.features import tower_features
+from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.recipe import parse_recipe
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from small import LORA_TUNE, assert_same_bits, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tune
 
 from vlm_tune.errors import ModelError
-from vlm_tune.merging import MergeReport, check_merge, merge
-from vlm_tune.model import store
-from vlm_tune.model.store import commit_folder, is_whole, load_model, verify_folder
+from vlm_tune.exporting.merge import MergeReport, check_merge, merge
+from vlm_tune.model import checkpoint
+from vlm_tune.model.checkpoint import commit_folder, is_whole, load_model, verify_folder
 
 
 def trained(text: str, folder: Path, *, scale: float = 0.3) -> Path:
@@ -40,7 +40,7 @@ def test_fault_54_a_zeroed_adapter_is_not_merged(tiny_recipe: Callable[..., str]
 def test_fault_54_a_merge_that_changed_something_else_is_refused(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlm_tune.merging as merging
+    import vlm_tune.exporting.merge as merging
 
     saved = trained(tiny_recipe("seq2seq"), tmp_path / "saved")
     right = merging.merge_adapter
@@ -100,8 +100,8 @@ def test_fault_55_a_quantised_run_is_merged_into_its_16_bit_base(quantize: str, 
     assert torch.allclose(merged[f"{name}.weight"].float(), expected, rtol=2**-7, atol=1e-4)
     assert torch.equal(merged["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
     with pytest.raises(ModelError, match="can't be merged into quantised weights"):
-        store.load_model(saved)  # the packed base is what a run is used with ...
-        from vlm_tune.model.adapters import merge_adapter
+        checkpoint.load_model(saved)  # the packed base is what a run is used with ...
+        from vlm_tune.model.lora import merge_adapter
 
         merge_adapter(load_model(saved), "llm")  # ... and never what is merged into
 
@@ -132,8 +132,8 @@ def test_fault_56_an_error_in_a_save_leaves_no_partial_folder(
 
         return call
 
-    monkeypatch.setattr(store, "write_safetensors", counted(store.write_safetensors))
-    monkeypatch.setattr(store, "_sync", counted(store._sync))
+    monkeypatch.setattr(checkpoint, "write_safetensors", counted(checkpoint.write_safetensors))
+    monkeypatch.setattr(checkpoint, "_sync", counted(checkpoint._sync))
     monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
     for limit[0] in range(100):
         calls[0] = 0

@@ -17,7 +17,7 @@ from small import CLIP, LORA_TUNE, batch_of, built, parsed, rows_of, save_llm, t
 from vlm_tune.config import Llm
 from vlm_tune.errors import ModelError, RecipeError, VlmTuneError
 from vlm_tune.model.build import load_llm, load_tokenizer
-from vlm_tune.model.store import load_model
+from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.weights import check_safetensors, read_safetensors
 
 
@@ -54,7 +54,7 @@ def load(folder: Path, **keys: Any) -> Any:
 
 def resealed(folder: Path) -> Path:
     """The folder with a manifest that holds for what is in it now."""
-    from vlm_tune.model.store import MANIFEST, _digest
+    from vlm_tune.model.checkpoint import MANIFEST, _digest
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     entries = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}

@@ -13,7 +13,7 @@ from small import built, parsed, rows_of
 from vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.model.pretrained import model_section
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 
 Tiny = Callable[..., str]
 

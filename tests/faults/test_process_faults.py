@@ -20,11 +20,11 @@ from small import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
-from vlm_tune.model.features import FeatureStore
-from vlm_tune.model.store import is_whole
-from vlm_tune.train import loop, trackers, watch
+from vlm_tune.model.checkpoint import is_whole
+from vlm_tune.model.vision.feature_cache import FeatureStore
+from vlm_tune.train import trackers, trainer, watchdog
 from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
-from vlm_tune.train.trace import read_trace
+from vlm_tune.train.step_trace import read_trace
 
 
 def two_ranks(tiny_recipe: Callable[..., str], color_rows: Path, output: str, **changes: Any) -> Any:
@@ -55,8 +55,8 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
     whole = two_ranks(tiny_recipe, color_rows, "whole")
     assert ended(start(lambda: sft(whole), tmp_path / "whole-said", ranks=2)) == [0, 0]
     for where, owner, name, rank, number in (
-        ("step", loop.StageLoop, "_step", 1, signal.SIGTERM),
-        ("evaluation", loop, "score", 1, signal.SIGINT),
+        ("step", trainer.StageLoop, "_step", 1, signal.SIGTERM),
+        ("evaluation", trainer, "score", 1, signal.SIGINT),
         ("save", CheckpointWriter, "_write", 0, signal.SIGTERM),
     ):
         recipe, said = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
@@ -219,14 +219,14 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callab
     recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0)
 
     def act() -> None:
-        real = loop.StageLoop._step
+        real = trainer.StageLoop._step
 
         def step(self: Any, batches: Any, number: int, rates: Any) -> float:
             if number == 3 and os.environ["RANK"] == "1":
                 signal.pause()  # alive, and never comes
             return real(self, batches, number, rates)
 
-        loop.StageLoop._step = step  # type: ignore[method-assign]
+        trainer.StageLoop._step = step  # type: ignore[method-assign]
         sft(recipe)
 
     pids = start(act, tmp_path / "said", ranks=2)
@@ -241,10 +241,10 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callab
 
 def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was told of a wait that ended after all counts no more: a later step may take seconds."""
-    found = watch.Watch(SimpleNamespace(process_index=0, num_processes=1), 1800.0)  # type: ignore[arg-type]
+    found = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=1), 1800.0)  # type: ignore[arg-type]
     ended: list[int] = []
-    monkeypatch.setattr(watch.os, "_exit", ended.append)
-    monkeypatch.setattr(watch, "GRACE", -1.0)
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    monkeypatch.setattr(watchdog, "GRACE", -1.0)
     found._judge(1790.0)
     found._judge(0.1)
     found._judge(10.0)
@@ -275,7 +275,7 @@ class _OthersLive:
     ],
 )
 def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(raised: str, told: str) -> None:
-    one = watch.Watch(SimpleNamespace(process_index=0, num_processes=2), 0.2)  # type: ignore[arg-type]
+    one = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=2), 0.2)  # type: ignore[arg-type]
     one._store = _OthersLive()
     error = one.lost(RuntimeError(raised))
     assert str(error).startswith(told) and raised[:30] in str(error)

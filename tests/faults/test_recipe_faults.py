@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config import Recipe
+from vlm_tune.config.load import OLD_NAMES, load_recipe, parse_recipe
+from vlm_tune.config.yaml_source import MAX_BYTES, read_yaml_text
 from vlm_tune.errors import RecipeError
-from vlm_tune.recipe import OLD_NAMES, load_recipe, parse_recipe
-from vlm_tune.recipe_yaml import MAX_BYTES, read_yaml_text
 
 SMALL = """\
 name: small
@@ -143,7 +143,7 @@ def test_fault_05_alias_bombs_loops_and_huge_files_are_refused_in_little_memory(
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from vlm_tune.recipe import load_recipe
+from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import RecipeError
 import ruamel.yaml
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -202,8 +202,8 @@ def test_fault_07_old_names_are_told_their_new_one(old: str) -> None:
 
 
 def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
-    from vlm_tune.recipe import dump_recipe
-    from vlm_tune.runfolder import open_run
+    from vlm_tune.config.load import dump_recipe
+    from vlm_tune.run_folder import open_run
 
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe())

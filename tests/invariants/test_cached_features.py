@@ -14,7 +14,7 @@ from PIL import Image
 from small import assert_close, assert_same_outputs, built, one_step, parsed, rows_of, tensors_of, with_tower
 
 from vlm_tune.api import sft
-from vlm_tune.model.features import tower_features
+from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.resources import cache_folder, trim_cache
 
 

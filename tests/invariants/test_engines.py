@@ -16,8 +16,8 @@ from small import LORA_TUNE, assert_close, interrupted, one_step, parsed, rows_o
 
 from vlm_tune.api import sft
 from vlm_tune.config import Recipe
-from vlm_tune.recipe import dump_recipe
-from vlm_tune.train.trace import read_trace
+from vlm_tune.config.load import dump_recipe
+from vlm_tune.train.step_trace import read_trace
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -206,7 +206,7 @@ def noted_ids(trained: Path, name: str) -> dict[str, list[str]]:
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The ids of each step that this process takes."""
-    from vlm_tune.train.loop import StageLoop
+    from vlm_tune.train.trainer import StageLoop
 
     found: dict[str, list[str]] = {}
     whole: Callable[..., float] = StageLoop._step

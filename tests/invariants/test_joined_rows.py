@@ -26,11 +26,11 @@ from small import (
     with_tune,
 )
 
-from vlm_tune.data.joining import pack_layout
-from vlm_tune.data.prepare import prepare
+from vlm_tune.data.batching.packing import pack_layout
+from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
-from vlm_tune.model import llm
-from vlm_tune.model.llm import CausalLLM, Decoding
+from vlm_tune.model.language import llm
+from vlm_tune.model.language.llm import CausalLLM, Decoding
 
 
 @pytest.fixture

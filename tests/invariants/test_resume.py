@@ -169,7 +169,7 @@ train:"""
     sft(recipe("parts"), resume=True)
     assert_same_runs_without_samples(tmp_path / "whole", tmp_path / "parts")
     if "lora" in llm:
-        from vlm_tune.merging import merge
+        from vlm_tune.exporting.merge import merge
 
         report = merge(tmp_path / "parts", tmp_path / "merged", dtype="fp32")
         assert 0 <= report.difference_to_adapter <= 1e-4 < report.difference_to_base

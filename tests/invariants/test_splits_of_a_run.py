@@ -14,7 +14,7 @@ from small import parsed
 
 from vlm_tune.api import sft
 from vlm_tune.config import Recipe
-from vlm_tune.train.trace import Step, read_trace
+from vlm_tune.train.step_trace import Step, read_trace
 
 KINDS: dict[str, dict[str, Any]] = {
     "rows": {},

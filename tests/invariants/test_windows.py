@@ -23,11 +23,11 @@ from small import (
     with_tune,
 )
 
-from vlm_tune.data.joining import pack_layout
-from vlm_tune.data.prepare import prepare
+from vlm_tune.data.batching.packing import pack_layout
+from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ModelError
-from vlm_tune.model.llm import CausalLLM, Decoding
+from vlm_tune.model.language.llm import CausalLLM, Decoding
 
 WINDOW = 12
 HALF = "layer_types: [sliding_attention, full_attention]"

@@ -25,9 +25,9 @@ from small import (
 
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
-from vlm_tune.merging import observe
-from vlm_tune.model.adapters import merge_adapter, parts
-from vlm_tune.model.store import restore_model
+from vlm_tune.exporting.merge import observe
+from vlm_tune.model.checkpoint import restore_model
+from vlm_tune.model.lora import merge_adapter, parts
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")

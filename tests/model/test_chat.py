@@ -15,11 +15,11 @@ from PIL import Image
 from small import built, parsed, png, rows_of, save_llm, with_llm
 
 from vlm_tune import check, sft
-from vlm_tune.data.chat import request_conversation
+from vlm_tune.data.chat.requests import request_conversation
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ArgumentError, DataError, ModelError, VlmTuneError
-from vlm_tune.evaluation import normalise
-from vlm_tune.model.llm import Decoding
+from vlm_tune.evaluation.evaluate import normalise
+from vlm_tune.model.language.llm import Decoding
 
 RED, BLUE = png((200, 30, 30)), png((30, 30, 200))
 TEXT = {"type": "text", "text": "hi"}

@@ -11,9 +11,9 @@ import torch
 from small import LORA_TUNE, assert_close, batch_of, built, loss_and_gradients, parsed, rows_of, tuned_by, wake_adapters, with_tune
 from torch._dynamo.utils import counters
 
-from vlm_tune.model.compiling import blocks, compiled, eager, why_not
-from vlm_tune.model.fused import fuse
-from vlm_tune.model.llm import LanguageModel
+from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
+from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.language.llm import LanguageModel
 
 
 def ready(text: str) -> Any:
@@ -62,7 +62,7 @@ def test_small_models_short_stages_and_machines_without_a_compiler_stay_eager(
     assert why_not(llm, "auto", 10_000) == ""
     assert why_not(llm, False, 10_000) == ""
     assert why_not(llm, True, 1) is None
-    monkeypatch.setattr("vlm_tune.model.compiling.LARGE", 1)
+    monkeypatch.setattr("vlm_tune.model.acceleration.compiling.LARGE", 1)
     assert why_not(llm, "auto", 10_000) is None
     assert why_not(llm, "auto", 10) == ""
     monkeypatch.setattr("shutil.which", lambda name: None)

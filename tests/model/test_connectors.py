@@ -25,16 +25,16 @@ from small import (
 )
 
 from vlm_tune.config import AvgPoolConnector, PixelShuffleConnector, ResamplerConnector
-from vlm_tune.data.collate import collate
-from vlm_tune.data.joining import pack_layout
+from vlm_tune.config.load import dump_recipe
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.build import build_processor
-from vlm_tune.model.connectors import CONNECTORS, build_connector
-from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import load_model
+from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.connectors.registry import CONNECTORS, build_connector
+from vlm_tune.model.language.llm import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.recipe import dump_recipe
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -28,12 +28,12 @@ from small import (
 )
 
 from vlm_tune.config import CrossAttentionConnector, LinearConnector
-from vlm_tune.data.joining import branch_layout
+from vlm_tune.data.batching.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
-from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.crossattention import Seen
-from vlm_tune.model.llm import Decoding
+from vlm_tune.model.connectors.cross_attention import Seen
+from vlm_tune.model.connectors.registry import build_connector
+from vlm_tune.model.language.llm import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlm_tune.compat import cache_name
-from vlm_tune.model import native
-from vlm_tune.model.decoder import DecoderLayer, join
-from vlm_tune.model.feedforward import gate
-from vlm_tune.model.fused import LoraLinear, fuse
-from vlm_tune.model.tree_attention import NAME
+from vlm_tune.kernels.cpu import native
+from vlm_tune.model.acceleration.decoder_layer import DecoderLayer, join
+from vlm_tune.model.acceleration.interval_attention import NAME
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.acceleration.mlp import gate
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 

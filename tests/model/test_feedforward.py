@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, OPTConfig, T5Config, T5ForConditionalGeneration
 
-from vlm_tune.model import feedforward, native
-from vlm_tune.model.feedforward import ACTIVATIONS, GatedModule, gate, gated, gated_backward
-from vlm_tune.model.fused import LoraLinear, fuse
+from vlm_tune.kernels.cpu import native
+from vlm_tune.model.acceleration import mlp as feedforward
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.acceleration.mlp import ACTIVATIONS, GatedModule, gate, gated, gated_backward
 
 pytestmark = pytest.mark.usefixtures("either_path")
 

@@ -29,9 +29,9 @@ from small import (
 from torch import nn
 
 from vlm_tune.config import Recipe
-from vlm_tune.merging import check_merge, merge, observe
-from vlm_tune.model import fused
-from vlm_tune.model.fused import LoraLinear, fuse
+from vlm_tune.exporting.merge import check_merge, merge, observe
+from vlm_tune.model.acceleration import lora_layers
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 from vlm_tune.model.tuning import parts
 
 
@@ -149,7 +149,7 @@ def test_what_is_not_plain_lora_takes_pefts_path(config: dict[str, Any], monkeyp
         raise AssertionError("the fused pass ran")
 
     model, plain = (reader(8, (8, 8, 8), bias=True, custom=custom, r=2, **config) for custom in (True, False))
-    monkeypatch.setattr(fused, "_project", refused)
+    monkeypatch.setattr(lora_layers, "_project", refused)
     assert fuse(model.train()) == 0
     x = torch.randn(5, 8)
     torch.manual_seed(3)

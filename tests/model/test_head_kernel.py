@@ -12,9 +12,9 @@ from torch.nn.functional import log_softmax, one_hot
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
-from vlm_tune.model.head import by_kernel, head_loss, losses
-from vlm_tune.model.llm import CausalLLM, LanguageModel, Seq2SeqLLM
-from vlm_tune.model.loss import token_loss
+from vlm_tune.model.acceleration.head import by_kernel, head_loss, losses
+from vlm_tune.model.language.llm import CausalLLM, LanguageModel, Seq2SeqLLM
+from vlm_tune.model.language.loss import token_loss
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 
@@ -215,7 +215,7 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(kin
         calls.append(len(given[0]))
         return head_loss(*given)
 
-    monkeypatch.setattr("vlm_tune.model.llm.head_loss", counted)
+    monkeypatch.setattr("vlm_tune.model.language.llm.head_loss", counted)
     for model in (fast, plain):
         embeds = model.embed(rows.input_ids).detach().requires_grad_()
         found = model(embeds, rows)
@@ -236,7 +236,7 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(monkeypatch
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr("vlm_tune.model.llm.head_loss", never)
+    monkeypatch.setattr("vlm_tune.model.language.llm.head_loss", never)
     capped = decoder(Gemma2Config, num_key_value_heads=1, head_dim=32)
     whole, trained = decoder(LlamaConfig), decoder(LlamaConfig)
     assert capped.rule is not None and capped.rule.scale is None

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm_tune.config.load import load_recipe
 from vlm_tune.exporting import FORMATS, possible_exports
 from vlm_tune.model.build import bare_model
-from vlm_tune.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.model import loss as module
-from vlm_tune.model.loss import token_loss
+from vlm_tune.model.language import loss as module
+from vlm_tune.model.language.loss import token_loss
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from small import built, parsed, tuned_by, wake_adapters, with_tune
 
-from vlm_tune.model import native
-from vlm_tune.model.fused import LoraLinear, fuse
-from vlm_tune.model.projection import TOGETHER, by_kernel, project
+from vlm_tune.kernels.cpu import native
+from vlm_tune.kernels.lora_linear import TOGETHER, by_kernel, project
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 

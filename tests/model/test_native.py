@@ -18,8 +18,9 @@ from small import LORA_TUNE, built, parsed, with_tune
 from vlm_tune import cli
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError
-from vlm_tune.model import native, tree_attention
-from vlm_tune.model.projection import by_kernel
+from vlm_tune.kernels.cpu import native
+from vlm_tune.kernels.lora_linear import by_kernel
+from vlm_tune.model.acceleration import interval_attention
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.resources import cache_folder
 
@@ -73,9 +74,9 @@ def test_a_run_by_the_kernels_and_one_by_plain_torch_learn_alike_and_say_which(
             monkeypatch.setenv("VLM_TUNE_KERNELS", mode)
             monkeypatch.setattr(native, "kernels", never)
         text = with_tune(tiny_recipe("causal", precision="bf16", output=mode), LORA_TUNE).replace("hidden_size: 32", WIDE)
-        before = tree_attention.runs()
+        before = interval_attention.runs()
         sft(parsed(text))
-        calls[mode] = tree_attention.runs() - before
+        calls[mode] = interval_attention.runs() - before
         events = [json.loads(line) for line in (tmp_path / mode / "log.jsonl").read_text().splitlines()]
         (environment,) = [event for event in events if event["event"] == "environment"]
         assert environment["kernels"] == mode and environment["kernels_reason"] == str(native.kernel_status())

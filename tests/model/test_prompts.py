@@ -26,12 +26,12 @@ from small import (
 
 from vlm_tune.api import sft
 from vlm_tune.config import TuneRule
-from vlm_tune.data.joining import branch_layout, pack_layout
+from vlm_tune.data.batching.packing import branch_layout, pack_layout
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.merging import observe
-from vlm_tune.model.llm import Decoding
-from vlm_tune.model.store import load_model, restore_model
+from vlm_tune.exporting.merge import observe
+from vlm_tune.model.checkpoint import load_model, restore_model
+from vlm_tune.model.language.llm import Decoding
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
@@ -195,7 +195,7 @@ def test_virtual_tokens_stay_for_the_next_stage(named: Any) -> None:
 
 
 def test_a_prompt_and_lora_go_together_and_lora_merges_under_it(named: Any, tmp_path: Path) -> None:
-    from vlm_tune.model.adapters import merge_adapter
+    from vlm_tune.model.lora import merge_adapter
 
     model, recipe, _ = named("causal")
     rules = [TuneRule(match="llm.model.embed_tokens.*", how="prompt"), TuneRule(match="llm.*", how="lora", r=4, variant="dora"), FROZEN]
@@ -247,7 +247,7 @@ def test_what_virtual_tokens_do_not_go_with(kind: str, how: str, changes: dict[s
 
 @EACH
 def test_what_is_no_prompt_is_refused(how: str, kind: str, named: Any, tmp_path: Path) -> None:
-    from vlm_tune.model.prompts import read_prompt, write_prompt
+    from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
     from vlm_tune.model.weights import write_safetensors
 
     model, _, _ = named(kind)

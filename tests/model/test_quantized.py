@@ -30,9 +30,9 @@ from small import (
 
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
-from vlm_tune.merging import merge, observe
-from vlm_tune.model.fused import LoraLinear, fuse
-from vlm_tune.model.store import load_model
+from vlm_tune.exporting.merge import merge, observe
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.checkpoint import load_model
 
 SIZES = {"causal": {"hidden_size": 64, "intermediate_size": 128}, "seq2seq": {"d_model": 64, "d_kv": 32, "d_ff": 128}}
 

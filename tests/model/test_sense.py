@@ -12,9 +12,9 @@ import pytest
 from small import built, parsed
 
 from vlm_tune.api import sft
+from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.build import bare_model, build_processor
-from vlm_tune.recipe import load_recipe
 
 Tiny = Callable[..., str]
 

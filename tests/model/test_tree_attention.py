@@ -13,12 +13,12 @@ from torch.nn.functional import softmax
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from vlm_tune.api import sft
-from vlm_tune.data.prepare import prepare
+from vlm_tune.data.prepare.run import prepare
 from vlm_tune.errors import ModelError
-from vlm_tune.model import tree_attention
-from vlm_tune.model.llm import CausalLLM
-from vlm_tune.model.masks import additive, tree_mask
-from vlm_tune.model.tree_attention import Branches, attend, attending, attends, usable
+from vlm_tune.model.acceleration import interval_attention
+from vlm_tune.model.acceleration.interval_attention import Branches, attend, attending, attends, usable
+from vlm_tune.model.language.llm import CausalLLM
+from vlm_tune.model.language.masks import additive, tree_mask
 
 pytestmark = pytest.mark.usefixtures("either_path")
 
@@ -154,14 +154,14 @@ def test_a_decoder_gives_the_same_loss_and_gradients_by_it(group: str, tiny_reci
 
 def test_training_attends_by_it(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, ...]] = []
-    real = tree_attention.attend
+    real = interval_attention.attend
 
     def seen(query: torch.Tensor, *rest: Any) -> Any:
         if query.requires_grad:
             taken.append(tuple(query.shape))
         return real(query, *rest)
 
-    monkeypatch.setattr(tree_attention, "attend", seen)
+    monkeypatch.setattr(interval_attention, "attend", seen)
     text = tiny_recipe("causal", precision="bf16").replace("hidden_size: 32", WIDE)
     sft(parsed(text, train__gradient_checkpointing=True))
     # Two layers, four steps, in the forward pass and again in the backward pass of checkpointed blocks.
@@ -213,10 +213,10 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
     true = hidden(additive(tree_mask(ends), torch.float32))
     llm = CausalLLM(model.bfloat16())
     assert usable(llm)
-    theirs, before = hidden(additive(tree_mask(ends), torch.bfloat16)), tree_attention.runs()
+    theirs, before = hidden(additive(tree_mask(ends), torch.bfloat16)), interval_attention.runs()
     with attending(llm):
         ours = hidden(ends.int()[:, None, None])
-    assert tree_attention.runs() == before + 2
+    assert interval_attention.runs() == before + 2
     assert float((ours - true).norm()) <= 1.2 * float((theirs - true).norm()) < 0.02 * float(true.norm())
 
 
@@ -224,8 +224,8 @@ def test_a_decoder_that_takes_another_attention_is_refused(tiny_recipe: Callable
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe)
     batch = batch_of(model, examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0)))
-    functions = tree_attention.ALL_ATTENTION_FUNCTIONS
+    functions = interval_attention.ALL_ATTENTION_FUNCTIONS
     other = functions["sdpa"]
-    monkeypatch.setitem(functions._global_mapping, tree_attention.NAME, lambda *given, **rest: other(*given[:4], None))
+    monkeypatch.setitem(functions._global_mapping, interval_attention.NAME, lambda *given, **rest: other(*given[:4], None))
     with attending(model.llm), pytest.raises(ModelError, match="LlamaForCausalLM does not attend by the function it is given"):
         model(batch)

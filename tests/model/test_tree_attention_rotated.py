@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from vlm_tune.model import native
-from vlm_tune.model.native import pointers
+from vlm_tune.kernels.cpu import native
+from vlm_tune.kernels.cpu.native import pointers
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 

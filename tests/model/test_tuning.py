@@ -12,9 +12,9 @@ from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by
 
 from vlm_tune.config import TuneRule
 from vlm_tune.errors import ModelError
-from vlm_tune.merging import observe
-from vlm_tune.model.adapters import parts
+from vlm_tune.exporting.merge import observe
 from vlm_tune.model.build import load_dtype
+from vlm_tune.model.lora import parts
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
@@ -158,7 +158,7 @@ def test_another_lora_is_merged_first(model: Any, tiny_recipe: Callable[..., str
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_lora_is_found_again_after_a_save(precision: str, tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
     """A resumed run applies its rules to a model that has its adapters already; not a bit of them is lost."""
-    from vlm_tune.model.store import restore_model
+    from vlm_tune.model.checkpoint import restore_model
 
     recipe = parsed(with_tune(tiny_recipe("causal", precision=precision), LORA_TUNE))
     model = built(recipe)

@@ -15,8 +15,8 @@ from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, with_llm
 from vlm_tune.api import merge, sft
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.exporting import export
-from vlm_tune.merging import observe
-from vlm_tune.model.store import load_model
+from vlm_tune.exporting.merge import observe
+from vlm_tune.model.checkpoint import load_model
 
 Tiny = Callable[..., str]
 WORDS = ["<loc_1>", "<loc_2>"]

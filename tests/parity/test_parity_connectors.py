@@ -10,9 +10,9 @@ from small import largest
 from torch import nn
 
 from vlm_tune.config import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
-from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.starting import QFORMER_LAYER
-from vlm_tune.model.text import Text
+from vlm_tune.model.connectors.instruction import Text
+from vlm_tune.model.connectors.registry import build_connector
+from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
 
 QFORMER = {
     "hidden_size": 32,

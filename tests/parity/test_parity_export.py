@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlm_tune.config import OpenClipTower
-from vlm_tune.model.llava import vision_weights
-from vlm_tune.model.towers import architecture, build_tower
+from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.model.vision.towers import architecture, build_tower
 
 
 @pytest.mark.slow

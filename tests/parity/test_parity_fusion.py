@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
 from vlm_tune.config import FusionConnector
-from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.crossattention import GatedBlock, Seen
-from vlm_tune.model.text import Text
+from vlm_tune.model.connectors.cross_attention import GatedBlock, Seen
+from vlm_tune.model.connectors.instruction import Text
+from vlm_tune.model.connectors.registry import build_connector
 
 WIDTH = 8
 

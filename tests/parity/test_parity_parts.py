@@ -14,7 +14,7 @@ from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, uns
 
 from vlm_tune.config import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
-from vlm_tune.model.towers import build_tower
+from vlm_tune.model.vision.towers import build_tower
 
 VIT = {"layers": 3, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}
 
@@ -122,7 +122,7 @@ def test_the_last_open_clip_block_gives_its_class_embedding_when_pooled_as_open_
 def test_normalised_pixels_equal_the_clip_image_processor(tmp_path: Path) -> None:
     from transformers import CLIPImageProcessor
 
-    from vlm_tune.data.images import ImageProcessor
+    from vlm_tune.data.images.decode import ImageProcessor
 
     ours = build_tower(OpenClipTower(kind="open_clip", config=VIT))
     image = Image.fromarray(noise(32, 32, 3).numpy())
@@ -135,7 +135,7 @@ def test_normalised_pixels_equal_the_clip_image_processor(tmp_path: Path) -> Non
 def test_resized_and_cropped_pixels_equal_the_clip_image_processor() -> None:
     from transformers import CLIPImageProcessorPil
 
-    from vlm_tune.data.images import ImageProcessor
+    from vlm_tune.data.images.decode import ImageProcessor
 
     image = Image.fromarray(noise(90, 61, 3).numpy())
     pixels = ImageProcessor(32).pixels(image)

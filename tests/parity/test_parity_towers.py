@@ -15,7 +15,7 @@ from small import CLIP, assert_same_outputs, largest
 from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import bare_tower
-from vlm_tune.model.towers import IMAGENET_MEAN, build_tower, resized
+from vlm_tune.model.vision.towers import IMAGENET_MEAN, build_tower, resized
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 FAMILIES = {
@@ -183,7 +183,7 @@ TIMM_CONVNEXT = {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj
 )
 @torch.no_grad()
 def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(vision: dict[str, Any], size: int | None, layer: int) -> None:
-    from vlm_tune.model.towers import _bare_open_clip
+    from vlm_tune.model.vision.towers import _bare_open_clip
 
     torch.manual_seed(4)
     config = OpenClipTower(kind="open_clip", config=vision, layer=layer, image_size=size)
@@ -302,7 +302,7 @@ def test_a_pair_joins_the_features_of_both_by_channel(tmp_path: Path) -> None:
 def test_a_smaller_copy_of_an_image_is_near_the_one_pillow_makes() -> None:
     from PIL import Image
 
-    from vlm_tune.data.images import ImageProcessor
+    from vlm_tune.data.images.decode import ImageProcessor
 
     pixels = torch.nn.functional.interpolate(noise(1, 3, 6, 6).float(), (64, 64), mode="bilinear").round().to(torch.uint8)
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())

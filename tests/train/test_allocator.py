@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from small import parsed, with_tune
 
 from vlm_tune.api import sft
-from vlm_tune.model import native
-from vlm_tune.planning import heap
-from vlm_tune.planning.heap import Range
+from vlm_tune.kernels.cpu import native
+from vlm_tune.memory_plan import heap
+from vlm_tune.memory_plan.heap import Range
 from vlm_tune.resources import SMALLEST_BLOCK
 from vlm_tune.train import allocator
 from vlm_tune.train.allocator import keep_freed_memory, open_range, range_state, return_freed_memory, shut_range
-from vlm_tune.train.memory import is_out_of_memory
+from vlm_tune.train.out_of_memory import is_out_of_memory
 
 needs_range = pytest.mark.skipif(native.compiler() is None, reason="wants a C++ compiler")
 MB = 1 << 20

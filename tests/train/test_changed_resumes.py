@@ -11,9 +11,9 @@ import pytest
 from small import assert_same_bits, interrupted, parsed, with_tune
 
 from vlm_tune.api import sft, verify_run
+from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import DataError, ModelError, RecipeError
-from vlm_tune.recipe import load_recipe
-from vlm_tune.train.trace import DIGESTS, read_trace
+from vlm_tune.train.step_trace import DIGESTS, read_trace
 
 QUICK: dict[str, Any] = {
     "data__validation": [],

@@ -14,7 +14,7 @@ from small import assert_same_bits, built, parsed, stage_loop, tensors_of
 
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError, TrainingError
-from vlm_tune.model.store import commit_folder, find_model, is_whole, load_model, verify_folder
+from vlm_tune.model.checkpoint import commit_folder, find_model, is_whole, load_model, verify_folder
 from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, step_folder
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_recipe: Callable[...
 
 @pytest.mark.slow
 def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_tune.train.loop import StageLoop
+    from vlm_tune.train.trainer import StageLoop
 
     scores = iter([0.1, 0.9, 0.9, 0.2])
 
@@ -164,7 +164,7 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[...
 def test_best_checkpoints_of_a_lora_stage_are_found_again(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     from small import with_tune
 
-    from vlm_tune.train.loop import StageLoop
+    from vlm_tune.train.trainer import StageLoop
 
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8})

@@ -13,7 +13,7 @@ from small import interrupted, parsed
 
 from vlm_tune.api import sft, verify_run
 from vlm_tune.errors import RecipeError, TrainingError
-from vlm_tune.report import write_report
+from vlm_tune.rendering.report import write_report
 
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
 QUICK |= {"train__checkpoints": {"every": 1, "keep": 3}}

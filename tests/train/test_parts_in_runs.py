@@ -13,14 +13,14 @@ from small import parsed
 
 import vlm_tune
 from vlm_tune.api import evaluate, sft
-from vlm_tune.checking.findings import CheckReport
-from vlm_tune.data.job import PartName
-from vlm_tune.data.prepare import prepared_parts, scratch_texts
+from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.run import prepared_parts, scratch_texts
 from vlm_tune.data.types import Conversation
+from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.model.build import build_processor
 from vlm_tune.resources import cache_folder
-from vlm_tune.train.reading import read_stage
+from vlm_tune.train.stage_data import read_stage
 
 QUICK: dict[str, Any] = {"train__steps": 1, "train__log_every": 1}
 
@@ -170,7 +170,7 @@ def sixty(tmp_path: Path) -> Path:
 def test_worked_examples_come_from_training_rows_and_leave_the_split_as_it_is(
     tiny_recipe: Callable[..., str], sixty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_tune.data.sources.rows.CHUNK_ROWS", 7)
+    monkeypatch.setattr("vlm_tune.data.sources.base.CHUNK_ROWS", 7)
     changes: dict[str, Any] = QUICK | {"data__validation": [], "data__split": {"validation": 0.2, "test": 0.2}}
     changes |= {"data__on_bad_row": "skip", "evaluate__samples": 0, "data__max_length": 512}
     rows: dict[int, dict[str, list[Conversation]]] = {}

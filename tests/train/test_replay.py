@@ -16,10 +16,10 @@ import vlm_tune
 from vlm_tune import cli
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError
-from vlm_tune.model.store import commit_folder
+from vlm_tune.model.checkpoint import commit_folder
 from vlm_tune.train.checkpoint import step_folder
 from vlm_tune.train.replay import ReplayReport
-from vlm_tune.train.trace import NAME
+from vlm_tune.train.step_trace import NAME
 
 DROPOUT = """
 tune:

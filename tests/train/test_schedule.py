@@ -10,7 +10,7 @@ from small import parsed
 
 from vlm_tune.api import sft
 from vlm_tune.config import Schedule
-from vlm_tune.train.loop import schedule_factor
+from vlm_tune.train.trainer import schedule_factor
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

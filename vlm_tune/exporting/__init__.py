@@ -6,13 +6,13 @@ from pathlib import Path
 
 from vlm_tune.config import Recipe
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.adapter import adapter_reasons, export_adapter
-from vlm_tune.exporting.gguf import export_gguf, gguf_reasons
-from vlm_tune.exporting.llava import export_llava
+from vlm_tune.exporting.gguf.export import export_gguf, gguf_reasons
+from vlm_tune.exporting.hf_llava import export_llava
+from vlm_tune.exporting.llava_layout import llava_reasons
+from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
-from vlm_tune.model.bases import AS_SAVED, BaseChoice
+from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
 from vlm_tune.model.build import dtype_name, planned_config
-from vlm_tune.model.llava import llava_reasons
 from vlm_tune.quoting import quoted
 
 FORMATS = ("llava", "adapter", "gguf")

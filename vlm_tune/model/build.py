@@ -15,23 +15,23 @@ import torch
 from torch import nn
 
 from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, QFormerConnector, Recipe, Scratch, TimmTower
-from vlm_tune.data.images import ImageProcessor
-from vlm_tune.data.processor import Processor
-from vlm_tune.data.template import ChatTemplate, load_template
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
-from vlm_tune.model.bases import Base, llm_base, tower_base
-from vlm_tune.model.blocks import block_names
-from vlm_tune.model.connectors import build_connector
-from vlm_tune.model.hub import check_base, config_source, load_reason
-from vlm_tune.model.llm import LLMS, LanguageModel
-from vlm_tune.model.packed import pack_linears
-from vlm_tune.model.pretrained import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
-from vlm_tune.model.projectors import Connector
-from vlm_tune.model.sense import check_memory
-from vlm_tune.model.starting import load_words, start_connector
-from vlm_tune.model.text import Reader
-from vlm_tune.model.towers import VisionTower, architecture, build_tower
+from vlm_tune.model.base_weights import Base, llm_base, tower_base
+from vlm_tune.model.build_checks import check_memory
+from vlm_tune.model.connectors.instruction import Reader
+from vlm_tune.model.connectors.projectors import Connector
+from vlm_tune.model.connectors.registry import build_connector
+from vlm_tune.model.language.llm import LLMS, LanguageModel
+from vlm_tune.model.layer_index import block_names
+from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
+from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
+from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
+from vlm_tune.model.quantized_stub import pack_linears
+from vlm_tune.model.vision.towers import VisionTower, architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import check_folder, load_into, own_memory, read_safetensors
 from vlm_tune.quoting import quoted

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm_tune.config import TuneRule
-from vlm_tune.data.prepared import Prepared
+from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
-from vlm_tune.model.adapters import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter
-from vlm_tune.model.blocks import block_names, columns, depths
-from vlm_tune.model.llm import LanguageModel
-from vlm_tune.model.prompts import KINDS, new_prompt
+from vlm_tune.model.language.llm import LanguageModel
+from vlm_tune.model.language.virtual_tokens import KINDS, new_prompt
+from vlm_tune.model.layer_index import block_names, columns, depths
+from vlm_tune.model.lora import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted

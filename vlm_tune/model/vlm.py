@@ -16,18 +16,18 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vlm_tune.config import Config, Llm, ModelSection
-from vlm_tune.data.chat import request_conversation
-from vlm_tune.data.collate import Fetch, collate
-from vlm_tune.data.images import PixelCache
-from vlm_tune.data.joining import Tree, trees
-from vlm_tune.data.processor import Processor
+from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.batching.packing import Tree, trees
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.requests import request_conversation
+from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example
 from vlm_tune.errors import ArgumentError, DataError, ModelError
-from vlm_tune.model.bases import Base, BaseArgument, base_choice
-from vlm_tune.model.llm import CausalLLM, Decoding, LanguageModel, TokenLoss, check_count
-from vlm_tune.model.projectors import Connector
-from vlm_tune.model.text import Text, instructions, places
-from vlm_tune.model.towers import VisionTower
+from vlm_tune.model.base_weights import Base, BaseArgument, base_choice
+from vlm_tune.model.connectors.instruction import Text, instructions, places
+from vlm_tune.model.connectors.projectors import Connector
+from vlm_tune.model.language.llm import CausalLLM, Decoding, LanguageModel, TokenLoss, check_count
+from vlm_tune.model.vision.towers import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.paths import check_path
 from vlm_tune.quoting import quoted
@@ -283,14 +283,14 @@ class VisionLanguageModel(nn.Module):
             RecipeError: what is given as a path is none.
         """
         from vlm_tune.model.build import dtype_of
-        from vlm_tune.model.store import load_model
+        from vlm_tune.model.checkpoint import load_model
 
         check_path("path", path)
         return load_model(Path(path), dtype=dtype_of(dtype), base=base_choice(base, accept_other_base))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` reads: all that was trained, and what its bases don't hold."""
-        from vlm_tune.model.store import save_model
+        from vlm_tune.model.checkpoint import save_model
 
         check_path("path", path)
         save_model(self, Path(path))

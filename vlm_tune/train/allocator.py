@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from vlm_tune.model import native
+from vlm_tune.kernels.cpu import native
 from vlm_tune.resources import KERNELS, SMALLEST_BLOCK
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -40,7 +40,7 @@ _library: ctypes.CDLL | None = None
 def open_range(smallest: int = SMALLEST_BLOCK) -> bool:
     """Puts new CPU tensors of `smallest` bytes and more into a range of addresses of their own; False where there can be none.
 
-    `model/allocator.cpp` does it, which wants a C++ compiler and no limit on addresses (ulimit -v).
+    `kernels/cpu/allocator.cpp` does it, which wants a C++ compiler and no limit on addresses (ulimit -v).
     """
     global _library
     _library = _library or native.range_allocator()

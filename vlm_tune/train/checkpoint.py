@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from vlm_tune.errors import ModelError, TrainingError
-from vlm_tune.model.store import capture_model, commit_folder, is_whole, remove_folder
+from vlm_tune.model.checkpoint import capture_model, commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 

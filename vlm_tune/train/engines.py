@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm_tune.compat import build_no_shared_memory_op
 from vlm_tune.config import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine, TrainSection
 from vlm_tune.errors import ModelError, Problem, RecipeError
-from vlm_tune.model.adapters import parts
-from vlm_tune.model.blocks import block_names
-from vlm_tune.model.fused import fuse
+from vlm_tune.memory_plan.zero import BUCKET
+from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.layer_index import block_names
+from vlm_tune.model.lora import parts
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import is_sharded, whole_tensor
-from vlm_tune.planning.zero import BUCKET
 
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 """Under these accelerate wraps the model itself, in ways that change what is computed: weights cast, steps in `backward`."""

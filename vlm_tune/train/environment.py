@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from vlm_tune.config import AnyEngine
-from vlm_tune.model.native import kernel_status
+from vlm_tune.kernels.cpu.native import kernel_status
 
 LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
 

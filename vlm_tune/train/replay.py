@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.model.bases import recipe_choice
+from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import build_processor, load_dtype
-from vlm_tune.model.store import is_whole, restore_model
+from vlm_tune.model.checkpoint import is_whole, restore_model
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.paths import is_file, shown_path
-from vlm_tune.recipe import load_recipe
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
 from vlm_tune.train.engines import resolve_engine
 from vlm_tune.train.environment import environment
-from vlm_tune.train.loop import Report
-from vlm_tune.train.reading import stage_fingerprint
 from vlm_tune.train.resuming import changed_data, data_differences
 from vlm_tune.train.run import Context, read_rows, stage_loop
 from vlm_tune.train.signals import stop_requests
-from vlm_tune.train.trace import Step, read_trace
-from vlm_tune.train.watch import Watch
+from vlm_tune.train.stage_data import stage_fingerprint
+from vlm_tune.train.step_trace import Step, read_trace
+from vlm_tune.train.trainer import Report
+from vlm_tune.train.watchdog import Watch
 
 
 @dataclass(frozen=True)

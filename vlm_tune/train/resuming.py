@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm_tune.data.fingerprints import fingerprint_differences
+from vlm_tune.data.prepare.fingerprints import fingerprint_differences
 from vlm_tune.errors import DataError
 from vlm_tune.train.checkpoint import Progress, checkpoints, stage_folder
 

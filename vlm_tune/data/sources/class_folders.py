@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_tune.config import FolderSource
-from vlm_tune.data.instructions import load_instructions
+from vlm_tune.data.chat.instructions import load_instructions
+from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, checked, digest
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import ImageFolder
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, checked, digest
+from vlm_tune.data.sources.video import IMAGE_SUFFIXES
 from vlm_tune.data.types import Conversation
-from vlm_tune.data.video import IMAGE_SUFFIXES
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
 from vlm_tune.quoting import escaped, quoted

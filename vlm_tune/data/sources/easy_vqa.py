@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from vlm_tune.config import EasyVqaSource
-from vlm_tune.data.instructions import load_instructions
-from vlm_tune.data.sources.rows import CHUNK_ROWS, Chunk, digest, files_digest
+from vlm_tune.data.chat.instructions import load_instructions
+from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
 from vlm_tune.data.types import Conversation, Media
 from vlm_tune.errors import DataError
 

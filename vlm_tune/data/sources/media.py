@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.data.sources.video import frame_files, frame_parts, video_parts
 from vlm_tune.data.types import Media, Slice
-from vlm_tune.data.video import frame_files, frame_parts, video_parts
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import cut, quoted
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.config import DatasetSource, FileSource, Source, WebDatasetSource
+from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.class_folders import ClassFolders
+from vlm_tune.data.sources.columnar import ArrowFile, DatasetRows, Parquet
 from vlm_tune.data.sources.easy_vqa import EasyVqa
-from vlm_tune.data.sources.files import FileFormat, FileRows, csv_format, find_files, json_format, unpacked_name
-from vlm_tune.data.sources.questions import QuestionRows
-from vlm_tune.data.sources.reader import RowsReader
-from vlm_tune.data.sources.rows import SourceReader
-from vlm_tune.data.sources.shards import TarShard
-from vlm_tune.data.sources.tables import ArrowFile, DatasetRows, Parquet
+from vlm_tune.data.sources.json_csv import FileFormat, FileRows, csv_format, find_files, json_format, unpacked_name
+from vlm_tune.data.sources.records import RowsReader
+from vlm_tune.data.sources.unanswered import QuestionRows
+from vlm_tune.data.sources.webdataset import TarShard
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted

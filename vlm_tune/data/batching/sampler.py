@@ -1,0 +1,320 @@
+"""Which units each optimizer step takes: a function of (seed, epoch), the same however a step is split.
+
+An epoch is cut into global batches, the rows of one optimizer step over all micro-batches and processes, and only then
+is a global batch split: so 4x1, 2x2, 1x4 and two processes train on the same rows in the same order. Its parts are made
+so that each process has as much to do: tokens, and images by what they cost.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.config import DataSection, Source, TrainSection
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.errors import DataError
+
+BUCKET, STRETCH = 32, 2048
+"""Global batches whose rows are sorted by length together, and rows: less padding, and still a mixture in every step."""
+
+PACK_WINDOW = 2048
+"""Units that are packed together; the order within an epoch stays mixed."""
+
+UNORDERED = {"weight", "count", "template", "system"}
+"""What a source is told that changes nothing of which row stands where in it."""
+
+Rows = list[list[int]]
+"""The rows of a micro-batch; each is a list of units, several where they are packed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a step and its parts are.
+
+    A micro-batch holds `batch_size` rows or `batch_tokens` padded tokens of one process; a step takes `accumulation` times
+    as much of each of `ranks` processes, those that the run began with. An image costs as much as `image_cost` tokens.
+    """
+
+    batch_size: int
+    batch_tokens: int | None = None
+    ranks: int = 1
+    image_cost: float = 0.0
+    accumulation: int = 1
+
+    @classmethod
+    def of(cls, train: TrainSection, ranks: int = 1, image_cost: float = 0.0) -> Sizes:
+        """The sizes that a recipe's train section asks for."""
+        return cls(train.batch_size, train.batch_tokens, ranks, image_cost, train.gradient_accumulation)
+
+    @property
+    def step_rows(self) -> int | None:
+        """Rows of a step; None where tokens are counted."""
+        return None if self.batch_tokens is not None else self.batch_size * self.accumulation * self.ranks
+
+    @property
+    def step_tokens(self) -> int | None:
+        """Padded tokens of a step; None where rows are counted."""
+        return None if self.batch_tokens is None else self.batch_tokens * self.accumulation * self.ranks
+
+
+def planned_steps(train: TrainSection, epoch_steps: int) -> int:
+    """Optimizer steps of a stage whose first epoch has `epoch_steps`."""
+    return train.steps or max(round((train.epochs or 1) * epoch_steps), 1)
+
+
+class Epoch:
+    """One epoch: rows (`units` from `starts`), and which of them every optimizer step takes."""
+
+    def __init__(
+        self, units: np.ndarray, starts: np.ndarray, longest: np.ndarray, costs: np.ndarray, steps: list[np.ndarray], sizes: Sizes
+    ) -> None:
+        self.units, self.starts, self.longest, self.costs, self.steps, self.sizes = units, starts, longest, costs, steps, sizes
+        self._last: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
+        rows = np.array([len(step) for step in steps], dtype=np.int64)
+        per_row = np.diff(starts)
+        taken = np.add.reduceat(per_row[np.concatenate(steps)], np.cumsum(rows) - rows) if len(steps) else rows
+        self._units_before = np.concatenate([[0], np.cumsum(taken)])
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def units_before(self, step: int) -> int:
+        """How many units the steps before one take."""
+        return int(self._units_before[step])
+
+    def shares(self, step: int, ranks: int) -> list[list[np.ndarray]]:
+        """The micro-batches of a step, each as one share of row numbers for every rank.
+
+        A share is empty where a micro-batch has fewer rows than there are ranks.
+        """
+        if self._last is None or self._last[0] != (step, ranks):
+            self._last = (step, ranks), self._split(step, ranks)
+        return self._last[1]
+
+    def _split(self, step: int, ranks: int) -> list[list[np.ndarray]]:
+        rows = self.steps[step]
+        if self.sizes.batch_tokens is not None:
+            return _token_shares(rows, self.longest, self.costs, self.sizes.batch_tokens, ranks)
+        number = -(-len(rows) // (self.sizes.batch_size * ranks))
+        return [even_shares(part, self.costs, ranks) for part in np.array_split(rows, number)]
+
+    def rows(self, step: int, number: int, rank: int, ranks: int) -> Rows:
+        """The rows of a rank's share of a step's micro-batch `number`."""
+        return self.units_of(self.shares(step, ranks)[number][rank])
+
+    def units_of(self, rows: np.ndarray) -> Rows:
+        """The units of rows."""
+        return [self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in rows.tolist()]
+
+    def places(self, ranks: int, first: int = 0) -> list[tuple[int, int]]:
+        """(step, number) of every micro-batch from a step on."""
+        return [(step, number) for step in range(first, len(self)) for number in range(len(self.shares(step, ranks)))]
+
+    def drawn(self, steps: int) -> np.ndarray:
+        """The units of the first `steps` steps; one that was drawn twice comes twice."""
+        rows = np.concatenate(self.steps[:steps]) if steps else np.empty(0, dtype=np.int64)
+        parts = [self.units[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Rows in shares of equal number, or one less, whose costs are as even as giving out the dearest first makes them."""
+    if ranks == 1:
+        return [rows]
+    room = [-(-len(rows) // ranks)] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0.0, rank) for rank in range(ranks)]
+    for place in np.argsort(-costs[rows], kind="stable").tolist():
+        spent, rank = heapq.heappop(heap)
+        shares[rank].append(place)
+        if len(shares[rank]) < room[rank]:
+            heapq.heappush(heap, (spent + float(costs[rows[place]]), rank))
+    return [rows[np.array(sorted(share), dtype=np.int64)] for share in shares]
+
+
+class Plan:
+    """The steps of every epoch. Raises `DataError` for fewer units than processes."""
+
+    def __init__(self, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> None:
+        self.data, self.sizes, self.seed = data, sizes, seed
+        self.lengths, self.unit_costs = prepared.unit_lengths, prepared.unit_costs(sizes.image_cost)
+        self.by_source = [np.flatnonzero(prepared.unit_sources == number) for number in range(len(prepared.sources))]
+        self.counts = epoch_counts([len(units) for units in self.by_source], prepared.sources, data.epoch_size)
+        if 0 < sum(self.counts) < sizes.ranks:
+            units = f"{sum(self.counts)} {'images with their rows' if data.group == 'image' else 'rows'} an epoch"
+            raise DataError(f"{units} for {sizes.ranks} processes: some would train on nothing; start fewer", source="data.train")
+        self._last: tuple[int, np.ndarray | None, Epoch] | None = None
+
+    def epoch(self, epoch: int, before: np.ndarray | None = None) -> Epoch:
+        """The epoch's steps.
+
+        `before` says how often each unit was drawn in this epoch already, under another plan; what is left is cut.
+        """
+        if self._last is None or self._last[0] != epoch or self._last[1] is not before:
+            self._last = epoch, before, self._cut(epoch, before)
+        return self._last[2]
+
+    def cut(self, prepared: Prepared) -> dict[str, Any]:
+        """What the order of units and the rows of each step depend on, as JSON: equal cuts give equal steps."""
+        return {
+            "seed": self.seed,
+            "lengths": zlib.crc32(np.ascontiguousarray(self.lengths).tobytes()),
+            "rows": self.sizes.step_rows,
+            "tokens": self.sizes.step_tokens,
+            "packing": self.data.packing and self.data.row_length,
+            "counts": self.counts,
+            "sources": [
+                [source.model_dump_json(exclude=UNORDERED, exclude_defaults=True), len(units)]
+                for source, units in zip(prepared.sources, self.by_source, strict=True)
+            ],
+        }
+
+    def units(self, epoch: int) -> np.ndarray:
+        """The units of an epoch, source by source: of each as many as its share, none again before all were drawn."""
+        drawn = []
+        for number, (units, count) in enumerate(zip(self.by_source, self.counts, strict=True)):
+            position, end = epoch * count, (epoch + 1) * count
+            while position < end:
+                turn, start = divmod(position, len(units))
+                taken = min(end - position, len(units) - start)
+                order = np.random.default_rng((self.seed, number, turn)).permutation(units)
+                drawn.append(order[start : start + taken])
+                position += taken
+        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
+
+    def _cut(self, epoch: int, before: np.ndarray | None) -> Epoch:
+        random = np.random.default_rng((self.seed, epoch))
+        units = random.permutation(self.units(epoch))
+        if before is not None:
+            units = _without(units, before)
+        starts = np.arange(len(units) + 1)
+        longest = self.lengths[units, 0]
+        if self.data.packing and len(units):
+            units, starts = self._packed(units)
+            alone = np.diff(starts) == 1
+            longest = np.where(alone, self.lengths[units[starts[:-1]], 0], np.add.reduceat(self.lengths[units, 1], starts[:-1]))
+        costs = np.add.reduceat(self.unit_costs[units], starts[:-1]) if len(longest) else np.empty(0)
+        size, tokens = self.sizes.step_rows, self.sizes.step_tokens
+        if size is not None:
+            steps, whole = _by_number(longest, size), len(longest) // size
+        else:
+            assert tokens is not None
+            steps = _by_tokens(longest, tokens)
+            whole = len(steps)
+        mixed = [*(steps[place] for place in random.permutation(whole)), *steps[whole:]]
+        return Epoch(units, starts, longest, costs, mixed, self.sizes)
+
+    def _packed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Units as rows of at most `row_length` tokens together: of a stretch the longest first, each where it fits best."""
+        limit, rows = self.data.row_length, []
+        for start in range(0, len(units), PACK_WINDOW):
+            stretch = units[start : start + PACK_WINDOW]
+            sizes = self.lengths[stretch, 1]
+            order = np.argsort(-sizes, kind="stable")
+            room: list[list[list[int]]] = [[] for _ in range(limit + 1)]
+            for unit, size in zip(stretch[order].tolist(), sizes[order].tolist(), strict=True):
+                left = next((left for left in range(size, limit + 1) if room[left]), None)
+                if left is None:
+                    rows.append(row := [unit])
+                else:
+                    (row := room[left].pop()).append(unit)
+                # A unit that is longer than a row stands alone.
+                if (rest := (limit if left is None else left) - size) >= 0:
+                    room[rest].append(row)
+        return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+
+
+def epoch_counts(units: Sequence[int], sources: Sequence[Source], epoch_size: int | None) -> list[int]:
+    """How many units of each source make an epoch.
+
+    All of a source that has neither count nor weight. Sources with weights share `epoch_size` by them, to the unit; if
+    it is not given, as many as fit without drawing a unit twice.
+    """
+    weights = np.array([source.weight or 0.0 for source in sources])
+    counts = [source.count or number for source, number in zip(sources, units, strict=True)]
+    counts = [count if number else 0 for count, number in zip(counts, units, strict=True)]
+    weighted = [place for place, number in enumerate(units) if weights[place] and number]
+    if not weighted:
+        return counts
+    shares = weights[weighted] / weights[weighted].sum()
+    size = epoch_size or int(min(units[place] / share for place, share in zip(weighted, shares, strict=True)))
+    exact = shares * size
+    found = np.floor(exact).astype(int)
+    for place in np.argsort(-(exact - found), kind="stable")[: size - int(found.sum())]:
+        found[place] += 1
+    for place, count in zip(weighted, found.tolist(), strict=True):
+        counts[place] = count
+    return counts
+
+
+def _without(units: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The units in order, each as often less as it was drawn before."""
+    order = np.argsort(units, kind="stable")
+    numbers, first = np.unique(units[order], return_index=True)
+    turn = np.arange(len(units)) - np.repeat(first, np.diff(first, append=len(units)))
+    left = np.empty(len(units), dtype=bool)
+    left[order] = turn >= np.repeat(before[numbers], np.diff(first, append=len(units)))
+    return units[left]
+
+
+def _stretch(rows: int) -> int:
+    """How many rows are sorted by length together where a step takes `rows`."""
+    return rows * max(min(BUCKET, STRETCH // rows), 1)
+
+
+def _by_number(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Steps of `size` rows of like length, sorted; the incomplete one is the last."""
+    whole = len(lengths) // size * size
+    steps = []
+    for start in range(0, whole, _stretch(size)):
+        places = np.arange(start, min(start + _stretch(size), whole))
+        steps += list(places[np.argsort(lengths[places], kind="stable")].reshape(-1, size))
+    if whole < len(lengths):
+        places = np.arange(whole, len(lengths))
+        steps.append(places[np.argsort(lengths[places], kind="stable")])
+    return steps
+
+
+def _by_tokens(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Steps of rows of like length, sorted, of at most `tokens` padded tokens (a longer row stands alone)."""
+    stretch = _stretch(max(int(tokens / max(lengths.mean(), 1)), 1)) if len(lengths) else 1
+    steps: list[np.ndarray] = []
+    for start in range(0, len(lengths), stretch):
+        places = np.arange(start, min(start + stretch, len(lengths)))
+        places = places[np.argsort(lengths[places], kind="stable")]
+        steps += _budgeted(places, lengths, tokens)
+    return steps
+
+
+def _budgeted(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Sorted rows cut so that each part has at most `tokens` padded tokens, or is one longer row."""
+    parts, first = [], 0
+    for place in range(1, len(rows) + 1):
+        # Sorted, so that the row that comes is the longest.
+        if place == len(rows) or (place - first + 1) * lengths[rows[place]] > tokens:
+            parts.append(rows[first:place])
+            first = place
+    return parts
+
+
+def _token_shares(rows: np.ndarray, lengths: np.ndarray, costs: np.ndarray, tokens: int, ranks: int) -> list[list[np.ndarray]]:
+    """A step's rows as micro-batches of at most `tokens` padded tokens, those of like cost side by side on the ranks."""
+    parts = _budgeted(rows, lengths, tokens)
+
+    def cost(part: np.ndarray) -> float:
+        return float(costs[part].sum())
+
+    while len(parts) % ranks:
+        # A rank without rows would wait for the others: the dearest part that can be halved makes two.
+        place = max((place for place, part in enumerate(parts) if len(part) > 1), key=lambda place: cost(parts[place]), default=None)
+        if place is None:
+            parts.append(np.empty(0, dtype=np.int64))
+        else:
+            parts[place : place + 1] = np.array_split(parts[place], 2)
+    parts.sort(key=cost)
+    return [parts[start : start + ranks] for start in range(0, len(parts), ranks)]

@@ -1,0 +1,265 @@
+"""Rows read, checked and tokenised while training: for more rows than can be prepared, and for hub streams.
+
+The order of raw rows is a function of the seed alone, so a place in it is a number of rows, and resuming reads up to it
+again without tokenising.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count, islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_tune.config import DataSection, Source
+from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.batching.loader import Augmented, Position, blank
+from vlm_tune.data.batching.packing import pack_layout
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.truncation import fit
+from vlm_tune.data.prepare.dataset import Group
+from vlm_tune.data.sources.base import SourceReader
+from vlm_tune.data.sources.registry import open_source, read_all
+from vlm_tune.data.types import Batch, Conversation, Media
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Row = tuple[int, Conversation | DataError]
+"""A source's number and what was read."""
+
+
+Share = tuple[int, int]
+"""Which of how many processes' own rows."""
+
+
+def passes(reader: SourceReader, limit: int | None, share: Share = (0, 1)) -> Iterator[Conversation | DataError]:
+    """A source's rows over and over, or the share of one of several. Raises `DataError` if it has none."""
+    while True:
+        rows = 0
+        for row in _shared(reader, limit, share):
+            rows += 1
+            yield row
+        if not rows:
+            raise DataError(f"no rows{f' for process {share[0]} of {share[1]}' if share[1] > 1 else ''}", source=reader.name)
+
+
+def _shared(reader: SourceReader, limit: int | None, share: Share) -> Iterator[Conversation | DataError]:
+    """One process's share of a source: every n-th chunk (shards, stretches of files); every n-th row of a source of few chunks."""
+    number, of = share
+    if limit is not None or len(list(islice(reader.chunks(), of))) < of:
+        return islice(read_all([reader]), number, limit, of)
+    return (row for chunk in reader.chunks() if chunk.number % of == number for row in reader.conversations(chunk))
+
+
+def mixed(readers: Sequence[SourceReader], sources: Sequence[Source], seed: int, share: Share = (0, 1)) -> Iterator[Row]:
+    """Rows of the sources, or a share of each, without an end, drawn by their weights (or counts, or evenly), ratios to the row.
+
+    Every source is owed its share of each row drawn; the one that is owed most comes next.
+    """
+    shares = [source.weight or float(source.count or 1) for source in sources]
+    total = sum(shares)
+    streams = [passes(reader, source.limit, share) for reader, source in zip(readers, sources, strict=True)]
+    # Where two are owed the same, a drawn order decides.
+    order = random.Random(seed).sample(range(len(sources)), len(sources))
+    owed = [0.0] * len(sources)
+    while True:
+        owed = [debt + share / total for debt, share in zip(owed, shares, strict=True)]
+        chosen = max(order, key=lambda number: owed[number])
+        owed[chosen] -= 1
+        yield chosen, next(streams[chosen])
+
+
+def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
+    """The rows in an order mixed within a buffer of `size`."""
+    drawn = random.Random(seed)
+    buffer = list(islice(rows, size))
+    for row in rows:
+        place = drawn.randrange(len(buffer))
+        buffer[place], out = row, buffer[place]
+        yield out
+
+
+@dataclass
+class StreamFeed:
+    """Batches of rows that are read as they come; `report` is told of every row that can't be used.
+
+    A step takes the next `batch_size` x `accumulation` rows of each `planned` process, and its micro-batches are shares of
+    them: one that can't be used leaves its micro-batch smaller, so a step's rows are a function of its number. Raises
+    `DataError` as the policy for bad rows tells.
+    """
+
+    data: DataSection
+    sources: Sequence[Source]
+    processor: Processor
+    fetch: Fetch
+    batch_size: int
+    seed: int
+    rank: int = 0
+    ranks: int = 1
+    planned: int | None = None
+    accumulation: int = 1
+    report: Callable[[DataError], None] = lambda error: None
+    bad: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.planned = self.planned or self.ranks
+        self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
+        self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
+        self._last: Group | None = None
+
+    @property
+    def step_rows(self) -> int:
+        """Rows that a step reads, over all processes."""
+        return self.batch_size * self.accumulation * (self.planned or self.ranks)
+
+    def cut(self) -> dict[str, Any]:
+        """What the order of rows and the rows of each step depend on."""
+        own = {"own_shards": self.planned} if self.data.own_shards else {}
+        order = {"seed": self.seed, "rows": self.step_rows, "shuffle_buffer": self.data.shuffle_buffer, **own}
+        sources = [source.model_dump_json(exclude={"template", "system"}, exclude_defaults=True) for source in self.sources]
+        return {**order, "sources": [[source, None] for source in sources]}
+
+    def steps(self, position: Position) -> None:
+        """None: a stream has no epochs."""
+        return
+
+    def share(self, position: Position) -> float:
+        """0: an epoch without an end."""
+        return 0.0
+
+    def drawn(self, position: Position) -> dict[str, np.ndarray]:
+        """Nothing: a position says how many rows were read."""
+        return {}
+
+    def resumed(self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> Position:
+        """A checkpoint's position in the present plan: after as many rows, whatever their order is now."""
+        if cut == self.cut():
+            return position
+        return Position(rows=position.rows + position.step * cut["rows"])
+
+    def windows(self, position: Position) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step from the position."""
+        planned = self.planned or self.ranks
+        mine, shares = self._streams(planned)
+        size = self.step_rows // planned if self.data.own_shards else self.step_rows
+        first = position.rows // shares + position.step * size
+        streams = [islice(self._stream(share), first, None) for share in mine]
+        for step in count(position.step):
+            drawn = [list(islice(rows, size)) for rows in streams]
+            if self.data.own_shards and planned == self.ranks:
+                (rows,) = drawn
+                number = -(-len(rows) // self.batch_size)
+                yield [self._batch(part, step) for part in _parts(rows, number)]
+                continue
+            rows = list(chain.from_iterable(drawn))
+            number = -(-len(rows) // (self.batch_size * self.ranks))
+            yield [self._batch(part[self.rank :: self.ranks], step) for part in _parts(rows, number)]
+
+    def _streams(self, planned: int) -> tuple[list[Share], int]:
+        """The shares of the rows that this process draws, and in how many all rows are shared."""
+        if not self.data.own_shards:
+            # Every process draws all rows, so that none has to ask another.
+            return [(0, 1)], 1
+        mine = [self.rank] if self.ranks == planned else range(planned)
+        return [(number, planned) for number in mine], planned
+
+    def _stream(self, share: Share) -> Iterator[Row]:
+        """The rows, shuffled, that a share of the processes' own shards brings."""
+        number, of = share
+        rows = mixed(self.readers, self.sources, self.seed, share)
+        return shuffled(rows, max(self.data.shuffle_buffer // of, 1), self.seed + number)
+
+    def _batch(self, rows: Sequence[Row], step: int) -> Batch:
+        pixels: dict[Media, torch.Tensor] = {}
+        groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
+        if groups:
+            self._last = groups[0]
+        elif self._last is None:
+            raise DataError("none of the first rows can be used", source="data.train")
+        else:
+            groups = [blank(self._last)]
+        spec = self.processor.spec
+        if self.data.packing:
+            groups = [[pack_layout(row, spec.layout)] for row in _filled(groups, self.data.row_length)]
+        examples = [example for group in groups for example in group]
+
+        def fetch(media: Media) -> torch.Tensor:
+            return self._pixels(media, pixels)
+
+        if self.data.augment is None:
+            return collate(examples, spec, fetch=fetch)
+        changed = Augmented(fetch, self.data.augment, self.seed, step)
+        return collate(examples, spec, fetch_for=changed, owners=[example.id for example in examples])
+
+    def _usable(self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]) -> Group:
+        """A row's examples, their images decoded; none if it can't be used."""
+        try:
+            if isinstance(row, DataError):
+                raise row
+            try:
+                fitted = fit(row, self.processors[number], self.data.overlong)
+                if fitted.overlong and self.data.overlong == "fail":
+                    raise DataError(f"more than data.max_length {self.processor.spec.max_length} tokens", kind="overlong")
+                for example in fitted.examples:
+                    for media in example.media:
+                        self._pixels(media, pixels)
+            except DataError as error:
+                raise DataError(error.message, source=row.source, row=row.row, kind=error.kind) from None
+            return fitted.examples
+        except DataError as error:
+            self.bad += 1
+            if self.data.on_bad_row == "fail" or error.kind == "overlong":
+                raise
+            if self.bad > self.data.max_bad_rows:
+                raise DataError(f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); the last: {error}") from None
+            self.report(error)
+            return []
+
+    def _pixels(self, media: Media, pixels: dict[Media, torch.Tensor]) -> torch.Tensor:
+        if media not in pixels:
+            pixels[media] = self.fetch(media)
+        return pixels[media]
+
+
+def usable_rows(data: DataSection, sources: Sequence[Source], processor: Processor, seed: int, most: int) -> list[Conversation]:
+    """The first conversations of streamed sources that can be read, decoded and asked, among the first `most` rows."""
+    readers = [open_source(source, seed=seed, streaming=True) for source in sources]
+    processors = [processor.variant(source.template, source.system) for source in sources]
+    rows: list[Conversation] = []
+    for number, row in islice(mixed(readers, sources, seed), most):
+        if isinstance(row, DataError):
+            continue
+        try:
+            fits = len(processors[number].prompt(row).input_ids) <= data.max_length
+            for item in row.media:
+                processor.images(item)
+        except DataError:
+            continue
+        if fits:
+            rows.append(row)
+    return rows
+
+
+def _parts(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
+    """Rows in so many parts, in order, whose sizes differ by one at most."""
+    edges = [len(rows) * place // number for place in range(number + 1)]
+    return [rows[start:end] for start, end in pairwise(edges)]
+
+
+def _filled(groups: Sequence[Group], limit: int) -> list[Group]:
+    """The examples of all groups in rows of at most `limit` tokens, the longest first, each where it fits first."""
+    rows: list[tuple[int, Group]] = []
+    for example in sorted((example for group in groups for example in group), key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        for place, (used, row) in enumerate(rows):
+            if used + size <= limit:
+                rows[place] = (used + size, [*row, example])
+                break
+        else:
+            rows.append((size, [example]))
+    return [row for _, row in rows]

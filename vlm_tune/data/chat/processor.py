@@ -1,0 +1,119 @@
+"""Between words and tensors: one object holds tokenizer, template and image preprocessing, for training and for chat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
+from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.types import Conversation, Example, InputSpec, Media
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Processor:
+    """Turns conversations into examples. Raises `DataError` if template, layout and tokenizer don't fit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    spec: InputSpec
+    images: ImageProcessor
+    system: str | None = None
+    words: tuple[str, ...] = ()
+    """Tokens that were added to the vocabulary, which texts may hold."""
+    encoder: TextEncoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.spec.layout not in self.template.layouts:
+            raise DataError(
+                f"the chat format {quoted(self.template.name)} is for {' and '.join(self.template.layouts)} models, "
+                f"this one is {self.spec.layout}",
+                source="data.template",
+            )
+        clashing = [word for word in self.words if word in self.template.control_tokens]
+        if clashing:
+            message = f"{quoted(clashing[0])} is a control token of the chat format {quoted(self.template.name)}, which no text may hold"
+            raise DataError(message, source="model.llm.added_tokens")
+        self.encoder = TextEncoder(self.tokenizer, self.words)
+        for name in self.template.control_tokens:
+            self.encoder.control(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that prepare rows need no transformers: the tokenizer stays behind."""
+        return {**self.__dict__, "tokenizer": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processor:
+        # Nothing of it changes, so a copy of a model shares it; `__getstate__` would leave the tokenizer behind.
+        return self
+
+    def variant(self, template: str | None, system: str | None) -> Processor:
+        """This processor with another chat format or system text, where they are given."""
+        changes: dict[str, Any] = {"template": load_template(template)} if template is not None else {}
+        changes |= {"system": system} if system is not None else {}
+        return replace(self, **changes) if changes else self
+
+    def fingerprint(self) -> str:
+        """Changes when the examples it makes do."""
+        parts = (self.encoder.described(), self.template.model_dump_json(), self.spec, self.system, self.images.tiles, self.images.size)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
+        segments = self.template.segments(self._tiled(conversation), prompt_only=prompt_only, system=self.system)
+        return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
+
+    def _tiled(self, conversation: Conversation) -> Conversation:
+        """The conversation with the tiles of each image after it, where the tower takes tiles."""
+        if not self.images.tiles:
+            return conversation
+        try:
+            messages = tuple(
+                replace(
+                    message,
+                    parts=tuple(
+                        item for part in message.parts for item in (self.images.expand(part) if isinstance(part, Media) else (part,))
+                    ),
+                )
+                for message in conversation.messages
+            )
+        except DataError as error:
+            raise DataError(error.message, source=conversation.source, row=conversation.row or conversation.id, kind=error.kind) from None
+        return replace(conversation, messages=messages)
+
+    def examples(self, conversation: Conversation) -> list[Example]:
+        """Examples to train on. Raises `DataError` if none of a row's tokens is supervised."""
+        found = self._lay_out(conversation, prompt_only=False)
+        if any(example.supervised == 0 for example in found):
+            raise DataError("no token of it is supervised, it would train nothing", row=conversation.id, kind="unsupervised")
+        return found
+
+    def prompt(self, conversation: Conversation) -> Example:
+        """The example the model is asked to go on from: all but the last answer, and the assistant's turn opened."""
+        return self._lay_out(conversation, prompt_only=True)[-1]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """`prompt` of each. Raises `DataError` for one that is longer than `max_length`."""
+        found = [self.prompt(conversation) for conversation in conversations]
+        for example in found:
+            if len(example.input_ids) > self.spec.max_length:
+                raise DataError(f"{len(example.input_ids)} tokens, more than {self.spec.max_length}", row=example.id)
+        return found
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the template's trained end tokens and the tokenizer's own."""
+        ends = [piece.control for piece in self.template.assistant if piece.control and piece.trained]
+        return list(dict.fromkeys([*(self.encoder.control(end) for end in ends), self.spec.eos_id]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated ids as text, control tokens and outer white space removed."""
+        if self.words:  # a special one among them is part of the answer all the same
+            ids = [token for token in ids if not self.encoder.is_control(token)]
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not self.words)).strip()

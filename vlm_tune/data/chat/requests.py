@@ -1,0 +1,198 @@
+"""What is asked in a chat: requests with their turns and images become conversations."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.data.chat.image_marks import split_marks
+from vlm_tune.data.images.decode import upright
+from vlm_tune.data.sources.legible import SURROGATE
+from vlm_tune.data.sources.media import data_url
+from vlm_tune.data.types import ROLES, Conversation, Media, Message
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+KEYS = ("prompt", "image", "images")
+TURN_KEYS = ("role", "content")
+PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of images that PNG holds; TIFF holds the others."""
+IMAGE_KINDS = "a path, bytes, a file object, a PIL image or a uint8 array"
+
+
+def request_conversation(number: int, request: Any) -> Conversation:
+    """The conversation of a request, the `number`-th from 1: a text, or `{"prompt": ..., "image" or "images": ...}`.
+
+    The prompt is a text, or turns `{"role", "content"}` whose contents are texts or lists of parts. Places of images are
+    `<image>` marks in questions and system texts and parts without an image of their own: they take the request's images
+    in order. Without any place the images go before the first question.
+
+    Raises:
+        DataError: for a request of another form, images that can't be read, and places and images that differ in number.
+    """
+    try:
+        messages = _messages(request)
+    except DataError as error:
+        raise DataError(f"request {number}: {error.message}", kind=error.kind) from None
+    labels = (f"request {number}: image {place}" for place in count(1))
+    for place, message in enumerate(messages):
+        parts = (part if isinstance(part, str) else replace(part, label=next(labels)) for part in message.parts)
+        messages[place] = replace(message, parts=tuple(parts))
+    return Conversation(f"request {number}", tuple(messages), row=number)
+
+
+def _messages(request: Any) -> list[Message]:
+    if isinstance(request, str):
+        request = {"prompt": request}
+    if not isinstance(request, Mapping):
+        raise DataError(f'a request is a text or {{"prompt": ..., "images": [...]}}, got {quoted(request)}')
+    _known(request, KEYS)
+    if "prompt" not in request:
+        raise DataError("a request has a `prompt`")
+    if request.get("image") is not None and request.get("images") is not None:
+        raise DataError("both `image` and `images`")
+    images = request.get("images") if request.get("image") is None else request["image"]
+    media = [image_media(image) for image in _listed(images)]
+    prompt = request["prompt"]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(turns, Sequence) or isinstance(turns, bytes) or not turns:
+        raise DataError(f"a prompt is a text or a list of turns, got {quoted(prompt)}")
+    places = [0]
+
+    def take() -> Media | None:
+        places[0] += 1
+        return media[places[0] - 1] if places[0] <= len(media) else None
+
+    messages = [_message(place, turn, take) for place, turn in enumerate(turns, 1)]
+    first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+    if first is None or messages[-1].role != "user":
+        raise DataError("a chat ends with the user's turn")
+    if not places[0]:
+        messages[first] = Message("user", (*media, *messages[first].parts))
+    elif places[0] != len(media):
+        advice = r"; \<image> is the text itself" if places[0] > len(media) else ""
+        raise DataError(f"{len(media)} images and {places[0]} <image> marks or parts for them{advice}", kind="image_count")
+    return messages
+
+
+def _known(given: Mapping[Any, Any], keys: Sequence[str]) -> None:
+    for key in given:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, 1)
+            advice = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(keys)}"
+            raise DataError(f"unknown key {quoted(key)}; {advice}")
+
+
+def _listed(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}")
+    try:
+        _known(turn, TURN_KEYS)
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES:
+            raise DataError(f"the role is one of {', '.join(ROLES)}, got {quoted(role)}")
+        if isinstance(content, str):
+            return Message(role, tuple(_marked(role, content, take)))
+        if isinstance(content, list | tuple):
+            return Message(role, tuple(part for given in content for part in _part(role, given, take)))
+        raise DataError(f"`content` is a text or a list of parts, got {quoted(content)}")
+    except DataError as error:
+        raise DataError(f"turn {place}: {error.message}", kind=error.kind) from None
+
+
+def _marked(role: str, text: str, take: Callable[[], Media | None]) -> Iterator[str | Media]:
+    """A text with its marks taking images; what the assistant says has none."""
+    if SURROGATE.search(text):
+        raise DataError(f"the text {quoted(text)} holds half a surrogate pair, which is no character", kind="text")
+    for place, piece in enumerate([text] if role == "assistant" else split_marks(text)):
+        found = take() if place % 2 else piece
+        if found:
+            yield found
+
+
+def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[str | Media]:
+    """One part of a content: text, or an image, its own or the request's next."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        yield from _marked(role, part["text"], take)
+        return
+    if kind not in ("image", "image_url"):
+        raise DataError(f"a part is of type text, image or image_url, got {quoted(part if kind is None else kind)}")
+    if role == "assistant":
+        raise DataError("an answer has no image")
+    given = next((part[name] for name in ("image", "image_url", "path", "url", "bytes") if part.get(name) is not None), None)
+    found = take() if given is None else image_media(given)
+    if found:
+        yield found
+
+
+def image_media(image: Any) -> Media:
+    """An image by its path, data URL, bytes, file object, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4].
+
+    Raises `DataError` for anything else; what is in a file is decoded later.
+    """
+    if isinstance(image, Mapping):
+        image = next((image[name] for name in ("url", "path", "bytes") if image.get(name) is not None), None)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return Media(bytes(image))
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        return Media(data_url(image))
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        raise DataError(f"the image {quoted(image)} is a URL, and nothing is fetched: download it and give its path", kind="unsupported")
+    if isinstance(image, str | Path):
+        return Media(_file(image))
+    if hasattr(image, "read"):
+        data = image.read()
+        if isinstance(data, bytes):
+            return Media(data)
+    if hasattr(image, "__array_interface__") and not hasattr(image, "mode"):
+        return _encoded(_of_array(image))
+    if hasattr(image, "mode") and hasattr(image, "save"):
+        return _encoded(image)
+    raise DataError(f"an image is {IMAGE_KINDS}, got {quoted(image)}")
+
+
+def _file(path: str | Path) -> Path:
+    try:
+        if Path(path).is_file():
+            return Path(path)
+    except (OSError, ValueError):  # too long, a NUL byte
+        pass
+    raise DataError(f"no image file {quoted(str(path))}")
+
+
+def _of_array(array: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(array)
+    if values.dtype != np.uint8:
+        raise DataError(f"an image's array is uint8 from 0 to 255, got {values.dtype}")
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
+        raise DataError(f"an image's array is [H, W], [H, W, 3] or [H, W, 4], got {list(values.shape)}")
+    return Image.fromarray(values)
+
+
+def _encoded(image: Any) -> Media:
+    """A PIL image as encoded bytes, upright: neither format keeps the EXIF rotation of an opened photo."""
+    if 0 in image.size:
+        raise DataError(f"an image of {image.size[0]}x{image.size[1]} pixels has none")
+    if image.mode in ("HSV", "LAB", "YCbCr"):
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    try:
+        upright(image).save(buffer, format="PNG" if image.mode in PLAIN_MODES else "TIFF")
+    except (OSError, ValueError) as error:  # a cut file that was opened, and modes of neither format
+        raise DataError(f"the PIL image of mode {image.mode} can't be read: {error}", kind="image_unreadable") from None
+    return Media(buffer.getvalue())

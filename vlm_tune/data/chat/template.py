@@ -1,0 +1,215 @@
+"""Chat formats: a conversation becomes segments, and what is trained is known by construction."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlm_tune.config.yaml_source import read_yaml
+from vlm_tune.data.types import ROLES, Conversation, Media, Message, Segment
+from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.quoting import quoted
+from vlm_tune.resources import find_resource, resource_names
+
+
+class Piece(BaseModel):
+    """One piece of a turn: literal text, a control token by its written form, or the turn's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    text: str | None = None
+    control: str | None = None
+    content: Literal["trained", "prompt"] | None = None
+    trained: bool = False
+
+
+class ChatTemplate(BaseModel):
+    """A chat format of `data_templates/chat`.
+
+    Each role is a list of pieces. `start` opens every conversation; a conversation without system text gets
+    `default_system` if there is one. `bos` and `eos` as control names stand for the tokenizer's own tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    layouts: Annotated[list[Literal["causal", "seq2seq"]], Field(min_length=1)]
+    start: list[Piece] = []
+    system: list[Piece] = []
+    user: list[Piece]
+    assistant: list[Piece]
+    default_system: str | None = None
+    strip: bool = False
+    jinja: str = ""
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """Control tokens by their written form, those that stand for the tokenizer's own left out."""
+        pieces = [*self.start, *self.system, *self.user, *self.assistant]
+        return list(dict.fromkeys(p.control for p in pieces if p.control and p.control not in ("bos", "eos")))
+
+    def segments(self, conversation: Conversation, *, prompt_only: bool = False, system: str | None = None) -> list[Segment]:
+        """The conversation's segments in order, adjacent text of one kind joined.
+
+        With `prompt_only` the last turn is opened for the model to answer: everything up to its trained content.
+        Raises `DataError` for a conversation the format can't hold.
+        """
+        messages = list(conversation.messages)
+        if prompt_only and messages and messages[-1].role == "assistant":
+            messages.pop()
+        system = self.default_system if system is None else system
+        if system and messages and messages[0].role != "system":
+            messages.insert(0, Message("system", (system,)))
+        out: list[Segment] = [s for piece in self.start for s in self._piece(piece, None)]
+        for message in messages:
+            if message.role not in ROLES:
+                raise DataError(
+                    f"the role {quoted(message.role)} is none of {', '.join(ROLES)}",
+                    source="conversation",
+                    row=conversation.id,
+                    kind="role",
+                )
+            if message.role == "system" and not self.system:
+                raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id, kind="template")
+            pieces: list[Piece] = getattr(self, message.role)
+            out += [s for piece in pieces for s in self._piece(piece, message)]
+        if prompt_only:
+            for piece in self.assistant:
+                if piece.content or piece.trained:
+                    break
+                out += self._piece(piece, None)
+        # In a prompt the earlier answers are context: nothing of it is trained.
+        return [replace(s, trained=False) if prompt_only else s for s in _joined(out)]
+
+    def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
+        learned = message is None or message.trained
+        if piece.control is not None:
+            return [Segment("control", piece.control, piece.trained and learned)]
+        if piece.text is not None:
+            return [Segment("text", piece.text, piece.trained and learned)]
+        assert message is not None
+        trained = piece.content == "trained" and learned
+        parts = list(message.parts)
+        if self.strip:
+            parts = _stripped(parts)
+        return [
+            Segment("media", part, False) if isinstance(part, Media) else Segment("text", part, trained) for part in parts if part != ""
+        ]
+
+
+def _stripped(parts: list[str | Media]) -> list[str | Media]:
+    """White space at the turn's two ends removed, as chat templates that trim do."""
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts
+
+
+def _joined(segments: list[Segment]) -> list[Segment]:
+    out: list[Segment] = []
+    for segment in segments:
+        last = out[-1] if out else None
+        if last and last.kind == segment.kind == "text" and last.trained == segment.trained:
+            out[-1] = replace(last, payload=str(last.payload) + str(segment.payload))
+        else:
+            out.append(segment)
+    return out
+
+
+def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> str:
+    """The format as a chat template of transformers' processors, whose contents are text, or lists of texts and images.
+
+    An image is written as the token `image`; `system` is what a conversation without system text gets, as in `segments`.
+    """
+    system = template.default_system if system is None else system
+    text = "part['text']"
+    if template.strip:
+        text = "(part['text'].lstrip() if loop.first else part['text'])"
+        text = f"({text}.rstrip() if loop.last else {text})"
+    lines = [
+        "{%- macro content(message) -%}",
+        f"{{%- if message['content'] is string -%}}{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
+        "{%- else -%}{%- for part in message['content'] -%}",
+        f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- endmacro -%}",
+        _written(template.start, ""),
+    ]
+    if system:
+        words = system.strip() if template.strip else system
+        lines += ["{%- if messages[0]['role'] != 'system' -%}", _written(template.system, _quoted(words)), "{%- endif -%}"]
+    lines.append("{%- for message in messages -%}")
+    for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
+        pieces = getattr(template, role)
+        refusal = f"{{{{- raise_exception({_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
+        lines += [f"{{%- {word} message['role'] == '{role}' -%}}", _written(pieces, "content(message)") if pieces else refusal]
+    opened: list[Piece] = []
+    for piece in template.assistant:
+        if piece.content or piece.trained:
+            break
+        opened.append(piece)
+    lines += ["{%- endif -%}", "{%- endfor -%}"]
+    lines += ["{%- if add_generation_prompt -%}", _written(opened, ""), "{%- endif -%}"]
+    return "\n".join(line for line in lines if line)
+
+
+def _written(pieces: list[Piece], content: str) -> str:
+    """A jinja expression that writes pieces, with `content` as the expression of the turn's content."""
+
+    def written(piece: Piece) -> str:
+        if piece.content:
+            return content
+        return f"{piece.control}_token" if piece.control in ("bos", "eos") else _quoted(piece.text or piece.control or "")
+
+    parts = [written(piece) for piece in pieces]
+    return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def load_template(name: str) -> ChatTemplate:
+    """A shipped chat format by name, or one from a YAML file.
+
+    Raises `DataError` for an unknown name, a malformed file, a format whose assistant turn trains nothing or never
+    ends, and one that begins every turn with a start token.
+    """
+    path = find_resource("data_templates/chat", name)
+    if path is None:
+        raise DataError(
+            f"no chat format {quoted(name)}; there are {', '.join(resource_names('data_templates/chat'))}", source="data.template"
+        )
+    return read_template(path)
+
+
+def read_template(path: Path) -> ChatTemplate:
+    """As `load_template`, from a file."""
+    try:
+        template = ChatTemplate.model_validate(read_yaml(path).value)
+    except RecipeError as error:
+        raise DataError(str(error), source="template") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError(faults, source=str(path)) from None
+    for role in ("start", "system", "user", "assistant"):
+        for piece in getattr(template, role):
+            if sum(value is not None for value in (piece.text, piece.control, piece.content)) != 1:
+                raise DataError(f"each piece of {role} is one of text, control, content", source=str(path))
+            if (piece.content == "trained" or piece.trained) and role != "assistant":
+                raise DataError(f"{role} has a trained piece; only the assistant's words are trained", source=str(path))
+    if not any(piece.content == "trained" for piece in template.assistant):
+        raise DataError("the assistant turn has no `content: trained`, so nothing would train", source=str(path))
+    if not any(piece.control and piece.trained for piece in template.assistant):
+        raise DataError("the assistant turn has no trained end token, so answers would never end", source=str(path))
+    if not any(piece.content for piece in template.user):
+        raise DataError("the user turn has no content", source=str(path))
+    bos = [piece for role in ("system", "user", "assistant") for piece in getattr(template, role) if piece.control == "bos"]
+    if bos or sum(piece.control == "bos" for piece in template.start) > 1:
+        raise DataError("the start token stands in a turn or twice: a conversation would begin more than once", source=str(path))
+    return template

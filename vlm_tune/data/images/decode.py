@@ -1,0 +1,288 @@
+"""Safe decoding and preprocessing: encoded bytes become uint8 pixels [3, H, W] of the tower's size."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from vlm_tune.config import Augment
+from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp
+from vlm_tune.data.types import Media, Tile
+from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 200
+ORIENTATION = 0x0112
+"""The EXIF tag of how a camera was held; 5 to 8 exchange width and height."""
+DAMAGED = (OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, EOFError, RuntimeError, struct.error)
+"""What Pillow raises for damaged files (RuntimeError: AVIF)."""
+
+
+@contextmanager
+def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
+    """An image of which only the header is read; what goes wrong with it inside the block is a `DataError`."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(f"{name}: {width}x{height} is more than {MAX_PIXELS:,} pixels", kind="image_unreadable")
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise DataError(f"{name}: {width}x{height}, sides of over {MAX_ASPECT} to 1", kind="image_unreadable")
+                yield image
+    except UnidentifiedImageError:
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        raise DataError(f"{name}: not an image of {', '.join(FORMATS)} ({size} bytes)", kind="image_unreadable") from None
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: can't be decoded: {error}", kind="image_unreadable") from None
+
+
+def decode_image(data: bytes, name: str = "<bytes>") -> Image:
+    """An RGB image: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+
+    Raises `DataError` for other formats than PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, for files that are cut or empty, and
+    from the header alone for more than 100 megapixels or sides of over 200 to 1.
+    """
+    with opened(data, name) as image:
+        return as_rgb(image)
+
+
+def as_rgb(image: ImageFile) -> Image:
+    """An open image, decoded and converted as `decode_image` says."""
+    from PIL import Image
+
+    shown = upright(image)
+    if shown.mode.startswith("I;16") or shown.mode == "I":
+        array = np.asarray(shown, dtype=np.uint32)
+        return Image.fromarray((array >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if shown.mode in ("LA", "RGBA", "PA") or "transparency" in shown.info:
+        rgba = shown.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return shown.convert("RGB")
+
+
+def upright(image: Image) -> Image:
+    """The image, decoded and turned as its EXIF data says; unlike Pillow's own way it needs no more of them than the one tag."""
+    from PIL.Image import Transpose
+
+    methods = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
+    methods += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+    image.load()  # which turns a TIFF, and then says so
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(methods[orientation - 2])
+
+
+def _orientation(image: Image, *, header: bool = False) -> int:
+    """1 to 8; 1, upright, for images without EXIF data or with data that can't be read."""
+    from PIL import Image as Pil
+
+    try:
+        # A PNG's own `getexif` decodes it all, in search of a late EXIF chunk.
+        exif = Pil.Image.getexif(image) if header and image.format == "PNG" else image.getexif()
+        found = exif.get(ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def encoded_bytes(media: Media) -> bytes:
+    """The file's bytes. Raises `DataError` if it can't be read."""
+    try:
+        return media.read()
+    except OSError as error:
+        raise DataError(f"{media.name}: can't be read: {error.strerror or error}", kind="image_unreadable") from None
+
+
+def image_size(media: Media) -> tuple[int, int]:
+    """(width, height) as shown, EXIF rotation applied, from the header alone. Raises `DataError` as `decode_image`."""
+    source = media.source if isinstance(media.source, Path) else encoded_bytes(media)
+    with opened(source, media.name) as image:
+        width, height = image.size
+        # Pillow gives the size of a TIFF as shown.
+        turned = image.format != "TIFF" and _orientation(image, header=True) >= 5
+        return (height, width) if turned else (width, height)
+
+
+# --- preprocessing ---------------------------------------------------------------------------------------------------
+
+
+def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]], size: int) -> tuple[int, int]:
+    """The grid (columns, rows) of size x size tiles that shows most of an image's pixels; of equals, the least padding.
+
+    This is the rule of LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside
+    the grid, and pixels that it never had don't count.
+    """
+
+    def shown_and_unused(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[0] * size / width, grid[1] * size / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - grid[0] * grid[1] * size * size
+
+    return max(grids, key=shown_and_unused)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A decoded image with the canvases its tiles were cut from; `data` are the encoded bytes."""
+
+    data: bytes
+    image: Image
+    canvases: dict[tuple[int, int], Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """An image as the tower takes it: uint8[3, size, size], made square by `resize`; the tower normalises.
+
+    With `tiles`, the grids (columns, rows) to choose from, an image is seen as several: see `expand`.
+    """
+
+    size: int
+    resize: Literal["squash", "crop", "pad"] = "crop"
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    tiles: tuple[tuple[int, int], ...] = ()
+    _last: list[_Decoded] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def expand(self, media: Media) -> tuple[Media, ...]:
+        """The image, then the tiles of its best grid in reading order; the image alone for a grid of one tile.
+
+        Raises `DataError` for a header that can't be read.
+        """
+        if not self.tiles or media.tile is not None:
+            return (media,)
+        columns, rows = best_grid(*image_size(media), self.tiles, self.size)
+        if columns * rows == 1:
+            return (media,)
+        return (media, *(replace(media, tile=Tile(column, row, columns, rows)) for row in range(rows) for column in range(columns)))
+
+    def __call__(self, media: Media) -> torch.Tensor:
+        """uint8[3, size, size]. Raises `DataError` for what can't be read or decoded."""
+        data = encoded_bytes(media)
+        if not self.tiles and media.tile is None:
+            return self.pixels(decode_image(data, media.name))
+        # An image and its tiles are asked for one after the other.
+        last = self._last[0] if self._last else None
+        if last is None or last.data != data:
+            last = _Decoded(data, decode_image(data, media.name))
+            self._last[:] = [last]
+        if media.tile is None:
+            return self.pixels(last.image)
+        grid = media.tile.columns, media.tile.rows
+        if grid not in last.canvases:
+            last.canvases[grid] = self._canvas(last.image, grid)
+        left, top = media.tile.column * self.size, media.tile.row * self.size
+        return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
+
+    def pixels(self, image: Image) -> torch.Tensor:
+        """The whole of a decoded image: uint8[3, size, size]."""
+        from PIL.Image import Resampling
+
+        width, height = image.size
+        if self.resize == "pad" and width != height:
+            image = self._centred(image, (max(width, height), max(width, height)))
+        elif self.resize == "crop" and width != height:
+            # The longer side is rounded down, as CLIP's own preprocessing does.
+            short = min(width, height)
+            width, height = self.size * width // short, self.size * height // short
+            image = image.resize((width, height), Resampling.BICUBIC)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            image = image.crop((left, top, left + self.size, top + self.size))
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Resampling.BICUBIC)
+        return _tensor(image)
+
+    def _canvas(self, image: Image, grid: tuple[int, int]) -> Image:
+        """The image fitted into a grid, its aspect kept, in the middle of the tower's mean colour."""
+        from PIL.Image import Resampling
+
+        wide, high = grid[0] * self.size, grid[1] * self.size
+        scale = min(wide / image.width, high / image.height)
+        fitted = min(math.ceil(image.width * scale), wide), min(math.ceil(image.height * scale), high)
+        return self._centred(image.resize(fitted, Resampling.BICUBIC), (wide, high))
+
+    def _centred(self, image: Image, size: tuple[int, int]) -> Image:
+        from PIL import Image as Pil
+
+        if image.size == size:
+            return image
+        fill = tuple(int(255 * value) for value in self.mean)  # rounded down, as LLaVA's
+        canvas = Pil.new("RGB", size, fill)  # type: ignore[arg-type]
+        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        return canvas
+
+
+def _tensor(image: Image) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...]) -> torch.Tensor:
+    """Randomly changed uint8[3, H, W]; the same `key` (seed, epoch, sample; none negative) gives the same change.
+
+    No global generator is read or moved.
+    """
+    from torchvision.transforms.v2 import functional
+
+    random = np.random.default_rng(key)
+    height, width = pixels.shape[-2:]
+    if augment.crop < 1:
+        pixels = functional.resized_crop(pixels, *crop_box(random, height, width, augment.crop), [height, width], antialias=True)
+    if random.random() < augment.flip:
+        pixels = functional.horizontal_flip(pixels)
+    if random.random() < augment.transpose and height == width:
+        pixels = pixels.transpose(-1, -2)
+    if augment.shift:
+        most = round(augment.shift * min(height, width))
+        down, right = (int(value) for value in random.integers(-most, most + 1, 2))
+        padded = functional.pad(pixels, [most, most, most, most], padding_mode="edge")
+        pixels = padded[:, most - down : most - down + height, most - right : most - right + width]
+    if augment.rotation:
+        pixels = warp(pixels, turn=random.uniform(-augment.rotation, augment.rotation))
+    if augment.colour:
+        brightness, contrast, saturation = random.uniform(1 - augment.colour, 1 + augment.colour, 3)
+        pixels = functional.adjust_brightness(pixels, brightness)
+        pixels = functional.adjust_contrast(pixels, contrast)
+        pixels = functional.adjust_saturation(pixels, saturation)
+    if augment.hue:
+        pixels = functional.adjust_hue(pixels, random.uniform(-augment.hue, augment.hue))
+    if augment.rand_augment:
+        pixels = rand_augment(pixels, augment.rand_augment, random)
+    return noisy(pixels, augment.noise, random) if augment.noise else pixels
+
+
+class PixelCache:
+    """Decoded pixels of images met before, up to a number of bytes; images past that are decoded each time."""
+
+    def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 28) -> None:
+        self.processor, self._left = processor, max_bytes
+        self._kept: dict[Media, torch.Tensor] = {}
+
+    def __call__(self, media: Media) -> torch.Tensor:
+        """uint8[3, size, size]."""
+        found = self._kept.get(media)
+        if found is None:
+            found = self.processor(media)
+            if self._left >= found.nbytes:
+                self._left -= found.nbytes
+                self._kept[media] = found
+        return found

@@ -1,0 +1,233 @@
+"""Prepared examples on disk: Arrow files that are memory-mapped, so that reading a row copies nothing.
+
+An example's media are numbers into a table of distinct media; encoded bytes that came inside rows lie in one file
+beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_tune.data.prepare.duplicates import ImageInfo
+from vlm_tune.data.types import Example, Media, Slice, Tile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LISTS = ("input_ids", "labels", "slots", "media", "positions", "ends")
+"""Columns of int32 lists: `slots` are (start, number) pairs of image slots, `media` numbers of the media table."""
+
+
+@dataclass(frozen=True)
+class MediaRow:
+    """One distinct media item: where it is, and what looking at its whole image found."""
+
+    media: Media
+    info: ImageInfo
+
+
+def _lists(values: Sequence[np.ndarray | Sequence[int]]) -> pa.ListArray:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int64).astype(np.int32)
+    flat = np.concatenate([np.asarray(value, dtype=np.int32) for value in values]) if len(values) else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, pa.int32()))
+
+
+def _slots(image_mask: np.ndarray) -> np.ndarray:
+    """(start, number) of each run of image slots, flat."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], image_mask.astype(np.int8), [0]])))
+    return np.column_stack([edges[::2], edges[1::2] - edges[::2]]).reshape(-1)
+
+
+def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.RecordBatch:
+    """Examples as one record batch; `media` are their items' numbers. Packed rows are made anew each epoch, not stored."""
+    import pyarrow as pa
+
+    nothing = np.empty(0, np.int32)
+    columns = {
+        "id": pa.array([example.id for example in examples], pa.string()),
+        "category": pa.array([example.category for example in examples], pa.string()),
+        "questions": pa.array([example.questions for example in examples], pa.int32()),
+        "input_ids": _lists([example.input_ids for example in examples]),
+        "labels": _lists([example.labels for example in examples]),
+        "slots": _lists([_slots(example.image_mask) for example in examples]),
+        "media": _lists(media),
+        "positions": _lists([nothing if example.positions is None else example.positions for example in examples]),
+        "ends": _lists([nothing if example.ends is None else example.ends for example in examples]),
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema | None = None) -> None:
+    """Writes an Arrow file; with no batches, an empty one of `schema`."""
+    import pyarrow as pa
+
+    writer = None
+    with pa.OSFile(str(path), "wb") as sink:
+        for batch in batches:
+            writer = writer or pa.ipc.new_file(sink, batch.schema)
+            writer.write_batch(batch)
+        if writer is None and schema is not None:
+            writer = pa.ipc.new_file(sink, schema)
+        if writer is not None:
+            writer.close()
+
+
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """The record batches of an Arrow file, memory-mapped."""
+    import pyarrow as pa
+
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+class _Columns:
+    """One record batch as numpy views."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.ids, self.categories = batch.column("id"), batch.column("category")
+        self.questions = batch.column("questions").to_numpy()
+        lists: dict[str, Any] = {name: batch.column(name) for name in LISTS}
+        self.offsets = {name: column.offsets.to_numpy() for name, column in lists.items()}
+        self.values = {name: column.values.to_numpy() for name, column in lists.items()}
+
+    def list(self, name: str, row: int) -> np.ndarray:
+        offsets = self.offsets[name]
+        return self.values[name][offsets[row] : offsets[row + 1]]
+
+
+class ExampleStore:
+    """Examples of an Arrow file by their number; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path, media: Sequence[Media]) -> None:
+        self.path, self.media = path, media
+        self._batches = read_batches(path)
+        self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
+        self._columns: dict[int, _Columns] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Loader processes open the file for themselves."""
+        return {"path": self.path, "media": self.media}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def _locate(self, number: int) -> tuple[_Columns, int]:
+        place = bisect_right(self._first, number) - 1
+        found = self._columns.get(place)
+        if found is None:
+            found = self._columns[place] = _Columns(self._batches[place])
+        return found, number - self._first[place]
+
+    def __getitem__(self, number: int) -> Example:
+        columns, row = self._locate(number)
+        ids = columns.list("input_ids", row)
+        mask = np.zeros(len(ids), dtype=bool)
+        for start, size in columns.list("slots", row).reshape(-1, 2).tolist():
+            mask[start : start + size] = True
+        positions, ends = columns.list("positions", row), columns.list("ends", row)
+        return Example(
+            id=columns.ids[row].as_py(),
+            input_ids=ids,
+            labels=columns.list("labels", row),
+            image_mask=mask,
+            media=tuple(self.media[item] for item in columns.list("media", row).tolist()),
+            category=columns.categories[row].as_py(),
+            positions=positions if len(positions) else None,
+            ends=ends if len(ends) else None,
+            questions=int(columns.questions[row]),
+        )
+
+    def media_of(self, number: int) -> np.ndarray:
+        """The numbers of an example's media."""
+        columns, row = self._locate(number)
+        return columns.list("media", row)
+
+    def _every(self, value: Any) -> np.ndarray:
+        found = [value(self._locate(first)[0]) for first, batch in zip(self._first, self._batches, strict=False) if batch.num_rows]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Input tokens of every example."""
+        return self._every(lambda columns: np.diff(columns.offsets["input_ids"]))
+
+    @cached_property
+    def label_lengths(self) -> np.ndarray:
+        """Label positions of every example."""
+        return self._every(lambda columns: np.diff(columns.offsets["labels"]))
+
+    @property
+    def media_counts(self) -> np.ndarray:
+        """How many media every example shows."""
+        return self._every(lambda columns: np.diff(columns.offsets["media"]))
+
+    @property
+    def shown(self) -> np.ndarray:
+        """The media numbers of all examples, one after the other."""
+        return self._every(lambda columns: columns.values["media"])
+
+    @cached_property
+    def questions(self) -> np.ndarray:
+        """Question-answer pairs of every example."""
+        return self._every(lambda columns: columns.questions)
+
+
+BLOB = "media.bin"
+"""Encoded images that came inside rows, one after the other, in the folder of their media table."""
+
+
+def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
+    """A media table for `folder`; items that are bytes must have become slices of its blob before."""
+    import pyarrow as pa
+
+    def place(media: Media) -> tuple[bytes, int, int]:
+        source = media.source
+        assert not isinstance(source, bytes)
+        if isinstance(source, Path):
+            return os.fsencode(source), -1, -1
+        # The blob's name alone: the folder may be moved as a whole.
+        return os.fsencode(BLOB if source.path == folder / BLOB else source.path), source.offset, source.size
+
+    places = [place(row.media) for row in rows]
+    tiles = [row.media.tile for row in rows]
+    return pa.RecordBatch.from_pydict(
+        {
+            "path": pa.array([path for path, _, _ in places], pa.binary()),
+            "offset": pa.array([offset for _, offset, _ in places], pa.int64()),
+            "size": pa.array([size for _, _, size in places], pa.int64()),
+            "tile": _lists([() if tile is None else (tile.column, tile.row, tile.columns, tile.rows) for tile in tiles]),
+            "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
+            "width": pa.array([row.info.width for row in rows], pa.int32()),
+            "height": pa.array([row.info.height for row in rows], pa.int32()),
+            "format": pa.array([row.info.format for row in rows], pa.string()),
+            "dhash": pa.array([row.info.dhash for row in rows], pa.uint64()),
+            "thumbnail": pa.array([row.info.thumbnail for row in rows], pa.binary()),
+        }
+    )
+
+
+def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
+    """The rows of the media table of `folder`."""
+
+    def media(row: dict[str, Any]) -> Media:
+        # A path may hold bytes that are no text.
+        name = os.fsdecode(row["path"])
+        path = folder / BLOB if name == BLOB else Path(name)
+        source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
+        return Media(source, tile=Tile(*row["tile"]) if row["tile"] else None)
+
+    names = [field.name for field in fields(ImageInfo)]
+    return [MediaRow(media(row), ImageInfo(**{name: row[name] for name in names})) for row in batch.to_pylist()]

@@ -1,0 +1,128 @@
+"""What an image is (its bytes, size and look), and which images look alike.
+
+Two images look alike where both hold: their difference hashes are at most `distance` bits apart, and their 8x8
+thumbnails agree. The hash finds candidates fast and survives another encoding or size; alone it would take plain
+images of all colours, and shapes on white, for one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm_tune.data.images.decode import as_rgb, encoded_bytes, opened
+from vlm_tune.data.types import Media
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE = 8
+"""Rows and columns of hash and thumbnail."""
+STEP = 2
+"""How much brighter than its left neighbour a cell must be for its bit: noise on a plain ground stays under it."""
+BRIGHTNESS, CELL = 16, 20
+"""How far two thumbnails may differ: any channel's mean, and any cell beside that."""
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """An image that decodes: the first 16 bytes of its file's SHA-256, its size as shown, its format, and its look.
+
+    `dhash` has a bit for each cell of an 8x8 grid that is brighter than the cell to its left; `thumbnail` is
+    uint8[8, 8, 3] as bytes.
+    """
+
+    sha256: bytes
+    width: int
+    height: int
+    format: str
+    dhash: int
+    thumbnail: bytes
+
+
+def inspect_image(media: Media) -> ImageInfo:
+    """Decodes the whole image, so that a cut one is found. Raises `DataError` as `decode_image` and for unreadable files."""
+    data = encoded_bytes(media)
+    with opened(data, media.name) as header:
+        kind, (width, height) = str(header.format), header.size
+        # A JPEG is read to its end, but only as finely as its look needs: several times faster.
+        header.draft(None, (16 * SIDE, 16 * SIDE))  # type: ignore[arg-type]
+        draft = header.size
+        image = as_rgb(header)
+    if image.size != draft:
+        width, height = height, width
+    return ImageInfo(hashlib.sha256(data).digest()[:16], width, height, kind, _difference_hash(image), _thumbnail(image))
+
+
+def _difference_hash(image: Image) -> int:
+    from PIL.Image import Resampling
+
+    cells = np.asarray(image.convert("L").resize((SIDE + 1, SIDE), Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(np.diff(cells, axis=1) > STEP).tobytes(), "big")
+
+
+def _thumbnail(image: Image) -> bytes:
+    from PIL.Image import Resampling
+
+    return image.resize((SIDE, SIDE), Resampling.BOX).tobytes()
+
+
+def look_alikes(images: Sequence[ImageInfo], distance: int = 3) -> np.ndarray:
+    """int64[n]: for each image the place of the earlier one that it looks like, its own place where there is none.
+
+    As `similar`, for inspected images.
+    """
+    hashes = np.array([image.dhash for image in images], dtype=np.uint64)
+    thumbnails = np.frombuffer(b"".join(image.thumbnail for image in images), dtype=np.uint8).reshape(-1, SIDE * SIDE, 3)
+    return similar(hashes, thumbnails, distance)
+
+
+def similar(hashes: np.ndarray, thumbnails: np.ndarray, distance: int = 3) -> np.ndarray:
+    """int64[n]: the group of each image of `hashes` uint64[n] and `thumbnails` uint8[n, 64, 3], named by its first member.
+
+    Every member looks like the first one itself, so groups don't creep from image to image. Hashes at most `distance`
+    bits apart are equal in one of distance + 1 bands, so only images that share a band are compared. Memory grows with
+    n; time with the images that share a band, all of them in the worst case.
+    """
+    count = len(hashes)
+    first = np.arange(count)
+    if not count:
+        return first
+    bands = [_Band(hashes, bits) for bits in np.array_split(np.arange(64, dtype=np.uint64), distance + 1)]
+    # Most images share no band with an earlier one.
+    for place in np.flatnonzero(np.any([band.place > band.start for band in bands], axis=0)).tolist():
+        near = np.concatenate([band.earlier(place) for band in bands])
+        near = near[first[near] == near]
+        near = near[np.bitwise_count(hashes[near] ^ hashes[place]) <= distance]
+        near = near[_agree(thumbnails[near], thumbnails[place])]
+        if len(near):
+            first[place] = near.min()
+    return first
+
+
+class _Band:
+    """Images sorted by some bits of their hashes: those with equal bits stand together, in their own order."""
+
+    def __init__(self, hashes: np.ndarray, bits: np.ndarray) -> None:
+        values = hashes & np.bitwise_or.reduce(np.uint64(1) << bits)
+        self.order = np.argsort(values, kind="stable")
+        ordered = values[self.order]
+        self.start = np.empty(len(hashes), dtype=np.int64)
+        self.start[self.order] = np.searchsorted(ordered, ordered)
+        self.place = np.empty(len(hashes), dtype=np.int64)
+        self.place[self.order] = np.arange(len(hashes))
+
+    def earlier(self, image: int) -> np.ndarray:
+        """The images before this one that share its bits."""
+        return self.order[self.start[image] : self.place[image]]
+
+
+def _agree(thumbnails: np.ndarray, thumbnail: np.ndarray) -> np.ndarray:
+    """bool[k]: which of uint8[k, 64, 3] differ from uint8[64, 3] by no more than another encoding, size or exposure."""
+    apart = thumbnails.astype(np.float32) - thumbnail
+    mean = apart.mean(1, keepdims=True)
+    return (np.abs(mean).max((1, 2)) <= BRIGHTNESS) & (np.abs(apart - mean).max((1, 2)) <= CELL)

@@ -1,0 +1,78 @@
+"""What a stage reads, in a few hashes: whether the data of a resumed run is what the run began with, and where it is not.
+
+A row's hash is of its roles, texts and images' bytes, so a file that was copied or touched is the same, and what the
+recipe makes of the rows (template, tokenizer, `max_length`) does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.config import Source
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data_check.leakage import PartRows
+
+BLOCK = 1000
+"""Rows that have a hash of their own, to tell where a source differs."""
+
+
+def fingerprint_prepared(prepared: Prepared) -> list[dict[str, Any]]:
+    """Each source of prepared rows: {source, rows, digest, blocks}, with a hash of all rows and of every `BLOCK` of them."""
+    numbers = prepared.column("number")
+    keys = PartRows(prepared, np.arange(len(numbers))).contents
+    sources = []
+    for number, reader in enumerate(prepared.readers):
+        rows = keys[numbers == number]
+        blocks = [_digest(rows[start : start + BLOCK], 4) for start in range(0, len(rows), BLOCK)]
+        sources.append({"source": reader.name, "rows": len(rows), "digest": _digest(rows, 16), "blocks": blocks})
+    return sources
+
+
+def fingerprint_streams(sources: Sequence[Source], seed: int) -> list[dict[str, Any]]:
+    """Each source that is read as it comes: {source, stream}; of files, their sizes and times of change."""
+    readers = [open_source(source, seed=seed, streaming=True) for source in sources]
+    return [{"source": reader.name, "stream": reader.fingerprint()} for reader in readers]
+
+
+def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the fingerprints of a stage's parts, a line for each source; none where they agree."""
+    differences = []
+    for part in sorted({*before, *now}):
+        then, since = before.get(part, []), now.get(part, [])
+        for old, new in zip(then, since, strict=False):
+            where = f"data.{part} {new['source']}"
+            if old["source"] != new["source"] and _content(old) != _content(new):
+                differences.append(f"{where}: was {old['source']}")
+            elif _content(old) != _content(new):
+                differences.append(f"{where}: {_row_differences(old, new)}")
+        differences += [f"data.{part}: {source['source']} is no longer read" for source in then[len(since) :]]
+        differences += [f"data.{part}: {source['source']} was not read before" for source in since[len(then) :]]
+    return differences
+
+
+def _digest(keys: np.ndarray, size: int) -> str:
+    return hashlib.blake2b(keys.astype("<u8").tobytes(), digest_size=size).hexdigest()
+
+
+def _content(source: Mapping[str, Any]) -> Any:
+    """What tells two sources apart, their names aside."""
+    return source["stream"] if "stream" in source else (source["rows"], source["digest"])
+
+
+def _row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """In words, which rows of a source differ, to the block."""
+    if "stream" in old or "stream" in new:
+        return "its files have another size or time of change"
+    whole = min(old["rows"], new["rows"]) // BLOCK
+    pairs = list(zip(old["blocks"], new["blocks"], strict=False))
+    first = next((number for number, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    if old["rows"] == new["rows"]:
+        last = max(number for number, (one, other) in enumerate(pairs) if one != other)
+        return f"of {old['rows']:,} rows some of {first * BLOCK + 1:,} to {min((last + 1) * BLOCK, old['rows']):,} differ"
+    same = f" (the first {first * BLOCK:,} are the same)" if 0 < first <= whole else ""
+    return f"{old['rows']:,} rows, now {new['rows']:,}{same}"

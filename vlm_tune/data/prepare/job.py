@@ -1,0 +1,92 @@
+"""What is to be prepared: the sources of one part of a stage, and everything that its examples depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vlm_tune.config import Clean, DataSection, DatasetSource, Source
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.sources.base import SourceReader
+from vlm_tune.data.sources.registry import open_source
+
+FORMAT = 6
+"""Counts up when what is prepared from the same input changes."""
+
+KEY_PARTS = {"max_length", "overlong", "clean", "group", "row_length", "split"}
+"""The parts of the data section that prepared examples depend on; sources and templates are keyed apart."""
+
+PartName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part's sources, and for each a reader and a processor with its own template and system text."""
+
+    part: PartName
+    data: DataSection
+    sources: Sequence[Source]
+    readers: Sequence[SourceReader]
+    processors: Sequence[Processor]
+    seed: int
+    parts: np.ndarray | None = None
+    """Which part each row is held out for, where that was settled before worked examples were drawn."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the rows are asked and scored, not trained on."""
+        return self.part != "train"
+
+    @property
+    def layout(self) -> Literal["causal", "seq2seq"]:
+        """How an example is laid out."""
+        return self.processors[0].spec.layout
+
+    @property
+    def key(self) -> str:
+        """Names the folder of the result."""
+        options = self.data.model_dump(mode="json", include=KEY_PARTS)
+        parts = [f"{FORMAT} {self.seed} {self.scored} {json.dumps(options, sort_keys=True)}"]
+        for source, reader, processor in zip(self.sources, self.readers, self.processors, strict=True):
+            unused = {"weight", "count"} if isinstance(source, DatasetSource) else {"weight", "count", "name"}
+            parts += [source.model_dump_json(exclude=unused), reader.fingerprint(), processor.fingerprint()]
+        if self.parts is not None:
+            parts.append(hashlib.sha256(self.parts.tobytes()).hexdigest())
+        return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def plan_job(data: DataSection, sources: Sequence[Source], processor: Processor, *, seed: int, part: PartName) -> Job:
+    """A job for sources of a part. Raises `DataError` for a source or template that can't be opened."""
+    readers = [open_source(source, seed=seed) for source in sources]
+    bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
+    processors = [bounded.variant(source.template, source.system) for source in sources]
+    return Job(part, part_section(data, part), sources, readers, processors, seed)
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """What scores call each source: the recipe's name for it, else its file's or folder's, longer where two are alike."""
+    options = [source.model_dump() for source in sources]
+    names = [each.get("name") or _path_name(each.get("path", each["kind"])) for each in options]
+    longer = [
+        f"{name}:{each['split']}" if "split" in each else each["name"] or each["path"] for each, name in zip(options, names, strict=True)
+    ]
+    return [name if names.count(name) == 1 else other for name, other in zip(names, longer, strict=True)]
+
+
+def _path_name(path: str) -> str:
+    """A file's stem or a folder's name; a pattern of several files as it is."""
+    return path if any(sign in path for sign in "*?[") else Path(path).resolve().stem
+
+
+def part_section(data: DataSection, part: PartName) -> DataSection:
+    """The data section as it holds for a part: what is scored is not cleaned, split, joined or shortened."""
+    if part == "train":
+        return data
+    overlong = "fail" if data.overlong == "fail" else "drop"
+    return data.model_copy(update={"split": None, "group": "none", "clean": Clean(), "overlong": overlong})

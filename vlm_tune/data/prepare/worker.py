@@ -1,0 +1,354 @@
+"""One chunk of a source becomes a shard: its rows' examples, what was found of every row, and its images looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_tune.config import DataSection
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.truncation import Fitted, fit, length
+from vlm_tune.data.prepare.arrow_store import BLOB, MediaRow, example_batch, media_batch, write_batches
+from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_image
+from vlm_tune.data.prepare.language import language_of
+from vlm_tune.data.sources.base import Chunk, SourceReader
+from vlm_tune.data.types import Conversation, Example, Media, Slice
+from vlm_tune.errors import DataError
+from vlm_tune.files import is_intact, write_checksums
+from vlm_tune.quoting import quoted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OK, BAD, LEFT_OUT = 0, 1, 2
+"""What became of a row: its examples are there; it can't be used; a rule of the recipe leaves it out."""
+
+KNOWN_IMAGES = 200_000
+"""Images whose inspection a worker remembers: rows that share one are often far apart."""
+
+
+CONTENT = 10_000
+"""Characters kept of a row that can't be used."""
+
+
+@dataclass
+class RowRecord:
+    """What was found of one row.
+
+    `longest` is the length of its longest example before it is dropped, split or trimmed, `tokens` what is left of all.
+    `controls` names control tokens that its texts hold as plain text; `content` is the beginning of a row that can't be
+    used, as it was read. `prompt` is the length of what would be answered while scoring, of rows over `max_length` (else 0);
+    `digest` is `content_hash` of the row.
+    """
+
+    row: int
+    source: str
+    id: str = ""
+    status: int = OK
+    kind: str = ""
+    message: str = ""
+    category: str = ""
+    text: int = 0
+    images: list[int] = field(default_factory=list)
+    longest: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    examples: int = 0
+    overlong: int = 0
+    controls: str = ""
+    content: str = ""
+    prompt: int = 0
+    digest: int = 0
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the process that asked for a shard needs to know of it."""
+
+    folder: Path
+    rows: int
+    bad: tuple[str, int, str, str] | None
+    """source, row, kind and message of the first row that can't be used."""
+
+
+def text_hash(conversation: Conversation) -> int:
+    """64 bits of the roles and texts of a conversation, white space and letter case aside; images are not in it."""
+    turns = "\0".join(f"{message.role}\1{' '.join(message.text.casefold().split())}" for message in conversation.messages)
+    return _hash(turns)
+
+
+def content_hash(conversation: Conversation) -> int:
+    """64 bits of the roles, the exact texts, and which turns are trained; images are not in it, nor worked examples."""
+    conversation = conversation.without_shots()
+    turns = [(m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts]) for m in conversation.messages]
+    return _hash(json.dumps(turns))
+
+
+def _hash(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+class ShardMaker:
+    """Makes shards in any process; picklable. Rows that are `scored` keep all their examples, and need a prompt that fits."""
+
+    def __init__(
+        self,
+        readers: Sequence[SourceReader],
+        processors: Sequence[Processor],
+        data: DataSection,
+        folder: Path,
+        *,
+        scored: bool = False,
+    ) -> None:
+        self.readers, self.processors, self.data, self.folder = readers, processors, data, folder
+        self.scored = scored
+        self._known: dict[Media, ImageInfo | DataError] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}}
+
+    def __call__(self, source: int, chunk: Chunk) -> ShardSummary:
+        """Writes the shard, or finds it written, and sums it up."""
+        folder = self.folder / f"{source:04}-{chunk.number:08}"
+        if not is_intact(folder) or files_changed(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._write(source, chunk, temporary, folder)
+            temporary.rename(folder)
+        return summary(folder)
+
+    def _write(self, source: int, chunk: Chunk, temporary: Path, folder: Path) -> None:
+        records: list[RowRecord] = []
+        examples: list[Example] = []
+        media = _MediaTable(temporary / BLOB, folder / BLOB)
+        for found in self.readers[source].conversations(chunk):
+            media.note(found.file if isinstance(found, DataError) else None)
+            record, made = self._row(found, source, media, chunk.first_row + len(records))
+            records.append(record)
+            examples += made
+        numbers = [[media.number(item) for item in example.media] for example in examples]
+        media.close()
+        write_batches(temporary / "examples.arrow", [example_batch(examples, numbers)])
+        write_batches(temporary / "media.arrow", [media_batch(media.rows, folder)])
+        write_batches(temporary / "rows.arrow", [record_batch(records)])
+        write_stamps(temporary, media.stamps)
+        write_checksums(temporary)
+
+    def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
+        if isinstance(found, DataError):
+            row = found.row if isinstance(found.row, int) else number
+            # What could not be read at all has no content but the error.
+            read = found.content is not None and not isinstance(found.content, Exception)
+            content = _content(found.content) if read else ""
+            record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
+            record.digest = _hash(content or found.message)
+            return record, []
+        alone = found.without_shots()
+        record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(alone))
+        record.digest = content_hash(found)
+        record.controls = self._controls(alone, self.processors[source])
+        try:
+            for item in found.media:
+                media.note(item.file)
+            record.images = [media.add(item, self._look(item)) for item in alone.media]
+            for item in found.media:
+                self._look(item)
+            reason = self._unwanted(alone, [media.rows[image] for image in record.images])
+            if reason:
+                record.status, (record.kind, record.message) = LEFT_OUT, reason
+                return record, []
+            fitted = self._fitted(found, self.processors[source], record)
+        except DataError as error:
+            record.status, record.kind, record.message = BAD, error.kind, error.message
+            return record, []
+        made, long = fitted.examples, fitted.overlong
+        record.examples, record.overlong, record.longest = len(made), len(long), fitted.longest
+        record.tokens = sum(len(example.input_ids) for example in made)
+        record.supervised = sum(example.supervised for example in made)
+        if long:
+            size = f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
+            record.kind, record.message = "overlong", f"{size} tokens, more than data.max_length {self.data.max_length}"
+            if self.data.overlong == "fail":
+                record.status, record.examples = BAD, 0
+                return record, []
+            if not made:
+                record.status = LEFT_OUT
+        for example in made:
+            for item in example.media:
+                media.add(item, self._look(replace(item, tile=None)))
+        return record, made
+
+    def _fitted(self, conversation: Conversation, processor: Processor, record: RowRecord) -> Fitted:
+        """A row's examples as they are trained on, or all of a row that is scored if its prompt is not too long."""
+        if self.scored:
+            examples = processor.examples(conversation)
+            fitted = Fitted(examples, [], max(map(length, examples)))
+        else:
+            fitted = fit(conversation, processor, self.data.overlong)
+        if fitted.longest > self.data.max_length:
+            record.prompt = len(processor.prompt(conversation).input_ids)
+            if self.scored and record.prompt > self.data.max_length:
+                return Fitted([], fitted.examples, fitted.longest)
+        return fitted
+
+    def _controls(self, conversation: Conversation, processor: Processor) -> str:
+        """Control tokens, and marks of media, that stand in the texts: the model sees plain text there."""
+        found = {name: message.role for message in conversation.messages for name in processor.encoder.controls_in(message.text)}
+        return ", ".join(f"{name} in the {role}'s text" for name, role in found.items())
+
+    def _look(self, item: Media) -> ImageInfo:
+        known = self._known.get(item)
+        if known is None:
+            try:
+                known = inspect_image(item)
+            except DataError as error:
+                known = DataError(error.message, kind=error.kind)
+            if len(self._known) < KNOWN_IMAGES:
+                self._known[item] = known
+        if isinstance(known, DataError):
+            raise known
+        return known
+
+    def _unwanted(self, conversation: Conversation, images: Sequence[MediaRow]) -> tuple[str, str] | None:
+        """Why the cleaning rules leave a row out; None if they don't."""
+        clean = self.data.clean
+        if clean.min_side is not None:
+            for image in images:
+                if min(image.info.width, image.info.height) < clean.min_side:
+                    return "small_image", f"{image.media.name}: {image.info.width}x{image.info.height}, a side under {clean.min_side}"
+        size = sum(len(message.text) for message in conversation.messages)
+        if clean.min_chars is not None and size < clean.min_chars:
+            return "short_text", f"{size} characters, under {clean.min_chars}"
+        if clean.max_chars is not None and size > clean.max_chars:
+            return "long_text", f"{size} characters, over {clean.max_chars}"
+        if clean.languages:
+            found = language_of(" ".join(message.text for message in conversation.messages))
+            if found is not None and found not in clean.languages:
+                return "language", f"in {quoted(found)}, none of {', '.join(clean.languages)}"
+        return None
+
+
+def _content(row: object) -> str:
+    """The beginning of a row as JSON, for the quarantine file; what JSON has no form for is named, as `2,048 bytes`."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=quoted)[:CONTENT]
+    except (RecursionError, TypeError, ValueError):  # nested too deeply, or keys that are no text
+        text = json.dumps(quoted(row, CONTENT))
+    # Half a surrogate pair is written as JSON's own escape of it.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class _MediaTable:
+    """The distinct media of a shard; encoded bytes go to its blob."""
+
+    def __init__(self, blob: Path, final: Path) -> None:
+        self.rows: list[MediaRow] = []
+        self.stamps: dict[str, int] = {}
+        self._numbers: dict[Media, int] = {}
+        self._blob, self._final, self._file, self._size = blob, final, None, 0
+        self._placed: dict[bytes, Slice] = {}
+
+    def number(self, media: Media) -> int:
+        return self._numbers[media]
+
+    def note(self, file: Path | None) -> None:
+        """Keeps when a file was last changed that the rows depend on, whether it can be used or not."""
+        if file is not None and str(file) not in self.stamps:
+            self.stamps[str(file)] = file_stamp(file)
+
+    def add(self, media: Media, info: ImageInfo) -> int:
+        found = self._numbers.get(media)
+        if found is None:
+            found = self._numbers[media] = len(self.rows)
+            source = self._place(media.source) if isinstance(media.source, bytes) else media.source
+            self.rows.append(MediaRow(replace(media, source=source), info))
+        return found
+
+    def _place(self, data: bytes) -> Slice:
+        found = self._placed.get(data)
+        if found is None:
+            self._file = self._file or self._blob.open("wb")
+            self._file.write(data)
+            found = self._placed[data] = Slice(self._final, self._size, len(data))
+            self._size += len(data)
+        return found
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+STAMPS = "files.json"
+"""The file of a prepared folder that holds when the files that its rows depend on were last changed."""
+
+
+def file_stamp(path: Path) -> int:
+    """When a file was last changed, in nanoseconds; -1 if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except (OSError, ValueError):  # a ValueError for a NUL byte in the name
+        return -1
+
+
+def write_stamps(folder: Path, stamps: dict[str, int]) -> None:
+    """Writes when the files that the rows in `folder` depend on were last changed. Raises `OSError`."""
+    (folder / STAMPS).write_text(json.dumps(stamps))
+
+
+def read_stamps(folder: Path) -> dict[str, int]:
+    """What `write_stamps` wrote."""
+    return json.loads((folder / STAMPS).read_text())
+
+
+def files_changed(folder: Path) -> bool:
+    """Whether an image or video that the rows in `folder` depend on was changed, removed or put there since."""
+    return any(file_stamp(Path(path)) != stamp for path, stamp in read_stamps(folder).items())
+
+
+def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
+    """Row records as one record batch."""
+    import pyarrow as pa
+
+    def column(name: str, kind: Callable[[], Any]) -> Any:
+        return pa.array([getattr(record, name) for record in records], kind())
+
+    return pa.RecordBatch.from_pydict(
+        {
+            "row": column("row", pa.int64),
+            "status": column("status", pa.int8),
+            "text": column("text", pa.uint64),
+            "longest": column("longest", pa.int32),
+            "tokens": column("tokens", pa.int32),
+            "supervised": column("supervised", pa.int32),
+            "examples": column("examples", pa.int32),
+            "overlong": column("overlong", pa.int32),
+            "prompt": column("prompt", pa.int32),
+            "digest": column("digest", pa.uint64),
+            "images": column("images", lambda: pa.list_(pa.int32())),
+            **{name: column(name, pa.string) for name in ("source", "id", "kind", "message", "category", "controls", "content")},
+        }
+    )
+
+
+def summary(folder: Path) -> ShardSummary:
+    """What a written shard holds."""
+    from vlm_tune.data.prepare.arrow_store import read_batches
+
+    (rows,) = read_batches(folder / "rows.arrow")
+    bad = np.flatnonzero(rows.column("status").to_numpy() == BAD)
+    first = None
+    if len(bad):
+        row = {name: rows.column(name)[int(bad[0])].as_py() for name in ("source", "row", "kind", "message")}
+        first = (row["source"], row["row"], row["kind"], row["message"])
+    return ShardSummary(folder, rows.num_rows, first)

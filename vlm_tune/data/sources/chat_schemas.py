@@ -1,0 +1,356 @@
+"""What a row can look like when it holds a conversation: turns with their images and videos."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vlm_tune.data.chat.image_marks import split_marks
+from vlm_tune.data.sources.fields import is_empty
+from vlm_tune.data.sources.media import MediaFinder
+from vlm_tune.data.types import Media, Message
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+Row = Mapping[str, Any]
+Parts = tuple[str | Media, ...]
+
+NAMES = {
+    "human": "user",
+    "user": "user",
+    "observation": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+}
+"""Who speaks, as rows with from/value turns call them; what a tool returns stands where a question stands."""
+
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
+
+LISTS = ("conversations", "messages", "texts", "images", "videos", "answers", "candidates", "choices", "options", "history")
+"""Fields that hold lists; tables keep them as JSON text where a column can't."""
+
+UNSUPPORTED_IN_TURNS = (
+    *("tool_calls", "tool_call_id", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "refusal"),
+    *("name", "audio", "audios", "image", "images", "video", "videos", "loss_scale", "mask"),
+)
+"""Fields of a turn that carry meaning, and that nothing here renders."""
+
+
+OWN_MEDIA = ("image", "image_url", "video", "video_url", "path", "url", "bytes")
+"""Fields of a content's part that hold its own image or video."""
+
+
+class RowMedia:
+    """A row's images and videos, taken in order by the places that the text has for them."""
+
+    def __init__(self, row: Row, finder: MediaFinder) -> None:
+        self.finder = finder
+        self.items: dict[str, list[Parts]] = {
+            "image": [(finder.image(value),) for value in _listed(row, "image")],
+            "video": [finder.video(value) for value in _listed(row, "video")],
+        }
+        self.places = {"image": 0, "video": 0}
+        self._named: dict[str, set[int]] = {"image": set(), "video": set()}
+
+    def take(self, kind: str) -> Parts:
+        """The next image or video for a place of its kind; nothing once there is none left, which `unplaced` reports."""
+        number = self.places[kind]
+        self.places[kind] += 1
+        return self.items[kind][number] if number < len(self.items[kind]) else ()
+
+    def take_numbered(self, kind: str, number: Any) -> Parts:
+        """The image or video of a number from 0. Raises `DataError` if there is none."""
+        items = self.items[kind]
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(items):
+            raise DataError(f"a part's `index` is {quoted(number)}, and the row has {counted(len(items), kind)}", kind="image_count")
+        self._named[kind].add(number)
+        return items[number]
+
+    def unplaced(self, *, always: bool = False) -> Parts:
+        """All items of the kinds that have no place in the text, to be put first.
+
+        Raises `DataError` where places and items differ in number; with `always`, without any place too.
+        """
+        left: list[str | Media] = []
+        for kind, items in self.items.items():
+            places, named = self.places[kind], self._named[kind]
+            if named:
+                if places:
+                    raise DataError(f"some {kind} parts have an `index`, and other places have none", kind="image_count")
+                unseen = [str(number) for number in range(len(items)) if number not in named]
+                if unseen:
+                    raise DataError(f"{counted(len(items), kind)}, and no part has the `index` {', '.join(unseen)}", kind="image_count")
+            elif places == 0 and not always:
+                left += [part for parts in items for part in parts]
+            elif places != len(items):
+                advice = f" (\\<{kind}> is the text itself)" if places > len(items) else ""
+                marks = counted(places, f"<{kind}> mark or part")
+                raise DataError(f"{counted(len(items), kind)} and {marks} in the questions{advice}", kind="image_count")
+        return tuple(left)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 image`, `2 images`, `2 <image> marks or parts`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what.replace(' or ', 's or ')}s"
+
+
+def _listed(row: Row, kind: str) -> list[Any]:
+    """The values of `image` or `images` (`video` or `videos`); a `video` that is a list is one video's frames."""
+    one, several = row.get(kind), row.get(f"{kind}s")
+    one = None if _is_no_media(one) else one
+    several = None if _is_no_media(several) else several
+    if one is not None and several is not None:
+        raise DataError(f"both `{kind}` and `{kind}s`", kind="field")
+    if several is not None and not isinstance(several, list):
+        raise DataError(f"`{kind}s` is a list, got {quoted(several)}", kind="field")
+    if one is None:
+        return list(several or [])
+    return list(one) if isinstance(one, list) and kind == "image" else [one]
+
+
+def _is_no_media(value: Any) -> bool:
+    """Whether a field holds no image: null, "", [], or Arrow's object of nulls; a null in a list is a missing image."""
+    if isinstance(value, Mapping):
+        return all(inner is None for inner in value.values())
+    return not value if isinstance(value, list | bytes) else is_empty(value)
+
+
+# --- texts with marks ------------------------------------------------------------------------------------------------
+
+
+def marked_parts(text: str, media: RowMedia) -> Parts:
+    """Text with `<image>` marks (and `<video>` in rows with videos), each mark taking the next; see `split_marks`."""
+    parts: list[str | Media] = []
+    for place, piece in enumerate(split_marks(text, video=bool(media.items["video"]))):
+        if place % 2:
+            parts += media.take(piece)
+        elif piece:
+            parts.append(piece)
+    return tuple(parts)
+
+
+def with_media(messages: list[Message], media: RowMedia, *, always: bool = False) -> list[Message]:
+    """The turns with media that have no place of their own put first in the first question.
+
+    Raises `DataError` where places and media differ in number, and where a mark stands in an answer alone: an answer
+    has no place for an image, and the text would lose what it speaks of.
+    """
+    first = media.unplaced(always=always)
+    if not first:
+        return messages
+    for place, message in enumerate(messages, 1):
+        if message.role == "assistant" and len(split_marks(message.text, video=bool(media.items["video"]))) > 1:
+            raise DataError(f"turn {place}: a mark in an answer, and none in the questions: an answer has no images", kind="image_count")
+    place = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+    if place is None:
+        raise DataError("images and no question", kind="turns")
+    return [*messages[:place], Message("user", (*first, *messages[place].parts)), *messages[place + 1 :]]
+
+
+def _turns(row: Row, name: str) -> Sequence[Row]:
+    """The row's list of turns; Arrow may keep it as an object of lists."""
+    found = row.get(name)
+    if isinstance(found, Mapping) and all(isinstance(column, list) for column in found.values()):
+        columns: list[list[Any]] = list(found.values())
+        if len({len(column) for column in columns}) == 1:
+            found = [dict(zip(found, values, strict=True)) for values in zip(*columns, strict=True)]
+    if not isinstance(found, list) or not found:
+        raise DataError(f"no list `{name}`", kind="missing_field")
+    for place, turn in enumerate(found, 1):
+        if not isinstance(turn, Mapping):
+            raise DataError(f"{name}, turn {place}: a turn is an object, got {quoted(turn)}", kind="field")
+        for field in UNSUPPORTED_IN_TURNS:
+            if not is_empty(turn.get(field)):
+                advice = "take it out, write it into the text, or name it in the source's `ignore`"
+                raise DataError(f"{name}, turn {place}: `{field}` is not supported ({advice})", kind="unsupported")
+    return found
+
+
+def _trained(turn: Row, place: int) -> bool:
+    """Whether an answer carries loss: not with `weight: 0`, `train: false` or `loss: false`."""
+    weight, train, loss = turn.get("weight"), turn.get("train"), turn.get("loss")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"turn {place}: `train` is true or false, got {quoted(train)}", kind="field")
+    for name, value in (("weight", weight), ("loss", loss)):
+        if value is not None and not (isinstance(value, int | float) and value in (0, 1)):
+            raise DataError(f"turn {place}: `{name}` is 0 or 1, got {quoted(value)}", kind="field")
+    return (weight is None or weight == 1) and train is not False and (loss is None or loss == 1)
+
+
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The turns after the row's `system` text."""
+    system = row.get("system")
+    if is_empty(system):
+        return messages
+    if not isinstance(system, str):
+        raise DataError(f"`system` is text, got {quoted(system)}", kind="field")
+    if messages and messages[0].role == "system":
+        raise DataError("a `system` text and a system turn", kind="turns")
+    return [Message("system", (system,)), *messages]
+
+
+# --- the forms -------------------------------------------------------------------------------------------------------
+
+
+def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
+    """LLaVA's and ShareGPT's rows: `conversations` of from/value turns; every image has its mark."""
+    media = RowMedia(row, finder)
+    messages = []
+    for place, turn in enumerate(_turns(row, "conversations"), 1):
+        if not isinstance(turn.get("value"), str):
+            raise DataError(f"turn {place}: no text `value`, got {quoted(turn.get('value'))}", kind="missing_field")
+        role = NAMES.get(str(turn.get("from")))
+        if role is None:
+            raise DataError(f"turn {place}: from {quoted(turn.get('from'))} is none of {', '.join(NAMES)}", kind="role")
+        messages.append(Message(role, _text_parts(turn["value"], role, media), _trained(turn, place)))
+    return with_system(row, with_media(messages, media, always=True))
+
+
+def _text_parts(text: str, role: str, media: RowMedia) -> Parts:
+    """A turn's text; only an answer's marks are no places of images: an answer that says <image> says just that."""
+    if role == "assistant":
+        return (text,) if text else ()
+    return marked_parts(text, media)
+
+
+def role_content_turns(row: Row, finder: MediaFinder) -> list[Message]:
+    """OpenAI's and Hugging Face's rows: `messages` of role/content turns; parts may carry their own image or video."""
+    media = RowMedia(row, finder)
+    messages = _messages(_turns(row, "messages"), media)
+    return with_system(row, with_media(messages, media))
+
+
+def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
+    """`prompt` and `completion`, each a text or role/content turns; what the prompt says carries no loss."""
+    media = RowMedia(row, finder)
+    messages: list[Message] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row.get(name)
+        if isinstance(value, str):
+            messages.append(Message(role, _text_parts(value, role, media)))
+        else:
+            messages += _messages(_turns(row, name), media, after=len(messages), context=name == "prompt")
+    return with_system(row, with_media(messages, media))
+
+
+def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
+    """The Cauldron's rows: `texts` of {"user", "assistant"} turns about `images`."""
+    media = RowMedia(row, finder)
+    messages: list[Message] = []
+    for place, turn in enumerate(_turns(row, "texts"), 1):
+        for role in ("user", "assistant"):
+            if not isinstance(turn.get(role), str):
+                raise DataError(f"texts, turn {place}: no text `{role}`, got {quoted(turn.get(role))}", kind="missing_field")
+            messages.append(Message(role, _text_parts(turn[role], role, media), role == "user" or _trained(turn, place)))
+    return with_system(row, with_media(messages, media))
+
+
+def alpaca(row: Row, finder: MediaFinder) -> list[Message]:
+    """`instruction`, `input` and `output`, after `history`, pairs of a question and its answer."""
+    media = RowMedia(row, finder)
+    history = [] if is_empty(row.get("history")) else row["history"]
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError("`history` is a list of [question, answer]", kind="field")
+    instruction, more = row.get("instruction"), row.get("input")
+    if not isinstance(instruction, str) or not isinstance(more, str | None):
+        raise DataError("no text `instruction` (and `input`)", kind="missing_field")
+    question = "\n".join(text for text in (instruction, more) if text)
+    messages: list[Message] = []
+    for asked, answer in [*history, (question, row.get("output"))]:
+        if not isinstance(asked, str) or not isinstance(answer, str):
+            raise DataError("an instruction or an output that is no text", kind="missing_field")
+        messages += [Message("user", marked_parts(asked, media)), Message("assistant", (answer,))]
+    return with_system(row, with_media(messages, media))
+
+
+PYTHON_LIST = 20_000
+"""Characters of a list written in Python that are read."""
+
+CHAT_FORMS: dict[str, Callable[[Row, MediaFinder], list[Message]]] = {
+    "llava": from_value_turns,
+    "sharegpt": from_value_turns,
+    "messages": role_content_turns,
+    "prompt_completion": prompt_completion,
+    "alpaca": alpaca,
+    "cauldron": cauldron,
+}
+
+
+# --- role/content turns ----------------------------------------------------------------------------------------------
+
+
+def _messages(turns: Sequence[Row], media: RowMedia, *, after: int = 0, context: bool = False) -> list[Message]:
+    messages = []
+    for place, turn in enumerate(turns, after + 1):
+        if not isinstance(turn.get("role"), str):
+            raise DataError(f"turn {place}: no `role`, got {quoted(turn.get('role'))}", kind="role")
+        role, content = turn["role"], turn.get("content")
+        if role in TOOL_ROLES:
+            raise DataError(f"turn {place}: the role {quoted(role)}: tools are not supported", kind="unsupported")
+        trained = _trained(turn, place) and not (context and role == "assistant")
+        if isinstance(content, str):
+            parts = _text_parts(content, role, media)
+        elif isinstance(content, list):
+            parts = tuple(part for given in content for part in _content_part(place, role, given, media))
+        else:
+            raise DataError(f"turn {place}: `content` is text or a list of parts, got {quoted(content)}", kind="field")
+        messages.append(Message(role, parts, trained))
+    return messages
+
+
+def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator[str | Media]:
+    """One part of a content: text, an image or a video, its own or the row's next."""
+    if not isinstance(part, Mapping):
+        raise DataError(f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field")
+    kind, text = part.get("type"), part.get("text")
+    own = {name: part[name] for name in OWN_MEDIA if not is_empty(part.get(name))}
+    if kind == "text":
+        if not isinstance(text, str) or own:
+            got = f"`{next(iter(own))}` beside it" if own else quoted(text)
+            raise DataError(f"turn {place}: a part of type text has a `text` and nothing else, got {got}", kind="field")
+        yield from _text_parts(text, role, media)
+        return
+    if kind not in ("image", "image_url", "video", "video_url"):
+        unsupported = isinstance(kind, str)
+        message = f"turn {place}: a part is of type text, image, image_url or video, got {quoted(kind)}"
+        raise DataError(message, kind="unsupported" if unsupported else "field")
+    if not is_empty(text):
+        raise DataError(f"turn {place}: a part of type {kind} with a `text`: write it as a part of its own", kind="field")
+    modality = kind.removesuffix("_url")
+    names = (modality, f"{modality}_url", "path", "url", "bytes")
+    source = next((own[name] for name in names if name in own), None)
+    if source is None and part.get("index") is not None:
+        yield from media.take_numbered(modality, part["index"])
+    elif source is None:
+        yield from media.take(modality)
+    elif modality == "image":
+        yield media.finder.image(source)
+    else:
+        yield from media.finder.video(source)
+
+
+def decoded_lists(row: Row) -> dict[str, Any]:
+    """The row with lists that its container keeps as text: JSON, or, of choices, a Python list as `datasets` on the hub have."""
+    out = dict(row)
+    for name in LISTS:
+        value = out.get(name)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            out[name] = _list_of(name, value)
+    return out
+
+
+def _list_of(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"`{name}` is a list, and its text is not JSON: {error}"
+    if name in ("choices", "options", "candidates") and len(text) <= PYTHON_LIST:
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+    raise DataError(message, kind="not_json")

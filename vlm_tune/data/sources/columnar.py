@@ -1,0 +1,279 @@
+"""Rows in columns: Parquet and Arrow files, and data sets of the datasets library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_tune.config import DatasetSource
+from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, StoredRow, digest
+from vlm_tune.data.sources.json_csv import Stretch
+from vlm_tune.data.sources.task_schemas import ClassName
+from vlm_tune.errors import DataError
+from vlm_tune.paths import home
+from vlm_tune.quoting import cut, quoted
+
+if TYPE_CHECKING:
+    import pyarrow
+
+READ_ROWS = 128
+"""Rows turned into Python objects at a time: rows hold images."""
+SHOWN = 200
+"""Characters of another library's message that ours quote."""
+
+
+def _ranges(rows: int, size: int = CHUNK_ROWS) -> Iterator[tuple[int, int]]:
+    """(start, count) of stretches of at most `size` rows."""
+    for start in range(0, rows, size):
+        yield start, min(size, rows - start)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file, or a hub that does not answer, raises."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OSError, ValueError, MemoryError
+
+
+def _broken(error: Exception) -> str:
+    return f"can't be read: {cut(str(error).splitlines()[0], SHOWN) if str(error) else type(error).__name__}"
+
+
+def _lost(first: int, end: int, error: Exception) -> Iterator[tuple[int, Any]]:
+    """A `DataError` for each row from `first` up to `end`: all that a damaged part of a file held."""
+    for number in range(first, end):
+        yield number, DataError(_broken(error), kind="damaged")
+
+
+def python_rows(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows as Python objects; a `DataError` stands for a cell that Python has no value for.
+
+    These are dates and times out of its range, and texts that are not UTF-8. Only a form that reads such a cell refuses
+    its row.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        columns = {name: [_cell(value) for value in batch.column(place)] for place, name in enumerate(batch.schema.names)}
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, ArithmeticError) as error:
+        return DataError(cut(str(error), SHOWN), kind="text" if isinstance(error, UnicodeDecodeError) else "field")
+
+
+class Parquet:
+    """Row groups, cut where they are long."""
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """(row group, first row in it, rows); reading starts at the group's beginning, so one is cut into 16 at most."""
+        from pyarrow import parquet
+
+        try:
+            found = parquet.read_metadata(path)
+        except _damage() as error:
+            raise DataError(_broken(error), source=str(path)) from None
+        first = 1
+        for group in range(found.num_row_groups):
+            rows = found.row_group(group).num_rows
+            for start, count in _ranges(rows, max(CHUNK_ROWS, -(-rows // 16))):
+                yield first, count, (group, start, count)
+                first += count
+
+    def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
+        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
+        from pyarrow import parquet
+
+        group, start, count = payload
+        number = first_row
+        try:
+            with parquet.ParquetFile(path) as file:
+                seen = 0
+                for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=[group]):
+                    begin, end = max(start - seen, 0), min(start + count - seen, batch.num_rows)
+                    seen += batch.num_rows
+                    for row in python_rows(batch.slice(begin, end - begin)) if begin < end else []:
+                        yield number, row
+                        number += 1
+                    if seen >= start + count:
+                        return
+        except _damage() as error:
+            yield from _lost(number, first_row + count, error)
+
+
+class ArrowFile:
+    """Arrow's IPC file format (Feather) and stream format (what `datasets` keeps)."""
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """(batch, first row in it, rows)."""
+        first = 1
+        try:
+            for place, rows in enumerate(_batch_sizes(path)):
+                for start, count in _ranges(rows):
+                    yield first, count, (place, start, count)
+                    first += count
+        except _damage() as error:
+            raise DataError(_broken(error), source=str(path)) from None
+
+    def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
+        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
+        place, start, count = payload
+        number = first_row
+        try:
+            batch = _batch(path, place)
+            _check_offsets(batch)
+            for begin, some in _ranges(count, READ_ROWS):
+                for row in python_rows(batch.slice(start + begin, some)):
+                    yield number, row
+                    number += 1
+        except _damage() as error:
+            yield from _lost(number, first_row + count, error)
+
+
+def _check_offsets(batch: pyarrow.RecordBatch) -> None:
+    """Raises `pyarrow.ArrowInvalid` for a damaged batch, whose offsets would be followed out of it; texts may be no UTF-8."""
+    import pyarrow
+
+    for column in batch.columns:
+        if pyarrow.types.is_string(column.type):
+            column = column.view(pyarrow.binary())
+        elif pyarrow.types.is_large_string(column.type):
+            column = column.view(pyarrow.large_binary())
+        column.validate(full=True)
+
+
+def _is_stream(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6) != b"ARROW1"
+
+
+def _batch_sizes(path: Path) -> Iterator[int]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        if _is_stream(path):
+            yield from (batch.num_rows for batch in pyarrow.ipc.open_stream(mapped))
+        else:
+            reader = pyarrow.ipc.open_file(mapped)
+            yield from (reader.get_batch(place).num_rows for place in range(reader.num_record_batches))
+
+
+def _batch(path: Path, place: int) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    if _is_stream(path):
+        return _stream(path, path.stat().st_mtime_ns)[place]
+    return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).get_batch(place)
+
+
+@lru_cache(maxsize=1)
+def _stream(path: Path, changed: int) -> list[pyarrow.RecordBatch]:
+    """A stream has no index: its batches' places are kept, the rows stay in the mapped file."""
+    import pyarrow
+
+    return list(pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))))
+
+
+class DatasetRows:
+    """A data set of the datasets library, read as Arrow: no image is decoded.
+
+    With `streaming`, rows are fetched as they are read: a chunk is a shard, and rows are numbered by shard. A data set that
+    `save_to_disk` wrote is on this disk anyway.
+    """
+
+    def __init__(self, config: DatasetSource, *, streaming: bool = False) -> None:
+        self.name = config.name
+        folder = Path(home(config.name))
+        self._folder = folder if folder.is_dir() else None
+        self._version = (config.name, config.config, config.split, config.revision)
+        self._data = _open_dataset(config, streaming)
+        self._streaming = not hasattr(self._data, "__len__")
+        self._classes = _class_names(self._data.features)
+        self._label, self._ignored = config.columns.get("label", "label"), set(config.ignore)
+
+    def fingerprint(self) -> str:
+        """The library's own, which follows the files; of a streamed data set, its name and revision."""
+        return digest(*self._version, "" if self._streaming else self._data._fingerprint)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Stretches of rows, or shards."""
+        if self._streaming:
+            for shard in range(self._data.num_shards):
+                yield Chunk(shard, 1, sys.maxsize, shard)
+            return
+        for number, (start, count) in enumerate(_ranges(len(self._data))):
+            yield Chunk(number, start + 1, count, (start, count))
+
+    def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
+        """The chunk's rows; a class's number is replaced by its name."""
+        source = f"{self.name}, shard {chunk.payload}" if self._streaming else self.name
+        label = f"{Path(self.name).name}/{self._version[2]}" + (f"/{chunk.payload}" if self._streaming else "")
+        number = chunk.first_row
+        try:
+            for table in self._tables(chunk):
+                for row in python_rows(table):
+                    yield StoredRow(source, label, number, self._named(row), self._images())
+                    number += 1
+        except _damage() as error:
+            if self._streaming:
+                # How many rows the shard still had can't be told, so they can't be counted as bad ones.
+                raise DataError(_broken(error), source=source, row=number, kind="damaged") from None
+            for lost, fault in _lost(number, chunk.first_row + chunk.rows, error):
+                yield StoredRow(source, label, lost, fault)
+
+    def _tables(self, chunk: Chunk) -> Iterator[pyarrow.Table]:
+        data = self._data.with_format("arrow")
+        if self._streaming:
+            yield from data.shard(num_shards=data.num_shards, index=chunk.payload).iter(READ_ROWS)
+            return
+        start, count = chunk.payload
+        for begin, some in _ranges(count, READ_ROWS):
+            yield data[start + begin : start + begin + some]
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        for column, names in self._classes.items():
+            place = row.get(column)
+            row[column] = ClassName(names[place]) if isinstance(place, int) and 0 <= place < len(names) else None
+        if self._label in self._classes and self._label not in self._ignored:
+            row.setdefault("choices", [ClassName(name) for name in self._classes[self._label]])
+        return row
+
+    def _images(self) -> Path:
+        """Where image paths start: the folder, or what the library has fetched."""
+        if self._folder is not None:
+            return self._folder
+        from datasets.config import HF_CACHE_HOME
+
+        return Path(HF_CACHE_HOME)
+
+
+def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
+    """The data set's split. Raises `DataError` with what the library says."""
+    import datasets
+
+    try:
+        name = home(config.name)
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            data: Any = datasets.load_from_disk(name)
+            if isinstance(data, datasets.DatasetDict):
+                if config.split not in data:
+                    raise DataError(f"no split {quoted(config.split)}; there are {', '.join(map(str, data))}")
+                data = data[config.split]
+            return data
+        return datasets.load_dataset(name, config.config, split=config.split, revision=config.revision, streaming=streaming)
+    except DataError as error:
+        raise DataError(error.message, source=config.name) from None
+    except Exception as error:
+        # The library's loaders raise errors of many kinds; all of them mean that there is no such data set here.
+        raise DataError(f"can't be loaded: {type(error).__name__}: {error}", source=config.name) from None
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    """The names of the columns that hold a class's number."""
+    return {column: feature.names for column, feature in (features or {}).items() if type(feature).__name__ == "ClassLabel"}

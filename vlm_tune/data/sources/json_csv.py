@@ -1,0 +1,374 @@
+"""Rows in files: one file or all that a pattern names, each cut into stretches that a worker reads by itself."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, StoredRow, files_digest
+from vlm_tune.data.sources.fields import FIELDS
+from vlm_tune.data.sources.legible import SURROGATE
+from vlm_tune.data.sources.stored_files import BLOCK, MAX_ROW_BYTES, check_text, reading, scan_object
+from vlm_tune.errors import DataError
+from vlm_tune.paths import home, is_file, is_folder
+from vlm_tune.quoting import escaped
+
+CHUNK_BYTES = 1 << 25
+"""A chunk of long lines ends early: rows with images in them are large."""
+BOM = b"\xef\xbb\xbf"
+
+Stretch = tuple[int, int, Any]
+"""The number of its first row (from 1), at most how many rows, and what the format needs to read them."""
+
+
+class FileFormat(Protocol):
+    """How rows are kept in one file."""
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """The file's stretches in order, in bounded memory. Raises `DataError` for a file that can't be read at all."""
+        ...
+
+    def rows(self, path: Path, first_row: int, payload: Any) -> Iterator[tuple[int, Any]]:
+        """(number, fields or `DataError`) of a stretch's rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of files, each in its own format; rows are numbered, and named in messages, by file."""
+
+    name: str
+    files: tuple[Path, ...]
+    formats: tuple[FileFormat, ...]
+
+    def fingerprint(self) -> str:
+        """Of the files' paths, sizes and times of change."""
+        return files_digest(self.files)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The files' stretches in order."""
+        number = 0
+        for place, (path, form) in enumerate(zip(self.files, self.formats, strict=True)):
+            try:
+                for first_row, rows, payload in form.stretches(path):
+                    yield Chunk(number, first_row, rows, (place, payload))
+                    number += 1
+            except OSError as error:
+                raise DataError(f"can't be read: {error}", source=str(path)) from None
+
+    def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
+        """The chunk's rows in order."""
+        place, payload = chunk.payload
+        path = self.files[place]
+        label = unpacked_name(path).stem
+        if len(self.files) > 1:
+            shared = os.path.commonpath([file.parent for file in self.files])
+            label = unpacked_name(path.relative_to(shared)).with_suffix("").as_posix()
+        # A file's name may hold bytes that are no text; its path is read as it is.
+        source, label = escaped(str(path)), escaped(label)
+        untyped = isinstance(self.formats[place], Csv)
+        for number, value in self.formats[place].rows(path, chunk.first_row, payload):
+            yield StoredRow(source, label, number, value, path.parent, untyped)
+
+
+def unpacked_name(path: Path) -> Path:
+    """The path without the ending `.gz`."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The file, or the files that a pattern as `~/data/**/*.jsonl` names, sorted. Raises `DataError` where there is none."""
+    pattern = home(pattern)
+    path = Path(pattern)
+    if is_file(path):
+        return [path]
+    if is_folder(path):
+        raise DataError("is a folder; name a file, or a pattern as folder/*.jsonl", source=pattern)
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - a pattern may be absolute
+    files = [path for path in found if is_file(path)]
+    if not files:
+        where = "" if path.is_absolute() else f" (from {Path.cwd()})"
+        raise DataError(("no file fits this pattern" if glob.has_magic(pattern) else "no such file") + where, source=pattern)
+    return files
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """One JSON object a line; rows are numbered by line, empty lines are passed over."""
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """About CHUNK_ROWS lines each; lines are counted, not read."""
+        first, start, lines, offset, last = 1, 0, 0, 0, b"\n"
+        with reading(path) as file:
+            while block := file.read(BLOCK):
+                place = 0
+                while lines + block.count(b"\n", place) >= CHUNK_ROWS:
+                    for _ in range(CHUNK_ROWS - lines):
+                        place = block.find(b"\n", place) + 1
+                    yield first, CHUNK_ROWS, (start, offset + place)
+                    first, start, lines = first + CHUNK_ROWS, offset + place, 0
+                lines += block.count(b"\n", place)
+                end = block.rfind(b"\n") + 1
+                if end > place and offset + end - start > CHUNK_BYTES:
+                    yield first, lines, (start, offset + end)
+                    first, start, lines = first + lines, offset + end, 0
+                offset += len(block)
+                last = block[-1:]
+        if offset > start:
+            yield first, lines + (last != b"\n"), (start, offset)
+
+    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+        """Each line's object; one that can't be read is a `DataError`, and the next line is read all the same."""
+        start, stop = payload
+        with reading(path) as file:
+            file.seek(start)
+            number = first_row
+            while file.tell() < stop:
+                line = file.readline(MAX_ROW_BYTES)
+                too_long = len(line) == MAX_ROW_BYTES and not line.endswith(b"\n")
+                while too_long and (rest := file.readline(BLOCK)) and not rest.endswith(b"\n"):
+                    pass
+                if number == 1:
+                    line = line.removeprefix(BOM)
+                if too_long:
+                    yield number, DataError(f"a line of more than {MAX_ROW_BYTES:,} bytes", kind="not_json")
+                elif line.strip():
+                    yield number, json_value(line, cut="" if line.endswith(b"\n") else " (the file's last line, perhaps cut)")
+                number += 1
+
+
+@dataclass(frozen=True)
+class JsonList:
+    """One JSON list of objects; the file is scanned element by element, never held as a whole.
+
+    `start` is where its elements begin if it is a field of an object, as in {"version": 1, "data": [...]}.
+    """
+
+    start: int | None = None
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """About CHUNK_ROWS elements each. Raises `DataError` where the list is cut or malformed."""
+        start = self.start
+        if start is None:
+            with reading(path) as file:
+                start = file.read(BLOCK).find(b"[") + 1
+        first, count, stop = 1, 0, start
+        try:
+            for stop, _ in list_elements(path, start, inside=self.start is not None):
+                count += 1
+                if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
+                    yield first, count, (start, stop)
+                    first, start, count = first + count, stop, 0
+        except DataError as error:
+            raise DataError(f"not a JSON list: {error.message} (after element {first + count - 1})", source=str(path)) from None
+        if count:
+            yield first, count, (start, stop)
+
+    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+        """The elements."""
+        elements = list_elements(path, *payload, inside=self.start is not None)
+        for number, (_, element) in enumerate(elements, first_row):
+            yield number, json_value(element.encode("latin-1"))
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_AFTER = re.compile(r"[ \t\r\n]*([,\]])")
+
+
+def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bool = False) -> Iterator[tuple[int, str]]:
+    """(offset behind it, text) of each element of a JSON list whose elements begin at byte `start`.
+
+    `inside` an object, more may stand behind the list.
+
+    Latin-1 keeps a character a byte, so offsets are bytes; JSON's own signs are the same in UTF-8, whose other bytes stand
+    in strings only. Raises `DataError` for what is no list.
+    """
+    decode = json.JSONDecoder(strict=False).raw_decode
+    with reading(path) as file:
+        file.seek(start)
+        text, offset, place, first = "", start, 0, True
+        while stop is None or offset + place < stop:
+            begin = _SPACE.match(text, place).end()  # type: ignore[union-attr]
+            closing, fault = None, "it ends early"
+            if first and text[begin : begin + 1] == "]":
+                end, closing = begin, _AFTER.match(text, begin)
+            else:
+                try:
+                    _, end = decode(text, begin)
+                    closing = _AFTER.match(text, end)
+                except ValueError as error:
+                    fault, end = f"{error.args[0].split(':')[0]} at byte {offset + getattr(error, 'pos', 0)}", begin
+                except RecursionError:
+                    raise DataError("nested too deeply") from None
+            if closing is None:
+                # Perhaps the element goes on behind what is read; twice as much each time keeps retries cheap.
+                more = file.read(max(BLOCK, len(text) - place)) if len(text) - place <= MAX_ROW_BYTES else b""
+                if not more:
+                    raise DataError(fault)
+                text, offset, place = text[place:] + more.decode("latin-1"), offset + place, 0
+                continue
+            first, place = False, closing.end()
+            if end > begin:
+                yield offset + place, text[begin:end]
+            if closing[1] == "]":
+                if not inside and (text[place:] + file.read(BLOCK).decode("latin-1")).strip():
+                    raise DataError(f"more text after the list, at byte {offset + place}")
+                return
+
+
+def json_value(data: bytes, cut: str = "") -> Any:
+    """The value, or a `DataError` that says what is wrong with it."""
+    try:
+        text = data.decode("utf-8")
+        if "\0" in text:
+            raise ValueError("a NUL byte")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON: {error}{cut}", kind="not_json")
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """A file's lines as text, and where the next one begins."""
+
+    def __init__(self, file: Any, offset: int) -> None:
+        self.file, self.offset = file, offset
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(MAX_ROW_BYTES)
+        if not line:
+            raise StopIteration
+        self.offset += len(line)
+        return line.decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Csv:
+    """A table as text with a header; rows are numbered without it, an empty cell is no value."""
+
+    delimiter: str = ","
+
+    def stretches(self, path: Path) -> Iterator[Stretch]:
+        """About CHUNK_ROWS records each; a record may span lines."""
+        first, count = 1, 0
+        with reading(path) as file:
+            header, start = self._header(path, file)
+            if len(set(header)) < len(header):
+                raise DataError(f"a column comes twice in the header {header}", source=str(path))
+            stop = start
+            for stop, _ in self._records(file, start):
+                count += 1
+                if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
+                    yield first, count, (start, stop)
+                    first, start, count = first + count, stop, 0
+        if count:
+            yield first, count, (start, stop)
+
+    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+        """Each record's cells by column; one that can't be read is a `DataError`."""
+        start, stop = payload
+        with reading(path) as file:
+            header, _ = self._header(path, file)
+            for number, (end, record) in enumerate(self._records(file, start), first_row):
+                yield number, self._row(header, record)
+                if end >= stop:
+                    return
+
+    def _row(self, header: list[str], record: list[str] | csv.Error) -> Any:
+        if isinstance(record, csv.Error):
+            return DataError(f"not CSV: {record}", kind="not_csv")
+        if len(record) != len(header):
+            return DataError(f"{len(record)} cells, the header has {len(header)}: {', '.join(header)}", kind="not_csv")
+        if any("\0" in cell for cell in record):
+            return DataError("a NUL byte", kind="not_csv")
+        if any(map(SURROGATE.search, record)):
+            columns = [name for name, cell in zip(header, record, strict=True) if SURROGATE.search(cell)]
+            return DataError(f"not UTF-8: {', '.join(columns)}", kind="not_csv")
+        return {name: cell or None for name, cell in zip(header, record, strict=True)}
+
+    def _header(self, path: Path, file: Any) -> tuple[list[str], int]:
+        """The column names and where the first record begins."""
+        for end, record in self._records(file, 0):
+            if isinstance(record, csv.Error):
+                raise DataError(f"the header is not CSV: {record}", source=str(path))
+            return [name.removeprefix("\ufeff").strip() for name in record], end
+        raise DataError("no header", source=str(path))
+
+    def _records(self, file: Any, start: int) -> Iterator[tuple[int, list[str] | csv.Error]]:
+        """(offset behind it, cells or what is wrong) of each record from byte `start`; empty lines are passed over."""
+        # The module's limit is 128 KB a cell, too little for an image as a data URL.
+        csv.field_size_limit(1 << 26)
+        file.seek(start)
+        lines = _Lines(file, start)
+        reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        while True:
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                record = error
+            if record:
+                yield lines.offset, record
+
+
+# --- which format a file has -----------------------------------------------------------------------------------------
+
+
+def json_format(path: Path) -> FileFormat:
+    """A list, lines, or an object that holds the list, by the first characters.
+
+    Raises `DataError` for a file that is no text, or one object without a list of rows.
+    """
+    check_text(path)
+    with reading(path) as file:
+        start = file.read(BLOCK).removeprefix(BOM).lstrip()
+    if start.startswith(b"["):
+        return JsonList()
+    if not start.startswith(b"{"):
+        return JsonLines()
+    first, newline, _ = start.partition(b"\n")
+    try:
+        lists, end = scan_object(path)
+    except DataError as error:
+        # An object over several lines is no file of lines, in which each line would be a fault.
+        if newline and first.strip() == b"{" and start[len(first) :].lstrip().startswith(b'"'):
+            raise DataError(f"not JSON: {error.message}", source=str(path)) from None
+        return JsonLines()
+    with reading(path) as file:
+        file.seek(end)
+        if file.read(BLOCK).strip():
+            return JsonLines()
+    rows = {name: place for name, place in lists.items() if place >= 0}
+    one_line = b"\n" not in start.rstrip()
+    if one_line and (not rows or unpacked_name(path).suffix.lower() != ".json"):
+        return JsonLines()
+    if "data" not in rows and FIELDS & (rows or lists).keys():
+        if not one_line:
+            raise DataError("is one row over several lines, not one a line and no list: put it in [ ]", source=str(path))
+        return JsonLines()
+    if len(rows) > 1 and "data" not in rows:
+        raise DataError(f"holds several lists of objects: {', '.join(rows)}; make a file of the one that is meant", source=str(path))
+    if not rows:
+        raise DataError(f"holds one JSON object ({', '.join(lists) or 'empty'}) and no list of rows", source=str(path))
+    return JsonList(rows.get("data", next(iter(rows.values()))))
+
+
+def csv_format(path: Path, delimiter: str) -> FileFormat:
+    """A table as text. Raises `DataError` for a file that is no text."""
+    check_text(path)
+    return Csv(delimiter)

@@ -1,0 +1,168 @@
+"""Rows of any container and any form as conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.config import DatasetSource, RowsSource
+from vlm_tune.data.chat.instructions import load_instructions
+from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
+from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system
+from vlm_tune.data.sources.few_shot import Shots
+from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, without
+from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
+from vlm_tune.data.sources.media import ImageFolder, MediaFinder
+from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
+from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
+from vlm_tune.data.types import Conversation, Message
+from vlm_tune.errors import DataError
+from vlm_tune.paths import home
+from vlm_tune.quoting import quoted
+
+NOT_ROWS = {"limit", "weight", "count", "template", "system"}
+"""What a source can be told that does not change its rows."""
+
+
+class RowsReader:
+    """A source of rows: a container gives them, a form says what they mean."""
+
+    def __init__(self, container: Container, config: RowsSource, *, seed: int) -> None:
+        """Looks at the first rows to tell their form. Raises `DataError` where it can't."""
+        self.name, self._container, self._config, self._seed = container.name, container, config, seed
+        check_columns(config.columns, self.name)
+        self._columns = dict(config.columns)
+        self.form: str = config.form
+        if config.form == "auto":
+            self.form, self._columns = detect_form(self._stored(), config.columns, self.name)
+        if config.instructions and self.form in CHAT_FORMS:
+            raise DataError(f"instructions are for rows of a task; {self.form} rows bring their own words", source=self.name)
+        self._instructions = load_instructions(config.instructions or self.form, self.form) if self.form in TASK_FORMS else None
+        self._finders: dict[Path | None, MediaFinder] = {}
+        self._shot_places: Sequence[int] | None = None
+        self._shots = Shots(config.shots, seed)
+        self._options = TaskOptions((config.booleans[0], config.booleans[1]), config.answer_is, seed if config.shuffle_choices else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker fills its own caches."""
+        return {**vars(self), "_finders": {}, "_shots": Shots(self._config.shots, self._seed, self._shot_places)}
+
+    def with_shots_from(self, places: Sequence[int]) -> RowsReader:
+        """This reader, its worked examples drawn from the rows at `places` (from 0) alone."""
+        other = copy(self)
+        other._shot_places, other._shots = places, Shots(self._config.shots, self._seed, places)
+        return other
+
+    def fingerprint(self) -> str:
+        """Of the stored rows, the options that shape conversations, and the prompt set."""
+        # A data set's name says which rows it has; another source's is only what scores call it.
+        unused = NOT_ROWS if isinstance(self._config, DatasetSource) else NOT_ROWS | {"name"}
+        options = self._config.model_dump_json(exclude=unused)
+        prompts = self._instructions.model_dump_json() if self._instructions else ""
+        drawn = self._seed if self._instructions or self._config.shots else ""
+        shots = "" if self._shot_places is None else list(self._shot_places)
+        return digest(self._container.fingerprint(), self.form, sorted(self._columns.items()), options, prompts, drawn, shots)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The container's chunks."""
+        return self._container.chunks()
+
+    def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
+        """The chunk's rows in order."""
+        self._shots.fill(self._conversation(stored) for stored in self._stored())
+        for stored in self._rows(chunk):
+            found = self._conversation(stored)
+            yield found if isinstance(found, DataError) else self._shots.before(found)
+
+    def _stored(self) -> Iterator[StoredRow]:
+        """All rows from the first on."""
+        return (stored for chunk in self._container.chunks() for stored in self._rows(chunk))
+
+    def _rows(self, chunk: Chunk) -> Iterator[StoredRow]:
+        """The container's rows without what is no value, and without what the recipe ignores."""
+        for stored in self._container.rows(chunk):
+            value = stored.value
+            if isinstance(value, dict):
+                value = without(value, self._config.ignore) if self._config.ignore else value
+                nulls = self._nulls(stored)
+                if nulls:
+                    value = {name: None if isinstance(cell, str) and cell.strip() in nulls else cell for name, cell in value.items()}
+            yield stored if value is stored.value else replace(stored, value=value)
+
+    def _nulls(self, stored: StoredRow) -> Collection[str]:
+        """The texts that are no value in this row's container."""
+        if self._config.null_values is not None:
+            return self._config.null_values
+        return NULLS if stored.untyped else ()
+
+    def _conversation(self, stored: StoredRow) -> Conversation | DataError:
+        try:
+            row = self._fields(stored)
+            row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
+            finder = self._finder(stored.folder)
+            messages = self._task(row_id, row, finder) if self._instructions else CHAT_FORMS[self.form](row, finder)
+            category = row.get("category")
+            if category is None and self.form == "classify":
+                category = messages[-1].text
+            category = str(category) if isinstance(category, str | int) else ""
+            if SURROGATE.search(category):
+                raise DataError(f"`category` {quoted(category)} holds half a surrogate pair, which is no character", kind="text")
+            return Conversation(row_id, checked(messages), category, stored.source, stored.number)
+        except DataError as error:
+            missing = [name for name in self._columns.values() if isinstance(stored.value, dict) and name not in stored.value]
+            hint = f" (columns: the row has no {', '.join(missing)})" if missing else ""
+            return DataError(
+                error.message + hint,
+                source=stored.source,
+                row=stored.number,
+                kind=error.kind,
+                content=stored.value,
+                file=error.file,
+            )
+
+    def _fields(self, stored: StoredRow) -> dict[str, Any]:
+        """The row by our field names. Raises `DataError` for a field that is used and can't be, or that is meant and not used."""
+        row = renamed(usable(stored.value), self._columns)
+        used = USED[self.form] | EVERY_FORM
+        for name in used & row.keys():
+            value = row[name]
+            if isinstance(value, DataError):
+                raise DataError(f"`{name}`: {value.message}", kind=value.kind)
+            if stored.untyped and self._config.null_values is None and isinstance(value, str) and value.strip() in MAYBE_NULLS:
+                message = f"`{name}` is {quoted(value)}, a text or a missing value: say which with the source's `null_values`"
+                raise DataError(message, kind="ambiguous")
+        row = decoded_lists({name: value for name, value in row.items() if not isinstance(value, DataError)})
+        refuse_unused(row, self.form, task=self._instructions is not None, detected=self._config.form == "auto")
+        return row
+
+    @staticmethod
+    def _id(row: dict[str, Any], stored: StoredRow) -> str | int:
+        given = row.get("id")
+        if not isinstance(given, str | int):
+            return stored.number
+        if isinstance(given, str) and SURROGATE.search(given):
+            raise DataError(f"`id` {quoted(given)} holds half a surrogate pair, which is no character", kind="text")
+        return given
+
+    def _task(self, row_id: str, row: dict[str, Any], finder: MediaFinder) -> list[Message]:
+        """A task row in the words of its prompt set; `<image>` marks of its fields or of the set take its images."""
+        assert self._instructions is not None
+        values = TASK_FORMS[self.form](row, row_id, self._options)
+        media = RowMedia(row, finder)
+        if not any(media.items.values()):
+            raise DataError("no image", kind="image_count")
+        question, answer = self._instructions.texts(row_id, values, seed=self._seed)
+        messages = with_media(self._instructions.turns(marked_parts(question, media), answer), media)
+        return with_system(row, messages)
+
+    def _finder(self, folder: Path | None) -> MediaFinder:
+        """What finds images for rows of a folder's file."""
+        root = Path(home(self._config.image_root)) if self._config.image_root else folder
+        found = self._finders.get(root)
+        if found is None:
+            images = ImageFolder(root) if root else None
+            found = self._finders[root] = MediaFinder(images, self._config.video_frames, self._config.video_fps)
+        return found

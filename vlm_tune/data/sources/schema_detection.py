@@ -1,0 +1,135 @@
+"""Which form the rows of a source have, judged by their first rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from vlm_tune.data.sources.base import StoredRow
+from vlm_tune.data.sources.chat_schemas import decoded_lists
+from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, has_choices, is_empty
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+LOOKED_AT = 16
+"""How many readable rows are judged."""
+PATIENCE = 1000
+"""How many rows are read to find readable ones."""
+
+NEEDS = {
+    "llava": "conversations (turns of from/value), image",
+    "sharegpt": "conversations (turns of from/value), and images, videos or system",
+    "messages": "messages (turns of role/content)",
+    "prompt_completion": "prompt, completion",
+    "alpaca": "instruction, output",
+    "cauldron": "texts (turns of user/assistant), images",
+    "vqa": "question, answer or answers, image",
+    "multiple_choice": "question, choices or options (or columns A, B, ...), answer, image",
+    "caption": "caption, image",
+    "classify": "label, choices, image",
+    "retrieval": "candidates, answer, image",
+    "ocr": "text, image",
+    "translate": "translation, target_language, image",
+}
+"""What a form's rows hold, as errors and the documentation put it; `image` may be images, video or videos."""
+
+
+def check_columns(columns: Mapping[str, str], name: str) -> None:
+    """Raises `DataError` for a rename to a field that no form has."""
+    for ours in columns:
+        if ours not in FIELDS and ours not in set(LETTERS):
+            near = get_close_matches(ours, FIELDS, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
+            raise DataError(f"columns: no form has a field {quoted(ours)}{hint}", source=name)
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with our field names; a column that it lacks is a field that it lacks."""
+    taken = set(columns.values())
+    ours = {name: row[theirs] for name, theirs in columns.items() if theirs in row}
+    return {name: value for name, value in row.items() if name not in taken} | ours
+
+
+def detect_form(rows: Iterable[StoredRow], columns: Mapping[str, str], name: str) -> tuple[str, dict[str, str]]:
+    """The form that the first rows have, and `columns` with the one that the form's turns are under.
+
+    Raises `DataError` that lists what was seen where the rows fit no form, or more than one.
+    """
+    votes: Counter[tuple[str, str]] = Counter()
+    seen: dict[str, None] = {}
+    fault, judged = None, 0
+    for tried, stored in enumerate(rows, 1):
+        try:
+            row = decoded_lists(renamed(usable(stored.value), columns))
+        except DataError as error:
+            fault = fault or DataError(error.message, source=stored.source, row=stored.number)
+        else:
+            judged += 1
+            votes.update(row_forms(row))
+            seen |= {key: None for key, value in row.items() if value is not None}
+        if judged == LOOKED_AT or tried == PATIENCE:
+            break
+    if not judged:
+        raise fault or DataError("no rows", source=name)
+    needs = "; ".join(f"{form}: {fields}" for form, fields in NEEDS.items())
+    told = f"the rows have {', '.join(map(str, seen)) or 'no fields'}; tell it with `form`, and with `columns` what our fields are called"
+    if not votes:
+        raise DataError(f"can't tell the rows' form: {told} ({needs})", source=name)
+    # A text-only row of a ShareGPT file looks like a text-only row of a LLaVA file; they are read alike.
+    forms = {form for form, _ in votes} - ({"llava"} if ("sharegpt", "conversations") in votes else set())
+    if len(forms) > 1:
+        fitting = "; ".join(f"{form}: {NEEDS[form]}" for form in sorted(forms))
+        raise DataError(f"the rows' form may be {' or '.join(sorted(forms))} ({fitting}): {told}", source=name)
+    (form,) = forms
+    field = "messages" if form == "messages" else "conversations"
+    turns = next((own for found, own in votes if found == form and own), field)
+    return form, {**columns, **({field: columns.get(turns, turns)} if turns != field else {})}
+
+
+def usable(value: Any) -> dict[str, Any]:
+    """A row's fields. Raises `DataError` for what is none."""
+    if isinstance(value, DataError):
+        raise value
+    if not isinstance(value, dict):
+        raise DataError(f"a row is a JSON object, this is {type(value).__name__}", kind="not_json")
+    return value
+
+
+def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """The forms that a row fits, each with the field its turns are under ("" for forms without turns)."""
+    has = {key for key, value in row.items() if value is not None}
+    found: set[tuple[str, str]] = set()
+    for field in ("conversations", "messages"):
+        keys = _turn_keys(row.get(field))
+        if {"from", "value"} <= keys:
+            found.add(("sharegpt" if has & {"images", "videos", "video", "system", "tools"} else "llava", field))
+        elif {"role", "content"} <= keys:
+            found.add(("messages", field))
+    if {"user", "assistant"} <= _turn_keys(row.get("texts")):
+        found.add(("cauldron", ""))
+    if found:
+        return found
+    shown = any(not is_empty(row.get(name)) for name in MEDIA)
+    asked, chosen = "question" in has, has_choices(row)
+    rules = {
+        "prompt_completion": {"prompt", "completion"} <= has,
+        "alpaca": {"instruction", "output"} <= has,
+        "vqa": asked and not chosen and bool(has & {"answer", "answers"}),
+        "multiple_choice": asked and chosen and bool(has & {"answer", "label"}),
+        "retrieval": {"candidates", "answer"} <= has and not asked,
+        "caption": "caption" in has and shown,
+        "classify": "label" in has and shown and not asked,
+        "translate": {"translation", "target_language"} <= has,
+        "ocr": "text" in has and shown and "translation" not in has,
+    }
+    return {(form, "") for form, fits in rules.items() if fits}
+
+
+def _turn_keys(turns: Any) -> set[str]:
+    """The keys of the first turn."""
+    if isinstance(turns, Mapping):  # Arrow's object of lists
+        return set(turns)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return set(first) if isinstance(first, Mapping) else set()

@@ -1,0 +1,91 @@
+"""Rows that may lack their last answer, for answering them: what is missing is filled in, and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vlm_tune.data.sources.base import Chunk, Container, StoredRow
+from vlm_tune.data.sources.chat_schemas import decoded_lists
+from vlm_tune.data.sources.fields import MEDIA, is_empty, lettered
+from vlm_tune.data.sources.legible import NULLS
+from vlm_tune.errors import DataError
+
+PLACEHOLDER = "(no answer is given)"
+"""Stands for a missing answer while a row is read; it reaches no model, which is asked for this very answer."""
+
+
+@dataclass
+class QuestionRows:
+    """A container whose rows get a placeholder for a missing answer; `unanswered` are the (source, row) of those read so far."""
+
+    container: Container
+    unanswered: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.container.name
+
+    def fingerprint(self) -> str:
+        """The container's."""
+        return self.container.fingerprint()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The container's chunks."""
+        return self.container.chunks()
+
+    def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
+        """The chunk's rows, each with an answer."""
+        for stored in self.container.rows(chunk):
+            added = _missing(stored)
+            if added:
+                self.unanswered.add((stored.source, stored.number))
+                stored = replace(stored, value={**stored.value, **added})
+            yield stored
+
+
+def _missing(stored: StoredRow) -> dict[str, Any]:
+    """The fields that give a row an answer, where it has none; none of a row that can't be read."""
+    if not isinstance(stored.value, dict):
+        return {}
+    try:
+        row = decoded_lists({name: value for name, value in stored.value.items() if not isinstance(value, DataError)})
+    except DataError:  # the reader says so again, with the row's place
+        return {}
+    if stored.untyped:
+        row = {name: None if isinstance(value, str) and value.strip() in NULLS else value for name, value in row.items()}
+    for name, speaker, text, answers in (
+        ("messages", "role", "content", ("assistant",)),
+        ("conversations", "role", "content", ("assistant",)),
+        ("conversations", "from", "value", ("gpt", "assistant", "function_call")),
+    ):
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(last := turns[-1], Mapping) and speaker in last:
+            return {} if last[speaker] in answers else {name: [*turns, {speaker: answers[0], text: PLACEHOLDER}]}
+    texts = row.get("texts")
+    if isinstance(texts, list) and texts and isinstance(texts[-1], Mapping) and "user" in texts[-1]:
+        whole = not is_empty(texts[-1].get("assistant"))
+        return {} if whole else {"texts": [*texts[:-1], {**texts[-1], "assistant": PLACEHOLDER}]}
+    return _missing_field(row)
+
+
+def _missing_field(row: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_missing`, of a row of a task: the field that its question wants."""
+    has = {name for name, value in row.items() if not is_empty(value)}
+    choices = next((row[name] for name in ("choices", "options", "candidates") if isinstance(row.get(name), list) and row[name]), None)
+    if "question" in has:
+        if has & {"answer", "answers", "label"}:
+            return {}
+        return {"answer": choices[0] if choices else "A" if lettered(row) else PLACEHOLDER}
+    for question, answer in (("prompt", "completion"), ("instruction", "output"), ("target_language", "translation")):
+        if question in has:
+            return {} if answer in has else {answer: PLACEHOLDER}
+    if "candidates" in has:
+        return {} if "answer" in has else {"answer": row["candidates"][0]}
+    if "choices" in has:
+        return {} if "label" in has else {"label": row["choices"][0]}
+    if has & set(MEDIA) and not has & {"caption", "text", "label"}:
+        return {"caption": PLACEHOLDER}
+    return {}

@@ -1,0 +1,127 @@
+"""Videos as evenly spaced images, each after its time: a folder of frames, or a file that PyAV decodes."""
+
+from __future__ import annotations
+
+import io
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.data.images.decode import MAX_PIXELS
+from vlm_tune.data.types import Media, Slice
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Only these demuxers, and never by probing: a playlist named .mp4 would make FFmpeg open what it lists.
+DEMUXERS = {
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".avi": "avi",
+    ".mpg": "mpeg",
+    ".mpeg": "mpeg",
+}
+JPEG_QUALITY = 92
+
+
+def video_parts(video: Path | Slice | bytes, *, suffix: str, frames: int, fps: float | None = None) -> tuple[str | Media, ...]:
+    """`frames` evenly spaced images of a video, each after its time ("0.0s: ") where that is known.
+
+    `video` is a folder of frames (times as `fps` tells) or an encoded file whose `suffix` says how it is packed. Raises
+    `DataError` for a folder without images, a file that can't be decoded, and if PyAV is not installed.
+    """
+    if isinstance(video, Path) and video.is_dir():
+        return frame_parts([Media(path) for path in frame_files(video)], frames=frames, fps=fps, name=str(video))
+    parts: list[str | Media] = []
+    origin = video if isinstance(video, Path) else None
+    for time, data in _decoded(video, suffix, frames):
+        parts += [*time_text(time), Media(data, origin=origin)]
+    return tuple(parts)
+
+
+def frame_parts(images: Sequence[Media], *, frames: int, fps: float | None, name: str) -> tuple[str | Media, ...]:
+    """As `video_parts`, of a video whose images are all there, in order."""
+    if not images:
+        raise DataError(f"the video {name} has no frames", kind="video_unreadable")
+    parts: list[str | Media] = []
+    for place in evenly_spaced(len(images), frames):
+        parts += [*time_text(None if fps is None else place / fps), images[place]]
+    return tuple(parts)
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """A folder's images in the order of the numbers in their names."""
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` places out of `total`, the first and the last among them; all where there are no more; the middle for one."""
+    if total <= count:
+        return list(range(total))
+    if count == 1:
+        return [total // 2]
+    return [(place * (total - 1) + (count - 1) // 2) // (count - 1) for place in range(count)]
+
+
+def time_text(seconds: float | None) -> list[str]:
+    """What stands before a frame: its time, where known."""
+    return [] if seconds is None else [f"{seconds:.1f}s: "]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts frame_2 before frame_10."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"([0-9]+)", path.name)]
+
+
+def _decoded(video: Path | Slice | bytes, suffix: str, frames: int) -> Iterator[tuple[float, bytes]]:
+    """(seconds, JPEG) of evenly spaced frames."""
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError:
+        raise DataError("video files need PyAV: pip install 'vlm_tune[video]'") from None
+    demuxer = DEMUXERS.get(suffix.lower())
+    if demuxer is None:
+        raise DataError(
+            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {quoted(suffix or 'no ending')}", kind="unsupported"
+        )
+    try:
+        opened: Any = video.open("rb") if isinstance(video, Path) else io.BytesIO(video if isinstance(video, bytes) else video.read_bytes())
+        with opened, av.open(opened, format=demuxer, metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise DataError("the video file has no picture", kind="video_unreadable")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise DataError(f"the video's {stream.width}x{stream.height} is more than {MAX_PIXELS:,} pixels", kind="video_unreadable")
+            yield from _frames(container, stream, frames)
+    except (OSError, ValueError, FFmpegError) as error:
+        raise DataError(f"the video can't be decoded: {error}", kind="video_unreadable") from None
+
+
+def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, bytes]]:
+    """The chosen frames: times come from the packets, so only stretches from a key frame to a chosen frame are decoded."""
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and packet.pts is not None]
+    times = sorted(pts for pts, _ in packets)
+    keys = sorted(pts for pts, is_key in packets if is_key) or times[:1]
+    if not times:
+        raise DataError("the video file has no frames", kind="video_unreadable")
+    decoding: Iterator[Any] = iter(())
+    reached = None
+    for place in evenly_spaced(len(times), frames):
+        wanted = times[place]
+        key = keys[max(bisect_right(keys, wanted) - 1, 0)]
+        if reached is None or key > reached:
+            container.seek(key, stream=stream, backward=True)
+            decoding = container.decode(stream)
+        frame = next((frame for frame in decoding if frame.pts is not None and frame.pts >= wanted), None)
+        if frame is None:
+            raise DataError(f"the video ends before frame {place + 1} of {len(times)}", kind="video_unreadable")
+        reached = frame.pts
+        encoded = io.BytesIO()
+        frame.to_image().save(encoded, "JPEG", quality=JPEG_QUALITY)
+        yield float((frame.pts - times[0]) * stream.time_base), encoded.getvalue()

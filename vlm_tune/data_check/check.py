@@ -1,0 +1,226 @@
+"""`vlm-tune check`: reads everything a run would read, and tells what is wrong with which row; no weights are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.config import Recipe, Source
+from vlm_tune.config.load import as_recipe
+from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.run import prepare
+from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK
+from vlm_tune.data.sources.registry import open_source, read_all
+from vlm_tune.data.types import Conversation
+from vlm_tune.data_check.findings import CheckReport, Part, PartReport, SourceReport, histogram
+from vlm_tune.data_check.leakage import PartRows, leaks
+from vlm_tune.data_check.padding import padding
+from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
+from vlm_tune.errors import DataError, ModelError, check_count
+from vlm_tune.model.build import bare_model, build_processor
+from vlm_tune.model.tuning import check_fits
+
+STREAMED = 10_000
+"""Rows of each source that are read of a recipe that streams."""
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def check(
+    recipe: str | Path | Recipe, overrides: Sequence[str] | dict[str, Any] = (), *, sample: int | None = None, show: Show | None = None
+) -> CheckReport:
+    """Reads the rows of all stages (the first `sample` of each source) and reports on them; `show` is told of progress.
+
+    What is prepared is kept, so a run that follows starts at once. Raises `RecipeError`, and `DataError` or `ModelError`
+    for a chat format or tokenizer that can't be used.
+    """
+    check_count("--sample", sample)
+    loaded = as_recipe(recipe, overrides)
+    started = time.perf_counter()
+    stages = loaded.resolved_stages()
+    if sample is None and any(stage.data.streaming for _, stage in stages):
+        sample = STREAMED
+    stages = [(name, _sampled(stage, sample)) for name, stage in stages]
+    report = CheckReport(loaded.name, sample)
+    processor = build_processor(loaded, list(_texts(stages)) if loaded.scratch else [])
+    for number, (name, stage) in enumerate(stages):
+        report.read += _parts(report, name, stage, processor, last=number == len(stages) - 1, show=show)
+    trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
+    # Stages that read the same rows are told of them once.
+    distinct: dict[Any, Part] = {}
+    for part in report.read:
+        data = part.recipe.data
+        distinct.setdefault((part.prepared.folder, part.name, data.on_bad_row, data.max_bad_rows), part)
+        report.parts.append(_part_report(part))
+        if part.name == "train":
+            check_batches(report, part)
+    _check_fits(report, loaded, processor.tokenizer)
+    for part in distinct.values():
+        check_rows(report, part)
+        if part.name == "train" and sample is None:
+            check_split(report, part)
+    scored = [part for part in distinct.values() if part.name != "train"]
+    for part, found in zip(scored, leaks([part.rows for part in scored], list(trained.values())), strict=True):
+        report_leaks(report, part, found)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _sampled(stage: Recipe, sample: int | None) -> Recipe:
+    """The stage with sources of at most `sample` rows."""
+    if sample is None:
+        return stage
+
+    def cut(sources: Sequence[Any]) -> list[Any]:
+        return [source.model_copy(update={"limit": min(source.limit or sample, sample)}) for source in sources]
+
+    parts = {part: cut(getattr(stage.data, part)) for part in ("train", "validation", "test")}
+    return stage.model_copy(update={"data": stage.data.model_copy(update=parts)})
+
+
+def _texts(stages: Sequence[tuple[str, Recipe]]) -> Iterator[Conversation]:
+    """The training conversations that can be used, for a tokenizer trained on them."""
+    for _, stage in stages:
+        for source in stage.data.train:
+            try:
+                rows = islice(read_all([open_source(source, seed=stage.seed)]), source.limit)
+                yield from (row for row in rows if isinstance(row, Conversation))
+            except DataError:  # told of when it is prepared
+                continue
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, *, last: bool, show: Show | None) -> Iterator[Part]:
+    """The parts of a stage; the test part is the last one's."""
+    data = stage.data
+    own = processor.variant(data.template, data.system)
+    names: list[PartName] = ["train", "validation", *(("test",) if last else ())]
+    for part in names:
+        sources: Sequence[Source] = getattr(data, part)
+        if not sources:
+            continue
+        prepared, ms = _prepared(report, name, part, stage, sources, own, show)
+        if prepared is None:
+            continue
+        parts, usable = prepared.column("part"), prepared.column("status") == OK
+        everything = np.flatnonzero((parts == 0) | ~usable)
+        yield Part(name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms)
+        for held in names if part == "train" else ():
+            places = prepared.places(held)
+            if held != "train" and len(places):
+                everything = np.sort(np.concatenate([places, prepared.long_prompts(held)]))
+                yield Part(name, held, stage, PartRows(prepared, places), everything, own, ms)
+
+
+def _prepared(
+    report: CheckReport,
+    name: str,
+    part: PartName,
+    stage: Recipe,
+    sources: Sequence[Source],
+    processor: Processor,
+    show: Show | None,
+) -> tuple[Prepared | None, float | None]:
+    """A part's prepared rows and the milliseconds of each; sources that can't be read are told of and left out."""
+    rows, started = 0, time.perf_counter()
+
+    def progress(done: int) -> None:
+        nonlocal rows
+        rows = done
+        if show:
+            show({"event": "preparing", "name": name, "part": part, "rows": done})
+
+    def note(text: str) -> None:
+        if show:
+            show({"event": "note", "text": text})
+
+    def made(some: Sequence[Source]) -> Prepared:
+        return prepare(stage.data, some, processor, seed=stage.seed, part=part, lenient=True, progress=progress, note=note)
+
+    try:
+        found = made(sources)
+    except DataError:
+        readable = []
+        for source in sources:
+            try:
+                made([source])
+                readable.append(source)
+            except DataError as error:
+                report.add_whole(name, part, "source", error.message, error.source)
+        found = made(readable) if readable else None
+    return found, 1000 * (time.perf_counter() - started) / rows if rows else None
+
+
+def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
+    """Rows that the language model can't read, where its config is on this machine."""
+    try:
+        language = bare_model(recipe, tokenizer)[0].llm
+    except ModelError:
+        return
+    for part in report.read:
+        if part.name == "train":
+            try:
+                check_fits(language, part.prepared, part.recipe.tune)
+            except ModelError as error:
+                report.add_whole(part.stage, part.name, "unfit", str(error), "model.llm")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _steps(part: Part) -> int:
+    """Optimizer steps of a stage, in one process."""
+    train = part.recipe.train
+    return planned_steps(train, len(Plan(part.prepared, part.recipe.data, Sizes.of(train), part.recipe.seed).epoch(0)))
+
+
+def _part_report(part: Part) -> PartReport:
+    prepared, train = part.prepared, part.recipe.train
+    numbers, status = prepared.column("number"), prepared.column("status")
+    forms = [open_source(config, seed=part.recipe.seed) for config in prepared.sources]
+    sources = []
+    for number, reader in enumerate(forms):
+        own = part.all_places[numbers[part.all_places] == number]
+        usable = PartRows(prepared, part.rows.places[numbers[part.rows.places] == number])
+        kinds = Counter(kind for kind in prepared.values("kind", own) if kind)
+        sources.append(
+            SourceReport(
+                source=reader.name,
+                form=reader.form,
+                rows=len(own),
+                usable=len(usable.places),
+                bad=int((status[own] == BAD).sum()),
+                left_out=int((status[own] == LEFT_OUT).sum()),
+                images=len(usable.first_rows),
+                tokens=int(prepared.column("tokens")[usable.places].sum()),
+                supervised=int(prepared.column("supervised")[usable.places].sum()),
+                kinds=dict(sorted(kinds.items())),
+            )
+        )
+    lengths = prepared.column("longest")[part.all_places]
+    sides = [max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height) for number in part.rows.first_rows]
+    held_out = part.name != "train" and bool(prepared.column("part")[part.rows.places].any())
+    batched = part.name == "train" and len(prepared) > 0
+    sizes = Sizes.of(train)
+    return PartReport(
+        stage=part.stage,
+        part=part.name,
+        sources=sources,
+        questions=None if held_out else prepared.questions,
+        lengths=histogram(lengths[lengths > 0]),
+        image_sides=histogram(np.array(sides, dtype=np.int64)),
+        padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
+        ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
+        steps=_steps(part) if batched else None,
+    )

@@ -1,0 +1,158 @@
+"""What a check found: rows that are bad or odd, and figures of every part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.config import Recipe
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data_check.leakage import PartRows
+from vlm_tune.data_check.padding import Waste
+from vlm_tune.errors import EXIT_DATA, EXIT_DONE
+
+LISTED = 1000
+"""Rows of a part that are named for each kind of finding; all are counted."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is the matter with one row (0: the source as a whole); the kinds are those of `data.kinds`."""
+
+    source: str
+    row: int
+    kind: str
+    message: str
+    stage: str
+    part: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values in bins of equal width; bin k counts those from `start + k * width` up to the next."""
+
+    start: int
+    width: int
+    counts: list[int]
+    least: int
+    middle: int
+    most: int
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source of a part: rows by what became of them, what is trained on (or asked), and the kinds of its odd rows."""
+
+    source: str
+    form: str
+    rows: int
+    usable: int
+    bad: int
+    left_out: int
+    images: int
+    tokens: int
+    supervised: int
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of a stage; `questions` is None where rows are held out of train, whose examples are not made."""
+
+    stage: str
+    part: str
+    sources: list[SourceReport]
+    questions: int | None
+    lengths: Histogram | None
+    image_sides: Histogram | None
+    padding: list[Waste]
+    ms_per_row: float | None
+    """Milliseconds to read and prepare a row; None where it was prepared before."""
+    steps: int | None = None
+    """Optimizer steps of the stage in one process; None for other parts than train."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one part as they were read, and how the stage uses them."""
+
+    stage: str
+    name: str
+    recipe: Recipe
+    rows: PartRows
+    """Its usable rows."""
+    all_places: np.ndarray
+    """Its rows with those that can't be used or are left out; these belong to train."""
+    processor: Processor
+    ms_per_row: float | None
+
+    @property
+    def prepared(self) -> Prepared:
+        """What holds its rows."""
+        return self.rows.prepared
+
+
+@dataclass
+class CheckReport:
+    """What a check found; `sample` rows of each source were read, all where it is None."""
+
+    name: str
+    sample: int | None
+    parts: list[PartReport] = field(default_factory=list)
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    error_counts: Counter[str] = field(default_factory=Counter)
+    warning_counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    read: list[Part] = field(default_factory=list, repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """3 if there are errors."""
+        return EXIT_DATA if self.errors else EXIT_DONE
+
+    def add(self, part: Part, kind: str, rows: Sequence[tuple[int, str]], *, error: bool) -> None:
+        """Counts a finding for rows (place, message) of a part, and lists the first ones."""
+        if not rows:
+            return
+        (self.error_counts if error else self.warning_counts)[kind] += len(rows)
+        shown = sorted(rows)[:LISTED]
+        places = np.array([place for place, _ in shown], dtype=np.int64)
+        names = zip(part.prepared.values("source", places), part.prepared.values("row", places), strict=True)
+        found = [
+            Finding(source, row, kind, message, part.stage, part.name) for (source, row), (_, message) in zip(names, shown, strict=True)
+        ]
+        (self.errors if error else self.warnings).extend(found)
+
+    def add_whole(self, stage: str, part: str, kind: str, message: str, source: str = "", *, error: bool = True) -> None:
+        """Counts and lists a finding about a source or part as a whole."""
+        (self.error_counts if error else self.warning_counts)[kind] += 1
+        (self.errors if error else self.warnings).append(Finding(source or f"data.{part}", 0, kind, message, stage, part))
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as one JSON object."""
+        counts = {"errors": dict(sorted(self.error_counts.items())), "warnings": dict(sorted(self.warning_counts.items()))}
+        return {
+            "name": self.name,
+            "sample": self.sample,
+            "errors": [asdict(finding) for finding in self.errors],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "counts": counts | {"parts": [asdict(part) for part in self.parts]},
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def histogram(values: np.ndarray, most: int = 12) -> Histogram | None:
+    """Values in at most `most` bins whose width is 1, 2 or 5 times a power of ten; None for no values."""
+    if not len(values):
+        return None
+    low, high = int(values.min()), int(values.max())
+    widths = (step * 10**power for power in range(20) for step in (1, 2, 5))
+    width = next(width for width in widths if high // width - low // width < most)
+    bins = np.bincount(values // width - low // width)
+    return Histogram(low // width * width, width, bins.tolist(), low, int(np.median(values)), high)

@@ -1,0 +1,91 @@
+"""Answers to a file of rows, written as they come; nothing is scored."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.data.batching.collate import Fetch
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.types import Conversation
+from vlm_tune.errors import DataError
+from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.paths import writing
+
+BLOCK = 16
+"""Batches whose rows are answered together, so that rows about one image may share its reading, and then written."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was written: the file, its number of rows, how many of these brought an answer of their own, and seconds."""
+
+    output: str
+    n: int
+    answered: int
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+
+def write_answers(
+    model: VisionLanguageModel,
+    rows: Sequence[Conversation],
+    unanswered: set[tuple[str, int]],
+    output: Path,
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Answers the last question of every row and writes one JSON object a line.
+
+    Args:
+        model: in evaluation mode.
+        rows: conversations that end in an answer.
+        unanswered: (source, row) of those whose answer is a placeholder; their `expected` is null.
+        output: the JSONL file: id, source, row, image, question, expected, answer.
+        decoding: how answers are generated.
+        batch_size: rows a batch.
+        progress: is told the rows written, and of how many, also before the first.
+
+    Raises:
+        DataError: there are no rows, or a prompt is longer than the model takes; the file is not touched then.
+        RecipeError: the file can't be written.
+    """
+    if not rows:
+        raise DataError("no rows to answer")
+    started = time.perf_counter()
+    prompts = model.processor.prompts(rows)
+    fetch: Fetch = PixelCache(model.processor.images)
+    size = BLOCK * batch_size
+    with writing(output, "the file of answers"), output.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), size):
+            if progress:
+                progress(start, len(rows))
+            answers = model.answers(prompts[start : start + size], decoding, fetch=fetch, cached=False, batch_size=batch_size)
+            for row, answer in zip(rows[start : start + size], answers, strict=True):
+                file.write(json.dumps(_line(row, answer, (row.source, row.row) in unanswered), ensure_ascii=False) + "\n")
+            file.flush()
+    given = len(rows) - sum((row.source, row.row) in unanswered for row in rows)
+    return Predictions(str(output), len(rows), given, round(time.perf_counter() - started, 2))
+
+
+def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
+    question = next((message.text for message in reversed(row.messages) if message.role == "user"), "")
+    return {
+        "id": row.id,
+        "source": row.source,
+        "row": row.row,
+        "image": row.media[0].name if row.media else "",
+        "question": question,
+        "expected": None if unanswered else row.messages[-1].text.strip(),
+        "answer": answer,
+    }

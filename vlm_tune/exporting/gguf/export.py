@@ -1,0 +1,284 @@
+"""The language model and the mmproj file that llama.cpp reads, read back and compared before they get their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.data.chat.template import ChatTemplate
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
+from vlm_tune.errors import ModelError
+from vlm_tune.exporting.gguf.language import FAMILIES, ROPE_FACTORS, decoder_reasons, decoder_tensors, describe_decoder
+from vlm_tune.exporting.gguf.mmproj import Mmproj, mmproj_notes, mmproj_reasons, write_mmproj
+from vlm_tune.exporting.gguf.sentencepiece import described_of, pieces_notes
+from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer, tokenizer_reasons
+from vlm_tune.exporting.gguf.writer import TYPES, WIDTHS, as_stored, check_gguf, read_fields, read_tensors, write_gguf
+from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.exporting.merge import check_output, observe
+from vlm_tune.exporting.source import (
+    EXACT,
+    Expected,
+    ExportReport,
+    check_answers,
+    check_ids,
+    check_prompt,
+    check_room,
+    commit_export,
+    count_parameters,
+    expected_of,
+    run_lines,
+    text_config,
+    whole_model,
+)
+from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.build import DTYPES, load_tokenizer
+from vlm_tune.model.checkpoint import find_model, read_config
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters
+
+HELD = "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP ViT without its class token"
+
+
+def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
+    """Writes `model-TYPE.gguf` and `mmproj-TYPE.gguf`, a card and a report; see `export`."""
+    check_gguf()
+    source = find_model(path)
+    config = read_config(source, base)
+    text = check_target(source, config)
+    check_output(output, path)
+    parameters = count_parameters(text, config)
+    check_room(parameters, output, WIDTHS[dtype or config.precision], copies=2)  # the model, and the one read back
+    model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype, base)
+    dtype, precision = dtype or model.config.precision, model.config.precision
+    expected = expected_of(path, model) if verify else None
+    cast_parameters(model, DTYPES[precision])
+
+    def write(folder: Path) -> tuple[ExportReport, str]:
+        files = Files(folder / f"model-{TYPES[dtype]}.gguf", folder / f"mmproj-{TYPES[precision]}.gguf")
+        write_files(files, model, dtype)
+        report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, notes_of(model))
+        if expected is not None:
+            found = verify_gguf(files, model, expected, dtype)
+            report = replace(report, **asdict(found), rows=len(expected.rows))
+        return report, model_card(path, model, files, report)
+
+    return commit_export(output, write)
+
+
+def check_target(source: Path, config: VisionLanguageConfig) -> Any:
+    """transformers' config of the LLM. Raises `ModelError` with every reason why a model can't be GGUF, before weights are read."""
+    check_prompt(source)
+    text = text_config(source, config) if config.llm.kind == "causal" else None
+    reasons = gguf_reasons(config, text)
+    if text is not None and not reasons:
+        reasons = tokenizer_reasons(load_tokenizer(config.llm, source), text.vocab_size, ChatTemplate.model_validate(config.template))
+    if reasons:
+        raise ModelError(f"this model can't be exported as GGUF: {'; '.join(reasons)}. {HELD}")
+    return text
+
+
+def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """Why a model can't be GGUF, its tokenizer apart, given its LLM's transformers config (None for an encoder-decoder)."""
+    language = ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
+    return [*mmproj_reasons(config), *language]
+
+
+def notes_of(model: VisionLanguageModel) -> list[str]:
+    """What llama.cpp does otherwise with an image or a text than the model was trained with."""
+    return [*mmproj_notes(model), *pieces_notes(described_of(model.processor.tokenizer))]
+
+
+@dataclass(frozen=True)
+class Files:
+    """The two files of an export."""
+
+    language: Path
+    mmproj: Path
+
+
+def write_files(files: Files, model: VisionLanguageModel, dtype: str) -> None:
+    """Writes both files, the language model in `dtype`, tower and connector in the model's own precision."""
+    language: Any = model.llm.model
+    rows = language.get_input_embeddings().num_embeddings
+    name = FAMILIES[language.config.model_type]
+    describe = partial(describe_decoder, text=language.config, processor=model.processor, rows=rows)
+    write_gguf(files.language, name, describe, decoder_tensors(language), dtype)
+    write_mmproj(files.mmproj, model, model.config.precision)
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far the logits of the files are from the model's, whether greedy text is the same, and what llama.cpp does otherwise.
+
+    `allowed` is how far logits may be from those of what was to be stored: of q8_0 that is less than `difference`.
+    """
+
+    difference: float
+    same_text: bool
+    notes: list[str]
+    allowed: float
+
+
+def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dtype: str) -> Verified:
+    """Compares the files with the model: token ids, logits, and greedy text.
+
+    The language model is opened by transformers, the mmproj file computed as llama.cpp does, the tokenizer made from
+    the file's metadata. Raises `ModelError` where anything is not what was to be stored, which q8_0 rounds.
+    """
+    stored = expected
+    if dtype == "q8_0":
+        for parameter in model.llm.model.parameters():
+            parameter.data = as_stored("", parameter.data, dtype).to(parameter.device)
+        cast_parameters(model, torch.float32)
+        logits, texts = observe(model, expected.rows)
+        stored = replace(expected, logits=logits.view_as(expected.logits), texts=texts)
+    theirs, fields = _opened(files.language)
+    _check_texts(fields, model, expected.rows)
+    activation = vision_weights(model.tower)[0].hidden_act
+    reader = Reader(theirs.to(model.device), fields, model)
+    trained, approximate = Mmproj(files.mmproj, exact=activation), Mmproj(files.mmproj)
+    found, texts = reader.logits(expected.rows, trained), reader.texts(expected.rows, trained)
+    allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
+    check_answers(stored, found, texts, allowed)
+    moved = _largest(reader.logits(expected.rows, approximate), found)
+    notes = [*notes_of(model), f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}"]
+    return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The language model as transformers reads it from a file, and the file's metadata.
+
+    Raises `ModelError` for tensors that are missing or misshapen.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields, name = read_fields(path), path.name
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=name)
+    # transformers reads it for some architectures only.
+    config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = (
+            config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+        )
+    with redirect_stderr(StringIO()):  # its progress bar has no switch
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    theirs, info = found
+    faults = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if faults:
+        raise ModelError(f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written")
+    factors = read_tensors(path, only=ROPE_FACTORS).get(ROPE_FACTORS)
+    if factors is not None:
+        theirs.base_model.rotary_emb.inv_freq /= factors
+    return theirs.eval(), fields
+
+
+def _check_texts(fields: dict[str, Any], model: VisionLanguageModel, rows: Sequence[Conversation]) -> None:
+    """Raises `ModelError` if the file's tokenizer and chat template give other ids than the model was trained with."""
+    tokenizer = read_tokenizer(fields)
+    for row in rows:
+        turns = [{"role": turn.role, "content": [_part(part) for part in turn.parts]} for turn in row.messages]
+        pieces = tokenizer.apply_chat_template(turns, tokenize=False).split(MARKER)
+        found = tokenizer.encode(pieces[0], add_special_tokens=False)
+        for piece in pieces[1:]:
+            found += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(piece, add_special_tokens=False)
+        (example,) = model.processor.examples(row)
+        ids = torch.from_numpy(example.input_ids).long().masked_fill(torch.from_numpy(example.image_mask), -1).tolist()
+        check_ids(row, [*ids, int(example.labels[-1])], found[: len(ids) + 1])
+
+
+def _part(part: str | Media) -> dict[str, str]:
+    return {"type": "text", "text": part if isinstance(part, str) else MARKER}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A language model that was read from a file, and how rows of a model of ours go through it."""
+
+    theirs: Any
+    fields: dict[str, Any]
+    model: VisionLanguageModel
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Conversation], mmproj: Mmproj) -> torch.Tensor:
+        """Logits [S, V] of the rows' supervised tokens."""
+        found = []
+        for row in rows:
+            (example,) = self.model.processor.examples(row)
+            supervised = torch.from_numpy(example.labels).to(self.model.device) != IGNORE_INDEX
+            found.append(self.theirs(inputs_embeds=self._embeds(example, row, mmproj)).logits[0, supervised].float())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def texts(self, rows: Sequence[Conversation], mmproj: Mmproj) -> list[str]:
+        """Greedy answers."""
+        stops = [self.fields[key] for kind in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{kind}_token_id") in self.fields]
+        pad = self.fields["tokenizer.ggml.padding_token_id"]
+        found = []
+        for row in rows:
+            embeds = self._embeds(self.model.processor.prompt(row), row, mmproj)
+            ids = self.theirs.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones_like(embeds[..., 0]),
+                max_new_tokens=16,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=pad,
+            )
+            found.append(self.model.processor.decode(ids[0].tolist()))
+        return found
+
+    def _embeds(self, example: Example, row: Conversation, mmproj: Mmproj) -> torch.Tensor:
+        ids, mask = (torch.from_numpy(one).to(self.model.device) for one in (example.input_ids, example.image_mask))
+        embeds = self.theirs.get_input_embeddings()(ids.long())
+        if row.media:
+            pixels = torch.stack([self.model.processor.images(media) for media in row.media])
+            embeds[mask] = mmproj.features(pixels).flatten(0, 1).to(embeds.device)
+        return embeds[None]
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def model_card(path: Path, model: VisionLanguageModel, files: Files, report: ExportReport) -> str:
+    """The README of an exported folder: its files, how to use them, its recipe and scores where they are known."""
+    from vlm_tune import __version__
+
+    section = model.config.model
+    tower = getattr(section.tower, "name", None) or "from scratch"
+    proof = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's"
+    lines = [
+        "---",
+        "library_name: gguf",
+        "pipeline_tag: image-text-to-text",
+        f"base_model: {section.llm.name or 'none'}",
+        "---",
+        "",
+        f"A vision-language model for llama.cpp, written by vlm_tune {__version__}.",
+        "",
+        f"- `{files.language.name}`: the language model, {section.llm.name or 'from scratch'}",
+        f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the connector ({section.connector.kind})",
+        f"- merged adapters: {', '.join(report.merged) or 'none'}",
+        f"- {report.parameters:,} parameters; read back and compared: {proof}",
+        *(f"- {note}" for note in report.notes),
+        "",
+        "```sh",
+        f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image image.png -p 'What does the image show?' --temp 0",
+        "```",
+    ]
+    return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -1,0 +1,190 @@
+"""A `LlavaForConditionalGeneration` folder, and the proof that plain transformers computes the same with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.data.images.decode import decode_image, encoded_bytes
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
+from vlm_tune.errors import ModelError
+from vlm_tune.exporting.llava_layout import IMAGE_TOKEN, check_target, llava_model, llava_processor
+from vlm_tune.exporting.merge import check_output
+from vlm_tune.exporting.source import (
+    Expected,
+    ExportReport,
+    check_answers,
+    check_ids,
+    check_prompt,
+    check_room,
+    commit_export,
+    count_parameters,
+    expected_of,
+    run_lines,
+    text_config,
+    whole_model,
+)
+from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.build import DTYPES, pin_tokenizer
+from vlm_tune.model.checkpoint import find_model, read_config
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters
+
+PIXEL = 1e-3
+"""How far normalised pixels may be apart; one level of 255 is more than ten times that."""
+
+
+def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice) -> ExportReport:
+    """Writes a `LlavaForConditionalGeneration`, its processor, a card and a report; see `export`."""
+    source = find_model(path)
+    config = read_config(source, base)
+    check_prompt(source)
+    text = text_config(source, config) if config.llm.kind == "causal" else None
+    check_target(config, text)
+    check_output(output, path)
+    parameters = count_parameters(text, config)
+    check_room(parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1)  # it is merged and compared in fp32
+    model, merged = whole_model(path, source, output, dtype, base)
+    dtype = model.config.precision
+    expected = expected_of(path, model) if verify else None
+    cast_parameters(model, DTYPES[dtype])
+
+    def write(folder: Path) -> tuple[ExportReport, str]:
+        processor = llava_processor(model)
+        image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        llava_model(model, image_token, DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        pin_tokenizer(folder)
+        report = ExportReport(str(output), "llava", dtype, merged, parameters, None, None)
+        if expected is not None:
+            allowed = expected.tolerance(dtype)
+            difference, same = verify_llava(folder, model, expected, allowed)
+            report = replace(report, difference=difference, same_text=same, rows=len(expected.rows), allowed=allowed)
+        return report, model_card(path, model, report)
+
+    return commit_export(output, write)
+
+
+def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, tolerance: float) -> tuple[float, bool]:
+    """How far an exported folder's logits are from the model's, and that its greedy text is the same.
+
+    The folder is opened by transformers' own classes, computing in fp32. Raises `ModelError` for other token ids,
+    pixels, logits or text.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+
+    opened: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, info = opened
+    faults = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if faults:
+        raise ModelError(f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written")
+    theirs = theirs.to(model.device).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    # Pillow resizes as our own preprocessing does; torchvision, which transformers prefers, is off by a level or two.
+    pillow: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    logits, texts = [], []
+    for row in expected.rows:
+        _check_pixels(pillow, model, row)
+        logits.append(_their_logits(theirs, processor, model, row))
+        texts.append(_their_answer(theirs, processor, model, row))
+    found = torch.cat(logits)[:, : expected.logits.shape[1]]
+    return check_answers(expected, found, texts, tolerance), True
+
+
+def _messages(model: VisionLanguageModel, row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
+    """A conversation as transformers' processors take it; images are those the tower sees, already square."""
+    from PIL import Image
+
+    def part(one: str | Media) -> dict[str, Any]:
+        if isinstance(one, str):
+            return {"type": "text", "text": one}
+        return {"type": "image", "image": Image.fromarray(model.processor.images(one).permute(1, 2, 0).numpy())}
+
+    turns = row.messages[:-1] if prompt and row.messages[-1].role == "assistant" else row.messages
+    return [{"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns]
+
+
+def _inputs(processor: Any, model: VisionLanguageModel, messages: list[dict[str, Any]], *, prompt: bool) -> Any:
+    return processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt").to(
+        model.device
+    )
+
+
+@torch.inference_mode()
+def _their_logits(theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation) -> torch.Tensor:
+    """Logits [S, V] where the model's own example has labels; token ids must be its own."""
+    image_token = theirs.config.image_token_id
+    (example,) = model.processor.examples(row)
+    inputs = _inputs(processor, model, _messages(model, row), prompt=False)
+    ids = torch.from_numpy(example.input_ids).long().masked_fill(torch.from_numpy(example.image_mask), image_token).tolist()
+    check_ids(row, [*ids, int(example.labels[-1])], inputs["input_ids"][0, : len(ids) + 1].tolist())
+    return theirs(**inputs).logits[0, : len(ids)].float()[torch.from_numpy(example.labels).to(model.device) != IGNORE_INDEX]
+
+
+@torch.inference_mode()
+def _their_answer(theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation) -> str:
+    inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
+    ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    return model.processor.decode([token for token in ids.tolist() if token not in model.processor.stop_ids])
+
+
+def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) -> None:
+    """Raises `ModelError` if a row's images, resized and normalised by the exported processor, are not what the tower sees."""
+    for media in row.media:
+        scale, offset = model.tower.scale.cpu(), model.tower.offset.cpu()
+        own = model.processor.images(media).float() * scale[0] - offset[0]
+        found = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")["pixel_values"][0]
+        if own.shape != found.shape or float((own - found).abs().max()) > PIXEL:
+            raise ModelError(
+                f"the exported image processor gives other pixels for {media.name} than the model was trained with; nothing was written"
+            )
+
+
+def model_card(path: Path, model: VisionLanguageModel, report: ExportReport) -> str:
+    """The README of an exported folder: what it is made of, how to use it, its recipe and scores where they are known."""
+    from vlm_tune import __version__
+
+    section = model.config.model
+    tower = getattr(section.tower, "name", None) or "from scratch"
+    verified = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's, same greedy text"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        f"base_model: {section.llm.name or 'none'}",
+        "---",
+        "",
+        f"A LLaVA written by vlm_tune {__version__}.",
+        "",
+        f"- tower: {tower} ({section.tower.kind})",
+        f"- connector: {section.connector.kind}",
+        f"- language model: {section.llm.name or 'from scratch'}",
+        f"- merged adapters: {', '.join(report.merged) or 'none'}",
+        f"- {report.parameters:,} parameters in {report.dtype}; {verified}",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f'folder = "{report.output}"',
+        "processor = AutoProcessor.from_pretrained(folder)",
+        "model = AutoModelForImageTextToText.from_pretrained(folder)",
+        "content = [",
+        '    {"type": "image", "path": "image.png"},',
+        '    {"type": "text", "text": "What does the image show?"},',
+        "]",
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": content}],',
+        "    add_generation_prompt=True,",
+        "    tokenize=True,",
+        "    return_dict=True,",
+        '    return_tensors="pt",',
+        ")",
+        "generated = model.generate(**inputs, max_new_tokens=64)",
+        'answer = generated[0, inputs["input_ids"].shape[1] :]',
+        "print(processor.decode(answer, skip_special_tokens=True))",
+        "```",
+    ]
+    return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -1,0 +1,309 @@
+"""transformers' LLaVA as a target: which models it can express, and the same weights in its layout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vlm_tune.config import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
+from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.errors import ModelError
+from vlm_tune.model.connectors.projectors import Linear
+from vlm_tune.model.language.llm import CausalLLM
+from vlm_tune.model.language.logits import HeadRule
+from vlm_tune.model.vision.towers import OpenClipVision, TransformersVision, VisionTower
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+
+IMAGE_TOKEN = "<image>"
+VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
+PROJECTOR = {"layers.0": "linear_1", "layers.2": "linear_2"}
+OPEN_CLIP_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OPEN_CLIP_STEM = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+}
+
+
+def check_target(config: VisionLanguageConfig, text: Any) -> None:
+    """Raises `ModelError` with every reason why a model can't be a LLaVA, as `llava_reasons`."""
+    reasons = llava_reasons(config, text)
+    if reasons:
+        raise ModelError(f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder")
+
+
+def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """Why a model can't be a LLaVA, given its LLM's transformers config (None for an encoder-decoder); no weights are needed."""
+    language = ["its language model is an encoder-decoder, LLaVA's a decoder"] if text is None else decoder_reasons(text)
+    return [*tower_reasons(config), *_connector_reasons(config), *language]
+
+
+def decoder_reasons(text: Any) -> list[str]:
+    """Why a decoder can't be LLaVA's, from its transformers config."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    name = text.model_type
+    bodies: Any = AutoModel._model_mapping
+    wholes: Any = AutoModelForCausalLM._model_mapping
+    if type(text) not in bodies or type(text) not in wholes:
+        return [f"its language model is of type {name}, of which transformers has no decoder without a head"]
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(text)
+        body = AutoModel.from_config(text)
+        llm = CausalLLM(whole)
+    reasons = []
+    if llm.rule != HeadRule():
+        what = "" if llm.rule is None else f" ({llm.rule})"
+        reasons.append(f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not")
+    if llm.factor != 1:
+        reasons.append(f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not")
+    if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
+        reasons.append(f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them")
+    if getattr(whole.get_output_embeddings(), "bias", None) is not None:
+        reasons.append("its language model's head has a bias, LLaVA's has none")
+    return reasons
+
+
+def tower_reasons(config: VisionLanguageConfig) -> list[str]:
+    tower, rebuild = config.model.tower, config.tower_rebuild
+    reasons = []
+    if isinstance(tower, TransformersTower):
+        found = rebuild["vision_config"]["model_type"]
+        if found not in VISION_TYPES:
+            reasons.append(f"its tower is of type {found}, LLaVA's {' or '.join(VISION_TYPES)}")
+    elif isinstance(tower, OpenClipTower):
+        vision = rebuild["vision_cfg"]
+        if vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple):
+            reasons.append("its tower is not a ViT of open_clip's own")
+    else:
+        reasons.append(f"its tower is of kind {tower.kind}, LLaVA's is one CLIP or SigLIP ViT")
+    if isinstance(tower, TransformersTower) and tower.final_norm:
+        reasons.append("its tower's last norm is on the features (model.tower.final_norm)")
+    if tower.grid is not None:
+        reasons.append("its tower pools to a grid (model.tower.grid)")
+    if tower.tiles:
+        reasons.append("it sees images as tiles (model.tower.tiles)")
+    return reasons
+
+
+def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
+    connector = config.model.connector
+    if not isinstance(connector, LinearConnector | MlpConnector):
+        return [f"its connector is of kind {connector.kind}, LLaVA's is linear or an MLP"]
+    reasons = ["its connector begins with a LayerNorm (model.connector.norm)"] if connector.norm else []
+    if isinstance(connector, MlpConnector) and connector.depth != 2:
+        reasons.append(f"its connector has {connector.depth} layers, LLaVA's MLP has 2")
+    return reasons
+
+
+# --- the processor ---------------------------------------------------------------------------------------------------
+
+
+def llava_processor(model: VisionLanguageModel) -> Any:
+    """A `LlavaProcessor` that gives the ids and pixels of the model's own processor; `<image>` is a token of its tokenizer."""
+    from tokenizers import AddedToken
+    from transformers import LlavaProcessor
+
+    own, tower = model.processor, model.tower
+    tokenizer: Any = copy.deepcopy(own.tokenizer)
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own.spec.pad_id)
+    if not any(piece.control == "bos" for piece in own.template.start):
+        _add_nothing(tokenizer)
+    tokenizer.chat_template = processor_jinja(own.template, own.system, IMAGE_TOKEN)
+    vision, _ = vision_weights(tower)
+    has_class = vision.model_type == "clip_vision_model"
+    return LlavaProcessor(
+        image_processor=_image_processor(model),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=_strategy(tower, has_class),
+        num_additional_image_tokens=int(has_class),
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _add_nothing(tokenizer: Any) -> None:
+    """Keeps a tokenizer from putting tokens around a text, where the chat format has none there."""
+    from tokenizers import processors
+
+    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+
+
+def _strategy(tower: Any, has_class: bool) -> Literal["default", "full"]:
+    return "default" if has_class and not tower.class_token else "full"
+
+
+def _image_processor(model: VisionLanguageModel) -> Any:
+    from transformers import CLIPImageProcessor, LlavaImageProcessor
+
+    size, resize = model.tower.image_size, model.processor.images.resize
+    square = {"height": size, "width": size}
+    common: dict[str, Any] = {"crop_size": square, "image_mean": list(model.tower.mean), "image_std": list(model.tower.std)}
+    if resize == "pad":
+        return LlavaImageProcessor(size=square, do_pad=True, **common)
+    if resize == "crop":
+        return CLIPImageProcessor(size={"shortest_edge": size}, **common)
+    return CLIPImageProcessor(size=square, do_center_crop=False, **common)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype) -> Any:
+    """A `LlavaForConditionalGeneration` with the model's weights in `dtype`, not copied where they are in it already.
+
+    Raises `ModelError` for weights that LLaVA has no place for.
+    """
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    language: Any = model.llm.model
+    _make_room(language, image_token)
+    vision, vision_state = vision_weights(model.tower)
+    linear = isinstance(model.connector, Linear)
+    has_class = vision.model_type == "clip_vision_model"
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_index=image_token,
+        image_seq_length=model.processor.spec.tokens_per_image,
+        # With the identity as its second layer and no activation, LLaVA's MLP is a linear connector.
+        projector_hidden_act="linear" if linear else "gelu",
+        vision_feature_select_strategy=_strategy(model.tower, has_class),
+        vision_feature_layer=-1,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        llava: Any = LlavaForConditionalGeneration(config)
+    parts = {
+        "vision_tower": (llava.model.vision_tower, vision_state),
+        "multi_modal_projector": (llava.model.multi_modal_projector, _projector_state(model.connector)),
+        "language_model": (llava.model.language_model, language.base_model.state_dict()),
+        "lm_head": (llava.lm_head, language.get_output_embeddings().state_dict()),
+    }
+    for name, (part, state) in parts.items():
+        try:
+            part.load_state_dict({key: _cast(value, dtype) for key, value in state.items()}, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"the weights don't fit LLaVA's {name}: {error}") from None
+    llava.tie_weights()
+    stops, tokenizer = model.processor.stop_ids, model.processor.tokenizer
+    llava.generation_config = GenerationConfig(
+        eos_token_id=stops, pad_token_id=model.processor.spec.pad_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+    )
+    return llava
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    value = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+    return value.contiguous()
+
+
+def _make_room(language: Any, token: int) -> None:
+    """Gives the embedding and the head rows up to `token`: the mean of the others, whose logit is never the largest."""
+    rows = language.get_input_embeddings().num_embeddings
+    if token < rows:
+        return
+    language.resize_token_embeddings(token + 1, mean_resizing=False)
+    for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
+        layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0).to(layer.weight.dtype)
+
+
+def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
+    if isinstance(connector, Linear):
+        width = connector.linear.out_features
+        first = {f"linear_1.{key}": value for key, value in connector.linear.state_dict().items()}
+        return {**first, "linear_2.weight": torch.eye(width), "linear_2.bias": torch.zeros(width)}
+    state = connector.state_dict().items()
+    return {f"{PROJECTOR[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value for key, value in state}
+
+
+def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
+    """transformers' config and state of a tower, without the blocks that its features don't need.
+
+    The final norm, which features of a layer never pass, is the identity. Raises `ModelError` for other towers.
+    """
+    if isinstance(tower, TransformersVision):
+        config, state = _transformers_vision(tower)
+    elif isinstance(tower, OpenClipVision):
+        config, state = _open_clip_vision(tower)
+    else:
+        raise ModelError(f"a {type(tower).__name__} tower has no place in LLaVA")
+    state |= {"post_layernorm.weight": torch.ones(config.hidden_size), "post_layernorm.bias": torch.zeros(config.hidden_size)}
+    return config, state
+
+
+def _transformers_vision(tower: TransformersVision) -> tuple[Any, dict[str, torch.Tensor]]:
+    model: Any = tower.model
+    config, state = copy.deepcopy(model.config), dict(model.state_dict())
+    if tower.options:
+        # Positions of another image size are interpolated once, here, and not in every pass.
+        embeddings, side, weight = model.embeddings, tower.side * config.patch_size, model.embeddings.position_embedding.weight
+        with torch.no_grad():
+            found = embeddings.interpolate_pos_encoding(torch.empty(1, 2, weight.shape[1], device=weight.device), side, side)
+        state["embeddings.position_embedding.weight"] = found[0]
+    config.image_size = tower.image_size
+    config.num_hidden_layers = len(model.encoder.layers)
+    if hasattr(model, "use_head"):
+        config.vision_use_head = False
+    return config, state
+
+
+def _open_clip_vision(tower: OpenClipVision) -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import CLIPVisionConfig
+
+    visual: Any = tower.visual
+    blocks: Sequence[Any] = visual.transformer.resblocks
+    state, left = {}, dict(visual.state_dict())
+    for ours, theirs in OPEN_CLIP_STEM.items():
+        if ours in left:
+            state[theirs] = left.pop(ours)
+    for number in range(len(blocks)):
+        block, layer = f"transformer.resblocks.{number}.", f"encoder.layers.{number}."
+        for kind in ("weight", "bias"):
+            for ours, theirs in OPEN_CLIP_BLOCK.items():
+                if f"{block}{ours}.{kind}" in left:
+                    state[f"{layer}{theirs}.{kind}"] = left.pop(f"{block}{ours}.{kind}")
+            joined = left.pop(f"{block}attn.in_proj_{kind}", None)
+            if joined is not None:
+                for name, part in zip("qkv", joined.chunk(3), strict=True):
+                    state[f"{layer}self_attn.{name}_proj.{kind}"] = part
+    if left or "pre_layrnorm.weight" not in state:
+        odd = ", ".join(sorted(left)[:4]) or "no norm before its blocks"
+        raise ModelError(f"this open_clip tower is no plain CLIP ViT ({odd}): it can't be exported as LLaVA")
+    width = state["embeddings.class_embedding"].shape[0]
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=tower.image_size,
+        patch_size=visual.conv1.kernel_size[0],
+        hidden_act=_activation(blocks[0].mlp.gelu),
+        layer_norm_eps=blocks[0].ln_1.eps,
+    )
+    return config, state
+
+
+def _activation(layer: nn.Module) -> str:
+    if isinstance(layer, nn.GELU):
+        return "gelu_pytorch_tanh" if layer.approximate == "tanh" else "gelu"
+    if type(layer).__name__ == "QuickGELU":
+        return "quick_gelu"
+    raise ModelError(f"an open_clip tower with {type(layer).__name__} can't be exported as LLaVA")

@@ -1,0 +1,398 @@
+"""Merges LoRA adapters into the base weights, and proves that the merge did what the adapter does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.config import Recipe
+from vlm_tune.config.load import load_recipe
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.prepare.run import conversations, read_part
+from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
+from vlm_tune.model.build import DTYPES, dtype_name
+from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
+from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.lora import merge_adapter
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters
+from vlm_tune.paths import check_writable, writing
+
+TOLERANCE = 2e-2
+PROBED = 10_000
+"""Rows that the probes are spread over."""
+PROBES = 4
+SCORED = 256
+"""Validation rows that a quantised run and its merge are scored on, where the recipe sets no smaller limit."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge was compared with, by the largest absolute difference of logits and by greedy text.
+
+    `rows` were compared, in fp32. "The adapter" is the adapter over the unquantised base, which the merge must equal
+    within `allowed`. A quantised run was trained over other weights than those it is merged into: how far the merge is
+    from the run as trained is `difference_to_run`, and both are scored on `scored` validation rows, where the run has
+    some that can be read (else `unscored` says why not).
+    """
+
+    output: str
+    parts: list[str]
+    base: str
+    difference_to_adapter: float
+    difference_to_base: float
+    same_text: bool
+    rows: int
+    allowed: float = TOLERANCE
+    dtype: str = "bf16"
+    why_dtype: str | None = None
+    """Why it is not bf16, where no dtype was asked for."""
+    text_may_differ: bool = False
+    """Whether other greedy text is accepted: where a tolerance was given."""
+    quantized: str | None = None
+    difference_to_run: float | None = None
+    same_text_as_run: bool | None = None
+    run_accuracy: float | None = None
+    merged_accuracy: float | None = None
+    scored: int = 0
+    unscored: str | None = None
+
+
+def merge(
+    path: Path, output: Path, *, dtype: str | None = None, tolerance: float | None = None, base: BaseChoice = AS_SAVED
+) -> MergeReport:
+    """Merges a run's or checkpoint's adapters into 16-bit base weights (fp32 on request) and writes a model folder.
+
+    A 4- or 8-bit run is merged into its base loaded in `dtype`, never into quantised weights. Before anything is
+    written, the merged logits must equal those of the adapter over that base within `tolerance` and differ from the
+    base's.
+
+    Args:
+        path: a run, a checkpoint or a model folder.
+        output: the folder to write.
+        dtype: of the merged weights. Where not given it is bf16, or, if rounding to bf16 moves the logits further than
+            allowed, fp16 (not for encoder-decoders, which overflow in it), or else fp32; the report says why.
+        tolerance: how far logits may move; 2e-2 where not given, and then the greedy text must be the same too.
+        base: which weights to merge into, where it is not those that the folder names.
+
+    Raises:
+        ModelError: there is nothing to merge, the base is not the one that was trained over, or verification fails.
+        RecipeError: the output can't be written.
+    """
+    path, output = Path(path), Path(output)
+    dtype = dtype_name(dtype)
+    if problems := number_problems("--tolerance", tolerance):
+        raise RecipeError(problems)
+    check_output(output, path)
+    model, report = merged_model(path, output, dtype, tolerance, base)
+
+    def extra(folder: Path) -> None:
+        (folder / "merge.json").write_text(json.dumps(asdict(report), indent=1))
+        (folder / "README.md").write_text(model_card(model, report))
+
+    with writing(output, "the merged model"):
+        save_model(model, output, extra)
+    return report
+
+
+def check_output(output: Path, path: Path) -> None:
+    """Checks that an output folder is free, can be written, and is not inside the model that is read from `path`.
+
+    Raises `ModelError` or `RecipeError`.
+    """
+    source = find_model(path)
+    if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
+        raise ModelError(f"{output}: the output lies in the model folder that is read, {source}; choose another place")
+    check_writable(output, "the output folder", folder=True)
+    if output.is_dir() and any(output.iterdir()):
+        raise ModelError(f"{output}: the output folder is not empty")
+
+
+def merged_model(
+    path: Path, output: Path, dtype: str | None, tolerance: float | None = None, base: BaseChoice = AS_SAVED
+) -> tuple[VisionLanguageModel, MergeReport]:
+    """The model that `merge` writes, verified, and its report. Raises `ModelError` as `merge`."""
+    source = find_model(path)
+    config = read_config(source, base)
+    quantized = config.llm.quantize
+    as_trained = _as_trained(path, source, base) if quantized else None
+    # A real LLM's logits, tens in size, can be off by more than the tolerance in fp16 too.
+    choices = [dtype] if dtype else ["bf16", "fp32"] if config.llm.kind == "seq2seq" else ["bf16", "fp16", "fp32"]
+    too_coarse: list[str] = []
+    merging = _Merging(path, source, output, tolerance or TOLERANCE, tolerance is not None, base)
+    model, report = merging.into(choices[0], quantized)
+    for finer in choices[1:]:
+        if passes(report):
+            break
+        precision = report.dtype
+        moved = f"{precision} moves the logits by {report.difference_to_adapter:.2g}"
+        too_coarse.append(moved if report.difference_to_adapter > report.allowed else f"{precision} changes the greedy text")
+        del model  # two would not fit where one does
+        model, report = merging.into(finer, quantized)
+    if too_coarse:
+        why = f"{' and '.join(too_coarse)} ({report.allowed:g} is allowed; --tolerance allows more)"
+        report = replace(report, why_dtype=why)
+    check_merge(report)
+    if as_trained is not None:
+        report = _compared(model, report, as_trained)
+    return model, report
+
+
+@dataclass(frozen=True)
+class _AsTrained:
+    """What a quantised run does with the probe rows and the validation part, over its quantised base."""
+
+    probes: list[Conversation]
+    logits: torch.Tensor
+    texts: list[str]
+    accuracy: float | None
+    validation: list[Conversation]
+    recipe: Recipe | None
+    unscored: str | None
+
+
+def _as_trained(path: Path, source: Path, base: BaseChoice) -> _AsTrained:
+    model = load_model(source, dtype=torch.float32, base=base)
+    if not (model.adapters or model.beside):
+        raise _nothing_to_merge(source)
+    probes = probe_rows(path, model)
+    logits, texts = observe(model, probes)
+    recipe, rows, unscored = _validation(path, model)
+    accuracy = _accuracy(model, rows, recipe) if recipe and rows else None
+    return _AsTrained(probes, logits, texts, accuracy, rows, recipe, unscored)
+
+
+def _validation(path: Path, model: VisionLanguageModel) -> tuple[Recipe | None, list[Conversation], str | None]:
+    """The recipe of a run's last stage and rows of its validation part, or why there are none."""
+    file = _recipe_of(path)
+    if file is None:
+        return None, [], "the folder is in no run with a recipe"
+    recipe = load_recipe(file).resolved_stages()[-1][1]
+    try:
+        rows = read_part(recipe.data, "validation", model.processor, recipe.seed)
+    except DataError as error:
+        return recipe, [], f"its validation part can't be read: {error}"
+    return recipe, rows[: min(recipe.evaluate.limit or SCORED, SCORED)], None if rows else "the recipe has no validation part"
+
+
+def _accuracy(model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> float:
+    settings = recipe.evaluate
+    decoding = Decoding(settings.max_new_tokens, settings.num_beams)
+    return score(model, rows, decoding=decoding, batch_size=settings.batch_size, loss=False).accuracy
+
+
+def _compared(model: VisionLanguageModel, report: MergeReport, run: _AsTrained) -> MergeReport:
+    """The report with how far the merged model is from the run as it was trained."""
+    precision = DTYPES[report.dtype]
+    cast_parameters(model, torch.float32)
+    logits, texts = observe(model, run.probes)
+    accuracy = None if run.accuracy is None or run.recipe is None else _accuracy(model, run.validation, run.recipe)
+    cast_parameters(model, precision)
+    return replace(
+        report,
+        difference_to_run=_largest(run.logits, logits),
+        same_text_as_run=run.texts == texts,
+        run_accuracy=run.accuracy,
+        merged_accuracy=accuracy,
+        scored=len(run.validation),
+        unscored=run.unscored,
+    )
+
+
+def _nothing_to_merge(source: Path) -> ModelError:
+    return ModelError(f"{source} has no adapter: nothing to merge, it can be used as it is")
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """A merge that is tried in one precision after the other."""
+
+    path: Path
+    source: Path
+    output: Path
+    allowed: float
+    text_may_differ: bool
+    base: BaseChoice
+
+    def into(self, dtype: str, quantized: str | None) -> tuple[VisionLanguageModel, MergeReport]:
+        """The model merged in one precision, not yet written, and how far it is from adapter and base."""
+        precision = DTYPES[dtype]
+        model = load_model(self.source, dtype=precision, quantize=False, base=self.base)
+        if not (model.adapters or model.beside):
+            raise _nothing_to_merge(self.source)
+        merged_parts = sorted(model.adapters)
+        model.float()
+        probes = probe_rows(self.path, model)
+        adapter_logits, adapter_text = observe(model, probes)
+        base_logits = self._base_logits(precision, probes) if model.beside else _without_adapters(model, probes)
+        for part in merged_parts:
+            merge_adapter(model, part)
+        cast_parameters(model, precision)
+        cast_parameters(model, torch.float32)
+        merged_logits, merged_text = observe(model, probes)
+        model.changed |= {"tower", "llm"}
+        model.config = model.config.model_copy(update={"precision": dtype})
+        cast_parameters(model, precision)
+        return model, MergeReport(
+            output=str(self.output),
+            parts=merged_parts,
+            base=f"{model.config.llm.name or 'the trained base'} in {dtype}" + (f" (the run was {quantized})" if quantized else ""),
+            difference_to_adapter=_largest(adapter_logits, merged_logits),
+            difference_to_base=_largest(base_logits, merged_logits),
+            same_text=adapter_text == merged_text,
+            rows=len(probes),
+            allowed=self.allowed,
+            dtype=dtype,
+            text_may_differ=self.text_may_differ,
+            quantized=quantized,
+        )
+
+    def _base_logits(self, precision: torch.dtype, probes: Sequence[Conversation]) -> torch.Tensor:
+        model = load_model(self.source, dtype=precision, quantize=False, adapters=False, base=self.base)
+        return observe(model.float(), probes)[0]
+
+
+def passes(report: MergeReport) -> bool:
+    """Whether a merge is near enough to the adapter."""
+    return report.difference_to_adapter <= report.allowed and (report.same_text or report.text_may_differ)
+
+
+def check_merge(report: MergeReport) -> None:
+    """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
+    if not report.difference_to_base > 0:  # so that it holds for a difference that is no number
+        raise ModelError("the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)")
+    if not report.difference_to_adapter <= report.allowed:
+        raise ModelError(
+            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {report.allowed:g}; "
+            "nothing was written. Try --dtype fp32, or allow it with --tolerance"
+        )
+    if not passes(report):
+        raise ModelError(
+            "the merged model's greedy text differs from the adapter's; nothing was written. Try --dtype fp32, or allow it with --tolerance"
+        )
+
+
+def _without_adapters(model: VisionLanguageModel, probes: Sequence[Conversation]) -> torch.Tensor:
+    for tuner in model.adapters.values():
+        tuner.disable_adapter_layers()
+    logits, _ = observe(model, probes)
+    for tuner in model.adapters.values():
+        tuner.enable_adapter_layers()
+    return logits
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _recipe_of(path: Path) -> Path | None:
+    """The recipe of the run that a model folder is, or lies in."""
+    return next((file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()), None)
+
+
+def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
+    """Rows to compare models by: of the run's own data where it can be read, else a blank image and a question.
+
+    Raises `RecipeError` for a run whose recipe can't be read.
+    """
+    file = _recipe_of(path)
+    if file is None:
+        return [plain_probe(model)]
+    recipe = load_recipe(file).resolved_stages()[-1][1]
+    try:
+        rows = list(islice(conversations(recipe.data, recipe.data.validation or recipe.data.train, recipe.seed), PROBED))
+    except DataError:  # the data may have moved since; a merge does not need it
+        rows = []
+    return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
+
+
+def plain_probe(model: VisionLanguageModel) -> Conversation:
+    """A question about an image of one colour."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(buffer, format="PNG")
+    question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
+    return Conversation("probe", (question, Message("assistant", ("a red square",))))
+
+
+@torch.inference_mode()
+def observe(model: VisionLanguageModel, rows: Sequence[Conversation]) -> tuple[torch.Tensor, list[str]]:
+    """What a model does with rows: logits of their supervised tokens (fp32, flat), and its greedy answers."""
+    model.eval()
+    examples = [example for row in rows for example in model.processor.examples(row)]
+    found: list[torch.Tensor] = []
+    for example in examples:
+        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(model.device)
+        embeds: Any = model.embed(batch)
+        found.append(model.llm.supervised_logits(embeds, batch).float().flatten())
+    texts = model.answers(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)
+    return torch.cat(found), texts
+
+
+def model_card(model: VisionLanguageModel, report: MergeReport) -> str:
+    """The README of a merged folder."""
+    section = model.config.model
+    return f"""---
+library_name: vlm_tune
+pipeline_tag: image-text-to-text
+base_model: {section.llm.name or "none"}
+---
+
+A vision-language model merged by vlm_tune {_version()}.
+
+- tower: {section.tower.kind} {getattr(section.tower, "name", None) or "(from scratch)"}
+- connector: {section.connector.kind}
+- language model: {report.base}
+- merged: LoRA on {", ".join(report.parts)}
+{chr(10).join(f"- {line}" for line in merge_lines(report))}
+
+```python
+from vlm_tune import VisionLanguageModel
+
+folder = "{report.output}"
+vlm = VisionLanguageModel.from_pretrained(folder)
+print(vlm.chat("What does the image show?", images=["image.png"]))
+```
+"""
+
+
+def merge_lines(report: MergeReport) -> list[str]:
+    """What a merge was compared with and how far it is from that, a sentence each."""
+    lines = [
+        f"logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged ({report.allowed:g} is allowed)",
+        f"logits up to {report.difference_to_base:.2g} from those of the base alone (0 would be no merge)",
+        f"greedy answers {'the same as' if report.same_text else 'other than'} with the adapter unmerged",
+    ]
+    if report.why_dtype:
+        lines.append(f"merged in {report.dtype} because {report.why_dtype}")
+    if report.difference_to_run is not None:
+        same = "the same" if report.same_text_as_run else "other"
+        lines.append(
+            f"logits up to {report.difference_to_run:.2g} from those of the run as it was trained, over its {report.quantized} base "
+            f"({same} greedy answers)"
+        )
+        if report.run_accuracy is not None and report.merged_accuracy is not None:
+            lines.append(
+                f"exact match on {report.scored} validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
+            )
+        else:
+            lines.append(f"not scored on validation rows: {report.unscored}")
+    return lines
+
+
+def _version() -> str:
+    from vlm_tune import __version__
+
+    return __version__

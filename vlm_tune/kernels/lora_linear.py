@@ -1,0 +1,299 @@
+"""The operator behind fused LoRA layers: y = x W^T + b + x A^T (s B)^T, forward and backward written out.
+
+To a compiler it is one operator, so that what stands around it is fused and its matrix products stay few and large. On
+a CPU with AMX, in bf16, each pass is one kernel of our own (`low_rank.cpp`).
+
+Shapes: T tokens, I inputs, O outputs, R the rank. Several layers that read the same x are one: O and R are then sums
+over them, A is stacked, and B is block diagonal, the outputs of a layer against its own ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from vlm_tune.kernels.cpu import native
+
+# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
+
+LARGE = 4096
+"""Inputs or outputs of a layer above which the kernel reads its rows too often."""
+
+NO_NORM = ctypes.c_float(0)
+"""What a kernel takes for the epsilon of no norm."""
+
+TOGETHER = 2048
+"""Outputs that the kernel's backward pass takes at once; more of them go layer by layer."""
+
+
+def parts(sizes: Sequence[int]) -> list[slice]:
+    """Stretches of these sizes, one after another."""
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def wide_rank(rank: int) -> int:
+    """R rounded up so that rows of a matrix [O, I + R] are of whole 16 bytes, which GPU kernels want; the rest is zero."""
+    return -(-rank // 8) * 8
+
+
+def _down(downs: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
+    """A [R, I] of all layers, with rows of zeros up to `rank`."""
+    if len(downs) == 1 and len(downs[0]) == rank:
+        return downs[0].to(dtype)
+    return torch.cat([*downs, downs[0].new_zeros(rank - sum(map(len, downs)), downs[0].shape[1])]).to(dtype)
+
+
+def _fill(tail: Tensor, ups: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Writes the scaled B of each layer into its own rows and columns of `tail` [O, R]."""
+    for up, scale, rows, ranks in zip(ups, scales, parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), strict=True):
+        tail[rows, ranks].copy_(up * scale)
+
+
+def unpacked(codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The numbers of a weight's 4-bit codes and block scales, packed as `packing` says (nf4:64)."""
+    import bitsandbytes  # noqa: F401 - registers the operator
+
+    kind, block = packing.split(":")
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, list(shape), dtype)
+
+
+def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
+    """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
+    if not packing:
+        return weights[0]
+    matrix = like.new_zeros(sum(map(len, ups)), width + room) if room else None
+    for codes, scales, up, rows in zip(weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True):
+        found = unpacked(codes, scales, packing, (len(up), width), like.dtype)
+        if matrix is None:
+            return found
+        matrix[rows, :width].copy_(found)
+    assert matrix is not None
+    return matrix
+
+
+def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
+    """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and native.has_kernels()
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A matrix as a kernel takes it, with the numbers of a row side by side."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def sizes(*values: int) -> Any:
+    """Numbers as a kernel takes them."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+class _Layer(ctypes.Structure):
+    """An adapter as the kernel takes it."""
+
+    _fields_ = (
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Adapters:
+    """A and B of layers in fp32, and what each B is scaled by, as a kernel takes them."""
+
+    def __init__(self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> None:
+        self.downs, self.ups = ([each.float().contiguous() for each in some] for some in (downs, ups))
+        self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
+        made = [
+            _Layer(native.address(down), native.address(up), *up.shape, scale)
+            for down, up, scale in zip(self.downs, self.ups, scales, strict=True)
+        ]
+        self.array = (_Layer * len(made))(*made)
+
+
+def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients one after another as those of each layer's A or B, in its type."""
+    places = parts([each.numel() for each in layers])
+    return [flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)]
+
+
+def _quick(rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters) -> tuple[Tensor, Tensor]:
+    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
+    count, width = rows.shape
+    out, low = rows.new_empty(count, adapters.outputs), rows.new_empty(count, adapters.rank)
+    shape = sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups))
+    native.kernels().low_rank(
+        shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, weight, bias, None, out, low)
+    )
+    return out, low
+
+
+def _quick_backward(
+    gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, adapters: Adapters, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
+    count, width = rows.shape
+    x_gradient = gradient.new_empty(count if needs_x else 0, width)
+    of_downs = gradient.new_empty(adapters.rank, width, dtype=torch.float32)
+    of_ups = gradient.new_empty(sum(up.numel() for up in adapters.ups), dtype=torch.float32)
+    strides = (gradient.stride(0), rows.stride(0), weight.stride(0))
+    native.kernels().low_rank_backward(
+        sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
+        adapters.array,
+        *native.pointers(gradient, rows, None, None, None, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+    )
+    return x_gradient, of_downs, of_ups
+
+
+@torch.library.custom_op(f"vlm_tune::project_{SOURCE}", mutates_args=())
+def project(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    packing: str,
+    room: int,
+    quick: bool,
+    bias: Tensor | None,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The outputs [T, O] of rows [T, I], and what the backward pass keeps beside its inputs.
+
+    `weights` is W [O, I] of one layer (`room` 0), or [W | room for s B] of [O, I + room], and all is one GEMM of
+    [x | x A^T]. Kept is x A^T [T, R], of several layers with `room` for R. With a `packing` (the kind of 4-bit
+    codes and their block, as nf4:64) it is the codes and block scales of each layer, unpacked in either pass and kept
+    by neither. `quick` is by the kernel, which fills no room and keeps x A^T in any case.
+    """
+    width = rows.shape[1]
+    matrix = joined_weights(weights, packing, room, ups, rows, width)
+    if quick:
+        return _quick(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
+    if not room:
+        kept = rows @ downs[0].to(rows.dtype).t()
+        return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
+    # Written in secret, as far as a compiler knows: the frozen columns stay what they were, and nobody else reads the rest.
+    _fill(matrix.data[:, width:], ups, scales)
+    kept = rows @ _down(downs, room, rows.dtype).t()
+    return linear(torch.cat([rows, kept], 1), matrix, bias), kept
+
+
+@project.register_fake
+def _(
+    rows: Tensor, weights: Any, packing: str, room: int, quick: bool, bias: Tensor | None, downs: Any, ups: Any, scales: Any
+) -> tuple[Tensor, Tensor]:
+    kept = room if room and not quick else sum(map(len, downs))
+    return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
+
+
+@torch.library.custom_op(f"vlm_tune::project_backward_{SOURCE}", mutates_args=())
+def project_backward(
+    gradient: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    weights: Sequence[Tensor],
+    packing: str,
+    room: int,
+    quick: bool,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O].
+
+    With `quick` they are those of each layer's own B [O_i, R_i] in place of s B, one after another.
+    """
+    width = downs[0].shape[1]
+    matrix = joined_weights(weights, packing, room, ups, kept, width)
+    if quick:
+        return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
+    if room:
+        # The forward pass left s B beside W, so one GEMM gives what flows back through both.
+        if packing:
+            _fill(matrix[:, width:], ups, scales)
+        both = gradient @ matrix if needs_x else None
+        x_gradient, low_gradient = (None, gradient @ matrix[:, width:]) if both is None else (both[:, :width], both[:, width:])
+    else:
+        low_gradient = gradient @ (ups[0] * scales[0]).to(kept.dtype)
+        x_gradient = gradient @ matrix if needs_x else None
+    if x_gradient is None:
+        x_gradient = gradient.new_empty(0, width)
+    else:
+        x_gradient.addmm_(low_gradient, _down(downs, kept.shape[1], kept.dtype))
+    return x_gradient, low_gradient.t() @ rows, kept.t() @ gradient
+
+
+@project_backward.register_fake
+def _(
+    gradient: Tensor,
+    rows: Any,
+    kept: Tensor,
+    weights: Any,
+    packing: str,
+    room: int,
+    quick: bool,
+    downs: Any,
+    ups: Any,
+    scales: Any,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = downs[0].shape[1]
+    if quick:
+        of_downs = gradient.new_empty(kept.shape[1], width, dtype=torch.float32)
+        of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
+        return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_downs, of_ups
+    rank, count = kept.shape[1], gradient.shape[0]
+    return (
+        gradient.new_empty_strided((count, width), (width + room, 1)) if needs_x else gradient.new_empty(0, width),
+        gradient.new_empty(rank, width),
+        gradient.new_empty(rank, gradient.shape[1]),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, weights, ctx.packing, ctx.room, ctx.quick, _, downs, ups, ctx.scales = inputs
+    ctx.counts = len(weights), len(downs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(rows, output[1], *weights, *downs, *ups)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+    rows, kept, *rest = ctx.saved_tensors
+    own, layers = ctx.counts
+    weights, downs, ups = rest[:own], rest[own : own + layers], rest[own + layers :]
+    needs_x = ctx.needs_input_grad[0]
+    x, down, up = project_backward(
+        gradient,
+        rows,
+        kept,
+        weights,
+        ctx.packing,
+        ctx.room,
+        ctx.quick,
+        downs,
+        ups,
+        ctx.scales,
+        needs_x,
+    )
+    ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
+    of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
+    if ctx.quick:
+        of_ups = by_layer(up, ups)
+    else:
+        of_ups = [
+            (up[rank, where].t().to(each.dtype) * scale).contiguous()
+            for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
+        ]
+    return x if needs_x else None, [None] * own, None, None, None, None, of_downs, of_ups, None
+
+
+project.register_autograd(_backward, setup_context=_save)

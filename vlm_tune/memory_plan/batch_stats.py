@@ -1,0 +1,157 @@
+"""How large the batches of a stage are: from its data where that is there and quick to prepare, else from `max_length`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_tune.config import Recipe
+from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
+from vlm_tune.data.batching.sampler import Plan, Sizes
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.run import prepare, scratch_texts
+from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.errors import DataError, Interrupted, ModelError
+from vlm_tune.model.build import build_processor
+from vlm_tune.model.language.masks import same_sample, tree_mask
+
+PREPARING = 3.0
+"""Seconds that may be spent on preparing data."""
+
+SAMPLED = 16
+"""Batches whose mean is the step that FLOPs are counted of."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch as the model sees it: padded rows x length (and labels), and what of it is no padding.
+
+    `attended` are pairs of positions, the first of which looks at the second, over all stacks' layers of one depth.
+    """
+
+    rows: int
+    length: int
+    labels: int
+    tokens: float
+    label_tokens: float
+    supervised: float
+    images: float
+    attended: float
+
+
+@dataclass
+class Reading:
+    """A stage's largest batch, the mean of some, how many images there are, where this is known from, and steps of an epoch."""
+
+    batch: Batch | None
+    mean: Work | None
+    images: int
+    source: str
+    steps: int | None = None
+
+
+def readings(recipe: Recipe, tokens: int | None, processes: int) -> tuple[Any, list[Reading]]:
+    """The tokenizer, if it can be had, and what is known of each stage's batches."""
+    stages = recipe.resolved_stages()
+    processor, why = _processor(recipe)
+    tokenizer = processor.tokenizer if processor else None
+    if tokens is not None:
+        return tokenizer, [Reading(None, None, 0, f"--tokens {tokens:,}") for _ in stages]
+    return tokenizer, [_read(stage, processor, why, recipe, processes) for _, stage in stages]
+
+
+def _processor(recipe: Recipe) -> tuple[Processor | None, str]:
+    try:
+        return build_processor(recipe, scratch_texts(recipe)), ""
+    except ModelError as error:
+        return None, str(error).partition(":")[0]
+    except DataError as error:
+        return None, str(error)
+
+
+def _read(stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, processes: int) -> Reading:
+    data, until = stage.data, time.monotonic() + PREPARING
+    if processor is None or data.streaming:
+        return Reading(None, None, 0, f"max_length ({why or 'rows are streamed'})")
+    own = processor.variant(data.template if data.template != recipe.data.template else None, data.system)
+    try:
+        prepared = prepare(data, data.train, own, seed=stage.seed, stop=lambda: time.monotonic() > until)
+        feed = _feed(stage, prepared, own, processes)
+    except Interrupted:
+        return Reading(None, None, 0, f"max_length (the rows are not prepared and take more than {PREPARING:g} s)")
+    except DataError as error:
+        return Reading(None, None, 0, f"max_length ({error})")
+    start = Position()
+    largest, sampled, count = _chosen(feed)
+    works = [work_of(feed.batch(start, place)) for place in sampled]
+    mean = Work(*(float(np.mean([getattr(work, name) for work in works])) for name in Work.__dataclass_fields__))  # type: ignore[arg-type]
+    source = f"the largest of {count:,} batches of the data"
+    return Reading(feed.batch(start, largest), mean, len(prepared.media), source, feed.steps(start))
+
+
+def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:
+    plan = Plan(prepared, stage.data, Sizes.of(stage.train, processes), stage.seed)
+    return PreparedFeed(prepared, plan, processor.spec, None)  # type: ignore[arg-type]
+
+
+def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
+    """The first epoch's micro-batch with most padded tokens, SAMPLED of them, and how many there are."""
+    epoch, lengths = feed.plan.epoch(0), feed.plan.lengths
+    places = epoch.places(feed.ranks)
+
+    def padded(place: Place) -> int:
+        rows = epoch.rows(*place, 0, feed.ranks)
+        length = max((lengths[row[0], 0] if len(row) == 1 else lengths[row, 1].sum() for row in rows), default=0)
+        return int(length) * sum(len(feed.prepared.unit(row[0])) if len(row) == 1 else 1 for row in rows)
+
+    sampled = sorted({int(number) for number in np.linspace(0, len(places) - 1, SAMPLED)})
+    return max(places, key=padded), [places[number] for number in sampled], len(places)
+
+
+def work_of(batch: Batch) -> Work:
+    """A batch in figures."""
+    (rows, length), labels = batch.input_ids.shape, batch.labels.shape[1]
+    real, causal = batch.attention_mask, batch.labels.shape == batch.input_ids.shape
+    said = batch.labels != IGNORE_INDEX
+    inputs, outputs = real.sum(1).double(), said.sum(1).double()
+    if causal:
+        pairs = (tree_mask(batch.ends) & real[:, None, :, None]).sum() if batch.ends is not None else (inputs * (inputs + 1) / 2).sum()
+    elif batch.samples is not None and batch.label_samples is not None:
+        own, answers = batch.samples, batch.label_samples.masked_fill(~said, -2)
+        order = torch.ones(labels, labels, dtype=torch.bool).tril()
+        pairs = (same_sample(own, own)[:, 0] & real[:, None] & real[..., None]).sum()
+        pairs = pairs + (same_sample(answers, own)[:, 0] & real[:, None]).sum()
+        pairs = pairs + (same_sample(answers, answers)[:, 0] & order & said[..., None]).sum()
+    else:
+        pairs = (inputs**2 + outputs * (outputs + 1) / 2 + inputs * outputs).sum()
+    answers = 0.0 if causal else float(said.sum())
+    return Work(
+        rows, length, labels, float(real.sum()), answers, float(said.sum()), float(len(set(batch.media_index.tolist()))), float(pairs)
+    )
+
+
+def longest_batch(stage: Recipe, spec: Any, length: int) -> Batch:
+    """A batch of rows of `length` tokens with one image each, all of whose text is supervised; an answer, for an encoder-decoder."""
+    rows = stage.train.batch_size if stage.train.batch_tokens is None else max(stage.train.batch_tokens // length, 1)
+    shown = min(spec.tokens_per_image, length - 1)
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    slots = torch.zeros(rows, length, dtype=torch.bool)
+    slots[:, :shown] = shown == spec.tokens_per_image
+    labels = torch.zeros_like(ids)
+    if spec.layout == "causal":
+        labels[slots] = IGNORE_INDEX
+    else:
+        labels = labels[:, : stage.evaluate.max_new_tokens]
+    return Batch(
+        ids=["longest"] * rows,
+        input_ids=ids,
+        attention_mask=torch.ones_like(slots),
+        image_mask=slots,
+        labels=labels,
+        media_index=torch.arange(rows if slots.any() else 0),
+    )

@@ -1,0 +1,122 @@
+"""How much larger the memory of tensors gets than what lives in it: the storages of two steps put where training puts them.
+
+A hole is left over wherever what comes after a storage is of another size or lives longer, and no page of it goes back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Literal
+
+from vlm_tune.kernels.cpu import native
+from vlm_tune.memory_plan.tracer import Trace
+from vlm_tune.resources import SMALLEST_BLOCK
+
+GRAIN = 64
+"""Bytes that a block of the range of our own is a multiple of (`allocator.cpp`)."""
+
+ASIDE = 112
+"""Bytes that glibc asks for beside a storage: its header (16), and to find an address that 64 divides (64 + 32)."""
+
+
+Allocator = Literal["range", "malloc"]
+"""What places a CPU's tensors in training: a range of addresses of our own, or the C library."""
+
+
+def allocator() -> Allocator:
+    """The one that training on this machine uses (`train.allocator`)."""
+    return "malloc" if native.range_allocator() is None else "range"
+
+
+class Range:
+    """First fit from the lowest address, with holes joined to their neighbours: what `allocator.cpp` does."""
+
+    def __init__(self) -> None:
+        self.top = self.largest = self.live = self.fullest = 0
+        self.holes: list[tuple[int, int]] = []
+        """Place and size of each, by place."""
+        self.blocks: dict[int, int] = {}
+
+    def taken(self, size: int) -> int:
+        """What a storage of `size` bytes takes; 0 if it lies elsewhere."""
+        return -(-size // GRAIN) * GRAIN if size >= SMALLEST_BLOCK else 0
+
+    def fitting(self, size: int) -> int | None:
+        """The number of the hole that a block goes to."""
+        return next((number for number, (_, hole) in enumerate(self.holes) if hole >= size), None)
+
+    def take(self, size: int) -> int:
+        """Where a block comes to lie."""
+        number = self.fitting(size)
+        if number is None:
+            place, self.top = self.top, self.top + size
+            self.largest = max(self.largest, self.top)
+        else:
+            place, hole = self.holes[number]
+            self.holes[number : number + 1] = [(place + size, hole - size)] if hole > size else []
+        self.blocks[place] = size
+        self.live += size
+        self.fullest = max(self.fullest, self.live)
+        return place
+
+    def give(self, place: int) -> None:
+        """Frees the block there."""
+        size = self.blocks.pop(place)
+        self.live -= size
+        number = bisect_left(self.holes, (place, 0))
+        if number < len(self.holes) and self.holes[number][0] == place + size:
+            size += self.holes.pop(number)[1]
+        if number and sum(self.holes[number - 1]) == place:
+            place, before = self.holes.pop(number - 1)
+            size, number = size + before, number - 1
+        if place + size == self.top:
+            self.top = place
+        else:
+            self.holes.insert(number, (place, size))
+
+
+class Glibc(Range):
+    """Best fit, as glibc's malloc has it while freed memory is kept; what it cuts off a block for other uses is not followed."""
+
+    def taken(self, size: int) -> int:
+        return size + ASIDE
+
+    def fitting(self, size: int) -> int | None:
+        return min(((hole, number) for number, (_, hole) in enumerate(self.holes) if hole >= size), default=(0, None))[1]
+
+
+def holes(trace: Trace, placed_by: Allocator, *, accumulating: bool) -> int:
+    """Bytes that lie idle where memory is largest in two steps of a trace."""
+    heap = Range() if placed_by == "range" else Glibc()
+    places: dict[object, int] = {}
+    for key, size in _two_steps(trace, accumulating=accumulating):
+        if size is None:
+            if key in places:
+                heap.give(places.pop(key))
+        elif taken := heap.taken(size):
+            places[key] = heap.take(taken)
+    return heap.largest - heap.fullest
+
+
+def _two_steps(trace: Trace, *, accumulating: bool) -> Iterator[tuple[object, int | None]]:
+    """What is taken (with its size) and given back (None): AdamW's states are new in the first step and there in the second."""
+    gradients = [number for number, kind in enumerate(trace.kinds) if kind == "gradients"]
+    kept, sizes = set(gradients), trace.sizes
+    for step in range(2):
+        for micro in range(1 + accumulating):
+            alive = set()
+            for event in trace.events:
+                number = abs(event)
+                if number not in kept:
+                    yield number, sizes[number] if event > 0 else None
+                    alive ^= {number}
+                elif event > 0:
+                    # With accumulation it is added to the one that is there.
+                    yield (number, micro), sizes[number]
+                    if micro:
+                        yield (number, micro), None
+            yield from ((number, None) for number in sorted(alive))
+        for number in gradients if step == 0 else ():
+            yield from ((("state", moment, number), sizes[number]) for moment in range(2))
+        yield from (((number, 0), None) for number in gradients)

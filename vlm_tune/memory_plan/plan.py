@@ -1,0 +1,494 @@
+"""What a recipe needs before it runs: parameters, memory by cause and FLOPs, from configs and fake tensors alone.
+
+The model is made on the meta device and tuned by the real rules; its real forward and backward pass is traced on fake
+tensors (`model.tracing`). What each process holds of weights, gradients and optimizer follows from ZeRO's definition.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from vlm_tune.config import Recipe
+from vlm_tune.config.load import as_recipe
+from vlm_tune.data.batching.sampler import planned_steps
+from vlm_tune.data.types import Batch
+from vlm_tune.errors import Problem, RecipeError, check_count, number_problems
+from vlm_tune.memory_plan.advice import changed, changes, written
+from vlm_tune.memory_plan.batch_stats import Reading, Work, longest_batch, readings, work_of
+from vlm_tune.memory_plan.communication import GIGABIT, Communication, communication, traffic
+from vlm_tune.memory_plan.heap import Allocator, allocator
+from vlm_tune.memory_plan.machine import Machine, measure
+from vlm_tune.memory_plan.step import ROWS, traced
+from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
+from vlm_tune.model.build import DTYPES, bare_model, trained_later
+from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.quoting import quoted
+from vlm_tune.resources import KERNEL_BYTES, KERNELS
+
+CONTEXT = 600_000_000
+"""Bytes that CUDA's context and the libraries' work space take of a GPU."""
+
+MOST_PROCESSES = 1_000_000
+LONGEST = 1_000_000
+"""Tokens of a row that a plan may be asked for."""
+
+Offload = Literal["none", "optimizer", "all"]
+"""What DeepSpeed keeps in the machine's memory: nothing, optimizer states, or those and the weights."""
+
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Numbers of parameters of one part, LoRA's among them, and the bytes that its weights take."""
+
+    part: str
+    total: int
+    trained: int
+    adapters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak, by cause.
+
+    `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered. On a CPU
+    `holes` are what lies idle between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
+    """
+
+    frozen: int
+    trained: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    exchange: int
+    holes: int
+    kernels: int
+    base: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
+
+    `loading` is the peak before the first step, where weights are made in fp32; `source` says where lengths are from;
+    `host` are the bytes offloaded to the machine's memory; `communication` is None for one process; `steps` are all
+    optimizer steps, None where the data is not known.
+    """
+
+    name: str
+    parts: list[PartSize]
+    tuning: list[TuneRow]
+    peak: Work
+    mean: Work
+    source: str
+    memory: Memory
+    loading: int
+    flops: float
+    feature_cache: int
+    cached: bool
+    host: int
+    communication: Communication | None
+    steps: int | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the stage's peak."""
+        return max(self.memory.total, self.loading)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change that lessens memory, as overrides of the recipe or a ZeRO stage, and what the run then needs."""
+
+    text: str
+    changes: list[str]
+    zero: int
+    needed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on each of `processes` devices; `fits` is None where no memory was named.
+
+    `allocator` is what a CPU's holes are counted for; `machine` is this one, None where the plan is for another.
+    """
+
+    name: str
+    device: str
+    precision: str
+    quantize: str | None
+    processes: int
+    zero: int
+    nodes: int
+    offload: Offload
+    gpu_memory: int | None
+    allocator: Allocator | None
+    stages: list[StagePlan]
+    seconds: float
+    machine: Machine | None = None
+    advice: list[Advice] = field(default_factory=list)
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak of the stage that needs most."""
+        return max(stage.needed for stage in self.stages)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is within the memory named."""
+        return None if self.gpu_memory is None else self.needed <= self.gpu_memory
+
+    def time(self, stage: StagePlan) -> tuple[float, float] | None:
+        """The least and the most seconds that a stage's steps are expected to take here; None where that is not known."""
+        if self.machine is None or stage.steps is None:
+            return None
+        return self.machine.seconds(stage.flops * stage.steps)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        stages = [asdict(stage) | {"needed": stage.needed, "time": self.time(stage)} for stage in self.stages]
+        return asdict(self) | {"needed": self.needed, "fits": self.fits, "stages": stages}
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    *,
+    gpu_memory: str | int | None = None,
+    processes: int = 1,
+    zero: int = 0,
+    offload: Offload = "none",
+    nodes: int = 1,
+    bandwidth: float = 100.0,
+    tflops: float | None = None,
+    tokens: int | None = None,
+    advise: bool = False,
+) -> Plan:
+    """What a recipe's run needs, without its weights; `gpu_memory` is bytes or a text as 24GB, `tokens` a row's length.
+
+    `processes` of all `nodes` together; `bandwidth` in Gbit/s is that of a node's link, or of a device's on one node, and
+    `tflops` what a device reaches. Where it does not fit, or with `advise`, `advice` holds changes with the figure each
+    gives. Raises `RecipeError` for a memory that is no size and for settings that can't be, `ModelError` for names and
+    rules that don't fit.
+    """
+    started = time.perf_counter()
+    loaded = as_recipe(recipe, overrides)
+    _check_arguments(gpu_memory, processes, zero, offload, nodes, tokens)
+    limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
+    gpu = limit is not None or torch.cuda.is_available()
+    setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops, CONTEXT if gpu else resident())
+    _check(loaded, setting)
+    stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
+    found = Plan(
+        name=loaded.name,
+        device="gpu" if gpu else "cpu",
+        precision=loaded.train.precision,
+        quantize=loaded.model.llm.quantize,
+        processes=processes,
+        zero=zero,
+        nodes=nodes,
+        offload=offload,
+        gpu_memory=limit,
+        allocator=None if gpu else allocator(),
+        stages=stages,
+        seconds=0.0,
+        # A memory that is named, and several processes, are of other machines.
+        machine=measure(loaded.train.precision, DTYPES[loaded.train.precision]) if limit is None and processes == 1 else None,
+    )
+    advice = _advice(loaded, found, setting) if advise or found.fits is False else []
+    return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
+
+
+def _check_arguments(gpu_memory: Any, processes: Any, zero: Any, offload: Any, nodes: Any, tokens: Any) -> None:
+    """Raises `RecipeError` for an argument of another kind than `plan` takes."""
+    if not isinstance(gpu_memory, str):
+        check_count("--gpu-memory", gpu_memory)
+    for option, count in (("--processes", processes), ("--nodes", nodes)):
+        check_count(option, count)
+        if count > MOST_PROCESSES:
+            raise RecipeError([Problem(option, f"expected at most {MOST_PROCESSES:,}, not {count:,}")])
+    if zero not in (0, 1, 2, 3):
+        raise RecipeError([Problem("--zero", f"expected 0 to 3, not {quoted(zero)}")])
+    if offload not in get_args(Offload):
+        raise RecipeError([Problem("--offload", f"{quoted(offload)} is none of {', '.join(get_args(Offload))}")])
+    check_count("--tokens", tokens)
+    if tokens is not None and not 2 <= tokens <= LONGEST:
+        raise RecipeError([Problem("--tokens", f"expected 2 to {LONGEST:,}, not {tokens:,}")])
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text as 24GB or 22.5 GiB. Raises `RecipeError` for any other."""
+    number = text.strip().rstrip("BGMTbgmti ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise RecipeError([Problem("--gpu-memory", f"{quoted(text)} is no size as 24GB or 40GiB")]) from None
+    if size <= 0:
+        raise RecipeError([Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")])
+    return size
+
+
+# --- a stage ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before.
+
+    `known` are the stages that were traced, so that a change of processes alone needs no new trace.
+    """
+
+    processes: int
+    zero: int
+    tokens: int | None
+    gpu: bool
+    offload: Offload
+    nodes: int
+    bandwidth: float
+    tflops: float | None
+    base: int
+    known: dict[Any, _Stage] = field(default_factory=dict)
+
+
+def _check(recipe: Recipe, setting: _Setting) -> None:
+    """Raises `RecipeError` for settings that exclude each other."""
+    quantize = recipe.model.llm.quantize
+    problems = []
+    if setting.processes % setting.nodes:
+        problems.append(Problem("--nodes", f"{setting.processes} processes can't be spread evenly over {setting.nodes} nodes"))
+    if setting.offload != "none" and setting.zero < (least := 3 if setting.offload == "all" else 1):
+        problems.append(
+            Problem("--offload", f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}")
+        )
+    if quantize and setting.zero == 3:
+        problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
+    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems("--tflops", setting.tflops)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:
+    stages = recipe.resolved_stages()
+    return [_stage_plan(recipe, number, stage, tokenizer, read[number], setting) for number, (_, stage) in enumerate(stages)]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage's model and one step of a batch of its are, however many processes there are.
+
+    `made` are the bytes it takes to make weights new, `features` the shape of an image's and `feature_bytes` of one,
+    `figures` and `holes` those of `traced`.
+    """
+
+    sizes: list[PartSize]
+    held: Held
+    tuning: list[TuneRow]
+    made: int
+    still: bool
+    cached: bool
+    features: tuple[int, int]
+    feature_bytes: int
+    attention: float
+    peak: Work
+    figures: np.ndarray
+    holes: int
+
+
+def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Batch | None, setting: _Setting) -> _Stage:
+    """Makes and traces a stage's model with the batch given, or the longest, if that was not done before."""
+    key = (recipe.model_dump_json(), number, pickle.dumps(given))
+    if key in setting.known:
+        return setting.known[key]
+    model, features = bare_model(recipe, tokenizer, attention="sdpa" if setting.gpu else None)
+    made = _weights(model) if recipe.scratch else 0
+    precision = DTYPES[stage.train.precision]
+    rate = stage.train.learning_rate
+    with torch.device("meta"):
+        tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
+    batch = given or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
+    still = not any(parameter.requires_grad for parameter in model.tower.parameters())
+    cached = still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
+    if recipe.scratch:
+        # The largest that is cast is there in fp32 and in the precision it runs in.
+        made += max((p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4), default=0)
+    sizes, held, attention = _sizes(model), _held(model), _attention_width(model)
+    item = next(model.tower.parameters()).element_size()
+    figures, holes = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
+    found = _Stage(
+        sizes, held, tuned.table, made, still, cached, features, math.prod(features) * item, attention, work_of(batch), figures, holes
+    )
+    setting.known[key] = found
+    return found
+
+
+def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
+    found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
+    accumulation = stage.train.gradient_accumulation
+    shares = zero_memory(
+        found.held,
+        sum(size.trained for size in found.sizes),
+        stage=setting.zero,
+        processes=setting.processes,
+        accumulating=accumulation > 1,
+        # A CPU's own memory is where offloaded parts would go.
+        offload_optimizer=setting.gpu and setting.offload != "none",
+        offload_parameters=setting.gpu and setting.offload == "all",
+    )
+    memory = _memory(found.figures[:12], found.holes, shares, setting, half=stage.train.precision != "fp32")
+    mean = reading.mean or found.peak
+    tower = 0.0 if found.cached else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
+    products = float(sum(found.figures[12:] * [getattr(mean, name) for name in ROWS]))
+    flops = accumulation * (products + tower + 12 * found.attention * mean.attended)
+    known = reading.batch is not None or setting.tokens
+    return StagePlan(
+        name=recipe.resolved_stages()[number][0],
+        parts=found.sizes,
+        tuning=found.tuning,
+        peak=found.peak,
+        mean=mean,
+        source=reading.source if known else f"{reading.source}: {found.peak.length:,} tokens a row",
+        memory=memory,
+        host=shares.host,
+        loading=found.made + memory.base,
+        flops=flops,
+        feature_cache=reading.images * found.feature_bytes if found.cached else 0,
+        cached=found.cached,
+        communication=_communication(found.sizes, accumulation, flops, found.cached, setting) if setting.processes > 1 else None,
+        steps=_steps(stage, reading),
+    )
+
+
+def _steps(stage: Recipe, reading: Reading) -> int | None:
+    """Optimizer steps of a stage; None where its epochs are of rows that are not known."""
+    if stage.train.steps is not None or reading.steps is None:
+        return stage.train.steps
+    return planned_steps(stage.train, reading.steps)
+
+
+def _communication(sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting) -> Communication:
+    """What joins the processes: the weights that run are all but a tower's whose features are kept."""
+    tower, connector, llm = sizes
+    returned = llm.bytes + connector.bytes * (connector.trained + tower.trained > 0) + tower.bytes * (tower.trained > 0)
+    sent = traffic(
+        4 * sum(size.trained for size in sizes),
+        llm.bytes + connector.bytes + (0 if cached else tower.bytes),
+        returned,
+        stage=setting.zero,
+        processes=setting.processes,
+        accumulation=accumulation,
+    )
+    speed = setting.tflops * 1e12 if setting.tflops else None
+    return communication(sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed)
+
+
+# --- what the model is -----------------------------------------------------------------------------------------------
+
+
+def _sizes(model: VisionLanguageModel) -> list[PartSize]:
+    return [_part_size(part, module) for part, module in parts(model).items()]
+
+
+def _part_size(part: str, module: nn.Module) -> PartSize:
+    named = list(module.named_parameters())
+    return PartSize(
+        part,
+        total=sum(count_of(parameter) for _, parameter in named),
+        trained=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
+        adapters=sum(parameter.numel() for name, parameter in named if "lora_" in name),
+        bytes=_weights(module),
+    )
+
+
+def _weights(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _held(model: VisionLanguageModel) -> Held:
+    """Bytes of frozen weights, trained ones, and adapters, and of the module with most weights of its own."""
+    named = [(name, p.requires_grad, p.numel() * p.element_size()) for m in parts(model).values() for name, p in m.named_parameters()]
+    adapters = sum(size for name, _, size in named if "lora_" in name)
+    trained = sum(size for name, train, size in named if train and "lora_" not in name)
+    largest = max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
+    return Held(sum(map(_weights, parts(model).values())) - trained - adapters, trained, adapters, largest)
+
+
+def _attention_width(model: VisionLanguageModel) -> float:
+    """Layers x heads x head width of the LLM, as in 12 L h d_h A; of each stack, for an encoder-decoder."""
+    config = model.llm.model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    return float(config.num_hidden_layers * config.num_attention_heads * head)
+
+
+# --- what a process holds ---------------------------------------------------------------------------------------------
+
+
+def _memory(peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool) -> Memory:
+    """One process's share at the fullest moment; a CPU multiplies by oneDNN's kernels in `half` precision alone."""
+    # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
+    moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(-1, 3)]
+    activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
+    return Memory(
+        frozen=shares.frozen,
+        trained=shares.trained,
+        adapters=shares.adapters,
+        optimizer=shares.optimizer,
+        gradients=math.ceil(gradients),
+        activations=int(activations),
+        logits=int(logits),
+        exchange=shares.exchange,
+        holes=holes,
+        kernels=KERNELS * KERNEL_BYTES if half and not setting.gpu else 0,
+        base=setting.base,
+    )
+
+
+def resident() -> int:
+    """Bytes of this process in memory, which are the interpreter's and the libraries' as long as no model is loaded."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- what to change --------------------------------------------------------------------------------------------------
+
+
+def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
+    """Changes that need less than the plan, each planned as the plan was; the least first."""
+    advice = []
+    for text, change, quantize, at in changes(recipe, setting.processes, setting.zero):
+        other = changed(recipe, change, quantize)
+        where = replace(setting, zero=at, processes=max(setting.processes, 2) if at > setting.zero else setting.processes)
+        stages = _stage_plans(other, *readings(other, where.tokens, where.processes), where)
+        sets = written("train", change(recipe.train))
+        for number, stage in enumerate(recipe.stages):
+            # What a stage sets itself is not changed by the common part.
+            own = {key: value for key, value in change(recipe.resolved_stages()[number][1].train).items() if key in stage.train}
+            sets += written(f"stages.{number}.train", own)
+        sets += [f"model.llm.quantize={quantize}"] if quantize else []
+        advice.append(Advice(text, sets, at, max(stage.needed for stage in stages)))
+    return sorted((one for one in advice if one.needed < found.needed), key=lambda one: one.needed)

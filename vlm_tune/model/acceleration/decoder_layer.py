@@ -1,0 +1,316 @@
+"""Decoder layers as one call a pass: x + attention of x normed, and that + the feed-forward part of it normed.
+
+They are for a CPU with AMX, in bf16, and for frozen weights with plain LoRA: between the kernels of projections, attention
+and the feed-forward part nothing is left to compute, so nothing is written to memory that a later pass does not read, and
+nothing has to be compiled. Elsewhere, and for whatever the kernels do not compute, a layer runs as transformers wrote it.
+
+Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width, O = (H + 2G) D.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._utils import _unflatten_dense_tensors
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from vlm_tune.compat import cache_name
+from vlm_tune.kernels.cpu import native
+from vlm_tune.kernels.lora_linear import LARGE, TOGETHER, Adapters, joined_weights
+from vlm_tune.model.acceleration.interval_attention import NAME, count_run, is_generating
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, compute_dtype, operands
+from vlm_tune.model.acceleration.mlp import GatedModule, gated_operands, gated_weights
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def join(model: nn.Module) -> int:
+    """Lets the decoder layers of a language model run by the kernels where they can; how many there are."""
+    found = 0
+    for module in list(model.modules()):
+        if isinstance(module, DecoderLayer) or not {"self_attn", "mlp", *NORMS} <= module._modules.keys():
+            continue
+        layer: Any = module
+        if isinstance(layer.mlp, GatedModule) and set(layer.self_attn._modules) == set(PROJECTIONS) and _is_formula(layer):
+            module.__class__ = _joined_class(type(module))
+            found += 1
+    return found
+
+
+def _is_formula(layer: Any) -> bool:
+    """Whether layers like this one compute the formula, by what a small one in its place answers: some are no like their neighbours."""
+    config = copy.deepcopy(getattr(layer.self_attn, "config", None))
+    heads, groups, width, length = 4, 2, 32, 6
+    if config is None:
+        return False
+    config.hidden_size, config.intermediate_size, config.head_dim = heads * width, 96, width
+    config.num_attention_heads, config.num_key_value_heads = heads, groups
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            small: Any = type(layer)(config, layer.self_attn.layer_idx).float()
+            for parameter in small.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 1.0))
+            x, cos, sin = torch.randn(2, length, heads * width), torch.randn(2, length, width), torch.randn(2, length, width)
+            mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+            answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
+            return isinstance(answer, Tensor) and torch.allclose(answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3)
+    except Exception:
+        # Whatever a class of layers can't do with so small a config: it is none of these.
+        return False
+
+
+def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
+    attention, (first, second) = layer.self_attn, (getattr(layer, name) for name in NORMS)
+    normed = rms_norm(x, x.shape[-1:], first.weight, first.variance_epsilon)
+    query, key, value = (getattr(attention, name)(normed).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for name in PROJECTIONS[:3])
+    query, key = turned(query, cos, sin), turned(key, cos, sin).repeat_interleave(heads // groups, 1)
+    value = value.repeat_interleave(heads // groups, 1)
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=attention.scaling)
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    return x + layer.mlp(rms_norm(x, x.shape[-1:], second.weight, second.variance_epsilon))
+
+
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, D] at their positions, given rotary tables [B, L, D]."""
+    one, other = heads.chunk(2, -1)
+    return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
+
+
+SIZES = ("width", "heads", "groups", "head_width", "inner", "activation", "ranks", "ranks_out", "ranks_gated", "ranks_down")
+STRIDES = ("merged_stride", "out_stride", "gate_stride", "up_stride", "down_stride")
+POINTERS = (
+    "merged",
+    "out",
+    "gate",
+    "up",
+    "down",
+    "bias",
+    "bias_out",
+    "norm",
+    "norm_of_middle",
+    "adapters",
+    "adapters_out",
+    "adapters_gated",
+)
+
+
+class _Decoder(ctypes.Structure):
+    """A layer as the kernel takes it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES)),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_float) for name in ("epsilon", "epsilon_of_middle", "scale")),
+    )
+
+
+class Prepared:
+    """What a layer computes with, ready for the kernel: `adapted` are A of its seven layers, then B of them."""
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        attention, (first, second) = layer.self_attn, (layer._modules[name] for name in NORMS)
+        (*inner, outer), merged = layer.projections(), attention.q_proj.siblings
+        self.inner, self.outer = operands(inner, x.dtype, merged and merged.matrix), operands([outer], x.dtype)
+        self.gated = gated_operands(layer.mlp.layers())
+        parts = self.inner, self.outer, self.gated
+        self.adapted = [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
+        self.numbers = sum(each.numel() for each in self.adapted)
+        self.held = [Adapters(of.downs, of.ups, of.scales) for of in parts], first.weight, second.weight
+        (inner, outer, gated), heads = self.held[0], self.outer.downs[0].shape[1] // attention.head_dim
+        groups, down = len(self.inner.ups[1]) // attention.head_dim, gated.downs[2]
+        shape = (x.shape[-1], heads, groups, attention.head_dim, down.shape[1], layer.mlp.activation)
+        ranks = inner.rank, outer.rank, gated.rank - len(down), len(down)
+        made = (ctypes.addressof(each.array) for each in (inner, outer, gated))
+        lie = [native.address(each) for each in (self.inner.bias, self.outer.bias, first.weight, second.weight)]
+        epsilons = first.variance_epsilon, second.variance_epsilon
+        self.structure = _Decoder(*shape, *ranks, *[0] * len(STRIDES), *[None] * 5, *lie, *made, *epsilons, attention.scaling)
+        self.address = ctypes.c_void_p(ctypes.addressof(self.structure))
+        self.weights: list[Tensor] = []
+        if not self.inner.packing:
+            self.place(x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Where things lie is of no use to a copy of the layer.
+        return type(None), ()
+
+    def place(self, x: Tensor) -> None:
+        """Says where the weights lie: for good, or unpacked for a pass."""
+        inner, outer, gated = self.inner, self.outer, self.gated
+        heads = outer.downs[0].shape[1]
+        self.weights = [
+            joined_weights(inner.weights, inner.packing, inner.room, inner.ups, x, x.shape[-1]),
+            joined_weights(outer.weights, outer.packing, outer.room, outer.ups, x, heads),
+            *gated_weights(gated.weights, gated.packing, gated.ups, gated.downs, x),
+        ]
+        for name, stride, weight in zip(POINTERS, STRIDES, self.weights, strict=False):
+            setattr(self.structure, name, native.address(weight))
+            setattr(self.structure, stride, weight.stride(0))
+
+    @contextmanager
+    def placed(self, x: Tensor) -> Iterator[None]:
+        """Within, the weights lie somewhere."""
+        if self.inner.packing:
+            self.place(x)
+        yield
+        if self.inner.packing:
+            self.weights = []
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer that runs by the kernels for frozen weights with plain LoRA; else as its class does."""
+
+    self_attn: Any
+    mlp: Any
+    # Asking all layers of all that could have changed takes longer than some kernels do.
+    prepared: tuple[list[Any], Prepared | None] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states [B, L, E] after the layer, of those before it."""
+        # A compiler is given what the class does: it would look into all that is asked here, call by call.
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, *args, **kwargs)
+        tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        if args or tables is None or mask is None or kwargs.get(cache_name()) is not None or kwargs.get("output_attentions"):
+            return super().forward(hidden_states, *args, **kwargs)
+        # Tables of some of a head's numbers turn only those.
+        prepared = self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None
+        if prepared is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.contiguous()
+        found: Any = _Layer.apply(x, *_tables(x, tables, mask), prepared, *prepared.adapted)
+        return found
+
+    def projections(self) -> list[Any]:
+        """q, k, v and o."""
+        return [self.self_attn._modules[name] for name in PROJECTIONS]
+
+    def is_ready(self) -> bool:
+        """Whether what the layer is made of is what the kernels compute."""
+        norms: list[Any] = [self._modules[name] for name in NORMS]
+        layers = self.projections()
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (self.self_attn, self.mlp, *norms, *layers)):
+            return False
+        if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):
+            return False
+        # Heads of other widths are attended to in blocks, outside of the kernels.
+        if self.self_attn.head_dim % 32 or not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
+            return False
+        merged, outputs = layers[0].siblings, [layer.base_layer.out_features for layer in layers]
+        # A plan's weights have shapes alone, and are not merged.
+        whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (merged is not None and merged.layers == layers[:3])
+        return whole and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
+
+    def _prepare(self, x: Tensor) -> Prepared | None:
+        """What the kernel takes; None where it does not compute what the layer does now."""
+        attention = self.self_attn
+        if attention.config._attn_implementation != NAME or x.dtype != torch.bfloat16 or x.device.type != "cpu" or is_generating():
+            return None
+        if compute_dtype(x) != torch.bfloat16:
+            return None
+        if isinstance(x, FakeTensor):
+            return Prepared(self, x) if self._is_plain(x) else None
+        state, known = self._state(), self.prepared
+        if known is None or known[0] != state:
+            known = self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
+        return known[1]
+
+    def _is_plain(self, x: Tensor) -> bool:
+        attention, gated = self.self_attn, self.mlp.layers()
+        mlp: Any = self.mlp
+        if not self.is_ready() or not mlp.is_quick(x, gated):
+            return False
+        merged = attention.q_proj.siblings
+        if not all(layer.is_plain(x) for layer in self.projections()) or not (merged is None or merged.together(x)):
+            return False
+        # What is kept of masters of another type would not be what an optimizer changes.
+        layers: list[Any] = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]
+        packings = {layer.packed.packing if layer.packed else "" for layer in layers}
+        adapters = [part[layer.name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+        return len(packings) == 1 and all(each.dtype == torch.float32 and each.is_contiguous() for each in adapters)
+
+    def _state(self) -> list[Any]:
+        """All that can change what the layer computes: hooks, adapters, what trains, and where weights lie."""
+        attention, mlp = self.self_attn._modules, self.mlp._modules
+        found: list[Any] = []
+        for module in (self.self_attn, self.mlp, *(self._modules[name] for name in NORMS), *attention.values(), *mlp.values()):
+            own: Any = module.__dict__
+            found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+            if "base_layer" in own["_modules"]:
+                found += (
+                    id(own.get("siblings")),
+                    id(own.get("packed")),
+                    own["_disable_adapters"],
+                    len(own["merged_adapters"]),
+                    str(own["_active_adapter"]),
+                )
+                own = own["_modules"]["base_layer"].__dict__
+                found += len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+            for each in own["_parameters"].values():
+                if each is not None:
+                    found += each.requires_grad, each.data_ptr()
+        # Adapters move where their layers do: one stands for all.
+        query = attention["q_proj"]
+        if "lora_A" in query._modules:
+            found += (each.weight.data_ptr() for each in query._modules["lora_A"]._modules.values())
+        return found
+
+
+_told: tuple[Tensor, Tensor, list[Tensor]] | None = None
+
+
+def _tables(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
+    """Rotary tables [B, L, D] and int32[B, L] where tokens cease to be seen, made once for all layers that are given the same."""
+    global _told
+    if _told is None or _told[0] is not tables[0] or _told[1] is not mask:
+        turns = [table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables]
+        _told = tables[0], mask, [*turns, mask[:, 0, 0].contiguous()]
+    return _told[2]
+
+
+@functools.cache
+def _joined_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (DecoderLayer, kind), {"__module__": __name__})
+
+
+class _Layer(torch.autograd.Function):
+    """A layer's output [B, L, E] of bf16 x [B, L, E], rotary tables, where tokens cease to be seen, and all A and B of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
+        rows, length = x.shape[:2]
+        kernels, keep = native.kernels(), any(ctx.needs_input_grad)
+        with of.placed(x):
+            out, kept = torch.empty_like(x), x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
+            if not isinstance(x, FakeTensor):
+                kernels.decoder(of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept))
+        if keep:
+            ctx.of = of
+            ctx.save_for_backward(x, cos, sin, ends, kept)
+        count_run()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, cos, sin, ends, kept = ctx.saved_tensors
+        of: Prepared = ctx.of
+        (rows, length), flow, kernels = x.shape[:2], gradients[0].contiguous(), native.kernels()
+        with of.placed(x):
+            out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            found = x.new_empty(of.numbers, dtype=torch.float32)
+            scratch = x.new_empty(kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8)
+            if not isinstance(x, FakeTensor):
+                kernels.decoder_backward(
+                    of.address, rows, length, TOGETHER, *native.pointers(flow, x, cos, sin, ends, kept, scratch, out, found)
+                )
+        return out, None, None, None, None, *_unflatten_dense_tensors(found, of.adapted)

@@ -1,0 +1,401 @@
+"""Self-contained model folders: written whole or not at all, and loaded only when their manifest holds.
+
+config.json            VisionLanguageConfig
+connector.safetensors
+bases.json             fingerprints of the weights that are not here, and where they were
+tower.safetensors      where the tower's weights are not those of its name
+llm/                   the language model in transformers' layout, where its weights are not those of its name
+llm.safetensors        the LLM's own weights that were trained where the others are its base's (beside 4-bit layers, new tokens)
+adapter/               the LLM's LoRA adapter in PEFT's layout
+tower_adapter/         the tower's
+prompt/                the LLM's soft prompt or prefix in PEFT's layout
+tokenizer.json, ...    the tokenizer, chat_template.jinja
+connector_tokenizer/   the connector's own, where it has one
+manifest.json          sizes and sha256 of all the other files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from vlm_tune.compat import without_harmless_warnings
+from vlm_tune.errors import ModelError
+from vlm_tune.kernels.cpu.native import kernel_status
+from vlm_tune.model.base_weights import (
+    AS_SAVED,
+    NOTES,
+    BaseChoice,
+    BaseNotes,
+    check_same,
+    llm_base,
+    moved,
+    places_of,
+    read_notes,
+    tower_base,
+)
+from vlm_tune.model.build import (
+    CONNECTOR,
+    DTYPES,
+    TOWER,
+    WORDS,
+    assemble,
+    bare_llm,
+    load_llm,
+    load_tokenizer,
+    pin_tokenizer,
+    restore_tower,
+)
+from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
+from vlm_tune.model.lora import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
+from vlm_tune.model.pretrained.connector_weights import load_words
+from vlm_tune.model.pretrained.hub import read_json
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
+from vlm_tune.paths import is_file, is_folder, shown_path
+from vlm_tune.run_folder import MANIFEST, strangers
+
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+"""What the names of folders in the making, and of those that make room, go on with."""
+ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
+PROMPT = "prompt"
+BESIDE = "llm.safetensors"
+
+
+# --- folders that are whole ------------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
+
+    A folder that was there is replaced only once the new one is whole; files in it that no manifest lists are kept. What
+    fails leaves no partial folder, and what a killed process leaves `recover_folders` puts right.
+    """
+    target = target.resolve()  # "." has no name to rename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
+    old = target.parent / f".{target.name}{REPLACED}{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        files = {
+            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        _sync(target.parent)
+        if old.exists():
+            _keep_strangers(old, target)
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+
+
+def _keep_strangers(old: Path, target: Path) -> None:
+    """Moves the files that are not a model's own from a folder to the one that took its place."""
+    for path in strangers(old):
+        kept = target / path.relative_to(old)
+        if not os.path.lexists(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+
+
+def recover_folders(parent: Path) -> None:
+    """Puts right what a killed `commit_folder` or `remove_folder` left: a replaced folder without its successor comes back.
+
+    For the one process that may write there.
+    """
+    for left in [*parent.glob(f".*{REPLACED}*"), *parent.glob(f".*{TEMPORARY}*")]:
+        name, _, _ = left.name[1:].rpartition(REPLACED)
+        if name and not (parent / name).exists():
+            left.rename(parent / name)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that none is ever seen under its name with files missing."""
+    leaving = folder.parent / f".{folder.name}{TEMPORARY}{os.getpid()}"
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def verify_folder(folder: Path) -> None:
+    """Raises `ModelError` unless every file of the manifest is there with its size and sha256."""
+    try:
+        files = {
+            str(name): (int(entry["size"]), entry["sha256"]) for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{folder}: no whole model (its manifest.json is missing or unreadable)") from None
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ModelError(f"{folder}: {name} is missing or cut")
+        if _digest(path) != sha256:
+            raise ModelError(f"{folder}: {name} is not what was written (sha256 differs)")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder's manifest holds."""
+    try:
+        verify_folder(folder)
+    except ModelError:
+        return False
+    return True
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: VisionLanguageModel, target: Path, extra: Callable[[Path], None] | None = None) -> None:
+    """Writes a model folder; `extra` may add files before it is committed."""
+
+    def write(folder: Path) -> None:
+        write_model(model, folder)
+        if extra:
+            extra(folder)
+
+    commit_folder(target, write)
+
+
+def write_model(model: VisionLanguageModel, folder: Path) -> None:
+    """The files of a model folder, without the manifest."""
+    capture_model(model)(folder)
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Callable[[Path], None]:
+    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
+
+    Of sharded weights every process must ask, and what the first one gets may write.
+    """
+    language: Any = model.llm.model
+    connector = copied(whole_state(model.connector))
+    tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
+    llm = copied(_base_state(language)) if "llm" in model.changed else None
+    adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
+    prompt = model.llm.prompt
+    virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
+    beside = copied(_base_state(language, model.beside)) if model.beside and llm is None else None
+    bases = {part: base for part, base in model.bases.items() if part not in model.changed}
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
+        notes = BaseNotes(parts=bases, places=places_of(model.config.model, bases, folder))
+        (folder / NOTES).write_text(notes.model_dump_json(indent=1))
+        write_safetensors(connector, folder / CONNECTOR)
+        if tower is not None:
+            write_safetensors(tower, folder / TOWER)
+        if llm is not None:
+            language.save_pretrained(folder / "llm", state_dict=llm)
+            # With it the folder is a whole model to transformers, and to a next recipe.
+            model.processor.tokenizer.save_pretrained(folder / "llm")
+            pin_tokenizer(folder / "llm")
+        if beside is not None:
+            write_safetensors(beside, folder / BESIDE)
+        for part, (config, tensors) in adapters.items():
+            write_adapter(config, tensors, folder / ADAPTERS[part])
+        if prompt is not None and virtual is not None:
+            write_prompt(prompt.config, virtual, folder / PROMPT)
+        model.processor.tokenizer.save_pretrained(folder)
+        pin_tokenizer(folder)
+        if model.connector.reader is not None:
+            model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
+            pin_tokenizer(folder / WORDS)
+        if model.processor.template.jinja:
+            (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+
+    return write
+
+
+def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    def wanted(name: str) -> bool:
+        return not is_adapter(name) and (names is None or clean(name) in names)
+
+    # Contiguous, as merged projections' weights are not: they are views into one matrix.
+    return {clean(name): value.contiguous() for name, value in whole_state(module, wanted).items()}
+
+
+def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
+    return adapter_state(parts(model)[part])
+
+
+def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
+    """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain_config(config).save_pretrained(folder)
+    if config.init_lora_weights == PISSA:
+        config.save_pretrained(folder / PISSA)
+    write_safetensors(tensors, folder / "adapter_model.safetensors")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def find_model(path: Path) -> Path:
+    """The model folder meant by a path: itself, a run's finished model, or the best or last checkpoint of a run.
+
+    Raises `ModelError` if there is none.
+    """
+    if is_file(path / "config.json"):
+        return path
+    if not is_folder(path):
+        raise ModelError(f"no such folder: {shown_path(path)}")
+    if is_file(path / "model" / "config.json"):
+        return path / "model"
+    checkpoints = sorted(path.glob("stages/*/checkpoints/step-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in checkpoints:
+        if is_whole(folder):
+            return folder
+    raise ModelError(f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a whole checkpoint")
+
+
+def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
+    """The config of a model folder, its paths those where its bases are now.
+
+    Raises `ModelError` if it is none of ours, and for a base that is gone.
+    """
+    try:
+        config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
+    except ValidationError as error:
+        raise ModelError(f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})") from None
+    return config.model_copy(update={"model": moved(folder, config.model, base)})
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True, base: BaseChoice = AS_SAVED
+) -> VisionLanguageModel:
+    """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
+
+    With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without what was trained of it.
+    Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
+    """
+    with without_harmless_warnings():
+        model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
+    for module in (model.tower, model.connector):
+        cast_parameters(module, dtype or DTYPES[model.config.precision])
+    for name in model.beside:
+        parameter = model.llm.model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype or DTYPES[model.config.precision])
+    model.requires_grad_(False)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def restore_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    quantize: bool = True,
+    adapters: bool = True,
+    bare: bool = False,
+    base: BaseChoice = AS_SAVED,
+) -> VisionLanguageModel:
+    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
+    kernel_status()
+    verify_folder(folder)
+    config, notes = read_config(folder, base), read_notes(folder)
+    if not quantize:
+        section = config.model.model_copy(update={"llm": config.llm.model_copy(update={"quantize": None})})
+        config = config.model_copy(update={"model": section})
+    own_llm, own_tower = folder / "llm", folder / TOWER
+    local = Path(str(config.llm.name)).is_dir()
+    if "llm" in notes.parts and local:  # before weights are loaded, which take longer
+        check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
+    tower = restore_tower(config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None)
+    if "tower" in notes.parts:
+        check_same(folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base)
+    precision = dtype or DTYPES[config.precision]
+    own = own_llm if own_llm.is_dir() else None
+    if bare:
+        language = bare_llm(config.llm, precision, folder=own)
+    else:
+        language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
+        if "llm" in notes.parts and not local:  # only now the hub's files are here
+            check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
+    changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
+    words = load_words(config.model.connector, folder / WORDS)
+    model = assemble(config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed)
+    model.changed = changed
+    model.bases = notes.parts
+    load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
+    if adapters and (folder / BESIDE).is_file() and not bare:
+        _read_beside(model, folder / BESIDE)
+    for part, name in ADAPTERS.items():
+        if adapters and (folder / name).is_dir():
+            read_adapter(model, part, folder / name)
+    if adapters and (folder / PROMPT).is_dir():
+        model.llm.prompt = read_prompt(folder / PROMPT)
+    return model
+
+
+def _read_beside(model: VisionLanguageModel, path: Path) -> None:
+    """Puts the LLM's own trained weights in the place of its base's, exactly as saved."""
+    tensors = read_safetensors(path)
+    own = dict(model.llm.model.named_parameters(remove_duplicate=False))
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            found = list(own[name].shape) if name in own else "nothing of that name"
+            raise ModelError(f"{path} does not fit the model: {name} is {list(value.shape)}, and the LLM has {found}")
+        own[name].data = value
+    model.beside = set(tensors)
+
+
+def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+    """Puts a PEFT folder's adapter into a part.
+
+    Raises `ModelError` if any of its tensors applies to nothing, or any LoRA layer is left without.
+    """
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder / PISSA if (folder / PISSA).is_dir() else folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: no LoRA adapter ({error})") from None
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    try:
+        attach_adapter(model, part, config, fresh=False)
+    except ValueError as error:
+        raise ModelError(f"{folder}: the adapter fits no layer of the {part}: {error}") from None
+    try:
+        load_adapter_state(parts(model)[part], tensors)
+    except ModelError as error:
+        raise ModelError(f"{folder}: the adapter does not fit the {part}; {error}") from None

@@ -1,0 +1,154 @@
+"""Gated cross-attention inside the LLM: the text looks at the image, which takes one slot.
+
+Shapes: B rows, L tokens of a row, S tokens of a layer's input, M media places, K images of a row, N' connected tokens,
+E LLM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlm_tune.config import CrossAttentionConnector
+from vlm_tune.data.types import Batch
+from vlm_tune.errors import ModelError
+from vlm_tune.model.connectors.instruction import places
+from vlm_tune.model.connectors.layers import Attention, feed_forward
+from vlm_tune.model.connectors.projectors import Connector, splice
+
+if TYPE_CHECKING:
+    from vlm_tune.model.language.llm import LanguageModel
+
+
+@dataclass
+class Seen:
+    """What a batch's text looks at: media [B, K * N', E], and mask bool[B, L, K * N'], true where a token sees them."""
+
+    media: torch.Tensor
+    mask: torch.Tensor
+
+    def for_states(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Media and mask for hidden states [rows, length, E] of this batch.
+
+        Generation continues the rows, and what it adds sees what the last token of the prompt sees; beams repeat each
+        row in place. Raises `ModelError` for states of another batch.
+        """
+        beams, rest = divmod(rows, len(self.media))
+        if rest:
+            raise ModelError(
+                f"{rows} rows reach the cross-attention blocks, the batch has {len(self.media)}; the LLM's input comes from `embed`"
+            )
+        mask = self.mask if length == self.mask.shape[1] else self.mask[:, -1:].expand(-1, length, -1)
+        if beams == 1:
+            return self.media, mask
+        return self.media.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0)
+
+
+class GatedBlock(nn.Module):
+    """Cross-attention and a feed-forward layer, each added through a gate tanh(a) that starts at zero."""
+
+    def __init__(self, width: int, heads: int, head_width: int | None) -> None:
+        super().__init__()
+        self.norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, width, heads, head_width=head_width)
+        self.feed = feed_forward(width, bias=False)
+        self.attention_gate, self.feed_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, states: torch.Tensor, seen: Seen | None) -> torch.Tensor:
+        """States [B, S, E] that have looked at what they see; a token that sees nothing goes through the feed-forward only."""
+        dtype = states.dtype
+        if seen is not None:
+            looked = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
+            states = states + (self.attention_gate.tanh() * looked).to(dtype)
+        return states + (self.feed_gate.tanh() * self.feed(self.feed_norm(states))).to(dtype)
+
+
+class CrossAttention(Connector):
+    """Gated cross-attention blocks before every n-th layer of the LLM (Flamingo, arXiv:2204.14198).
+
+    An image takes one slot, filled with a learned marker; the tokens of the connector `base` are what the blocks look
+    at. A token sees the last image before it, with those that stand right beside it (tiles and frames are such), or all
+    of them. The blocks belong to the connector, and reach the LLM through hooks on its layers: of a decoder, or of an
+    encoder-decoder's encoder.
+    """
+
+    fills_slots = False
+
+    def __init__(self, config: CrossAttentionConnector, base: Connector, llm_width: int) -> None:
+        super().__init__()
+        self.config, self.base, self.width = config, base, llm_width
+        self.marker = nn.Parameter(0.02 * torch.randn(llm_width))
+        self.blocks = nn.ModuleList()
+        self.seen: Seen | None = None
+
+    def tokens(self, tower_tokens: int) -> int:
+        """One, the marker."""
+        self.base.tokens(tower_tokens)
+        return 1
+
+    def attach(self, llm: LanguageModel) -> None:
+        """Makes the blocks and hooks them before the layers. Raises `ModelError` for an LLM of too few layers."""
+        layers, every = text_layers(llm), self.config.every
+        if every > len(layers):
+            raise ModelError(f"model.connector.every is {every}, and the LLM has {len(layers)} layers")
+        for place, layer in enumerate(layers[every - 1 :: every]):
+            self.blocks.append(GatedBlock(self.width, self.config.heads, self.config.head_width))
+            layer.register_forward_pre_hook(partial(self._before_layer, place), with_kwargs=True)
+
+    def _before_layer(self, place: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self.blocks[place](args[0], self.seen), *args[1:]), named
+        return args, {**named, "hidden_states": self.blocks[place](named["hidden_states"], self.seen)}
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, N, D] to [M, 1 + N', E]: the marker, and what the blocks look at."""
+        media = self.base(features)
+        return torch.cat([self.marker.to(media.dtype).expand(len(media), 1, -1), media], dim=1)
+
+    def join(self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """embeds [B, L, E] with markers in the slots; the media stay until the next batch, since checkpointing reads them again."""
+        if connected is None:
+            self.seen = None
+            return embeds
+        media, rows = connected[:, 1:], len(embeds)
+        if not len(batch.media_index):
+            blind = torch.zeros(*embeds.shape[:2], media.shape[1], dtype=torch.bool, device=embeds.device)
+            self.seen = Seen(media.expand(rows, -1, -1), blind)
+            return embeds + 0.0 * connected.sum().to(embeds.dtype)
+        row, column = places(batch, 1)
+        number = batch.image_mask.cumsum(1)[row, column] - 1
+        most = int(number.max()) + 1
+        shelf = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
+        mask = self._visible(batch, row, column, number, most)
+        self.seen = Seen(shelf.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
+        return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
+
+    def _visible(self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int) -> torch.Tensor:
+        """bool[B, L, K]: which of its row's images, standing at (row, column) and counted by `number`, a token sees."""
+        slots = batch.image_mask
+        mask = slots.cumsum(1)[..., None] > torch.arange(most, device=slots.device)
+        keys = [batch.packed]
+        if self.config.images == "last":
+            begins = slots.clone()
+            begins[:, 1:] &= ~slots[:, :-1]
+            keys.append(begins.cumsum(1))  # the number of the last run of images
+        for key in keys:
+            if key is not None:  # tokens see images that have the same
+                held = key.new_full((len(slots), most), -1).index_put((row, number), key[row, column])
+                mask = mask & (key[..., None] == held[:, None])
+        return mask
+
+
+def text_layers(llm: LanguageModel) -> nn.ModuleList:
+    """The layers that the input goes through: a decoder's, or an encoder-decoder's encoder's. Raises `ModelError` if unknown."""
+    root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.body
+    count = llm.model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    found = next(stacks, None)
+    if found is None:
+        raise ModelError(f"the layers of {type(llm.model).__name__} were not found, so none can look at images")
+    return found

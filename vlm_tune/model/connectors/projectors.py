@@ -1,0 +1,163 @@
+"""What every connector is, and the ones that treat each token, or each square of tokens, alike.
+
+Shapes: M media, N tower tokens, D tower width, N' connected tokens, E LLM width, B rows, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from vlm_tune.config import AvgPoolConnector, LinearConnector, MlpConnector, PixelShuffleConnector, Projector
+from vlm_tune.data.types import Batch
+from vlm_tune.errors import ModelError
+from vlm_tune.model.connectors.instruction import Reader
+
+if TYPE_CHECKING:
+    from vlm_tune.model.language.llm import LanguageModel
+
+
+class Connector(nn.Module):
+    """Base of the connectors: features [M, N, D] to [M, N', E], and how these enter the LLM.
+
+    One with `needs_text` is called with the `Text` of each media place, and so once a place rather than once an image.
+    """
+
+    needs_text = False
+    fills_slots = True
+    """Whether the slots hold all that it gives the LLM, so that what is generated has no other way to the image."""
+
+    reader: Reader | None = None
+    """What gives it the instruction in its own vocabulary, where it has one."""
+
+    def tokens(self, tower_tokens: int) -> int:
+        """Slots an image takes in the LLM's input, given the tower's tokens. Raises `ModelError` if they don't fit."""
+        return tower_tokens
+
+    def attach(self, llm: LanguageModel) -> None:
+        """Puts into the LLM what the connector has there: nothing, for those that only fill slots."""
+
+    def join(self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """The LLM's input [B, L, E]: embeds with connected [M, N', E] in the slots. Raises `ModelError` as `splice`.
+
+        For a batch without media, connected is None or a blank image's, which must be used and count nothing.
+        """
+        if connected is None:
+            return embeds
+        if not len(batch.media_index):
+            return embeds + 0.0 * connected.sum().to(embeds.dtype)
+        return splice(embeds, connected, batch.image_mask, batch.ids)
+
+
+def splice(embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
+    """embeds [B, L, E] with features [M, N', E] in the slots of image_mask bool[B, L], in row order.
+
+    Raises `ModelError` with both counts and the sample ids if slots and features differ in number.
+    """
+    slots, given = int(image_mask.sum()), features.shape[0] * features.shape[1]
+    if slots != given:
+        raise ModelError(f"{slots} image slots and {given} image features in {', '.join(ids)}")
+    return embeds.masked_scatter(image_mask[..., None], features.to(embeds.dtype))
+
+
+def entry(config: Projector, width: int) -> nn.Module:
+    """The LayerNorm on what comes in, where the recipe asks for one."""
+    return nn.LayerNorm(width) if config.norm else nn.Identity()
+
+
+def mlp(width: int, llm_width: int, depth: int) -> nn.Sequential:
+    """`depth` linear layers with GELU between them."""
+    layers: list[nn.Module] = [nn.Linear(width, llm_width)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
+    return nn.Sequential(*layers)
+
+
+def square(tower_tokens: int, kind: str) -> int:
+    """The side of the grid that the tower's tokens form. Raises `ModelError` if they form none."""
+    side = math.isqrt(tower_tokens)
+    if side * side != tower_tokens:
+        raise ModelError(
+            f"a connector of kind {kind} needs a square grid of tokens, the tower gives {tower_tokens}: "
+            "set model.tower.grid, and leave out the class token"
+        )
+    return side
+
+
+class Linear(Connector):
+    """One linear projection (LLaVA, arXiv:2304.08485)."""
+
+    def __init__(self, config: LinearConnector, width: int, llm_width: int) -> None:
+        super().__init__()
+        self.norm = entry(config, width)
+        self.linear = nn.Linear(width, llm_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, N, D] to [M, N, E]."""
+        return self.linear(self.norm(features))
+
+
+class Mlp(Connector):
+    """Linear layers with GELU between them (LLaVA-1.5, arXiv:2310.03744)."""
+
+    def __init__(self, config: MlpConnector, width: int, llm_width: int) -> None:
+        super().__init__()
+        self.norm = entry(config, width)
+        self.layers = mlp(width, llm_width, config.depth)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, N, D] to [M, N, E]."""
+        return self.layers(self.norm(features))
+
+
+class PixelShuffle(Connector):
+    """Squares of factor x factor tokens become one, joined by channel, then an MLP (Idefics3, SmolVLM, InternVL)."""
+
+    def __init__(self, config: PixelShuffleConnector, width: int, llm_width: int) -> None:
+        super().__init__()
+        self.factor = config.factor
+        joined = width * config.factor**2
+        self.norm = entry(config, joined)
+        self.layers = mlp(joined, llm_width, config.depth)
+
+    def tokens(self, tower_tokens: int) -> int:
+        """A factor² of the tower's."""
+        side = square(tower_tokens, "pixel_shuffle")
+        if side % self.factor:
+            raise ModelError(f"a pixel shuffle by {self.factor} does not divide the tower's grid of {side} x {side}; set model.tower.grid")
+        return (side // self.factor) ** 2
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, N, D] to [M, N / factor², E]."""
+        side = math.isqrt(self.tokens(features.shape[1]))
+        squares = features.unflatten(1, (side, self.factor, side, self.factor)).transpose(2, 3)
+        return self.layers(self.norm(squares.flatten(3).flatten(1, 2)))
+
+
+class AvgPool(Connector):
+    """The mean of the tokens in each cell of a grid, then an MLP."""
+
+    def __init__(self, config: AvgPoolConnector, width: int, llm_width: int) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.norm = entry(config, width)
+        self.layers = mlp(width, llm_width, config.depth)
+
+    def tokens(self, tower_tokens: int) -> int:
+        """grid², whatever the tower's."""
+        if square(tower_tokens, "avg_pool") < self.grid:
+            raise ModelError(
+                f"model.connector.grid: the tower's {tower_tokens} tokens can't be pooled to a larger grid of {self.grid} x {self.grid}"
+            )
+        return self.grid**2
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, N, D] to [M, grid², E]."""
+        side = math.isqrt(features.shape[1])
+        pooled = adaptive_avg_pool2d(self.norm(features).transpose(1, 2).unflatten(2, (side, side)), self.grid)
+        return self.layers(pooled.flatten(2).transpose(1, 2))

@@ -1,0 +1,31 @@
+"""The connectors by kind. A new one is a config class in `config.py`, a module like those below, and a line in CONNECTORS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_tune.config import AnyConnector, CrossAttentionConnector, FusionConnector
+from vlm_tune.model.connectors.cross_attention import CrossAttention
+from vlm_tune.model.connectors.fusion import Fusion
+from vlm_tune.model.connectors.projectors import AvgPool, Connector, Linear, Mlp, PixelShuffle
+from vlm_tune.model.connectors.qformer import QFormer
+from vlm_tune.model.connectors.resampler import Resampler
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "linear": Linear,
+    "mlp": Mlp,
+    "pixel_shuffle": PixelShuffle,
+    "avg_pool": AvgPool,
+    "resampler": Resampler,
+    "qformer": QFormer,
+    "fusion": Fusion,
+    "cross_attention": CrossAttention,
+}
+
+
+def build_connector(config: AnyConnector, width: int, llm_width: int) -> Connector:
+    """A connector with random weights from the tower's width to the LLM's. Raises `ModelError` for heads that don't divide a width."""
+    kind: Any = CONNECTORS[config.kind]
+    if isinstance(config, FusionConnector | CrossAttentionConnector):
+        return kind(config, build_connector(config.base, width, llm_width), llm_width)
+    return kind(config, width, llm_width)

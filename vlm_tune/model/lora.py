@@ -1,0 +1,188 @@
+"""LoRA adapters of a part (LoRA, rsLoRA, DoRA, PiSSA): put in place, written as tensors under PEFT's names, merged.
+
+PiSSA (arXiv:2404.02948) trains the principal part of a weight: W x + s B A x - s B0 A0 x, where B0 and A0 are the
+values that B and A start from. They are kept as a second, frozen adapter (`initial`, B0 negated), so the base weight
+stays what its name gives, in every precision, and on disk the two are one plain LoRA of double rank.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_tune.errors import ModelError
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import whole_state
+
+PREFIX = "base_model.model."
+TRAINED, INITIAL = "default", "initial"
+PISSA = "pissa"
+SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+
+
+def parts(model: VisionLanguageModel) -> dict[str, nn.Module]:
+    """The model's parts under the names that rules use; llm.* continues with transformers' own names."""
+    return {"tower": model.tower, "connector": model.connector, "llm": model.llm.model}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is an adapter's."""
+    return "lora_" in name
+
+
+def is_trained_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's trained half: all but what PiSSA started from."""
+    return is_adapter(name) and f".{INITIAL}." not in name
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what PEFT adds to it."""
+    return name.replace(".base_layer.", ".")
+
+
+def same_adapter(one: Any, other: Any) -> bool:
+    """Whether two LoRA configs make the same adapter."""
+    return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and set(one.target_modules) == set(other.target_modules)
+
+
+def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh: bool) -> None:
+    """Puts LoRA layers into a part, in place, in fp32: a change of nothing.
+
+    With `fresh=False` the values are about to be loaded, so PiSSA's singular vectors are not computed.
+    """
+    from peft.tuners.lora import LoraModel
+
+    from vlm_tune.model.acceleration.lora_layers import LoraLinear
+
+    if not model.config.llm.quantize or part != "llm":
+        config._register_custom_module({nn.Linear: LoraLinear})
+    elif model.config.llm.quantize != "int8":
+        # Layers of int8 pack what they read as well, and stay PEFT's.
+        from bitsandbytes.nn.modules import Linear4bit
+
+        config._register_custom_module({Linear4bit: LoraLinear})
+    module, pissa = parts(model)[part], config.init_lora_weights == PISSA
+    if pissa:
+        # PEFT's own PiSSA would write the residual into the base weight.
+        config.init_lora_weights = True
+    frozen = deepcopy(config)
+    frozen.lora_dropout = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = LoraModel(module, {TRAINED: config, INITIAL: frozen} if pissa else {TRAINED: config}, TRAINED)
+        if pissa:
+            tuner.inject_adapter(module, INITIAL)
+            tuner.set_adapter([TRAINED, INITIAL])
+            config.init_lora_weights = PISSA
+    model.adapters[part] = tuner
+    for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            # PEFT makes them as the base is, and what is read into half precision is no longer what was saved.
+            parameter.data = parameter.data.float()
+    if pissa and fresh:
+        for layer in module.modules():
+            if hasattr(layer, "lora_A"):
+                _start_from_singular_vectors(layer)
+
+
+@torch.no_grad()
+def _start_from_singular_vectors(layer: Any) -> None:
+    """A and B of the r largest singular values of the weight, their scale included; the initial ones take them off again."""
+    weight = layer.get_base_layer().weight
+    weight = (weight.T if layer.fan_in_fan_out else weight).float()
+    rank, scale = layer.r[TRAINED], layer.scaling[TRAINED]
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    if len(values) < rank:
+        raise ModelError(f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side")
+    root = (values[:rank] / scale).sqrt()
+    for name, sign in ((TRAINED, 1.0), (INITIAL, -1.0)):
+        layer.lora_A[name].weight.copy_(root[:, None] * right[:rank])
+        layer.lora_B[name].weight.copy_(sign * left[:, :rank] * root)
+
+
+def merge_adapter(model: VisionLanguageModel, part: str) -> None:
+    """Adds a part's LoRA change to its base weights and removes the adapter.
+
+    Raises `ModelError` for quantised base weights, which can't hold the sum, and for sums that are not finite.
+    """
+    if part == "llm" and model.config.llm.quantize:
+        raise ModelError("an adapter can't be merged into quantised weights; load the 16-bit base and merge into that")
+    if part == "llm":
+        _untie(model.llm.model)
+    try:
+        model.adapters.pop(part).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"merging the {part}'s adapter: {error}") from None
+    model.changed.add(part)
+
+
+def _untie(language: Any) -> None:
+    """Gives the head a weight of its own where it shares the embedding's and one of the two is about to change."""
+    head, embedding = language.get_output_embeddings(), language.get_input_embeddings()
+    if not (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
+        return
+    own, shared = getattr(head, "base_layer", head), getattr(embedding, "base_layer", embedding)
+    if own.weight is shared.weight:
+        own.weight = nn.Parameter(shared.weight.detach().clone(), requires_grad=False)
+        language.config.tie_word_embeddings = False
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def plain_config(config: Any) -> Any:
+    """The config under which plain PEFT reads `adapter_tensors`: of PiSSA, LoRA of double rank and the same scale."""
+    plain = deepcopy(config)
+    plain.inference_mode = True
+    if config.init_lora_weights == PISSA:
+        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        plain.r, plain.lora_alpha, plain.use_rslora, plain.init_lora_weights = 2 * config.r, scale * 2 * config.r, False, True
+    return plain
+
+
+def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Under each key that PEFT writes the tensors that are its value, joined along the rank where they are two."""
+    state = whole_state(module, is_adapter)
+    tensors = {}
+    for name, value in state.items():
+        if is_trained_adapter(name):
+            initial = name.replace(f".{TRAINED}.", f".{INITIAL}.")
+            # An embedding's names end with TRAINED: they have no other of PiSSA's, which is of linear layers.
+            tensors[_key(name)] = [value, state[initial]] if initial != name and initial in state else [value]
+    return tensors
+
+
+def _key(name: str) -> str:
+    name = name.replace(f".{TRAINED}", "")
+    return PREFIX + (name.removesuffix(".weight") if "lora_magnitude_vector" in name else name)
+
+
+def rank_axis(key: str) -> int:
+    """The axis of a tensor that the rank lies along."""
+    return 0 if "lora_A" in key else 1
+
+
+def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the keys PEFT writes."""
+    return {key: torch.cat(found, rank_axis(key)) if len(found) > 1 else found[0] for key, found in adapter_tensors(module).items()}
+
+
+def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts tensors into a part's adapter, all of them and nothing else. Raises `ModelError` for those that don't fit."""
+    wanted = adapter_tensors(module)
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        said = "; ".join(f"{word} {', '.join(keys[:4])}" for word, keys in (("missing", missing), ("applies to nothing:", extra)) if keys)
+        raise ModelError(said)
+    for key, found in wanted.items():
+        shape = list(torch.cat(found, rank_axis(key)).shape) if len(found) > 1 else list(found[0].shape)
+        if shape != list(tensors[key].shape):
+            raise ModelError(f"{key} is {list(tensors[key].shape)}, expected {shape}")
+        pieces = tensors[key].chunk(2, rank_axis(key)) if len(found) > 1 else [tensors[key]]
+        for value, piece in zip(found, pieces, strict=True):
+            value.copy_(piece)

@@ -1,0 +1,368 @@
+"""Existing vision-language models to start from: which parts they have, and whose tensor is whose.
+
+Known are LLaVA-1.5 in transformers' layout and in the LLaVA repository's own, BLIP-2 and InstructBLIP. Each part of ours
+can name such a model: the tower, the connector and the LLM then take what is theirs in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from vlm_tune.config import (
+    BaseConnector,
+    LinearConnector,
+    Llm,
+    MlpConnector,
+    ModelSection,
+    PretrainedModel,
+    QFormerConnector,
+    Recipe,
+    TransformersTower,
+)
+from vlm_tune.config.load import check_parts
+from vlm_tune.errors import ModelError
+from vlm_tune.model.build_checks import check_model
+from vlm_tune.model.pretrained.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
+from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.quoting import quoted
+
+Part = Literal["tower", "connector"]
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""The folder of InstructBLIP's second tokenizer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose tensor a name is: patterns of how the tower's and the connector's begin, and the LLM's new names.
+
+    In `language`, `{base}` stands for what the LLM's class calls all of it but the head.
+    """
+
+    tower: str
+    connector: str
+    language: Mapping[str, str]
+
+
+BLIP = Layout(r"^vision_model\.", r"^(?=qformer\.|query_tokens$|language_projection\.)", {r"^language_model\.": ""})
+LAYOUTS = {
+    "llava": Layout(
+        r"^(?:model\.)?vision_tower\.(?:vision_model\.)?",
+        r"^(?:model\.)?multi_modal_projector\.",
+        {r"^language_model\.lm_head\.": "lm_head.", r"^(?:model\.)?language_model\.(?:{base}\.)?": "{base}."},
+    ),
+    "llava_original": Layout(r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", r"^model\.mm_projector\.", {}),
+    "blip-2": BLIP,
+    "instructblip": BLIP,
+}
+"""By kind."""
+
+ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+"""The LLaVA repository's model types, and transformers' of the language model inside."""
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A vision-language model of a known kind, by its hub name or folder; `config` is its config.json."""
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        """Whose tensor is whose in its weights."""
+        return LAYOUTS[self.kind]
+
+    def foreign(self, tensor: str) -> bool:
+        """Whether a tensor is the tower's or the connector's, and no concern of the LLM."""
+        return any(re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector))
+
+
+def own_folder(recipe: Recipe) -> Path | None:
+    """The model folder of ours that a recipe starts from with all parts (`model.pretrained`); None where it names none."""
+    folder = Path(recipe.model.pretrained) if isinstance(recipe.model, PretrainedModel) else None
+    return folder if folder is not None and folder.is_dir() and is_ours(folder) else None
+
+
+def own_rebuild(recipe: Recipe) -> dict[str, Any] | None:
+    """The tower's architecture as the model folder of ours that a recipe starts from keeps it."""
+    folder = own_folder(recipe)
+    return read_json(folder / "config.json").get("tower_rebuild") if folder else None
+
+
+def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
+    """The parts of a model folder of ours: its LLM by the folder in it, where it has one."""
+    from vlm_tune.model.base_weights import AS_SAVED, moved
+
+    if unmerged(folder):
+        beside = ", ".join(unmerged(folder))
+        raise ModelError(
+            f"model.pretrained: {quoted(str(folder))} has parts that are not merged ({beside}); "
+            f"run `vlm-tune merge {folder} --output merged` and name merged"
+        )
+    try:
+        section = ModelSection.model_validate(read_json(folder / "config.json").get("model"))
+    except ValidationError as error:
+        raise ModelError(f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})") from None
+    section = moved(folder, section, AS_SAVED)
+    llm = section.llm.model_copy(update=asked.llm.model_dump())
+    if (folder / "llm").is_dir():
+        llm = Llm(kind=llm.kind, name=str(folder / "llm"), **asked.llm.model_dump())
+    tower = section.tower.model_copy(update=asked.tower.model_dump(exclude_unset=True))
+    return section.model_copy(update={"llm": llm, "tower": tower})
+
+
+def find_vlm(name: str) -> Vlm | None:
+    """The vision-language model of a hub name or folder; None where there is none, or none of a known kind."""
+    from transformers.configuration_utils import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(config_source(name))
+    except (OSError, ValueError):
+        return None
+    found = config.get("model_type")
+    if found in ORIGINAL_TYPES and "mm_vision_tower" in config:
+        return Vlm(name, "llava_original", config)
+    return Vlm(name, found, config) if found in LAYOUTS and "vision_config" in config else None
+
+
+def model_section(recipe: Recipe) -> ModelSection:
+    """The recipe's tower, connector and LLM, those of `model.pretrained` where it names a model to start from.
+
+    Of that model only configs are read. Raises `ModelError` for a model that can't be taken over, with what was expected,
+    and `RecipeError` where the rest of the recipe does not go with its parts, or random weights can't be made of its numbers.
+    """
+    if isinstance(recipe.model, ModelSection):
+        check_model(recipe)
+        return recipe.model
+    section = _section(recipe.model)
+    check_parts(recipe, section)
+    return section
+
+
+def _section(asked: PretrainedModel) -> ModelSection:
+    folder = Path(asked.pretrained)
+    if folder.is_dir() and is_ours(folder):
+        return _own_section(folder, asked)
+    check_base(asked.pretrained, "model.pretrained")
+    vlm = find_vlm(asked.pretrained)
+    if vlm is None:
+        raise ModelError(
+            f"model.pretrained: {quoted(asked.pretrained)} is no vision-language model of a known kind "
+            "(LLaVA-1.5 in transformers' layout or the LLaVA repository's, BLIP-2, InstructBLIP): expected its config.json"
+        )
+    tower, connector, kind = SECTIONS[vlm.kind](vlm)
+    return ModelSection(
+        tower=tower.model_copy(update=asked.tower.model_dump(exclude_unset=True)),
+        connector=connector,
+        llm=Llm(kind=kind, name=vlm.name, **asked.llm.model_dump()),
+    )
+
+
+Found = tuple[TransformersTower, BaseConnector | QFormerConnector, Literal["causal", "seq2seq"]]
+"""A model's tower and connector as a recipe describes them, and the kind of its LLM."""
+
+
+# --- LLaVA -----------------------------------------------------------------------------------------------------------
+
+
+def _llava(vlm: Vlm) -> Found:
+    whole = _transformers_config(vlm)
+    vision, layer, strategy = whole.vision_config, whole.vision_feature_layer, whole.vision_feature_select_strategy
+    if not isinstance(layer, int):
+        _refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
+    if not getattr(whole, "multimodal_projector_bias", True):
+        _refuse(vlm, "a projector without biases (multimodal_projector_bias)", "one with them")
+    act = whole.projector_hidden_act
+    if act not in ("gelu", "linear"):
+        _refuse(vlm, f"a projector with {act} (projector_hidden_act)", "gelu")
+    has_class = vision.model_type == "clip_vision_model"
+    if not has_class and strategy == "default":
+        _refuse(vlm, "all patches but the first of a tower without a class token (vision_feature_select_strategy)", "full")
+    connector = LinearConnector(kind="linear", weights=vlm.name) if act == "linear" else MlpConnector(kind="mlp", weights=vlm.name)
+    tower = TransformersTower(
+        kind="transformers",
+        name=vlm.name,
+        layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+        class_token=has_class and strategy == "full",
+        **_preprocessing(vlm, vision.image_size),
+    )
+    return tower, connector, "causal"
+
+
+def _llava_original(vlm: Vlm) -> Found:
+    config = vlm.config
+    projector, shape = str(config.get("mm_projector_type", "linear")), config.get("image_aspect_ratio") or "square"
+    mlp = re.fullmatch(r"mlp(\d+)x_gelu", projector)
+    connector: Any = None
+    if projector == "linear":
+        connector = LinearConnector(kind="linear", weights=vlm.name)
+    elif mlp and int(mlp[1]) > 1:
+        connector = MlpConnector(kind="mlp", depth=int(mlp[1]), weights=vlm.name)
+    else:
+        _refuse(vlm, f"a projector of type {projector} (mm_projector_type)", "linear or mlp2x_gelu")
+    if shape not in ("square", "pad"):
+        _refuse(vlm, f"images of image_aspect_ratio {shape}", "LLaVA-1.5's square or pad")
+    if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
+        _refuse(vlm, "tokens around an image (mm_use_im_start_end, mm_use_im_patch_token)", "none, as in LLaVA-1.5")
+    tower = TransformersTower(
+        kind="transformers",
+        name=str(config["mm_vision_tower"]),
+        weights=vlm.name if any(re.match(vlm.layout.tower, key) for key in _tensor_names(vlm)) else None,
+        layer=int(config.get("mm_vision_select_layer", -2)),
+        class_token=config.get("mm_vision_select_feature", "patch") == "cls_patch",
+        resize="pad" if shape == "pad" else "crop",
+    )
+    return tower, connector, "causal"
+
+
+# --- BLIP-2 and InstructBLIP -----------------------------------------------------------------------------------------
+
+
+def _blip(vlm: Vlm) -> Found:
+    whole = _transformers_config(vlm)
+    former, text = whole.qformer_config, vlm.kind == "instructblip"
+    expected = {"hidden_act": "gelu", "intermediate_size": 4 * former.hidden_size, "layer_norm_eps": 1e-12}
+    expected |= {"use_qformer_text_input": False} if vlm.kind == "blip-2" else {}
+    for key, value in expected.items():
+        if getattr(former, key, value) != value:
+            _refuse(vlm, f"a Q-Former whose {key} is {getattr(former, key)}", str(value))
+    if not whole.text_config.is_encoder_decoder:
+        _refuse(vlm, f"a decoder ({whole.text_config.model_type}) as its language model", "Flan-T5 or another encoder-decoder")
+    own = {"tokenizer": vlm.name, "vocab_size": former.vocab_size, "max_text": former.max_position_embeddings} if text else {}
+    connector = QFormerConnector(
+        kind="qformer",
+        queries=whole.num_query_tokens,
+        width=former.hidden_size,
+        depth=former.num_hidden_layers,
+        heads=former.num_attention_heads,
+        every=former.cross_attention_frequency,
+        text=text,
+        weights=vlm.name,
+        **own,
+    )
+    # The norm after the last block is in transformers' tower; the features of all tokens are read.
+    tower = TransformersTower(
+        kind="transformers",
+        name=vlm.name,
+        layer=-1,
+        final_norm=True,
+        class_token=True,
+        **_preprocessing(vlm, whole.vision_config.image_size),
+    )
+    return tower, connector, "seq2seq"
+
+
+SECTIONS = {"llava": _llava, "llava_original": _llava_original, "blip-2": _blip, "instructblip": _blip}
+"""By kind."""
+
+
+# --- what all have ---------------------------------------------------------------------------------------------------
+
+
+def _refuse(vlm: Vlm, found: str, expected: str) -> None:
+    raise ModelError(f"model.pretrained: {quoted(vlm.name)} has {found}, which can't be taken over; expected {expected}")
+
+
+def _transformers_config(vlm: Vlm) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(config_source(vlm.name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.pretrained: can't read the config of {quoted(vlm.name)}: {load_reason(vlm.name, error)}") from None
+
+
+def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
+    """How the checkpoint's own image processor makes an image square, and its size where that is not the tower's."""
+    from transformers import AutoImageProcessor
+
+    try:
+        found: Any = AutoImageProcessor.from_pretrained(config_source(vlm.name), backend="pil", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {error}") from None
+    if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
+        _refuse(vlm, "an image processor that does not resize, rescale and normalise, or not bicubically", "resample: 3")
+    if abs(found.rescale_factor * 255 - 1) > 1e-6:
+        _refuse(vlm, f"pixels scaled by {found.rescale_factor}", "1/255")
+    size, crop = found.size, found.crop_size
+    if getattr(found, "do_pad", None):
+        how, sides = "pad", {size.height, size.width} - {None} or {size.shortest_edge}
+    elif getattr(found, "do_center_crop", None):
+        how, sides = "crop" if size.shortest_edge else "squash", {crop.height, crop.width, size.shortest_edge or size.height}
+    else:
+        how, sides = "squash", {size.height, size.width}
+    if len(sides) != 1 or None in sides:
+        _refuse(vlm, f"an image processor with size {dict(size)} and crop_size {dict(crop or {})}", "one square size")
+    own = sides.pop()
+    return {"resize": how} | ({} if own == side else {"image_size": own})
+
+
+def language_config(vlm: Vlm) -> Any:
+    """transformers' config of the language model inside."""
+    if vlm.kind != "llava_original":
+        return _transformers_config(vlm).text_config
+    from transformers import AutoConfig
+
+    kind = ORIGINAL_TYPES[vlm.config["model_type"]]
+    known = {*AutoConfig.for_model(kind).to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "transformers_version"}
+    return AutoConfig.for_model(kind, **{key: value for key, value in vlm.config.items() if key in known})
+
+
+def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
+    """Patterns of the LLM's tensors in the model's files, and what its own class calls them."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    base = mapping[type(config)].base_model_prefix if type(config) in mapping else ""
+    return {old.replace("{base}", base): new.replace("{base}", base) for old, new in vlm.layout.language.items()}
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def part_tensors(vlm: Vlm, part: Part) -> dict[str, torch.Tensor]:
+    """The tensors of a part, the part's own prefix removed. Raises `ModelError` for missing, cut and pickled files."""
+    from safetensors import safe_open
+
+    pattern, found = re.compile(getattr(vlm.layout, part)), {}
+    for file in _files(vlm.name):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - no mapping
+                match = pattern.match(key)
+                # Old checkpoints hold the numbers of positions, which are no weights.
+                if match and not key.endswith(".position_ids"):
+                    found[key[match.end() :]] = opened.get_tensor(key)
+    return found
+
+
+def _tensor_names(vlm: Vlm) -> set[str]:
+    """The names of all tensors, from the index of shards where there is one: a plan fetches no weights."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        index = cached_file(vlm.name, "model.safetensors.index.json")
+        return set(json.loads(Path(str(index)).read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {key for file in _files(vlm.name) for key in check_safetensors(file)}
+
+
+def _files(name: str) -> list[Path]:
+    """The weight files of a folder or a hub name, fetched where they are not here."""
+    if Path(name).is_dir():
+        return check_folder(Path(name))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"])))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"can't fetch the weights of {quoted(name)}: {load_reason(name, error)}") from None

@@ -1,0 +1,136 @@
+"""Features of a frozen tower, computed once and kept in a memory-mapped file.
+
+The file's name is a key (the tower's weights, its preprocessing, the images' bytes and places of tiles in them) and the
+checksum of its content, so that a file is whole or not there, and what is read back is what was computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm_tune.data.images.decode import encoded_bytes
+from vlm_tune.data.types import Media
+from vlm_tune.files import file_checksum
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.weights import fingerprint
+from vlm_tune.resources import cache_folder, cache_room, check_cache, trim_cache
+
+BATCH = 64
+
+
+class FeatureStore:
+    """Features [N, D] of images by their media item, from a memory-mapped cache."""
+
+    def __init__(self, array: torch.Tensor, rows: dict[Media, int]) -> None:
+        self._array, self._rows = array, rows
+
+    def __call__(self, media: Media) -> torch.Tensor:
+        """float[N, D]."""
+        return self._array[self._rows[media]]
+
+
+@torch.inference_mode()
+def tower_features(
+    model: VisionLanguageModel,
+    media: Sequence[Media],
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> FeatureStore:
+    """Features of all media and their tiles by the model's tower in eval mode, computed in the tower's dtype where not cached.
+
+    `note` is told where a cached file was damaged. Raises `DataError` for an image that can't be decoded, `RecipeError`
+    for a cache that can't be written or has no room.
+    """
+    tower, processor = model.tower, model.processor.images
+    key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
+    media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
+    digests = _digests(media)
+    distinct = list(dict.fromkeys(digests))
+    key.update("".join(sorted(distinct)).encode())
+    place = {digest: row for row, digest in enumerate(sorted(distinct))}
+    rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
+    folder, name = cache_folder("features"), key.hexdigest()[:40]
+    path = _cached(folder, name, note)
+    if path is None:
+        first = dict(zip(digests, media, strict=True))
+        path = _compute(model, [first[digest] for digest in sorted(distinct)], folder, name, progress)
+        trim_cache(folder, path)
+    with contextlib.suppress(OSError):  # the cache may be another's, to read only
+        os.utime(path)
+    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
+    dtype = next(tower.parameters()).dtype
+    return FeatureStore(raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw, rows)
+
+
+def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path | None:
+    """The intact file of a key; those that are damaged are removed."""
+    for path in sorted(folder.glob(f"{name}-*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
+            if path.stem == f"{name}-{file_checksum(path)}":
+                return path
+            if note:
+                note(f"the features in {path} were damaged: they are computed anew")
+            with contextlib.suppress(PermissionError):
+                path.unlink()
+    return None
+
+
+def _digests(media: Sequence[Media]) -> list[str]:
+    """What each item is known by: its image's bytes, read once, and the place of a tile in it."""
+    whole = {source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest() for source in dict.fromkeys(item.source for item in media)}
+    return [whole[item.source] + (f":{item.tile}" if item.tile else "") for item in media]
+
+
+def _compute(
+    model: VisionLanguageModel, media: Sequence[Media], folder: Path, name: str, progress: Callable[[int, int], None] | None
+) -> Path:
+    """Writes the features of `media` as one array [images, N, D]; the file, named by its checksum."""
+    check_cache(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = model.tower
+    tokens, width = tower.measure()
+    dtype = next(tower.parameters()).dtype
+    # numpy has no bfloat16: its bits are kept as int16.
+    stored = np.int16 if dtype == torch.bfloat16 else np.float16 if dtype == torch.float16 else np.float32
+    temporary = folder / f"{name}.tmp-{os.getpid()}.npy"
+    was = tower.training
+    tower.eval()
+    try:
+        with cache_room(folder):
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width))
+            _reserve(temporary)
+        for start in range(0, len(media), BATCH):
+            pixels = torch.stack([model.processor.images(item) for item in media[start : start + BATCH]])
+            with torch.autocast(model.device.type, enabled=False):  # the same features wherever they are asked for
+                features = tower(pixels.to(model.device)).cpu()
+            bits = features.view(torch.int16) if dtype == torch.bfloat16 else features
+            array[start : start + len(pixels)] = bits.numpy()
+            if progress:
+                progress(min(start + BATCH, len(media)), len(media))
+        array.flush()
+        path = folder / f"{name}-{file_checksum(temporary)}.npy"
+        temporary.rename(path)
+        return path
+    finally:
+        temporary.unlink(missing_ok=True)
+        tower.train(was)
+
+
+def _reserve(path: Path) -> None:
+    """Takes a file's room on the disk now: writing to a mapped file on a full disk kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                # Some network file systems can't promise room.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise

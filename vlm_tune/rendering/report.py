@@ -1,0 +1,344 @@
+"""The report of a run: one HTML file without scripts or network, its charts inline SVG, its images inline PNG."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_tune.config.yaml_source import read_yaml_text
+from vlm_tune.data.types import Media
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.rendering.page import LONG, percent, picture, section, table, write_html
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Matplotlib can't write CSS variables: charts are drawn in these stand-ins, which are then exchanged for the theme's inks.
+SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
+INKS = {SOFT: "var(--soft)", RULE: "var(--rule)", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
+
+
+def write_report(run: Path) -> Path:
+    """Writes `report.html` into a run's folder from the files there, and returns its path; what is missing is left out.
+
+    Raises `RecipeError` for a folder without recipe.yaml.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError([Problem(str(run), "not the folder of a run: it has no recipe.yaml")])
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    try:
+        values = read_yaml_text(recipe, "recipe.yaml").value
+    except RecipeError:
+        values = {}
+    name = str(values.get("name") or run.resolve().name)
+    events, result = _events(run / "log.jsonl"), _read(run / "result.json")
+    result = result if isinstance(result, dict) else {}
+    parts = [
+        _header(name, values.get("seed"), events, result),
+        _groups("category", result.get("by_category")),
+        _groups("source", result.get("by_source")),
+        *(_stage(stage) for stage in _stages(events)),
+        _tuning(_rows(_read(run / "tuning.json"))),
+        _samples(run, _rows(_read(run / "samples.json"))),
+        _notes(events),
+        f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>',
+    ]
+    path = run / "report.html"
+    write_html(path, name, parts)
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Any:
+    """The value of a JSON file; None where it is missing or can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return None
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """The log's events; lines that can't be read (the last, if the run was killed) are passed over."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return _rows(events)
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@dataclass
+class _Stage:
+    """What the log says of one stage: its stage event, and its other events by step."""
+
+    number: int
+    name: str = ""
+    start: dict[str, Any] = field(default_factory=dict)
+    train: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluate: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
+    """Stages in order; of a step that a resumed run took again, the later event counts."""
+    stages: dict[int, _Stage] = {}
+    for event in events:
+        number, step, kind = event.get("stage"), _number(event.get("step")), event.get("event")
+        if not isinstance(number, int) or kind not in ("stage", "train", "evaluate"):
+            continue
+        stage = stages.setdefault(number, _Stage(number))
+        stage.name = str(event.get("name") or stage.name)
+        if kind == "stage":
+            stage.start = event
+        elif step is not None:
+            (stage.train if kind == "train" else stage.evaluate)[int(step)] = event
+    return [stages[number] for number in sorted(stages)]
+
+
+def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(step, value) for step in sorted(events) if (value := _number(events[step].get(key))) is not None]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _duration(seconds: float) -> str:
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _count(value: Any, unit: str = "") -> str:
+    """A whole number with its unit in the plural or singular; nothing for what is no number."""
+    number = _number(value)
+    return "" if number is None else f"{number:,.0f} {unit if number == 1 or not unit else unit + 's'}".rstrip()
+
+
+def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+    """The run's name, and the headline figures."""
+    facts = [] if seed is None else [f"seed {seed}"]
+    times = [moment for event in events if (moment := _number(event.get("time"))) is not None and 0 <= moment < 1e11]
+    if times:
+        facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
+    figures = []
+    if (accuracy := _number(result.get("accuracy"))) is not None:
+        asked = _count(result.get("n"), "question")
+        figures.append(("Test accuracy", percent(accuracy, 2), f"of {asked}" if asked else ""))
+    if (loss := _number(result.get("loss"))) is not None:
+        figures.append(("Test loss", f"{loss:.4g}", "per supervised token"))
+    if (seconds := _number(result.get("seconds"))) is not None:
+        figures.append(("Training time", _duration(seconds), "all stages"))
+    if (memory := _number(result.get("peak_memory_mb"))) is not None:
+        figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
+    cards = [
+        f'<div class="card"><dt>{label}</dt><dd><b>{escape(value)}</b><span class="soft">{note}</span></dd></div>'
+        for label, value, note in figures
+    ]
+    listed = f'<dl class="figures">{"".join(cards)}</dl>' if cards else ""
+    return f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>{listed}</header>'
+
+
+def _groups(kind: str, scores: Any) -> str:
+    """Test accuracy by category or source."""
+    rows = []
+    for name, found in scores.items() if isinstance(scores, dict) else ():
+        accuracy = _number(found.get("accuracy")) if isinstance(found, dict) else None
+        if accuracy is not None:
+            bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
+            numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (percent(accuracy), _count(found.get("n"))))
+            rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
+    columns = [("", kind), ("number", "accuracy"), ("number", "questions"), ("", "")]
+    return section(f"Test accuracy by {kind}", table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
+
+
+def _stage(stage: _Stage) -> str:
+    """A stage's facts and its row of charts."""
+    loss, rate, speed = (_points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s"))
+    held_out, accuracy = (_points(stage.evaluate, key) for key in ("loss", "accuracy"))
+    last = max([0, *stage.train, *stage.evaluate])
+    planned = [stage.start.get("steps"), *(event.get("of") for event in stage.train.values())]
+    steps = round(max([last, *filter(None, map(_number, planned))]))
+    facts = [_count(steps, "step"), _count(stage.start.get("questions"), "question"), _count(stage.start.get("images"), "image")]
+    if last < steps:
+        facts.append(f"the log ends at step {last:,}")
+    charts = []
+    if loss or held_out:
+        keys = [("line", f"training, last {loss[-1][1]:.3g}")] if loss else []
+        if held_out:
+            step, lowest = min(held_out, key=lambda point: point[1])
+            keys.append(("dots", f"validation, lowest {lowest:.3g} at {step:,}"))
+        charts.append(_chart("Loss", keys, [_Panel("loss", loss, held_out)], steps))
+    if accuracy:
+        # Of equal scores the later checkpoint is the one kept.
+        step, best = max(accuracy, key=lambda point: (point[1], point[0]))
+        panel = _Panel("accuracy", [], [(step, 100 * value) for step, value in accuracy])
+        charts.append(_chart("Accuracy", [("dots", f"validation, best {percent(best)} at {step:,}")], [panel], steps))
+    panels = [_Panel(kind, points, []) for kind, points in (("learning rate", rate), ("questions/s", speed)) if points]
+    if panels:
+        keys = [("", f"highest {max(value for _, value in rate):.3g}")] if rate else []
+        if speed:
+            keys.append(("", f"mean {sum(value for _, value in speed) / len(speed):,.4g} questions/s"))
+        charts.append(_chart("Learning rate and speed", keys, panels, steps))
+    title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
+    body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    return section(title, body, ", ".join(filter(None, facts)))
+
+
+def _tuning(stages: Sequence[dict[str, Any]]) -> str:
+    bodies = []
+    for stage in stages:
+        rows = _rows(stage.get("rows"))
+        if len(rows) > 1:
+            together = {key: sum(_number(row.get(key)) or 0 for row in rows) for key in ("trained", "total")}
+            rows.append({"match": "together", **together})
+        head = f'<tr><th colspan="7" scope="rowgroup">{escape(str(stage.get("stage", "")))}</th></tr>'
+        bodies.append(f"<tbody>{head}{''.join(map(_tuning_line, rows))}</tbody>" if rows else "")
+    numbers = [("number", title) for title in ("learning rate", "trained", "of", "share")]
+    columns = [("", "parameters"), ("", "how"), *numbers, ("", "detail")]
+    return section("What was trained", table(columns, bodies)) if any(bodies) else ""
+
+
+def _tuning_line(row: dict[str, Any]) -> str:
+    rate, trained, total = (_number(row.get(key)) for key in ("learning_rate", "trained", "total"))
+    share = percent(trained / total, 2) if trained is not None and total else ""
+    match, how, detail = (f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail"))
+    figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
+    return f"<tr>{match}{how}{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
+
+
+def _notes(events: Sequence[dict[str, Any]]) -> str:
+    notes = [f"<li>{escape(str(event['text']))}</li>" for event in events if event.get("event") == "note" and event.get("text")]
+    return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """The panel of samples, with how many were right before and after."""
+    counts = []
+    for column in ("before", "after"):
+        marks = [mark for row in rows if (mark := _is_right(row, column)) is not None]
+        if marks:
+            counts.append(f"{column} training {sum(marks)} of {len(marks)} right")
+    cards = []
+    for row in rows:
+        kind = "sample long" if any(len(str(row.get(key))) > LONG for key in ("question", "expected", "before", "after")) else "sample"
+        answers = f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>{_answer(row, 'before')}{_answer(row, 'after')}"
+        words = f"<p>{_text(row.get('question'))}</p><dl>{answers}</dl>"
+        cards.append(f'<article class="{kind}">{_picture(run, row)}<div>{words}</div></article>')
+    return section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts)) if rows else ""
+
+
+def _is_right(row: dict[str, Any], column: str) -> bool | None:
+    # Loads torch, so not before there is an answer to judge; a second rule here could contradict the accuracy above.
+    from vlm_tune.evaluation.evaluate import normalise
+
+    given, expected = row.get(column), row.get("expected")
+    return None if given is None or expected is None else normalise(str(given)) == normalise(str(expected))
+
+
+def _text(value: Any) -> str:
+    return escape(str(value)) if value not in (None, "") else f'<span class="soft">{"–" if value is None else "(empty)"}</span>'
+
+
+def _answer(row: dict[str, Any], column: str) -> str:
+    name, mark = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[_is_right(row, column)]
+    shown = f'<span role="img" aria-label="{name}">{mark}</span>' if mark else ""
+    return f'<dt>{column}</dt><dd class="{name}">{shown}{_text(row.get(column))}</dd>'
+
+
+def _picture(run: Path, row: dict[str, Any]) -> str:
+    """The sample's image as an inline thumbnail, or that there is none."""
+    return picture(Media(run / str(row["image"]))) if row.get("image") else picture(None)
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One pair of axes against the step: a line of training figures, dots of validation figures."""
+
+    kind: str
+    line: list[tuple[int, float]]
+    dots: list[tuple[int, float]]
+
+
+def _chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel], steps: int) -> str:
+    """A figure element: caption with the colour key, and the panels as inline SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text, in the page's font; with a fixed salt an id stands for the same shape in every chart of the page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": 11}):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, ax in zip(panels, axes, strict=True):
+            _draw(ax, panel, steps)
+        axes[-1].set_xlabel("step", color=SOFT)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for stand_in, ink in INKS.items():
+        svg = svg.replace(stand_in, ink)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title} against step"', 1)
+    names = "".join(f'<span class="key {kind}">{escape(text)}</span>' for kind, text in keys)
+    return f'<figure class="card"><figcaption><b>{title}</b>{names}</figcaption>{svg}</figure>'
+
+
+def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if panel.line:
+        ax.plot(*zip(*panel.line, strict=True), color=TRAIN, linewidth=1.4, marker="o" if len(panel.line) == 1 else "", markersize=4)
+    if panel.dots:
+        ax.plot(*zip(*panel.dots, strict=True), color=VALIDATION, linewidth=0.8, marker="o", markersize=3.5, clip_on=False, zorder=3)
+    values = [value for _, value in (*panel.line, *panel.dots)]
+    low, high = min(values), max(values)
+    ax.set_xlim(0, max(steps, 1))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    shape = {"accuracy": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
+    if panel.kind == "accuracy":
+        ax.set_ylim(max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100))
+    elif panel.kind == "loss" and 0 < 20 * low < high:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_ylabel("log scale", color=SOFT)
+    elif panel.kind != "loss":
+        ax.set_ylim(0, 1.1 * high if high > 0 else 1)
+        ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        ax.set_title(panel.kind, loc="left", color=SOFT, fontsize=10, pad=3)
+    ax.grid(axis="y", color=RULE, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=SOFT, length=0)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(RULE)

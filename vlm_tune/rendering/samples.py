@@ -1,0 +1,101 @@
+"""Shows samples token by token: what is trained, what is prompt, where the image goes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from vlm_tune.config import Recipe
+from vlm_tune.data.batching.packing import branch_layout
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.truncation import fit
+from vlm_tune.data.prepare.run import conversations, scratch_texts
+from vlm_tune.data.types import IGNORE_INDEX, Example
+from vlm_tune.model.build import build_processor
+from vlm_tune.quoting import escaped
+
+ROWS = 200
+"""Rows read for each unit that is shown: those of one image need not stand together."""
+
+STYLES = {"trained": "black on green", "prompt": "", "image": "white on blue", "target": "black on green"}
+
+
+def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
+    """The first `n` units of every stage as tokens: [{stage, id, tokens: [{id, text, kind, branch}]}], no weights loaded.
+
+    `kind` is prompt, trained (decoders), image, or target (what an encoder-decoder's decoder learns).
+    """
+    stages = recipe.resolved_stages()
+    processor = build_processor(recipe, scratch_texts(recipe))
+    found = []
+    for name, stage in stages:
+        data = stage.data
+        rows = list(islice(conversations(data, data.train, stage.seed), ROWS * n))
+        units: dict[Any, list[Example]] = {}
+        for row in rows:
+            for example in fit(row, processor, data.overlong).examples:
+                units.setdefault(example.media if data.group == "image" and example.media else example.id, []).append(example)
+        for unit in list(units.values())[:n]:
+            joined = branch_layout(unit, data.row_length) if processor.spec.layout == "causal" else unit
+            found += [{"stage": name, "id": example.id, "tokens": _tokens(example, processor)} for example in joined[:n]]
+    return found
+
+
+def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
+    def text(token: int) -> str:
+        return str(processor.tokenizer.decode([token]))
+
+    causal = processor.spec.layout == "causal"
+    out: list[dict[str, Any]] = []
+    branch, trained = 0, False
+    for place, token in enumerate(example.input_ids.tolist()):
+        # A branch begins where a token does not follow the one before it.
+        if place and example.positions is not None and example.positions[place] != example.positions[place - 1] + 1:
+            branch += 1
+        kind = "image" if example.image_mask[place] else "trained" if trained else "prompt"
+        out.append({"id": token, "text": "" if kind == "image" else text(token), "kind": kind, "branch": branch})
+        label = int(example.labels[place]) if causal else IGNORE_INDEX
+        following = place + 1 < len(example.input_ids) and (example.ends is None or place + 1 < example.ends[place])
+        trained = following and label != IGNORE_INDEX
+        if label != IGNORE_INDEX and not following:
+            out.append({"id": label, "text": text(label), "kind": "trained", "branch": branch})
+    if not causal:
+        out += [{"id": token, "text": text(token), "kind": "target", "branch": 0} for token in example.labels.tolist()]
+    return out
+
+
+def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) -> None:
+    """Prints samples in color: trained tokens on green, image slots on blue."""
+    console.print(Text.assemble(("trained", STYLES["trained"]), " ", ("image slots", STYLES["image"]), " prompt"))
+    for sample in samples:
+        tokens = sample["tokens"]
+        trained = sum(token["kind"] in ("trained", "target") for token in tokens)
+        images = sum(token["kind"] == "image" for token in tokens)
+        title = f"\n{sample['stage']}  {escaped(sample['id'])}: {len(tokens)} tokens, {trained} trained, {images} image slots"
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(_line(tokens, ids=ids), soft_wrap=True)
+
+
+def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
+    line, slots, previous = Text(), 0, tokens[0]
+    for token in [*tokens, {"kind": "end", "branch": -1}]:
+        if token["kind"] == "image":
+            slots += 1
+            continue
+        if slots:
+            line.append(f"[image x{slots}]", style=STYLES["image"])
+            slots = 0
+        if token["kind"] == "end":
+            break
+        if token["kind"] == "target" and previous["kind"] != "target":
+            line.append("\n=> ", style="dim")
+        elif token["branch"] != previous["branch"]:
+            line.append(f"\n  branch {token['branch']}: ", style="dim")
+        # A row's text may hold what a terminal would act on.
+        shown = escaped(token["text"]) + (f"⟨{token['id']}⟩" if ids else "")
+        line.append(shown, style=STYLES[token["kind"]])
+        previous = token
+    return line

@@ -1,0 +1,175 @@
+"""A run's folder: made or refused before anything heavy is loaded, and emptied only of what a run wrote there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.config import Recipe
+from vlm_tune.config.changes import fixed_changes, recipe_changes
+from vlm_tune.config.load import load_recipe
+from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.paths import check_writable, writing
+from vlm_tune.run_lock import NAME as LOCK
+from vlm_tune.run_lock import check_lock
+
+MARK = ".vlm_tune-run"
+"""The file by which a folder is known as a run's: without it nothing in a folder is ever deleted."""
+
+RECIPE = "recipe.yaml"
+RESULTS = ("result.json", "report.html", "answers.jsonl")
+EARLIER = "earlier_result.json"
+"""The result of a run that was extended since."""
+
+FILES = ("log.jsonl", "tuning.json", "samples.json", "data.json", "quarantine.jsonl", EARLIER, *RESULTS, RECIPE)
+STAGE_FILES = ("trace.jsonl", "nonfinite.jsonl", "done.json")
+MODEL = "model"
+WRITTEN = ".recipe.yaml"
+"""The recipe in the making: all that a start leaves that was killed before it became a run."""
+
+MANIFEST = "manifest.json"
+"""Lists the files of a model folder."""
+
+OUTPUT = "the output folder"
+
+
+def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool) -> None:
+    """Checks that the run can be started or resumed in this folder; changes nothing.
+
+    Raises `RecipeError` if it can't, or the folder can't be written, and `TrainingError` if a run goes on there.
+    """
+    check_writable(run, OUTPUT, folder=True)
+    check_lock(run)
+    marked, saved = (run / MARK).is_file(), run / RECIPE
+    if resume:
+        if not marked or not saved.is_file():
+            missing = f"no {RECIPE}" if marked else f"no {MARK}, which every run writes"
+            raise RecipeError([Problem(str(run), f"there is no run to resume here ({missing})")])
+        _check_changes(run, load_recipe(saved), recipe, accept_changes=accept_changes)
+    elif run.exists() and _holds_files(run) and not (overwrite and marked):
+        stranger = "no run wrote it, so nothing in it is deleted; choose another output"
+        hint = "--resume goes on with it, --overwrite starts anew" if marked else stranger
+        raise RecipeError([Problem(str(run), f"the output folder is not empty; {hint}")])
+
+
+def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bool) -> None:
+    """Raises `RecipeError` for a recipe that the run can't go on with."""
+    saved, stage = str(run / RECIPE), _begun(run)
+    fixed = fixed_changes(old, recipe, stage) if stage is not None else []
+    if accept_changes:
+        if fixed:
+            lines = [Problem(saved, f"a run that has begun can't change this: {change}") for change in fixed]
+            hint = "its checkpoints hold it; resume with the run's own value, or start another run (another output, or --overwrite)"
+            raise RecipeError([*lines, Problem(saved, hint)])
+        return
+    changes = recipe_changes(old, recipe)
+    if changes:
+        lines = [Problem(saved, f"the recipe differs from the run's: {change}") for change in changes]
+        hint = "--resume goes on with the run's own recipe only, unless --accept-changes says that this is meant"
+        if fixed:
+            hint = f"of these a run that has begun can't change {', '.join(change.name for change in fixed)}: start another run"
+        raise RecipeError([*lines, Problem(saved, hint)])
+
+
+def _begun(run: Path) -> int | None:
+    """The number of the furthest stage that has a checkpoint; None where there is none."""
+    numbers = [int(match[1]) - 1 for path in run.glob("stages/*/checkpoints/step-*") if (match := re.match(r"(\d+)-", path.parts[-3]))]
+    return max(numbers, default=None)
+
+
+def _holds_files(run: Path) -> bool:
+    return any(path.name not in (LOCK, WRITTEN, MARK) for path in run.iterdir())
+
+
+def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool) -> list[str]:
+    """Makes the run's folder, marks it, and writes the recipe of a new run; what of the recipe is changed by a resumed one.
+
+    A resumed run's recipe stays as it is until `keep_recipe`. Raises as `check_run`.
+    """
+    check_run(run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+    if resume:
+        return [f"resumed with a changed recipe: {change}" for change in recipe_changes(load_recipe(run / RECIPE), recipe)]
+    with writing(run, OUTPUT):
+        run.mkdir(parents=True, exist_ok=True)
+        if (run / MARK).is_file():
+            remove_written(run)
+        (run / MARK).write_text(json.dumps({"written_by": "vlm_tune", "kind": "run"}))
+        keep_recipe(run, text)
+    return []
+
+
+def keep_recipe(run: Path, text: str) -> None:
+    """Writes the recipe that the run goes on with."""
+    (run / WRITTEN).write_text(text)
+    (run / WRITTEN).replace(run / RECIPE)
+
+
+def retire_result(run: Path) -> str | None:
+    """Puts the result of a finished run aside, as it goes on; what is to be told of it, None where there is none."""
+    if not (run / "result.json").is_file():
+        return None
+    (run / "result.json").replace(run / EARLIER)
+    for name in RESULTS:
+        (run / name).unlink(missing_ok=True)
+    return f"the run had ended and goes on: its result of before is {EARLIER}, and {MODEL}/ is of before until the new end"
+
+
+def check_present(run: Path) -> None:
+    """Raises `TrainingError` if the folder of a run that goes on is there no longer."""
+    if not (run / MARK).exists():
+        raise TrainingError(f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it does can be kept")
+
+
+def remove_written(run: Path) -> None:
+    """Removes what a run wrote to its folder; files of others stay, and so do the folders that hold them."""
+    for name in FILES:
+        (run / name).unlink(missing_ok=True)
+    remove_model(run / MODEL)
+    for stage in _folders(run / "stages", r"\d+-"):
+        for name in STAGE_FILES:
+            (stage / name).unlink(missing_ok=True)
+        for checkpoint in _folders(stage / "checkpoints", r"step-\d+$"):
+            remove_model(checkpoint)
+        _remove_empty(stage / "checkpoints")
+        _remove_empty(stage)
+    _remove_empty(run / "stages")
+
+
+def remove_model(folder: Path) -> None:
+    """Removes a model folder but for files that its manifest does not list, and the folders that hold those."""
+    others = strangers(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            _remove_empty(path)
+        elif path not in others:
+            path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def strangers(folder: Path) -> set[Path]:
+    """The files in a model folder that its manifest does not list: somebody else's.
+
+    Without a manifest these are all, since a folder is never seen before it has one; a damaged one tells of none.
+    """
+    files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if not (folder / MANIFEST).is_file():
+        return files
+    try:
+        value: Any = json.loads((folder / MANIFEST).read_text())
+        return files - {folder / str(name) for name in value["files"]} - {folder / MANIFEST}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
+def _folders(parent: Path, pattern: str) -> Iterator[Path]:
+    for path in sorted(parent.glob("*")):
+        if path.is_dir() and not path.is_symlink() and re.match(pattern, path.name):
+            yield path
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,219 @@
+"""What a stage reads: its prepared or streamed rows, its validation and test rows, and the features of their images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from vlm_tune.config import Recipe
+from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
+from vlm_tune.data.batching.loader import Feed, PreparedFeed
+from vlm_tune.data.batching.sampler import Plan, Sizes
+from vlm_tune.data.batching.streaming import StreamFeed, usable_rows
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.fingerprints import fingerprint_prepared, fingerprint_streams
+from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.run import part_conversations, prepared_parts
+from vlm_tune.data.prepare.worker import BAD
+from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.model.tuning import count_of
+from vlm_tune.model.vision.feature_cache import FeatureStore, tower_features
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.trainer import Report
+
+SAMPLED, SAMPLED_STREAM = 500, 100
+"""Rows that the report's samples are chosen from; of a stream, each is decoded for it."""
+
+NOTES = 20
+"""Rows of which a note says why they are left out; the counts say the rest."""
+
+
+@dataclass
+class StageRows:
+    """What a stage reads: prepared training rows (None if they are streamed), rows to score, and its processor.
+
+    `parts` holds what was prepared of each part; `samples` are rows for the report's answers before and after.
+    """
+
+    processor: Processor
+    train: Prepared | None
+    validation: list[Conversation]
+    test: list[Conversation]
+    parts: dict[PartName, list[Prepared]]
+    samples: list[Conversation]
+
+
+def read_stage(
+    recipe: Recipe,
+    processor: Processor,
+    *,
+    last: bool,
+    report: Report,
+    stop: Callable[[], bool],
+    quarantine: Path | None,
+) -> StageRows:
+    """All parts of a stage (test and the report's samples of the `last` one), with notes on rows that are left out.
+
+    Bad rows are written to the file `quarantine` if asked. Raises `DataError` as the policy for bad rows tells,
+    `Interrupted` when `stop` says so.
+    """
+    data = recipe.data
+    names: list[PartName] = [*(() if data.streaming else ("train",)), "validation", *(("test",) if last else ())]
+    parts: dict[PartName, list[Prepared]] = {}
+    for part in names:
+        parts[part] = prepared_parts(
+            data,
+            part,
+            processor,
+            recipe.seed,
+            progress=lambda rows, part=part: report({"event": "preparing", "part": part, "rows": rows}),
+            stop=stop,
+            note=lambda text: report({"event": "note", "text": text}),
+        )
+        for prepared in parts[part]:
+            _tell_left_out(prepared, part, report)
+            if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
+                _quarantine(prepared, quarantine)
+    (train,) = parts.get("train") or [None]
+    for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
+        report({"event": "note", "text": line})
+    validation, test = (part_conversations(parts.get(part, ()), part) for part in ("validation", "test"))
+    samples = _samples(recipe, processor, train, validation) if last else []
+    return StageRows(processor, train, validation, test, parts, samples)
+
+
+def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
+    """What a stage reads, by part, as JSON for `fingerprint_differences`; no file is read for it."""
+    parts: dict[str, Any] = {
+        part: [source for each in prepared if each.part == part for source in fingerprint_prepared(each)]
+        for part, prepared in rows.parts.items()
+    }
+    return parts if rows.train is not None else parts | {"train": fingerprint_streams(recipe.data.train, recipe.seed)}
+
+
+def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
+    """Notes on the rows of a part that are left out; of rows that are held out of train, those whose prompt is too long."""
+    where = "" if part == "train" else f" of {part}"
+    if prepared.part != part:
+        places = prepared.long_prompts(part)
+        if len(places):
+            text = f"left out{where}: {len(places):,} rows held out of train whose prompt is over data.max_length"
+            report({"event": "note", "text": text})
+        return
+    kinds = prepared.left_out
+    for reason in prepared.reasons(NOTES):
+        report({"event": "note", "text": f"left out{where}: {reason}"})
+    if sum(kinds.values()) > NOTES:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        report({"event": "note", "text": f"left out{where} in all: {counts}"})
+
+
+def _quarantine(prepared: Prepared, path: Path) -> None:
+    """Adds the rows that can't be used, those that are not there yet."""
+    known = set(path.read_text("utf-8", "replace").split("\n")) if path.is_file() else set()
+    names = ("source", "row", "kind", "message", "content")
+    rows = [{"part": prepared.part, **{name: record[name] for name in names}} for record in prepared.records(BAD)]
+    lines = [line for line in (json.dumps(row, ensure_ascii=False) for row in rows) if line not in known]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def _samples(recipe: Recipe, processor: Processor, train: Prepared | None, validation: Sequence[Conversation]) -> list[Conversation]:
+    """Rows of the validation part (or of train) whose answers the report shows: of as many categories as there are."""
+    most = recipe.evaluate.samples
+    if not most:
+        return []
+    if validation:
+        rows = list(validation[:SAMPLED])
+    elif train is not None:
+        places = train.places("train")
+        rows = list(train.conversations(places[train.prompts_fit(places)][:SAMPLED]))
+    else:
+        rows = usable_rows(recipe.data, recipe.data.train, processor, recipe.seed, SAMPLED_STREAM)
+    rows = [row for row in rows if row.media] or rows
+    by_category: dict[str, list[Conversation]] = {}
+    for row in rows:
+        by_category.setdefault(row.category, []).append(row)
+    chosen: list[Conversation] = []
+    while len(chosen) < most and any(by_category.values()):
+        for group in by_category.values():
+            if group and len(chosen) < most:
+                # Spread over the rows, so that a panel shows different images.
+                chosen.append(group.pop((7 * len(chosen)) % len(group)))
+    return chosen
+
+
+def stage_feed(
+    recipe: Recipe,
+    rows: StageRows,
+    features: FeatureStore | None,
+    accelerator: Accelerator,
+    report: Report,
+    *,
+    planned: int,
+    image_cost: float,
+) -> Feed:
+    """What the stage's loop takes its batches from; `planned` are the processes that the run began with."""
+    settings, data = recipe.train, recipe.data
+    train, processor = rows.train, rows.processor
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if train is None:
+        return StreamFeed(
+            data,
+            data.train,
+            processor,
+            processor.images,
+            settings.batch_size,
+            recipe.seed,
+            rank=rank,
+            ranks=ranks,
+            planned=planned,
+            accumulation=settings.gradient_accumulation,
+            report=lambda error: report({"event": "note", "text": f"left out: {error}"}),
+        )
+    plan = Plan(train, data, Sizes.of(settings, planned, image_cost), recipe.seed)
+    return PreparedFeed(
+        train,
+        plan,
+        processor.spec,
+        features or PixelCache(processor.images),
+        cached=features is not None,
+        augment=data.augment,
+        rank=rank,
+        ranks=ranks,
+        workers=settings.loader_workers,
+    )
+
+
+def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
+    """How many tokens of the LLM an image costs in the tower, by the weights that each is multiplied with."""
+    if cached:
+        return 0.0
+    language = sum(count_of(parameter) for parameter in model.llm.parameters())
+    return model.tower.measure()[0] * sum(parameter.numel() for parameter in model.tower.parameters()) / language
+
+
+def stage_features(
+    recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any], validation: Sequence[Conversation], report: Report
+) -> tuple[FeatureStore | None, FeatureStore | None]:
+    """Cached features of the training and validation images, where the tower is frozen and images are not augmented."""
+    frozen = not any(parameter.requires_grad for parameter in model.tower.parameters())
+    if not recipe.train.cache_features or not frozen or not media:
+        return None, None
+    seen = distinct_media(validation)
+
+    def progress(done: int, of: int) -> None:
+        report({"event": "features", "done": done, "of": of})
+
+    def note(text: str) -> None:
+        report({"event": "note", "text": text})
+
+    held_out = tower_features(model, seen, progress, note) if seen else None
+    return None if recipe.data.augment else tower_features(model, media, progress, note), held_out

@@ -1,0 +1,499 @@
+"""The training loop of one stage, on accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft.helpers import disable_input_dtype_casting
+
+from vlm_tune.config import Recipe, Schedule
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.loader import Feed, Position, PreparedFeed
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.types import Batch, Conversation
+from vlm_tune.errors import Interrupted, TrainingError
+from vlm_tune.evaluation.evaluate import Scores, join_scores, score
+from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
+from vlm_tune.model.acceleration.interval_attention import attending, usable
+from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.vision.feature_cache import FeatureStore
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    capture_checkpoint,
+    load_random,
+    random_state,
+    read_drawn,
+    read_optimizer,
+)
+from vlm_tune.train.engines import Engine
+from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, told, write_step
+from vlm_tune.train.watchdog import Watch
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes one event of the run: it is logged, shown and tracked."""
+
+
+@dataclass
+class StageData:
+    """What one stage trains on and is scored by."""
+
+    feed: Feed
+    validation: list[Conversation]
+    validation_features: FeatureStore | None
+    image_cost: float = 0.0
+    """How many tokens an image costs."""
+
+
+def schedule_factor(schedule: Schedule, step: float, total: float) -> float:
+    """The share of the full learning rate at optimizer step `step` of `total`, both from 1."""
+    warm = round(schedule.warmup * total)
+    if step <= warm:
+        return step / warm
+    if schedule.kind == "constant":
+        return 1.0
+    done = (step - warm - 1) / max(total - warm, 1)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+
+
+@dataclass
+class _Rates:
+    """Throughput since the last log line."""
+
+    start: float = field(default_factory=time.perf_counter)
+    questions: int = 0
+    tokens: int = 0
+    padded: int = 0
+    loss: float = 0.0
+    count: int = 0
+    waited: float = 0.0
+    largest: float = 0.0
+    mean: float = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not training: its time does not count."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+    def add(self, batch: Batch) -> None:
+        self.questions += batch.questions
+        self.tokens += batch.tokens
+        self.padded += batch.attention_mask.numel()
+
+    def work(self, costs: torch.Tensor) -> None:
+        """Notes what a step costs each rank."""
+        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
+
+    def line(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "loss": self.loss / max(self.count, 1),
+            "questions_per_s": self.questions / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "padding": 1 - self.tokens / max(self.padded, 1),
+            "stall": self.waited / seconds,
+            "imbalance": self.largest / max(self.mean, 1e-9),
+        }
+
+
+class _CutShort(Exception):
+    """An evaluation that ends because the run is asked to stop."""
+
+
+class StageLoop:
+    """Trains one stage from `progress` on; every epoch's order is a function of (seed, epoch)."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        recipe: Recipe,
+        tuned: Tuned,
+        data: StageData,
+        engine: Engine,
+        *,
+        folder: Path,
+        progress: Progress,
+        report: Report,
+        recipe_text: str,
+        stop: Callable[[], bool],
+        resume_from: Path | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
+        self.engine, self.accelerator, self.folder, self.progress = engine, engine.accelerator, folder, progress
+        self.report, self.recipe_text, self.stop = report, recipe_text, stop
+        train = recipe.train
+        self.objective = build_objective(recipe.objective)
+        if train.gradient_checkpointing:
+            model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        engine.prepare(model, tuned, train)
+        if resume_from is not None:
+            engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
+            load_random(resume_from, self.accelerator.process_index)
+        progress.processes = self.accelerator.num_processes
+        self.position = self._begin(resume_from)
+        self.watch = watch or Watch(self.accelerator, train.timeout)
+        self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
+        self._nonfinite = 0
+        self._compiles = False
+        self._attention = model.llm.model.config._attn_implementation
+        self.total = train.steps or self._steps_of(train.epochs or 1)
+        self._epoch_ended = False
+        self.pixels = PixelCache(model.processor.images)
+
+    def run(self) -> Progress:
+        """Trains to the end.
+
+        Raises `Interrupted` when asked to stop, `TrainingError` if the loss stays not finite, a checkpoint can't be
+        written, or another process is lost.
+        """
+        with self._training():
+            try:
+                self._run()
+            except RuntimeError as error:
+                killed = self.data.feed.killed_worker(error) if isinstance(self.data.feed, PreparedFeed) else None
+                raise error if killed is None else killed from error
+            finally:
+                self.writer.close()
+        return self.progress
+
+    def _run(self) -> None:
+        started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
+        rates.loss, rates.count = self.progress.unlogged
+        if self.accelerator.is_main_process:
+            cut_trace(self.folder, self.progress.step)
+        if self.progress.unscored:
+            self._evaluate(self.progress.step)
+            self._save(self.progress.step)
+        for batches, waited in self._windows():
+            step = self.progress.step + 1
+            rates.waited += waited
+            rate = self._step(batches, step, rates)
+            self._advance()
+            if self._compiles and step == self._first_step + 1:
+                taken = time.perf_counter() - started
+                self.report({"event": "note", "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled"})
+            self.progress.seconds = before + time.perf_counter() - started
+            last = step == self.total
+            if step % self.recipe.train.log_every == 0 or last:
+                left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
+                place = {"step": step, "of": self.total, **self._epochs_done()}
+                self.report({"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left})
+                rates = _Rates()
+            self.progress.unlogged = rates.loss, rates.count
+            if self.data.validation and (self._scored(step) or last):
+                with rates.paused():
+                    self._evaluate(step)
+                self.progress.seconds = before + time.perf_counter() - started
+            stopping = self._stopping()
+            if self._due(step) or last or stopping or self.progress.best_step == step:
+                with rates.paused():
+                    self._save(step)
+            if stopping and (not last or self.progress.unscored):
+                self.writer.wait()
+                raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
+        self.writer.wait()
+
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        """Around steps: the model's blocks compiled where recipe, model and engine allow it, and the other processes watched."""
+        why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
+        to_compile = blocks(self.model.llm, training=True) if why is None else []
+        self._compiles = bool(to_compile)
+        if to_compile:
+            log.info("training; the first step compiles the language model's blocks, up to a minute where that is new")
+        else:
+            log.info("training")
+        if why:
+            self.report({"event": "note", "text": why})
+        self.model.train()
+        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
+        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+        with casts, self._attending(), compiled(to_compile), self.watch.guarding():
+            yield
+
+    def _attending(self) -> contextlib.AbstractContextManager[None]:
+        """Attention by intervals, where the model's is no other."""
+        llm = self.model.llm
+        return attending(llm) if usable(llm) else contextlib.nullcontext()
+
+    def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
+        """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
+
+        Raises `Interrupted` when asked to stop.
+        """
+        self.folder = trace
+        with self._training():
+            for batches, _ in self._windows():
+                step = self.progress.step + 1
+                self._step(batches, step, _Rates())
+                self._advance()
+                states = gather_object([random_state()])
+                if step in at and self.accelerator.is_main_process:
+                    written = trace / f"replayed-{step}"
+                    written.mkdir()
+                    self._captured(states)(written)
+                    yield step, written
+                    shutil.rmtree(written)
+                elif step in at and self.engine.collects:
+                    self._captured(states)
+                if self._stopping():
+                    raise Interrupted("the replay was stopped")
+                if step == end:
+                    return
+
+    def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+        drawn = self.data.feed.drawn(self.position) if self.accelerator.is_main_process else {}
+        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states, drawn)
+
+    def _scored(self, step: int) -> bool:
+        """Whether the recipe asks for an evaluation at this step."""
+        every = self.recipe.evaluate.every
+        return self._epoch_ended if every is None else step % every == 0
+
+    def _due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint at this step."""
+        every = self.recipe.train.checkpoints.every
+        if every is None:
+            return self._scored(step) if self.data.validation else self._epoch_ended
+        return step % every == 0
+
+    # --- the place in the data ---
+
+    def _begin(self, resume_from: Path | None) -> Position:
+        """Where in the data the stage begins, from a checkpoint or anew; notes where the schedule is if the plan changed."""
+        progress, feed, cut = self.progress, self.data.feed, self.data.feed.cut()
+        position = Position(progress.epoch, progress.epoch_step, rows=progress.rows)
+        if resume_from is not None:
+            position = feed.resumed(position, progress.cut, read_drawn(resume_from))
+        while feed.steps(position) == 0:
+            position = Position(position.epoch + 1)
+        if resume_from is not None and progress.cut != cut:
+            share = self._schedule_share(position)
+            progress.origin = (progress.step, share) if share < 1 else (0, 0.0)
+        progress.cut = cut
+        self._note(position)
+        return position
+
+    def _note(self, position: Position) -> None:
+        self.progress.epoch, self.progress.epoch_step, self.progress.rows = position.epoch, position.step, position.rows
+
+    def _schedule_share(self, position: Position) -> float:
+        """What share of all that is to be done was done before the position."""
+        train = self.recipe.train
+        if train.steps:
+            return self.progress.step / train.steps
+        return (position.epoch + self.data.feed.share(position)) / (train.epochs or 1)
+
+    def _steps_of(self, epochs: float) -> int:
+        """Optimizer steps of that many epochs, with those that are done: at least one."""
+        steps = self.progress.step - self.position.step
+        for epoch in range(self.position.epoch, math.ceil(epochs)):
+            start = replace(self.position, step=0) if epoch == self.position.epoch else Position(epoch)
+            part, done = min(epochs - epoch, 1.0), self.data.feed.share(start)
+            whole = self.data.feed.steps(start) or 0
+            steps += whole if part == 1 else round(whole * max(part - done, 0.0) / (1 - done))
+        return max(steps, 1)
+
+    def _schedule_place(self, step: int) -> tuple[float, float]:
+        """A step and the number of all steps as the schedule counts them.
+
+        Where the plan changed in the middle of a run, those before count as many as make the share that was done.
+        """
+        start, share = self.progress.origin
+        total = (self.total - start) / (1 - share)
+        return share * total + step - start, total
+
+    def _advance(self) -> None:
+        """Notes that a step is done."""
+        self.progress.step += 1
+        self.position = replace(self.position, step=self.position.step + 1)
+        self._epoch_ended = self.position.step == self.data.feed.steps(self.position)
+        if self._epoch_ended:
+            self.position = Position(self.position.epoch + 1)
+        self._note(self.position)
+
+    def _epochs_done(self) -> dict[str, float]:
+        """How many epochs are done, by rows, as a figure of the log; none of a stream."""
+        if self.data.feed.steps(self.position) is None:
+            return {}
+        return {"epoch": self.position.epoch + self.data.feed.share(self.position)}
+
+    def _windows(self) -> Iterator[tuple[list[Batch], float]]:
+        """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
+        self._first_step = self.progress.step
+        while self.progress.step < self.total:
+            epoch = self.position.epoch
+            # A process that is forked while a thread writes could wait for ever for what that thread holds.
+            self.writer.wait()
+            windows = self.data.feed.windows(self.position)
+            while self.progress.step < self.total and self.position.epoch == epoch:
+                self.watch.at(f"the batches of step {self.progress.step + 1}", (self.progress.step + 1, 0))
+                start = time.perf_counter()
+                window = [batch.to(self.accelerator.device) for batch in next(windows)]
+                yield window, time.perf_counter() - start
+
+    def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
+        """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
+        accelerator = self.accelerator
+        ids = [identity for batch in batches for identity in batch.ids]
+        self.watch.at(f"step {step}, meeting the others", (step, 1))
+        counts = [self.objective.count(batch) for batch in batches]
+        # Rows that count nothing stand in where a process has none: how many is no matter of the order.
+        counted = (identity for batch, count in zip(batches, counts, strict=True) if count for identity in batch.ids)
+        mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
+        told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+        rates.work(told_all[:, 2])
+        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum()) % DIGESTS
+        summed = torch.zeros((), device=accelerator.device)
+        self.watch.at(f"step {step}", (step, 2))
+        for place, batch in enumerate(batches):
+            rates.add(batch)
+            last = place == len(batches) - 1
+            with self.engine.micro_batch(last=last):
+                loss = self.objective(self.engine.model, batch)
+                self.engine.backward(loss.sum / total)
+            summed += loss.sum.detach()
+        value = float(_summed(accelerator, summed))
+        factor = schedule_factor(self.recipe.train.schedule, *self._schedule_place(step))
+        norm = self.engine.clip(factor)
+        if self._usable(step, value, norm, ids):
+            self.engine.step()
+            rates.loss, rates.count = rates.loss + value, rates.count + total
+        else:
+            self.engine.skip()
+        if accelerator.is_main_process:
+            write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
+        return factor * max(self.engine.rates)
+
+    def _usable(self, step: int, loss: float, norm: float | None, ids: list[str]) -> bool:
+        """Whether the step may be taken: if its loss and gradient are finite. The samples of others are kept in a file.
+
+        Raises `TrainingError` when too many in a row are not, or the last.
+        """
+        # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
+        if math.isfinite(loss) and (norm is None or self.accelerator.scaler is not None or math.isfinite(norm)):
+            self._nonfinite = 0
+            return True
+        self._nonfinite += 1
+        held = [identity for part in gather_object([ids]) for identity in part]
+        path = self.folder / "nonfinite.jsonl"
+        if self.accelerator.is_main_process:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": held}) + "\n")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        said = f"{what} at step {step}; the batch holds {', '.join(held[:8])}"
+        if self.engine.skips and self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
+            self.report({"event": "note", "text": f"{said}; the step is left out", "step": step})
+            return False
+        row = f", the {self._nonfinite}th such step in a row" if self._nonfinite > 1 else ""
+        raise TrainingError(
+            f"{said} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
+            "the last checkpoint is from before: --resume goes on there"
+        )
+
+    def _cost(self, batch: Batch) -> float:
+        """What a batch's pass costs, in tokens."""
+        images = batch.pixels if batch.features is None else batch.features
+        return batch.input_ids.numel() + self.data.image_cost * (0 if images is None else len(images))
+
+    def _stopping(self) -> bool:
+        """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
+        asked = torch.tensor([int(self.stop()), int(self.writer.failed())], device=self.accelerator.device)
+        stop, failed = (int(value) for value in _summed(self.accelerator, asked))
+        if failed:
+            self.writer.wait()
+            raise TrainingError("the first process could not write its checkpoint")
+        return bool(stop)
+
+    def _evaluate(self, step: int) -> None:
+        self.watch.at(f"the evaluation of step {step}", (step, 3))
+        with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext(), attending(self.model.llm, self._attention):
+            found = self._generated() if self.objective.generates else self._matched()
+        self.model.train()
+        self.progress.unscored = found is None
+        if found is None:
+            return
+        self.report({"event": "evaluate", "step": step, **found})
+        better = self.progress.best_score is None or found["accuracy"] >= self.progress.best_score
+        # Of equal scores the later is kept: it has seen more. Weights that give no finite loss are never the best.
+        if better and math.isfinite(found["loss"] or 0.0) and not self._nonfinite:
+            self.progress.best_score, self.progress.best_step = found["accuracy"], step
+        self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
+
+    def _generated(self) -> dict[str, Any] | None:
+        """Scores of generated answers; None if the run is asked to stop meanwhile."""
+        settings = self.recipe.evaluate
+        rows = self.data.validation[: settings.limit]
+        # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
+        together = self.engine.sharded
+        mine = rows if together else rows[self.accelerator.process_index :: self.accelerator.num_processes]
+
+        def progress(done: int, of: int) -> None:
+            self.watch.at(f"the evaluation, {done} of {of} rows")
+            self.report({"event": "scoring", "done": done, "of": of})
+            if self._stopping() if together else self.stop():
+                raise _CutShort
+
+        found: Scores | None = None
+        with contextlib.suppress(_CutShort), self.accelerator.autocast():
+            found = score(
+                self.model,
+                mine or rows[:1],
+                decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+                batch_size=settings.batch_size,
+                features=self.data.validation_features,
+                progress=progress,
+            )
+        shards = gather_object([found])
+        if any(shard is None for shard in shards):
+            return None
+        return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
+
+    @torch.no_grad()
+    def _matched(self) -> dict[str, Any]:
+        """Loss and accuracy of an objective that generates nothing, over the whole validation part at once."""
+        self.model.eval()
+        examples = [example for row in self.data.validation[: self.recipe.evaluate.limit] for example in self.model.processor.examples(row)]
+        stored = self.data.validation_features
+        batch = collate(examples, self.model.processor.spec, fetch=stored or self.pixels, cached=stored is not None)
+        batch = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            loss = self.objective(self.model, batch)
+        return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
+
+    def _save(self, step: int) -> None:
+        """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
+        if self._nonfinite:
+            return
+        self.watch.at(f"the checkpoint of step {step}", (step, 4))
+        states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            self.writer.save(step, self._captured(states), self.progress.best_step)
+        elif self.engine.collects:
+            self._captured(states)
+
+
+def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """A tensor's sum over all ranks."""
+    found: Any = accelerator.reduce(value, "sum")
+    return found
