@@ -11,6 +11,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,11 +272,61 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0) -> str:
-    """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code."""
+    """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code.
+
+    Alone it runs in a fork of the test's process, which has imported already what a new one would spend seconds on.
+    """
     if ranks == 1:
-        return run([sys.executable, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
+        return _forked_cli(arguments, cwd, code)
     launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
     return run([sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
+
+
+def _forked_cli(arguments: Sequence[str], cwd: Path | None, code: int, seconds: int = 400) -> str:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        pid = os.fork()
+        if pid == 0:
+            _command_line(arguments, cwd, output.fileno(), errors.fileno())
+        deadline, status = time.monotonic() + seconds, None
+        while status is None and time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                status = None
+                time.sleep(0.02)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        output.seek(0)
+        errors.seek(0)
+        out, err = output.read(), errors.read()
+    assert status is not None, f"hangs; it printed {out[-2000:]}{err[-4000:]}"
+    assert os.waitstatus_to_exitcode(status) == code, out[-2000:] + err[-4000:]
+    return out
+
+
+def _command_line(arguments: Sequence[str], cwd: Path | None, output: int, errors: int) -> None:
+    """Runs `vlm-tune` in this process, a fork, with its output to these descriptors, and ends it."""
+    status: Any = 1
+    try:
+        for descriptor, place in ((output, 1), (errors, 2)):
+            os.dup2(descriptor, place)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+        if cwd is not None:
+            os.chdir(cwd)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sys.argv = ["vlm-tune", *arguments]
+        from vlm_tune.cli import main
+
+        main()
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, seconds: int = 400, **environment: str) -> str:
