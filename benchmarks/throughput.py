@@ -98,6 +98,11 @@ class Comparison:
         """Whether this machine multiplies fp32 faster than bf16, as CPUs without instructions for bf16 do."""
         return bool(self.rates) and self.rates[0]["fp32"] > self.rates[0]["bf16"]
 
+    @property
+    def no_bf16(self) -> bool:
+        """Whether torch multiplies bf16 at less than a tenth of fp32's rate here: no setting makes up for that."""
+        return bool(self.rates) and self.rates[0]["bf16"] < self.rates[0]["fp32"] / 10
+
     def note_gemm(self) -> None:
         """Measures the GEMM rates now."""
         self.rates.append(gemm_rates(self.asked.threads))
@@ -123,6 +128,8 @@ class Comparison:
         if name in PEERS:
             best = try_settings(PEERS[name].start(fp32=self.fp32_first))
             for key in (*PEERS[name].sweep, "batch"):
+                if key == "precision" and self.no_bf16:
+                    continue
                 for settings in list(PEERS[name].changes(best, key)):
                     best = try_settings(settings)
         else:
