@@ -261,7 +261,7 @@ def test_extreme_shapes_have_tiles_of_the_towers_size(size: tuple[int, int]) -> 
 
 
 def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vlm_tune.data.images.decode import decode
+    from vlm_tune.data.images import decode
 
     path, decoded = tmp_path / "a.png", []
 
