@@ -65,8 +65,8 @@ def spread(rates: Sequence[float]) -> float:
     return (high - low) / middle
 
 
-STOPPED = -9
-"""Exit code of a process that was killed."""
+KILLED = -9
+"""Exit code of a process that was killed: by the time limit here, or by the system for want of memory."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Ended:
     @property
     def why(self) -> str:
         """The last line of its errors."""
-        if self.code == STOPPED:
-            return f"stopped after {self.seconds:.0f} s"
+        if self.code == KILLED:
+            return f"killed after {self.seconds:.0f} s"
         lines = [line for line in self.errors.strip().splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
@@ -102,7 +102,7 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
             elif time.perf_counter() - started > timeout:
                 child.kill()
                 _, _, usage = os.wait4(child.pid, 0)
-                status = STOPPED
+                status = KILLED
             else:
                 time.sleep(0.05)
         child.returncode = status

@@ -75,20 +75,20 @@ def recipe(kind: str, rule: dict[str, Any], *, base: str | None = None, **data: 
 
 def recipes() -> dict[str, dict[str, Any]]:
     """All recipes by name; the quantised ones are trained over what the LoRA runs merged."""
-    made: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for kind, name in (("causal", "decoder"), ("seq2seq", "t5")):
-        made[f"{name}-lora"] = recipe(kind, LORA)
-        made[f"{name}-full"] = recipe(kind, FULL)
-        made[f"{name}-nf4"] = recipe(kind, LORA, base=f"../{name}-lora/merged/llm")
-        made[f"{name}-packed"] = recipe(kind, LORA, packing=True, row_length=256)
-    made["stages"] = recipe("causal", LORA) | {
+        by_name[f"{name}-lora"] = recipe(kind, LORA)
+        by_name[f"{name}-full"] = recipe(kind, FULL)
+        by_name[f"{name}-nf4"] = recipe(kind, LORA, base=f"../{name}-lora/merged/llm")
+        by_name[f"{name}-packed"] = recipe(kind, LORA, packing=True, row_length=256)
+    by_name["stages"] = recipe("causal", LORA) | {
         "stages": [
             {"name": "align", "tune": [{"match": "connector.*", "how": "full"}, {"match": "*", "how": "frozen"}]},
             {"name": "instruct", "train": {"steps": 12}},
         ]
     }
-    made["two-processes"] = recipe("causal", LORA)
-    return made
+    by_name["two-processes"] = recipe("causal", LORA)
+    return by_name
 
 
 def commands(name: str) -> list[list[str]]:
@@ -201,7 +201,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
     """The record of a checkout: by mode and recipe. Each run is a process of its own, on one thread."""
-    made: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
         cache.mkdir(mode=0o700)
@@ -221,8 +221,8 @@ def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
                 done = subprocess.run(command, env=os.environ | variables, cwd=tree, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-                made[f"{mode}/{name}"] = json.loads(out.read_text())
-    return made
+                records[f"{mode}/{name}"] = json.loads(out.read_text())
+    return records
 
 
 def record_commit(commit: str, modes: list[str], names: list[str]) -> dict[str, Any]:
@@ -235,11 +235,11 @@ def record_commit(commit: str, modes: list[str], names: list[str]) -> dict[str, 
             tree = Path(folder) / "tree"
             subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), sha], cwd=ROOT, check=True)
             try:
-                made = record(tree, modes, names)
+                records = record(tree, modes, names)
             finally:
                 subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(made, indent=1))
+        path.write_text(json.dumps(records, indent=1))
     return json.loads(path.read_text())
 
 
@@ -267,6 +267,9 @@ def main() -> int:
     parser.add_argument("--names", nargs="+", choices=list(recipes()), default=list(recipes()))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # A quantised run is trained over what its LoRA run merged, so that runs too, and first.
+    bases = {name.replace("-nf4", "-lora") for name in options.names if name.endswith("-nf4")}
+    options.names = [name for name in recipes() if name in bases or name in options.names]
     if options.one:
         name, folder, out = options.one
         Path(out).write_text(json.dumps(record_run(name, Path(folder))))
@@ -275,9 +278,9 @@ def main() -> int:
         options.record.write_text(json.dumps(record(ROOT, options.modes, options.names), indent=1))
         return 0
     before = record_commit(options.against, options.modes, options.names)
-    found = list(differences(before, record(ROOT, options.modes, options.names)))
-    print("\n".join(found) or f"{len(before)} runs are the same")
-    return int(bool(found))
+    changes = list(differences(before, record(ROOT, options.modes, options.names)))
+    print("\n".join(changes) or f"{len(before)} runs are the same")
+    return int(bool(changes))
 
 
 if __name__ == "__main__":
