@@ -104,7 +104,7 @@ def _write_llava(folder: Path, decoder: Path) -> None:
 def _write_t5(folder: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from vlm_tune.config import DataSection
+    from vlm_tune.config.data import DataSection
     from vlm_tune.data.chat.template import load_template
     from vlm_tune.data.prepare.run import conversations
     from vlm_tune.model.build import train_tokenizer

@@ -109,7 +109,7 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vlm_tune.config import DataSection
+    from vlm_tune.config.data import DataSection
     from vlm_tune.data.chat.template import load_template
     from vlm_tune.data.prepare.run import conversations
     from vlm_tune.model.build import train_tokenizer

@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def data_section(path: Path, **options: Any) -> Any:
-    from vlm_tune.config import DataSection, FileSource
+    from vlm_tune.config.data import DataSection, FileSource
 
     source = FileSource(kind="file", path=str(path), image_root=str(images()[0].parents[2]))
     return DataSection(train=[source], template="smollm2", **options)
@@ -105,7 +105,7 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
     """Tokens a question on easy-VQA's train part: padded batches of 8, as drawn and as the plan makes them."""
     import numpy as np
 
-    from vlm_tune.config import DataSection, EasyVqaSource
+    from vlm_tune.config.data import DataSection, EasyVqaSource
     from vlm_tune.data.batching.sampler import Plan, Sizes
     from vlm_tune.data.prepare.run import prepare
 

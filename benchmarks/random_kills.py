@@ -25,8 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_tune.api import sft
-from vlm_tune.config import Recipe
 from vlm_tune.config.load import parse_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.train.checkpoint import checkpoints
 from vlm_tune.train.replay import different_tensors
 from vlm_tune.train.step_trace import read_trace

@@ -17,7 +17,7 @@ from typing import Any
 
 from small import parsed, with_tune
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import VlmTuneError
 
 DROPOUT = """

@@ -24,8 +24,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from vlm_tune.config import DataSection, FileSource, Recipe
+from vlm_tune.config.data import DataSection, FileSource
 from vlm_tune.config.load import parse_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes

@@ -16,7 +16,7 @@ from rich.console import Console
 from small import built, cli, parsed, rows_of, save_llm, with_llm, with_tower, with_tune
 from torch.autograd.graph import saved_tensors_hooks
 
-from vlm_tune.config import QFormerConnector
+from vlm_tune.config.model import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.kernels.cpu import native

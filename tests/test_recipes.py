@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.plan_time import write_instructblip, write_llava
-from vlm_tune.config import Recipe
 from vlm_tune.config.load import load_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.model.build import assemble, bare_model, bare_tower, train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section

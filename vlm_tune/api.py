@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_tune.config import EvaluateSection, Recipe
 from vlm_tune.config.load import as_recipe
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, EXIT_TRAINING, Problem, RecipeError, VlmTuneError
 from vlm_tune.paths import check_writable, writing
 from vlm_tune.quoting import cut, escaped, quoted

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import Recipe
 from vlm_tune.config.changes import fixed_changes, recipe_changes
 from vlm_tune.config.load import load_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError
 from vlm_tune.paths import check_writable, writing
 from vlm_tune.run_lock import NAME as LOCK

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import FileSource
+from vlm_tune.config.data import FileSource
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from vlm_tune.config import Augment, RandAugment
+from vlm_tune.config.data import Augment, RandAugment
 from vlm_tune.data.images.augment import OPERATIONS, crop_box, rand_augment, warp
 from vlm_tune.data.images.decode import augment_pixels
 

@@ -19,7 +19,7 @@ from row_samples import file_source, good, read, write_rows, write_shard
 from small import parsed
 
 import vlm_tune
-from vlm_tune.config import FolderSource, WebDatasetSource
+from vlm_tune.config.data import FolderSource, WebDatasetSource
 from vlm_tune.data.prepare.run import prepare, scratch_texts
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import Conversation

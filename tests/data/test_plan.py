@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config import DataSection, FileSource
+from vlm_tune.config.data import DataSection, FileSource
 from vlm_tune.data.batching.sampler import Epoch, Plan, Sizes, epoch_counts, even_shares
 
 PREPARED: Any = type("Stub", (), {})

@@ -16,7 +16,7 @@ from chat_samples import IMAGE_SLOTS, processor, turns
 from PIL import Image
 from small import examples_of, png, prepare_rows, units_of
 
-from vlm_tune.config import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
+from vlm_tune.config.data import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import source_names
 from vlm_tune.data.prepare.run import conversations, prepare, read_part

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from row_samples import file_source, good, read, write_rows
 
-from vlm_tune.config import DataSection, FolderSource
+from vlm_tune.config.data import DataSection, FolderSource
 from vlm_tune.data.prepare.run import conversations
 from vlm_tune.data.sources.registry import SOURCES, open_source, read_all
 from vlm_tune.data.types import Conversation

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from row_samples import FILES, file_source, good, read, write_rows, write_shard
 
-from vlm_tune.config import DatasetSource, WebDatasetSource
+from vlm_tune.config.data import DatasetSource, WebDatasetSource
 from vlm_tune.data.sources import json_csv, webdataset
 from vlm_tune.data.sources.columnar import Parquet
 from vlm_tune.data.sources.json_csv import Csv, FileRows, JsonLines, JsonList, list_elements

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm_tune.config import EasyVqaSource
+from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.sources.easy_vqa import COLORS, SHAPES, answer_type, questions, revealed
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation

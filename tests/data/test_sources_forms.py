@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from row_samples import file_source, good, read, write_rows
 
-from vlm_tune.config import Form
+from vlm_tune.config.data import Form
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.sources.schema_detection import NEEDS
 from vlm_tune.data.types import Conversation, Media

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from row_samples import file_source, good, read, write_rows, write_shard
 
-from vlm_tune.config import WebDatasetSource
+from vlm_tune.config.data import WebDatasetSource
 from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.sources import media, video
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder

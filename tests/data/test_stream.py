@@ -12,7 +12,7 @@ import torch
 from chat_samples import processor
 from row_samples import write_rows
 
-from vlm_tune.config import DataSection, FileSource
+from vlm_tune.config.data import DataSection, FileSource
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.data.batching.streaming import StreamFeed, mixed, shuffled
 from vlm_tune.data.types import Batch, Media

@@ -20,7 +20,7 @@ from PIL import Image
 from small import cli, examples_of, parsed, png, prepare_rows
 
 from vlm_tune.api import sft
-from vlm_tune.config import DataSection, FileSource, WebDatasetSource
+from vlm_tune.config.data import DataSection, FileSource, WebDatasetSource
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template, read_template

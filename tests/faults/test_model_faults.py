@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import CLIP, LORA_TUNE, batch_of, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
 
-from vlm_tune.config import Llm
+from vlm_tune.config.model import Llm
 from vlm_tune.errors import ModelError, RecipeError, VlmTuneError
 from vlm_tune.model.build import load_llm, load_tokenizer
 from vlm_tune.model.checkpoint import load_model

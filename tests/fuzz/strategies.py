@@ -109,7 +109,7 @@ def base_recipe(kind: str) -> dict[str, Any]:
 @cache
 def schema_paths() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Every place of a recipe with its JSON schema; items of lists stand at 0."""
-    from vlm_tune.config import Recipe
+    from vlm_tune.config.recipe import Recipe
 
     schema = Recipe.model_json_schema()
     places: dict[tuple[Any, ...], dict[str, Any]] = {}

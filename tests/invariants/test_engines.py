@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from small import LORA_TUNE, assert_close, interrupted, one_step, parsed, rows_of, run, save_llm, with_llm, with_tune
 
 from vlm_tune.api import sft
-from vlm_tune.config import Recipe
 from vlm_tune.config.load import dump_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.train.step_trace import read_trace
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(name: str, trained: Path, ord
 
 
 def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_tune.config import AutoEngine, DdpEngine, FsdpEngine
+    from vlm_tune.config.engine import AutoEngine, DdpEngine, FsdpEngine
     from vlm_tune.errors import RecipeError
     from vlm_tune.train.engines import resolve_engine
 

@@ -12,7 +12,7 @@ import pytest
 from small import assert_same_bits, interrupted, parsed, with_tune
 
 from vlm_tune.api import sft
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 
 STAGES = """
 stages:

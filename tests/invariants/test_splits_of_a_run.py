@@ -13,7 +13,7 @@ from processes import ended, start
 from small import parsed
 
 from vlm_tune.api import sft
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.train.step_trace import Step, read_trace
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from small import (
     with_tower,
 )
 
-from vlm_tune.config import TuneRule
+from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import observe
 from vlm_tune.model.checkpoint import restore_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import built, parsed, stage_loop, with_tower, with_tune
 
-from vlm_tune.config import TuneRule
+from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.model.layer_index import block_names, depths
 from vlm_tune.model.tuning import apply_rules

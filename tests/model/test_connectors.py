@@ -24,8 +24,8 @@ from small import (
     with_tune,
 )
 
-from vlm_tune.config import AvgPoolConnector, PixelShuffleConnector, ResamplerConnector
 from vlm_tune.config.load import dump_recipe
+from vlm_tune.config.model import AvgPoolConnector, PixelShuffleConnector, ResamplerConnector
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message

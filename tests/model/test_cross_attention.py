@@ -27,7 +27,7 @@ from small import (
     with_tune,
 )
 
-from vlm_tune.config import CrossAttentionConnector, LinearConnector
+from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
 from vlm_tune.data.batching.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError

@@ -28,7 +28,7 @@ from small import (
 )
 from torch import nn
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.exporting.merge import check_merge, merge, observe
 from vlm_tune.model.acceleration import lora_layers
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse

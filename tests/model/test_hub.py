@@ -16,7 +16,7 @@ from vlm_tune.model.build import bare_model
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 CODE = """
-from vlm_tune.config import Llm
+from vlm_tune.config.model import Llm
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import llm_config, load_tokenizer, load_llm
 import torch

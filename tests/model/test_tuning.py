@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
 
-from vlm_tune.config import TuneRule
+from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import observe
 from vlm_tune.model.build import load_dtype

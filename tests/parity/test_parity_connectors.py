@@ -9,7 +9,7 @@ import torch
 from small import largest
 from torch import nn
 
-from vlm_tune.config import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
+from vlm_tune.config.model import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER

@@ -10,7 +10,7 @@ from small import largest
 from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
-from vlm_tune.config import FusionConnector
+from vlm_tune.config.model import FusionConnector
 from vlm_tune.model.connectors.cross_attention import GatedBlock, Seen
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.registry import build_connector

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, unshifted, with_llm
 
-from vlm_tune.config import OpenClipTower, TransformersTower
+from vlm_tune.config.model import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.model.vision.towers import build_tower
 

@@ -13,7 +13,7 @@ from PIL import Image
 from small import assert_close, built, largest, parsed, rows_of
 from vlm_samples import Blip, one_batch, our_pixels, save_blip, save_llava, save_llava_original, their_inputs, with_pretrained
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
 from vlm_tune.model.language.llm import Decoding
 from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER

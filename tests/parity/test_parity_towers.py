@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from small import CLIP, assert_same_outputs, largest
 
-from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
+from vlm_tune.config.model import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import bare_tower
 from vlm_tune.model.vision.towers import IMAGENET_MEAN, build_tower, resized

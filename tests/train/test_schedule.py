@@ -9,7 +9,7 @@ import pytest
 from small import parsed
 
 from vlm_tune.api import sft
-from vlm_tune.config import Schedule
+from vlm_tune.config.train import Schedule
 from vlm_tune.train.trainer import schedule_factor
 
 

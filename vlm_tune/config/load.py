@@ -13,16 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from vlm_tune.config import (
-    DataSection,
-    EvaluateSection,
-    ModelSection,
-    Recipe,
-    TrainSection,
-    TuneRule,
-    merge_parts,
-    stage_changes,
-)
+from vlm_tune.config.data import DataSection
+from vlm_tune.config.model import ModelSection
+from vlm_tune.config.recipe import Recipe, merge_parts, stage_changes
+from vlm_tune.config.train import EvaluateSection, TrainSection
+from vlm_tune.config.tune import TuneRule
 from vlm_tune.config.yaml_source import Located, Path, apply_override, read_yaml, read_yaml_text
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import cut, quoted

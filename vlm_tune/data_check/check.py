@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_tune.config import Recipe, Source
+from vlm_tune.config.data import Source
 from vlm_tune.config.load import as_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data_check.leakage import PartRows

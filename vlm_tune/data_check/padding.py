@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from vlm_tune.config import DataSection
+from vlm_tune.config.data import DataSection
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.worker import OK

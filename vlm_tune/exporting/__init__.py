@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.export import export_gguf, gguf_reasons
 from vlm_tune.exporting.hf_llava import export_llava

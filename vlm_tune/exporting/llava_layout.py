@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vlm_tune.config import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
+from vlm_tune.config.model import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
 from vlm_tune.data.chat.template import processor_jinja
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config import Recipe
 from vlm_tune.config.load import load_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.prepare.run import conversations, read_part
 from vlm_tune.data.types import Conversation, Media, Message

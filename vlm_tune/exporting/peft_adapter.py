@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import check_output, probe_rows
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines

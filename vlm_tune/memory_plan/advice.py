@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vlm_tune.config import Recipe, TrainSection
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.train import TrainSection
 
 Change = Callable[[TrainSection], dict[str, Any]]
 """What of a train section is set to what."""

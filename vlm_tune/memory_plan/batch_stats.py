@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlm_tune.config import Recipe
 from vlm_tune.config.load import as_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.sampler import planned_steps
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import Problem, RecipeError, check_count, number_problems

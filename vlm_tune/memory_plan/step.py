@@ -13,7 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.heap import allocator, holes
 from vlm_tune.memory_plan.tracer import by_depth, to_fake, trace_step

@@ -21,7 +21,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from vlm_tune.config import AnyTower, Config, Llm, ModelSection, PairTower, Recipe
+from vlm_tune.config.base import Config
+from vlm_tune.config.model import AnyTower, Llm, ModelSection, PairTower
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import is_path, read_json
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, model_section

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, QFormerConnector, Recipe, Scratch, TimmTower
+from vlm_tune.config.model import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, QFormerConnector, Scratch, TimmTower
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor

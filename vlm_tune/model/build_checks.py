@@ -16,7 +16,8 @@ import psutil
 import torch
 from torch import nn
 
-from vlm_tune.config import ModelSection, OpenClipTower, PairTower, Recipe, Scratch
+from vlm_tune.config.model import ModelSection, OpenClipTower, PairTower, Scratch
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.quoting import quoted
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vlm_tune.config import TuneRule
+from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.llm import LanguageModel

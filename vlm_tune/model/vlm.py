@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vlm_tune.config import Config, Llm, ModelSection
+from vlm_tune.config.base import Config
+from vlm_tune.config.model import Llm, ModelSection
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.packing import Tree, trees
 from vlm_tune.data.chat.processor import Processor

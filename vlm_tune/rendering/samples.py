@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.packing import branch_layout
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit

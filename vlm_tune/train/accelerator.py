@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError
 
 LAUNCHED_ALONE = {"ACCELERATE_DYNAMO_MODE", "ACCELERATE_USE_CPU", "MASTER_ADDR"}

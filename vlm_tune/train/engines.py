@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm_tune.compat import build_no_shared_memory_op
-from vlm_tune.config import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine, TrainSection
+from vlm_tune.config.engine import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine
+from vlm_tune.config.train import TrainSection
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import fuse

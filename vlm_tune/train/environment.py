@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vlm_tune.config import AnyEngine
+from vlm_tune.config.engine import AnyEngine
 from vlm_tune.kernels.cpu.native import kernel_status
 
 LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")

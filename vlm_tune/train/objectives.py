@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.config import Contrastive, LanguageModeling
+from vlm_tune.config.train import Contrastive, LanguageModeling
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 
 

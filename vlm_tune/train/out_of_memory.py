@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError, VlmTuneError
 
 NAMED = 3

@@ -16,9 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from vlm_tune.config import AnyEngine, Recipe
 from vlm_tune.config.changes import recipe_changes
+from vlm_tune.config.engine import AnyEngine
 from vlm_tune.config.load import dump_recipe, load_recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.run import scratch_texts
 from vlm_tune.data.types import Conversation, distinct_media

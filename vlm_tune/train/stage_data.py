@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vlm_tune.config import Recipe
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
-from vlm_tune.config import Recipe, Schedule
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.train import Schedule
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Feed, Position, PreparedFeed
 from vlm_tune.data.images.decode import PixelCache

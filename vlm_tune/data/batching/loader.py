@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vlm_tune.config import Augment
+from vlm_tune.config.data import Augment
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows

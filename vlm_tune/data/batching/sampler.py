@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection, Source, TrainSection
+from vlm_tune.config.data import DataSection, Source
+from vlm_tune.config.train import TrainSection
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import DataError
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection, Source
+from vlm_tune.config.data import DataSection, Source
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.loader import Augmented, Position, blank
 from vlm_tune.data.batching.packing import pack_layout

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_tune.config import RandAugment
+from vlm_tune.config.data import RandAugment
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from vlm_tune.config import Augment
+from vlm_tune.config.data import Augment
 from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp
 from vlm_tune.data.types import Media, Tile
 from vlm_tune.errors import DataError

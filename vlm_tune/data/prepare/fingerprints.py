@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_tune.config import Source
+from vlm_tune.config.data import Source
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data_check.leakage import PartRows

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlm_tune.config import Clean, DataSection, DatasetSource, Source
+from vlm_tune.config.data import Clean, DataSection, DatasetSource, Source
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source

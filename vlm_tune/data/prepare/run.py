@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection, Recipe, RowsSource, Source
+from vlm_tune.config.data import DataSection, RowsSource, Source
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import Job, PartName, plan_job

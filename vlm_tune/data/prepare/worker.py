@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.config import DataSection
+from vlm_tune.config.data import DataSection
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import Fitted, fit, length
 from vlm_tune.data.prepare.arrow_store import BLOB, MediaRow, example_batch, media_batch, write_batches

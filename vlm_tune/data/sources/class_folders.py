@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_tune.config import FolderSource
+from vlm_tune.config.data import FolderSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, checked, digest
 from vlm_tune.data.sources.legible import SURROGATE, is_legible

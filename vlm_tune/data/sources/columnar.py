@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.config import DatasetSource
+from vlm_tune.config.data import DatasetSource
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, StoredRow, digest
 from vlm_tune.data.sources.json_csv import Stretch
 from vlm_tune.data.sources.task_schemas import ClassName

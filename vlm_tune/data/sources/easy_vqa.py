@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from vlm_tune.config import EasyVqaSource
+from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
 from vlm_tune.data.types import Conversation, Media

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import DatasetSource, RowsSource
+from vlm_tune.config.data import DatasetSource, RowsSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
 from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config import DatasetSource, FileSource, Source, WebDatasetSource
+from vlm_tune.config.data import DatasetSource, FileSource, Source, WebDatasetSource
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.class_folders import ClassFolders
 from vlm_tune.data.sources.columnar import ArrowFile, DatasetRows, Parquet

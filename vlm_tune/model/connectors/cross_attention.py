@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vlm_tune.config import CrossAttentionConnector
+from vlm_tune.config.model import CrossAttentionConnector
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import places

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vlm_tune.config import AvgPoolConnector, LinearConnector, MlpConnector, PixelShuffleConnector, Projector
+from vlm_tune.config.model import AvgPoolConnector, LinearConnector, MlpConnector, PixelShuffleConnector, Projector
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from vlm_tune.config import (
+from vlm_tune.config.load import check_parts
+from vlm_tune.config.model import (
     BaseConnector,
     LinearConnector,
     Llm,
@@ -24,10 +25,9 @@ from vlm_tune.config import (
     ModelSection,
     PretrainedModel,
     QFormerConnector,
-    Recipe,
     TransformersTower,
 )
-from vlm_tune.config.load import check_parts
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.pretrained.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from vlm_tune.config import AnyTower, OpenClipTower, PairTower, TimmTower, Tower, TransformersTower
+from vlm_tune.config.model import AnyTower, OpenClipTower, PairTower, TimmTower, Tower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import check_base, config_source, hub_answers, is_path, load_reason
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors

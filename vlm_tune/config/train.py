@@ -1,0 +1,83 @@
+"""The recipe's `objective`, `train` and `evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlm_tune.config.base import Config, Decay, Layers, LearningRate, NonNegativeInt, PositiveFloat, PositiveInt, Processes
+
+
+class LanguageModeling(Config):
+    """Cross-entropy of the supervised tokens."""
+
+    kind: Literal["language_modeling"] = "language_modeling"
+
+
+class Contrastive(Config):
+    """Image against caption among the batch's distinct captions, in the LLM's embedding space."""
+
+    kind: Literal["contrastive"]
+    temperature: PositiveFloat = 0.07
+
+
+class Schedule(Config):
+    """The learning rate's course: linear warm-up, then this."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.03, description="share of all steps")
+
+
+class Checkpoints(Config):
+    """When checkpoints are written and how many are kept; the best and the last always are."""
+
+    every: PositiveInt | None = Field(default=None, description="optimizer steps; at each evaluation and the end where not given")
+    keep: PositiveInt = 2
+    background: bool = Field(
+        default=True, description="write beside training, from a copy of what trains in the CPU's memory; false: training waits"
+    )
+
+
+class TrainSection(Config):
+    """The training loop."""
+
+    epochs: PositiveFloat | None = Field(default=None, description="passes over the data; give this or steps")
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
+    batch_size: PositiveInt = Field(default=8, description="units (rows, or images with group: image) a device and micro-batch")
+    batch_tokens: PositiveInt | None = Field(default=None, description="padded tokens a device and micro-batch, instead of batch_size")
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: LearningRate = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    betas: list[Decay] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    schedule: Schedule = Schedule()
+    max_grad_norm: PositiveFloat | None = 1.0
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: Literal["auto"] | bool = Field(
+        default="auto",
+        description="compile the language model's blocks; auto: from 50 million parameters and 50 steps or 2,000 scored rows on",
+    )
+    cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
+    loader_workers: Processes = Field(default=0, description="processes that decode images and make batches ahead")
+    log_every: PositiveInt = 10
+    checkpoints: Checkpoints = Checkpoints()
+    max_nonfinite: PositiveInt = Field(
+        default=3, description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out"
+    )
+    timeout: Annotated[float, Field(gt=0, le=1e7)] = Field(
+        default=1800.0, description="seconds that a process waits for the others before it gives up"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
+
+
+class EvaluateSection(Config):
+    """Evaluation while training and after it."""
+
+    every: PositiveInt | None = Field(default=None, description="optimizer steps; once an epoch where not given")
+    limit: PositiveInt | None = Field(default=None, description="score the first n validation rows only")
+    test_limit: PositiveInt | None = Field(default=None, description="score the first n test rows only")
+    batch_size: PositiveInt = Field(default=64, description="rows")
+    max_new_tokens: PositiveInt = 32
+    num_beams: Layers = 1
+    samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
