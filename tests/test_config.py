@@ -12,9 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config.load import OLD_NAMES, check_recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
+from vlm_tune.config.load import check_recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.schema_errors import OLD_NAMES
 from vlm_tune.config.yaml_source import Located, apply_override, read_yaml, read_yaml_text
 from vlm_tune.errors import RecipeError
 from vlm_tune.resources import resource_folder

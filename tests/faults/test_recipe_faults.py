@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config.load import OLD_NAMES, load_recipe, parse_recipe
+from vlm_tune.config.load import load_recipe, parse_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.schema_errors import OLD_NAMES
 from vlm_tune.config.yaml_source import MAX_BYTES, read_yaml_text
 from vlm_tune.errors import RecipeError
 

@@ -243,3 +243,13 @@ def _label(entry: Any) -> str:
     """What a list entry is, in brackets: a stage by its name, a rule by what it matches and how, a source by its kind."""
     words = [str(entry[key]) for key in ("name", "match", "how", "kind") if isinstance(entry, dict) and isinstance(entry.get(key), str)]
     return f" ({cut(' '.join(words), 40)})" if words else ""
+
+
+def value_at(raw: Any, *path: str) -> Any:
+    for part in path:
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+def dotted_name(path: Path) -> str:
+    return ".".join(str(part) for part in path) or "recipe"

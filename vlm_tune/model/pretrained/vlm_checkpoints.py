@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from vlm_tune.config.load import check_parts
 from vlm_tune.config.model import (
     BaseConnector,
     LinearConnector,
@@ -28,6 +27,7 @@ from vlm_tune.config.model import (
     TransformersTower,
 )
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.rules import check_parts
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.pretrained.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
