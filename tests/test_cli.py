@@ -15,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlm_tune import __version__, cli, resources, run_folder
+from vlm_tune import __version__, resources, run_folder
 from vlm_tune.cli import app, main
+from vlm_tune.cli.entry import report_bug
+from vlm_tune.cli.options import use_device
 from vlm_tune.config.load import load_recipe, recipe_schema
 from vlm_tune.errors import DataError, Interrupted, ModelError, Problem, RecipeError, TrainingError
 
@@ -109,7 +111,7 @@ def test_each_error_ends_with_its_code_and_no_traceback(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr("vlm_tune.cli.train.load", fail)
     assert call_main(monkeypatch, "sft", "x", *(["--json"] if as_json else [])) == code
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err and "wrong" in (out if as_json else err)
@@ -213,14 +215,14 @@ def test_a_gpu_that_is_not_there_is_told(device: str, monkeypatch: pytest.Monkey
 def test_a_device_leaves_only_that_one_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    cli._use_device("cuda")
+    use_device("cuda")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
-    cli._use_device("cuda:1")
+    use_device("cuda:1")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    cli._use_device("cuda:3")
+    use_device("cuda:3")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    cli._use_device("cpu")
+    use_device("cpu")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
@@ -228,7 +230,7 @@ def test_an_unforeseen_error_keeps_its_traceback_and_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = KeyError("odd")
-    cli._report_bug(type(error), error, None)
+    report_bug(type(error), error, None)
     told = capsys.readouterr().err
     assert "KeyError: 'odd'" in told and "fault of vlm_tune" in told and __version__ in told
 

@@ -1,0 +1,152 @@
+"""Commands that look at a recipe and its data: show, check, plan, schema, recipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlm_tune.cli.options import JsonOption, RecipeArgument, SetOption, check_choice, load, print_json, quiet_libraries
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
+from vlm_tune.paths import check_writable, writing
+from vlm_tune.quoting import quoted
+
+
+def show(
+    recipe: RecipeArgument,
+    n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="how many samples of each stage")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="print token ids as well")] = False,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print training samples as the model sees them: trained tokens, prompt tokens, image slots."""
+    loaded = load(recipe, set_)
+    quiet_libraries()
+    from vlm_tune.rendering.samples import sample_tokens, show_samples
+
+    samples = sample_tokens(loaded, n)
+    if as_json:
+        print_json(samples)
+    else:
+        show_samples(Console(), samples, ids=ids)
+
+
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="read the first n rows of each source only")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with figures and a look at the odd rows to this file")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
+    loaded = load(recipe, set_)
+    if html:
+        check_writable(html, "the page")
+    quiet_libraries()
+    from vlm_tune.data_check.check import check as run
+    from vlm_tune.rendering.terminal import Display, show_check, show_exports
+
+    console = Console(stderr=as_json)
+    with Display(console) as display:
+        report = run(loaded, sample=sample, show=display)
+    if html:
+        from vlm_tune.rendering.check_page import write_page
+
+        with writing(html, "the page"):
+            write_page(report, html)
+    exports = _exports(loaded)
+    if as_json:
+        print_json({**report.summary(), "exports": exports})
+    else:
+        show_exports(console, exports)
+        show_check(console, report)
+        if html:
+            typer.echo(f"page: {html}")
+    sys.exit(report.exit_code)
+
+
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many train together, one a device")] = 1,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage")] = 0,
+    offload: Annotated[str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")] = "none",
+    nodes: Annotated[int, typer.Option(min=1, help="machines that the processes are on")] = 1,
+    bandwidth: Annotated[float, typer.Option(help="Gbit/s of a node's link; on one node, of a device's")] = 100.0,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device reaches, for the expected efficiency")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="length of a row; from the data, or max_length, where not given")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit code 5 if it does not fit."""
+    check_choice("--offload", offload, ("none", "optimizer", "all"))
+    loaded = load(recipe, set_)
+    quiet_libraries()
+    from vlm_tune.memory_plan.plan import plan as run
+    from vlm_tune.rendering.terminal import show_exports, show_plan
+
+    places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
+    found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)
+    exports = _exports(loaded)
+    if as_json:
+        print_json({**found.summary(), "exports": exports})
+    else:
+        show_plan(Console(), found)
+        show_exports(Console(), exports)
+    if found.fits is False:
+        sys.exit(EXIT_TRAINING)
+
+
+def _exports(recipe: Recipe) -> dict[str, str | None] | str:
+    """By format why the trained model can't be exported so, None where it can; or why that is not known."""
+    from vlm_tune.errors import ModelError
+    from vlm_tune.exporting import possible_exports
+
+    try:
+        return possible_exports(recipe)
+    except ModelError as error:  # a config that is not on this machine: the rest of what is told does not need it
+        return str(error).splitlines()[0]
+
+
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from vlm_tune.config.load import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def recipes(
+    copy: Annotated[str | None, typer.Option(help="copy this recipe into the current folder")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or copy one."""
+    from vlm_tune.resources import find_resource, resource_names
+
+    if copy is not None:
+        shipped = find_resource("recipes", copy)
+        if shipped is None:
+            raise RecipeError([Problem("--copy", f"no recipe {quoted(copy)}; there are {', '.join(resource_names('recipes'))}")])
+        target = Path(f"{Path(copy).name}.yaml")
+        with writing(target, "the recipe's copy"):
+            if os.path.lexists(target):
+                raise RecipeError([Problem(str(target), "is there already; it is left as it is")])
+            target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+        print_json({"path": str(target)}) if as_json else typer.echo(str(target))
+        return
+    rows = []
+    for name in resource_names("recipes"):
+        path = find_resource("recipes", name)
+        assert path is not None
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        rows.append({"name": name, "about": first})
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        typer.echo(f"{row['name']:28} {row['about']}")

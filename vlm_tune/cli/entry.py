@@ -1,0 +1,135 @@
+"""The command line; heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+
+from vlm_tune.cli.data import check, plan, recipes, schema, show
+from vlm_tune.cli.model import chat, export, merge
+from vlm_tune.cli.options import print_json
+from vlm_tune.cli.train import evaluate, predict, sft, verify_run
+from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
+from vlm_tune.resources import kernel_choice
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask.",
+)
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+"""Libraries whose versions `--version --json` tells."""
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What typer raises for a command line that it can't read; releases keep the class in other places."""
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version (with --json, also those of libraries) and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --version", hidden=True)] = False,
+) -> None:
+    """Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask."""
+    if version:
+        print_json(_versions()) if as_json else typer.echo(_version_line())
+        raise typer.Exit
+    if as_json:
+        raise typer.BadParameter("stands after the command, as in `vlm-tune check recipe.yaml --json`", param_hint="--json")
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_RECIPE)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sft": sft,
+    "eval": evaluate,
+    "predict": predict,
+    "verify-run": verify_run,
+    "merge": merge,
+    "export": export,
+    "chat": chat,
+    "show": show,
+    "check": check,
+    "plan": plan,
+    "schema": schema,
+    "recipes": recipes,
+}
+for _name, _function in COMMANDS.items():
+    app.command(_name)(_function)
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions by name, from what is installed: nothing is imported. None for a library that is not there."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from vlm_tune import __version__
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {"vlm_tune": __version__, "python": platform.python_version(), **{name: installed(name) for name in LIBRARIES}}
+
+
+def _version_line() -> str:
+    known = _versions()
+    return f"vlm_tune {known['vlm_tune']} (Python {known['python']}, torch {known['torch']}, transformers {known['transformers']})"
+
+
+def main() -> None:
+    """Runs the command line; every error of ours ends with its own exit code and no traceback."""
+    # Libraries make millions of objects that stay: looking for garbage among them takes a sixth of the time of importing them.
+    gc.set_threshold(50_000, 20, 50)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that can't encode a character gets its number, and the command goes on.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    sys.excepthook = report_bug
+    try:
+        kernel_choice()  # a value that is none ends every command before it does anything
+        if any("\0" in argument for argument in sys.argv):  # as a caller in Python may give it
+            raise typer.BadParameter("an argument holds a NUL character")
+        sys.exit(app(standalone_mode=False) or 0)
+    except UsageError as error:
+        _usage(error)
+        sys.exit(EXIT_RECIPE)
+    except VlmTuneError as error:
+        if "--json" in sys.argv:
+            problems = [{"where": p.where, "message": p.message} for p in error.problems] if isinstance(error, RecipeError) else []
+            print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
+        else:
+            typer.echo(
+                f"{type(error).__name__}\n{error}" if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}", err=True
+            )
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _usage(error: Any) -> None:
+    """Prints what is wrong with a command line."""
+    if "--json" not in sys.argv:
+        error.show()
+        return
+    hint = getattr(error, "param_hint", None) or getattr(getattr(error, "param", None), "opts", [""])[0]
+    message = error.format_message()
+    print_json({"error": "UsageError", "message": message, "problems": [{"where": str(hint), "message": message}]})
+
+
+def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints the traceback of what no part of the package has foreseen."""
+    sys.__excepthook__(kind, error, trace)
+    typer.echo(
+        f"\nThis is a fault of vlm_tune, not of your input. Please report it with the lines above, the command, and: {_version_line()}",
+        err=True,
+    )

@@ -1,0 +1,146 @@
+"""Commands on a trained model: merge, export, chat."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlm_tune.cli.options import (
+    MOST_TOKENS,
+    AcceptBaseOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bases_by_part,
+    check_choice,
+    check_dtype,
+    print_json,
+    quiet_libraries,
+    use_device,
+)
+from vlm_tune.quoting import escaped
+
+
+def merge(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")] = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge LoRA weights into the 16-bit base, verify, and write a self-contained folder."""
+    from dataclasses import asdict
+
+    check_dtype(dtype)
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.api import merge as run
+    from vlm_tune.rendering.terminal import Display
+
+    with Display(Console(stderr=True)):
+        report = run(model, output, dtype=dtype, tolerance=tolerance, base=bases_by_part(base), accept_other_base=accept_other_base)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        from vlm_tune.rendering.terminal import merge_proof
+
+        typer.echo(f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}")
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    format_: Annotated[
+        str, typer.Option("--format", help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for llama.cpp, merged")
+    ] = "llava",
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not given")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
+    verify: Annotated[bool, typer.Option(help="open what was written and compare it with MODEL")] = True,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL in another library's layout and verify it there."""
+    from dataclasses import asdict
+
+    check_choice("--format", format_, ("llava", "adapter", "gguf"))
+    if dtype is not None:
+        check_choice("--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ())))
+    quiet_libraries()
+    from vlm_tune.api import export as run
+    from vlm_tune.rendering.terminal import Display
+
+    with Display(Console(stderr=True)):
+        report = run(
+            model,
+            output,
+            format=format_,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            base=bases_by_part(base),
+            accept_other_base=accept_other_base,
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        from vlm_tune.rendering.terminal import export_proof
+
+        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}")
+        for note in report.notes:
+            typer.echo(f"note: {note}")
+        typer.echo(f"model: {output}")
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
+    prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")] = 128,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
+    check_dtype(dtype)
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.model.vlm import VisionLanguageModel
+
+    vlm = VisionLanguageModel.from_pretrained(model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base)
+    images = image or []
+    if prompt is not None:
+        answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
+        print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
+        return
+    turns: list[dict[str, str]] = []
+    if sys.stdin.isatty():
+        typer.echo("Ask about the image; an empty line or Ctrl-D ends.", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        if not line:
+            break
+        turns.append({"role": "user", "content": line})
+        answer = vlm.chat(turns, images=images, max_new_tokens=max_new_tokens)
+        turns.append({"role": "assistant", "content": answer})
+        print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
+
+
+def _lines(text: str) -> str:
+    """Text whose line breaks and tabs a terminal may act on, and nothing else of it."""
+    return "\n".join("\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n"))

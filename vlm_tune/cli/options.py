@@ -1,0 +1,128 @@
+"""What several commands share: options, reading a recipe, choosing a device, printing JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.quoting import cut, quoted
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")]
+BaseOption = Annotated[
+    list[str] | None,
+    typer.Option("--base", metavar="PATH", help="where MODEL's base is now: PATH of the language model, tower=PATH of the tower"),
+]
+AcceptBaseOption = Annotated[
+    bool, typer.Option("--accept-other-base", help="take the base though its weights are not those that MODEL was trained over")
+]
+DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU where one is")
+]
+MOST_TOKENS = 1_000_000
+"""Tokens that an answer may be asked to have."""
+
+
+def load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Recipe:
+    """A recipe file, or a shipped recipe by its name, with overrides; what these replace is said unless `quiet`."""
+    from vlm_tune.config.load import load_recipe
+    from vlm_tune.resources import find_resource, resource_names
+
+    path = name
+    if not os.path.lexists(name):
+        short = name.removesuffix(".yaml")
+        shipped = find_resource("recipes", short)
+        near = difflib.get_close_matches(short, resource_names("recipes"), n=1)
+        if shipped is None and near:
+            message = f"no such recipe file, and no shipped recipe of that name; did you mean {near[0]}?"
+            raise RecipeError([Problem(cut(name), message)])
+        path = str(shipped) if shipped else name
+    note: Callable[[str], None] | None = None if quiet else lambda text: typer.echo(f"note: {text}", err=True)
+    return load_recipe(path, overrides or [], note=note)
+
+
+def use_device(device: str | None) -> None:
+    """Leaves one kind of device, or one GPU, for torch to see, which must not have looked for GPUs yet."""
+    if device is None:
+        return
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+    if match is None:
+        raise typer.BadParameter(f"{quoted(device)} is none of cpu, cuda, cuda:0, cuda:1, ...", param_hint="--device")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    if match[1] is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible is not None else []
+        number = int(match[1])
+        if visible is not None and number >= len(names):
+            message = f"{device} is not there: CUDA_VISIBLE_DEVICES is {quoted(visible)}"
+            raise typer.BadParameter(message, param_hint="--device")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number] if names else str(number)
+    import torch
+
+    # The first look at the GPUs, after which the variable is read no more.
+    if not torch.cuda.device_count():
+        raise typer.BadParameter(f"{device} is not there: torch {torch.__version__} sees no such GPU", param_hint="--device")
+
+
+def quiet_libraries() -> None:
+    """Libraries say what matters by raising; their progress bars and banners are left out of our output."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger up again when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode())
+
+
+def bases_by_part(given: list[str] | None) -> dict[str, str]:
+    """New places of bases by part: `PATH` is the language model's, `tower=PATH` another part's."""
+    places: dict[str, str] = {}
+    for text in given or []:
+        part, equals, path = text.partition("=")
+        known = equals and part in ("llm", "tower", "tower.0", "tower.1")
+        places[part if known else "llm"] = path if known else text
+    return places
+
+
+def launch_ranks(processes: int, *command: str) -> NoReturn:
+    """Runs one of these commands as the ranks of one job and ends with the job's exit code."""
+    from vlm_tune.launching import launch
+
+    if "RANK" in os.environ:
+        raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
+    sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", *command], processes))
+
+
+def check_dtype(value: str | None) -> None:
+    if value is not None:
+        check_choice("--dtype", value, ("bf16", "fp16", "fp32"))
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)

@@ -1,0 +1,202 @@
+"""Commands that train and score: sft, eval, predict, verify-run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlm_tune.cli.options import (
+    MOST_TOKENS,
+    AcceptBaseOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ProcessesOption,
+    RecipeArgument,
+    SetOption,
+    bases_by_part,
+    check_choice,
+    check_dtype,
+    launch_ranks,
+    load,
+    print_json,
+    quiet_libraries,
+    use_device,
+)
+from vlm_tune.errors import EXIT_TRAINING
+from vlm_tune.paths import check_writable, writing
+
+
+def sft(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
+    processes: ProcessesOption = 1,
+    accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
+    output: Annotated[str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")] = None,
+    no_test: Annotated[bool, typer.Option("--no-test", help="do not score the test part at the end (it is read and checked)")] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune what RECIPE says, score the result, and write a report."""
+    from vlm_tune.run_folder import check_run
+
+    changes = [*(set_ or []), *([f"output={json.dumps(output)}"] if output is not None else [])]
+    first = int(os.environ.get("RANK", "0")) == 0
+    loaded = load(recipe, changes, quiet=not first)
+    if first:
+        check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+    if processes > 1:
+        if device not in (None, "cpu", "cuda"):
+            raise typer.BadParameter("several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES", param_hint="--device")
+        flags = {"--resume": resume, "--overwrite": overwrite, "--accept-changes": accept_changes, "--json": as_json}
+        flags["--no-test"] = no_test
+        options = [*(f"--set={change}" for change in changes), *(name for name, given in flags.items() if given)]
+        launch_ranks(processes, "sft", recipe, *options, *([f"--device={device}"] if device else []))
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.api import sft as train
+    from vlm_tune.rendering.terminal import Display
+
+    display = Display(Console(stderr=as_json), beats=first)
+    with display if first else nullcontext():
+        run = train(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=not no_test, show=display)
+    if first:
+        if as_json:
+            print_json({"run": str(run.folder), **run.result})
+        else:
+            typer.echo(f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\nresult: {run.folder / 'result.json'}")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    recipe: Annotated[str | None, typer.Option(help="whose data to score on; the run's own where not given")] = None,
+    set_: SetOption = None,
+    split: Annotated[str, typer.Option(help="test or validation")] = "test",
+    data: Annotated[
+        str | None, typer.Option(help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
+    answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score MODEL's generated answers by exact match."""
+    from dataclasses import asdict
+
+    check_choice("--split", split, ("test", "validation"))
+    part: Any = split
+    check_dtype(dtype)
+    loaded = load(recipe, set_) if recipe else None
+    if answers:
+        check_writable(answers, "the file of answers")
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.api import evaluate as run
+    from vlm_tune.api import which_model
+    from vlm_tune.rendering.terminal import Display, score_table
+
+    console = Console(stderr=as_json)
+    which = which_model(model)
+    with Display(console) as display:
+        display({"event": "model", **which})
+        found = run(
+            model,
+            loaded,
+            set_ or [],
+            split=part,
+            data=data,
+            limit=limit,
+            dtype=dtype,
+            base=bases_by_part(base),
+            accept_other_base=accept_other_base,
+            show=display,
+        )
+    if answers:
+        with writing(answers, "the file of answers"):
+            answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers), encoding="utf-8")
+    if as_json:
+        print_json({"model": which, **found.summary()})
+    else:
+        console.print(score_table(found.accuracy, found.n, found.by_category, found.by_source))
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    data: Annotated[str, typer.Option(help="a file of rows (or a pattern, or tar shards) of any form, with or without answers")],
+    output: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    limit: Annotated[int | None, typer.Option(min=1, help="answer the first n rows only")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given")] = None,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL's answers to the rows of a file, without scoring them."""
+    check_dtype(dtype)
+    check_writable(output, "the file of answers")
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.api import predict as run
+    from vlm_tune.api import which_model
+    from vlm_tune.rendering.terminal import Display
+
+    which = which_model(model)
+    with Display(Console(stderr=True)) as display:
+        display({"event": "model", **which})
+        written = run(
+            model,
+            data,
+            output,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            batch_size=batch_size,
+            dtype=dtype,
+            base=bases_by_part(base),
+            accept_other_base=accept_other_base,
+            show=display,
+        )
+    if as_json:
+        print_json({"model": which, **written.summary()})
+    else:
+        typer.echo(f"{written.n:,} answers in {written.seconds:,.1f} s: {output}")
+
+
+def verify_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    steps: Annotated[int | None, typer.Option(min=1, help="how many; up to the next kept checkpoint where not given")] = None,
+    processes: ProcessesOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if anything differs."""
+    if processes > 1:
+        options = [*(["--steps", str(steps)] if steps else []), *(["--json"] if as_json else [])]
+        launch_ranks(processes, "verify-run", str(run), *options)
+    quiet_libraries()
+    from vlm_tune.api import verify_run as replay
+    from vlm_tune.rendering.terminal import replay_lines
+
+    found = replay(run, steps=steps)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if as_json:
+            print_json(found.summary())
+        else:
+            typer.echo("\n".join(replay_lines(found)))
+    if not found.agrees:
+        sys.exit(EXIT_TRAINING)
