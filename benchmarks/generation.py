@@ -87,8 +87,8 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
 
     from vlm_tune.api import evaluate_model
     from vlm_tune.config.load import load_recipe
-    from vlm_tune.model.build import DTYPES
     from vlm_tune.model.checkpoint import load_model
+    from vlm_tune.precision import DTYPES
 
     torch.set_num_threads(given["threads"])
     started = time.perf_counter()

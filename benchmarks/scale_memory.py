@@ -90,7 +90,9 @@ def worker(recipe: Path, output: Path) -> None:
     from vlm_tune.api import sft
     from vlm_tune.config.load import load_recipe
     from vlm_tune.train import run
-    from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
+    from vlm_tune.train.engines.base import Engine
+    from vlm_tune.train.engines.deepspeed_zero import DeepSpeed
+    from vlm_tune.train.engines.fsdp import Fsdp
 
     figures: dict[str, float] = {}
     build, peak = run.build, Peak()

@@ -19,7 +19,9 @@ from vlm_tune.api import sft, verify_run
 from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Interrupted
 from vlm_tune.model.weights import whole_tensor
-from vlm_tune.train.engines import DeepSpeed, Engine, Fsdp
+from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.engines.deepspeed_zero import DeepSpeed
+from vlm_tune.train.engines.fsdp import Fsdp
 from vlm_tune.train.trainer import StageLoop
 
 

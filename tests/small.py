@@ -37,13 +37,15 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
-from vlm_tune.model.build import DTYPES, build, train_tokenizer
+from vlm_tune.model.build import build
+from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.precision import DTYPES
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress
-from vlm_tune.train.engines import Engine
+from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.trainer import StageData, StageLoop
 
 LLAMA = {

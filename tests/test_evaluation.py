@@ -13,7 +13,7 @@ from small import batch_of, built, loss_and_gradients, parsed, rows_of
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.evaluate import Answer, Scores, join_scores, normalise, score
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
 
 

@@ -18,8 +18,8 @@ from vlm_tune.exporting import export
 from vlm_tune.exporting.gguf.sentencepiece import described_of, merge_scores, opening_of
 from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer
 from vlm_tune.exporting.gguf.writer import read_fields
-from vlm_tune.model.build import load_tokenizer
 from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 
 SENTENCES = (
     "USER: What color is it? ASSISTANT: red",

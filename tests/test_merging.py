@@ -28,7 +28,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merge, observe, probe_rows
 from vlm_tune.model.checkpoint import load_model, verify_folder
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.rendering.terminal import merge_proof
+from vlm_tune.rendering.proofs import merge_proof
 
 BOTH = """
 tune:

@@ -30,9 +30,10 @@ from vlm_tune.memory_plan.plan import CONTEXT, _memory, _Setting, parse_size, pl
 from vlm_tune.memory_plan.step import traced
 from vlm_tune.memory_plan.tracer import Trace
 from vlm_tune.memory_plan.zero import Held, zero_memory
-from vlm_tune.model.build import DTYPES, bare_model
+from vlm_tune.model.build import bare_model
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.rendering.terminal import show_plan
+from vlm_tune.precision import DTYPES
+from vlm_tune.rendering.plan_text import show_plan
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Batch, Conversation, Example
-from vlm_tune.model.build import train_tokenizer
+from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.vlm import VisionLanguageModel
 
 QUERIES = 4

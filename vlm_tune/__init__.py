@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
     from vlm_tune.api import evaluate, export, merge, predict, sft, verify_run
@@ -30,6 +30,7 @@ _HOMES = {
 __all__ = [
     "VisionLanguageConfig",
     "VisionLanguageModel",
+    "__version__",
     "check",
     "evaluate",
     "export",

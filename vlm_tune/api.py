@@ -23,12 +23,12 @@ from vlm_tune.exporting import export as export_folder
 from vlm_tune.exporting.merge import MergeReport
 from vlm_tune.exporting.merge import merge as merge_folder
 from vlm_tune.model.base_weights import BaseArgument, base_choice
-from vlm_tune.model.build import dtype_of
 from vlm_tune.model.checkpoint import find_model, load_model
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.paths import check_path, check_writable, is_file, is_folder, shown_path
+from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory

@@ -13,7 +13,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec, Media, Message
-from vlm_tune.model.build import SPECIALS, train_tokenizer
+from vlm_tune.model.pretrained.tokenizer import SPECIALS, train_tokenizer
 from vlm_tune.resources import resource_names
 
 CHAT = resource_names("data_templates/chat")

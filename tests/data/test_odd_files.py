@@ -26,8 +26,8 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.model.build import build_processor
 from vlm_tune.quoting import QUOTED
+from vlm_tune.rendering.check_text import show_check
 from vlm_tune.rendering.samples import sample_tokens, show_samples
-from vlm_tune.rendering.terminal import show_check
 
 HALF = "\ud83d"
 """Half a surrogate pair, as JSON's \\ud83d gives it."""

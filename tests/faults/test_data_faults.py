@@ -30,7 +30,7 @@ from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, InputSpec, Media, Message
 from vlm_tune.data_check.check import check
 from vlm_tune.errors import DataError
-from vlm_tune.model.build import train_tokenizer
+from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import resource_names
 

@@ -16,8 +16,9 @@ from small import CLIP, LORA_TUNE, batch_of, built, parsed, rows_of, save_llm, t
 
 from vlm_tune.config.model import Llm
 from vlm_tune.errors import ModelError, RecipeError, VlmTuneError
-from vlm_tune.model.build import load_llm, load_tokenizer
 from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.pretrained.language_model import load_llm
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.weights import check_safetensors, read_safetensors
 
 

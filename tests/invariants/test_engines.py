@@ -244,7 +244,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(name: str, trained: Path, ord
 def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm_tune.config.engine import AutoEngine, DdpEngine, FsdpEngine
     from vlm_tune.errors import RecipeError
-    from vlm_tune.train.engines import resolve_engine
+    from vlm_tune.train.engines.registry import resolve_engine
 
     assert resolve_engine(AutoEngine()) == DdpEngine(kind="ddp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -29,8 +29,9 @@ from small import (
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
-from vlm_tune.model.language import llm
-from vlm_tune.model.language.llm import CausalLLM, Decoding
+from vlm_tune.model.language import causal
+from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.decoding import Decoding
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
     assert together == [model.answers([prompt], decoding, fetch=fetch)[0] for prompt in prompts]
     assert len(set(together)) > 4
     for share in (0.0, 2.0):  # no branch that has ended is let go, or each as soon as it can be
-        monkeypatch.setattr(llm, "SPARED", share)
+        monkeypatch.setattr(causal, "SPARED", share)
         assert model.answers(prompts, decoding, fetch=fetch, batch_size=7) == together
     reached: list[tuple[int, int]] = []
     beams = model.answers(prompts, Decoding(12, num_beams=2), fetch=fetch, progress=lambda done, of: reached.append((done, of)))

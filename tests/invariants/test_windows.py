@@ -27,7 +27,8 @@ from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ModelError
-from vlm_tune.model.language.llm import CausalLLM, Decoding
+from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.decoding import Decoding
 
 WINDOW = 12
 HALF = "layer_types: [sliding_attention, full_attention]"

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
 from vlm_tune.model.acceleration.lora_layers import fuse
-from vlm_tune.model.language.llm import LanguageModel
+from vlm_tune.model.language.base import LanguageModel
 
 
 def ready(text: str) -> Any:

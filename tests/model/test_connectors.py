@@ -33,7 +33,7 @@ from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.connectors.registry import CONNECTORS, build_connector
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])

@@ -33,7 +33,7 @@ from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.cross_attention import Seen
 from vlm_tune.model.connectors.registry import build_connector
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, T5Conf
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.model.acceleration.head import by_kernel, head_loss, losses
-from vlm_tune.model.language.llm import CausalLLM, LanguageModel, Seq2SeqLLM
+from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.loss import token_loss
+from vlm_tune.model.language.seq2seq import Seq2SeqLLM
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 
@@ -215,7 +217,7 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(kin
         calls.append(len(given[0]))
         return head_loss(*given)
 
-    monkeypatch.setattr("vlm_tune.model.language.llm.head_loss", counted)
+    monkeypatch.setattr("vlm_tune.model.language.base.head_loss", counted)
     for model in (fast, plain):
         embeds = model.embed(rows.input_ids).detach().requires_grad_()
         found = model(embeds, rows)
@@ -236,7 +238,7 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(monkeypatch
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr("vlm_tune.model.language.llm.head_loss", never)
+    monkeypatch.setattr("vlm_tune.model.language.base.head_loss", never)
     capped = decoder(Gemma2Config, num_key_value_heads=1, head_dim=32)
     whole, trained = decoder(LlamaConfig), decoder(LlamaConfig)
     assert capped.rule is not None and capped.rule.scale is None

@@ -31,7 +31,7 @@ from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting.merge import observe
 from vlm_tune.model.checkpoint import load_model, restore_model
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")

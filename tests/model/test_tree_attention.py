@@ -17,7 +17,7 @@ from vlm_tune.data.prepare.run import prepare
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration import interval_attention
 from vlm_tune.model.acceleration.interval_attention import Branches, attend, attending, attends, usable
-from vlm_tune.model.language.llm import CausalLLM
+from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.masks import additive, tree_mask
 
 pytestmark = pytest.mark.usefixtures("either_path")

@@ -7,7 +7,7 @@ import torch
 
 from vlm_tune.config.model import OpenClipTower
 from vlm_tune.exporting.llava_layout import vision_weights
-from vlm_tune.model.vision.towers import architecture, build_tower
+from vlm_tune.model.vision.registry import architecture, build_tower
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from small import CLIP, LLAMA, batch_of, built, largest, parsed, rows_of, save_llm, with_llm, with_tower
 
 from vlm_tune.data.types import IGNORE_INDEX
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
 

@@ -10,8 +10,8 @@ from tiny_architectures import ODD, Layout, compare, mappings, tiny
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language import loss as chunked
-from vlm_tune.model.language.llm import LLMS
 from vlm_tune.model.language.logits import HeadRule
+from vlm_tune.model.language.registry import LLMS
 
 CAUSAL = """Bart Bert Cohere Cohere2 FalconH1 Gemma Gemma2 Gemma3Text GPT2 Granite GraniteMoe Llama MBart Mistral OPT Phi3 Qwen2
 Qwen3 Starcoder2"""

@@ -14,7 +14,7 @@ from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, uns
 
 from vlm_tune.config.model import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
-from vlm_tune.model.vision.towers import build_tower
+from vlm_tune.model.vision.registry import build_tower
 
 VIT = {"layers": 3, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}
 

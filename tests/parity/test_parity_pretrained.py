@@ -15,7 +15,7 @@ from vlm_samples import Blip, one_batch, our_pixels, save_blip, save_llava, save
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
 from vlm_tune.model.vlm import VisionLanguageModel
 

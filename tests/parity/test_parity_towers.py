@@ -15,7 +15,8 @@ from small import CLIP, assert_same_outputs, largest
 from vlm_tune.config.model import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import bare_tower
-from vlm_tune.model.vision.towers import IMAGENET_MEAN, build_tower, resized
+from vlm_tune.model.vision.base import IMAGENET_MEAN, resized
+from vlm_tune.model.vision.registry import build_tower
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 FAMILIES = {
@@ -183,7 +184,7 @@ TIMM_CONVNEXT = {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj
 )
 @torch.no_grad()
 def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(vision: dict[str, Any], size: int | None, layer: int) -> None:
-    from vlm_tune.model.vision.towers import _bare_open_clip
+    from vlm_tune.model.vision.open_clip_tower import _bare_open_clip
 
     torch.manual_seed(4)
     config = OpenClipTower(kind="open_clip", config=vision, layer=layer, image_size=size)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
-from vlm_tune.model.language.llm import LLMS
+from vlm_tune.model.language.registry import LLMS
 
 Layout = Literal["causal", "seq2seq"]
 VOCABULARY = 96

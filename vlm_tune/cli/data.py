@@ -50,7 +50,8 @@ def check(
         check_writable(html, "the page")
     quiet_libraries()
     from vlm_tune.data_check.check import check as run
-    from vlm_tune.rendering.terminal import Display, show_check, show_exports
+    from vlm_tune.rendering.check_text import show_check, show_exports
+    from vlm_tune.rendering.terminal import Display
 
     console = Console(stderr=as_json)
     with Display(console) as display:
@@ -89,7 +90,8 @@ def plan(
     loaded = load(recipe, set_)
     quiet_libraries()
     from vlm_tune.memory_plan.plan import plan as run
-    from vlm_tune.rendering.terminal import show_exports, show_plan
+    from vlm_tune.rendering.check_text import show_exports
+    from vlm_tune.rendering.plan_text import show_plan
 
     places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
     found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)

@@ -16,6 +16,7 @@ from vlm_tune.cli.options import print_json
 from vlm_tune.cli.train import evaluate, predict, sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
 from vlm_tune.resources import kernel_choice
+from vlm_tune.version import __version__
 
 app = typer.Typer(
     add_completion=False,
@@ -69,8 +70,6 @@ def _versions() -> dict[str, str | None]:
     """Versions by name, from what is installed: nothing is imported. None for a library that is not there."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
-
-    from vlm_tune import __version__
 
     def installed(name: str) -> str | None:
         try:

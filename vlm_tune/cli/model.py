@@ -50,7 +50,7 @@ def merge(
     if as_json:
         print_json(asdict(report))
     else:
-        from vlm_tune.rendering.terminal import merge_proof
+        from vlm_tune.rendering.proofs import merge_proof
 
         typer.echo(f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}")
 
@@ -94,7 +94,7 @@ def export(
     if as_json:
         print_json(asdict(report))
     else:
-        from vlm_tune.rendering.terminal import export_proof
+        from vlm_tune.rendering.proofs import export_proof
 
         typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}")
         for note in report.notes:

@@ -190,7 +190,7 @@ def verify_run(
         launch_ranks(processes, "verify-run", str(run), *options)
     quiet_libraries()
     from vlm_tune.api import verify_run as replay
-    from vlm_tune.rendering.terminal import replay_lines
+    from vlm_tune.rendering.proofs import replay_lines
 
     found = replay(run, steps=steps)
     if int(os.environ.get("RANK", "0")) == 0:

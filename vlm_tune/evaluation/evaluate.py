@@ -15,7 +15,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.model.acceleration.compiling import reading
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
 
 

@@ -28,10 +28,12 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.model.base_weights import BaseChoice
-from vlm_tune.model.build import DTYPES, pin_tokenizer
 from vlm_tune.model.checkpoint import find_model, read_config
+from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
+from vlm_tune.precision import DTYPES
+from vlm_tune.version import __version__
 
 PIXEL = 1e-3
 """How far normalised pixels may be apart; one level of 255 is more than ten times that."""
@@ -145,8 +147,6 @@ def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) ->
 
 def model_card(path: Path, model: VisionLanguageModel, report: ExportReport) -> str:
     """The README of an exported folder: what it is made of, how to use it, its recipe and scores where they are known."""
-    from vlm_tune import __version__
-
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
     verified = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's, same greedy text"

@@ -13,9 +13,11 @@ from vlm_tune.config.model import LinearConnector, MlpConnector, OpenClipTower, 
 from vlm_tune.data.chat.template import processor_jinja
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear
-from vlm_tune.model.language.llm import CausalLLM
+from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.logits import HeadRule
-from vlm_tune.model.vision.towers import OpenClipVision, TransformersVision, VisionTower
+from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.vision.open_clip_tower import OpenClipVision
+from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 
 IMAGE_TOKEN = "<image>"

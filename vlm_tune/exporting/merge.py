@@ -19,13 +19,14 @@ from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
-from vlm_tune.model.build import DTYPES, dtype_name
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import check_writable, writing
+from vlm_tune.precision import DTYPES, dtype_name
+from vlm_tune.version import __version__
 
 TOLERANCE = 2e-2
 PROBED = 10_000
@@ -350,7 +351,7 @@ pipeline_tag: image-text-to-text
 base_model: {section.llm.name or "none"}
 ---
 
-A vision-language model merged by vlm_tune {_version()}.
+A vision-language model merged by vlm_tune {__version__}.
 
 - tower: {section.tower.kind} {getattr(section.tower, "name", None) or "(from scratch)"}
 - connector: {section.connector.kind}
@@ -390,9 +391,3 @@ def merge_lines(report: MergeReport) -> list[str]:
         else:
             lines.append(f"not scored on validation rows: {report.unscored}")
     return lines
-
-
-def _version() -> str:
-    from vlm_tune import __version__
-
-    return __version__

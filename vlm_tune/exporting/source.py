@@ -16,13 +16,15 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import TOLERANCE, merged_model, observe, plain_probe, probe_rows
 from vlm_tune.model.base_weights import BaseChoice
-from vlm_tune.model.build import DTYPES, llm_config, load_tokenizer
 from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, commit_folder, load_model
 from vlm_tune.model.connectors.registry import build_connector
-from vlm_tune.model.vision.towers import build_tower
+from vlm_tune.model.pretrained.language_model import llm_config
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer
+from vlm_tune.model.vision.registry import build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import writing
+from vlm_tune.precision import DTYPES
 
 EXACT = 1e-5
 """How far the logits of an fp32 export may be from the model's, as a share of the largest of them where that is over 1."""

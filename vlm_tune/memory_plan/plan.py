@@ -32,9 +32,10 @@ from vlm_tune.memory_plan.heap import Allocator, allocator
 from vlm_tune.memory_plan.machine import Machine, measure
 from vlm_tune.memory_plan.step import ROWS, traced
 from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
-from vlm_tune.model.build import DTYPES, bare_model, trained_later
+from vlm_tune.model.build import bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 

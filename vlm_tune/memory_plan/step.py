@@ -21,9 +21,9 @@ from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import attending, usable
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.acceleration.mlp import GatedModule
-from vlm_tune.model.build import DTYPES
 from vlm_tune.model.tuning import count_of, is_linear
 from vlm_tune.model.vlm import Alignment, VisionLanguageModel
+from vlm_tune.precision import DTYPES
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")
 """What the rows of a matrix product are a multiple of, as `Work` names it."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyTower, Llm, ModelSection, OpenClipTower, PairTower, QFormerConnector, Scratch, TimmTower
+from vlm_tune.config.model import AnyTower, ModelSection, OpenClipTower, PairTower, QFormerConnector, TimmTower
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
@@ -26,42 +23,22 @@ from vlm_tune.model.build_checks import check_memory
 from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
-from vlm_tune.model.language.llm import LLMS, LanguageModel
+from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
-from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
-from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_config, language_names, model_section, own_folder, own_rebuild
-from vlm_tune.model.quantized_stub import pack_linears
-from vlm_tune.model.vision.towers import VisionTower, architecture, build_tower
+from vlm_tune.model.pretrained.language_model import bare_llm, llm_config, load_llm, make_room, scratch_config, scratch_llm
+from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
+from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.vision.registry import architecture, build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import check_folder, load_into, own_memory, read_safetensors
+from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONNECTOR, TOWER, WORDS = "connector.safetensors", "tower.safetensors", "connector_tokenizer"
 """What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
-
-
-def dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """The name that recipes have for a precision, given by that name ("bf16"), by torch's ("bfloat16") or as torch's type.
-
-    None for None; raises `ModelError` for what is none of bf16, fp16 and fp32.
-    """
-    if dtype is None:
-        return None
-    for name, known in DTYPES.items():
-        if (isinstance(dtype, str) and dtype in (name, str(known).removeprefix("torch."))) or dtype is known:
-            return name
-    raise ModelError(f"dtype: there is no {quoted(dtype)}; there are {', '.join(DTYPES)}")
-
-
-def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch type of a precision that is given as in `dtype_name`."""
-    name = dtype_name(dtype)
-    return None if name is None else DTYPES[name]
-
-
-SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
 def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool = False) -> VisionLanguageModel:
@@ -79,7 +56,7 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     if section.llm.scratch:
         tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
         with torch.device("meta") if bare else nullcontext():
-            language = _scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
+            language = scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
     else:
         tokenizer = load_tokenizer(section.llm)
         language = bare_llm(section.llm, load_dtype(recipe)) if bare else load_llm(section.llm, dtype=load_dtype(recipe))
@@ -169,29 +146,6 @@ def _processor(
     )
 
 
-def add_words(tokenizer: Any, llm: Llm) -> Any:
-    """The tokenizer with the tokens that a recipe adds to it; those that it has keep their ids."""
-    from tokenizers import AddedToken
-
-    for words, special in ((llm.added_tokens, False), (llm.added_special_tokens, True)):
-        present = tokenizer.added_tokens_encoder
-        new: Any = [AddedToken(word, special=special, normalized=False) for word in words if word not in present]
-        tokenizer.add_tokens(new, special_tokens=special)
-    return tokenizer
-
-
-def make_room(language: Any, rows: int) -> None:
-    """Gives an LLM's embedding and head as many rows as a vocabulary has; new ones are the mean of the others."""
-    before = language.get_input_embeddings().num_embeddings
-    if rows <= before:
-        return
-    language.resize_token_embeddings(rows, mean_resizing=False)
-    for layer in {language.get_input_embeddings(), language.get_output_embeddings()}:
-        layer.weight.data[before:] = layer.weight.data[:before].float().mean(0).to(layer.weight.dtype)
-        if getattr(layer, "bias", None) is not None:
-            layer.bias.data[before:] = layer.bias.data[:before].float().mean().to(layer.bias.dtype)
-
-
 def assemble(
     config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, words: Any = None, *, changed: set[str]
 ) -> VisionLanguageModel:
@@ -278,7 +232,7 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
         tower = bare_tower(section.tower, own_rebuild(recipe))
         if section.llm.scratch:
             size = len(tokenizer) if tokenizer else section.llm.scratch.vocab_size
-            language = _scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
+            language = scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
         else:
             language = bare_llm(section.llm, load_dtype(recipe), attention=attention)
             if section.llm.words:
@@ -289,44 +243,6 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
     spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
     return VisionLanguageModel(_config(recipe, section, tower), tower, connector, llm, processor), measured
-
-
-def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None) -> Any:
-    """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = llm_config(llm, folder)
-    try:
-        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = factory.from_config(config, dtype=dtype, **_attention(attention))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.llm.name: can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}"
-        ) from None
-    if getattr(config, "scale_decoder_outputs", True) is False:
-        # Flan-T5's head is its own; transformers ties it until it sees the weights.
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    if llm.quantize:
-        pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
-    return model
-
-
-def llm_config(llm: Llm, folder: Path | None = None) -> Any:
-    """transformers' config of a language model by its name, or of a saved folder. Raises `ModelError` if it can't be read."""
-    from transformers import AutoConfig
-
-    if folder is None:
-        check_base(str(llm.name), "model.llm.name")
-    vlm = find_vlm(str(llm.name)) if folder is None else None
-    if vlm is not None:
-        return language_config(vlm)
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
-    try:
-        return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
-    except (OSError, ValueError, TypeError) as error:  # the last for JSON that is no object
-        name = str(folder or llm.name)
-        raise ModelError(f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}") from None
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
@@ -348,26 +264,6 @@ def load_dtype(recipe: Recipe) -> torch.dtype:
     return torch.float32 if full else DTYPES[recipe.train.precision]
 
 
-def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, template: ChatTemplate) -> Any:
-    """A byte-level BPE tokenizer trained on the conversations' text; the template's control tokens are in it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*SPECIALS.values(), *template.control_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # The distinct texts, sorted: the vocabulary depends on what is said, not on the order of rows.
-    texts = sorted({str(s.payload) for c in conversations for s in template.segments(c) if s.kind == "text"})
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS)
-
-
 def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     """The config of the model that a recipe trains, and transformers' config of its LLM; only configs are read.
 
@@ -380,154 +276,8 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
         text = llm_config(section.llm)
     else:
         ids: Any = SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
-        text = _scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
+        text = scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
     return _config(recipe, section, tower), text
-
-
-def _scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None) -> Any:
-    """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = _scratch_config(llm, scratch, tokenizer, vocabulary)
-    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-    try:
-        return factory.from_config(config, **_attention(attention))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model.llm.scratch: {error}") from None
-
-
-def _scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
-    """transformers' config of an LLM of random weights."""
-    from transformers import AutoConfig
-
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    if llm.kind == "seq2seq":
-        ids["decoder_start_token_id"] = tokenizer.pad_token_id
-    try:
-        return AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model.llm.scratch: {error}") from None
-
-
-def _attention(kind: str | None = None) -> dict[str, Any]:
-    # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
-    return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
-
-
-def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
-    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded.
-
-    A chat template that comes with it is left out: it is a program of whoever made the folder, and ours renders.
-    """
-    from transformers import AutoTokenizer
-
-    if folder is None:
-        check_base(str(llm.name), "model.llm.name")
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        name = str(folder or llm.name)
-        raise ModelError(f"model.llm.name: no tokenizer in {quoted(name)}: {load_reason(name, error)}") from None
-    tokenizer.chat_template = None
-    return add_words(tokenizer, llm)
-
-
-def pin_tokenizer(folder: Path) -> None:
-    """Makes transformers read a folder's tokenizer.json as it is; a model's own class would make it anew, and Llama's loses `legacy`."""
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
-
-
-def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:
-    """The transformers model of a name or a folder, quantised as `llm.quantize` says unless told not to.
-
-    Raises `ModelError` for names and files that don't exist, cut files, missing or unexpected tensors.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    if llm.kind == "seq2seq" and dtype == torch.float16:
-        raise ModelError("dtype: T5's activations overflow in fp16; use bf16 or fp32")
-    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
-    name = str(folder or llm.name)
-    if folder is None:
-        check_base(name, "model.llm.name")
-    gguf = llm.gguf_file if folder is None else None
-    if gguf and not (Path(name) / gguf).is_file():
-        raise ModelError(f"model.llm.gguf_file: no GGUF file {quoted(gguf)} in {quoted(name)}")
-    if Path(name).is_dir() and not gguf:
-        check_folder(Path(name))
-    options: dict[str, Any] = {"dtype": dtype, **_attention()}
-    if gguf:
-        model = _loaded(factory, name, {**options, "gguf_file": gguf})
-        forget_gguf(model)
-        if not (llm.quantize and quantize):
-            return model
-        with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            return _loaded(factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)})
-    options["use_safetensors"] = True
-    vlm = find_vlm(name) if folder is None else None
-    if vlm is not None:
-        config = language_config(vlm)
-        options |= {"config": config, "key_mapping": language_names(vlm, config)}
-    if llm.quantize and quantize:
-        options["quantization_config"] = _bitsandbytes(llm, dtype)
-    return _loaded(factory, name, options, vlm)
-
-
-def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = None) -> Any:
-    """A whole language model, or the one inside a vision-language model."""
-    try:
-        model, info = factory.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"can't load the language model {quoted(name)}: {load_reason(name, error)}") from None
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model")
-    if vlm is not None:
-        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
-        # It is a language model now: saved under its own names, not under those it was found by.
-        del model._weight_conversions
-    faults = [
-        f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
-        for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))
-        if info.get(key)
-    ]
-    if faults:
-        raise ModelError(f"the weights in {quoted(name)} do not fit the model: {'; '.join(faults)}")
-    if "quantization_config" in options:
-        own_memory(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def forget_gguf(model: Any) -> None:
-    """A de-quantised GGUF model is a plain one; as long as it claims otherwise transformers won't save it."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    if hasattr(model, "is_quantized"):
-        model.is_quantized = False
-
-
-def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if llm.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=str(llm.quantize),
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=False,
-        llm_int8_skip_modules=["lm_head"],
-    )
 
 
 def restore_tower(section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None) -> VisionTower:

@@ -44,25 +44,17 @@ from vlm_tune.model.base_weights import (
     read_notes,
     tower_base,
 )
-from vlm_tune.model.build import (
-    CONNECTOR,
-    DTYPES,
-    TOWER,
-    WORDS,
-    assemble,
-    bare_llm,
-    load_llm,
-    load_tokenizer,
-    pin_tokenizer,
-    restore_tower,
-)
+from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
 from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
 from vlm_tune.model.lora import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
 from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.hub import read_json
+from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
 from vlm_tune.paths import is_file, is_folder, shown_path
+from vlm_tune.precision import DTYPES
 from vlm_tune.run_folder import MANIFEST, strangers
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"

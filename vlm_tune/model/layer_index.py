@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.vision.towers import PairVision
+from vlm_tune.model.vision.registry import PairVision
 
 Depths = dict[str, int]
 """By a parameter's name: how many steps it lies under the top of its part; the last block's are at 1, what follows it at 0."""

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
-from vlm_tune.model.language.llm import LanguageModel
+from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.virtual_tokens import KINDS, new_prompt
 from vlm_tune.model.layer_index import block_names, columns, depths
 from vlm_tune.model.lora import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter

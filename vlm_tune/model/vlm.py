@@ -27,8 +27,10 @@ from vlm_tune.errors import ArgumentError, DataError, ModelError
 from vlm_tune.model.base_weights import Base, BaseArgument, base_choice
 from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.projectors import Connector
-from vlm_tune.model.language.llm import CausalLLM, Decoding, LanguageModel, TokenLoss, check_count
-from vlm_tune.model.vision.towers import VisionTower
+from vlm_tune.model.language.base import LanguageModel, TokenLoss
+from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.decoding import Decoding, check_count
+from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.paths import check_path
 from vlm_tune.quoting import quoted
@@ -283,8 +285,8 @@ class VisionLanguageModel(nn.Module):
             ModelError: as `load_model`.
             RecipeError: what is given as a path is none.
         """
-        from vlm_tune.model.build import dtype_of
         from vlm_tune.model.checkpoint import load_model
+        from vlm_tune.precision import dtype_of
 
         check_path("path", path)
         return load_model(Path(path), dtype=dtype_of(dtype), base=base_choice(base, accept_other_base))

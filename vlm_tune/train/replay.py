@@ -24,7 +24,7 @@ from vlm_tune.paths import is_file, shown_path
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
-from vlm_tune.train.engines import resolve_engine
+from vlm_tune.train.engines.registry import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, data_differences
 from vlm_tune.train.run import Context, read_rows, stage_loop

@@ -27,22 +27,24 @@ from vlm_tune.errors import Interrupted, TrainingError, VlmTuneError
 from vlm_tune.evaluation.evaluate import Scores, score
 from vlm_tune.kernels.cpu.native import kernel_status
 from vlm_tune.model.base_weights import recipe_choice
-from vlm_tune.model.build import DTYPES, build, build_processor, load_dtype, trained_later
+from vlm_tune.model.build import build, build_processor, load_dtype, trained_later
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.checkpoint import recover_folders, restore_model, save_model
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import TuneRow, apply_rules, check_fits
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import own_memory
 from vlm_tune.paths import reason
+from vlm_tune.precision import DTYPES
 from vlm_tune.rendering.report import write_report
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run, retire_result
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory, shut_range
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
-from vlm_tune.train.engines import build_engine, resolve_engine, shards
+from vlm_tune.train.engines.base import shards
+from vlm_tune.train.engines.registry import build_engine, resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, damaged_only, data_differences, earlier_seconds, forget_after, read_json, write_data
 from vlm_tune.train.signals import stop_requests

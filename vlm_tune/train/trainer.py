@@ -28,7 +28,7 @@ from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation.evaluate import Scores, join_scores, score
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
 from vlm_tune.model.acceleration.interval_attention import attending, usable
-from vlm_tune.model.language.llm import Decoding
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -41,7 +41,7 @@ from vlm_tune.train.checkpoint import (
     read_drawn,
     read_optimizer,
 )
-from vlm_tune.train.engines import Engine
+from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, told, write_step
 from vlm_tune.train.watchdog import Watch

@@ -38,10 +38,12 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.model.base_weights import BaseChoice
-from vlm_tune.model.build import DTYPES, load_tokenizer
 from vlm_tune.model.checkpoint import find_model, read_config
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 from vlm_tune.model.weights import cast_parameters
+from vlm_tune.precision import DTYPES
+from vlm_tune.version import __version__
 
 HELD = "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP ViT without its class token"
 
@@ -257,8 +259,6 @@ class Reader:
 
 def model_card(path: Path, model: VisionLanguageModel, files: Files, report: ExportReport) -> str:
     """The README of an exported folder: its files, how to use them, its recipe and scores where they are known."""
-    from vlm_tune import __version__
-
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
     proof = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's"

@@ -18,7 +18,7 @@ from torch import nn
 from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import usable
-from vlm_tune.model.language.llm import LanguageModel
+from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder

@@ -29,7 +29,7 @@ from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 if TYPE_CHECKING:
-    from vlm_tune.model.language.llm import LanguageModel
+    from vlm_tune.model.language.base import LanguageModel
 
 NAME = "vlm_tune_tree"
 """What transformers knows the attention by."""

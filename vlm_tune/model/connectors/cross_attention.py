@@ -21,7 +21,7 @@ from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, splice
 
 if TYPE_CHECKING:
-    from vlm_tune.model.language.llm import LanguageModel
+    from vlm_tune.model.language.base import LanguageModel
 
 
 @dataclass

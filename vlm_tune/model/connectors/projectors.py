@@ -19,7 +19,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
 
 if TYPE_CHECKING:
-    from vlm_tune.model.language.llm import LanguageModel
+    from vlm_tune.model.language.base import LanguageModel
 
 
 class Connector(nn.Module):

@@ -16,7 +16,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from vlm_tune.model.language.llm import LanguageModel
+    from vlm_tune.model.language.base import LanguageModel
 
 KEY = "prompt_embeddings"
 """The name PEFT gives the values on disk."""

@@ -1,0 +1,231 @@
+"""The language model behind two small adapters with the same verbs: embed, forward, generate.
+
+Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from vlm_tune.compat import cache_name
+from vlm_tune.data.types import Batch
+from vlm_tune.errors import ModelError
+from vlm_tune.model.acceleration.decoder_layer import join
+from vlm_tune.model.acceleration.head import by_kernel, head_loss
+from vlm_tune.model.acceleration.mlp import gate
+from vlm_tune.model.language.decoding import Decoding, plain_generation
+from vlm_tune.model.language.logits import FAULTS, embedding_factor, first_line, head_rule, own_logits
+from vlm_tune.model.language.loss import token_loss
+from vlm_tune.model.language.virtual_tokens import VirtualTokens
+from vlm_tune.quoting import quoted
+
+Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[torch.Tensor], None]]
+"""Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
+what leaves only the branches at places [B, K'] to grow on."""
+PROBED = 6
+"""Tokens of a row by which a model is compared with its own forward pass."""
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)$")
+"""Tables of learned positions, as transformers names them."""
+
+
+@dataclass
+class TokenLoss:
+    """Cross-entropy summed over supervised tokens (fp32 scalar), and how many there are."""
+
+    sum: torch.Tensor
+    count: int
+
+
+class LanguageModel(nn.Module):
+    """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
+
+    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some. With `whole_head`
+    the output head runs once a batch, not chunk by chunk.
+    """
+
+    layout: Literal["causal", "seq2seq"]
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.rule = head_rule(model, self.bodies, self.head)
+        self.factor = 1.0 if self.layout == "seq2seq" else embedding_factor(self.body, model.get_input_embeddings())
+        gate(model)
+        join(model)
+        self.prompt: VirtualTokens | None = None
+        self.whole_head = False
+        self.dropped = plain_generation(model)
+
+    @property
+    def virtual(self) -> int:
+        """How many virtual tokens stand before every row."""
+        return 0 if self.prompt is None else self.prompt.tokens
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Tokens of the longest row that the model has positions for; None where positions are computed, not looked up."""
+        sizes = [
+            module.num_embeddings - int(getattr(module, "offset", 0))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and POSITIONS.search(name)
+        ]
+        return min(sizes, default=None)
+
+    def check_length(self, length: int) -> None:
+        """Raises `ModelError` for rows of more tokens than the model has positions for, virtual tokens included."""
+        if self.longest is not None and length > self.longest:
+            raise ModelError(
+                f"a row of {length} tokens (images and virtual tokens included), and {type(self.model).__name__} has positions for "
+                f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
+            )
+
+    @cached_property
+    def unjoined(self) -> str | None:
+        """Why samples can't be joined to one row, None where they can."""
+        raise NotImplementedError
+
+    def check_joined(self) -> None:
+        """Raises `ModelError` where samples can't be joined to one row."""
+        if self.unjoined:
+            raise ModelError(
+                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: set data.group: none and data.packing: false"
+            )
+
+    def room(self, decoding: Decoding, length: int) -> Decoding:
+        """The decoding with as many new tokens after `length` others as there are positions for, one at least."""
+        if self.longest is None or length + decoding.max_new_tokens <= self.longest + 1:
+            return decoding
+        return replace(decoding, max_new_tokens=self.longest - length + 1)  # the last one is read by nobody
+
+    def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
+        return embeds if self.prompt is None else self.prompt.before(embeds), pad(mask, (self.virtual, 0), value=True)
+
+    @property
+    def width(self) -> int:
+        """E, the width of the input embeddings."""
+        embeddings = self.model.get_input_embeddings()
+        return getattr(embeddings, "base_layer", embeddings).embedding_dim
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def bodies(self) -> list[nn.Module]:
+        """What puts out the hidden states that the head takes: one module, or one inside another that passes them on."""
+        raise NotImplementedError
+
+    @property
+    def body(self) -> Any:
+        """What makes hidden states of embeddings; transformers misnames it in Llama4ForCausalLM."""
+        return self.model.base_model if self.model.base_model is not self.model else self.model.model
+
+    def kept(self, input_ids: torch.Tensor) -> Any:
+        """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
+        return self.body(input_ids=input_ids, use_cache=True)[cache_name()]
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [B, L, E] of ids [B, L]."""
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return embeds if self.factor == 1 else embeds * self.factor
+
+    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
+        """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
+        hidden, targets = self.supervised(embeds, batch)
+        head: Any = self.head
+        scale = None if self.rule is None else self.rule.scale
+        if scale is not None and not self.whole_head and by_kernel(hidden, head):
+            return TokenLoss(head_loss(hidden if scale == 1 else hidden * scale, head.weight, targets), len(targets))
+        return TokenLoss(token_loss(self.logits, hidden, targets, self.head_parts(), whole=self.whole_head), len(targets))
+
+    def head_parts(self) -> nn.ModuleList:
+        """The modules that `logits` calls: the head, and all beside the bodies where the model does more than a rule holds."""
+        if self.rule is not None:
+            return nn.ModuleList([self.head])
+        bodies = [*self.bodies, *([self.model.get_encoder()] if self.layout == "seq2seq" else [])]
+        inside = {id(module) for body in bodies for module in body.modules()}
+        outside = [module for module in self.model.modules() if inside.isdisjoint(map(id, module.modules()))]
+        return nn.ModuleList([self.head, *outside])
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares the logits of a few tokens with those of the model's own forward pass.
+
+        Raises `ModelError` for a model that is called in another way than it is made for: one whose logits differ, and a
+        decoder whose tokens see what comes after them.
+        """
+        name = type(self.model).__name__
+        if self.dropped:
+            told = ", ".join(f"{key} {quoted(value)}" for key, value in self.dropped.items())
+            logging.getLogger("vlm_tune").warning("%s: left out of its generation config, for answers follow its logits: %s", name, told)
+        rows = self.model.get_input_embeddings().num_embeddings
+        ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
+        ids[1, -1] = rows // 5
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        batch = Batch(["a", "b"], ids, mask, torch.zeros_like(mask), ids, torch.zeros(0, dtype=torch.int64))
+        was = self.training
+        self.eval()
+        try:
+            theirs = self.theirs(batch)
+            ours = self.supervised_logits(self.embed(ids), batch).view_as(theirs)
+        except FAULTS as error:
+            raise ModelError(
+                f"a {name} can't be trained here: its forward pass does not take text alone, as embeddings ({first_line(error)})"
+            ) from None
+        finally:
+            self.train(was)
+        allowed = (1e-4 if theirs.dtype == torch.float32 else 3e-2) * max(float(theirs.abs().max()), 1.0)
+        difference = float((ours - theirs.float()).abs().max())
+        if not difference <= allowed:
+            raise ModelError(
+                f"a {name} can't be trained here: called with embeddings its logits are others than with ids, by {difference:.3g}"
+            )
+        if self.layout == "causal" and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed:
+            raise ModelError(f"a {name} is no decoder as it is configured: its tokens see what comes after them (is_decoder: false?)")
+
+    def theirs(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, T, V] of the model's own forward pass of a batch of text."""
+        raise NotImplementedError
+
+    def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
+        raise NotImplementedError
+
+    def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """fp32 logits [S, V] of the supervised tokens, in row order."""
+        return self.logits(self.supervised(embeds, batch)[0])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32[S, V] of hidden states [S, E], as the transformers model makes them."""
+        return own_logits(self.model, self.bodies, hidden).float() if self.rule is None else self.rule.logits(self.head, hidden)
+
+    def generate(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+    ) -> torch.Tensor:
+        """New ids [B, at most max_new_tokens]; decoders want their rows padded on the left."""
+        raise NotImplementedError
+
+    def _options(self, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> dict[str, Any]:
+        from transformers import GenerationConfig
+
+        start = getattr(self.model.generation_config, "decoder_start_token_id", None)
+        config = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=stop_ids,
+            decoder_start_token_id=start,
+        )
+        return {"generation_config": config}

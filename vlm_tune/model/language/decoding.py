@@ -1,0 +1,76 @@
+"""How answers are decoded, and what a model's own generation config says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm_tune.errors import ArgumentError
+from vlm_tune.quoting import quoted
+
+MOST = 1_000_000
+"""The largest number of tokens or beams that is taken for one that is meant."""
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+SAMPLED = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "transformers_version",
+    "_from_model_config",
+    "max_length",
+    "use_cache",
+)
+"""What a generation config says of sampling and lengths, which answers here do not depend on."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: greedy, or beams."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_count("num_beams", self.num_beams)
+
+
+def check_count(name: str, value: Any, most: int = MOST) -> None:
+    """Raises `ArgumentError` unless a value is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
+
+
+def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """Where the largest of logits [..., V] is, the first of equal ones: block by block, for torch's argmax on a CPU is no vector code."""
+    if logits.device.type != "cpu" or logits.shape[-1] <= block:
+        return logits.argmax(-1)
+    size = logits.shape[-1]
+    whole = size // block * block
+    tops = logits[..., :whole].unflatten(-1, (-1, block)).amax(-1)
+    if whole < size:
+        tops = torch.cat([tops, logits[..., whole:].amax(-1, keepdim=True)], -1)
+    # Past the end it is the last one again, which is not the first of equals.
+    places = (tops.argmax(-1, keepdim=True) * block + torch.arange(block)).clamp(max=size - 1)
+    return places.gather(-1, logits.gather(-1, places).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def plain_generation(model: Any) -> dict[str, Any]:
+    """Takes from a model's generation config all but its special ids, and returns what changed answers in it.
+
+    Answers are greedy, or beams, by the model's logits alone: the same one by one, in batches, as branches and exported.
+    """
+    from transformers import GenerationConfig
+
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return {}
+    ids = {name: getattr(given, name, None) for name in IDS}
+    model.generation_config = GenerationConfig(**{name: value for name, value in ids.items() if value is not None})
+    changed = given.to_diff_dict().items()
+    return {name: value for name, value in changed if name not in (*IDS, *SAMPLED) and value is not None and value is not False}

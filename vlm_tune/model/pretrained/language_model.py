@@ -1,0 +1,190 @@
+"""Language models of transformers: loaded, quantised, from scratch, or without weights."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_tune.config.model import Llm, Scratch
+from vlm_tune.errors import ModelError
+from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
+from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_config, language_names
+from vlm_tune.model.quantized_stub import pack_linears
+from vlm_tune.model.weights import check_folder, own_memory
+from vlm_tune.quoting import quoted
+
+
+def make_room(language: Any, rows: int) -> None:
+    """Gives an LLM's embedding and head as many rows as a vocabulary has; new ones are the mean of the others."""
+    before = language.get_input_embeddings().num_embeddings
+    if rows <= before:
+        return
+    language.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in {language.get_input_embeddings(), language.get_output_embeddings()}:
+        layer.weight.data[before:] = layer.weight.data[:before].float().mean(0).to(layer.weight.dtype)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data[before:] = layer.bias.data[:before].float().mean().to(layer.bias.dtype)
+
+
+def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None) -> Any:
+    """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = llm_config(llm, folder)
+    try:
+        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = factory.from_config(config, dtype=dtype, **_attention(attention))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.llm.name: can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}"
+        ) from None
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # Flan-T5's head is its own; transformers ties it until it sees the weights.
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    if llm.quantize:
+        pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
+    return model
+
+
+def llm_config(llm: Llm, folder: Path | None = None) -> Any:
+    """transformers' config of a language model by its name, or of a saved folder. Raises `ModelError` if it can't be read."""
+    from transformers import AutoConfig
+
+    if folder is None:
+        check_base(str(llm.name), "model.llm.name")
+    vlm = find_vlm(str(llm.name)) if folder is None else None
+    if vlm is not None:
+        return language_config(vlm)
+    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    try:
+        return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
+    except (OSError, ValueError, TypeError) as error:  # the last for JSON that is no object
+        name = str(folder or llm.name)
+        raise ModelError(f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}") from None
+
+
+def scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None) -> Any:
+    """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = scratch_config(llm, scratch, tokenizer, vocabulary)
+    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+    try:
+        return factory.from_config(config, **_attention(attention))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model.llm.scratch: {error}") from None
+
+
+def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
+    """transformers' config of an LLM of random weights."""
+    from transformers import AutoConfig
+
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    if llm.kind == "seq2seq":
+        ids["decoder_start_token_id"] = tokenizer.pad_token_id
+    try:
+        return AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model.llm.scratch: {error}") from None
+
+
+def _attention(kind: str | None = None) -> dict[str, Any]:
+    # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
+    return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
+
+
+def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:
+    """The transformers model of a name or a folder, quantised as `llm.quantize` says unless told not to.
+
+    Raises `ModelError` for names and files that don't exist, cut files, missing or unexpected tensors.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if llm.kind == "seq2seq" and dtype == torch.float16:
+        raise ModelError("dtype: T5's activations overflow in fp16; use bf16 or fp32")
+    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+    name = str(folder or llm.name)
+    if folder is None:
+        check_base(name, "model.llm.name")
+    gguf = llm.gguf_file if folder is None else None
+    if gguf and not (Path(name) / gguf).is_file():
+        raise ModelError(f"model.llm.gguf_file: no GGUF file {quoted(gguf)} in {quoted(name)}")
+    if Path(name).is_dir() and not gguf:
+        check_folder(Path(name))
+    options: dict[str, Any] = {"dtype": dtype, **_attention()}
+    if gguf:
+        model = _loaded(factory, name, {**options, "gguf_file": gguf})
+        forget_gguf(model)
+        if not (llm.quantize and quantize):
+            return model
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            return _loaded(factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)})
+    options["use_safetensors"] = True
+    vlm = find_vlm(name) if folder is None else None
+    if vlm is not None:
+        config = language_config(vlm)
+        options |= {"config": config, "key_mapping": language_names(vlm, config)}
+    if llm.quantize and quantize:
+        options["quantization_config"] = _bitsandbytes(llm, dtype)
+    return _loaded(factory, name, options, vlm)
+
+
+def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = None) -> Any:
+    """A whole language model, or the one inside a vision-language model."""
+    try:
+        model, info = factory.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"can't load the language model {quoted(name)}: {load_reason(name, error)}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model")
+    if vlm is not None:
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
+        # It is a language model now: saved under its own names, not under those it was found by.
+        del model._weight_conversions
+    faults = [
+        f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
+        for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))
+        if info.get(key)
+    ]
+    if faults:
+        raise ModelError(f"the weights in {quoted(name)} do not fit the model: {'; '.join(faults)}")
+    if "quantization_config" in options:
+        own_memory(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def forget_gguf(model: Any) -> None:
+    """A de-quantised GGUF model is a plain one; as long as it claims otherwise transformers won't save it."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    if hasattr(model, "is_quantized"):
+        model.is_quantized = False
+
+
+def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if llm.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=str(llm.quantize),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=False,
+        llm_int8_skip_modules=["lm_head"],
+    )

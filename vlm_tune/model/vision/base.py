@@ -1,0 +1,78 @@
+"""What every vision tower is: pixels in, patch features and their grid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from vlm_tune.config.model import Tower
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Found = tuple[list[torch.Tensor], torch.Tensor | None]
+"""Feature maps float[B, C, h, w], and the class token's features float[B, 1, C] if asked for."""
+
+
+class VisionTower(nn.Module):
+    """Base of the towers; a subclass gives `maps`.
+
+    `rebuild` is what `build_tower` needs to make the same architecture again without its weights.
+    """
+
+    image_size: int
+    scale: torch.Tensor
+    offset: torch.Tensor
+    rebuild: dict[str, Any]
+    measured: tuple[int, int] | None = None
+
+    def __init__(self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.grid, self.image_size = config.grid, image_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("offset", torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1), persistent=False)
+
+    def maps(self, pixels: torch.Tensor) -> Found:
+        """What is found in normalised pixels float[B, 3, H, W]."""
+        raise NotImplementedError
+
+    def found(self, pixels: torch.Tensor) -> Found:
+        """What is found in pixels [B, 3, H, W] of 0 to 255, pooled to the tower's grid."""
+        dtype = next(self.parameters()).dtype
+        maps, first = self.maps((pixels.float() * self.scale - self.offset).to(dtype, memory_format=torch.channels_last))
+        return [pool(one, self.grid) for one in maps], first
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features [B, N, D] of uint8 pixels [B, 3, H, W], rows of the image from the top."""
+        maps, first = self.found(pixels)
+        features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+        return features if first is None else torch.cat([first, features], dim=1)
+
+    def measure(self) -> tuple[int, int]:
+        """(tokens an image, width), from one blank image; remembered, since a sharded tower can't be run by one rank."""
+        if self.measured:
+            return self.measured
+        parameter = next(self.parameters())
+        was, blank = self.training, torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device)
+        with torch.no_grad():
+            _, tokens, width = self.eval()(blank).shape
+        self.train(was)
+        self.measured = tokens, width
+        return self.measured
+
+
+def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
+    """A feature map [B, C, h, w] as [B, C, grid, grid]; as it is where no grid is given."""
+    return features if grid is None or features.shape[-2:] == (grid, grid) else adaptive_avg_pool2d(features, grid)
+
+
+def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Pixels [B, 3, S, S] of 0 to 255 as [B, 3, size, size], bicubic."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)

@@ -1,0 +1,159 @@
+"""Vision towers of transformers: CLIP, SigLIP, DINOv2, and those of vision-language models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_tune.config.model import TransformersTower
+from vlm_tune.errors import ModelError
+from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
+from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors
+from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Found, VisionTower
+from vlm_tune.model.weights import check_folder, load_into
+from vlm_tune.quoting import quoted
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of vision models in transformers: its classes, where its blocks and last norm are, and its pixels' scale.
+
+    `mean` and `std` hold for checkpoints that bring no `preprocessor_config.json`.
+    """
+
+    config: str
+    model: str
+    blocks: str
+    norm: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_token: bool = True
+    asks_to_interpolate: bool = False
+
+
+FAMILIES = {
+    "clip_vision_model": Family(
+        "CLIPVisionConfig", "CLIPVisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+    ),
+    # SigLIP 2 of fixed resolution is stored as this type too.
+    "siglip_vision_model": Family(
+        "SiglipVisionConfig", "SiglipVisionModel", "layers", "post_layernorm", HALF, HALF, class_token=False, asks_to_interpolate=True
+    ),
+    "blip_2_vision_model": Family(
+        "Blip2VisionConfig", "Blip2VisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+    ),
+    "instructblip_vision_model": Family(
+        "InstructBlipVisionConfig", "InstructBlipVisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+    ),
+    "dinov2": Family("Dinov2Config", "Dinov2Model", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD
+    ),
+}
+"""By transformers' model_type."""
+
+
+class TransformersVision(VisionTower):
+    """A vision model of transformers, of one of FAMILIES: the hidden state of a layer."""
+
+    def __init__(self, config: TransformersTower, rebuild: dict[str, Any] | None) -> None:
+        import transformers
+
+        source = rebuild or transformers_config(config.name)
+        vision = dict(source["vision_config"])
+        family = FAMILIES[vision["model_type"]]
+        if rebuild:
+            model: Any = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+        else:
+            model = _pretrained_vision(config, family, vision)
+        super().__init__(config, config.image_size or vision["image_size"], source.get("mean", family.mean), source.get("std", family.std))
+        if config.class_token and not family.class_token:
+            raise ModelError(f"model.tower.class_token: a tower of type {vision['model_type']} has none")
+        blocks = getattr(model.encoder, family.blocks)
+        if -config.layer > len(blocks):
+            raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {config.layer}")
+        setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
+        self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
+        setattr(model, family.norm, nn.Identity())
+        _drop_unused(model)
+        self.rebuild, self.model, self.class_token = source, model, config.class_token
+        self.side, left = divmod(self.image_size, vision["patch_size"])
+        if left or not self.side:
+            patch, near = vision["patch_size"], max(self.side, 1)
+            raise ModelError(
+                f"model.tower.image_size: {self.image_size} is no multiple of the tower's patches of {patch} pixels; "
+                f"{near * patch} or {(near + 1) * patch} is"
+            )
+        resized = family.asks_to_interpolate and self.image_size != vision["image_size"]
+        self.options = {"interpolate_pos_encoding": True} if resized else {}
+
+    def maps(self, pixels: torch.Tensor) -> Found:
+        hidden = self.norm(self.model(pixel_values=pixels, **self.options).last_hidden_state)
+        patches = hidden[:, hidden.shape[1] - self.side**2 :]  # class token and registers come first
+        return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[:, :1] if self.class_token else None
+
+
+def _drop_unused(model: Any) -> None:
+    """Removes parameters that no feature depends on: a trained tower's processes would wait for their gradients."""
+    if hasattr(model, "use_head"):
+        model.use_head = False
+        if hasattr(model, "head"):
+            del model.head
+    if hasattr(model.embeddings, "mask_token"):
+        model.embeddings.mask_token = None
+
+
+def transformers_config(name: str) -> dict[str, Any]:
+    """What `build_tower` needs to make transformers' vision model of a hub name or folder without its weights.
+
+    Raises `ModelError` if there is none, or none of a known family.
+    """
+    from transformers import AutoConfig
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    check_base(name, "model.tower.name")
+    try:
+        whole: Any = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+    vision = getattr(whole, "vision_config", whole)
+    family = FAMILIES.get(vision.model_type)
+    if family is None:
+        raise ModelError(f"the tower {quoted(name)} is of type {vision.model_type}; known are {', '.join(FAMILIES)}")
+    try:
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(config_source(name))
+    except OSError:
+        pixels = {}
+    scale = {"mean": pixels.get("image_mean") or family.mean, "std": pixels.get("image_std") or family.std}
+    return {"vision_config": vision.to_dict(), **{key: list(value) for key, value in scale.items()}}
+
+
+def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:
+    """transformers' vision model of a hub name or folder, or of a vision-language model's, with all of its weights."""
+    import transformers
+
+    name, vlm = config.name, find_vlm(config.weights or config.name)
+    if vlm is not None:
+        found = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+        load_into(found, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
+        return found
+    if config.weights is not None:
+        raise ModelError(f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    factory: Any = getattr(transformers, family.model)
+    try:
+        model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+    # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
+    unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if unfit:
+        raise ModelError(f"the weights in {quoted(name)} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}")
+    return model

@@ -1,0 +1,88 @@
+"""What `vlm-tune check` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlm_tune.quoting import escaped
+
+if TYPE_CHECKING:
+    from vlm_tune.data_check.findings import CheckReport, Finding, Histogram, PartReport
+from vlm_tune.rendering.terminal import print_line
+
+NAMED = 5
+"""Findings of a kind that are printed; the JSON and the page hold more."""
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def show_check(console: Console, report: CheckReport) -> None:
+    """Prints what a check found: rows by source and figures of each part, warnings, errors."""
+    if report.sample:
+        console.print(Text(f"a sample: the first {report.sample:,} rows of each source", style="yellow"))
+    for part in report.parts:
+        _show_part(console, part)
+    _show_findings(console, "warnings", "yellow", report.warnings, report.warning_counts)
+    _show_findings(console, "errors", "red", report.errors, report.error_counts)
+    errors, warnings = report.error_counts.total(), report.warning_counts.total()
+    verdict = Text(f"{errors:,} errors, {warnings:,} warnings, {report.seconds:.1f} s", style="bold red" if errors else "bold green")
+    console.print(verdict)
+
+
+def _show_part(console: Console, part: PartReport) -> None:
+    """The rows of each source by what became of them, and the part's figures."""
+    pairs = f": {part.questions:,} question-answer pairs" if part.questions is not None else ""
+    console.print(Text(f"\n{part.stage} {part.part}{pairs}", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("  source", overflow="fold")
+    table.add_column("form")
+    for name in ("rows", "bad", "left out", "images", "tokens", "trained"):
+        table.add_column(name, justify="right")
+    for source in part.sources:
+        bad = Text(f"{source.bad:,}", style="red" if source.bad else "")
+        figures = (source.left_out, source.images, source.tokens, source.supervised)
+        table.add_row(Text(f"  {escaped(source.source)}"), source.form, f"{source.rows:,}", bad, *(f"{figure:,}" for figure in figures))
+    console.print(table)
+    lines = [("tokens a row", _bars(part.lengths))] if part.lengths else []
+    lines += [("longer side", _bars(part.image_sides, " px"))] if part.image_sides else []
+    for waste in part.padding:
+        lines.append((waste.name, f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question"))
+    if part.steps is not None:
+        lines.append(("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)"))
+    if part.ms_per_row is not None:
+        lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
+    for name, text in lines:
+        print_line(console, f"  {name:17}{text}")
+
+
+def _bars(values: Histogram, unit: str = "") -> str:
+    """A histogram in one line: the lowest value, a bar for each bin, the highest."""
+    most = max(values.counts)
+    bars = "".join(BLOCKS[-(-8 * count // most)] for count in values.counts)
+    return f"{values.least:,} [{bars}] {values.most:,}{unit}, half up to {values.middle:,}"
+
+
+def _show_findings(console: Console, title: str, style: str, findings: list[Finding], counts: dict[str, int]) -> None:
+    """The counts of each kind with its meaning, and its first rows."""
+    from vlm_tune.data_check.row_errors import KINDS
+
+    for kind, count in sorted(counts.items()):
+        shown = [finding for finding in findings if finding.kind == kind][:NAMED]
+        console.print(Text.assemble((f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"))
+        for finding in shown:
+            where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
+            print_line(console, f"  {finding.stage} {finding.part}: {where}: {finding.message}")
+        if count > len(shown):
+            console.print(Text(f"  and {count - len(shown):,} more", style="dim"))
+
+
+def show_exports(console: Console, exports: dict[str, str | None] | str) -> None:
+    """Prints which formats the trained model can be exported in, and why not in the others; or why that is not known."""
+    if isinstance(exports, str):
+        print_line(console, f"exports: not known ({exports})")
+        return
+    for name, why_not in exports.items():
+        print_line(console, f"export --format {name}: {'possible' if why_not is None else f'not possible: {why_not}'}")

@@ -1,0 +1,130 @@
+"""What `vlm-tune plan` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from vlm_tune.memory_plan.communication import Communication
+    from vlm_tune.memory_plan.plan import Plan, StagePlan
+from vlm_tune.rendering.terminal import duration, print_line
+
+CAUSES = {
+    "frozen": "frozen weights",
+    "trained": "trained weights (fp32)",
+    "adapters": "LoRA weights (fp32)",
+    "optimizer": "optimizer (AdamW)",
+    "gradients": "gradients",
+    "activations": "activations",
+    "logits": "logits",
+    "exchange": "exchange between processes",
+    "holes": "holes between tensors",
+    "kernels": "compiled kernels (oneDNN)",
+    "base": "process, libraries",
+}
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as 0.35 GB."""
+    return f"{size / 1e9:,.2f} GB"
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Prints what a recipe needs: parameters and memory of each stage, FLOPs, and what to change if it does not fit."""
+    where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
+    where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+    where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
+    where += {"none": "", "optimizer": ", optimizer offloaded", "all": ", optimizer and weights offloaded"}[plan.offload]
+    quantized = f", LLM in {plan.quantize}" if plan.quantize else ""
+    console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
+    for stage in plan.stages:
+        _show_stage(console, stage)
+        _show_time(console, plan, stage)
+    if plan.allocator == "malloc":
+        # Measured with glibc 2.36, as docs/plan.md says.
+        why = "no C++ compiler, or addresses are limited (ulimit -v)"
+        console.print(Text(f"{why}: tensors lie where malloc puts them, and a run may take a third more", style="yellow"))
+    if plan.machine is not None and plan.machine.lacks:
+        print_line(console, f"\n{plan.machine.device}: {'; '.join(plan.machine.lacks)}", "yellow")
+    verdict = f"needs {gigabytes(plan.needed)} on each device"
+    if plan.gpu_memory is not None:
+        fits = plan.fits
+        verdict += f", {'fits' if fits else 'does not fit'} in {gigabytes(plan.gpu_memory)}"
+        console.print(Text(f"\n{verdict}", style="bold green" if fits else "bold red"))
+    else:
+        console.print(Text(f"\n{verdict}", style="bold"))
+    for advice in plan.advice:
+        mark = "fits" if plan.gpu_memory is not None and advice.needed <= plan.gpu_memory else "does not fit"
+        sets = "".join(f" --set {change}" for change in advice.changes)
+        console.print(Text(f"  {gigabytes(advice.needed):>10}  {mark:12}  {advice.text}{':' if sets else ''}{sets}"))
+    console.print(Text(f"planned in {plan.seconds:.1f} s", style="dim"))
+
+
+def _show_stage(console: Console, stage: StagePlan) -> None:
+    console.print(Text(f"\n{stage.name}", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("  part", "parameters", "trained", "of it LoRA", "share", "weights"):
+        table.add_column(name, justify="left" if name == "  part" else "right")
+    for part in stage.parts:
+        share = f"{part.trained / max(part.total, 1):.2%}"
+        table.add_row(f"  {part.part}", f"{part.total:,}", f"{part.trained:,}", f"{part.adapters:,}", share, gigabytes(part.bytes))
+    total, trained = sum(part.total for part in stage.parts), sum(part.trained for part in stage.parts)
+    adapters, held = sum(part.adapters for part in stage.parts), sum(part.bytes for part in stage.parts)
+    table.add_row("  all", f"{total:,}", f"{trained:,}", f"{adapters:,}", f"{trained / max(total, 1):.2%}", gigabytes(held), style="bold")
+    console.print(table)
+    memory = Table(box=None, pad_edge=False, header_style="dim")
+    memory.add_column("  memory at the peak")
+    memory.add_column("", justify="right")
+    for name, text in CAUSES.items():
+        if size := getattr(stage.memory, name):
+            memory.add_row(f"  {text}", gigabytes(size))
+    memory.add_row("  all", gigabytes(stage.memory.total), style="bold")
+    if stage.loading > stage.memory.total:
+        memory.add_row("  while the model is made", gigabytes(stage.loading), style="bold")
+    console.print(memory)
+    peak = stage.peak
+    labels = f", {peak.labels:,} label tokens" if peak.labels != peak.length else ""
+    cache = f"{gigabytes(stage.feature_cache)} on disk" if stage.feature_cache else "on disk, size unknown" if stage.cached else "none"
+    for name, text in (
+        ("batch", f"{peak.rows:,} rows x {peak.length:,} tokens{labels}"),
+        ("known from", stage.source),
+        ("step", f"{stage.flops / 1e12:,.3g} TFLOP a device, {stage.mean.tokens:,.0f} tokens a micro-batch"),
+        ("feature cache", cache),
+    ):
+        console.print(Text(f"  {name:15}{text}"))
+    if stage.host:
+        console.print(Text(f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"))
+    if stage.communication:
+        _show_communication(console, stage.communication)
+
+
+def _show_time(console: Console, plan: Plan, stage: StagePlan) -> None:
+    """The steps of a stage, and how long they are expected to take on this machine."""
+    if stage.steps is None:
+        print_line(console, f"  {'steps':15}not known: they are counted of the data's rows")
+        return
+    line = f"  {'steps':15}{stage.steps:,}"
+    if (expected := plan.time(stage)) is not None and plan.machine is not None:
+        rate = f"{plan.machine.rate / 1e9:,.3g} GFLOP/s of {plan.machine.precision} products, measured just now"
+        line += f", expected to take {duration(expected[0])} to {duration(expected[1])} here (an estimate from {rate}; without evaluation)"
+    print_line(console, line)
+
+
+def _show_communication(console: Console, found: Communication) -> None:
+    """What a step sends, by what it is, how long that takes, and the efficiency to expect."""
+    from vlm_tune.memory_plan.communication import GOOD
+
+    sent, link = found.traffic, "a node's link" if found.nodes > 1 else "a device's link"
+    names = {"gradients": "gradients", "updated": "updated weights", "forward": "weights forward", "backward": "weights backward"}
+    kinds = ", ".join(f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name)))
+    console.print(Text(f"  {'sends':15}{gigabytes(sent.total)} a step from each process: {kinds}"))
+    console.print(Text(f"  {'link':15}{found.seconds:,.3g} s a step at {found.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"))
+    if found.computing is None or found.least is None or found.most is None:
+        said = f"{GOOD:.0%} and more where a step computes for {found.good:,.3g} s or longer (--tflops gives a figure)"
+    else:
+        said = f"{found.least:.0%} with nothing overlapped, up to {found.most:.0%}; a step computes for {found.computing:,.3g} s"
+    console.print(Text(f"  {'efficiency':15}{said}"))

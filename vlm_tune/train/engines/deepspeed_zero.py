@@ -1,0 +1,143 @@
+"""DeepSpeed's ZeRO: optimizer states, gradients and weights sharded over the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlm_tune.compat import build_no_shared_memory_op
+from vlm_tune.config.engine import DeepSpeedEngine
+from vlm_tune.config.train import TrainSection
+from vlm_tune.memory_plan.zero import BUCKET
+from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.engines.base import MOMENTS, Engine, Filled, State, by_parameter, fill_buffers, shards
+
+
+class DeepSpeed(Engine):
+    """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and weights (3) in shares, and on the CPU if asked.
+
+    Gradients are its own until the step is taken, and added to if it is not: a run stops at one that is not finite.
+    """
+
+    skips = False
+    compiles = False
+
+    def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
+        super().__init__(accelerator)
+        self.section, self.sharded, self.collects = section, shards(section), section.stage > 0
+
+    def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+        # It says on the standard output what it builds, where a command's result belongs.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._prepare(model, tuned, train)
+
+    def _prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+        import deepspeed
+
+        build_no_shared_memory_op()
+        self.inner, self.names = model, tuned.names
+        self.rates = [group["lr"] for group in tuned.groups]
+        config = self._config(train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"]))
+        if self.sharded:
+            fill_buffers(model, self.accelerator.device)
+            deepspeed.zero.Init(module=Filled(model, self.accelerator.device), config_dict_or_path=config)
+            # It is gathered as it runs, equally often on every rank.
+            model.llm.whole_head = True
+        for parameter in model.parameters():
+            # It sends the bytes as they lie in memory, which a channels-last weight's are not in order.
+            parameter.data = parameter.data.contiguous()
+        self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._adamw(tuned.groups, train), config=config)
+        if self.section.stage:
+            self._start_state()
+        if not self.sharded:
+            fuse(model)
+
+    def _config(self, train: TrainSection, trained: int) -> dict[str, Any]:
+        """DeepSpeed's configuration for so many numbers to train; the recipe's own keys win."""
+        section = self.section
+        # By default it takes two gigabytes to exchange gradients in, however few there are; this is enough for any link.
+        zero: dict[str, Any] = {"stage": section.stage, "reduce_bucket_size": min(trained, BUCKET // 4)}
+        zero |= {f"offload_{'param' if what == 'parameters' else what}": {"device": "cpu"} for what in section.offload}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": train.max_grad_norm or 0.0,
+            "zero_optimization": zero | section.config.get("zero_optimization", {}),
+            # Our AdamW stays: it needs no compiler, and its state is the one of every other engine.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # Weights are in their types already; nothing is sent in fewer digits than it has.
+            "torch_autocast": {"enabled": train.precision != "fp32", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            "steps_per_print": 10**9,
+            **{key: value for key, value in section.config.items() if key != "zero_optimization"},
+        }
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def clip(self, factor: float) -> None:
+        self._set_rates(factor)
+
+    def step(self) -> None:
+        self.model.step()
+
+    def _start_state(self) -> None:
+        """Gives the optimizer its state before the first step: DeepSpeed ties parameters to what the first group's step made."""
+        flat = self.optimizer.fp32_partitioned_groups_flat if self.sharded else self.optimizer.single_partition_of_fp32_groups
+        for share in flat:
+            moments = {key: torch.zeros_like(share, requires_grad=False) for key in MOMENTS}
+            self.optimizer.optimizer.state[share] = {"step": torch.zeros((), device=share.device), **moments}
+
+    def optimizer_state(self) -> State:
+        if self.section.stage == 0:
+            return super().optimizer_state()
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: State = {}
+        step = next(iter(self.optimizer.optimizer.state.values()))["step"]
+        for name, parameter in self._named():
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if self.accelerator.is_main_process:
+                state[f"{name}|step"] = step.cpu()
+                state |= {f"{name}|{key}": value.cpu() for key, value in moments.items() if value is not None}
+        return state
+
+    def load_optimizer_state(self, state: State) -> None:
+        if self.section.stage == 0:
+            super().load_optimizer_state(state)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        kept = by_parameter(state)
+        for held in self.optimizer.optimizer.state.values():
+            held["step"].copy_(next(iter(kept.values()))["step"])
+        if not self.sharded:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._named():
+            for key in MOMENTS:
+                value = kept[name][key].float()
+                if not self.sharded:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                    continue
+                # The last rank's share is padded, which setting the whole value does not allow for.
+                size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+                padded = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+                safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.accelerator.process_index, size), key)
+
+    def release(self) -> None:
+        self.model.destroy()
+        self.model = self.inner = self.optimizer = None
+        self.accelerator.free_memory()

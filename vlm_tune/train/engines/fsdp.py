@@ -1,0 +1,105 @@
+"""torch's fully sharded data parallel, FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlm_tune.config.engine import FsdpEngine
+from vlm_tune.config.train import TrainSection
+from vlm_tune.errors import ModelError
+from vlm_tune.model.layer_index import block_names
+from vlm_tune.model.lora import parts
+from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.engines.base import Engine, fill, fill_buffers, named_parameters
+
+
+class Fsdp(Engine):
+    """torch's fully sharded data parallel (FSDP2): weights, gradients and optimizer states in shares, block by block."""
+
+    collects = sharded = True
+    compiles = False
+
+    def __init__(self, accelerator: Accelerator, section: FsdpEngine) -> None:
+        super().__init__(accelerator)
+        self.section = section
+
+    def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        device = self.accelerator.device
+        self.inner, self.names = model, tuned.names
+        self.rates = [group["lr"] for group in tuned.groups]
+        self.max_grad_norm = train.max_grad_norm or math.inf
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (self.accelerator.num_processes,)),
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.section.offload else OffloadPolicy(),
+        }
+        fill_buffers(model, device)
+        model.llm.whole_head = True
+        for block in [*_blocks(model), model]:
+            for parameter in block.parameters():
+                if not hasattr(parameter, "device_mesh"):
+                    fill(parameter, device)
+            fully_shard(block, **options)
+        held = dict(named_parameters(model))
+        for group, names in zip(tuned.groups, tuned.names, strict=True):
+            # In the groups themselves: whoever kept the parameters that were there would keep them whole.
+            group["params"] = [held[name] for name in names]
+        self.model, self.optimizer = model, self._adamw(tuned.groups, train)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        # Gradients are exchanged with every micro-batch: kept whole until the last they would be as large as the model.
+        with self.accelerator.autocast():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.accelerator.num_processes).backward()
+
+    def clip(self, factor: float) -> float:
+        self._set_rates(factor)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        if key == "step":
+            return value
+        held: Any = parameter
+        device = held.to_local().device
+        return distribute_tensor(value.to(device), held.device_mesh, held.placements, src_data_rank=None)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        # Blocks gather their own weights when they run; what lies between them is gathered by the whole model's forward.
+        self.model.unshard()
+        try:
+            yield
+        finally:
+            self.model.reshard()
+
+    def release(self) -> None:
+        self.model = self.inner = self.optimizer = None
+        self.accelerator.free_memory()
+
+
+def _blocks(model: VisionLanguageModel) -> list[nn.Module]:
+    """The blocks of the language model and the tower."""
+    found: list[nn.Module] = []
+    for part in ("tower", "llm"):
+        module = parts(model)[part]
+        try:
+            found += [module.get_submodule(name) for name in block_names(module)]
+        except ModelError:  # a small one without blocks is a share of the whole
+            continue
+    return found

@@ -1,0 +1,59 @@
+"""The engines by their kind in a recipe, and which one a launch asks for."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from vlm_tune.config.engine import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.train.engines.base import WRAPS, Engine
+from vlm_tune.train.engines.deepspeed_zero import DeepSpeed
+from vlm_tune.train.engines.fsdp import Fsdp
+
+
+def resolve_engine(section: AnyEngine) -> AnyEngine:
+    """The engine to train with: the recipe's, or where it leaves the choice that of an accelerate config, or DDP.
+
+    Takes what the config says out of the environment, so that accelerate itself joins the processes and does no more.
+    Raises `RecipeError` if recipe and config name different ones.
+    """
+    named = _configured()
+    for name in WRAPS:
+        os.environ.pop(name, None)
+    if isinstance(section, AutoEngine):
+        return named or DdpEngine(kind="ddp")
+    if named is not None and named.kind != section.kind:
+        raise RecipeError([Problem("engine", f"the recipe says {section.kind} and the accelerate config {named.kind}; drop one of them")])
+    return section
+
+
+def _configured() -> AnyEngine | None:
+    """The engine of `accelerate launch`'s config; None where it names none."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return FsdpEngine(kind="fsdp", offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    config = DeepSpeedPlugin().deepspeed_config
+    zero = {key: value for key, value in config["zero_optimization"].items() if value not in (None, "auto")}
+    places = {what: zero.pop(key, None) or {} for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))}
+    offload = [what for what, place in places.items() if place.get("device") == "cpu"]
+    found = {"kind": "deepspeed", "stage": zero.pop("stage", 2), "offload": offload, "config": {"zero_optimization": zero}}
+    return DeepSpeedEngine.model_validate(found)
+
+
+def build_engine(section: AnyEngine, accelerator: Accelerator) -> Engine:
+    """The engine of a section that `resolve_engine` gave."""
+    if isinstance(section, AutoEngine | DdpEngine):
+        return Engine(accelerator)
+    if not dist.is_initialized():
+        from torch._C._distributed_c10d import HashStore
+
+        # A process alone: the engines want a group all the same.
+        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    return DeepSpeed(accelerator, section) if isinstance(section, DeepSpeedEngine) else Fsdp(accelerator, section)
