@@ -93,9 +93,9 @@ class Memory:
 class StagePlan:
     """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
 
-    `loading` is the peak before the first step, where weights are made in fp32; `source` says where lengths are from;
-    `host` are the bytes offloaded to the machine's memory; `communication` is None for one process; `steps` are all
-    optimizer steps, None where the data is not known.
+    `loading` is the peak before the first step, where weights are made in fp32 or the tower runs for the last time;
+    `source` says where lengths are from; `host` are the bytes offloaded to the machine's memory; `communication` is None
+    for one process; `steps` are all optimizer steps, None where the data is not known.
     """
 
     name: str
@@ -348,8 +348,12 @@ def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Ba
 def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
     found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
     accumulation = stage.train.gradient_accumulation
+    held, weights = found.held, 0
+    if found.cached and not setting.gpu and setting.processes == 1:
+        # No step reads the tower: the run moves it out of memory once its features are there.
+        held, weights = replace(held, frozen=held.frozen - found.sizes[0].bytes), sum(size.bytes for size in found.sizes)
     shares = zero_memory(
-        found.held,
+        held,
         sum(size.trained for size in found.sizes),
         stage=setting.zero,
         processes=setting.processes,
@@ -373,7 +377,7 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         source=reading.source if known else f"{reading.source}: {found.peak.length:,} tokens a row",
         memory=memory,
         host=shares.host,
-        loading=found.made + memory.base,
+        loading=max(found.made, weights) + memory.base,
         flops=flops,
         feature_cache=reading.images * found.feature_bytes if found.cached else 0,
         cached=found.cached,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,6 +171,34 @@ def own_memory(module: nn.Module) -> None:
     """Copies every parameter: as long as one is read from the mapping of its file, all pages that were touched stay in memory."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
+
+
+ALIGNMENT = 64
+"""Bytes that a tensor's place in a file is a multiple of: rounding may depend on where in a vector register a row begins."""
+
+
+def page_out(module: nn.Module, folder: Path) -> int:
+    """Moves a CPU module's frozen weights to a file without a name in `folder`; the bytes that memory is spared.
+
+    The weights are the file's mapping then, with the same values: they take memory again, page by page, only when they are
+    read. A write goes to memory and not to the file, which lasts as long as the weights. Raises `OSError` where the file
+    can't be written; then nothing has changed.
+    """
+    parameters = [each for each in module.parameters() if not each.requires_grad and each.is_contiguous() and each.numel()]
+    offsets: list[int] = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for parameter in parameters:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            offsets.append(file.tell())
+            file.write(parameter.data.flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        if not parameters:
+            return 0
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        mapped = torch.frombuffer(mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset)
+        parameter.data = mapped.view(parameter.shape)
+    return len(mapping)
 
 
 def fingerprint(module: nn.Module) -> str:

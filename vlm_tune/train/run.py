@@ -34,10 +34,11 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import TuneRow, apply_rules, check_fits
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.model.weights import own_memory
+from vlm_tune.model.weights import own_memory, page_out
 from vlm_tune.paths import reason
 from vlm_tune.precision import DTYPES
 from vlm_tune.rendering.report import write_report
+from vlm_tune.resources import cache_folder
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run, retire_result
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
@@ -48,7 +49,7 @@ from vlm_tune.train.engines.registry import build_engine, resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, damaged_only, data_differences, earlier_seconds, forget_after, read_json, write_data
 from vlm_tune.train.signals import stop_requests
-from vlm_tune.train.stage_data import StageRows, image_cost, read_stage, stage_features, stage_feed, stage_fingerprint
+from vlm_tune.train.stage_data import StageRows, caches_features, image_cost, read_stage, stage_features, stage_feed, stage_fingerprint
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.trainer import Report, StageData, StageLoop
 from vlm_tune.train.watchdog import Watch
@@ -335,11 +336,20 @@ def stage_loop(
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     for part in (model.tower, model.connector) if shards(context.section) else (model,):
         part.to(accelerator.device)
-    if accelerator.device.type == "cpu":
-        own_memory(model)
+    media, on_cpu = train.media if train else [], accelerator.device.type == "cpu"
+    # A tower that no step reads needs no memory then; the engines of several processes send its weights around.
+    pages_out = on_cpu and accelerator.num_processes == 1 and caches_features(recipe, model, media)
+    if on_cpu:
+        for part in (model.connector, model.llm) if pages_out else (model,):
+            own_memory(part)
         keep_freed_memory()
     _tuning_table(context, progress.stage, name, tuned.table)
-    features, held_out = stage_features(recipe, model, train.media if train else [], validation, report)
+    features, held_out = stage_features(recipe, model, media, validation, report)
+    if pages_out:
+        try:
+            page_out(model.tower, cache_folder("features"))
+        except OSError:  # there is no room for the file
+            own_memory(model.tower)
     cost = image_cost(model, cached=features is not None)
     feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
     data = StageData(feed, validation, held_out, cost)
@@ -388,6 +398,10 @@ def _stage(
     loop.run()
     progress.seconds += preparing
     loop.engine.release()
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        # What the steps took goes back before a model is made anew or answers with a tower that was not in memory.
+        return_freed_memory()
     best = _best(context, folder, progress)
     shares = best is None and loop.engine.sharded
     if shares:
@@ -402,6 +416,8 @@ def _stage(
             apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
         if context.holds:
             model.to(accelerator.device)
+    if on_cpu:
+        keep_freed_memory()
     if accelerator.is_main_process:
         (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
     return model

@@ -200,12 +200,21 @@ def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
     return model.tower.measure()[0] * sum(parameter.numel() for parameter in model.tower.parameters()) / language
 
 
+def _keeps_features(recipe: Recipe, model: VisionLanguageModel) -> bool:
+    """Whether features of the tower, which is frozen, may be cached."""
+    return recipe.train.cache_features and not any(parameter.requires_grad for parameter in model.tower.parameters())
+
+
+def caches_features(recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any]) -> bool:
+    """Whether every image that a stage's steps and evaluations read is cached features, so that neither runs the tower."""
+    return _keeps_features(recipe, model) and bool(media) and not recipe.data.augment
+
+
 def stage_features(
     recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any], validation: Sequence[Conversation], report: Report
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
     """Cached features of the training and validation images, where the tower is frozen and images are not augmented."""
-    frozen = not any(parameter.requires_grad for parameter in model.tower.parameters())
-    if not recipe.train.cache_features or not frozen or not media:
+    if not _keeps_features(recipe, model) or not media:
         return None, None
     seen = distinct_media(validation)
 

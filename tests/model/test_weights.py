@@ -1,0 +1,75 @@
+"""Weights that are moved out of memory: the same values, read when they are wanted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_tune.memory_plan.plan import resident
+from vlm_tune.model.weights import page_out
+
+MB = 1 << 20
+
+
+def frozen(dtype: torch.dtype = torch.float32, width: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3, bias=False))
+    return module.to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_paged_out_have_the_same_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = frozen(dtype)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    names = [id(parameter) for parameter in module.parameters()]
+    assert page_out(module, tmp_path) >= sum(value.numel() * value.element_size() for value in before.values())
+    assert [id(parameter) for parameter in module.parameters()] == names
+    for name, value in module.state_dict().items():
+        assert value.dtype == dtype
+        assert torch.equal(value, before[name]), name
+    assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_paged_out_weights_take_no_memory_till_they_are_read(tmp_path: Path) -> None:
+    module = nn.Linear(4096, 4096, bias=False).requires_grad_(False)  # 64 MB
+    total = module.weight.double().sum()
+    before = resident()
+    page_out(module, tmp_path)
+    assert resident() < before - 50 * MB
+    assert module.weight.double().sum() == total
+
+
+def test_trained_weights_stay_and_others_can_be_written_copied_and_trained(tmp_path: Path) -> None:
+    module = frozen()
+    module[2].weight.requires_grad_()
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    page_out(module, tmp_path)
+    moved = [parameter.data_ptr() != place for parameter, place in zip(module.parameters(), places, strict=True)]
+    assert moved == [True] * 4 + [False]
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert twin[0].weight.abs().sum() > 0
+    twin.requires_grad_()
+    weight = twin[0].weight.clone()
+    twin(torch.ones(2, 16)).sum().backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    assert not torch.equal(twin[0].weight, weight)
+    assert module[0].weight.abs().sum() == 0
+
+
+def test_a_module_that_trains_whole_and_an_empty_one_have_nothing_to_page_out(tmp_path: Path) -> None:
+    assert page_out(frozen().requires_grad_(True), tmp_path) == 0
+    assert page_out(nn.Identity(), tmp_path) == 0
+
+
+def test_where_the_file_can_not_be_written_nothing_changes(tmp_path: Path) -> None:
+    module = frozen()
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    with pytest.raises(OSError, match="No such file"):
+        page_out(module, tmp_path / "missing")
+    assert [parameter.data_ptr() for parameter in module.parameters()] == places
