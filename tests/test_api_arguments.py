@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_text, write_color_rows
 
 import vlm_tune
+from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.errors import VlmTuneError
 
 ODD: tuple[Any, ...] = (-7, float("nan"), "a\0b", b"x", [None], {1: 2}, object())

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, hidden, runs, stage_of, start, stopped_at, until
-from small import assert_same_bits, built, interrupted, stage_loop, tensors_of
 
+from tests.helpers.forked_runs import ended, hidden, runs, stage_of, start, stopped_at, until
+from tests.helpers.tiny_models import assert_same_bits, built, interrupted, stage_loop, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.errors import RecipeError, TrainingError

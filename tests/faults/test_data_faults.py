@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import cli, examples_of, parsed, png, prepare_rows
 
+from tests.helpers.tiny_models import cli, examples_of, parsed, png, prepare_rows
 from vlm_tune.api import sft
 from vlm_tune.config.data import DataSection, FileSource, WebDatasetSource
 from vlm_tune.data.batching.sampler import Plan, Sizes

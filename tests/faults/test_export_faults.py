@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from export_samples import llava_text, photos, saved_model
 from safetensors.torch import load_file, save_file
-from small import built, parsed, with_tower
 
+from tests.helpers.export_samples import llava_text, photos, saved_model
+from tests.helpers.tiny_models import built, parsed, with_tower
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting import export, hf_llava, merge, source
 from vlm_tune.exporting.gguf import export as gguf

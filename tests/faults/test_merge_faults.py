@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import LORA_TUNE, assert_same_bits, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tune
 
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_same_bits,
+    built,
+    parsed,
+    rows_of,
+    save_llm,
+    tuned_by,
+    wake_adapters,
+    with_llm,
+    with_tune,
+)
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import MergeReport, check_merge, merge
 from vlm_tune.model import checkpoint

@@ -12,8 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CLIP, LORA_TUNE, batch_of, built, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
 
+from tests.helpers.tiny_models import (
+    CLIP,
+    LORA_TUNE,
+    batch_of,
+    built,
+    parsed,
+    rows_of,
+    save_llm,
+    tuned_by,
+    wake_adapters,
+    with_llm,
+    with_tower,
+    with_tune,
+)
 from vlm_tune.config.model import Llm
 from vlm_tune.errors import ModelError, RecipeError, VlmTuneError
 from vlm_tune.model.checkpoint import load_model

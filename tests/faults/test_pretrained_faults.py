@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import built, parsed, rows_of
-from vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 
+from tests.helpers.tiny_models import built, parsed, rows_of
+from tests.helpers.vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ended, hidden, runs, stage_of, start, until
 from safetensors.torch import load_file
-from small import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 
+from tests.helpers.forked_runs import ended, hidden, runs, stage_of, start, until
+from tests.helpers.tiny_models import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
 from vlm_tune.model.checkpoint import is_whole

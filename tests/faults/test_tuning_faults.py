@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import built, parsed, stage_loop, with_tune
+
+from tests.helpers.tiny_models import built, parsed, stage_loop, with_tune
 
 TUNE = """
 tune:

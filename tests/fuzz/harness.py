@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import COMPILED, write_color_rows
 from PIL import Image
-from strategies import Case, base_recipe, dump
+
+from tests.fuzz.strategies import Case, base_recipe, dump
+from tests.helpers.tiny_recipes import COMPILED, write_color_rows
 
 SECONDS = 240
 """After so long a case counts as one that hangs; the longest take a few seconds on a quiet machine."""

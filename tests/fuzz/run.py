@@ -23,8 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 BATCH = 500
 """Cases of one process."""
@@ -46,8 +45,8 @@ def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> 
 
     `start` is a workplace's folder that was prepared before.
     """
-    from harness import Workplace, limits
-    from strategies import drawn
+    from tests.fuzz.harness import Workplace, limits
+    from tests.fuzz.strategies import drawn
 
     with tempfile.TemporaryDirectory() as folder, limits():
         shutil.copytree(start, folder, symlinks=True, dirs_exist_ok=True)
@@ -136,13 +135,13 @@ def main() -> int:
         batch(int(number), int(count), options.kind, Path(start), Path(log))
         return 0
     if options.prepare:
-        from harness import Workplace
+        from tests.fuzz.harness import Workplace
 
         Workplace(options.prepare).prepare()
         return 0
     if options.case:
-        from harness import Workplace
-        from strategies import drawn
+        from tests.fuzz.harness import Workplace
+        from tests.fuzz.strategies import drawn
 
         with tempfile.TemporaryDirectory() as folder:
             workplace = Workplace(Path(folder))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small import assert_close, assert_same_outputs, built, one_step, parsed, rows_of, tensors_of, with_tower
 
+from tests.helpers.tiny_models import assert_close, assert_same_outputs, built, one_step, parsed, rows_of, tensors_of, with_tower
 from vlm_tune.api import sft
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.resources import cache_folder, trim_cache

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_text, write_color_rows
-from connector_kinds import with_connector
 from safetensors.torch import load_file
-from small import LORA_TUNE, assert_close, interrupted, one_step, parsed, rows_of, run, save_llm, with_llm, with_tune
 
+from tests.helpers.connector_kinds import with_connector
+from tests.helpers.tiny_models import LORA_TUNE, assert_close, interrupted, one_step, parsed, rows_of, run, save_llm, with_llm, with_tune
+from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.api import sft
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.config.recipe import Recipe
@@ -73,7 +73,7 @@ ONE_STEP: dict[str, Any] = {
     "data__validation": [],
     "evaluate__samples": 0,
 }
-WORKER = Path(__file__).parent.parent / "engine_worker.py"
+WORKER = Path(__file__).with_name("engine_worker.py")
 
 
 def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) -> Recipe:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import (
+
+from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
     batch_of,
@@ -25,7 +26,6 @@ from small import (
     wake_adapters,
     with_tune,
 )
-
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import assert_close, batch_of, built, loss_and_gradients, one_step, parsed, rows_of
+
+from tests.helpers.tiny_models import assert_close, batch_of, built, loss_and_gradients, one_step, parsed, rows_of
 
 ANSWERS = ["red", "a very long answer with a great many words in it, and then some more", "no", "two words"]
 

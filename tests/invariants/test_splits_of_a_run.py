@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ended, start
-from small import parsed
 
+from tests.helpers.forked_runs import ended, start
+from tests.helpers.tiny_models import parsed
 from vlm_tune.api import sft
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.train.step_trace import Step, read_trace

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ended, start
-from small import largest, parsed, tensors_of, with_tune
 
+from tests.helpers.forked_runs import ended, start
+from tests.helpers.tiny_models import largest, parsed, tensors_of, with_tune
 from vlm_tune.api import sft
 
 LORA_BOTH = """

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import LORA_TUNE, built, one_step, parsed, stage_loop, with_tune
 
+from tests.helpers.tiny_models import LORA_TUNE, built, one_step, parsed, stage_loop, with_tune
 from vlm_tune.api import sft
 
 FULL = """

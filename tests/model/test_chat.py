@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small import built, parsed, png, rows_of, save_llm, with_llm
 
+from tests.helpers.tiny_models import built, parsed, png, rows_of, save_llm, with_llm
 from vlm_tune import check, sft
 from vlm_tune.data.chat.requests import request_conversation
 from vlm_tune.data.types import Media

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import (
+
+from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
     assert_same_bits,
@@ -27,7 +28,6 @@ from small import (
     with_llm,
     with_tune,
 )
-
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merge, observe

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import built, parsed
 
+from tests.helpers.tiny_models import built, parsed
 from vlm_tune.api import sft
 from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import ModelError, RecipeError

@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, tuned_by, wake_adapters, with_llm, with_tower, with_tune
 
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    built,
+    largest,
+    parsed,
+    rows_of,
+    save_llm,
+    tuned_by,
+    wake_adapters,
+    with_llm,
+    with_tower,
+    with_tune,
+)
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import observe
@@ -208,7 +220,7 @@ def test_the_adapter_folder_opens_in_plain_peft(kind: str, targets: str, tiny_re
 
 @pytest.mark.parametrize("tower", ["open_clip", "transformers"])
 def test_every_lora_layer_of_a_tower_takes_part(tower: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    from small import CLIP, batch_of, loss_and_gradients
+    from tests.helpers.tiny_models import CLIP, batch_of, loss_and_gradients
 
     text = tiny_recipe("causal")
     if tower == "transformers":

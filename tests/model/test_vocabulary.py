@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from export_samples import llava_text
-from small import LORA_TUNE, built, largest, parsed, rows_of, save_llm, with_llm, with_tune
 
+from tests.helpers.export_samples import llava_text
+from tests.helpers.tiny_models import LORA_TUNE, built, largest, parsed, rows_of, save_llm, with_llm, with_tune
 from vlm_tune.api import merge, sft
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.exporting import export

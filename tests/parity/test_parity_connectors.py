@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import largest
 from torch import nn
 
+from tests.helpers.tiny_models import largest
 from vlm_tune.config.model import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.registry import build_connector

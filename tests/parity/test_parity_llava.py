@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import CLIP, LLAMA, batch_of, built, largest, parsed, rows_of, save_llm, with_llm, with_tower
 
+from tests.helpers.tiny_models import CLIP, LLAMA, batch_of, built, largest, parsed, rows_of, save_llm, with_llm, with_tower
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel

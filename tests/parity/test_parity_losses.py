@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_architectures import ODD, Layout, compare, mappings, tiny
 
+from tests.helpers.tiny_architectures import ODD, Layout, compare, mappings, tiny
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language import loss as chunked
 from vlm_tune.model.language.logits import HeadRule

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, unshifted, with_llm
 
+from tests.helpers.tiny_models import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, unshifted, with_llm
 from vlm_tune.config.model import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.model.vision.registry import build_tower

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small import assert_close, built, largest, parsed, rows_of
-from vlm_samples import Blip, one_batch, our_pixels, save_blip, save_llava, save_llava_original, their_inputs, with_pretrained
 
+from tests.helpers.tiny_models import assert_close, built, largest, parsed, rows_of
+from tests.helpers.vlm_samples import Blip, one_batch, our_pixels, save_blip, save_llava, save_llava_original, their_inputs, with_pretrained
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
 from vlm_tune.model.language.decoding import Decoding

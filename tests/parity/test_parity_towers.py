@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import CLIP, assert_same_outputs, largest
 
+from tests.helpers.tiny_models import CLIP, assert_same_outputs, largest
 from vlm_tune.config.model import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import bare_tower

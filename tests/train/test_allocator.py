@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import parsed, with_tune
 
+from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.kernels.cpu import native
 from vlm_tune.memory_plan import heap

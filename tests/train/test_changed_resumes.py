@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import assert_same_bits, interrupted, parsed, with_tune
 
+from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, with_tune
 from vlm_tune.api import sft, verify_run
 from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import DataError, ModelError, RecipeError

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import assert_same_bits, built, parsed, stage_loop, tensors_of
 
+from tests.helpers.tiny_models import assert_same_bits, built, parsed, stage_loop, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError, TrainingError
 from vlm_tune.model.checkpoint import commit_folder, find_model, is_whole, load_model, verify_folder
@@ -162,8 +162,7 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[...
 
 @pytest.mark.slow
 def test_best_checkpoints_of_a_lora_stage_are_found_again(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from small import with_tune
-
+    from tests.helpers.tiny_models import with_tune
     from vlm_tune.train.trainer import StageLoop
 
     scores = iter([0.9, 0.1])

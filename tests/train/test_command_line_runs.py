@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small import cli
 
+from tests.helpers.tiny_models import cli
 from vlm_tune import VisionLanguageModel
 
 STAGES = """

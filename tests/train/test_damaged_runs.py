@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import interrupted, parsed
 
+from tests.helpers.tiny_models import interrupted, parsed
 from vlm_tune.api import sft, verify_run
 from vlm_tune.errors import RecipeError, TrainingError
 from vlm_tune.rendering.report import write_report

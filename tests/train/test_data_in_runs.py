@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import assert_close, assert_same_bits, interrupted, parsed, tensors_of
 
+from tests.helpers.tiny_models import assert_close, assert_same_bits, interrupted, parsed, tensors_of
 from vlm_tune.api import evaluate, sft
 from vlm_tune.errors import DataError
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from small import parsed
 
 import vlm_tune
+from tests.helpers.tiny_models import parsed
 from vlm_tune.api import evaluate, sft
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import prepared_parts, scratch_texts

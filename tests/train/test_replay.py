@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from small import parsed, with_tune
 
 import vlm_tune
+from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune import cli
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import batch_of, parsed, rows_of, unshifted
 
+from tests.helpers.tiny_models import batch_of, parsed, rows_of, unshifted
 from vlm_tune.api import sft
 
 GRANITE = (

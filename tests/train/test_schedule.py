@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 
 import pytest
-from small import parsed
 
+from tests.helpers.tiny_models import parsed
 from vlm_tune.api import sft
 from vlm_tune.config.train import Schedule
 from vlm_tune.train.trainer import schedule_factor

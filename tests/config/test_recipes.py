@@ -1,0 +1,127 @@
+"""The recipes for a GPU and a hub, built at their real shapes on the meta device: no weights, no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.plan_time import write_instructblip, write_llava
+from vlm_tune.config.load import load_recipe
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.model.build import assemble, bare_model, bare_tower
+from vlm_tune.model.pretrained.tokenizer import train_tokenizer
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section
+from vlm_tune.model.tuning import Tuned, apply_rules
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+"""Of a ViT-L/14."""
+
+
+def meta_model(recipe: Recipe, language: Any) -> VisionLanguageModel:
+    template = load_template(recipe.data.template)
+    tokenizer = train_tokenizer([], 300, template)
+    with torch.device("meta"):
+        tower = bare_tower(model_section(recipe).tower)
+        config = VisionLanguageConfig(
+            model=model_section(recipe),
+            tower_rebuild=tower.rebuild,
+            template=template.model_dump(),
+            system=recipe.data.system,
+            max_length=recipe.data.max_length,
+        )
+        return assemble(config, tower, tokenizer, language, changed=set())
+
+
+def tuned(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
+    return apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=torch.bfloat16)
+
+
+def trained(found: Tuned) -> dict[str, int]:
+    return {row.match: row.trained for row in found.table}
+
+
+def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    recipe = load_recipe(RECIPES / "flan-t5-clip-vqa.yaml")
+    shape = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+    with torch.device("meta"):
+        language = T5ForConditionalGeneration(T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    model = meta_model(recipe, language)
+    assert model.processor.spec.tokens_per_image == 256  # ViT-L/14 at 224 px: 16 x 16 patches
+    assert len(model.tower.visual.transformer.resblocks) == 23  # layer -2: the last of 24 blocks is never run
+    counts = trained(tuned(model, recipe))
+    assert counts["tower.*"] == 0
+    assert counts["connector.*"] == (1024 + 1) * 2048 + (2048 + 1) * 2048
+    # q and v of 24 encoder blocks, and of self- and cross-attention in 24 decoder blocks.
+    assert counts["llm.*"] == 2 * (24 + 24 + 24) * 16 * (2048 + 2048)
+
+
+def test_llava_7b_trains_in_full_at_its_real_shape(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    CLIPVisionConfig(**shape, image_size=336, patch_size=14, hidden_act="quick_gelu", projection_dim=768).save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "llava-7b-zero3.yaml", {"model.tower.name": str(tmp_path)})
+    with torch.device("meta"):
+        language = LlamaForCausalLM(LlamaConfig(vocab_size=32000))
+    counts = trained(tuned(meta_model(recipe, language), recipe))
+    assert counts["tower.*"] == 0
+    assert counts["*"] == 6_738_415_616 + (1024 + 1) * 4096 + (4096 + 1) * 4096
+
+
+def test_llava_style_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+
+    tower = CLIPVisionConfig(**LARGE, image_size=336, hidden_act="quick_gelu", projection_dim=768)
+    tower.save_pretrained(tmp_path)
+    recipe = load_recipe(RECIPES / "llava-1.5-style.yaml", {"model.tower.name": str(tmp_path)})
+    (_, align), (_, instruct) = recipe.resolved_stages()
+    with torch.device("meta"):
+        language = LlamaForCausalLM(LlamaConfig(vocab_size=32000))
+    model = meta_model(align, language)
+    assert model.processor.spec.tokens_per_image == 576
+    projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
+    assert trained(tuned(model, align)) == {"connector.*": projector, "*": 0}
+    counts = trained(tuned(model, instruct))
+    layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    assert counts == {"tower.*": 0, "connector.*": projector, "llm.*": 32 * 128 * layer}
+    assert model.llm.head.weight.shape == (32000, 4096)
+
+
+def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """From configs alone: the model that `plan` makes."""
+    write_llava(tmp_path)
+    recipe = load_recipe(RECIPES / "llava-1.5-7b-qlora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((576, 1024), 576)
+    layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
+    assert trained(tuned(model, recipe)) == {"tower.*": 0, "connector.*": projector, "llm.*": 32 * 64 * layer}
+
+
+def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    write_instructblip(tmp_path)
+    recipe = load_recipe(RECIPES / "instructblip-flan-t5-xl-lora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
+    counts = trained(tuned(model, recipe))
+    assert counts["llm.*"] == 2 * (24 + 24 + 24) * 16 * (2048 + 2048)
+    attention = lambda context: 2 * (768 + 1) * 768 + 2 * (context + 1) * 768 + 2 * 768  # noqa: E731
+    feed = (768 + 1) * 3072 + (3072 + 1) * 768 + 2 * 768
+    words = 32 * 768 + 2 * 768 + (30523 + 512) * 768 + (768 + 1) * 2048
+    assert counts["connector.*"] == words + 12 * (attention(768) + feed) + 6 * attention(1408) + 11 * feed
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_header_says_what_the_recipe_is_for_and_what_was_measured(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert header and path.read_text().startswith("# ")
+    said = " ".join(header)
+    assert "Not run on a GPU" in said or "Measured on two CPU cores" in said

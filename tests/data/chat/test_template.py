@@ -1,0 +1,204 @@
+"""Chat formats: equal to the tokenizer's own chat template, masks by construction, malformed formats refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.chat_samples import CHAT, IMAGE, KINDS, LAYOUTS, Kind, as_dicts, ends, processor, tokenizer, turns
+from vlm_tune.data.chat.template import load_template, processor_jinja, read_template
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
+from vlm_tune.errors import DataError
+
+CAUSAL = [name for name, layout in LAYOUTS if layout == "causal"]
+BENIGN = {
+    "one turn": turns("What color is the shape?", "red"),
+    "system": turns("Is it a circle?", "no, a triangle", system="You are helpful."),
+    "turns": turns("What color is it?", "blue", "And its shape?", "a small circle", "Is it red?\nSay yes or no.", "no"),
+    "system and turns": turns("Describe the image.", "A red circle.", "Shorter:", "circle", system="Answer in one line."),
+}
+
+
+def expected_ids(name: str, kind: Kind, messages: tuple[Message, ...], *, prompt: bool = False) -> list[int]:
+    tokens = tokenizer(name, kind)
+    given = as_dicts(messages[:-1] if prompt else messages)
+    return tokens.apply_chat_template(
+        given, chat_template=load_template(name).jinja, add_generation_prompt=prompt, tokenize=True, return_dict=False
+    )
+
+
+def kinds_of(name: str) -> list[Kind]:
+    # The GPT-2 split of "\n\n" depends on the letter after it, and T5's takes a line's end for a space before the next
+    # segment; the tokenizers of the models these formats are for do neither.
+    if name == "llama3":
+        return ["bytes", "llama3"]
+    return [kind for kind in KINDS if kind != "t5" or name in ("flan", "vicuna")]
+
+
+def assert_same_ids(example: Example, expected: list[int]) -> None:
+    """The input and the label at its end are what the chat template gives, up to what follows the last trained token."""
+    own = [*example.input_ids.tolist(), int(example.labels[-1])]
+    assert own == expected[: len(own)]
+    assert len(expected) - len(own) <= 2  # a line's end, perhaps with the tokenizer's space before it
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)])
+def test_ids_equal_the_tokenizers_own_chat_template(name: str, kind: Kind) -> None:
+    for label, messages in BENIGN.items():
+        conversation = Conversation(label, messages)
+        (example,) = processor(name, kind, "causal").examples(conversation)
+        assert_same_ids(example, expected_ids(name, kind, messages))
+        prompt = processor(name, kind, "causal").prompt(conversation).input_ids.tolist()
+        assert prompt == expected_ids(name, kind, messages, prompt=True), label
+        assert example.input_ids[: len(prompt)].tolist() == prompt, label
+        assert (example.labels[: len(prompt) - 1] != IGNORE_INDEX).sum() < example.supervised, label
+
+
+WORDS = ["red", "blue", "a", "the", "shape", "image", "It", "is,", "Yes.", "no?", "12", "3x:"]
+words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
+
+
+@given(st.data(), st.sampled_from(CAUSAL), st.integers(1, 3), st.none() | words)
+@settings(max_examples=40, deadline=None)
+def test_ids_of_random_conversations_equal_the_chat_template(data: st.DataObject, name: str, pairs: int, system: str | None) -> None:
+    kind = data.draw(st.sampled_from(kinds_of(name)))
+    messages = turns(*(data.draw(words) for _ in range(2 * pairs)), system=system)
+    (example,) = processor(name, kind, "causal").examples(Conversation("r", messages))
+    assert_same_ids(example, expected_ids(name, kind, messages))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_answers_and_their_end_are_trained_and_nothing_else(name: str) -> None:
+    tokens, end = tokenizer(name, "bytes"), ends(load_template(name), tokenizer(name, "bytes"))
+    messages = turns("first question", "zebra", "second question", "quick fox", system="system text", image=True)
+    (example,) = processor(name, "bytes", "causal").examples(Conversation("m", messages))
+    following = example.labels[:-1] != IGNORE_INDEX
+    assert (example.labels[:-1][following] == example.input_ids[1:][following]).all()
+    spans: list[list[int]] = [[]]
+    for label in example.labels.tolist():
+        if label != IGNORE_INDEX:
+            spans[-1].append(label)
+        elif spans[-1]:
+            spans.append([])
+    spans = [span for span in spans if span]
+    assert [span[-1] for span in spans] == [end, end]
+    assert [tokens.decode(span[:-1]).strip() for span in spans] == ["zebra", "quick fox"]
+    trained = np.append(False, following)
+    rest = tokens.decode(example.input_ids[~trained & ~example.image_mask].tolist())
+    assert "first question" in rest and "system text" in rest and "zebra" not in rest and "fox" not in rest
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_image_slots_stand_where_the_message_has_the_image(name: str, layout: str) -> None:
+    messages = (Message("user", ("before ", IMAGE, " after")), Message("assistant", ("answer",)))
+    (example,) = processor(name, "bytes", layout).examples(Conversation("i", messages))  # type: ignore[arg-type]
+    slots = example.image_mask.nonzero()[0]
+    assert example.media == (IMAGE,)
+    assert len(slots) == 3 and slots[-1] - slots[0] == 2
+    decode = tokenizer(name, "bytes").decode
+    assert decode(example.input_ids[: slots[0]].tolist()).endswith("before ")
+    assert decode(example.input_ids[slots[-1] + 1 :].tolist()).startswith(" after")
+
+
+def test_the_recipes_system_text_stands_in_for_the_formats_and_yields_to_the_datas() -> None:
+    template = load_template("smollm2")
+
+    def system(messages: tuple[Message, ...], given: str | None) -> str:
+        return str(template.segments(Conversation("s", messages), system=given)[1].payload)
+
+    assert "SmolLM" in system(turns("q", "a"), None)
+    assert system(turns("q", "a"), "from the recipe") == "system\nfrom the recipe"
+    assert system(turns("q", "a", system="from the data"), "from the recipe") == "system\nfrom the data"
+    segments = template.segments(Conversation("s", turns("q", "a")), system="")
+    assert [segment.payload for segment in segments][1] == "user\nq"
+
+
+def test_a_prompt_trains_nothing_and_ends_where_the_answer_begins() -> None:
+    for name in CHAT:
+        template = load_template(name)
+        row = Conversation("p", turns("one", "first", "two", "second"))
+        segments = template.segments(row, prompt_only=True)
+        assert not any(segment.trained for segment in segments)
+        text = "".join(str(segment.payload) for segment in segments)
+        assert "first" in text and "two" in text and "second" not in text
+
+
+def test_unknown_roles_and_missing_system_turns_are_data_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the role 'tool'"):
+        load_template("chatml").segments(Conversation("t", (Message("tool", ("x",)),)))
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        "name: plain\nlayouts: [causal]\nuser: [{content: prompt}]\nassistant: [{content: trained}, {control: eos, trained: true}]\n"
+    )
+    with pytest.raises(DataError, match="no system turn"):
+        load_template(str(path)).segments(Conversation("s", turns("q", "a", system="x")))
+
+
+def test_an_unknown_format_names_the_shipped_ones() -> None:
+    with pytest.raises(DataError, match=r"chatml.*vicuna"):
+        load_template("nope")
+
+
+GOOD = """
+name: mine
+layouts: [causal]
+start: [{control: bos}]
+user: [{text: "Q: "}, {content: prompt}]
+assistant: [{text: "A: "}, {content: trained}, {control: eos, trained: true}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('{text: "Q: "}, ', "{text: Q, control: eos}, ", "one of text, control, content"),
+        ('{text: "Q: "}, ', "{}, ", "one of text, control, content"),
+        ("{content: prompt}", "{content: trained}", "only the assistant's words are trained"),
+        ('user: [{text: "Q: "}, {content: prompt}]', "user: [{text: Q}]", "user turn has no content"),
+        ("layouts: [causal]", "layouts: []", "layouts"),
+        ("layouts: [causal]", "layouts: [decoder]", "layouts"),
+        ("name: mine", "name: mine\nextra: 1", "extra"),
+        ("name: mine", "name: [", "not YAML"),
+    ],
+)
+def test_malformed_formats_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    assert read_template(path).name == "mine"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(DataError, match=message):
+        read_template(path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)])
+def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) -> None:
+    """Contents as text and as lists; a format without system turns refuses them by name."""
+    template = load_template(name)
+    jinja, tokens = processor_jinja(template, None, "<image>"), tokenizer(name, kind)
+    for label, messages in BENIGN.items():
+        for prompt in (False, True):
+            texts = as_dicts(messages[:-1] if prompt else messages)
+            lists = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
+            for given_turns in (texts, lists):
+                ids = tokens.apply_chat_template(given_turns, chat_template=jinja, add_generation_prompt=prompt, return_dict=False)
+                assert ids == expected_ids(name, kind, messages, prompt=prompt), label
+
+
+def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:
+    template = load_template("llama3")
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " what {{ is }} 'this'?\n"}]}]
+    tokens = tokenizer("llama3", "llama3")
+    said = tokens.apply_chat_template(turns, chat_template=processor_jinja(template, ' Say "äöü 🙂". ', "<image>"), tokenize=False)
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert said == (
+        tokens.bos_token
+        + head.format("system")
+        + 'Say "äöü 🙂".<|eot_id|>'
+        + head.format("user")
+        + "<image> what {{ is }} 'this'?<|eot_id|>"
+    )

@@ -1,0 +1,163 @@
+"""Layouts: labels are the trained segments, and user text makes no control token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from tests.helpers.chat_samples import IMAGE, IMAGE_SLOTS, LAYOUTS, Kind, processor, tokenizer, turns
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.chat.tokenize import TextEncoder, causal_layout
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Message, Segment
+from vlm_tune.errors import DataError
+
+MARKS = ("<image>", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<|start_header_id|>", "<pad>", "<unk>", "<", "</")
+marked = st.lists(st.sampled_from(MARKS) | st.text("ab s/>é\n<", max_size=4), min_size=1, max_size=6).map("".join)
+user_text = marked | st.text(min_size=1, max_size=12)
+KINDS: tuple[Kind, ...] = ("bytes", "bpe", "unigram", "t5", "prepend")
+
+
+def is_text(text: str) -> bool:
+    return bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, text: st.SearchStrategy[str] = user_text) -> Conversation:
+    texts = text.filter(is_text)
+    pairs = draw(st.integers(1, 3))
+    system = draw(st.none() | texts)
+    return Conversation("c", turns(*(draw(texts) for _ in range(2 * pairs)), system=system, image=draw(st.booleans())))
+
+
+def harmless(conversation: Conversation) -> Conversation:
+    """The same turns with a word for each text."""
+    messages = [replace(m, parts=tuple("a" if isinstance(part, str) else part for part in m.parts)) for m in conversation.messages]
+    return replace(conversation, messages=tuple(messages))
+
+
+def controls(example: Example, tokens: Any) -> list[list[int]]:
+    """The control ids of the input and of the labels, in order; an unknown character's id is no control."""
+    special = {token for token in tokens.all_special_ids if token != tokens.unk_token_id}
+    special |= {token for token, added in tokens.added_tokens_decoder.items() if added.special and token != tokens.unk_token_id}
+    inputs = example.input_ids[~example.image_mask]
+    return [[token for token in ids.tolist() if token in special] for ids in (inputs, example.labels)]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@given(conversation=conversations())
+@settings(max_examples=15, deadline=None)
+def test_control_ids_occur_exactly_where_the_template_put_them(name: str, layout: Any, kind: Kind, conversation: Conversation) -> None:
+    made, tokens = processor(name, kind, layout), tokenizer(name, kind)
+    found = [controls(example, tokens) for example in made.examples(conversation)]
+    assert found == [controls(example, tokens) for example in made.examples(harmless(conversation))]
+    assert any(ids for example in found for ids in example)
+    prompt = made.prompt(conversation)
+    assert controls(prompt, tokens) == controls(made.prompt(harmless(conversation)), tokens)
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+@given(conversation=conversations())
+@settings(max_examples=25, deadline=None)
+def test_labels_are_exactly_the_trained_segments(name: str, layout: Any, conversation: Conversation) -> None:
+    made, template = processor(name, "bytes", layout), load_template(name)
+    tokens = made.tokenizer
+    end = [made.encoder.control(p.control) for p in template.assistant if p.control and p.trained]
+    answers = [message.text for message in conversation.messages if message.role == "assistant"]
+    answers = [answer.strip() if template.strip else answer for answer in answers]
+    lead = "".join(piece.text or "" for piece in template.assistant if piece.trained)
+    examples = made.examples(conversation)
+    if layout == "seq2seq":
+        assert len(examples) == len(answers) and len({example.id for example in examples}) == len(answers)
+        assert [example.labels.tolist()[-1:] for example in examples] == [end] * len(answers)
+        assert [tokens.decode(example.labels[:-1].tolist()) for example in examples] == [lead + answer for answer in answers]
+        assert [example.questions for example in examples] == [1] * len(answers)
+    else:
+        (example,) = examples
+        trained = example.labels != IGNORE_INDEX
+        assert (example.labels[:-1][trained[:-1]] == example.input_ids[1:][trained[:-1]]).all() and trained[-1]
+        said, spans = example.labels[trained].tolist(), []
+        while said:
+            cut = said.index(end[0])
+            spans.append(tokens.decode(said[:cut]))
+            said = said[cut + 1 :]
+        assert spans == [lead + answer for answer in answers]
+        assert example.questions == len(answers)
+    assert all(example.image_mask.sum() == IMAGE_SLOTS * len(conversation.media) for example in examples)
+    assert all(example.media == conversation.media for example in examples)
+
+
+def test_seq2seq_puts_all_before_an_answer_in_the_encoder() -> None:
+    made = processor("flan", "bytes", "seq2seq")
+    decode = made.tokenizer.decode
+    row = Conversation("s", turns("one?", "first", "two?", "second", system="Be brief."))
+    examples = made.examples(row)
+    assert [decode(example.input_ids.tolist()) for example in examples] == ["Be brief.\none?", "Be brief.\none? first</s>two?"]
+    assert [decode(example.labels.tolist()) for example in examples] == [" first</s>", " second</s>"]
+    assert [example.id for example in examples] == ["s", "s#1"]
+    # Chat asks with what training put in the encoder: the earlier answer and the last question.
+    for given_row in (row, replace(row, messages=row.messages[:-1])):
+        prompt = made.prompt(given_row)
+        assert prompt.input_ids.tolist() == examples[1].input_ids.tolist()
+        assert prompt.labels.tolist() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoders_answer_is_the_same_with_and_without_the_formats_space(kind: Kind) -> None:
+    """T5-like tokenizers begin a string with a space; the format's own must not come on top of it, nor be lost."""
+    made = processor("flan", kind, "seq2seq")
+    tokens = made.tokenizer
+    labels = made.examples(Conversation("a", turns("What color is it?", "red")))[0].labels.tolist()
+    assert tokens.decode(labels[:-1]).strip() == "red"
+    text = tokens.backend_tokenizer.encode("is red", add_special_tokens=False).tokens
+    assert tokens.convert_ids_to_tokens(labels[:-1]) == text[-len(labels) + 1 :]
+
+
+def test_text_inside_a_text_gets_no_prefix_of_its_own() -> None:
+    for kind in ("unigram", "metaspace_always", "prepend", "metaspace_first", "t5"):
+        tokens = tokenizer("flan", kind)  # type: ignore[arg-type]
+        encoder, show = TextEncoder(tokens), tokens.convert_ids_to_tokens
+        assert "".join(show(encoder.text("is red"))) == "\u2581is\u2581red"
+        assert "".join(show(encoder.text("is red", "text"))) == "is\u2581red", kind
+        assert "".join(show(encoder.text(" is red", "text"))) == "\u2581is\u2581red", kind
+        if kind != "t5":
+            assert show(encoder.text(" ", "text")) == ["\u2581"], kind
+    tokens = tokenizer("flan", "metaspace_first")
+    first = TextEncoder(tokens)
+    assert tokens.convert_ids_to_tokens(first.text("a", "control")) == ["a"]
+    assert "".join(tokens.convert_ids_to_tokens(first.text("a"))) == "\u2581a"
+
+
+def test_a_templates_token_that_is_no_special_one_is_kept_out_of_text_too() -> None:
+    tokens = type(tokenizer("flan", "bytes"))(
+        tokenizer_object=type(tokenizer("flan", "bytes").backend_tokenizer).from_str(tokenizer("flan", "bytes").backend_tokenizer.to_str()),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    tokens.add_tokens([AddedToken("<|turn|>", special=False)])
+    encoder = TextEncoder(tokens)
+    turn = encoder.control("<|turn|>")
+    assert turn not in encoder.text("a <|turn|> b") and tokens.decode(encoder.text("a <|turn|> b")) == "a <|turn|> b"
+
+
+def test_a_missing_control_token_names_the_token_and_the_cure() -> None:
+    with pytest.raises(DataError, match=r"<\|im_end\|>.*choose the chat format"):
+        TextEncoder(tokenizer("flan", "bytes")).control("<|im_end|>")
+
+
+def test_a_format_for_decoders_is_refused_for_an_encoder_decoder() -> None:
+    with pytest.raises(DataError, match="'chatml' is for causal models, this one is seq2seq"):
+        processor("chatml", "bytes", "seq2seq")
+
+
+def test_a_segment_list_of_media_only_gives_slots_only() -> None:
+    made = processor("flan", "bytes", "causal")
+    spec = InputSpec(2, "causal", 10, made.spec.pad_id, made.spec.eos_id)
+    message = Conversation("m", (Message("user", (IMAGE, IMAGE)),))
+    (example,) = causal_layout(message, [Segment("media", IMAGE), Segment("media", IMAGE)], made.encoder, spec)
+    assert example.image_mask.tolist() == [True] * 4 and example.media == (IMAGE, IMAGE) and example.supervised == 0

@@ -1,0 +1,198 @@
+"""Tiny existing vision-language models as transformers and the LLaVA repository write them, and recipes that start from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.tiny_models import CLIP, LLAMA, T5, batch_of
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.model.pretrained.tokenizer import train_tokenizer
+from vlm_tune.model.vlm import VisionLanguageModel
+
+QUERIES = 4
+QFORMER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "encoder_hidden_size": 32,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+VISION = CLIP | {"num_hidden_layers": 2}
+Blip = Literal["blip-2", "instructblip"]
+
+
+def stir(module: nn.Module) -> Any:
+    """The module in eval mode with every parameter moved, norms and biases too: a swapped or forgotten one shows."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return module.eval()
+
+
+def with_pretrained(recipe: str, name: Path | str, template: str, extra: str = "") -> str:
+    """A tiny recipe's text that starts from an existing model."""
+    head, _, rest = recipe.partition("\nmodel:")
+    rest = rest[rest.index("\ndata:") :]
+    for own in ("flan", "chatml"):
+        rest = rest.replace(f"template: {own}\n", f"template: {template}\n")
+    return f"{head}\nmodel: {{pretrained: {name}{extra}}}{rest}"
+
+
+def text_tokenizer(rows: Sequence[Conversation], template: str, around: str) -> Any:
+    """A tokenizer of the rows' words that puts tokens `around` a text by itself, as Llama's and T5's do."""
+    tokenizer = train_tokenizer(rows, 400, load_template(template))
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    return tokenizer
+
+
+def bert_tokenizer(rows: Sequence[Conversation]) -> Any:
+    """An uncased WordPiece tokenizer with BERT's start and end tokens."""
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    texts = [part for row in rows for message in row.messages for part in message.parts if isinstance(part, str)]
+    inner.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(specials.values()), show_progress=False))
+    ends = [(token, inner.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **specials)
+
+
+def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False, **changes: Any) -> Any:
+    """A tiny `LlavaForConditionalGeneration` with its processor."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaImageProcessor,
+        LlavaProcessor,
+    )
+
+    tokenizer = text_tokenizer(rows, "vicuna", "<s> $A")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    torch.manual_seed(2)
+    text = LlamaConfig(**{**LLAMA, **ids, "vocab_size": len(tokenizer) + 3})
+    theirs = stir(
+        LlavaForConditionalGeneration(
+            LlavaConfig(**{"vision_config": CLIPVisionConfig(**CLIP), "text_config": text, "image_token_id": image, **changes})
+        )
+    )
+    theirs.save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    images: Any = (
+        LlavaImageProcessor(size=square, crop_size=square, do_pad=True)
+        if pad
+        else CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
+    )
+    tokens: dict[str, Any] = {"patch_size": 16, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    LlavaProcessor(images, tokenizer, image_token="<image>", **tokens).save_pretrained(folder)
+    return theirs
+
+
+def save_llava_original(folder: Path, theirs: Any, source: Path, *, tower: bool, **changes: Any) -> Path:
+    """A tiny LLaVA as `save_llava` made it, as the LLaVA repository keeps one; its CLIP, from which `mm_vision_tower` comes."""
+    from safetensors.torch import save_file
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    clip = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+    vision = theirs.model.vision_tower.state_dict()
+    if not tower:
+        clip.load_state_dict(vision)
+    clip.save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "clip")
+    names = {"linear_1": "0", "linear_2": "2"}
+    projector = theirs.model.multi_modal_projector.state_dict().items()
+    tensors = {f"model.{key}": value for key, value in theirs.model.language_model.state_dict().items()}
+    tensors |= {f"model.mm_projector.{names[key[:8]]}{key[8:]}": value for key, value in projector}
+    tensors |= {"lm_head.weight": theirs.lm_head.weight.data}
+    if tower:
+        tensors |= {f"model.vision_tower.vision_tower.vision_model.{key}": value for key, value in vision.items()}
+        tensors["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    llava = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": str(folder / "clip"),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+    }
+    text = theirs.config.text_config.to_dict() | {"rope_theta": 10000.0, "rope_scaling": None}
+    (folder / "config.json").write_text(json.dumps(text | llava | changes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((source / name).read_text())
+    return folder
+
+
+def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes: Any) -> Any:
+    """A tiny BLIP-2 or InstructBLIP over a T5 whose head is its own, with its processor."""
+    import transformers
+    from transformers import BlipImageProcessor, T5Config
+
+    tokenizer, bert = text_tokenizer(rows, "flan", "$A </s>"), bert_tokenizer(rows)
+    images = BlipImageProcessor(size={"height": 32, "width": 32})
+    name = "Blip2" if kind == "blip-2" else "InstructBlip"
+    words: dict[str, Any] = {} if kind == "blip-2" else {"qformer_tokenizer": bert}
+    made = getattr(transformers, f"{name}Processor")(images, tokenizer, num_query_tokens=QUERIES, **words)
+    made.save_pretrained(folder)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    text = T5Config(**{**T5, **ids, "vocab_size": len(tokenizer) + 3, "tie_word_embeddings": False, "dropout_rate": 0.0})
+    torch.manual_seed(4)
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=getattr(transformers, f"{name}VisionConfig")(**VISION),
+        qformer_config=getattr(transformers, f"{name}QFormerConfig")(**{**QFORMER, "vocab_size": len(bert) + 2, **changes}),
+        text_config=text,
+        num_query_tokens=QUERIES,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    theirs: Any = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    theirs.language_model.lm_head.weight = nn.Parameter(torch.zeros_like(theirs.language_model.lm_head.weight))
+    stir(theirs)
+    theirs.query_tokens.data *= 10  # a norm comes next: small queries would have gradients too large to compare
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def their_inputs(folder: Path, row: Conversation, text: str) -> Any:
+    """What a model's own processor makes of a row's image and a text."""
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    made: Any = AutoProcessor.from_pretrained(folder)
+    made.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes as we do
+    return made(images=Image.open(row.media[0].source).convert("RGB"), text=text, return_tensors="pt")  # type: ignore[arg-type]
+
+
+def our_pixels(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+    """The normalised pixels that our tower sees."""
+    assert batch.pixels is not None
+    return batch.pixels.float() * model.tower.scale - model.tower.offset
+
+
+def one_batch(model: VisionLanguageModel, row: Conversation) -> tuple[Example, Batch]:
+    """A row's only example, and a batch of it."""
+    (example,) = model.processor.examples(row)
+    return example, batch_of(model, [example])

@@ -1,0 +1,80 @@
+"""Compiled blocks compute what the written ones compute, for every shape by one graph, and only while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_close,
+    batch_of,
+    built,
+    loss_and_gradients,
+    parsed,
+    rows_of,
+    tuned_by,
+    wake_adapters,
+    with_tune,
+)
+from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
+from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.language.base import LanguageModel
+
+
+def ready(text: str) -> Any:
+    recipe = parsed(text)
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    fuse(model)
+    return model.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), [("causal", "inductor"), ("seq2seq", "aot_eager")])
+def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
+    kind: str, backend: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5 is traced and differentiated as for the compiler, but not compiled: its five graphs would take minutes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    text = with_tune(tiny_recipe(kind), LORA_TUNE)
+    model = ready(text)
+    examples = [example for row in rows_of(parsed(text)) for example in model.processor.examples(row)]
+    batches = [batch_of(model, examples[:size]) for size in (2, 3, 5)]
+    wanted = [loss_and_gradients(model, [batch]) for batch in batches]
+    counters.clear()
+    torch._dynamo.reset()
+    with compiled(blocks(model.llm, training=True)):
+        with eager():
+            loss_and_gradients(model, batches[:1])
+        assert not counters["stats"]["unique_graphs"]
+        for batch, (loss, gradients) in zip(batches, wanted, strict=True):
+            found, theirs = loss_and_gradients(model, [batch])
+            assert float((found - loss).abs() / loss.abs()) <= 1e-5
+            assert_close(theirs, gradients, 1e-5)
+    # Blocks that are alike share theirs: the first and the other ones of T5's two stacks differ.
+    assert 1 <= counters["stats"]["unique_graphs"] <= (1 if kind == "causal" else 5)
+    assert not counters["graph_break"]
+    counters.clear()
+    loss_and_gradients(model, batches[:1])
+    assert not counters["stats"]["calls_captured"]
+
+
+def test_small_models_short_stages_and_machines_without_a_compiler_stay_eager(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm: LanguageModel = built(parsed(tiny_recipe("causal"))).llm
+    assert why_not(llm, "auto", 10_000) == ""
+    assert why_not(llm, False, 10_000) == ""
+    assert why_not(llm, True, 1) is None
+    monkeypatch.setattr("vlm_tune.model.acceleration.compiling.LARGE", 1)
+    assert why_not(llm, "auto", 10_000) is None
+    assert why_not(llm, "auto", 10) == ""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C++ compiler" in (why_not(llm, True, 1) or "")

@@ -1,0 +1,30 @@
+"""Every connector with both kinds of LLM learns eight questions about images, as a run from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.connector_kinds import KINDS, Tiny, with_connector
+from tests.helpers.tiny_models import parsed
+from vlm_tune.api import sft
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("llm", ["causal", "seq2seq"])
+def test_eight_image_questions_are_learnt_word_for_word(kind: str, llm: str, tiny_recipe: Tiny, color_rows: Path) -> None:
+    """Greedy answers, all right; the same question of four images has four answers, so they must be looked at."""
+    recipe = parsed(
+        with_connector(tiny_recipe(llm), kind),
+        data__validation=[],
+        data__test=[{"kind": "file", "path": str(color_rows)}],
+        train__steps=150,
+        train__batch_size=8,
+        train__learning_rate=5e-3,
+        train__checkpoints={"every": 150},  # not after each epoch, which is a step
+        evaluate__samples=0,
+    )
+    run = sft(recipe)
+    assert (run.result["n"], run.result["accuracy"]) == (8, 1.0)

@@ -1,0 +1,93 @@
+"""Every way to start a run that docs/scale.md shows starts the same one: same samples, same losses, one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.tiny_models import LORA_TUNE, free_port, parsed, with_tune
+from vlm_tune.config.load import dump_recipe
+from vlm_tune.train.step_trace import read_trace
+
+LAUNCH = Path(__file__).parent.parent.parent / "docs" / "launch"
+SFT = ["-m", "vlm_tune.cli", "sft"]
+
+
+def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
+    """By name the commands of one job of two processes, one a node, and the engine that they ask for."""
+    python, ddp = sys.executable, {"kind": "ddp"}
+    accelerate = [python, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", str(port)]
+    zero2 = {
+        "kind": "deepspeed",
+        "stage": 2,
+        "offload": [],
+        "config": {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}},
+    }
+    return {
+        "processes": ([[python, *SFT, "--processes", "2"]], ddp),
+        "nodes": ([["env", f"NODE={number}", "sh", str(LAUNCH / "torchrun.sh")] for number in range(2)], ddp),
+        "accelerate": ([[*accelerate, "--config_file", str(LAUNCH / "accelerate.yaml"), *SFT]], zero2),
+        "deepspeed": (
+            [
+                [
+                    python,
+                    "-m",
+                    "deepspeed.launcher.runner",
+                    "--no_local_rank",
+                    "--num_gpus",
+                    "2",
+                    "--master_port",
+                    str(port),
+                    "--module",
+                    *SFT[1:],
+                ]
+            ],
+            ddp,
+        ),
+    }
+
+
+@pytest.mark.slow
+def test_every_launcher_starts_the_same_run(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train__steps": 2, "train__batch_size": 2, "train__log_every": 1, "data__validation": []}
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(parsed(with_tune(tiny_recipe("causal"), LORA_TUNE), **changes, evaluate__samples=0)))
+    port = free_port()
+    node = {"HEAD": "127.0.0.1", "NODES": "2", "GPUS": "1", "PORT": str(port)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    traces = {}
+    for name, (commands, engine) in forms(port).items():
+        run = tmp_path / name
+        recipe = [str(tmp_path / "recipe.yaml"), "--set", f"output={run}"]
+        environment = os.environ | node | {"PATH": path}
+        jobs = [
+            subprocess.Popen(
+                [*command, *recipe], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            )
+            for command in commands
+        ]
+        try:
+            for job in jobs:
+                said = job.communicate(timeout=400)[0]
+                assert job.returncode == 0, f"{name}: {said[-4000:]}"
+        finally:
+            for job in jobs:
+                if job.poll() is None:
+                    os.killpg(job.pid, signal.SIGKILL)
+        events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        (told,) = (event for event in events if event["event"] == "environment")
+        assert (told["processes"], told["engine"]) == (2, engine)
+        assert (run / "result.json").is_file()
+        traces[name] = read_trace(run / "stages" / "1-main")
+    first = traces["processes"]
+    assert [step.step for step in first] == [1, 2]
+    for found in traces.values():
+        assert [step.samples for step in found] == [step.samples for step in first]
+        assert [step.loss for step in found] == pytest.approx([step.loss for step in first], rel=1e-6)
