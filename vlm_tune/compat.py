@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
 """Loggers that warn of what is meant to be so: a config.json of our own type, and a 4-bit kernel that is not installed."""
@@ -32,6 +33,16 @@ def cache_name() -> str:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def recompute_operator_inputs() -> AbstractContextManager[Any]:
+    """Within, a compiler's backward pass computes the inputs of operators anew where elementwise work from what is saved gives them.
+
+    torch saves them otherwise: a norm's input and its output, of which the latter is a product of the former.
+    """
+    from torch._functorch import config
+
+    return config.patch(ban_recompute_materialized_backward=False)
 
 
 def build_no_shared_memory_op() -> None:

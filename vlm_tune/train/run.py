@@ -42,7 +42,7 @@ from vlm_tune.resources import cache_folder
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run, retire_result
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import MIXED, accelerator_of
-from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory, shut_range
+from vlm_tune.train.allocator import forget_old_kernels, keep_freed_memory, return_freed_memory, shut_range, trim_heap
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, last_checkpoint, read_progress, stage_folder, step_folder, step_of
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine, resolve_engine
@@ -350,6 +350,8 @@ def stage_loop(
             page_out(model.tower, cache_folder("features"))
         except OSError:  # there is no room for the file
             own_memory(model.tower)
+    if on_cpu:
+        trim_heap()
     cost = image_cost(model, cached=features is not None)
     feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
     data = StageData(feed, validation, held_out, cost)
@@ -397,11 +399,11 @@ def _stage(
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
-    loop.engine.release()
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         # What the steps took goes back before a model is made anew or answers with a tower that was not in memory.
         return_freed_memory()
+    loop.engine.release()
     best = _best(context, folder, progress)
     shares = best is None and loop.engine.sharded
     if shares:

@@ -32,6 +32,7 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -191,6 +192,8 @@ class StageLoop:
             rate = self._step(batches, step, rates)
             self._advance()
             if self._compiles and step == self._first_step + 1:
+                if self.accelerator.device.type == "cpu":
+                    trim_heap()  # a compiler's small objects
                 taken = time.perf_counter() - started
                 self.report({"event": "note", "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled"})
             self.progress.seconds = before + time.perf_counter() - started

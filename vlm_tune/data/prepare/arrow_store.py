@@ -34,6 +34,19 @@ class MediaRow:
     info: ImageInfo
 
 
+def numpy_view(array: pa.Array) -> np.ndarray:
+    """The values of an Arrow array without nulls, not copied; its own `to_numpy` would import pandas, which takes a second and 24 MB."""
+    return np.from_dlpack(array)
+
+
+def arrow_indices(places: np.ndarray) -> pa.Array:
+    """Places as Arrow's `take` wants them, without pandas, which `pyarrow.array` would import."""
+    import pyarrow as pa
+
+    whole = np.ascontiguousarray(places, np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(whole), [None, pa.py_buffer(whole)])
+
+
 def _lists(values: Sequence[np.ndarray | Sequence[int]]) -> pa.ListArray:
     import pyarrow as pa
 
@@ -95,10 +108,10 @@ class _Columns:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.ids, self.categories = batch.column("id"), batch.column("category")
-        self.questions = batch.column("questions").to_numpy()
+        self.questions = numpy_view(batch.column("questions"))
         lists: dict[str, Any] = {name: batch.column(name) for name in LISTS}
-        self.offsets = {name: column.offsets.to_numpy() for name, column in lists.items()}
-        self.values = {name: column.values.to_numpy() for name, column in lists.items()}
+        self.offsets = {name: numpy_view(column.offsets) for name, column in lists.items()}
+        self.values = {name: numpy_view(column.values) for name, column in lists.items()}
 
     def list(self, name: str, row: int) -> np.ndarray:
         offsets = self.offsets[name]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.data.prepare.arrow_store import ExampleStore, MediaRow, media_rows, read_batches
+from vlm_tune.data.prepare.arrow_store import ExampleStore, MediaRow, arrow_indices, media_rows, numpy_view, read_batches
 from vlm_tune.data.prepare.job import Job, source_names
 from vlm_tune.data.prepare.merge_shards import PARTS, joined_rows
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK, content_hash, files_changed
@@ -102,18 +102,16 @@ class Prepared:
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the row records."""
-        found = [batch.column(name).to_numpy() for batch in self.row_batches]
+        found = [numpy_view(batch.column(name)) for batch in self.row_batches]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def values(self, name: str, places: np.ndarray) -> list[Any]:
         """A column's values for rows at ascending places."""
-        import pyarrow as pa
-
         found, first = [], 0
         for batch in self.row_batches:
             start, end = np.searchsorted(places, [first, first + batch.num_rows])
             if end > start:
-                found += batch.column(name).take(pa.array(places[start:end] - first)).to_pylist()
+                found += batch.column(name).take(arrow_indices(places[start:end] - first)).to_pylist()
             first += batch.num_rows
         return found
 
@@ -121,15 +119,15 @@ class Prepared:
     def shown(self) -> tuple[np.ndarray, np.ndarray]:
         """The media numbers of all rows, and from where in them each row's own are: int32[all], int64[rows + 1]."""
         listed = [batch.column("images") for batch in self.row_batches]
-        flat = [column.values.to_numpy()[column.offsets[0].as_py() : column.offsets[-1].as_py()] for column in listed]
-        sizes = [np.diff(column.offsets.to_numpy()) for column in listed]
+        flat = [numpy_view(column.values)[column.offsets[0].as_py() : column.offsets[-1].as_py()] for column in listed]
+        sizes = [np.diff(numpy_view(column.offsets)) for column in listed]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes) if sizes else [])]).astype(np.int64)
         return np.concatenate(flat) if flat else np.empty(0, dtype=np.int32), offsets
 
     def records(self, *statuses: int) -> Iterator[dict[str, Any]]:
         """The records of rows with one of the statuses."""
         for batch in self.row_batches:
-            for place in np.flatnonzero(np.isin(batch.column("status").to_numpy(), statuses)).tolist():
+            for place in np.flatnonzero(np.isin(numpy_view(batch.column("status")), statuses)).tolist():
                 yield {name: batch.column(name)[place].as_py() for name in batch.schema.names}
 
     @cached_property

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import recompute_operator_inputs
 from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import usable
@@ -69,7 +70,8 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
         # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.
         block.compile(dynamic=True)
     try:
-        yield
+        with recompute_operator_inputs():
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None  # type: ignore[assignment]

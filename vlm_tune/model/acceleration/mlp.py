@@ -212,7 +212,8 @@ def gated(
 
 def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     count = rows.shape[0] if keep else 0
-    blocks = (count + 31) // 32 * 32
+    # Only the kernel, which computes in bf16, writes blocks of 32 rows.
+    blocks = (count + 31) // 32 * 32 if rows.dtype == torch.bfloat16 else count
     return (
         rows.new_empty(blocks, 2 * ups[0].shape[0]),
         rows.new_empty(count, downs[0].shape[0] + downs[1].shape[0]),
