@@ -58,8 +58,14 @@ def test_parameters_and_bytes_are_those_of_the_model_that_is_built(tiny_recipe: 
         held = sum(t.nbytes for t in (*parameters, *module.buffers()))
         assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), held)
         assert part.trained == sum(p.numel() for p in parameters if p.requires_grad)
-    weights = sum(part.bytes for part in stage.parts)
-    assert stage.memory.frozen + stage.memory.trained + stage.memory.adapters == weights
+    # The tower's features are cached, so that no step reads it: a CPU has it in memory before the first step alone.
+    weights, tower = sum(part.bytes for part in stage.parts), stage.parts[0].bytes
+    assert stage.cached and tower > 0
+    assert stage.memory.frozen + stage.memory.trained + stage.memory.adapters == weights - tower
+    assert stage.loading >= weights + stage.memory.base
+    for elsewhere in (plan(recipe, gpu_memory="24GB"), plan(recipe, processes=2)):
+        memory = elsewhere.stages[0].memory
+        assert memory.frozen + memory.trained + memory.adapters == weights
     assert (stage.memory.adapters > 0) == lora
     assert stage.memory.optimizer == 8 * sum(part.trained for part in stage.parts)
 

@@ -84,7 +84,7 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
             memory.add_row(f"  {text}", gigabytes(size))
     memory.add_row("  all", gigabytes(stage.memory.total), style="bold")
     if stage.loading > stage.memory.total:
-        memory.add_row("  while the model is made", gigabytes(stage.loading), style="bold")
+        memory.add_row("  before the first step", gigabytes(stage.loading), style="bold")
     console.print(memory)
     peak = stage.peak
     labels = f", {peak.labels:,} label tokens" if peak.labels != peak.length else ""
