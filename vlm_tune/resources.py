@@ -23,7 +23,7 @@ KERNELS = 128
 """oneDNN's compiled kernels that a process keeps: some steps' worth, for a step has about thirty kinds of matrix product."""
 
 KERNEL_BYTES = 800_000
-"""What one takes of the heap, in both of oneDNN's caches together (measured: `docs/log.md`)."""
+"""What one takes of the heap, in both of oneDNN's caches together (measured: `dev/log.md`)."""
 
 
 SMALLEST_BLOCK = 16384

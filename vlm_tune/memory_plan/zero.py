@@ -7,7 +7,7 @@ Numbers train in fp32, N of them on P processes, under AdamW. Bytes a process ho
 | 0 (DDP) | F | 4 N | 4 N | 8 N |
 | 1 | F | 4 N | 4 N | 12 N / P, with DeepSpeed's own fp32 copy of the weights |
 | 2 | F | 4 N | 4 N / P | 12 N / P |
-| 3 | F / P | 4 N / P | 4 N / P | 12 N / P, the copy is there too (measured: docs/log.md) |
+| 3 | F / P | 4 N / P | 4 N / P | 12 N / P, the copy is there too (measured: dev/log.md) |
 """
 
 from __future__ import annotations
