@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.tiny_models import parsed
 from vlm_tune.api import sft
 from vlm_tune.config.train import Schedule
-from vlm_tune.train.trainer import schedule_factor
+from vlm_tune.train.schedule import schedule_factor
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -12,9 +12,9 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from vlm_tune.errors import Problem, RecipeError, check_count, number_problems
 from vlm_tune.memory_plan.advice import changed, changes, written
 from vlm_tune.memory_plan.batch_stats import Reading, Work, longest_batch, readings, work_of
 from vlm_tune.memory_plan.communication import GIGABIT, Communication, communication, traffic
-from vlm_tune.memory_plan.heap import Allocator, allocator
-from vlm_tune.memory_plan.machine import Machine, measure
+from vlm_tune.memory_plan.heap import allocator
+from vlm_tune.memory_plan.machine import measure
+from vlm_tune.memory_plan.results import Advice, Memory, Offload, PartSize, Plan, StagePlan
 from vlm_tune.memory_plan.step import ROWS, traced
 from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
 from vlm_tune.model.build import bare_model, trained_later
@@ -41,136 +42,10 @@ from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries' work space take of a GPU."""
-
 MOST_PROCESSES = 1_000_000
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LONGEST = 1_000_000
 """Tokens of a row that a plan may be asked for."""
-
-Offload = Literal["none", "optimizer", "all"]
-"""What DeepSpeed keeps in the machine's memory: nothing, optimizer states, or those and the weights."""
-
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class PartSize:
-    """Numbers of parameters of one part, LoRA's among them, and the bytes that its weights take."""
-
-    part: str
-    total: int
-    trained: int
-    adapters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process at its peak, by cause.
-
-    `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered. On a CPU
-    `holes` are what lies idle between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
-    """
-
-    frozen: int
-    trained: int
-    adapters: int
-    optimizer: int
-    gradients: int
-    activations: int
-    logits: int
-    exchange: int
-    holes: int
-    kernels: int
-    base: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
-
-    `loading` is the peak before the first step, where weights are made in fp32 or the tower runs for the last time;
-    `source` says where lengths are from; `host` are the bytes offloaded to the machine's memory; `communication` is None
-    for one process; `steps` are all optimizer steps, None where the data is not known.
-    """
-
-    name: str
-    parts: list[PartSize]
-    tuning: list[TuneRow]
-    peak: Work
-    mean: Work
-    source: str
-    memory: Memory
-    loading: int
-    flops: float
-    feature_cache: int
-    cached: bool
-    host: int
-    communication: Communication | None
-    steps: int | None
-
-    @property
-    def needed(self) -> int:
-        """Bytes at the stage's peak."""
-        return max(self.memory.total, self.loading)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """A change that lessens memory, as overrides of the recipe or a ZeRO stage, and what the run then needs."""
-
-    text: str
-    changes: list[str]
-    zero: int
-    needed: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run needs on each of `processes` devices; `fits` is None where no memory was named.
-
-    `allocator` is what a CPU's holes are counted for; `machine` is this one, None where the plan is for another.
-    """
-
-    name: str
-    device: str
-    precision: str
-    quantize: str | None
-    processes: int
-    zero: int
-    nodes: int
-    offload: Offload
-    gpu_memory: int | None
-    allocator: Allocator | None
-    stages: list[StagePlan]
-    seconds: float
-    machine: Machine | None = None
-    advice: list[Advice] = field(default_factory=list)
-
-    @property
-    def needed(self) -> int:
-        """Bytes at the peak of the stage that needs most."""
-        return max(stage.needed for stage in self.stages)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether that is within the memory named."""
-        return None if self.gpu_memory is None else self.needed <= self.gpu_memory
-
-    def time(self, stage: StagePlan) -> tuple[float, float] | None:
-        """The least and the most seconds that a stage's steps are expected to take here; None where that is not known."""
-        if self.machine is None or stage.steps is None:
-            return None
-        return self.machine.seconds(stage.flops * stage.steps)
-
-    def summary(self) -> dict[str, Any]:
-        """The plan as JSON."""
-        stages = [asdict(stage) | {"needed": stage.needed, "time": self.time(stage)} for stage in self.stages]
-        return asdict(self) | {"needed": self.needed, "fits": self.fits, "stages": stages}
 
 
 def plan(
@@ -250,9 +125,6 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise RecipeError([Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")])
     return size
-
-
-# --- a stage ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -409,9 +281,6 @@ def _communication(sizes: list[PartSize], accumulation: int, flops: float, cache
     return communication(sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed)
 
 
-# --- what the model is -----------------------------------------------------------------------------------------------
-
-
 def _sizes(model: VisionLanguageModel) -> list[PartSize]:
     return [_part_size(part, module) for part, module in parts(model).items()]
 
@@ -448,9 +317,6 @@ def _attention_width(model: VisionLanguageModel) -> float:
     return float(config.num_hidden_layers * config.num_attention_heads * head)
 
 
-# --- what a process holds ---------------------------------------------------------------------------------------------
-
-
 def _memory(peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool) -> Memory:
     """One process's share at the fullest moment; a CPU multiplies by oneDNN's kernels in `half` precision alone."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
@@ -477,9 +343,6 @@ def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# --- what to change --------------------------------------------------------------------------------------------------
 
 
 def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vlm_tune.memory_plan.communication import Communication
-    from vlm_tune.memory_plan.plan import Plan, StagePlan
+    from vlm_tune.memory_plan.results import Plan, StagePlan
 from vlm_tune.rendering.terminal import duration, print_line
 
 CAUSES = {

@@ -27,8 +27,8 @@ from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, 
 from vlm_tune.train.engines.registry import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, data_differences
-from vlm_tune.train.run import Context, read_rows, stage_loop
 from vlm_tune.train.signals import stop_requests
+from vlm_tune.train.stage import Context, read_rows, stage_loop
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.step_trace import Step, read_trace
 from vlm_tune.train.trainer import Report

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.config.train import Schedule
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Feed, Position, PreparedFeed
 from vlm_tune.data.images.decode import PixelCache
@@ -33,22 +32,15 @@ from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.allocator import trim_heap
-from vlm_tune.train.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    capture_checkpoint,
-    load_random,
-    random_state,
-    read_drawn,
-    read_optimizer,
-)
+from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_drawn, read_optimizer
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.rates import Rates
+from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, told, write_step
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
-
 Report = Callable[[dict[str, Any]], None]
 """Takes one event of the run: it is logged, shown and tracked."""
 
@@ -62,59 +54,6 @@ class StageData:
     validation_features: FeatureStore | None
     image_cost: float = 0.0
     """How many tokens an image costs."""
-
-
-def schedule_factor(schedule: Schedule, step: float, total: float) -> float:
-    """The share of the full learning rate at optimizer step `step` of `total`, both from 1."""
-    warm = round(schedule.warmup * total)
-    if step <= warm:
-        return step / warm
-    if schedule.kind == "constant":
-        return 1.0
-    done = (step - warm - 1) / max(total - warm, 1)
-    return 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
-
-
-@dataclass
-class _Rates:
-    """Throughput since the last log line."""
-
-    start: float = field(default_factory=time.perf_counter)
-    questions: int = 0
-    tokens: int = 0
-    padded: int = 0
-    loss: float = 0.0
-    count: int = 0
-    waited: float = 0.0
-    largest: float = 0.0
-    mean: float = 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done meanwhile is not training: its time does not count."""
-        before = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - before
-
-    def add(self, batch: Batch) -> None:
-        self.questions += batch.questions
-        self.tokens += batch.tokens
-        self.padded += batch.attention_mask.numel()
-
-    def work(self, costs: torch.Tensor) -> None:
-        """Notes what a step costs each rank."""
-        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
-
-    def line(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "loss": self.loss / max(self.count, 1),
-            "questions_per_s": self.questions / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "padding": 1 - self.tokens / max(self.padded, 1),
-            "stall": self.waited / seconds,
-            "imbalance": self.largest / max(self.mean, 1e-9),
-        }
 
 
 class _CutShort(Exception):
@@ -179,7 +118,7 @@ class StageLoop:
         return self.progress
 
     def _run(self) -> None:
-        started, before, rates = time.perf_counter(), self.progress.seconds, _Rates()
+        started, before, rates = time.perf_counter(), self.progress.seconds, Rates()
         rates.loss, rates.count = self.progress.unlogged
         if self.accelerator.is_main_process:
             cut_trace(self.folder, self.progress.step)
@@ -202,7 +141,7 @@ class StageLoop:
                 left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
                 place = {"step": step, "of": self.total, **self._epochs_done()}
                 self.report({"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left})
-                rates = _Rates()
+                rates = Rates()
             self.progress.unlogged = rates.loss, rates.count
             if self.data.validation and (self._scored(step) or last):
                 with rates.paused():
@@ -249,7 +188,7 @@ class StageLoop:
         with self._training():
             for batches, _ in self._windows():
                 step = self.progress.step + 1
-                self._step(batches, step, _Rates())
+                self._step(batches, step, Rates())
                 self._advance()
                 states = gather_object([random_state()])
                 if step in at and self.accelerator.is_main_process:
@@ -356,7 +295,7 @@ class StageLoop:
                 window = [batch.to(self.accelerator.device) for batch in next(windows)]
                 yield window, time.perf_counter() - start
 
-    def _step(self, batches: list[Batch], step: int, rates: _Rates) -> float:
+    def _step(self, batches: list[Batch], step: int, rates: Rates) -> float:
         """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
         accelerator = self.accelerator
         ids = [identity for batch in batches for identity in batch.ids]

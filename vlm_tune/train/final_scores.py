@@ -1,0 +1,93 @@
+"""The end of a run: the model saved and scored on the test part, and the report's samples answered before and after."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.errors import Interrupted
+from vlm_tune.evaluation.evaluate import Scores, score
+from vlm_tune.model.checkpoint import save_model
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.vision.feature_cache import tower_features
+from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.run_folder import check_present
+from vlm_tune.train.resuming import read_json
+from vlm_tune.train.stage import Context
+
+log = logging.getLogger(__name__)
+
+
+def save_and_score(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], result: dict[str, Any]) -> dict[str, Any]:
+    """Saves the finished model, scores it on rows of the test part, and fills the result."""
+    recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
+    if accelerator.is_main_process:
+        check_present(context.run)
+        log.info("saving the model")
+        save_model(model, context.run / "model")
+        rows = rows[: recipe.evaluate.test_limit]
+        if rows:
+            started = time.perf_counter()
+            found = _score_rows(context, model, rows, recipe)
+            result |= {name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")}
+            result["seconds_test"] = round(time.perf_counter() - started, 2)
+            context.report({"event": "test", **found.summary()})
+            lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers)
+            (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+    result["seconds"] = round(result["seconds"], 2)
+    result["peak_memory_mb"] = peak_memory_mb()
+    return result
+
+
+def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> Scores:
+    """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
+    settings = recipe.evaluate
+    media = distinct_media(rows)
+
+    def progress(done: int, of: int) -> None:
+        context.report({"event": "scoring", "done": done, "of": of})
+        if context.stop():
+            raise Interrupted("stopped: the model is trained, the test part is not scored yet; --resume does that")
+
+    with context.accelerator.autocast():
+        note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731
+        features = tower_features(model, media, note=note) if media else None
+        return score(
+            model,
+            rows,
+            decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+            batch_size=settings.batch_size,
+            features=features,
+            loss=False,
+            compile=recipe.train.compile,
+            progress=progress,
+        )
+
+
+def write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str) -> None:
+    """Adds the model's answers to samples.json under `before` or `after`."""
+    if not rows:
+        return
+    recipe = context.recipe.resolved_stages()[-1][1]
+    path = context.run / "samples.json"
+    entries = read_json(path, list, context.note, "the answers before training are lost") or []
+    known = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
+    with context.accelerator.autocast():
+        answers = score(model, rows, decoding=Decoding(recipe.evaluate.max_new_tokens), batch_size=16, loss=False).answers
+    table = []
+    for answer in answers:
+        entry = known.get(answer.id) or {"id": answer.id, "image": answer.image, "question": answer.question, "expected": answer.expected}
+        table.append({"before": None, "after": None, **entry, column: answer.generated})
+    path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
+
+
+def peak_memory_mb() -> int:
+    """The process's largest resident set so far, in MB (10^6 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 1_000_000

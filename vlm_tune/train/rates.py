@@ -1,0 +1,54 @@
+"""Throughput and mean loss between two lines of the log."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from vlm_tune.data.types import Batch
+
+
+@dataclass
+class Rates:
+    """Throughput since the last log line."""
+
+    start: float = field(default_factory=time.perf_counter)
+    questions: int = 0
+    tokens: int = 0
+    padded: int = 0
+    loss: float = 0.0
+    count: int = 0
+    waited: float = 0.0
+    largest: float = 0.0
+    mean: float = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not training: its time does not count."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+    def add(self, batch: Batch) -> None:
+        self.questions += batch.questions
+        self.tokens += batch.tokens
+        self.padded += batch.attention_mask.numel()
+
+    def work(self, costs: torch.Tensor) -> None:
+        """Notes what a step costs each rank."""
+        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
+
+    def line(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "loss": self.loss / max(self.count, 1),
+            "questions_per_s": self.questions / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "padding": 1 - self.tokens / max(self.padded, 1),
+            "stall": self.waited / seconds,
+            "imbalance": self.largest / max(self.mean, 1e-9),
+        }
