@@ -34,7 +34,9 @@ def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apa
 
     began: list[float] = []
     written: list[float] = []
-    windows, step, write = StageLoop._windows, StageLoop._step, CheckpointWriter._write
+    windows = StageLoop._windows
+    step = StageLoop._step
+    write = CheckpointWriter._write
 
     def same(loop: StageLoop) -> Iterator[tuple[list[Any], float]]:
         batches, waited = next(windows(loop))
@@ -83,7 +85,8 @@ def first_step(recipe: str, overrides: list[str], output: Path, *options: str) -
     """Seconds from the start of a process to the end of its first step; it is then stopped, with a checkpoint."""
     settings = [*overrides, *short(output), "train.steps=100000"]
     command = [sys.executable, "-m", "vlm_tune.cli", "sft", recipe, *options, *(part for s in settings for part in ("--set", s))]
-    log, known = output / "log.jsonl", 0
+    log = output / "log.jsonl"
+    known = 0
     if "--resume" in options:
         known = log.read_text().count('"event": "train"')
     started = time.monotonic()

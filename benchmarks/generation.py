@@ -27,7 +27,8 @@ from vlm_tune.resources import cache_folder
 
 def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
     """A run of the comparison's LLaVA-shaped model (ViT-B/32 of random weights, SmolLM2) that gives answers of the data's form."""
-    images, run = 256, folder / f"generation-{steps}"
+    images = 256
+    run = folder / f"generation-{steps}"
     if not (run / "result.json").is_file():
         data = folder / f"material-{images}-49"
         material.write_rows(data, images)
@@ -44,7 +45,8 @@ def written(run: Path, folder: Path) -> tuple[Path, Path]:
     """The run's model merged in fp32, and that as LLaVA: both sides round the same weights."""
     from vlm_tune.api import export, merge
 
-    merged, llava = folder / "merged", folder / "llava"
+    merged = folder / "merged"
+    llava = folder / "llava"
     merge(run, merged, dtype="fp32")
     export(merged, llava, dtype="fp32")
     return merged, llava
@@ -111,7 +113,9 @@ class Answering:
     """Runs of both sides on the same questions."""
 
     def __init__(self, asked: argparse.Namespace, run: Path, folder: Path) -> None:
-        self.asked, self.run, self.folder = asked, run, folder
+        self.asked = asked
+        self.run = run
+        self.folder = folder
         self.merged, self.llava = written(run, folder)
         self.counts = {images: write_chats(run, self.merged, self.rows(images), images) for images in {asked.images, asked.checked}}
 

@@ -73,10 +73,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 def gemm(widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: str) -> Callable[[], float]:
     """A plain GEMM of the block's largest shape; called, it gives its operations."""
-    rows, weight = (
-        torch.randn(tokens, widths[0], dtype=dtype, device=device),
-        torch.randn(2 * widths[2], widths[0], dtype=dtype, device=device),
-    )
+    rows = torch.randn(tokens, widths[0], dtype=dtype, device=device)
+    weight = torch.randn(2 * widths[2], widths[0], dtype=dtype, device=device)
 
     def work() -> float:
         torch.mm(rows, weight.t())
@@ -98,7 +96,9 @@ def main() -> None:
     asked = parser.parse_args()
     if not asked.plain_malloc:
         keep_freed_memory()
-    widths, dtype, device = (asked.width, asked.kv_width, asked.inner), torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu"
+    widths = (asked.width, asked.kv_width, asked.inner)
+    dtype = torch.bfloat16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = ["peft", "fused", "merged"]
     models = {kind: block(kind, widths, asked.rank, dtype).to(device) for kind in kinds}
     fuse(models["merged"])

@@ -38,7 +38,8 @@ def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str
         questions.setdefault(image, []).append((question, answer))
     chosen = sorted(questions)[:count]
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    single, multi = [], []
+    single = []
+    multi = []
     for image in chosen:
         name = f"images/{image}.png"
         shutil.copy(source / name, folder / name)

@@ -67,7 +67,8 @@ def write_rows(folder: Path, words: int) -> Path:
 
     chosen = random.Random(0)
     known = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u", "ar", "en", "il")]
-    path, rows = folder / "rows.jsonl", []
+    path = folder / "rows.jsonl"
+    rows = []
     for number in range(32):
         name = f"{number}.png"
         Image.new("RGB", (64, 64), (8 * number, 100, 200)).save(folder / name)
@@ -148,7 +149,8 @@ def measure(path: Path) -> dict[str, Any]:
     tiny["data"] = tiny["data"] | {"template": "chatml"}
     (path.parent / "tiny.yaml").write_text(json.dumps(tiny))
     sft(path.parent / "tiny.yaml")
-    base, steps = resident("VmRSS"), []
+    base = resident("VmRSS")
+    steps = []
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
 
     def show(event: dict[str, Any]) -> None:

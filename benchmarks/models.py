@@ -61,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("models"))
     folder: Path = parser.parse_args().folder
-    language, tower = folder / "smollm2-135m-instruct", folder / "efficientnet_lite0.safetensors"
+    language = folder / "smollm2-135m-instruct"
+    tower = folder / "efficientnet_lite0.safetensors"
     if not (language / "model.safetensors").is_file():
         smollm2(language)
     if not tower.is_file():

@@ -143,16 +143,22 @@ def _linear(rank: int, *shapes: tuple[int, int]) -> float:
 
 
 def _causal(config: Any, rank: int) -> Amount:
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    width = config.hidden_size
+    inner = config.intermediate_size
+    layers = config.num_hidden_layers
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    query, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    query = config.num_attention_heads * head
+    keys = config.num_key_value_heads * head
     block = _linear(rank, (width, query), (width, keys), (width, keys), (query, width), (width, inner), (width, inner), (inner, width))
     return Amount(tokens=layers * block, read_pairs=12.0 * layers * query, supervised=4.0 * width * config.vocab_size)
 
 
 def _seq2seq(config: Any, rank: int) -> Amount:
-    width, inner, heads = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    attention, feed = [(width, heads)] * 3 + [(heads, width)], [(width, inner)] * 2 + [(inner, width)]
+    width = config.d_model
+    inner = config.d_ff
+    heads = config.num_heads * config.d_kv
+    attention = [(width, heads)] * 3 + [(heads, width)]
+    feed = [(width, inner)] * 2 + [(inner, width)]
     encoder = _linear(rank, *attention, *feed)
     # The decoder looks at what was read through keys and values of its own.
     looked = _linear(rank, (width, heads), (width, heads))
@@ -167,7 +173,8 @@ def _seq2seq(config: Any, rank: int) -> Amount:
 
 def amount(example: Any, *, seq2seq: bool) -> Amount:
     """What a prepared row holds."""
-    read, said = len(example.input_ids), len(example.labels)
+    read = len(example.input_ids)
+    said = len(example.labels)
     if seq2seq:
         return Amount(read, said, float(read) ** 2, said * (said + 1) / 2 + said * read, example.supervised)
     # A token is seen by itself and those after it, as far as its branch goes.
@@ -199,14 +206,16 @@ def work(text: str) -> Work:
     from vlm_tune.model.build import build_processor
 
     asked = parse_recipe(text)
-    llm, seq2seq = asked.model.llm, asked.model.llm.kind == "seq2seq"
+    llm = asked.model.llm
+    seq2seq = asked.model.llm.kind == "seq2seq"
     processor = build_processor(asked, scratch_texts(asked))
     prepared = prepare(asked.data, asked.data.train, processor, seed=asked.seed)
     config: Any = (
         AutoConfig.for_model(llm.scratch.model_type, **llm.scratch.config) if llm.scratch else AutoConfig.from_pretrained(str(llm.name))
     )
     rank = next(rule.r or 16 for rule in asked.tune if rule.how == "lora")
-    total, answers = Amount(), []
+    total = Amount()
+    answers = []
     for example in map(prepared.store.__getitem__, range(len(prepared.store))):
         total += amount(example, seq2seq=seq2seq)
         said: list[int] = []

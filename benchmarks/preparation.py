@@ -70,7 +70,8 @@ def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
     from vlm_tune.data.prepare.run import prepare
 
     write_rows(folder / "rows.jsonl", rows)
-    data, made = data_section(folder / "rows.jsonl"), processor()
+    data = data_section(folder / "rows.jsonl")
+    made = processor()
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
@@ -129,7 +130,8 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
                 sum(max(batch) * len(batch) for batch in widest),
                 prepared.questions,
             )
-        plain, joined = lengths["none"], lengths["image"]
+        plain = lengths["none"]
+        joined = lengths["image"]
         drawn = np.random.default_rng(0).permutation(plain[0])
         drawn = drawn[: len(drawn) // 8 * 8].reshape(-1, 8)
         asked = plain[2]

@@ -67,7 +67,8 @@ evaluate: {{every: {evaluate}, max_new_tokens: 4, samples: 0}}
 
 def write_rows(folder: Path) -> Path:
     """Forty questions about ten noisy images."""
-    drawn, rows = np.random.default_rng(0), []
+    drawn = np.random.default_rng(0)
+    rows = []
     for number in range(10):
         color = drawn.integers(0, 256, 3)
         pixels = (color + drawn.integers(-20, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
@@ -91,7 +92,9 @@ class Moment:
 def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool, float | None]:
     """Runs in a fork, which is killed at a moment; whether it came to the end before, and the seconds to its first step."""
     trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"
-    before, started, first = trace.stat().st_mtime_ns if trace.is_file() else 0, time.monotonic(), None
+    before = trace.stat().st_mtime_ns if trace.is_file() else 0
+    started = time.monotonic()
+    first = None
     pid = os.fork()
     if pid == 0:
         try:
@@ -133,10 +136,12 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
     started = time.monotonic()
     _, start_up = attempt(recipes["whole"], resume=False, kill=None)
     assert start_up is not None
-    run, drawn = folder / "killed", random.Random(seed)
+    run = folder / "killed"
+    drawn = random.Random(seed)
     stage = run / "stages" / "1-main"
     where: Counter[str] = Counter()
-    done, finished = 0, False
+    done = 0
+    finished = False
     while done < kills:
         # A third of the kills hit the start; the others come at any moment of the steps that fall to a kill, and of the save
         # after them.

@@ -98,7 +98,8 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
         while usage is None:
             found, code, used = os.wait4(child.pid, os.WNOHANG)
             if found:
-                status, usage = os.waitstatus_to_exitcode(code), used
+                status = os.waitstatus_to_exitcode(code)
+                usage = used
             elif time.perf_counter() - started > timeout:
                 child.kill()
                 _, _, usage = os.wait4(child.pid, 0)
@@ -123,8 +124,10 @@ def _gemm_rate(dtype: Any, rows: int, inner: int, wide: int) -> float:
     """The median of up to 24 products, of which the first four don't count; of fewer where they take over 5 seconds."""
     import torch
 
-    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, wide).to(dtype)
-    product, seconds = torch.empty(rows, wide, dtype=dtype), []
+    a = torch.randn(rows, inner).to(dtype)
+    b = torch.randn(inner, wide).to(dtype)
+    product = torch.empty(rows, wide, dtype=dtype)
+    seconds = []
     while len(seconds) < 24 and sum(seconds) < 5:
         start = time.perf_counter()
         torch.mm(a, b, out=product)
@@ -244,7 +247,8 @@ class Bench:
         work = self.work(kind)
         name = "ours" if kind == "causal" else f"ours_{kind}"
         with tempfile.TemporaryDirectory() as scratch:
-            output, warm = Path(scratch) / "run", length.warm if length else 0
+            output = Path(scratch) / "run"
+            warm = length.warm if length else 0
             steps = warm + length.steps if length else None
             (Path(scratch) / "recipe.yaml").write_text(self._recipe(kind, settings, output, steps))
             command = [sys.executable, "-m", "vlm_tune.cli", "sft", f"{scratch}/recipe.yaml"]
@@ -252,7 +256,8 @@ class Bench:
             ended = execute(command, self.threads, timeout or self.timeout, **cache)
             if ended.code:
                 return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
-            lines, preparing = ours.logged(output)[warm:], ours.preparing(output)
+            lines = ours.logged(output)[warm:]
+            preparing = ours.preparing(output)
         rates = [line["questions_per_s"] for line in lines]
         rate = statistics.median(rates)
         return Run(

@@ -81,7 +81,8 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
     def taken(self) -> float:
-        most, self.most = self.most, 0.0
+        most = self.most
+        self.most = 0.0
         return most
 
 
@@ -95,7 +96,8 @@ def worker(recipe: Path, output: Path) -> None:
     from vlm_tune.train.engines.fsdp import Fsdp
 
     figures: dict[str, float] = {}
-    build, peak = run.build, Peak()
+    build = run.build
+    peak = Peak()
 
     def built(*arguments: Any, **options: Any) -> Any:
         figures.update(given=given(), steps=0, held=0)

@@ -48,7 +48,8 @@ class Comparison:
     """A comparison as it grows: what was measured, and the JSON that is saved after every round."""
 
     def __init__(self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]) -> None:
-        self.asked, self.bench = asked, bench
+        self.asked = asked
+        self.bench = bench
         self.kinds = [kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)]
         self.settings: dict[str, list[dict[str, Any]]] = {
             name: found[: asked.finalists] for name, found in known.items() if name in self.names
@@ -117,7 +118,8 @@ class Comparison:
 
         A run that has taken `HOPELESS` times as long as the fastest one before it is stopped.
         """
-        length, runs = Length(1, self.asked.sweep_steps, 15.0), []
+        length = Length(1, self.asked.sweep_steps, 15.0)
+        runs = []
 
         def try_settings(settings: dict[str, Any]) -> dict[str, Any]:
             fastest = min((run.seconds_total for run in runs if not run.failed), default=None)
@@ -208,7 +210,9 @@ class Comparison:
 
     def result(self) -> dict[str, Any]:
         """What `--json` holds."""
-        asked, ratios, mfu = self.asked, {}, {}
+        asked = self.asked
+        ratios = {}
+        mfu = {}
         for kind in self.kinds if self.runs else []:
             mine = self.settings[OURS[kind]][0]
             rate = self.median(OURS[kind], mine)
@@ -268,7 +272,8 @@ class Comparison:
             rate = PEERS[name].rates[settings["rows"]]
             images = settings["batch"] or 8
         else:
-            rate, images = OUR_RATES[self.kind(name)], settings["batch"]
+            rate = OUR_RATES[self.kind(name)]
+            images = settings["batch"]
         step = images * (1.0 if settings.get("rows") == "single" else self.bench.a_image) / rate
         measured = length.steps * step
         if name in PEERS:
@@ -277,12 +282,14 @@ class Comparison:
 
     def expected(self) -> tuple[float, float]:
         """Seconds of the sweep that is left, and of the rounds."""
-        short, sweep = Length(1, self.asked.sweep_steps, 15.0), 0.0
+        short = Length(1, self.asked.sweep_steps, 15.0)
+        sweep = 0.0
         for name in self.names:
             if name in self.settings:
                 continue
             if name in PEERS:
-                peer, start = PEERS[name], PEERS[name].start()
+                peer = PEERS[name]
+                start = PEERS[name].start()
                 own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
                 own += peer.changes(own[-1], "batch")
             else:
@@ -346,7 +353,11 @@ def arguments() -> argparse.Namespace:
     if asked.cpu_time and not asked.sweep_only:
         parser.error("--cpu-time is for --sweep-only: what is compared is the clock's time")
     if asked.quick:
-        asked.warm, asked.steps, asked.seconds, asked.rounds, asked.sweep_steps = 0, 2, 0.0, 1, 1
+        asked.warm = 0
+        asked.steps = 2
+        asked.seconds = 0.0
+        asked.rounds = 1
+        asked.sweep_steps = 1
     return asked
 
 

@@ -145,7 +145,8 @@ def record_run(name: str, folder: Path) -> dict[str, Any]:
     printed: dict[str, Any] = {}
     with contextlib.chdir(folder):
         for line in commands(name):
-            output, errors = io.StringIO(), io.StringIO()
+            output = io.StringIO()
+            errors = io.StringIO()
             sys.argv = ["vlm-tune", *line]
             code: Any = 0
             with capture(output, errors):

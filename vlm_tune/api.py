@@ -251,7 +251,8 @@ def which_model(path: str | Path) -> dict[str, Any]:
     folder = find_model(Path(path))
     above = folder.resolve()
     if above.parent.name == "checkpoints":
-        stage, step = above.parent.parent.name, above.name.removeprefix("step-")
+        stage = above.parent.parent.name
+        step = above.name.removeprefix("step-")
         run = above.parent.parent.parent.parent
         text = f"the checkpoint of step {step} of stage {stage}"
         if above != Path(path).resolve():
@@ -261,7 +262,9 @@ def which_model(path: str | Path) -> dict[str, Any]:
     if not stages:
         return {"folder": str(folder), "about": "a model folder", "stage": None, "step": None, "run": None}
     done = json.loads(stages[-1].read_text(encoding="utf-8"))
-    step, best, stage = done.get("step"), done.get("best_step"), stages[-1].parent.name
+    step = done.get("step")
+    best = done.get("best_step")
+    stage = stages[-1].parent.name
     which = f"the best checkpoint, step {best}," if best not in (None, step) else f"the last step, {step},"
     return {
         "folder": str(folder),

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from vlm_tune.quoting import escaped, quoted
 
-EXIT_DONE, EXIT_RECIPE, EXIT_DATA, EXIT_MODEL, EXIT_TRAINING, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
+EXIT_DONE = 0
+EXIT_RECIPE = 2
+EXIT_DATA = 3
+EXIT_MODEL = 4
+EXIT_TRAINING = 5
+EXIT_INTERRUPTED = 130
 
 
 class VlmTuneError(Exception):
@@ -83,7 +88,8 @@ class DataError(VlmTuneError):
         self.source = escaped(source)
         self.row = escaped(row) if isinstance(row, str) else row
         self.message = "\n".join(map(escaped, message.split("\n")))
-        self.kind, self.content = kind, content
+        self.kind = kind
+        self.content = content
         self.file = file
         place = self.source + (f", row {self.row}" if row is not None else "")
         super().__init__(f"{place}: {self.message}" if place else self.message)

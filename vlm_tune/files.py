@@ -18,7 +18,8 @@ def file_checksum(path: Path) -> str:
     """The 128-bit XXH3 of a file's bytes, as 32 hexadecimal digits. Raises `OSError`."""
     import xxhash
 
-    state, block = xxhash.xxh3_128(), bytearray(_BLOCK)
+    state = xxhash.xxh3_128()
+    block = bytearray(_BLOCK)
     view = memoryview(block)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):

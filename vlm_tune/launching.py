@@ -62,12 +62,14 @@ def _end_with_parent() -> None:
 
 def _wait(ranks: Sequence[subprocess.Popen[Any]]) -> int:
     """Waits for all ranks; the exit code of the job."""
-    failed, deadline = 0, None
+    failed = 0
+    deadline = None
     while True:
         codes = [rank.poll() for rank in ranks]
         if deadline is None and any(codes):
             number = next(number for number, code in enumerate(codes) if code)
-            failed, deadline = codes[number] or 0, time.monotonic() + GRACE
+            failed = codes[number] or 0
+            deadline = time.monotonic() + GRACE
             if failed < 0:
                 print(f"process {number} of {len(ranks)} was ended by {signal.Signals(-failed).name}", file=sys.stderr)
         left = [number for number, code in enumerate(codes) if code is None]

@@ -105,7 +105,8 @@ def trim_cache(folder: Path, keep: Path) -> list[Path]:
             continue
         with contextlib.suppress(FileNotFoundError):
             found.append((path.stat().st_mtime, path.stat().st_size, path))
-    total, removed = sum(size for _, size, _ in found), []
+    total = sum(size for _, size, _ in found)
+    removed = []
     for _, size, path in sorted(found):
         if total <= cache_limit():
             break

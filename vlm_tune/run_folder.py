@@ -43,7 +43,8 @@ def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accep
     """
     check_writable(run, OUTPUT, folder=True)
     check_lock(run)
-    marked, saved = (run / MARK).is_file(), run / RECIPE
+    marked = (run / MARK).is_file()
+    saved = run / RECIPE
     if resume:
         if not marked or not saved.is_file():
             missing = f"no {RECIPE}" if marked else f"no {MARK}, which every run writes"
@@ -57,7 +58,8 @@ def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accep
 
 def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bool) -> None:
     """Raises `RecipeError` for a recipe that the run can't go on with."""
-    saved, stage = str(run / RECIPE), _begun(run)
+    saved = str(run / RECIPE)
+    stage = _begun(run)
     fixed = fixed_changes(old, recipe, stage) if stage is not None else []
     if accept_changes:
         if fixed:

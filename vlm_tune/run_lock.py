@@ -18,7 +18,8 @@ from vlm_tune.errors import TrainingError
 from vlm_tune.paths import writing
 
 NAME = "run.lock"
-REFRESH, STALE = 30.0, 300.0
+REFRESH = 30.0
+STALE = 300.0
 """Seconds after which a lock is touched, and after which one of another host that was not is a dead process's."""
 
 _held: set[Path] = set()
@@ -64,7 +65,8 @@ def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
         # A record lock, as it is not inherited by the worker processes that outlive a killed run for some seconds.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            free, before = _locks(descriptor), _read(descriptor)
+            free = _locks(descriptor)
+            before = _read(descriptor)
             if free and (not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino):
                 os.close(descriptor)
                 continue  # its owner has just removed it

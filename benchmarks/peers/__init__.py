@@ -86,8 +86,10 @@ PEERS = {
 
 def install(name: str, folder: Path) -> Path:
     """The Python of the peer's own environment, made where it is not there yet."""
-    home, packages = folder / name, PEERS[name].packages
-    python, stamp = home / "bin" / "python", home / ".installed"
+    home = folder / name
+    packages = PEERS[name].packages
+    python = home / "bin" / "python"
+    stamp = home / ".installed"
     if not stamp.is_file() or stamp.read_text() != "\n".join(packages):
         print(f"installing {name} into {home}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)

@@ -24,7 +24,8 @@ def answer(model: Any, processor: Any, chats: list[Any], given: dict[str, Any]) 
     """The greedy answers to chats, in their order."""
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     paths = [[part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"] for chat in chats]
-    order, found = sorted(range(len(chats)), key=lambda place: len(prompts[place])), [""] * len(chats)
+    order = sorted(range(len(chats)), key=lambda place: len(prompts[place]))
+    found = [""] * len(chats)
     for start in range(0, len(order), given["batch"]):
         chosen = order[start : start + given["batch"]]
         images = [[Image.open(path).convert("RGB") for path in paths[place]] for place in chosen]

@@ -47,7 +47,8 @@ def spans(labels: list[list[int]]) -> list[list[int]]:
 
 def counts(labels: list[list[int]], mask: list[list[int]], seq2seq: bool) -> dict[str, int]:
     """What is in a batch: questions, tokens and attended pairs (of what is read, and of what an encoder-decoder writes)."""
-    read, padded = [sum(row) for row in mask], sum(map(len, mask))
+    read = [sum(row) for row in mask]
+    padded = sum(map(len, mask))
     said = [sum(label != IGNORED for label in row) for row in labels]
     found = {"questions": len(spans(labels)), "supervised": sum(said), "tokens": sum(read), "padded": padded}
     if not seq2seq:
@@ -60,7 +61,8 @@ class Counted:
     """A collator that notes what is in the batches it makes."""
 
     def __init__(self, collator: Any, seq2seq: bool = False) -> None:
-        self.collator, self.seq2seq = collator, seq2seq
+        self.collator = collator
+        self.seq2seq = seq2seq
         self.batches: list[dict[str, int]] = []
 
     def __call__(self, rows: list[Any]) -> Any:

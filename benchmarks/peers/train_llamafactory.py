@@ -71,7 +71,8 @@ def main() -> None:
         def __init__(self, **named: Any) -> None:
             named["data_collator"] = kept["counted"] = Counted(named["data_collator"])
             super().__init__(**named)
-            kept["rows"], kept["tokenizer"] = self.train_dataset, named["tokenizer"]
+            kept["rows"] = self.train_dataset
+            kept["tokenizer"] = named["tokenizer"]
 
     workflow.CustomSeq2SeqTrainer = Trainer
     with tempfile.TemporaryDirectory() as scratch:

@@ -27,8 +27,10 @@ class Reader(nn.Module):
 
     def __init__(self, tower: Any, language: Any) -> None:
         super().__init__()
-        self.tower, self.language = tower.requires_grad_(False), language
-        width, inner = tower.config.hidden_size, language.config.d_model
+        self.tower = tower.requires_grad_(False)
+        self.language = language
+        width = tower.config.hidden_size
+        inner = language.config.d_model
         self.projector = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner))
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Any:
@@ -66,7 +68,8 @@ def main() -> None:
     """Trains some steps and prints what they took."""
     asked = arguments()
     torch.set_num_threads(asked["threads"])
-    folder, half = asked["material"], asked["precision"] in ("bf16_weights", "bf16_both")
+    folder = asked["material"]
+    half = asked["precision"] in ("bf16_weights", "bf16_both")
     dtype = torch.bfloat16 if half else torch.float32
     tower = CLIPVisionModel.from_pretrained(f"{folder}/tower", dtype=dtype)
     language: Any = T5ForConditionalGeneration.from_pretrained(f"{folder}/t5", dtype=dtype)

@@ -48,7 +48,8 @@ def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
     fixed = [change for change in _changes(before["model"], after["model"], "model") if change.name.rpartition(".")[2] not in PLACES]
     for key in IN_THE_MODEL:
         fixed += _changes(before["data"][key], after["data"][key], f"data.{key}")
-    first, second = old.resolved_stages(), new.resolved_stages()
+    first = old.resolved_stages()
+    second = new.resolved_stages()
     for number, (name, recipe) in enumerate(first[: stage + 1]):
         prefix = f"stages.{number}." if old.stages or new.stages else ""
         if number >= len(second):
@@ -63,7 +64,8 @@ def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
 
 def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
     """What a stage that was begun can't change: what trains, in which precision, by which objective, streamed or prepared."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    before = old.model_dump(mode="json")
+    after = new.model_dump(mode="json")
     for change in _changes(before["tune"], after["tune"], "tune"):
         if change.name.rpartition(".")[2] not in RATES:
             yield change

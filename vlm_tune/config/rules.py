@@ -42,7 +42,8 @@ LENGTHS = ("epochs", "steps")
 def contradictions(raw: Any) -> list[tuple[Path, str]]:
     """Faults between keys that are each well-formed alone; looks at raw values, so it runs beside schema errors."""
     found: list[tuple[Path, str]] = []
-    epochs, steps = value_at(raw, "train", "epochs"), value_at(raw, "train", "steps")
+    epochs = value_at(raw, "train", "epochs")
+    steps = value_at(raw, "train", "steps")
     if isinstance(value_at(raw, "train"), dict) and (epochs is None) == (steps is None):
         found.append((("train",) if steps is None else ("train", "steps"), "give exactly one of train.epochs and train.steps"))
     llm = value_at(raw, "model", "llm")
@@ -79,7 +80,8 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
     engine = raw.get("engine") if isinstance(raw, dict) else None
     if not isinstance(engine, dict) or engine.get("kind") not in ("deepspeed", "fsdp"):
         return found
-    stage, offload = engine.get("stage", 2), engine.get("offload")
+    stage = engine.get("stage", 2)
+    offload = engine.get("offload")
     zero3 = engine["kind"] == "deepspeed" and stage == 3
     name = "fsdp" if engine["kind"] == "fsdp" else f"ZeRO-{stage}"
     if (zero3 or engine["kind"] == "fsdp") and value_at(raw, "model", "llm", "quantize"):
@@ -101,7 +103,8 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
 def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     data = value_at(raw, "data") if isinstance(value_at(raw, "data"), dict) else {}
-    tiles, contrastive = value_at(raw, "model", "tower", "tiles"), value_at(raw, "objective", "kind") == "contrastive"
+    tiles = value_at(raw, "model", "tower", "tiles")
+    contrastive = value_at(raw, "objective", "kind") == "contrastive"
     augment = data.get("augment")
     if tiles and isinstance(augment, dict):
         still = {"crop": 1, "flip": 0, "transpose": 0, "shift": 0, "rotation": 0, "rand_augment": None}
@@ -132,7 +135,8 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
     shares = [value_at(data, "split", part) for part in ("validation", "test")]
     if sum(share for share in shares if isinstance(share, int | float)) >= 1:
         found.append((("data", "split"), "validation and test leave nothing to train on"))
-    least, most = value_at(data, "clean", "min_chars"), value_at(data, "clean", "max_chars")
+    least = value_at(data, "clean", "min_chars")
+    most = value_at(data, "clean", "max_chars")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         found.append((("data", "clean", "max_chars"), f"max_chars {most} is under min_chars {least}"))
     if data.get("own_shards") is True and data.get("streaming") is not True:
@@ -164,7 +168,8 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
     rules = [rule if isinstance(rule, dict) else {} for rule in rules] if isinstance(rules, list) else []
     seen: list[str] = []
     for index, rule in enumerate(rules):
-        match, how = rule.get("match"), rule.get("how")
+        match = rule.get("match")
+        how = rule.get("how")
         found += [(("tune", index, key), message) for key, message in _rule_contradictions(rule)]
         if how == "frozen" and rule.get("learning_rate") is not None:
             found.append((("tune", index, "learning_rate"), "a frozen part has no learning rate"))
@@ -199,7 +204,9 @@ def _reaches_blocks(rules: Sequence[Any], index: int) -> bool:
 
 def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:
     """What virtual tokens before an LLM's input don't go with."""
-    found, how, seq2seq = [], rule["how"], value_at(raw, "model", "llm", "kind") == "seq2seq"
+    found = []
+    how = rule["how"]
+    seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     if isinstance(rule.get("match"), str) and rule["match"].split(".")[0] != "llm":
         found.append(("match", f"virtual tokens stand before the llm's input, so how: {how} takes a rule for llm.*"))
     if value_at(raw, "model", "connector", "kind") == "cross_attention":
@@ -213,7 +220,8 @@ def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:
 
 def _rule_contradictions(rule: Any) -> list[tuple[str, str]]:
     """Keys of one tuning rule that don't belong to its `how`, or not to each other."""
-    how, known = rule.get("how"), typing.get_args(TuneRule.model_fields["how"].annotation)
+    how = rule.get("how")
+    known = typing.get_args(TuneRule.model_fields["how"].annotation)
     found = [
         (key, f"{key} belongs to how: {' or '.join(owners)}, this rule is how: {how}")
         for key, owners in RULE_KEYS.items()

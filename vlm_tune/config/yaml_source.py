@@ -46,7 +46,8 @@ class _Reader:
     """
 
     def __init__(self, name: str, *, option: bool = False) -> None:
-        self.name, self.option = name, option
+        self.name = name
+        self.option = option
         self.nodes = 0
         self.problems: list[Problem] = []
         self.located = Located(None)

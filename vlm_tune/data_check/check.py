@@ -114,7 +114,8 @@ def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, 
         prepared, ms = _prepared(report, name, part, stage, sources, own, show)
         if prepared is None:
             continue
-        parts, usable = prepared.column("part"), prepared.column("status") == OK
+        parts = prepared.column("part")
+        usable = prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)
         yield Part(name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms)
         for held in names if part == "train" else ():
@@ -134,7 +135,8 @@ def _prepared(
     show: Show | None,
 ) -> tuple[Prepared | None, float | None]:
     """A part's prepared rows and the milliseconds of each; sources that can't be read are told of and left out."""
-    rows, started = 0, time.perf_counter()
+    rows = 0
+    started = time.perf_counter()
 
     def progress(done: int) -> None:
         nonlocal rows
@@ -187,8 +189,10 @@ def _steps(part: Part) -> int:
 
 
 def _part_report(part: Part) -> PartReport:
-    prepared, train = part.prepared, part.recipe.train
-    numbers, status = prepared.column("number"), prepared.column("status")
+    prepared = part.prepared
+    train = part.recipe.train
+    numbers = prepared.column("number")
+    status = prepared.column("status")
     forms = [open_source(config, seed=part.recipe.seed) for config in prepared.sources]
     sources = []
     for number, reader in enumerate(forms):

@@ -151,7 +151,8 @@ def histogram(values: np.ndarray, most: int = 12) -> Histogram | None:
     """Values in at most `most` bins whose width is 1, 2 or 5 times a power of ten; None for no values."""
     if not len(values):
         return None
-    low, high = int(values.min()), int(values.max())
+    low = int(values.min())
+    high = int(values.max())
     widths = (step * 10**power for power in range(20) for step in (1, 2, 5))
     width = next(width for width in widths if high // width - low // width < most)
     bins = np.bincount(values // width - low // width)

@@ -40,7 +40,8 @@ class PartRows:
         found = self.prepared.column(column)[self.places].astype(np.uint64)
         shown, offsets = self.prepared.shown
         digests = np.array([int.from_bytes(row.info.sha256[:8], "little") for row in self.prepared.media_rows], dtype=np.uint64)
-        starts, counts = offsets[self.places], np.diff(offsets)[self.places]
+        starts = offsets[self.places]
+        counts = np.diff(offsets)[self.places]
         for number in range(int(counts.max(initial=0))):
             has = counts > number
             found[has] = found[has] * MIX + digests[shown[starts[has] + number]]

@@ -51,7 +51,9 @@ def _one_by_one(prepared: Prepared, batch: int, seed: int) -> Waste:
 
 def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> Waste:
     """Of the first batches of the first epoch."""
-    lengths, questions, starts = prepared.store.lengths, prepared.store.questions, prepared.starts
+    lengths = prepared.store.lengths
+    questions = prepared.store.questions
+    starts = prepared.starts
     epoch = Plan(prepared, data, sizes, seed).epoch(0)
     real = padded = asked = 0
     for step, number in islice(epoch.places(sizes.ranks), MEASURED):
@@ -61,5 +63,6 @@ def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, see
             asked += int(questions[own].sum())
             # Several units make one packed row; the examples of one unit are rows of their own.
             rows += [int(lengths[own].sum())] if len(units) > 1 else lengths[own].tolist()
-        real, padded = real + sum(rows), padded + max(rows, default=0) * len(rows)
+        real = real + sum(rows)
+        padded = padded + max(rows, default=0) * len(rows)
     return Waste(name, 1 - real / padded, padded / asked)

@@ -15,15 +15,20 @@ from vlm_tune.data_check.findings import LISTED, CheckReport, Part
 from vlm_tune.data_check.leakage import Leaks, Place, repeats
 from vlm_tune.errors import DataError
 
-TINY, HUGE, NARROW, PLAIN = 16, 25_000_000, 8, 2
+TINY = 16
+HUGE = 25_000_000
+NARROW = 8
+PLAIN = 2
 """What makes an image odd: a side in pixels, pixels, one side to the other, and levels between its lightest and darkest cell."""
 
 
 def check_rows(report: CheckReport, part: Part) -> None:
     """Bad and overlong rows, odd images, control tokens in texts, repeated rows."""
-    prepared, data = part.prepared, part.recipe.data
+    prepared = part.prepared
+    data = part.recipe.data
     status = prepared.column("status")[part.all_places]
-    bad, left_out = part.all_places[status == BAD], part.all_places[status == LEFT_OUT]
+    bad = part.all_places[status == BAD]
+    left_out = part.all_places[status == LEFT_OUT]
     _report_bad(report, part, bad)
     _report_overlong(report, part, left_out)
     if data.on_bad_row != "fail" and len(bad) > data.max_bad_rows:
@@ -48,8 +53,10 @@ def _texts_of(column: str, part: Part, places: np.ndarray) -> Iterator[tuple[int
 
 def _report_bad(report: CheckReport, part: Part, places: np.ndarray) -> None:
     """Rows that can't be used: errors where they stop the run, warnings where it leaves them out."""
-    prepared, data = part.prepared, part.recipe.data
-    kinds, messages = prepared.values("kind", places), prepared.values("message", places)
+    prepared = part.prepared
+    data = part.recipe.data
+    kinds = prepared.values("kind", places)
+    messages = prepared.values("message", places)
     rows: dict[tuple[str, bool], list[tuple[int, str]]] = {}
     for place, kind, message in zip(places.tolist(), kinds, messages, strict=True):
         # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
@@ -61,12 +68,14 @@ def _report_bad(report: CheckReport, part: Part, places: np.ndarray) -> None:
 
 def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> None:
     """Rows over max_length that are not simply bad: what is done with each."""
-    prepared, data = part.prepared, part.recipe.data
+    prepared = part.prepared
+    data = part.recipe.data
     longest, examples, over = (prepared.column(name) for name in ("longest", "examples", "overlong"))
     dropped = np.array([place for place, kind in _texts_of("kind", part, left_out) if kind == "overlong"], dtype=np.int64)
     kept = part.rows.places[longest[part.rows.places] > data.max_length]
     if part.name != "train":
-        limit, prompts = f"data.max_length {data.max_length:,}", prepared.column("prompt")
+        limit = f"data.max_length {data.max_length:,}"
+        prompts = prepared.column("prompt")
         # Rows that are held out of train are usable, but not scored with a prompt that is too long.
         held_out = part.all_places if part.name != prepared.part else part.all_places[:0]
         long = np.union1d(dropped, held_out[prompts[held_out] > data.max_length])
@@ -89,7 +98,8 @@ def _report_images(report: CheckReport, part: Part) -> None:
     found: dict[str, list[tuple[int, str]]] = {}
     for number, place in part.rows.first_rows.items():
         media = part.prepared.media_rows[number]
-        width, height = media.info.width, media.info.height
+        width = media.info.width
+        height = media.info.height
         cells = np.frombuffer(media.info.thumbnail, dtype=np.uint8).reshape(-1, 3).astype(int)
         odd = {
             "image_tiny": min(width, height) < TINY,

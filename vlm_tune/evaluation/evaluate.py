@@ -152,9 +152,11 @@ def _loss(
     """Summed cross-entropy of the reference answers, and their number of tokens."""
     examples = [example for conversation in conversations for example in model.processor.examples(conversation)]
     examples.sort(key=lambda example: len(example.input_ids))
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
         found: Any = model(collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(model.device))
-        total, count = total + float(found.sum), count + found.count
+        total = total + float(found.sum)
+        count = count + found.count
     return total, count

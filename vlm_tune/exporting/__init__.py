@@ -41,7 +41,8 @@ def export(
     Raises `ModelError` for a model that the format can't express, an output that exists, too little memory or disk, and a
     failed verification; nothing is left then.
     """
-    path, output = Path(path), Path(output)
+    path = Path(path)
+    output = Path(output)
     if format not in FORMATS:
         raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)

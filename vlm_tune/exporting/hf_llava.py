@@ -87,7 +87,8 @@ def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, t
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does; torchvision, which transformers prefers, is off by a level or two.
     pillow: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    logits, texts = [], []
+    logits = []
+    texts = []
     for row in expected.rows:
         _check_pixels(pillow, model, row)
         logits.append(_their_logits(theirs, processor, model, row))
@@ -136,7 +137,8 @@ def _their_answer(theirs: Any, processor: Any, model: VisionLanguageModel, row: 
 def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) -> None:
     """Raises `ModelError` if a row's images, resized and normalised by the exported processor, are not what the tower sees."""
     for media in row.media:
-        scale, offset = model.tower.scale.cpu(), model.tower.offset.cpu()
+        scale = model.tower.scale.cpu()
+        offset = model.tower.offset.cpu()
         own = model.processor.images(media).float() * scale[0] - offset[0]
         found = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")["pixel_values"][0]
         if own.shape != found.shape or float((own - found).abs().max()) > PIXEL:

@@ -79,7 +79,8 @@ def decoder_reasons(text: Any) -> list[str]:
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
-    tower, rebuild = config.model.tower, config.tower_rebuild
+    tower = config.model.tower
+    rebuild = config.tower_rebuild
     reasons = []
     if isinstance(tower, TransformersTower):
         found = rebuild["vision_config"]["model_type"]
@@ -118,7 +119,8 @@ def llava_processor(model: VisionLanguageModel) -> Any:
     from tokenizers import AddedToken
     from transformers import LlavaProcessor
 
-    own, tower = model.processor, model.tower
+    own = model.processor
+    tower = model.tower
     tokenizer: Any = copy.deepcopy(own.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
@@ -155,7 +157,8 @@ def _strategy(tower: Any, has_class: bool) -> Literal["default", "full"]:
 def _image_processor(model: VisionLanguageModel) -> Any:
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-    size, resize = model.tower.image_size, model.processor.images.resize
+    size = model.tower.image_size
+    resize = model.processor.images.resize
     square = {"height": size, "width": size}
     common: dict[str, Any] = {"crop_size": square, "image_mean": list(model.tower.mean), "image_std": list(model.tower.std)}
     if resize == "pad":
@@ -205,7 +208,8 @@ def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype
         except RuntimeError as error:
             raise ModelError(f"the weights don't fit LLaVA's {name}: {error}") from None
     llava.tie_weights()
-    stops, tokenizer = model.processor.stop_ids, model.processor.tokenizer
+    stops = model.processor.stop_ids
+    tokenizer = model.processor.tokenizer
     llava.generation_config = GenerationConfig(
         eos_token_id=stops, pad_token_id=model.processor.spec.pad_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
     )
@@ -253,10 +257,13 @@ def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
 
 def _transformers_vision(tower: TransformersVision) -> tuple[Any, dict[str, torch.Tensor]]:
     model: Any = tower.model
-    config, state = copy.deepcopy(model.config), dict(model.state_dict())
+    config = copy.deepcopy(model.config)
+    state = dict(model.state_dict())
     if tower.options:
         # Positions of another image size are interpolated once, here, and not in every pass.
-        embeddings, side, weight = model.embeddings, tower.side * config.patch_size, model.embeddings.position_embedding.weight
+        embeddings = model.embeddings
+        side = tower.side * config.patch_size
+        weight = model.embeddings.position_embedding.weight
         with torch.no_grad():
             found = embeddings.interpolate_pos_encoding(torch.empty(1, 2, weight.shape[1], device=weight.device), side, side)
         state["embeddings.position_embedding.weight"] = found[0]
@@ -272,12 +279,14 @@ def _open_clip_vision(tower: OpenClipVision) -> tuple[Any, dict[str, torch.Tenso
 
     visual: Any = tower.visual
     blocks: Sequence[Any] = visual.transformer.resblocks
-    state, left = {}, dict(visual.state_dict())
+    state = {}
+    left = dict(visual.state_dict())
     for ours, theirs in OPEN_CLIP_STEM.items():
         if ours in left:
             state[theirs] = left.pop(ours)
     for number in range(len(blocks)):
-        block, layer = f"transformer.resblocks.{number}.", f"encoder.layers.{number}."
+        block = f"transformer.resblocks.{number}."
+        layer = f"encoder.layers.{number}."
         for kind in ("weight", "bias"):
             for ours, theirs in OPEN_CLIP_BLOCK.items():
                 if f"{block}{ours}.{kind}" in left:

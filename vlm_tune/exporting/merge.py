@@ -89,7 +89,8 @@ def merge(
         ModelError: there is nothing to merge, the base is not the one that was trained over, or verification fails.
         RecipeError: the output can't be written.
     """
-    path, output = Path(path), Path(output)
+    path = Path(path)
+    output = Path(output)
     dtype = dtype_name(dtype)
     if problems := number_problems("--tolerance", tolerance):
         raise RecipeError(problems)

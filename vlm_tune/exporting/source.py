@@ -93,7 +93,8 @@ def commit_export(output: Path, write: Callable[[Path], tuple[ExportReport, str]
 
 def check_room(parameters: int, output: Path, width: float, copies: float) -> None:
     """Raises `ModelError` if disk or memory hold less than parameters of `width` bytes, and `copies` fp32 copies beside them."""
-    disk, memory = int(parameters * width), int(parameters * (4 * copies + width))
+    disk = int(parameters * width)
+    memory = int(parameters * (4 * copies + width))
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if disk > free:

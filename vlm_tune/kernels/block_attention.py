@@ -33,9 +33,12 @@ class _Block:
         (keys,) = ((ends[:stop] > start) & (ends[:stop] > place)).nonzero(as_tuple=True)
         queries = place[start:]
         seen = (keys <= queries[:, None]) & (queries[:, None] < ends[keys])
-        self.rows, self.count = slice(start, stop), len(keys)
-        more_queries, more_keys = -(stop - start) % QUERY_STEP, -len(keys) % KEY_STEP
-        self.keys, self.seen = pad(keys, (0, more_keys)), pad(seen, (0, more_keys, 0, more_queries))
+        self.rows = slice(start, stop)
+        self.count = len(keys)
+        more_queries = -(stop - start) % QUERY_STEP
+        more_keys = -len(keys) % KEY_STEP
+        self.keys = pad(keys, (0, more_keys))
+        self.seen = pad(seen, (0, more_keys, 0, more_queries))
 
     def queries(self, query: Tensor, groups: int) -> Tensor:
         """[G, H / G * Q, D] of a row's [H, L, D], zeros for padding."""
@@ -74,7 +77,9 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale
     out = query.new_zeros(rows, length, heads, width)
     for row in range(rows):
         for block in _blocks(ends[row]):
-            own, seen, values = block.queries(query[row], key.shape[1]), key[row][:, block.keys], value[row][:, block.keys]
+            own = block.queries(query[row], key.shape[1])
+            seen = key[row][:, block.keys]
+            values = value[row][:, block.keys]
             found = torch.bmm(block.weights(own, seen, scale), values)
             out[row, block.rows] = block.of_row(found, heads).transpose(0, 1)
     return out
@@ -84,7 +89,8 @@ def attend_blocks_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
-    (rows, heads, length, width), groups = query.shape, key.shape[1]
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
     of_query = query.new_zeros(rows, length, heads, width)
     of_key, of_value = (query.new_empty(rows, length, groups, width) for _ in range(2))
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -92,7 +98,9 @@ def attend_blocks_backward(
         # Many blocks add to the gradient of a key, so what is added up is wider than what is added.
         sums = [query.new_zeros(groups, length, width, dtype=wide) for _ in range(2)]
         for block in _blocks(ends[row]):
-            own, seen, values = block.queries(query[row], groups), key[row][:, block.keys], value[row][:, block.keys]
+            own = block.queries(query[row], groups)
+            seen = key[row][:, block.keys]
+            values = value[row][:, block.keys]
             flow = block.queries(gradient[row].transpose(0, 1), groups)
             weights = block.weights(own, seen, scale)
             of_weights = torch.bmm(flow, values.transpose(1, 2))

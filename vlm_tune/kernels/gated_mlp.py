@@ -36,8 +36,10 @@ class _Adapter:
     """One layer's A and scaled B in the type of the rows; `rank` 0 where it has none."""
 
     def __init__(self, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> None:
-        self.rank, self.scale = len(down), scale
-        self.down, self.up = down.to(dtype), (up * scale).to(dtype)
+        self.rank = len(down)
+        self.scale = scale
+        self.down = down.to(dtype)
+        self.up = (up * scale).to(dtype)
 
     def add(self, out: Tensor, x: Tensor, low: Tensor | None) -> Tensor:
         """Adds x A^T (s B)^T [n, O] to `out`, and writes x A^T to `low` [n, r]."""
@@ -78,7 +80,9 @@ def gated_rows(
     gate, up, down = (_Adapter(*each, rows.dtype) for each in zip(downs, ups, scales, strict=True))
     out = rows.new_empty(rows.shape)
     for part in _parts(len(rows)):
-        x, between, lows = rows[part], (None, None), (None, None, None)
+        x = rows[part]
+        between = (None, None)
+        lows = (None, None, None)
         if kept is not None:
             between = tuple(half[part] for half in _halves(kept[0], len(rows)))
             lows = *kept[1][part].split([gate.rank, up.rank], 1), kept[2][part]
@@ -108,7 +112,9 @@ def gated_rows_backward(
     )
     halves = _halves(kept[0], len(rows))
     for part in _parts(len(rows)):
-        x, flow, (opened, passed) = rows[part], gradient[part], (half[part] for half in halves)
+        x = rows[part]
+        flow = gradient[part]
+        opened, passed = (half[part] for half in halves)
         low_gate, low_up = kept[1][part].split([gate.rank, up.rank], 1)
         active = ACTIVATIONS[activation](opened)
         of_product = flow @ weights[2]

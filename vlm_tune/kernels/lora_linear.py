@@ -129,7 +129,8 @@ def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
 def _quick(rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
     count, width = rows.shape
-    out, low = rows.new_empty(count, adapters.outputs), rows.new_empty(count, adapters.rank)
+    out = rows.new_empty(count, adapters.outputs)
+    low = rows.new_empty(count, adapters.rank)
     shape = sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups))
     native.kernels().low_rank(
         shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, weight, bias, None, out, low)
@@ -251,7 +252,8 @@ def _(
         of_downs = gradient.new_empty(kept.shape[1], width, dtype=torch.float32)
         of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
         return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_downs, of_ups
-    rank, count = kept.shape[1], gradient.shape[0]
+    rank = kept.shape[1]
+    count = gradient.shape[0]
     return (
         gradient.new_empty_strided((count, width), (width + room, 1)) if needs_x else gradient.new_empty(0, width),
         gradient.new_empty(rank, width),
@@ -269,7 +271,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     rows, kept, *rest = ctx.saved_tensors
     own, layers = ctx.counts
-    weights, downs, ups = rest[:own], rest[own : own + layers], rest[own + layers :]
+    weights = rest[:own]
+    downs = rest[own : own + layers]
+    ups = rest[own + layers :]
     needs_x = ctx.needs_input_grad[0]
     x, down, up = project_backward(
         gradient,
@@ -284,7 +288,8 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         ctx.scales,
         needs_x,
     )
-    ranks, outputs = parts([len(each) for each in downs]), parts([len(each) for each in ups])
+    ranks = parts([len(each) for each in downs])
+    outputs = parts([len(each) for each in ups])
     of_downs = [down[rank].to(each.dtype) for rank, each in zip(ranks, downs, strict=True)]
     if ctx.quick:
         of_ups = by_layer(up, ups)

@@ -75,7 +75,8 @@ def _processor(recipe: Recipe) -> tuple[Processor | None, str]:
 
 
 def _read(stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, processes: int) -> Reading:
-    data, until = stage.data, time.monotonic() + PREPARING
+    data = stage.data
+    until = time.monotonic() + PREPARING
     if processor is None or data.streaming:
         return Reading(None, None, 0, f"max_length ({why or 'rows are streamed'})")
     own = processor.variant(data.template if data.template != recipe.data.template else None, data.system)
@@ -101,7 +102,8 @@ def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: in
 
 def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
     """The first epoch's micro-batch with most padded tokens, SAMPLED of them, and how many there are."""
-    epoch, lengths = feed.plan.epoch(0), feed.plan.lengths
+    epoch = feed.plan.epoch(0)
+    lengths = feed.plan.lengths
     places = epoch.places(feed.ranks)
 
     def padded(place: Place) -> int:
@@ -115,14 +117,18 @@ def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
 
 def work_of(batch: Batch) -> Work:
     """A batch in figures."""
-    (rows, length), labels = batch.input_ids.shape, batch.labels.shape[1]
-    real, causal = batch.attention_mask, batch.labels.shape == batch.input_ids.shape
+    rows, length = batch.input_ids.shape
+    labels = batch.labels.shape[1]
+    real = batch.attention_mask
+    causal = batch.labels.shape == batch.input_ids.shape
     said = batch.labels != IGNORE_INDEX
-    inputs, outputs = real.sum(1).double(), said.sum(1).double()
+    inputs = real.sum(1).double()
+    outputs = said.sum(1).double()
     if causal:
         pairs = (tree_mask(batch.ends) & real[:, None, :, None]).sum() if batch.ends is not None else (inputs * (inputs + 1) / 2).sum()
     elif batch.samples is not None and batch.label_samples is not None:
-        own, answers = batch.samples, batch.label_samples.masked_fill(~said, -2)
+        own = batch.samples
+        answers = batch.label_samples.masked_fill(~said, -2)
         order = torch.ones(labels, labels, dtype=torch.bool).tril()
         pairs = (same_sample(own, own)[:, 0] & real[:, None] & real[..., None]).sum()
         pairs = pairs + (same_sample(answers, own)[:, 0] & real[:, None]).sum()

@@ -77,5 +77,6 @@ def communication(sent: Traffic, flops: float, *, nodes: int, bandwidth: float, 
     computing = flops / speed if speed else None
     least = most = None
     if computing:
-        least, most = computing / (computing + seconds), computing / max(computing, seconds)
+        least = computing / (computing + seconds)
+        most = computing / max(computing, seconds)
     return Communication(sent, nodes, bandwidth, seconds, seconds * GOOD / (1 - GOOD), computing, least, most)

@@ -50,7 +50,8 @@ class Range:
         """Where a block comes to lie."""
         number = self.fitting(size)
         if number is None:
-            place, self.top = self.top, self.top + size
+            place = self.top
+            self.top = self.top + size
             self.largest = max(self.largest, self.top)
         else:
             place, hole = self.holes[number]
@@ -69,7 +70,8 @@ class Range:
             size += self.holes.pop(number)[1]
         if number and sum(self.holes[number - 1]) == place:
             place, before = self.holes.pop(number - 1)
-            size, number = size + before, number - 1
+            size = size + before
+            number = number - 1
         if place + size == self.top:
             self.top = place
         else:
@@ -102,7 +104,8 @@ def holes(trace: Trace, placed_by: Allocator, *, accumulating: bool) -> int:
 def _two_steps(trace: Trace, *, accumulating: bool) -> Iterator[tuple[object, int | None]]:
     """What is taken (with its size) and given back (None): AdamW's states are new in the first step and there in the second."""
     gradients = [number for number, kind in enumerate(trace.kinds) if kind == "gradients"]
-    kept, sizes = set(gradients), trace.sizes
+    kept = set(gradients)
+    sizes = trace.sizes
     for step in range(2):
         for micro in range(1 + accumulating):
             alive = set()

@@ -207,7 +207,9 @@ def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Ba
     if recipe.scratch:
         # The largest that is cast is there in fp32 and in the precision it runs in.
         made += max((p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4), default=0)
-    sizes, held, attention = _sizes(model), _held(model), _attention_width(model)
+    sizes = _sizes(model)
+    held = _held(model)
+    attention = _attention_width(model)
     item = next(model.tower.parameters()).element_size()
     figures, holes = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
     found = _Stage(
@@ -220,10 +222,12 @@ def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Ba
 def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
     found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
     accumulation = stage.train.gradient_accumulation
-    held, weights = found.held, 0
+    held = found.held
+    weights = 0
     if found.cached and not setting.gpu and setting.processes == 1:
         # No step reads the tower: the run moves it out of memory once its features are there.
-        held, weights = replace(held, frozen=held.frozen - found.sizes[0].bytes), sum(size.bytes for size in found.sizes)
+        held = replace(held, frozen=held.frozen - found.sizes[0].bytes)
+        weights = sum(size.bytes for size in found.sizes)
     shares = zero_memory(
         held,
         sum(size.trained for size in found.sizes),

@@ -33,8 +33,10 @@ def traced(
     model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None, *, gpu: bool
 ) -> tuple[np.ndarray, int]:
     """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); bytes of holes, on a CPU."""
-    fake, tower = FakeTensorMode(allow_non_fake_inputs=True), model.tower
-    dtype, count = next(tower.parameters()).dtype, len(batch.media_index.unique())
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tower = model.tower
+    dtype = next(tower.parameters()).dtype
+    count = len(batch.media_index.unique())
     model.train()
     if stage.train.gradient_checkpointing:
         model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -45,8 +47,11 @@ def traced(
         elif count:
             shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
     given = replace(batch, **{"features" if features else "pixels": shown})
-    half, vocabulary = DTYPES[stage.train.precision], model.llm.model.get_input_embeddings().num_embeddings
-    align, accumulating, idle = stage.objective.kind == "contrastive", stage.train.gradient_accumulation > 1, [0]
+    half = DTYPES[stage.train.precision]
+    vocabulary = model.llm.model.get_input_embeddings().num_embeddings
+    align = stage.objective.kind == "contrastive"
+    accumulating = stage.train.gradient_accumulation > 1
+    idle = [0]
 
     def step() -> torch.Tensor:
         found = model(given, align=align)
@@ -100,9 +105,12 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
 @contextmanager
 def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
     """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
-    products, seen, handles = np.zeros(len(ROWS)), set(), []
+    products = np.zeros(len(ROWS))
+    seen = set()
+    handles = []
     head: Any = model.llm.head
-    rows, said = batch.input_ids.numel(), int((batch.labels != IGNORE_INDEX).sum())
+    rows = batch.input_ids.numel()
+    said = int((batch.labels != IGNORE_INDEX).sum())
     place_of = {said: 2, batch.labels.numel(): 1, rows: 0}
     per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
 

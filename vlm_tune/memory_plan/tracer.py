@@ -49,10 +49,12 @@ class Trace:
         kept = sum(size for size, kind in zip(self.sizes, self.kinds, strict=True) if kind == "gradients") if accumulating else 0
         below = len(self.events) if self.below is None else self.below
         middle = (self.backward + below) // 2
-        live, fresh = np.array([0, 0, kept]), 0
+        live = np.array([0, 0, kept])
+        fresh = 0
         best = [live.copy() for _ in range(4)]
         for place, event in enumerate(self.events):
-            size, kind = self.sizes[abs(event)], KINDS.index(self.kinds[abs(event)])
+            size = self.sizes[abs(event)]
+            kind = KINDS.index(self.kinds[abs(event)])
             if accumulating and kind == 2:
                 # A gradient is added to the one that is there as soon as it is complete.
                 fresh = size if event > 0 else fresh
@@ -69,7 +71,9 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode, vocabulary: int) -> None:
         super().__init__()
-        self.fake, self.vocabulary, self.trace = fake, vocabulary, Trace()
+        self.fake = fake
+        self.vocabulary = vocabulary
+        self.trace = Trace()
         self.alive: dict[int, tuple[int, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,7 +81,8 @@ def zero_memory(
     host = 0
     if offload_optimizer:
         # The step runs on the host, so its gradients are brought there.
-        host, optimizer = optimizer + math.ceil(4 * numbers / processes), 0
+        host = optimizer + math.ceil(4 * numbers / processes)
+        optimizer = 0
     if offload_parameters:
         host += frozen + trained + adapters
         frozen = trained = adapters = 0

@@ -274,7 +274,8 @@ def moved(folder: Path, section: ModelSection, choice: BaseChoice) -> ModelSecti
     replaced = {}
     for path, place in read_notes(folder).places.items():
         replaced[path] = _found(folder, section, path, place, choice)
-    llm, tower = section.llm, section.tower
+    llm = section.llm
+    tower = section.tower
     if "llm" in choice.places and llm.name is not None:
         replaced[llm.name] = choice.places["llm"]
     if "tower" in choice.places:

@@ -37,7 +37,9 @@ from vlm_tune.model.weights import load_into, read_safetensors
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 
-CONNECTOR, TOWER, WORDS = "connector.safetensors", "tower.safetensors", "connector_tokenizer"
+CONNECTOR = "connector.safetensors"
+TOWER = "tower.safetensors"
+WORDS = "connector_tokenizer"
 """What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
 
 
@@ -49,7 +51,8 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
     """
     torch.manual_seed(recipe.seed)
-    section, template = model_section(recipe), load_template(recipe.data.template)
+    section = model_section(recipe)
+    template = load_template(recipe.data.template)
     own = own_folder(recipe)
     own_tower = own / TOWER if own and (own / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
@@ -107,7 +110,8 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation], *, sa
 
     The tokenizer is that of the model folder `saved` where one is given, else the LLM's, or one trained on `conversations`.
     """
-    section, template = model_section(recipe), load_template(recipe.data.template)
+    section = model_section(recipe)
+    template = load_template(recipe.data.template)
     if section.llm.scratch and saved is None:
         tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
     else:
@@ -190,7 +194,8 @@ def check_packed(model: VisionLanguageModel) -> None:
 
     Raises `ModelError` naming layers that are packed by mistake (tower, connector, head, embeddings) or were left out.
     """
-    quantize, language = model.config.llm.quantize, model.llm.model
+    quantize = model.config.llm.quantize
+    language = model.llm.model
     blocks = tuple(f"llm.model.{block}." for block in block_names(language))
     wrong: list[str] = []
     for name, layer in model.named_modules():

@@ -34,7 +34,8 @@ def check_model(recipe: Recipe) -> None:
     if not isinstance(recipe.model, ModelSection):
         return
     faults: list[Fault] = []
-    llm, tower = recipe.model.llm, recipe.model.tower
+    llm = recipe.model.llm
+    tower = recipe.model.tower
     if llm.scratch:
         faults += _scratch_faults(llm.scratch, llm.kind)
     towers = enumerate(tower.towers) if isinstance(tower, PairTower) else [(None, tower)]
@@ -48,7 +49,8 @@ def check_model(recipe: Recipe) -> None:
 
 def check_memory(module: nn.Module, name: str) -> None:
     """Raises `ModelError` if a module, which may be on the meta device, does not fit into this machine's memory in fp32."""
-    needed, free = 4 * sum(parameter.numel() for parameter in module.parameters()), psutil.virtual_memory().available
+    needed = 4 * sum(parameter.numel() for parameter in module.parameters())
+    free = psutil.virtual_memory().available
     if needed > free:
         raise ModelError(f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, and {free / 1e9:.1f} GB are free")
 
@@ -97,7 +99,8 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
 
 def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
     """Why heads don't share out a width, where a head's own width is not given."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
     groups = getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"

@@ -57,7 +57,8 @@ from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
 from vlm_tune.run_folder import MANIFEST, strangers
 
-TEMPORARY, REPLACED = ".tmp-", ".old-"
+TEMPORARY = ".tmp-"
+REPLACED = ".old-"
 """What the names of folders in the making, and of those that make room, go on with."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
@@ -324,11 +325,13 @@ def restore_model(
     """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     kernel_status()
     verify_folder(folder)
-    config, notes = read_config(folder, base), read_notes(folder)
+    config = read_config(folder, base)
+    notes = read_notes(folder)
     if not quantize:
         section = config.model.model_copy(update={"llm": config.llm.model_copy(update={"quantize": None})})
         config = config.model_copy(update={"model": section})
-    own_llm, own_tower = folder / "llm", folder / TOWER
+    own_llm = folder / "llm"
+    own_tower = folder / TOWER
     local = Path(str(config.llm.name)).is_dir()
     if "llm" in notes.parts and local:  # before weights are loaded, which take longer
         check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)

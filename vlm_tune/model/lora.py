@@ -20,7 +20,8 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import whole_state
 
 PREFIX = "base_model.model."
-TRAINED, INITIAL = "default", "initial"
+TRAINED = "default"
+INITIAL = "initial"
 PISSA = "pissa"
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
 
@@ -66,7 +67,8 @@ def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh:
         from bitsandbytes.nn.modules import Linear4bit
 
         config._register_custom_module({Linear4bit: LoraLinear})
-    module, pissa = parts(model)[part], config.init_lora_weights == PISSA
+    module = parts(model)[part]
+    pissa = config.init_lora_weights == PISSA
     if pissa:
         # PEFT's own PiSSA would write the residual into the base weight.
         config.init_lora_weights = True
@@ -95,7 +97,8 @@ def _start_from_singular_vectors(layer: Any) -> None:
     """A and B of the r largest singular values of the weight, their scale included; the initial ones take them off again."""
     weight = layer.get_base_layer().weight
     weight = (weight.T if layer.fan_in_fan_out else weight).float()
-    rank, scale = layer.r[TRAINED], layer.scaling[TRAINED]
+    rank = layer.r[TRAINED]
+    scale = layer.scaling[TRAINED]
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if len(values) < rank:
         raise ModelError(f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side")
@@ -123,10 +126,12 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
 
 def _untie(language: Any) -> None:
     """Gives the head a weight of its own where it shares the embedding's and one of the two is about to change."""
-    head, embedding = language.get_output_embeddings(), language.get_input_embeddings()
+    head = language.get_output_embeddings()
+    embedding = language.get_input_embeddings()
     if not (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
         return
-    own, shared = getattr(head, "base_layer", head), getattr(embedding, "base_layer", embedding)
+    own = getattr(head, "base_layer", head)
+    shared = getattr(embedding, "base_layer", embedding)
     if own.weight is shared.weight:
         own.weight = nn.Parameter(shared.weight.detach().clone(), requires_grad=False)
         language.config.tie_word_embeddings = False
@@ -141,7 +146,10 @@ def plain_config(config: Any) -> Any:
     plain.inference_mode = True
     if config.init_lora_weights == PISSA:
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        plain.r, plain.lora_alpha, plain.use_rslora, plain.init_lora_weights = 2 * config.r, scale * 2 * config.r, False, True
+        plain.r = 2 * config.r
+        plain.lora_alpha = scale * 2 * config.r
+        plain.use_rslora = False
+        plain.init_lora_weights = True
     return plain
 
 
@@ -175,7 +183,8 @@ def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
 def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts tensors into a part's adapter, all of them and nothing else. Raises `ModelError` for those that don't fit."""
     wanted = adapter_tensors(module)
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         said = "; ".join(f"{word} {', '.join(keys[:4])}" for word, keys in (("missing", missing), ("applies to nothing:", extra)) if keys)
         raise ModelError(said)

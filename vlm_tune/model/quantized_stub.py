@@ -31,8 +31,11 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, layer: nn.Linear, quantize: str) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.dtype, count = layer.weight.dtype, layer.weight.numel()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        self.dtype = layer.weight.dtype
+        count = layer.weight.numel()
         # Half a byte and a scale a block, or a byte and a scale a row.
         size, scales = (-(-count // 2), -(-count // BLOCK)) if quantize == "nf4" else (count, self.out_features)
         weight: Any = nn.Parameter(torch.empty(size, 1, dtype=torch.uint8, device="meta"), requires_grad=False)

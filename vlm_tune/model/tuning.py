@@ -199,7 +199,8 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
         raise ModelError(f"tune: {len(asked)} rules put virtual tokens before the llm's input; one can")
     present = model.llm.prompt
     if asked:
-        kind, tokens = KINDS[asked[0].how], asked[0].tokens or TOKENS
+        kind = KINDS[asked[0].how]
+        tokens = asked[0].tokens or TOKENS
         if present is None:
             with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
                 model.llm.prompt = new_prompt(model.llm, asked[0].how, tokens, model.config.llm.name)
@@ -259,7 +260,8 @@ def _freeze_and_cast(
     model: VisionLanguageModel, owner: dict[str, int], trained: set[str], precision: torch.dtype, exact: Collection[str]
 ) -> None:
     for part, module in parts(model).items():
-        changes, halves = False, set() if part in exact else {id(parameter) for parameter in castable(module)}
+        changes = False
+        halves = set() if part in exact else {id(parameter) for parameter in castable(module)}
         halves -= _beside_trained(part, module, trained)
         for name, parameter in module.named_parameters():
             base = f"{part}.{clean(name)}" in trained
@@ -332,7 +334,9 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
         values = model.llm.prompt.values
         totals[prompt] += values.numel()
         members[prompt].append(("llm.prompt.values", values, 1.0))
-    groups, names, table = [], [], []
+    groups = []
+    names = []
+    table = []
     for rule, found, total in zip(rules, members, totals, strict=True):
         rate = rule.learning_rate or learning_rate
         factors = sorted({factor for _, _, factor in found}, reverse=True)

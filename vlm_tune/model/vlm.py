@@ -76,8 +76,11 @@ class VisionLanguageModel(nn.Module):
         self, config: VisionLanguageConfig, tower: VisionTower, connector: Connector, llm: LanguageModel, processor: Processor
     ) -> None:
         super().__init__()
-        self.config, self.processor = config, processor
-        self.tower, self.connector, self.llm = tower, connector, llm
+        self.config = config
+        self.processor = processor
+        self.tower = tower
+        self.connector = connector
+        self.llm = llm
         self.changed: set[str] = set()
         self.beside: set[str] = set()
         self.adapters: dict[str, Any] = {}
@@ -111,7 +114,8 @@ class VisionLanguageModel(nn.Module):
 
     def _blank(self, batch: Batch) -> torch.Tensor:
         """Connected features [1, N, E] of a black image, for a batch that has none."""
-        size, first = self.tower.image_size, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+        size = self.tower.image_size
+        first = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
         if batch.cached:  # other ranks don't run the tower either
             features = torch.zeros(1, *self.tower.measure(), device=first.device)
         else:

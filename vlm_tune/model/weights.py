@@ -58,7 +58,8 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    written, seen = {}, set()
+    written = {}
+    seen = set()
     for name, value in tensors.items():
         own = value.detach().cpu().contiguous()
         storage = own.untyped_storage()
@@ -111,7 +112,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
     Raises `ModelError` with the lists of missing, unexpected and misshapen tensors.
     """
     wanted = module.state_dict()
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
     shapes = [
         f"{key} is {list(tensors[key].shape)}, expected {list(wanted[key].shape)}"
         for key in sorted(wanted.keys() & tensors.keys())

@@ -84,7 +84,8 @@ def _part(part: PartReport) -> str:
 def _histogram(title: str, values: Histogram | None) -> str:
     if values is None:
         return ""
-    most, lines = max(values.counts), []
+    most = max(values.counts)
+    lines = []
     for place, count in enumerate(values.counts):
         low = values.start + place * values.width
         name = f"{low:,}" if values.width == 1 else f"{low:,} to {low + values.width - 1:,}"

@@ -27,7 +27,8 @@ def show_check(console: Console, report: CheckReport) -> None:
         _show_part(console, part)
     _show_findings(console, "warnings", "yellow", report.warnings, report.warning_counts)
     _show_findings(console, "errors", "red", report.errors, report.error_counts)
-    errors, warnings = report.error_counts.total(), report.warning_counts.total()
+    errors = report.error_counts.total()
+    warnings = report.warning_counts.total()
     verdict = Text(f"{errors:,} errors, {warnings:,} warnings, {report.seconds:.1f} s", style="bold red" if errors else "bold green")
     console.print(verdict)
 

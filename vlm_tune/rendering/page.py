@@ -12,7 +12,8 @@ from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 
-THUMBNAIL, SHOWN = 192, 112
+THUMBNAIL = 192
+SHOWN = 112
 """Pixels of an embedded image's longer side, and of the square it is shown in."""
 LONG = 120
 """Characters from which a sample takes the page's whole width."""
@@ -88,7 +89,8 @@ def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share in percent that says 100 only of all and 0 only of none."""
-    shown, least = round(100 * share, digits), 10.0**-digits
+    shown = round(100 * share, digits)
+    least = 10.0**-digits
     if 0 < share < 1 and shown in (0, 100):
         return f"<{least:.{digits}f}%" if shown == 0 else f">{100 - least:.{digits}f}%"
     return f"{shown:.{digits}f}%"

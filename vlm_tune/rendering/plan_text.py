@@ -72,8 +72,10 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     for part in stage.parts:
         share = f"{part.trained / max(part.total, 1):.2%}"
         table.add_row(f"  {part.part}", f"{part.total:,}", f"{part.trained:,}", f"{part.adapters:,}", share, gigabytes(part.bytes))
-    total, trained = sum(part.total for part in stage.parts), sum(part.trained for part in stage.parts)
-    adapters, held = sum(part.adapters for part in stage.parts), sum(part.bytes for part in stage.parts)
+    total = sum(part.total for part in stage.parts)
+    trained = sum(part.trained for part in stage.parts)
+    adapters = sum(part.adapters for part in stage.parts)
+    held = sum(part.bytes for part in stage.parts)
     table.add_row("  all", f"{total:,}", f"{trained:,}", f"{adapters:,}", f"{trained / max(total, 1):.2%}", gigabytes(held), style="bold")
     console.print(table)
     memory = Table(box=None, pad_edge=False, header_style="dim")
@@ -118,7 +120,8 @@ def _show_communication(console: Console, found: Communication) -> None:
     """What a step sends, by what it is, how long that takes, and the efficiency to expect."""
     from vlm_tune.memory_plan.communication import GOOD
 
-    sent, link = found.traffic, "a node's link" if found.nodes > 1 else "a device's link"
+    sent = found.traffic
+    link = "a node's link" if found.nodes > 1 else "a device's link"
     names = {"gradients": "gradients", "updated": "updated weights", "forward": "weights forward", "backward": "weights backward"}
     kinds = ", ".join(f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name)))
     console.print(Text(f"  {'sends':15}{gigabytes(sent.total)} a step from each process: {kinds}"))

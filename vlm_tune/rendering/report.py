@@ -39,7 +39,8 @@ def write_report(run: Path) -> Path:
     except RecipeError:
         values = {}
     name = str(values.get("name") or run.resolve().name)
-    events, result = _events(run / "log.jsonl"), _read(run / "result.json")
+    events = _events(run / "log.jsonl")
+    result = _read(run / "result.json")
     result = result if isinstance(result, dict) else {}
     parts = [
         _header(name, values.get("seed"), events, result),
@@ -102,7 +103,9 @@ def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
     """Stages in order; of a step that a resumed run took again, the later event counts."""
     stages: dict[int, _Stage] = {}
     for event in events:
-        number, step, kind = event.get("stage"), _number(event.get("step")), event.get("event")
+        number = event.get("stage")
+        step = _number(event.get("step"))
+        kind = event.get("event")
         if not isinstance(number, int) or kind not in ("stage", "train", "evaluate"):
             continue
         stage = stages.setdefault(number, _Stage(number))
@@ -254,7 +257,8 @@ def _is_right(row: dict[str, Any], column: str) -> bool | None:
     # Loads torch, so not before there is an answer to judge; a second rule here could contradict the accuracy above.
     from vlm_tune.evaluation.evaluate import normalise
 
-    given, expected = row.get(column), row.get("expected")
+    given = row.get(column)
+    expected = row.get("expected")
     return None if given is None or expected is None else normalise(str(given)) == normalise(str(expected))
 
 
@@ -317,7 +321,8 @@ def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
     if panel.dots:
         ax.plot(*zip(*panel.dots, strict=True), color=VALIDATION, linewidth=0.8, marker="o", markersize=3.5, clip_on=False, zorder=3)
     values = [value for _, value in (*panel.line, *panel.dots)]
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     ax.set_xlim(0, max(steps, 1))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -50,7 +50,8 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
 
     causal = processor.spec.layout == "causal"
     out: list[dict[str, Any]] = []
-    branch, trained = 0, False
+    branch = 0
+    trained = False
     for place, token in enumerate(example.input_ids.tolist()):
         # A branch begins where a token does not follow the one before it.
         if place and example.positions is not None and example.positions[place] != example.positions[place - 1] + 1:
@@ -80,7 +81,9 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
 
 
 def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
-    line, slots, previous = Text(), 0, tokens[0]
+    line = Text()
+    slots = 0
+    previous = tokens[0]
     for token in [*tokens, {"kind": "end", "branch": -1}]:
         if token["kind"] == "image":
             slots += 1

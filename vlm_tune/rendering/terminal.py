@@ -37,7 +37,8 @@ class Display(logging.Handler):
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic, beats: bool = True) -> None:
         """`clock` gives seconds; without `beats` no thread is started and `beat` is called by hand."""
         super().__init__(logging.INFO)
-        self.console, self.clock = console, clock
+        self.console = console
+        self.clock = clock
         self._status: Any = None
         self._phase = ""
         self._state = ""
@@ -87,7 +88,8 @@ class Display(logging.Handler):
 
     def beat(self) -> None:
         """Prints the state of the work that goes on, where nothing was printed for `EVERY` seconds."""
-        now, state = self.clock(), self._state
+        now = self.clock()
+        state = self._state
         if state and now - self._printed >= EVERY:
             self._line(f"{state} ({duration(now - self._began)} so far)")
 
@@ -95,7 +97,8 @@ class Display(logging.Handler):
         """Shows `text` as the state of a phase of work."""
         if not self.console.is_terminal:
             begins = phase != self._phase
-            self._phase, self._state = phase, text
+            self._phase = phase
+            self._state = text
             if begins:
                 self._began = self.clock()
                 self._line(text)
@@ -150,14 +153,16 @@ class Display(logging.Handler):
         if self.console.is_terminal:
             self._live("training", text)
             return
-        self._phase, self._state = "training", f"training, past step {event['step']:,} of {event['of']:,}"
+        self._phase = "training"
+        self._state = f"training, past step {event['step']:,} of {event['of']:,}"
         self._began = self.clock()
         self._line(text)
 
     def _evaluate(self, event: dict[str, Any]) -> None:
         if not self.console.is_terminal:
             self._began = self.clock()
-            self._phase, self._state = "training", f"training, past step {event['step']:,}"
+            self._phase = "training"
+            self._state = f"training, past step {event['step']:,}"
         by_source = event.get("by_source", {})
         sources = [f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
@@ -195,7 +200,8 @@ def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         rate = f"{row['learning_rate']:.1e}" if row["learning_rate"] else "-"
         table.add_row(Text(row["match"]), row["how"], rate, f"{row['trained']:,}", f"{row['total']:,}", row["detail"])
-    trained, total = sum(row["trained"] for row in rows), sum(row["total"] for row in rows)
+    trained = sum(row["trained"] for row in rows)
+    total = sum(row["total"] for row in rows)
     table.add_section()
     table.add_row("all", "", "", f"{trained:,}", f"{total:,}", f"{trained / max(total, 1):.2%} trained")
     return table

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from vlm_tune.kernels.cpu import native
 from vlm_tune.resources import KERNELS, SMALLEST_BLOCK
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3
 """mallopt's numbers for them (malloc.h)."""
 
 

@@ -135,7 +135,9 @@ class CheckpointWriter:
     """Writes a stage's checkpoints beside training, one at a time; a failed one leaves those before it as they were."""
 
     def __init__(self, stage: Path, keep: int, *, background: bool) -> None:
-        self.stage, self.keep, self.background = stage, keep, background
+        self.stage = stage
+        self.keep = keep
+        self.background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._pending: Future[None] | None = None
 
@@ -153,7 +155,8 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Returns when all is written. Raises `TrainingError` if it could not be."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 

@@ -20,7 +20,8 @@ def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
 
     Raises `RecipeError` for a value of $VLM_TUNE_KERNELS that is none or can't be on this machine.
     """
-    device, kernels = accelerator.device, kernel_status()
+    device = accelerator.device
+    kernels = kernel_status()
     return {
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 def save_and_score(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], result: dict[str, Any]) -> dict[str, Any]:
     """Saves the finished model, scores it on rows of the test part, and fills the result."""
-    recipe, accelerator = context.recipe.resolved_stages()[-1][1], context.accelerator
+    recipe = context.recipe.resolved_stages()[-1][1]
+    accelerator = context.accelerator
     if accelerator.is_main_process:
         check_present(context.run)
         log.info("saving the model")

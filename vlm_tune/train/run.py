@@ -74,7 +74,8 @@ def sft(
     report.html. Raises `RecipeError` for a folder that is in use or holds another recipe's run (unless a resumed run is
     to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
     """
-    run, text = Path(recipe.output), dump_recipe(recipe)
+    run = Path(recipe.output)
+    text = dump_recipe(recipe)
     kernels = kernel_status()
     check_model(recipe)  # before anything is written
     forget_old_kernels()
@@ -181,16 +182,19 @@ def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: R
 
 def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversation]]:
     """Runs the stages that are left; the model as the last one leaves it, the seconds of all, and the rows of test."""
-    recipe, stages = context.recipe, context.recipe.resolved_stages()
+    recipe = context.recipe
+    stages = context.recipe.resolved_stages()
     log.info("reading the rows")
-    names, main = [name for name, _ in stages], context.accelerator.is_main_process
+    names = [name for name, _ in stages]
+    main = context.accelerator.is_main_process
     checkpoint = _checkpoint(context, names) if context.resumed else None
     texts = [] if checkpoint else scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
     processor = build_processor(recipe, texts, saved=checkpoint)
     rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
     log.info("making the model")
-    samples, progress = rows[-1].samples, Progress()
+    samples = rows[-1].samples
+    progress = Progress()
     if main:
         context.data = [stage_fingerprint(stage, own) for (_, stage), own in zip(stages, rows, strict=True)]
     if checkpoint:
@@ -214,7 +218,8 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
         if checkpoint is None or number > progress.stage:
-            progress, checkpoint = Progress(stage=number, ranks=progress.ranks), None
+            progress = Progress(stage=number, ranks=progress.ranks)
+            checkpoint = None
         progress.ranks = progress.ranks or context.accelerator.num_processes
         model = train_stage(context, model, name, stage, rows[number], progress, checkpoint)
         seconds += progress.seconds

@@ -80,7 +80,8 @@ def _begin_work(context: Context, loop: StageLoop) -> None:
 
 def read_rows(context: Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
     """What a stage reads, with its own chat format and system text."""
-    data, common = recipe.data, context.recipe.data
+    data = recipe.data
+    common = context.recipe.data
     return read_stage(
         recipe,
         processor.variant(data.template if data.template != common.template else None, data.system),
@@ -101,18 +102,21 @@ def stage_loop(
     checkpoint: Path | None,
 ) -> StageLoop:
     """The loop that trains one stage, from its checkpoint where it has one."""
-    accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
+    accelerator = context.accelerator
+    folder = stage_folder(context.run, progress.stage, name)
 
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "features" and context.stop():
             raise Interrupted("stopped before the first step; go on with --resume")
         context.report({**event, "stage": progress.stage, "name": name})
 
-    train, validation = rows.train, rows.validation
+    train = rows.train
+    validation = rows.validation
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     for part in (model.tower, model.connector) if shards(context.section) else (model,):
         part.to(accelerator.device)
-    media, on_cpu = train.media if train else [], accelerator.device.type == "cpu"
+    media = train.media if train else []
+    on_cpu = accelerator.device.type == "cpu"
     # A tower that no step reads needs no memory then; the engines of several processes send its weights around.
     pages_out = on_cpu and accelerator.num_processes == 1 and caches_features(recipe, model, media)
     if on_cpu:
@@ -168,7 +172,8 @@ def train_stage(
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
         context.accelerator = accelerator_of(recipe)
-    accelerator, folder = context.accelerator, stage_folder(context.run, progress.stage, name)
+    accelerator = context.accelerator
+    folder = stage_folder(context.run, progress.stage, name)
     loop = stage_loop(context, model, name, recipe, rows, progress, checkpoint)
     if accelerator.is_main_process:
         _begin_work(context, loop)

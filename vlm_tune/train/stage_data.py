@@ -28,7 +28,8 @@ from vlm_tune.model.vision.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.trainer import Report
 
-SAMPLED, SAMPLED_STREAM = 500, 100
+SAMPLED = 500
+SAMPLED_STREAM = 100
 """Rows that the report's samples are chosen from; of a stream, each is decoded for it."""
 
 NOTES = 20
@@ -161,9 +162,12 @@ def stage_feed(
     image_cost: float,
 ) -> Feed:
     """What the stage's loop takes its batches from; `planned` are the processes that the run began with."""
-    settings, data = recipe.train, recipe.data
-    train, processor = rows.train, rows.processor
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    settings = recipe.train
+    data = recipe.data
+    train = rows.train
+    processor = rows.processor
+    rank = accelerator.process_index
+    ranks = accelerator.num_processes
     if train is None:
         return StreamFeed(
             data,

@@ -45,7 +45,8 @@ def write_step(stage: Path, step: Step) -> None:
 
 def read_trace(stage: Path) -> list[Step]:
     """A stage's steps; a line that can't be read, as a killed process leaves it, is passed over."""
-    path, steps = stage / NAME, []
+    path = stage / NAME
+    steps = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             step = Step(**json.loads(line))

@@ -17,7 +17,8 @@ class Trackers:
     """The recipe's trackers; `tell` is given what fails in them."""
 
     def __init__(self, names: Sequence[str], project: str, run: Path, config: dict[str, Any], tell: Callable[[str], None]) -> None:
-        self._tell, self._failures = tell, Counter[str]()
+        self._tell = tell
+        self._failures = Counter[str]()
         self._made: dict[str, GeneralTracker] = {}
         known = {str(getattr(found, "value", found)) for found in get_available_trackers()}
         for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -34,6 +33,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_drawn, read_optimizer
 from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.schedule import schedule_factor
@@ -79,9 +79,17 @@ class StageLoop:
         resume_from: Path | None = None,
         watch: Watch | None = None,
     ) -> None:
-        self.model, self.recipe, self.tuned, self.data = model, recipe, tuned, data
-        self.engine, self.accelerator, self.folder, self.progress = engine, engine.accelerator, folder, progress
-        self.report, self.recipe_text, self.stop = report, recipe_text, stop
+        self.model = model
+        self.recipe = recipe
+        self.tuned = tuned
+        self.data = data
+        self.engine = engine
+        self.accelerator = engine.accelerator
+        self.folder = folder
+        self.progress = progress
+        self.report = report
+        self.recipe_text = recipe_text
+        self.stop = stop
         train = recipe.train
         self.objective = build_objective(recipe.objective)
         if train.gradient_checkpointing:
@@ -94,7 +102,7 @@ class StageLoop:
         self.position = self._begin(resume_from)
         self.watch = watch or Watch(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
-        self._nonfinite = 0
+        self.nonfinite = NonFinitePolicy(self.accelerator, report, most=train.max_nonfinite, skips=engine.skips)
         self._compiles = False
         self._attention = model.llm.model.config._attn_implementation
         self.total = train.steps or self._steps_of(train.epochs or 1)
@@ -118,7 +126,9 @@ class StageLoop:
         return self.progress
 
     def _run(self) -> None:
-        started, before, rates = time.perf_counter(), self.progress.seconds, Rates()
+        started = time.perf_counter()
+        before = self.progress.seconds
+        rates = Rates()
         rates.loss, rates.count = self.progress.unlogged
         if self.accelerator.is_main_process:
             cut_trace(self.folder, self.progress.step)
@@ -224,7 +234,9 @@ class StageLoop:
 
     def _begin(self, resume_from: Path | None) -> Position:
         """Where in the data the stage begins, from a checkpoint or anew; notes where the schedule is if the plan changed."""
-        progress, feed, cut = self.progress, self.data.feed, self.data.feed.cut()
+        progress = self.progress
+        feed = self.data.feed
+        cut = self.data.feed.cut()
         position = Position(progress.epoch, progress.epoch_step, rows=progress.rows)
         if resume_from is not None:
             position = feed.resumed(position, progress.cut, read_drawn(resume_from))
@@ -238,7 +250,9 @@ class StageLoop:
         return position
 
     def _note(self, position: Position) -> None:
-        self.progress.epoch, self.progress.epoch_step, self.progress.rows = position.epoch, position.step, position.rows
+        self.progress.epoch = position.epoch
+        self.progress.epoch_step = position.step
+        self.progress.rows = position.rows
 
     def _schedule_share(self, position: Position) -> float:
         """What share of all that is to be done was done before the position."""
@@ -252,7 +266,8 @@ class StageLoop:
         steps = self.progress.step - self.position.step
         for epoch in range(self.position.epoch, math.ceil(epochs)):
             start = replace(self.position, step=0) if epoch == self.position.epoch else Position(epoch)
-            part, done = min(epochs - epoch, 1.0), self.data.feed.share(start)
+            part = min(epochs - epoch, 1.0)
+            done = self.data.feed.share(start)
             whole = self.data.feed.steps(start) or 0
             steps += whole if part == 1 else round(whole * max(part - done, 0.0) / (1 - done))
         return max(steps, 1)
@@ -306,7 +321,8 @@ class StageLoop:
         mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
         told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
         rates.work(told_all[:, 2])
-        total, samples = max(int(told_all[:, 0].sum()), 1), int(told_all[:, 1].sum()) % DIGESTS
+        total = max(int(told_all[:, 0].sum()), 1)
+        samples = int(told_all[:, 1].sum()) % DIGESTS
         summed = torch.zeros((), device=accelerator.device)
         self.watch.at(f"step {step}", (step, 2))
         for place, batch in enumerate(batches):
@@ -319,40 +335,15 @@ class StageLoop:
         value = float(_summed(accelerator, summed))
         factor = schedule_factor(self.recipe.train.schedule, *self._schedule_place(step))
         norm = self.engine.clip(factor)
-        if self._usable(step, value, norm, ids):
+        if self.nonfinite.allows(step, value, norm, ids, self.folder, last=step >= self.total):
             self.engine.step()
-            rates.loss, rates.count = rates.loss + value, rates.count + total
+            rates.loss = rates.loss + value
+            rates.count = rates.count + total
         else:
             self.engine.skip()
         if accelerator.is_main_process:
             write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
         return factor * max(self.engine.rates)
-
-    def _usable(self, step: int, loss: float, norm: float | None, ids: list[str]) -> bool:
-        """Whether the step may be taken: if its loss and gradient are finite. The samples of others are kept in a file.
-
-        Raises `TrainingError` when too many in a row are not, or the last.
-        """
-        # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
-        if math.isfinite(loss) and (norm is None or self.accelerator.scaler is not None or math.isfinite(norm)):
-            self._nonfinite = 0
-            return True
-        self._nonfinite += 1
-        held = [identity for part in gather_object([ids]) for identity in part]
-        path = self.folder / "nonfinite.jsonl"
-        if self.accelerator.is_main_process:
-            with path.open("a") as file:
-                file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": held}) + "\n")
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        said = f"{what} at step {step}; the batch holds {', '.join(held[:8])}"
-        if self.engine.skips and self._nonfinite < self.recipe.train.max_nonfinite and step < self.total:
-            self.report({"event": "note", "text": f"{said}; the step is left out", "step": step})
-            return False
-        row = f", the {self._nonfinite}th such step in a row" if self._nonfinite > 1 else ""
-        raise TrainingError(
-            f"{said} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
-            "the last checkpoint is from before: --resume goes on there"
-        )
 
     def _cost(self, batch: Batch) -> float:
         """What a batch's pass costs, in tokens."""
@@ -379,8 +370,9 @@ class StageLoop:
         self.report({"event": "evaluate", "step": step, **found})
         better = self.progress.best_score is None or found["accuracy"] >= self.progress.best_score
         # Of equal scores the later is kept: it has seen more. Weights that give no finite loss are never the best.
-        if better and math.isfinite(found["loss"] or 0.0) and not self._nonfinite:
-            self.progress.best_score, self.progress.best_step = found["accuracy"], step
+        if better and math.isfinite(found["loss"] or 0.0) and not self.nonfinite.in_a_row:
+            self.progress.best_score = found["accuracy"]
+            self.progress.best_step = step
         self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
 
     def _generated(self) -> dict[str, Any] | None:
@@ -426,7 +418,7 @@ class StageLoop:
 
     def _save(self, step: int) -> None:
         """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
-        if self._nonfinite:
+        if self.nonfinite.in_a_row:
             return
         self.watch.at(f"the checkpoint of step {step}", (step, 4))
         states = gather_object([random_state()])

@@ -44,10 +44,16 @@ class Watch:
     """
 
     def __init__(self, accelerator: Accelerator, timeout: float) -> None:
-        self.rank, self.ranks, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
+        self.rank = accelerator.process_index
+        self.ranks = accelerator.num_processes
+        self.timeout = timeout
         self.interval = min(2.0, timeout / 20)
-        self._place, self._count, self._since, self._guarding = "the start", 0, time.monotonic(), False
-        self._stage, self._reached = 0, (0, 0)
+        self._place = "the start"
+        self._count = 0
+        self._since = time.monotonic()
+        self._guarding = False
+        self._stage = 0
+        self._reached = (0, 0)
         self._failure: str | None = None
         self._diagnosis: str | None = None
         self._seen: dict[int, _Seen] = {}
@@ -76,14 +82,18 @@ class Watch:
 
     def at(self, place: str, reached: tuple[int, int] | None = None) -> None:
         """Notes where this process is; `reached` is how far that is: the step, and the phase of it in the order they are done."""
-        self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+        self._place = place
+        self._count = self._count + 1
+        self._since = time.monotonic()
         self._reached = reached or self._reached
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Meanwhile `at` is called often, so that its silence means that something is stuck."""
-        self._since, self._guarding = time.monotonic(), True
-        self._stage, self._reached = self._stage + 1, (0, 0)
+        self._since = time.monotonic()
+        self._guarding = True
+        self._stage = self._stage + 1
+        self._reached = (0, 0)
         try:
             yield
         finally:
@@ -129,7 +139,8 @@ class Watch:
             if gone is None and still > 0.95 * self.timeout and not self._others_move():
                 gone = self._places()
             if gone is not None:
-                self._diagnosis, self._told_at = gone, time.monotonic()
+                self._diagnosis = gone
+                self._told_at = time.monotonic()
                 print(f"rank {self.rank}: {gone}", file=sys.stderr, flush=True)
         elif time.monotonic() - self._told_at > GRACE:
             print(f"rank {self.rank}: still waiting after that, leaving; {self._kept()}", file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ from vlm_tune.data.prepare.dataset import Prepared
 
 def unkept_bounds(recipe: Recipe, prepared: Prepared) -> list[str]:
     """What of a stage's prepared training rows is over `train.batch_tokens` or `data.row_length`, a line for each."""
-    data, most_tokens = recipe.data, recipe.train.batch_tokens
+    data = recipe.data
+    most_tokens = recipe.train.batch_tokens
     bounds: list[tuple[str, int, np.ndarray, str, str]] = []
     units = "images with their rows" if data.group == "image" else "rows"
     longest, total = prepared.unit_lengths.T

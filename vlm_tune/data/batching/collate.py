@@ -37,7 +37,8 @@ def collate(
     """
     import torch
 
-    rows, length = len(examples), max(len(example.input_ids) for example in examples)
+    rows = len(examples)
+    length = max(len(example.input_ids) for example in examples)
     causal = spec.layout == "causal"
     width = length if causal else max(max(len(example.labels) for example in examples), 1)
     sizes = [len(example.input_ids) for example in examples]
@@ -59,14 +60,7 @@ def collate(
     if any(example.samples is not None for example in examples):
         joined["samples"] = padded([0 if e.samples is None else e.samples for e in examples], inputs, length, -1)
         joined["label_samples"] = padded([0 if e.label_samples is None else e.label_samples for e in examples], outputs, width, -1)
-    distinct: dict[tuple[Media, str], int] = {}
-    shown = zip(examples, owners or [""] * rows, strict=True)
-    index = [distinct.setdefault((media, owner), len(distinct)) for example, owner in shown for media in example.media]
-    if fetch_for:
-        items = [fetch_for(media, owner) for media, owner in distinct]
-    else:
-        items = [fetch(media) for media, _ in distinct] if fetch else []
-    stacked = torch.stack(items) if items else None
+    index, stacked = _media(examples, owners or [""] * rows, fetch, fetch_for)
     return Batch(
         ids=[example.id for example in examples],
         input_ids=padded([example.input_ids for example in examples], inputs, length, spec.pad_id),
@@ -81,3 +75,19 @@ def collate(
         cached=cached,
         **joined,
     )
+
+
+def _media(
+    examples: Sequence[Example], owners: Sequence[str], fetch: Fetch | None, fetch_for: FetchFor | None
+) -> tuple[list[int], torch.Tensor | None]:
+    """The place of each row's media among those that are distinct, by owner too, and what these are, stacked."""
+    import torch
+
+    distinct: dict[tuple[Media, str], int] = {}
+    shown = zip(examples, owners, strict=True)
+    index = [distinct.setdefault((media, owner), len(distinct)) for example, owner in shown for media in example.media]
+    if fetch_for:
+        items = [fetch_for(media, owner) for media, owner in distinct]
+    else:
+        items = [fetch(media) for media, _ in distinct] if fetch else []
+    return index, torch.stack(items) if items else None

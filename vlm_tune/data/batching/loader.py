@@ -100,8 +100,14 @@ class PreparedFeed:
         workers: int = 0,
     ) -> None:
         self.ranks = ranks or plan.sizes.ranks
-        self.prepared, self.plan, self.spec, self.fetch = prepared, plan, spec, fetch
-        self.cached, self.augment, self.rank, self.workers = cached, augment, rank, workers
+        self.prepared = prepared
+        self.plan = plan
+        self.spec = spec
+        self.fetch = fetch
+        self.cached = cached
+        self.augment = augment
+        self.rank = rank
+        self.workers = workers
         self.loading: Loading | None = None
 
     def cut(self) -> dict[str, Any]:
@@ -114,7 +120,8 @@ class PreparedFeed:
 
     def share(self, position: Position) -> float:
         """What share of its epoch's units was drawn before the position."""
-        epoch, whole = self._epoch(position), sum(self.plan.counts)
+        epoch = self._epoch(position)
+        whole = sum(self.plan.counts)
         return (whole - len(epoch.units) + epoch.units_before(position.step)) / whole
 
     def drawn(self, position: Position) -> dict[str, np.ndarray]:
@@ -150,7 +157,8 @@ class PreparedFeed:
         """One micro-batch of this process; where there is no row for it, a row whose labels are ignored."""
         rows = self._rows(position, place)
         if not rows:
-            epoch, (step, number) = self._epoch(position), place
+            epoch = self._epoch(position)
+            step, number = place
             row = next(share for share in epoch.shares(step, self.ranks)[number] if len(share))
             ((unit, *_), *_) = epoch.units_of(row[:1])
             return self._collate([[blank(self.prepared.unit(unit))]], position.epoch)
@@ -189,7 +197,10 @@ class PreparedFeed:
         """The error that names the rows a killed loader process was at; None if `error` tells of something else."""
         if self.loading is None or "DataLoader worker" not in str(error):
             return None
-        position, numbers, place, pids = self.loading.position, self.loading.numbers, self.loading.place, self.loading.pids
+        position = self.loading.position
+        numbers = self.loading.numbers
+        place = self.loading.place
+        pids = self.loading.pids
         said = re.search(r"pid\D*(\d+)", str(error))
         worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % max(len(pids), 1)
         # Batches are dealt out in turns: it was at the first one of its own that is still to come.

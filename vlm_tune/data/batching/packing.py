@@ -47,7 +47,9 @@ def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
         common = _shared(examples[members[-1][0]], example, min(shareable[place], shareable[members[-1][0]])) if members else 0
         if members and length + len(example.input_ids) - common > row_length:
             found.append(_tree(examples, members))
-            members, length, common = [], 0, 0
+            members = []
+            length = 0
+            common = 0
         members.append((place, common))
         length += len(example.input_ids) - common
     return [*found, _tree(examples, members)]

@@ -20,7 +20,8 @@ from vlm_tune.config.train import TrainSection
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import DataError
 
-BUCKET, STRETCH = 32, 2048
+BUCKET = 32
+STRETCH = 2048
 """Global batches whose rows are sorted by length together, and rows: less padding, and still a mixture in every step."""
 
 PACK_WINDOW = 2048
@@ -74,7 +75,12 @@ class Epoch:
     def __init__(
         self, units: np.ndarray, starts: np.ndarray, longest: np.ndarray, costs: np.ndarray, steps: list[np.ndarray], sizes: Sizes
     ) -> None:
-        self.units, self.starts, self.longest, self.costs, self.steps, self.sizes = units, starts, longest, costs, steps, sizes
+        self.units = units
+        self.starts = starts
+        self.longest = longest
+        self.costs = costs
+        self.steps = steps
+        self.sizes = sizes
         self._last: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
         rows = np.array([len(step) for step in steps], dtype=np.int64)
         per_row = np.diff(starts)
@@ -142,8 +148,11 @@ class Plan:
     """The steps of every epoch. Raises `DataError` for fewer units than processes."""
 
     def __init__(self, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> None:
-        self.data, self.sizes, self.seed = data, sizes, seed
-        self.lengths, self.unit_costs = prepared.unit_lengths, prepared.unit_costs(sizes.image_cost)
+        self.data = data
+        self.sizes = sizes
+        self.seed = seed
+        self.lengths = prepared.unit_lengths
+        self.unit_costs = prepared.unit_costs(sizes.image_cost)
         self.by_source = [np.flatnonzero(prepared.unit_sources == number) for number in range(len(prepared.sources))]
         self.counts = epoch_counts([len(units) for units in self.by_source], prepared.sources, data.epoch_size)
         if 0 < sum(self.counts) < sizes.ranks:
@@ -179,7 +188,8 @@ class Plan:
         """The units of an epoch, source by source: of each as many as its share, none again before all were drawn."""
         drawn = []
         for number, (units, count) in enumerate(zip(self.by_source, self.counts, strict=True)):
-            position, end = epoch * count, (epoch + 1) * count
+            position = epoch * count
+            end = (epoch + 1) * count
             while position < end:
                 turn, start = divmod(position, len(units))
                 taken = min(end - position, len(units) - start)
@@ -200,9 +210,11 @@ class Plan:
             alone = np.diff(starts) == 1
             longest = np.where(alone, self.lengths[units[starts[:-1]], 0], np.add.reduceat(self.lengths[units, 1], starts[:-1]))
         costs = np.add.reduceat(self.unit_costs[units], starts[:-1]) if len(longest) else np.empty(0)
-        size, tokens = self.sizes.step_rows, self.sizes.step_tokens
+        size = self.sizes.step_rows
+        tokens = self.sizes.step_tokens
         if size is not None:
-            steps, whole = _by_number(longest, size), len(longest) // size
+            steps = _by_number(longest, size)
+            whole = len(longest) // size
         else:
             assert tokens is not None
             steps = _by_tokens(longest, tokens)
@@ -212,7 +224,8 @@ class Plan:
 
     def _packed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Units as rows of at most `row_length` tokens together: of a stretch the longest first, each where it fits best."""
-        limit, rows = self.data.row_length, []
+        limit = self.data.row_length
+        rows = []
         for start in range(0, len(units), PACK_WINDOW):
             stretch = units[start : start + PACK_WINDOW]
             sizes = self.lengths[stretch, 1]
@@ -294,7 +307,8 @@ def _by_tokens(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 def _budgeted(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Sorted rows cut so that each part has at most `tokens` padded tokens, or is one longer row."""
-    parts, first = [], 0
+    parts = []
+    first = 0
     for place in range(1, len(rows) + 1):
         # Sorted, so that the row that comes is the longest.
         if place == len(rows) or (place - first + 1) * lengths[rows[place]] > tokens:

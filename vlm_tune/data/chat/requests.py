@@ -99,7 +99,8 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
         raise DataError(f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}")
     try:
         _known(turn, TURN_KEYS)
-        role, content = turn.get("role"), turn.get("content")
+        role = turn.get("role")
+        content = turn.get("content")
         if role not in ROLES:
             raise DataError(f"the role is one of {', '.join(ROLES)}, got {quoted(role)}")
         if isinstance(content, str):

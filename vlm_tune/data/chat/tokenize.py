@@ -88,7 +88,8 @@ class TextEncoder:
 
     def _encode(self, text: str, opening: bool) -> list[int]:
         if self._spaces_are_prefixes and not opening and (space := re.search(r"\s", text)):
-            head, rest = text[: space.start()], text[space.start() :]
+            head = text[: space.start()]
+            rest = text[space.start() :]
             return (self._encode(head, False) if head else []) + self._encode(rest, True)
         encoding = (self._opening if opening else self._inner).encode(text, add_special_tokens=False)
         found = [place for token, place in zip(encoding.ids, encoding.offsets, strict=True) if token in self._controls]

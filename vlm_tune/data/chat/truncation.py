@@ -61,12 +61,14 @@ def _split(conversation: Conversation, processor: Processor) -> tuple[list[Examp
     pairs = list(_turns(conversation))
     seen: tuple[Media, ...] = ()
     while pairs:
-        taken, found = 1, _examples(conversation, system, seen, pairs[:1], processor)
+        taken = 1
+        found = _examples(conversation, system, seen, pairs[:1], processor)
         while taken < len(pairs):
             more = _examples(conversation, system, seen, pairs[: taken + 1], processor)
             if any(length(example) > limit for example in more):
                 break
-            taken, found = taken + 1, more
+            taken = taken + 1
+            found = more
         piece = len(kept) + len(long)
         for example in found:
             named = replace(example, id=f"{conversation.id}#{piece}" if piece else conversation.id)

@@ -45,7 +45,8 @@ def warp(
     from torch.nn.functional import affine_grid, grid_sample
 
     height, width = pixels.shape[-2:]
-    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    cos = math.cos(math.radians(turn))
+    sin = math.sin(math.radians(turn))
     # Where in the old image each place of the new one lies, in shares of half a side from the middle.
     back = np.array([[1, shear[0]], [shear[1], 1]]) @ np.array([[cos, -sin], [sin, cos]])
     back *= np.array([[1, height / width], [width / height, 1]])

@@ -189,7 +189,8 @@ class ImageProcessor:
         grid = media.tile.columns, media.tile.rows
         if grid not in last.canvases:
             last.canvases[grid] = self._canvas(last.image, grid)
-        left, top = media.tile.column * self.size, media.tile.row * self.size
+        left = media.tile.column * self.size
+        top = media.tile.row * self.size
         return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
 
     def pixels(self, image: Image) -> torch.Tensor:
@@ -202,9 +203,11 @@ class ImageProcessor:
         elif self.resize == "crop" and width != height:
             # The longer side is rounded down, as CLIP's own preprocessing does.
             short = min(width, height)
-            width, height = self.size * width // short, self.size * height // short
+            width = self.size * width // short
+            height = self.size * height // short
             image = image.resize((width, height), Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
+            left = (width - self.size) // 2
+            top = (height - self.size) // 2
             image = image.crop((left, top, left + self.size, top + self.size))
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Resampling.BICUBIC)
@@ -214,7 +217,8 @@ class ImageProcessor:
         """The image fitted into a grid, its aspect kept, in the middle of the tower's mean colour."""
         from PIL.Image import Resampling
 
-        wide, high = grid[0] * self.size, grid[1] * self.size
+        wide = grid[0] * self.size
+        high = grid[1] * self.size
         scale = min(wide / image.width, high / image.height)
         fitted = min(math.ceil(image.width * scale), wide), min(math.ceil(image.height * scale), high)
         return self._centred(image.resize(fitted, Resampling.BICUBIC), (wide, high))
@@ -274,7 +278,8 @@ class PixelCache:
     """Decoded pixels of images met before, up to a number of bytes; images past that are decoded each time."""
 
     def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 28) -> None:
-        self.processor, self._left = processor, max_bytes
+        self.processor = processor
+        self._left = max_bytes
         self._kept: dict[Media, torch.Tensor] = {}
 
     def __call__(self, media: Media) -> torch.Tensor:

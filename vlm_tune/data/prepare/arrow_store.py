@@ -107,7 +107,8 @@ class _Columns:
     """One record batch as numpy views."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self.ids, self.categories = batch.column("id"), batch.column("category")
+        self.ids = batch.column("id")
+        self.categories = batch.column("category")
         self.questions = numpy_view(batch.column("questions"))
         lists: dict[str, Any] = {name: batch.column(name) for name in LISTS}
         self.offsets = {name: numpy_view(column.offsets) for name, column in lists.items()}
@@ -122,7 +123,8 @@ class ExampleStore:
     """Examples of an Arrow file by their number; nothing is read before it is asked for."""
 
     def __init__(self, path: Path, media: Sequence[Media]) -> None:
-        self.path, self.media = path, media
+        self.path = path
+        self.media = media
         self._batches = read_batches(path)
         self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
         self._columns: dict[int, _Columns] = {}
@@ -150,7 +152,8 @@ class ExampleStore:
         mask = np.zeros(len(ids), dtype=bool)
         for start, size in columns.list("slots", row).reshape(-1, 2).tolist():
             mask[start : start + size] = True
-        positions, ends = columns.list("positions", row), columns.list("ends", row)
+        positions = columns.list("positions", row)
+        ends = columns.list("ends", row)
         return Example(
             id=columns.ids[row].as_py(),
             input_ids=ids,

@@ -33,8 +33,12 @@ class Prepared:
 
     def __init__(self, folder: Path, job: Job) -> None:
         """Opens a folder that `finish` wrote for the job; `open` looks first whether it can."""
-        self.folder, self.data, self.sources, self.layout = folder, job.data, list(job.sources), job.layout
-        self.part, self.readers = job.part, job.readers
+        self.folder = folder
+        self.data = job.data
+        self.sources = list(job.sources)
+        self.layout = job.layout
+        self.part = job.part
+        self.readers = job.readers
         self.media_rows: list[MediaRow] = [row for batch in read_batches(folder / "media.arrow") for row in media_rows(batch, folder)]
         self.store = ExampleStore(folder / "examples.arrow", [row.media for row in self.media_rows])
         units = np.load(folder / "units.npz")
@@ -107,7 +111,8 @@ class Prepared:
 
     def values(self, name: str, places: np.ndarray) -> list[Any]:
         """A column's values for rows at ascending places."""
-        found, first = [], 0
+        found = []
+        first = 0
         for batch in self.row_batches:
             start, end = np.searchsorted(places, [first, first + batch.num_rows])
             if end > start:
@@ -212,7 +217,8 @@ class Prepared:
         """Why a part that `data.split` holds out is empty or far from its share; None if it is not, or none is asked for."""
         share = getattr(self.data.split, part) if self.data.split is not None else 0
         usable = np.flatnonzero(self.column("status") == OK)
-        wanted, rows = share * len(usable), int((self.column("part")[usable] == PARTS.index(part)).sum())
+        wanted = share * len(usable)
+        rows = int((self.column("part")[usable] == PARTS.index(part)).sum())
         if not share or not len(usable) or (rows and abs(rows - wanted) <= max(wanted / 2, 1)):
             return None
         shown, offsets = self.shown
@@ -232,7 +238,8 @@ class Prepared:
         data = self.data
         capped = self.bad > data.max_bad_rows
         for record in self.records(BAD):
-            message, overlong = record["message"], record["kind"] == "overlong"
+            message = record["message"]
+            overlong = record["kind"] == "overlong"
             if overlong:
                 message += " (overlong: drop, split or trim)"
             elif capped and data.on_bad_row != "fail":
@@ -241,7 +248,8 @@ class Prepared:
             if data.on_bad_row == "fail" or capped or overlong:
                 raise DataError(message, source=record["source"], row=record["row"], kind=record["kind"])
         if not len(self.places(self.part)):
-            rows, what = len(self.column("status")), "train on" if self.part == "train" else "score"
+            rows = len(self.column("status"))
+            what = "train on" if self.part == "train" else "score"
             first = next(self.reasons(1), "")
             message = f"no row is left to {what}, of {rows:,}" + (f"; the first: {first}" if first else "")
             raise DataError(message, source=f"data.{self.part}")

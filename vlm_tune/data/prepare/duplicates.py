@@ -24,7 +24,8 @@ SIDE = 8
 """Rows and columns of hash and thumbnail."""
 STEP = 2
 """How much brighter than its left neighbour a cell must be for its bit: noise on a plain ground stays under it."""
-BRIGHTNESS, CELL = 16, 20
+BRIGHTNESS = 16
+CELL = 20
 """How far two thumbnails may differ: any channel's mean, and any cell beside that."""
 
 
@@ -48,7 +49,8 @@ def inspect_image(media: Media) -> ImageInfo:
     """Decodes the whole image, so that a cut one is found. Raises `DataError` as `decode_image` and for unreadable files."""
     data = encoded_bytes(media)
     with opened(data, media.name) as header:
-        kind, (width, height) = str(header.format), header.size
+        kind = str(header.format)
+        width, height = header.size
         # A JPEG is read to its end, but only as finely as its look needs: several times faster.
         header.draft(None, (16 * SIDE, 16 * SIDE))  # type: ignore[arg-type]
         draft = header.size

@@ -43,7 +43,8 @@ def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -
     """What differs between the fingerprints of a stage's parts, a line for each source; none where they agree."""
     differences = []
     for part in sorted({*before, *now}):
-        then, since = before.get(part, []), now.get(part, [])
+        then = before.get(part, [])
+        since = now.get(part, [])
         for old, new in zip(then, since, strict=False):
             where = f"data.{part} {new['source']}"
             if old["source"] != new["source"] and _content(old) != _content(new):

@@ -85,7 +85,9 @@ class _Media:
     def __init__(self, temporary: Path, folder: Path) -> None:
         self.rows: list[MediaRow] = []
         self._numbers: dict[Any, int] = {}
-        self._blob, self._folder, self._size = (temporary / BLOB).open("wb"), folder, 0
+        self._blob = (temporary / BLOB).open("wb")
+        self._folder = folder
+        self._size = 0
 
     def numbers(self, shard: Path) -> np.ndarray:
         """The numbers here of a shard's items."""
@@ -117,7 +119,8 @@ class _Rows:
         self._batches: list[pa.RecordBatch] = []
         self.media_numbers: list[np.ndarray] = []
         source: list[np.ndarray] = []
-        shown, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        shown = [np.empty(0, np.int32)]
+        sizes = [np.empty(0, np.int64)]
         for number, shard in shards:
             (batch,) = read_batches(shard / "rows.arrow")
             limit = sources[number].limit
@@ -127,7 +130,8 @@ class _Rows:
             numbers = media.numbers(shard)
             self.media_numbers.append(numbers)
             listed = batch.column("images")
-            flat, offsets = listed.values.to_numpy(), listed.offsets.to_numpy()
+            flat = listed.values.to_numpy()
+            offsets = listed.offsets.to_numpy()
             shown.append(numbers[flat[offsets[0] : offsets[-1]]])
             sizes.append(np.diff(offsets))
             self._batches.append(batch)
@@ -193,7 +197,8 @@ class _Rows:
     def _row(self, place: int) -> str:
         starts = [start for start, _ in self.spans()]
         number = bisect_right(starts, place) - 1
-        batch, own = self._batches[number], int(place) - starts[number]
+        batch = self._batches[number]
+        own = int(place) - starts[number]
         return f"{batch.column('row')[own].as_py()} of {batch.column('source')[own].as_py()}"
 
 
@@ -208,7 +213,8 @@ def _leave_out_duplicates(rows: _Rows, media: Sequence[MediaRow], *, perceptual:
         key = (int(rows.text[place]), looks[rows.images(int(place))].tobytes())
         earlier = first.setdefault(key, int(place))
         if earlier != place:
-            rows.status[place], rows.twin[place] = LEFT_OUT, earlier
+            rows.status[place] = LEFT_OUT
+            rows.twin[place] = earlier
 
 
 def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -> None:
@@ -224,7 +230,8 @@ def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -
         strata[stratum].append(members)
     for stratum in strata.values():
         stratum.sort(key=lambda members: _draw(rows, media, members, seed))
-        total, taken = sum(map(len, stratum)), 0
+        total = sum(map(len, stratum))
+        taken = 0
         bounds = np.cumsum([split.test * total, split.validation * total])
         for members in stratum:
             middle = taken + len(members) / 2
@@ -313,7 +320,8 @@ def _write_units(store: ExampleStore, units: Sequence[Sequence[int]], path: Path
             media += [store.media_of(unit[0])] * len(joined)
             if len(examples) >= BATCH:
                 yield example_batch(examples, media)
-                examples, media = [], []
+                examples = []
+                media = []
         if examples:
             yield example_batch(examples, media)
 

@@ -136,7 +136,8 @@ def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress |
     partial.mkdir(parents=True, exist_ok=True)
     maker = ShardMaker(job.readers, job.processors, job.data, partial, scored=job.scored)
     fail = job.data.on_bad_row == "fail" and not lenient
-    rows, listed = 0, []
+    rows = 0
+    listed = []
     for number, source in enumerate(job.sources):
         shards: list[str] = []
         own = 0
@@ -146,7 +147,8 @@ def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress |
                 advice = " (overlong: drop, split or trim)" if kind == "overlong" else ""
                 raise DataError(message + advice, source=name, row=row, kind=kind)
             shards.append(shard.folder.name)
-            own, rows = own + shard.rows, rows + shard.rows
+            own = own + shard.rows
+            rows = rows + shard.rows
             if progress:
                 progress(rows)
             if stop and stop():

@@ -28,7 +28,9 @@ from vlm_tune.quoting import quoted
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OK, BAD, LEFT_OUT = 0, 1, 2
+OK = 0
+BAD = 1
+LEFT_OUT = 2
 """What became of a row: its examples are there; it can't be used; a rule of the recipe leaves it out."""
 
 KNOWN_IMAGES = 200_000
@@ -109,7 +111,10 @@ class ShardMaker:
         *,
         scored: bool = False,
     ) -> None:
-        self.readers, self.processors, self.data, self.folder = readers, processors, data, folder
+        self.readers = readers
+        self.processors = processors
+        self.data = data
+        self.folder = folder
         self.scored = scored
         self._known: dict[Media, ImageInfo | DataError] = {}
 
@@ -170,17 +175,24 @@ class ShardMaker:
                 return record, []
             fitted = self._fitted(found, self.processors[source], record)
         except DataError as error:
-            record.status, record.kind, record.message = BAD, error.kind, error.message
+            record.status = BAD
+            record.kind = error.kind
+            record.message = error.message
             return record, []
-        made, long = fitted.examples, fitted.overlong
-        record.examples, record.overlong, record.longest = len(made), len(long), fitted.longest
+        made = fitted.examples
+        long = fitted.overlong
+        record.examples = len(made)
+        record.overlong = len(long)
+        record.longest = fitted.longest
         record.tokens = sum(len(example.input_ids) for example in made)
         record.supervised = sum(example.supervised for example in made)
         if long:
             size = f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
-            record.kind, record.message = "overlong", f"{size} tokens, more than data.max_length {self.data.max_length}"
+            record.kind = "overlong"
+            record.message = f"{size} tokens, more than data.max_length {self.data.max_length}"
             if self.data.overlong == "fail":
-                record.status, record.examples = BAD, 0
+                record.status = BAD
+                record.examples = 0
                 return record, []
             if not made:
                 record.status = LEFT_OUT
@@ -256,7 +268,10 @@ class _MediaTable:
         self.rows: list[MediaRow] = []
         self.stamps: dict[str, int] = {}
         self._numbers: dict[Media, int] = {}
-        self._blob, self._final, self._file, self._size = blob, final, None, 0
+        self._blob = blob
+        self._final = final
+        self._file = None
+        self._size = 0
         self._placed: dict[bytes, Slice] = {}
 
     def number(self, media: Media) -> int:

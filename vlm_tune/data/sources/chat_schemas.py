@@ -77,7 +77,8 @@ class RowMedia:
         """
         left: list[str | Media] = []
         for kind, items in self.items.items():
-            places, named = self.places[kind], self._named[kind]
+            places = self.places[kind]
+            named = self._named[kind]
             if named:
                 if places:
                     raise DataError(f"some {kind} parts have an `index`, and other places have none", kind="image_count")
@@ -100,7 +101,8 @@ def counted(number: int, what: str) -> str:
 
 def _listed(row: Row, kind: str) -> list[Any]:
     """The values of `image` or `images` (`video` or `videos`); a `video` that is a list is one video's frames."""
-    one, several = row.get(kind), row.get(f"{kind}s")
+    one = row.get(kind)
+    several = row.get(f"{kind}s")
     one = None if _is_no_media(one) else one
     several = None if _is_no_media(several) else several
     if one is not None and several is not None:
@@ -172,7 +174,9 @@ def _turns(row: Row, name: str) -> Sequence[Row]:
 
 def _trained(turn: Row, place: int) -> bool:
     """Whether an answer carries loss: not with `weight: 0`, `train: false` or `loss: false`."""
-    weight, train, loss = turn.get("weight"), turn.get("train"), turn.get("loss")
+    weight = turn.get("weight")
+    train = turn.get("train")
+    loss = turn.get("loss")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"turn {place}: `train` is true or false, got {quoted(train)}", kind="field")
     for name, value in (("weight", weight), ("loss", loss)):
@@ -255,7 +259,8 @@ def alpaca(row: Row, finder: MediaFinder) -> list[Message]:
     history = [] if is_empty(row.get("history")) else row["history"]
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError("`history` is a list of [question, answer]", kind="field")
-    instruction, more = row.get("instruction"), row.get("input")
+    instruction = row.get("instruction")
+    more = row.get("input")
     if not isinstance(instruction, str) or not isinstance(more, str | None):
         raise DataError("no text `instruction` (and `input`)", kind="missing_field")
     question = "\n".join(text for text in (instruction, more) if text)
@@ -288,7 +293,8 @@ def _messages(turns: Sequence[Row], media: RowMedia, *, after: int = 0, context:
     for place, turn in enumerate(turns, after + 1):
         if not isinstance(turn.get("role"), str):
             raise DataError(f"turn {place}: no `role`, got {quoted(turn.get('role'))}", kind="role")
-        role, content = turn["role"], turn.get("content")
+        role = turn["role"]
+        content = turn.get("content")
         if role in TOOL_ROLES:
             raise DataError(f"turn {place}: the role {quoted(role)}: tools are not supported", kind="unsupported")
         trained = _trained(turn, place) and not (context and role == "assistant")
@@ -306,7 +312,8 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
     """One part of a content: text, an image or a video, its own or the row's next."""
     if not isinstance(part, Mapping):
         raise DataError(f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field")
-    kind, text = part.get("type"), part.get("text")
+    kind = part.get("type")
+    text = part.get("text")
     own = {name: part[name] for name in OWN_MEDIA if not is_empty(part.get(name))}
     if kind == "text":
         if not isinstance(text, str) or own:

@@ -25,7 +25,8 @@ class ClassFolders:
 
     def __init__(self, config: FolderSource, *, seed: int) -> None:
         """Raises `DataError` for a path that holds no folders."""
-        self.name, self._seed = config.path, seed
+        self.name = config.path
+        self._seed = seed
         self._root = Path(home(config.path))
         if not self._root.is_dir():
             raise DataError("no such folder", source=self.name)
@@ -45,7 +46,8 @@ class ClassFolders:
 
     def chunks(self) -> Iterator[Chunk]:
         """Stretches of a class's images. Raises `DataError` for a class without images."""
-        number, first = 0, 1
+        number = 0
+        first = 1
         for place, name in enumerate(self._classes):
             images = len(_images(self._root / name))
             if not images:
@@ -53,7 +55,8 @@ class ClassFolders:
             for start in range(0, images, CHUNK_ROWS):
                 count = min(CHUNK_ROWS, images - start)
                 yield Chunk(number, first, count, (place, start))
-                number, first = number + 1, first + count
+                number = number + 1
+                first = first + count
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
         """The chunk's images in the order of their names."""

@@ -96,7 +96,8 @@ class Parquet:
             with parquet.ParquetFile(path) as file:
                 seen = 0
                 for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=[group]):
-                    begin, end = max(start - seen, 0), min(start + count - seen, batch.num_rows)
+                    begin = max(start - seen, 0)
+                    end = min(start + count - seen, batch.num_rows)
                     seen += batch.num_rows
                     for row in python_rows(batch.slice(begin, end - begin)) if begin < end else []:
                         yield number, row
@@ -195,7 +196,8 @@ class DatasetRows:
         self._data = _open_dataset(config, streaming)
         self._streaming = not hasattr(self._data, "__len__")
         self._classes = _class_names(self._data.features)
-        self._label, self._ignored = config.columns.get("label", "label"), set(config.ignore)
+        self._label = config.columns.get("label", "label")
+        self._ignored = set(config.ignore)
 
     def fingerprint(self) -> str:
         """The library's own, which follows the files; of a streamed data set, its name and revision."""

@@ -54,8 +54,10 @@ class EasyVqa:
 
     def __init__(self, config: EasyVqaSource, *, seed: int) -> None:
         """Raises `DataError` if the package is missing or all images are held out."""
-        self.name, self.form = f"easy_vqa/{config.split}", config.task
-        self._config, self._seed = config, seed
+        self.name = f"easy_vqa/{config.split}"
+        self.form = config.task
+        self._config = config
+        self._seed = seed
         self._instructions = load_instructions(config.instructions, config.task)
 
     def fingerprint(self) -> str:

@@ -21,7 +21,8 @@ class Shots:
     """
 
     def __init__(self, count: int, seed: int, places: Sequence[int] | None = None) -> None:
-        self.count, self.seed = count, seed
+        self.count = count
+        self.seed = seed
         self._places = range(POOL_ROWS) if places is None else places
         self._pool: list[Conversation] | None = None
 
@@ -38,7 +39,8 @@ class Shots:
         if not self.count:
             return row
         pool = self._pool or []
-        own, chosen = set(row.media), set[int]()
+        own = set(row.media)
+        chosen = set[int]()
         turns: list[Message] = []
         for number in range(self.count):
             draw = hashlib.blake2b(f"{self.seed}:shot {number}:{row.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -72,7 +72,8 @@ class FileRows:
             shared = os.path.commonpath([file.parent for file in self.files])
             label = unpacked_name(path.relative_to(shared)).with_suffix("").as_posix()
         # A file's name may hold bytes that are no text; its path is read as it is.
-        source, label = escaped(str(path)), escaped(label)
+        source = escaped(str(path))
+        label = escaped(label)
         untyped = isinstance(self.formats[place], Csv)
         for number, value in self.formats[place].rows(path, chunk.first_row, payload):
             yield StoredRow(source, label, number, value, path.parent, untyped)
@@ -107,7 +108,11 @@ class JsonLines:
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """About CHUNK_ROWS lines each; lines are counted, not read."""
-        first, start, lines, offset, last = 1, 0, 0, 0, b"\n"
+        first = 1
+        start = 0
+        lines = 0
+        offset = 0
+        last = b"\n"
         with reading(path) as file:
             while block := file.read(BLOCK):
                 place = 0
@@ -115,12 +120,16 @@ class JsonLines:
                     for _ in range(CHUNK_ROWS - lines):
                         place = block.find(b"\n", place) + 1
                     yield first, CHUNK_ROWS, (start, offset + place)
-                    first, start, lines = first + CHUNK_ROWS, offset + place, 0
+                    first = first + CHUNK_ROWS
+                    start = offset + place
+                    lines = 0
                 lines += block.count(b"\n", place)
                 end = block.rfind(b"\n") + 1
                 if end > place and offset + end - start > CHUNK_BYTES:
                     yield first, lines, (start, offset + end)
-                    first, start, lines = first + lines, offset + end, 0
+                    first = first + lines
+                    start = offset + end
+                    lines = 0
                 offset += len(block)
                 last = block[-1:]
         if offset > start:
@@ -161,13 +170,17 @@ class JsonList:
         if start is None:
             with reading(path) as file:
                 start = file.read(BLOCK).find(b"[") + 1
-        first, count, stop = 1, 0, start
+        first = 1
+        count = 0
+        stop = start
         try:
             for stop, _ in list_elements(path, start, inside=self.start is not None):
                 count += 1
                 if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
                     yield first, count, (start, stop)
-                    first, start, count = first + count, stop, 0
+                    first = first + count
+                    start = stop
+                    count = 0
         except DataError as error:
             raise DataError(f"not a JSON list: {error.message} (after element {first + count - 1})", source=str(path)) from None
         if count:
@@ -195,18 +208,24 @@ def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bo
     decode = json.JSONDecoder(strict=False).raw_decode
     with reading(path) as file:
         file.seek(start)
-        text, offset, place, first = "", start, 0, True
+        text = ""
+        offset = start
+        place = 0
+        first = True
         while stop is None or offset + place < stop:
             begin = _SPACE.match(text, place).end()  # type: ignore[union-attr]
-            closing, fault = None, "it ends early"
+            closing = None
+            fault = "it ends early"
             if first and text[begin : begin + 1] == "]":
-                end, closing = begin, _AFTER.match(text, begin)
+                end = begin
+                closing = _AFTER.match(text, begin)
             else:
                 try:
                     _, end = decode(text, begin)
                     closing = _AFTER.match(text, end)
                 except ValueError as error:
-                    fault, end = f"{error.args[0].split(':')[0]} at byte {offset + getattr(error, 'pos', 0)}", begin
+                    fault = f"{error.args[0].split(':')[0]} at byte {offset + getattr(error, 'pos', 0)}"
+                    end = begin
                 except RecursionError:
                     raise DataError("nested too deeply") from None
             if closing is None:
@@ -214,9 +233,12 @@ def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bo
                 more = file.read(max(BLOCK, len(text) - place)) if len(text) - place <= MAX_ROW_BYTES else b""
                 if not more:
                     raise DataError(fault)
-                text, offset, place = text[place:] + more.decode("latin-1"), offset + place, 0
+                text = text[place:] + more.decode("latin-1")
+                offset = offset + place
+                place = 0
                 continue
-            first, place = False, closing.end()
+            first = False
+            place = closing.end()
             if end > begin:
                 yield offset + place, text[begin:end]
             if closing[1] == "]":
@@ -243,7 +265,8 @@ class _Lines:
     """A file's lines as text, and where the next one begins."""
 
     def __init__(self, file: Any, offset: int) -> None:
-        self.file, self.offset = file, offset
+        self.file = file
+        self.offset = offset
 
     def __iter__(self) -> _Lines:
         return self
@@ -264,7 +287,8 @@ class Csv:
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """About CHUNK_ROWS records each; a record may span lines."""
-        first, count = 1, 0
+        first = 1
+        count = 0
         with reading(path) as file:
             header, start = self._header(path, file)
             if len(set(header)) < len(header):
@@ -274,7 +298,9 @@ class Csv:
                 count += 1
                 if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
                     yield first, count, (start, stop)
-                    first, start, count = first + count, stop, 0
+                    first = first + count
+                    start = stop
+                    count = 0
         if count:
             yield first, count, (start, stop)
 

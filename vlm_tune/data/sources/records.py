@@ -32,7 +32,10 @@ class RowsReader:
 
     def __init__(self, container: Container, config: RowsSource, *, seed: int) -> None:
         """Looks at the first rows to tell their form. Raises `DataError` where it can't."""
-        self.name, self._container, self._config, self._seed = container.name, container, config, seed
+        self.name = container.name
+        self._container = container
+        self._config = config
+        self._seed = seed
         check_columns(config.columns, self.name)
         self._columns = dict(config.columns)
         self.form: str = config.form
@@ -53,7 +56,8 @@ class RowsReader:
     def with_shots_from(self, places: Sequence[int]) -> RowsReader:
         """This reader, its worked examples drawn from the rows at `places` (from 0) alone."""
         other = copy(self)
-        other._shot_places, other._shots = places, Shots(self._config.shots, self._seed, places)
+        other._shot_places = places
+        other._shots = Shots(self._config.shots, self._seed, places)
         return other
 
     def fingerprint(self) -> str:

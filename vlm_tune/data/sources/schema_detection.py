@@ -59,7 +59,8 @@ def detect_form(rows: Iterable[StoredRow], columns: Mapping[str, str], name: str
     """
     votes: Counter[tuple[str, str]] = Counter()
     seen: dict[str, None] = {}
-    fault, judged = None, 0
+    fault = None
+    judged = 0
     for tried, stored in enumerate(rows, 1):
         try:
             row = decoded_lists(renamed(usable(stored.value), columns))
@@ -112,7 +113,8 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
     if found:
         return found
     shown = any(not is_empty(row.get(name)) for name in MEDIA)
-    asked, chosen = "question" in has, has_choices(row)
+    asked = "question" in has
+    chosen = has_choices(row)
     rules = {
         "prompt_completion": {"prompt", "completion"} <= has,
         "alpaca": {"instruction", "output"} <= has,

@@ -92,13 +92,15 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
     if not fields:
         raise DataError(f"no list of choices ({', '.join(CHOICES)}, or columns A, B, ...)", kind="missing_field")
     (field,) = fields
-    value, labels = row[field], None
+    value = row[field]
+    labels = None
     if isinstance(value, Mapping):
         if isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
             value, labels = value["text"], [str(label) for label in value["label"]]
         else:
             given = {str(key): inner for key, inner in value.items() if inner is not None}
-            value, labels = list(given.values()), list(given)
+            value = list(given.values())
+            labels = list(given)
     if not isinstance(value, list) or (labels is not None and len(labels) != len(value)):
         raise DataError(f"`{field}` is a list of choices, got {quoted(row[field])}", kind="field")
     if not 2 <= len(value) <= len(LETTERS):

@@ -38,11 +38,15 @@ class TarShard:
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """Byte ranges of about CHUNK_ROWS samples; all of a compressed shard, which has no places to start from."""
-        first, count, start = 1, 0, 0
+        first = 1
+        count = 0
+        start = 0
         for sample in _samples(path, 0, contents=False):
             if count == CHUNK_ROWS and not _is_compressed(path):
                 yield first, count, (start, sample.start)
-                first, start, count = first + count, sample.start, 0
+                first = first + count
+                start = sample.start
+                count = 0
             count += 1
         if count:
             yield first, count, (start, None)
@@ -130,7 +134,8 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 def _fields(sample: _Sample) -> dict[str, Any] | DataError:
     """A row: the JSON member's fields, texts by their ending, images and videos."""
     row: dict[str, Any] = {"id": escaped(sample.key.strip("/."))}  # a member's name may hold bytes that are no text
-    images, videos = {}, {}
+    images = {}
+    videos = {}
     for ending, content in sample.members.items():
         kind = ending.rpartition(".")[2]
         if f".{kind}" in IMAGE_SUFFIXES:

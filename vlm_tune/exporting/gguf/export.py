@@ -58,7 +58,8 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base:
     parameters = count_parameters(text, config)
     check_room(parameters, output, WIDTHS[dtype or config.precision], copies=2)  # the model, and the one read back
     model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype, base)
-    dtype, precision = dtype or model.config.precision, model.config.precision
+    dtype = dtype or model.config.precision
+    precision = model.config.precision
     expected = expected_of(path, model) if verify else None
     cast_parameters(model, DTYPES[precision])
 
@@ -148,8 +149,10 @@ def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dt
     _check_texts(fields, model, expected.rows)
     activation = vision_weights(model.tower)[0].hidden_act
     reader = Reader(theirs.to(model.device), fields, model)
-    trained, approximate = Mmproj(files.mmproj, exact=activation), Mmproj(files.mmproj)
-    found, texts = reader.logits(expected.rows, trained), reader.texts(expected.rows, trained)
+    trained = Mmproj(files.mmproj, exact=activation)
+    approximate = Mmproj(files.mmproj)
+    found = reader.logits(expected.rows, trained)
+    texts = reader.texts(expected.rows, trained)
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
     check_answers(stored, found, texts, allowed)
     moved = _largest(reader.logits(expected.rows, approximate), found)
@@ -168,7 +171,8 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields, name = read_fields(path), path.name
+    fields = read_fields(path)
+    name = path.name
     config = AutoConfig.from_pretrained(path.parent, gguf_file=name)
     # transformers reads it for some architectures only.
     config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]

@@ -43,7 +43,8 @@ def decoder_reasons(text: Any) -> list[str]:
 def _gemma_reasons(text: Any) -> list[str]:
     """Why a Gemma 3 isn't what llama.cpp takes every Gemma 3 for, beside what the file says."""
     every_sixth = ["full_attention" if place % 6 == 5 else "sliding_attention" for place in range(text.num_hidden_layers)]
-    local, full = text.rope_parameters["sliding_attention"], text.rope_parameters["full_attention"]
+    local = text.rope_parameters["sliding_attention"]
+    full = text.rope_parameters["full_attention"]
     # The largest, of 62 layers, scales scores by another width than a head's.
     width = text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62 else _head_dim(text)
     fixed = {
@@ -65,7 +66,8 @@ def _head_dim(text: Any) -> int:
 
 def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: int) -> None:
     """Adds all metadata of a language model file; its embedding has `rows` rows."""
-    window, gemma = getattr(text, "sliding_window", None), text.model_type == "gemma3_text"
+    window = getattr(text, "sliding_window", None)
+    gemma = text.model_type == "gemma3_text"
     writer.add_name(f"{text.model_type} in a vision-language model")
     writer.add_block_count(text.num_hidden_layers)
     # llama.cpp looks through no window in the other architectures: within one it computes the same.
@@ -95,7 +97,8 @@ def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
     text = language.config
     name = FAMILIES[text.model_type]
     names = get_tensor_name_map(next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == name), text.num_hidden_layers)
-    head, embedding = language.get_output_embeddings().weight, language.get_input_embeddings().weight
+    head = language.get_output_embeddings().weight
+    embedding = language.get_input_embeddings().weight
     tied = head is embedding or torch.equal(head, embedding)
     factors = _rope_factors(language)
     if factors is not None:

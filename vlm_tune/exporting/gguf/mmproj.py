@@ -28,7 +28,8 @@ CONNECTOR = {"layers.0": "mm.0", "layers.2": "mm.2", "norm": "v.post_ln"}
 
 def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
     """Why a tower or a connector can't be written for llama.cpp; no weights are needed to tell."""
-    tower, connector = config.model.tower, config.model.connector
+    tower = config.model.tower
+    connector = config.model.connector
     reasons = tower_reasons(config)
     if getattr(tower, "class_token", False):
         reasons.append("its connector gets the class token (model.tower.class_token)")
@@ -41,7 +42,8 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
 
 def mmproj_notes(model: VisionLanguageModel) -> list[str]:
     """What llama.cpp does otherwise with an image than the model was trained with."""
-    images, notes = model.processor.images, []
+    images = model.processor.images
+    notes = []
     if vision_weights(model.tower)[0].model_type == "clip_vision_model":
         notes.append(
             "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put a CLIP tower's class token in the "
@@ -115,7 +117,9 @@ class Mmproj:
     """
 
     def __init__(self, path: Path, exact: str | None = None) -> None:
-        self.fields, self.tensors, self.exact = read_fields(path), read_tensors(path), exact
+        self.fields = read_fields(path)
+        self.tensors = read_tensors(path)
+        self.exact = exact
         self.vision = {key.removeprefix("clip.vision."): value for key, value in self.fields.items() if key.startswith("clip.vision.")}
 
     @torch.inference_mode()

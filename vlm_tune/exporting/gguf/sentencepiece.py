@@ -27,7 +27,8 @@ def is_pieces(described: dict[str, Any]) -> bool:
 def pieces_reasons(tokenizer: Any, opens_with_text: bool) -> list[str]:
     """Why such a tokenizer can't be written for llama.cpp; `opens_with_text` is of the chat format."""
     described = described_of(tokenizer)
-    opening, model = opening_of(described), described["model"]
+    opening = opening_of(described)
+    model = described["model"]
     reasons = [] if tokenizer.unk_token_id is not None else ["its tokenizer has no unknown token"]
     if opening is None:
         reasons.append("its tokenizer changes texts, or splits them, otherwise than SentencePiece with spaces as they are")
@@ -57,7 +58,8 @@ def _part(described: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def opening_of(described: dict[str, Any]) -> Opening | None:
     """Before what a space is put: the string's first text, or that of every section between control tokens; None for other tokenizers."""
-    normal, split = _part(described, "normalizer"), _part(described, "pre_tokenizer")
+    normal = _part(described, "normalizer")
+    split = _part(described, "pre_tokenizer")
     written = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if [step["type"] for step in split] == ["Metaspace"] and not normal:
         (step,) = split
@@ -101,7 +103,8 @@ def describe_pieces(writer: GGUFWriter, described: dict[str, Any], unknown: int,
     assert scores is not None
     vocab = described["model"]["vocab"]
     for token in BYTES:
-        tokens[vocab[token]], types[vocab[token]] = token, TokenType.BYTE
+        tokens[vocab[token]] = token
+        types[vocab[token]] = TokenType.BYTE
     types[unknown] = TokenType.UNKNOWN
     for added in described["added_tokens"]:
         # llama.cpp looks for these in the text as it was written.
@@ -123,10 +126,13 @@ class PieceTokenizer:
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
 
-        tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+        tokens = fields["tokenizer.ggml.tokens"]
+        types = fields["tokenizer.ggml.token_type"]
         model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
-        model.normalizer_spec.name, model.normalizer_spec.add_dummy_prefix = "identity", False
+        model.trainer_spec.model_type = 2
+        model.trainer_spec.byte_fallback = True
+        model.normalizer_spec.name = "identity"
+        model.normalizer_spec.add_dummy_prefix = False
         model.normalizer_spec.remove_extra_whitespaces = False
         for token, kind, score in zip(tokens, types, fields["tokenizer.ggml.scores"], strict=True):
             # GGUF numbers types as SentencePiece does. What a user defined llama.cpp finds first, and merges what is left.

@@ -70,9 +70,11 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
 
     tokenizer: Any = processor.tokenizer
     described = described_of(tokenizer)
-    tokens, types = [f"[PAD{number}]" for number in range(rows)], [TokenType.UNUSED] * rows
+    tokens = [f"[PAD{number}]" for number in range(rows)]
+    types = [TokenType.UNUSED] * rows
     for token, number in described["model"]["vocab"].items():
-        tokens[number], types[number] = token, TokenType.NORMAL
+        tokens[number] = token
+        types[number] = TokenType.NORMAL
     for added in described["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
@@ -106,7 +108,8 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
 
     if fields["tokenizer.ggml.model"] == "llama":
         return PieceTokenizer(fields)
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens = fields["tokenizer.ggml.tokens"]
+    types = fields["tokenizer.ggml.token_type"]
     steps, whole = SPLITS[fields["tokenizer.ggml.pre"]]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges, ignore_merges=whole))

@@ -293,7 +293,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _compile(cxx: str, name: str, given: list[str], path: Path) -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        linked, sources = Path(folder) / "part.so", [Path(__file__).with_name(f"{file}.cpp") for file in PARTS[name]]
+        linked = Path(folder) / "part.so"
+        sources = [Path(__file__).with_name(f"{file}.cpp") for file in PARTS[name]]
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         compile_one = [cxx, *given, "-c", f"-I{root}/include"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

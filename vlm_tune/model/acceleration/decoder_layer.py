@@ -49,11 +49,17 @@ def join(model: nn.Module) -> int:
 def _is_formula(layer: Any) -> bool:
     """Whether layers like this one compute the formula, by what a small one in its place answers: some are no like their neighbours."""
     config = copy.deepcopy(getattr(layer.self_attn, "config", None))
-    heads, groups, width, length = 4, 2, 32, 6
+    heads = 4
+    groups = 2
+    width = 32
+    length = 6
     if config is None:
         return False
-    config.hidden_size, config.intermediate_size, config.head_dim = heads * width, 96, width
-    config.num_attention_heads, config.num_key_value_heads = heads, groups
+    config.hidden_size = heads * width
+    config.intermediate_size = 96
+    config.head_dim = width
+    config.num_attention_heads = heads
+    config.num_key_value_heads = groups
     config._attn_implementation = "eager"
     try:
         with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -61,7 +67,9 @@ def _is_formula(layer: Any) -> bool:
             small: Any = type(layer)(config, layer.self_attn.layer_idx).float()
             for parameter in small.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 1.0))
-            x, cos, sin = torch.randn(2, length, heads * width), torch.randn(2, length, width), torch.randn(2, length, width)
+            x = torch.randn(2, length, heads * width)
+            cos = torch.randn(2, length, width)
+            sin = torch.randn(2, length, width)
             mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
             answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
             return isinstance(answer, Tensor) and torch.allclose(answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3)
@@ -71,10 +79,12 @@ def _is_formula(layer: Any) -> bool:
 
 
 def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
-    attention, (first, second) = layer.self_attn, (getattr(layer, name) for name in NORMS)
+    attention = layer.self_attn
+    first, second = (getattr(layer, name) for name in NORMS)
     normed = rms_norm(x, x.shape[-1:], first.weight, first.variance_epsilon)
     query, key, value = (getattr(attention, name)(normed).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for name in PROJECTIONS[:3])
-    query, key = turned(query, cos, sin), turned(key, cos, sin).repeat_interleave(heads // groups, 1)
+    query = turned(query, cos, sin)
+    key = turned(key, cos, sin).repeat_interleave(heads // groups, 1)
     value = value.repeat_interleave(heads // groups, 1)
     out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=attention.scaling)
     x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
@@ -119,16 +129,20 @@ class Prepared:
     """What a layer computes with, ready for the kernel: `adapted` are A of its seven layers, then B of them."""
 
     def __init__(self, layer: Any, x: Tensor) -> None:
-        attention, (first, second) = layer.self_attn, (layer._modules[name] for name in NORMS)
+        attention = layer.self_attn
+        first, second = (layer._modules[name] for name in NORMS)
         (*inner, outer), merged = layer.projections(), attention.q_proj.siblings
-        self.inner, self.outer = operands(inner, x.dtype, merged and merged.matrix), operands([outer], x.dtype)
+        self.inner = operands(inner, x.dtype, merged and merged.matrix)
+        self.outer = operands([outer], x.dtype)
         self.gated = gated_operands(layer.mlp.layers())
         parts = self.inner, self.outer, self.gated
         self.adapted = [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
         self.numbers = sum(each.numel() for each in self.adapted)
         self.held = [Adapters(of.downs, of.ups, of.scales) for of in parts], first.weight, second.weight
-        (inner, outer, gated), heads = self.held[0], self.outer.downs[0].shape[1] // attention.head_dim
-        groups, down = len(self.inner.ups[1]) // attention.head_dim, gated.downs[2]
+        inner, outer, gated = self.held[0]
+        heads = self.outer.downs[0].shape[1] // attention.head_dim
+        groups = len(self.inner.ups[1]) // attention.head_dim
+        down = gated.downs[2]
         shape = (x.shape[-1], heads, groups, attention.head_dim, down.shape[1], layer.mlp.activation)
         ranks = inner.rank, outer.rank, gated.rank - len(down), len(down)
         made = (ctypes.addressof(each.array) for each in (inner, outer, gated))
@@ -146,7 +160,9 @@ class Prepared:
 
     def place(self, x: Tensor) -> None:
         """Says where the weights lie: for good, or unpacked for a pass."""
-        inner, outer, gated = self.inner, self.outer, self.gated
+        inner = self.inner
+        outer = self.outer
+        gated = self.gated
         heads = outer.downs[0].shape[1]
         self.weights = [
             joined_weights(inner.weights, inner.packing, inner.room, inner.ups, x, x.shape[-1]),
@@ -180,7 +196,8 @@ class DecoderLayer(nn.Module):
         # A compiler is given what the class does: it would look into all that is asked here, call by call.
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
-        tables, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        tables = kwargs.get("position_embeddings")
+        mask = kwargs.get("attention_mask")
         if args or tables is None or mask is None or kwargs.get(cache_name()) is not None or kwargs.get("output_attentions"):
             return super().forward(hidden_states, *args, **kwargs)
         # Tables of some of a head's numbers turn only those.
@@ -206,7 +223,8 @@ class DecoderLayer(nn.Module):
         # Heads of other widths are attended to in blocks, outside of the kernels.
         if self.self_attn.head_dim % 32 or not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
             return False
-        merged, outputs = layers[0].siblings, [layer.base_layer.out_features for layer in layers]
+        merged = layers[0].siblings
+        outputs = [layer.base_layer.out_features for layer in layers]
         # A plan's weights have shapes alone, and are not merged.
         whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (merged is not None and merged.layers == layers[:3])
         return whole and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
@@ -220,13 +238,15 @@ class DecoderLayer(nn.Module):
             return None
         if isinstance(x, FakeTensor):
             return Prepared(self, x) if self._is_plain(x) else None
-        state, known = self._state(), self.prepared
+        state = self._state()
+        known = self.prepared
         if known is None or known[0] != state:
             known = self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
         return known[1]
 
     def _is_plain(self, x: Tensor) -> bool:
-        attention, gated = self.self_attn, self.mlp.layers()
+        attention = self.self_attn
+        gated = self.mlp.layers()
         mlp: Any = self.mlp
         if not self.is_ready() or not mlp.is_quick(x, gated):
             return False
@@ -241,7 +261,8 @@ class DecoderLayer(nn.Module):
 
     def _state(self) -> list[Any]:
         """All that can change what the layer computes: hooks, adapters, what trains, and where weights lie."""
-        attention, mlp = self.self_attn._modules, self.mlp._modules
+        attention = self.self_attn._modules
+        mlp = self.mlp._modules
         found: list[Any] = []
         for module in (self.self_attn, self.mlp, *(self._modules[name] for name in NORMS), *attention.values(), *mlp.values()):
             own: Any = module.__dict__
@@ -289,9 +310,11 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
         rows, length = x.shape[:2]
-        kernels, keep = native.kernels(), any(ctx.needs_input_grad)
+        kernels = native.kernels()
+        keep = any(ctx.needs_input_grad)
         with of.placed(x):
-            out, kept = torch.empty_like(x), x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
+            out = torch.empty_like(x)
+            kept = x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
             if not isinstance(x, FakeTensor):
                 kernels.decoder(of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept))
         if keep:
@@ -304,7 +327,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, cos, sin, ends, kept = ctx.saved_tensors
         of: Prepared = ctx.of
-        (rows, length), flow, kernels = x.shape[:2], gradients[0].contiguous(), native.kernels()
+        rows, length = x.shape[:2]
+        flow = gradients[0].contiguous()
+        kernels = native.kernels()
         with of.placed(x):
             out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             found = x.new_empty(of.numbers, dtype=torch.float32)

@@ -62,7 +62,8 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
 
     Raises IndexError for a target that the vocabulary does not have.
     """
-    rows, targets = rows_of(rows), targets.contiguous()
+    rows = rows_of(rows)
+    targets = targets.contiguous()
     found, gradient = _room(rows, keep)
     if len(rows):
         low, high = (int(each) for each in targets.aminmax())

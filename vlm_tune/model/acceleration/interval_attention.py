@@ -93,7 +93,9 @@ class Branches:
     """
 
     def __init__(self, kept: list[tuple[Tensor, Tensor]], seen: Tensor) -> None:
-        self.kept, self.calls, self.seen = kept, 0, seen.contiguous()
+        self.kept = kept
+        self.calls = 0
+        self.seen = seen.contiguous()
         self.own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept]
 
     def keep(self, places: Tensor) -> None:
@@ -112,7 +114,8 @@ class Branches:
         own.append((key.clone(), value.clone()))
         if not _by_kernel(query):
             return attend_grown(query, keys, values, self.seen, own, scale)
-        (rows, heads, branches, width), query = query.shape, _rows(query)
+        rows, heads, branches, width = query.shape
+        query = _rows(query)
         out = query.new_empty(rows, branches, heads, width)
         grown = [each for pair in own for each in pair]
         shape = (ctypes.c_int64 * 7)(rows, heads, key.shape[1], keys.shape[2], width, branches, len(own))
@@ -185,7 +188,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _shape(query: Tensor, key: Tensor) -> Any:
-    (rows, heads, length, width), groups = query.shape, key.shape[1]
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
     return (ctypes.c_int64 * 5)(rows, heads, groups, length, width)
 
 
@@ -216,7 +220,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     """
     if _growing is not None:
         return _growing.attend(query, key, value, scale), _outputs(query)[1]
-    query, key, value, ends = _rows(query), _rows(key), _rows(value), ends.contiguous()
+    query = _rows(query)
+    key = _rows(key)
+    value = _rows(value)
+    ends = ends.contiguous()
     global _runs
     _runs += 1
     if _kept is not None:
@@ -243,7 +250,11 @@ def attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
-    query, key, value, ends, gradient = _rows(query), _rows(key), _rows(value), ends.contiguous(), _rows(gradient)
+    query = _rows(query)
+    key = _rows(key)
+    value = _rows(value)
+    ends = ends.contiguous()
+    gradient = _rows(gradient)
     if not _by_kernel(query):
         return attend_blocks_backward(gradient, query, key, value, ends, scale)
     found = _gradients(query, key)

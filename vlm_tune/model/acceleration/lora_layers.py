@@ -62,10 +62,12 @@ class LoraLinear(Linear):
 
     def is_plain(self, x: torch.Tensor) -> bool:
         """Whether what it computes of x now is a frozen weight with plain LoRA and nothing else."""
-        base, active = self.base_layer, self.active_adapters
+        base = self.base_layer
+        active = self.active_adapters
         if self.disable_adapters or self.merged or self.lora_variant or len(active) != 1 or active[0] not in self.lora_A:
             return False
-        weight, bias = base.weight, base.bias
+        weight = base.weight
+        bias = base.bias
         return (
             (type(base) is nn.Linear or self._holds_codes())
             and not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -92,7 +94,8 @@ class Siblings:
             return
         weights = [layer.base_layer.weight for layer in self.layers]
         ranks = sum(layer.r[layer.name] for layer in self.layers)
-        rows, width = sum(len(weight) for weight in weights), weights[0].shape[1]
+        rows = sum(len(weight) for weight in weights)
+        width = weights[0].shape[1]
         matrix: torch.Tensor = weights[0].new_zeros(rows, width + wide_rank(ranks))
         self.matrix = matrix
         for weight, place in zip(weights, matrix[:, :width].split([len(weight) for weight in weights]), strict=True):
@@ -101,13 +104,15 @@ class Siblings:
 
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., O_i] for x [..., I]."""
-        place, held = self.layers.index(layer), self.held
+        place = self.layers.index(layer)
+        held = self.held
         if held is None or held[0] is not x or held[1][place] is None:
             if not self.together(x):
                 return _project(x, [layer])[0]
             outputs: list[Any] = list(_project(x, self.layers, self.matrix))
             held = self.held = (x, outputs)
-        found, held[1][place] = held[1][place], None
+        found = held[1][place]
+        held[1][place] = None
         if not any(left is not None for left in held[1]):
             self.held = None
         return found
@@ -120,7 +125,8 @@ class Siblings:
             return False
         if torch.compiler.is_compiling():
             return True
-        start, stride = self.matrix.data_ptr(), self.matrix.stride(0) * self.matrix.element_size()
+        start = self.matrix.data_ptr()
+        stride = self.matrix.stride(0) * self.matrix.element_size()
         for layer in self.layers:
             if layer.base_layer.weight.data_ptr() != start:
                 self.matrix = None
@@ -195,7 +201,8 @@ class Operands:
 
 def operands(layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Tensor | None = None) -> Operands:
     """Those of layers that compute in `dtype`; `matrix` holds the frozen weights of several and room for B."""
-    names, bases = [layer.name for layer in layers], [layer.base_layer for layer in layers]
+    names = [layer.name for layer in layers]
+    bases = [layer.base_layer for layer in layers]
     biases = [base.bias.to(dtype) for base in bases if base.bias is not None]
     if layers[0].packed is not None:
         weights = [tensor for layer in layers if layer.packed for tensor in (layer.packed.codes, layer.packed.scales)]
@@ -218,8 +225,10 @@ def _weights(layers: Sequence[Any]) -> list[torch.Tensor]:
 
 def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
-    dtype, outputs = compute_dtype(x), [layer.base_layer.out_features for layer in layers]
-    rows, of = x.reshape(-1, x.shape[-1]).to(dtype), operands(layers, dtype, matrix)
+    dtype = compute_dtype(x)
+    outputs = [layer.base_layer.out_features for layer in layers]
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    of = operands(layers, dtype, matrix)
     quick = by_kernel(rows, outputs)
     out, _ = project(rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales)
     # A 4-bit layer answers in the type that it was asked in.

@@ -142,7 +142,9 @@ def gated_operands(layers: Sequence[Any]) -> Operands:
     packed = [layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)]
     packing = packed[0].packing if packed[0] else ""
     weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [base.weight for base in bases]
-    downs, ups, scales = [], [], []
+    downs = []
+    ups = []
+    scales = []
     for layer, base, with_lora in zip(layers, bases, lora, strict=True):
         name = layer.name if with_lora else ""
         downs.append(layer.lora_A[name].weight if name else torch.empty(0, base.in_features))
@@ -198,12 +200,14 @@ def gated(
     `ups` are A and B of each, of no ranks where it has none. Kept are the outputs of gate and up, by blocks of the kernel's own
     [32 ceil(T / 32), 2F] or one after the other, and those of the A: [T, R] and [T, D].
     """
-    matrices, rows = gated_weights(weights, packing, ups, downs, rows), rows_of(rows)
+    matrices = gated_weights(weights, packing, ups, downs, rows)
+    rows = rows_of(rows)
     kept = _kept(rows, downs, ups, keep)
     few = not keep and len(rows) < FEW * torch.get_num_threads()
     if few or not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
         return gated_rows(rows, matrices, activation, downs, ups, scales, kept if keep else None), *kept
-    adapters, out = Adapters(downs, ups, scales), rows.new_empty(rows.shape)
+    adapters = Adapters(downs, ups, scales)
+    out = rows.new_empty(rows.shape)
     held = kept if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
     native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, *matrices, out, *held))
@@ -242,7 +246,9 @@ def gated_backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, H] (of no rows unless needed) and fp32 ones of every A and of every B, one after another, given [T, H]."""
-    matrices, rows, gradient = gated_weights(weights, packing, ups, downs, rows), rows_of(rows), rows_of(gradient)
+    matrices = gated_weights(weights, packing, ups, downs, rows)
+    rows = rows_of(rows)
+    gradient = rows_of(gradient)
     found = _gradients(gradient, downs, ups, needs_x)
     if not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
         gated_rows_backward(gradient, rows, kept, matrices, activation, downs, ups, scales, found)
@@ -291,7 +297,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     rows, *rest = ctx.saved_tensors
-    kept, weights, downs, ups = rest[:3], rest[3 : 3 + ctx.count], rest[3 + ctx.count : 6 + ctx.count], rest[6 + ctx.count :]
+    kept = rest[:3]
+    weights = rest[3 : 3 + ctx.count]
+    downs = rest[3 + ctx.count : 6 + ctx.count]
+    ups = rest[6 + ctx.count :]
     needs_x = ctx.needs_input_grad[0]
     x, *found = gated_backward(gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
     of_downs, of_ups = (by_layer(flat, layers) for flat, layers in zip(found, (downs, ups), strict=True))

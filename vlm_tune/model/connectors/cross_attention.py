@@ -53,10 +53,12 @@ class GatedBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int | None) -> None:
         super().__init__()
-        self.norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
+        self.feed_norm = nn.LayerNorm(width)
         self.attention = Attention(width, width, heads, head_width=head_width)
         self.feed = feed_forward(width, bias=False)
-        self.attention_gate, self.feed_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.feed_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, states: torch.Tensor, seen: Seen | None) -> torch.Tensor:
         """States [B, S, E] that have looked at what they see; a token that sees nothing goes through the feed-forward only."""
@@ -80,7 +82,9 @@ class CrossAttention(Connector):
 
     def __init__(self, config: CrossAttentionConnector, base: Connector, llm_width: int) -> None:
         super().__init__()
-        self.config, self.base, self.width = config, base, llm_width
+        self.config = config
+        self.base = base
+        self.width = llm_width
         self.marker = nn.Parameter(0.02 * torch.randn(llm_width))
         self.blocks = nn.ModuleList()
         self.seen: Seen | None = None
@@ -92,7 +96,8 @@ class CrossAttention(Connector):
 
     def attach(self, llm: LanguageModel) -> None:
         """Makes the blocks and hooks them before the layers. Raises `ModelError` for an LLM of too few layers."""
-        layers, every = text_layers(llm), self.config.every
+        layers = text_layers(llm)
+        every = self.config.every
         if every > len(layers):
             raise ModelError(f"model.connector.every is {every}, and the LLM has {len(layers)} layers")
         for place, layer in enumerate(layers[every - 1 :: every]):
@@ -114,7 +119,8 @@ class CrossAttention(Connector):
         if connected is None:
             self.seen = None
             return embeds
-        media, rows = connected[:, 1:], len(embeds)
+        media = connected[:, 1:]
+        rows = len(embeds)
         if not len(batch.media_index):
             blind = torch.zeros(*embeds.shape[:2], media.shape[1], dtype=torch.bool, device=embeds.device)
             self.seen = Seen(media.expand(rows, -1, -1), blind)

@@ -46,7 +46,8 @@ class Gate(nn.Module):
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
-        self.gate, self.text = nn.Linear(2 * width, width), nn.Linear(width, width)
+        self.gate = nn.Linear(2 * width, width)
+        self.text = nn.Linear(width, width)
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[M, N', E] of image [M, N', E] and words [M, T, E]."""
@@ -61,7 +62,9 @@ class Product(nn.Module):
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
         inner = config.rank or width
-        self.image, self.text, self.out = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
+        self.image = nn.Linear(width, inner)
+        self.text = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[M, N', E] of image [M, N', E] and words [M, T, E]."""
@@ -76,7 +79,8 @@ class Bilinear(nn.Module):
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
-        inner, self.factors = config.rank or width, config.factors
+        inner = config.rank or width
+        self.factors = config.factors
         self.image, self.text = nn.Linear(width, inner * self.factors), nn.Linear(width, inner * self.factors)
         self.out = nn.Linear(inner, width)
 

@@ -41,7 +41,8 @@ class Reader:
 
     def __init__(self, llm_tokenizer: Any, tokenizer: Any, most: int) -> None:
         self.tokenizer = tokenizer
-        self._llm, self._most = llm_tokenizer, most
+        self._llm = llm_tokenizer
+        self._most = most
         self._read = lru_cache(100_000)(self._ids)
 
     def _ids(self, ids: tuple[int, ...]) -> list[int]:
@@ -64,7 +65,8 @@ def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises `ModelError` with both counts and the sample ids if the batch's slots are not that many.
     """
-    slots, media = batch.image_mask.nonzero(), len(batch.media_index)
+    slots = batch.image_mask.nonzero()
+    media = len(batch.media_index)
     if len(slots) != media * tokens:
         raise ModelError(f"{len(slots)} image slots and {media * tokens} image features in {', '.join(batch.ids)}")
     starts = slots[::tokens]

@@ -19,7 +19,8 @@ class Attention(nn.Module):
         super().__init__()
         if head_width is None and width % heads:
             raise ModelError(f"model.connector.heads: {heads} attention heads don't divide a width of {width}")
-        self.heads, inner = heads, heads * (head_width or width // heads)
+        self.heads = heads
+        inner = heads * (head_width or width // heads)
         self.query = nn.Linear(width, inner, bias=bias)
         self.key = nn.Linear(context_width, inner, bias=bias)
         self.value = nn.Linear(context_width, inner, bias=bias)

@@ -59,7 +59,8 @@ def splice(embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tenso
 
     Raises `ModelError` with both counts and the sample ids if slots and features differ in number.
     """
-    slots, given = int(image_mask.sum()), features.shape[0] * features.shape[1]
+    slots = int(image_mask.sum())
+    given = features.shape[0] * features.shape[1]
     if slots != given:
         raise ModelError(f"{slots} image slots and {given} image features in {', '.join(ids)}")
     return embeds.masked_scatter(image_mask[..., None], features.to(embeds.dtype))

@@ -34,7 +34,8 @@ class QFormerLayer(nn.Module):
     def forward(self, states: torch.Tensor, queries: int, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """New states [M, Q + T, W], or [M, Q, W] from a layer without a feed-forward for text; mask bool[M, 1, Q + T]."""
         states = self.attention_norm(states + self.attention(states, states, mask))
-        asked, read = states[:, :queries], states[:, queries:]
+        asked = states[:, :queries]
+        read = states[:, queries:]
         if self.cross is not None and self.cross_norm is not None:
             asked = self.cross_norm(asked + self.cross(asked, features))
         asked = self.feed_norm(asked + self.feed(asked))
@@ -53,7 +54,8 @@ class QFormer(Connector):
 
     def __init__(self, config: QFormerConnector, width: int, llm_width: int) -> None:
         super().__init__()
-        self.needs_text, inner = config.text, config.width
+        self.needs_text = config.text
+        inner = config.width
         self.entry = entry(config, width)
         self.queries = nn.Parameter(0.02 * torch.randn(config.queries, inner))
         self.norm = nn.LayerNorm(inner, eps=EPSILON)
@@ -78,8 +80,10 @@ class QFormer(Connector):
 
     def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
         """[M, N, D] to [M, Q, E]."""
-        features, count = self.entry(features), len(self.queries)
-        states, mask = self.queries.to(features.dtype).expand(len(features), -1, -1), None
+        features = self.entry(features)
+        count = len(self.queries)
+        states = self.queries.to(features.dtype).expand(len(features), -1, -1)
+        mask = None
         if text is not None and self.words is not None and self.positions is not None:
             words, seen = self._words(text.last(self.positions.num_embeddings))
             read = words + self.positions.weight[: seen.shape[1]]

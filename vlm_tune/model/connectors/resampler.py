@@ -15,7 +15,8 @@ class ResamplerLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int | None) -> None:
         super().__init__()
-        self.context_norm, self.latents_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(width)
+        self.latents_norm = nn.LayerNorm(width)
         self.attention = Attention(width, width, heads, head_width=head_width)
         self.feed_norm = nn.LayerNorm(width)
         # ReLU and no biases, as in IDEFICS, whose weights so fit.

@@ -42,7 +42,10 @@ class CausalLLM(LanguageModel):
         return joining_reason(self.model, self.body)
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        length, virtual, positions, ends = embeds.shape[1], self.virtual, batch.positions, batch.ends
+        length = embeds.shape[1]
+        virtual = self.virtual
+        positions = batch.positions
+        ends = batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         # The positions of joined rows begin anew with each of them.
         self.check_length(virtual + (length if positions is None or self.longest is None else int(positions.max()) + 1))
@@ -72,7 +75,8 @@ class CausalLLM(LanguageModel):
         )
         if attends(self) and runs() == before and not isinstance(embeds, FakeTensor):
             raise ModelError(f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it")
-        hidden, supervised = output.last_hidden_state[:, -length:], batch.labels != IGNORE_INDEX
+        hidden = output.last_hidden_state[:, -length:]
+        supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
 
     def generate(
@@ -102,14 +106,17 @@ class CausalLLM(LanguageModel):
             max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
         seen = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible, positions = seen[:, 0][rows, leaves], batch.positions[rows, leaves]
+        visible = seen[:, 0][rows, leaves]
+        positions = batch.positions[rows, leaves]
         if usable(self):
             hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
         else:
             hidden, grow, keep = self._read_masked(embeds, seen, batch.positions, visible)
         hidden = hidden[rows, leaves]
-        stops, ended = torch.tensor(stop_ids, device=embeds.device), torch.zeros_like(leaves, dtype=torch.bool)
-        found, place = stops[0].repeat(*leaves.shape, max_new_tokens), torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
+        stops = torch.tensor(stop_ids, device=embeds.device)
+        ended = torch.zeros_like(leaves, dtype=torch.bool)
+        found = stops[0].repeat(*leaves.shape, max_new_tokens)
+        place = torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
         for step in range(max_new_tokens):
             # As they are where neither a wider type nor a soft cap moves the largest.
             said = largest(self.head(hidden) if rising else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
@@ -155,7 +162,8 @@ class CausalLLM(LanguageModel):
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             nonlocal visible, held
             own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
-            visible, held = torch.cat([visible, own], -1), torch.cat([held, positions], -1)
+            visible = torch.cat([visible, own], -1)
+            held = torch.cat([held, positions], -1)
             mask = layer_masks(config, visible[:, None], positions, held, embeds.dtype)
             # With a cache that grows, compiled blocks would be compiled anew.
             with torch.compiler.set_stance("force_eager"):

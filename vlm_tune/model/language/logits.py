@@ -111,7 +111,8 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None
     # Packed weights have another shape than the layer.
-    rows, width = getattr(head, "out_features", weight.shape[0]), getattr(head, "in_features", weight.shape[1])
+    rows = getattr(head, "out_features", weight.shape[0])
+    width = getattr(head, "in_features", weight.shape[1])
     hidden = torch.linspace(-2, 3, PROBED * width, device="cpu").view(PROBED, width)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     given = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (cap or 1.0)
@@ -176,7 +177,8 @@ def embedding_factor(body: Any, embedding: Any) -> float:
         stack.enter_context(_computing(embedding, lambda *_, **__: given))
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(stop, with_kwargs=True).remove)
-        of_ids, of_embeds = reached(input_ids=ids), reached(inputs_embeds=given.clone())
+        of_ids = reached(input_ids=ids)
+        of_embeds = reached(inputs_embeds=given.clone())
     if of_ids is None or of_embeds is None or of_ids.device.type != "cpu" or of_embeds.device.type != "cpu":
         return 1.0
     return _factor(of_ids, of_embeds) or 1.0
@@ -193,6 +195,7 @@ def _factor(found: torch.Tensor, given: torch.Tensor) -> float | None:
         return None
     if torch.equal(found, given.to(found.dtype)):
         return 1.0
-    one, other = found.double(), given.double()
+    one = found.double()
+    other = given.double()
     factor = float((one * other).sum() / (other * other).sum())
     return factor if torch.allclose(one, factor * other, rtol=1e-5, atol=1e-6) else None

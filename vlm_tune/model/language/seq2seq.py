@@ -71,7 +71,8 @@ class Seq2SeqLLM(LanguageModel):
             self.check_joined()
             if self.virtual:
                 raise ModelError("virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)")
-            own, said = batch.samples, batch.label_samples
+            own = batch.samples
+            said = batch.label_samples
             # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
             # a sample are what they would be without its neighbours.
             inputs[:, 1:][said[:, 1:] != said[:, :-1]] = self.model.config.decoder_start_token_id
@@ -97,7 +98,8 @@ class Seq2SeqLLM(LanguageModel):
         embeds, mask = self.prompted(embeds, attention_mask)
         self.check_length(mask.shape[1])
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
-        options, first = self._options(decoding, pad_id, stop_ids), 1
+        options = self._options(decoding, pad_id, stop_ids)
+        first = 1
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole output so far beside a cache, and drops what the cache stands for.
             first += self.virtual

@@ -104,7 +104,8 @@ def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> V
         llm.train(was)
     if len({(layer.keys.shape, layer.values.shape) for layer in layers}) != 1 or layers[0].keys.shape != layers[0].values.shape:
         raise ModelError(f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt")
-    heads, width = layers[0].keys.shape[1], layers[0].keys.shape[3]
+    heads = layers[0].keys.shape[1]
+    width = layers[0].keys.shape[3]
     held = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])  # [layers, 2, H, n, D]
     both = 2 if llm.layout == "seq2seq" else 1
     shape = {"num_layers": both * len(layers), "num_transformer_submodules": both, "num_attention_heads": heads}

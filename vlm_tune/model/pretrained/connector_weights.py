@@ -93,7 +93,8 @@ def _renamed(connector: nn.Module, found: Tensors, name: str) -> Tensors:
 
 def _product(found: Tensors) -> Tensors:
     """Two linear layers with nothing between them as one; a linear connector is exported as LLaVA with the identity second."""
-    first, second = found["linear_1.weight"].double(), found["linear_2.weight"].double()
+    first = found["linear_1.weight"].double()
+    second = found["linear_2.weight"].double()
     bias = second @ found["linear_1.bias"].double() + found["linear_2.bias"].double()
     return {"linear.weight": (second @ first).float(), "linear.bias": bias.float()}
 

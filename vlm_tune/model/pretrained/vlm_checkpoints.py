@@ -176,7 +176,9 @@ Found = tuple[TransformersTower, BaseConnector | QFormerConnector, Literal["caus
 
 def _llava(vlm: Vlm) -> Found:
     whole = _transformers_config(vlm)
-    vision, layer, strategy = whole.vision_config, whole.vision_feature_layer, whole.vision_feature_select_strategy
+    vision = whole.vision_config
+    layer = whole.vision_feature_layer
+    strategy = whole.vision_feature_select_strategy
     if not isinstance(layer, int):
         _refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
     if not getattr(whole, "multimodal_projector_bias", True):
@@ -200,7 +202,8 @@ def _llava(vlm: Vlm) -> Found:
 
 def _llava_original(vlm: Vlm) -> Found:
     config = vlm.config
-    projector, shape = str(config.get("mm_projector_type", "linear")), config.get("image_aspect_ratio") or "square"
+    projector = str(config.get("mm_projector_type", "linear"))
+    shape = config.get("image_aspect_ratio") or "square"
     mlp = re.fullmatch(r"mlp(\d+)x_gelu", projector)
     connector: Any = None
     if projector == "linear":
@@ -229,7 +232,8 @@ def _llava_original(vlm: Vlm) -> Found:
 
 def _blip(vlm: Vlm) -> Found:
     whole = _transformers_config(vlm)
-    former, text = whole.qformer_config, vlm.kind == "instructblip"
+    former = whole.qformer_config
+    text = vlm.kind == "instructblip"
     expected = {"hidden_act": "gelu", "intermediate_size": 4 * former.hidden_size, "layer_norm_eps": 1e-12}
     expected |= {"use_qformer_text_input": False} if vlm.kind == "blip-2" else {}
     for key, value in expected.items():
@@ -293,13 +297,17 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
         _refuse(vlm, "an image processor that does not resize, rescale and normalise, or not bicubically", "resample: 3")
     if abs(found.rescale_factor * 255 - 1) > 1e-6:
         _refuse(vlm, f"pixels scaled by {found.rescale_factor}", "1/255")
-    size, crop = found.size, found.crop_size
+    size = found.size
+    crop = found.crop_size
     if getattr(found, "do_pad", None):
-        how, sides = "pad", {size.height, size.width} - {None} or {size.shortest_edge}
+        how = "pad"
+        sides = {size.height, size.width} - {None} or {size.shortest_edge}
     elif getattr(found, "do_center_crop", None):
-        how, sides = "crop" if size.shortest_edge else "squash", {crop.height, crop.width, size.shortest_edge or size.height}
+        how = "crop" if size.shortest_edge else "squash"
+        sides = {crop.height, crop.width, size.shortest_edge or size.height}
     else:
-        how, sides = "squash", {size.height, size.width}
+        how = "squash"
+        sides = {size.height, size.width}
     if len(sides) != 1 or None in sides:
         _refuse(vlm, f"an image processor with size {dict(size)} and crop_size {dict(crop or {})}", "one square size")
     own = sides.pop()
@@ -333,7 +341,8 @@ def part_tensors(vlm: Vlm, part: Part) -> dict[str, torch.Tensor]:
     """The tensors of a part, the part's own prefix removed. Raises `ModelError` for missing, cut and pickled files."""
     from safetensors import safe_open
 
-    pattern, found = re.compile(getattr(vlm.layout, part)), {}
+    pattern = re.compile(getattr(vlm.layout, part))
+    found = {}
     for file in _files(vlm.name):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - no mapping

@@ -11,8 +11,10 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from vlm_tune.config.model import Tower
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Found = tuple[list[torch.Tensor], torch.Tensor | None]
 """Feature maps float[B, C, h, w], and the class token's features float[B, 1, C] if asked for."""
@@ -32,8 +34,10 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.grid, self.image_size = config.grid, image_size
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.grid = config.grid
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("offset", torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1), persistent=False)
 
@@ -58,7 +62,8 @@ class VisionTower(nn.Module):
         if self.measured:
             return self.measured
         parameter = next(self.parameters())
-        was, blank = self.training, torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device)
+        was = self.training
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device)
         with torch.no_grad():
             _, tokens, width = self.eval()(blank).shape
         self.train(was)

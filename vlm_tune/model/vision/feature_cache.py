@@ -30,7 +30,8 @@ class FeatureStore:
     """Features [N, D] of images by their media item, from a memory-mapped cache."""
 
     def __init__(self, array: torch.Tensor, rows: dict[Media, int]) -> None:
-        self._array, self._rows = array, rows
+        self._array = array
+        self._rows = rows
 
     def __call__(self, media: Media) -> torch.Tensor:
         """float[N, D]."""
@@ -49,7 +50,8 @@ def tower_features(
     `note` is told where a cached file was damaged. Raises `DataError` for an image that can't be decoded, `RecipeError`
     for a cache that can't be written or has no room.
     """
-    tower, processor = model.tower, model.processor.images
+    tower = model.tower
+    processor = model.processor.images
     key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
     media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
     digests = _digests(media)
@@ -57,7 +59,8 @@ def tower_features(
     key.update("".join(sorted(distinct)).encode())
     place = {digest: row for row, digest in enumerate(sorted(distinct))}
     rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
-    folder, name = cache_folder("features"), key.hexdigest()[:40]
+    folder = cache_folder("features")
+    name = key.hexdigest()[:40]
     path = _cached(folder, name, note)
     if path is None:
         first = dict(zip(digests, media, strict=True))

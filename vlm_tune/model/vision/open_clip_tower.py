@@ -57,13 +57,16 @@ class OpenClipVision(VisionTower):
             if -layer > len(blocks):
                 raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}")
             visual.transformer.resblocks = blocks[: len(blocks) + layer + 1]
-            visual.ln_post, visual.proj, visual.attn_pool = nn.Identity(), None, None
+            visual.ln_post = nn.Identity()
+            visual.proj = None
+            visual.attn_pool = None
             visual.attn_pool_contrastive = None
             has_class = True
         else:
             if layer != -1:
                 raise ModelError("model.tower.layer: a ModifiedResNet tower gives its last feature map only, layer -1")
-            visual.attnpool, has_class = nn.Identity(), False
+            visual.attnpool = nn.Identity()
+            has_class = False
         if self.class_token and not has_class:
             raise ModelError("model.tower.class_token: this tower has none")
 

@@ -35,7 +35,8 @@ class TimmVision(VisionTower):
         if isinstance(config.pretrained, str) and not rebuild:
             _load_backbone(trunk, Path(config.pretrained))
         self.rebuild = {"timm": config.name}
-        self.trunk, self.class_token = trunk, config.class_token
+        self.trunk = trunk
+        self.class_token = config.class_token
         # A transformer comes wrapped, with its blocks unchanged; a convolutional backbone as a list of its stages.
         self.whole = getattr(trunk, "model", None)
         if known and known.fixed_input_size and self.image_size != usual:

@@ -82,10 +82,13 @@ class TransformersVision(VisionTower):
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
         _drop_unused(model)
-        self.rebuild, self.model, self.class_token = source, model, config.class_token
+        self.rebuild = source
+        self.model = model
+        self.class_token = config.class_token
         self.side, left = divmod(self.image_size, vision["patch_size"])
         if left or not self.side:
-            patch, near = vision["patch_size"], max(self.side, 1)
+            patch = vision["patch_size"]
+            near = max(self.side, 1)
             raise ModelError(
                 f"model.tower.image_size: {self.image_size} is no multiple of the tower's patches of {patch} pixels; "
                 f"{near * patch} or {(near + 1) * patch} is"
@@ -138,7 +141,8 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     """transformers' vision model of a hub name or folder, or of a vision-language model's, with all of its weights."""
     import transformers
 
-    name, vlm = config.name, find_vlm(config.weights or config.name)
+    name = config.name
+    vlm = find_vlm(config.weights or config.name)
     if vlm is not None:
         found = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
         load_into(found, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")

@@ -49,7 +49,8 @@ class Engine:
 
     def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
         """Takes a model to train; from now on `self.model` is what the objective calls."""
-        self.inner, self.names = model, tuned.names
+        self.inner = model
+        self.names = tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
         self.max_grad_norm = train.max_grad_norm or math.inf
         self.optimizer = self._adamw(tuned.groups, train)
@@ -191,7 +192,8 @@ class Filled(nn.Module):
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.held, self.device = [model], device
+        self.held = [model]
+        self.device = device
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for parameter in self.held[0].parameters():

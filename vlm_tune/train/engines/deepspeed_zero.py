@@ -32,7 +32,9 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
         super().__init__(accelerator)
-        self.section, self.sharded, self.collects = section, shards(section), section.stage > 0
+        self.section = section
+        self.sharded = shards(section)
+        self.collects = section.stage > 0
 
     def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
         # It says on the standard output what it builds, where a command's result belongs.
@@ -43,7 +45,8 @@ class DeepSpeed(Engine):
         import deepspeed
 
         build_no_shared_memory_op()
-        self.inner, self.names = model, tuned.names
+        self.inner = model
+        self.names = tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
         config = self._config(train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"]))
         if self.sharded:

@@ -36,7 +36,8 @@ class Fsdp(Engine):
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         device = self.accelerator.device
-        self.inner, self.names = model, tuned.names
+        self.inner = model
+        self.names = tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
         self.max_grad_norm = train.max_grad_norm or math.inf
         options: dict[str, Any] = {
