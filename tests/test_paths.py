@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vlm_tune.errors import RecipeError
-from vlm_tune.paths import check_writable, shown_path, writing
+from tests.helpers.tiny_models import cli, parsed
+from vlm_tune.api import sft
+from vlm_tune.errors import RecipeError, VlmTuneError
+from vlm_tune.paths import ANSWERS, check_replaced, check_writable, shown_path, writing
 
 
 def everything(folder: Path) -> list[Path]:
@@ -82,3 +86,56 @@ def test_faults_that_are_no_file_systems_go_on(tmp_path: Path) -> None:
 def test_paths_are_shown_without_control_characters_and_cut() -> None:
     assert shown_path("a\x1b[31m\0b\ud83d") == "a\\x1b[31m\\x00b\\ud83d"
     assert len(shown_path("n" * 5000)) <= 200
+
+
+def test_an_output_replaces_its_own_kind_alone(color_rows: Path, tmp_path: Path) -> None:
+    rows = color_rows.read_bytes()
+    for what, mark in (("the page", b"<!doctype html>"), ("the file of answers", ANSWERS)):
+        with pytest.raises(RecipeError, match=f"{what} would replace another file"):
+            check_replaced(color_rows, what, mark)
+    assert color_rows.read_bytes() == rows
+    earlier = {
+        "page.html": (b"<!doctype html>\n<html>", b"<!doctype html>"),
+        "answers.jsonl": (b'{"id": "1", "expected": "red"}\n', ANSWERS),
+    }
+    for name, (content, mark) in earlier.items():
+        (tmp_path / name).write_bytes(content)
+        check_replaced(tmp_path / name, "it", mark)
+    (tmp_path / "empty").write_bytes(b"\n")
+    for place in ("empty", "new", ""):
+        check_replaced(tmp_path / place, "it", ANSWERS)
+
+
+def test_check_does_not_write_its_page_over_the_data(tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe("causal"))
+    rows = color_rows.read_bytes()
+    cli("check", str(tmp_path / "recipe.yaml"), "--html", str(color_rows), code=2)
+    assert color_rows.read_bytes() == rows
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        cli("check", str(tmp_path / "recipe.yaml"), "--html", str(page), code=3)  # the rows that are scored are trained on
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__llm__name": "", "model__llm__scratch": None},
+        {"model__tower": {"kind": "transformers", "name": ""}},
+        {"model__tower": {"kind": "open_clip", "name": "ViT-B-32", "pretrained": "/"}},
+        {"model__connector__weights": ""},
+        {"model__connector__weights": "/"},
+    ],
+    ids=["llm", "tower", "open_clip", "connector", "connector-path"],
+)
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(tiny_recipe: Callable[..., str], changes: dict[str, Any], length: int) -> None:
+    def lengthened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: lengthened(each) for key, each in value.items()}
+        return value + "x" * length if value in ("", "/") else value
+
+    recipe = parsed(tiny_recipe("causal"), **lengthened(changes))
+    with pytest.raises(VlmTuneError) as caught:
+        sft(recipe)
+    assert len(str(caught.value)) < 1000

@@ -12,6 +12,12 @@ from pathlib import Path
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted
 
+ANSWERS = b'"expected"'
+"""What stands in every line of a file of answers, scored or not."""
+
+FIRST_LINE = 1_000_000
+"""Bytes of a file's first line in which its mark is looked for."""
+
 SHOWN = 200
 """Characters of a path that a message shows."""
 
@@ -58,6 +64,20 @@ def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None
                     each.rmdir()
                 except OSError:  # another process has begun to use it
                     break
+
+
+def check_replaced(path: str | Path, what: str, mark: bytes) -> None:
+    """Checks that a file to be written replaces nothing, or one of its kind, which has `mark` in its first line.
+
+    So that a name given by mistake costs nobody his data. Raises `RecipeError`.
+    """
+    if not is_file(path):
+        return
+    with writing(path, what), Path(path).open("rb") as file:
+        first = file.readline(FIRST_LINE)
+    if first.strip() and mark not in first:
+        message = f"{what} would replace another file; name a new one, or remove it first"
+        raise RecipeError([Problem(shown_path(path), message)])
 
 
 def _try_new(path: Path) -> None:
@@ -112,6 +132,11 @@ def is_folder(path: str | Path) -> bool:
         return Path(path).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def exists(path: str | Path) -> bool:
+    """As `is_file`, for a file or a folder."""
+    return is_file(path) or is_folder(path)
 
 
 def check_path(name: str, path: object) -> None:

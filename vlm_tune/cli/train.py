@@ -32,7 +32,7 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.errors import EXIT_TRAINING
-from vlm_tune.paths import check_writable, writing
+from vlm_tune.paths import ANSWERS, check_replaced, check_writable, writing
 
 
 def sft(
@@ -102,6 +102,7 @@ def evaluate(
     loaded = load(recipe, set_) if recipe else None
     if answers:
         check_writable(answers, "the file of answers")
+        check_replaced(answers, "the file of answers", ANSWERS)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import evaluate as run
@@ -150,6 +151,7 @@ def predict(
     """Write MODEL's answers to the rows of a file, without scoring them."""
     check_dtype(dtype)
     check_writable(output, "the file of answers")
+    check_replaced(output, "the file of answers", ANSWERS)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import predict as run

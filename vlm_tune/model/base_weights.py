@@ -28,7 +28,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import is_path, read_json
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, model_section
 from vlm_tune.model.weights import check_folder, check_safetensors
-from vlm_tune.paths import check_path
+from vlm_tune.paths import check_path, exists, is_folder, shown_path
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import cache_folder
 
@@ -95,8 +95,8 @@ def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
         raise ModelError(f"base: no part {quoted(unknown[0])} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1")
     for part, place in given.items():
         check_path("base" if part == "llm" else f"base {part}", place)
-        if is_path(str(place)) and not Path(place).exists():
-            raise ModelError(f"base: no such file or folder: {place} (for the {part})")
+        if is_path(str(place)) and not exists(place):
+            raise ModelError(f"base: no such file or folder: {shown_path(place)} (for the {part})")
     return BaseChoice({part: str(place) for part, place in given.items()}, accept_other)
 
 
@@ -162,7 +162,7 @@ def llm_base(llm: Llm) -> Base:
     Raises `ModelError` for files that are missing or cut.
     """
     name = str(llm.name)
-    folder = Path(name) if Path(name).is_dir() else _snapshot(name)
+    folder = Path(name) if is_folder(name) else _snapshot(name)
     if folder is None:
         raise ModelError(f"the weights of {quoted(name)} are not on this machine")
     revision = folder.name if folder.parent.name == "snapshots" else None

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from vlm_tune.errors import ModelError
+from vlm_tune.paths import is_file, shown_path
 
 MAX_HEADER = 100_000_000
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
     """The file's header. Raises `ModelError` if the file is missing, cut, or its header can't be true."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such weights file")
+    if not is_file(path):
+        raise ModelError(f"{shown_path(path)}: no such weights file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

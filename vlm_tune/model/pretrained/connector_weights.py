@@ -14,6 +14,7 @@ from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.pretrained.vlm_checkpoints import QFORMER_TOKENIZER, find_vlm, part_tensors
 from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted
 
 Tensors = dict[str, torch.Tensor]
@@ -60,7 +61,7 @@ def start_connector(connector: nn.Module, config: AnyConnector) -> None:
 def _read(weights: str) -> Tensors:
     """A connector's tensors as their file names them, without what stands before all of them."""
     path = Path(weights)
-    if path.is_file() or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    if is_file(path) or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         if path.suffix != ".safetensors":
             raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
         return {key.rpartition("mm_projector.")[2]: value for key, value in read_safetensors(path).items()}

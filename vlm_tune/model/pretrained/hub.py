@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.errors import ModelError
+from vlm_tune.paths import exists, shown_path
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import resource_folder
 
@@ -48,7 +49,7 @@ def hub_answers() -> bool:
 
 def config_source(name: str) -> str:
     """Where a model's config is read: under its name, or where neither folder, hub nor cache has it, from those shipped."""
-    if Path(name).exists() or is_path(name) or hub_answers():
+    if exists(name) or is_path(name) or hub_answers():
         return name
     from huggingface_hub import try_to_load_from_cache
 
@@ -65,7 +66,7 @@ def is_path(name: str) -> bool:
 def load_reason(name: str, error: Exception) -> str:
     """Why a model of a name could not be read, in one line, with what to do where no such folder is the cause."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(name).exists():
+    if exists(name):
         return line
     from huggingface_hub import constants
 
@@ -110,10 +111,10 @@ def check_base(name: str, key: str) -> None:
         ModelError: it is a path where nothing is, a PEFT adapter, a run, or a model folder of ours; says what to name.
     """
     folder = Path(name)
-    if not folder.exists():
+    if not exists(folder):
         if is_path(name):
             hint = "; write the path out, ~ is not replaced" if name.startswith("~") else ""
-            raise ModelError(f"{key}: no such folder: {name}{hint}")
+            raise ModelError(f"{key}: no such folder: {shown_path(name)}{hint}")
         hub_answers()
         return
     if not folder.is_dir():

@@ -16,6 +16,7 @@ from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
 from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_config, language_names
 from vlm_tune.model.quantized_stub import pack_linears
 from vlm_tune.model.weights import check_folder, own_memory
+from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted
 
 
@@ -113,9 +114,9 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
     if folder is None:
         check_base(name, "model.llm.name")
     gguf = llm.gguf_file if folder is None else None
-    if gguf and not (Path(name) / gguf).is_file():
+    if gguf and not is_file(Path(name) / gguf):
         raise ModelError(f"model.llm.gguf_file: no GGUF file {quoted(gguf)} in {quoted(name)}")
-    if Path(name).is_dir() and not gguf:
+    if is_folder(name) and not gguf:
         check_folder(Path(name))
     options: dict[str, Any] = {"dtype": dtype, **_attention()}
     if gguf:

@@ -32,6 +32,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.pretrained.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
 from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
 
 Part = Literal["tower", "connector"]
@@ -89,7 +90,7 @@ class Vlm:
 def own_folder(recipe: Recipe) -> Path | None:
     """The model folder of ours that a recipe starts from with all parts (`model.pretrained`); None where it names none."""
     folder = Path(recipe.model.pretrained) if isinstance(recipe.model, PretrainedModel) else None
-    return folder if folder is not None and folder.is_dir() and is_ours(folder) else None
+    return folder if folder is not None and is_folder(folder) and is_ours(folder) else None
 
 
 def own_rebuild(recipe: Recipe) -> dict[str, Any] | None:
@@ -150,7 +151,7 @@ def model_section(recipe: Recipe) -> ModelSection:
 
 def _section(asked: PretrainedModel) -> ModelSection:
     folder = Path(asked.pretrained)
-    if folder.is_dir() and is_ours(folder):
+    if is_folder(folder) and is_ours(folder):
         return _own_section(folder, asked)
     check_base(asked.pretrained, "model.pretrained")
     vlm = find_vlm(asked.pretrained)
@@ -366,7 +367,7 @@ def _tensor_names(vlm: Vlm) -> set[str]:
 
 def _files(name: str) -> list[Path]:
     """The weight files of a folder or a hub name, fetched where they are not here."""
-    if Path(name).is_dir():
+    if is_folder(name):
         return check_folder(Path(name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

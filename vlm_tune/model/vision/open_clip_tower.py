@@ -13,6 +13,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import hub_answers, is_path, load_reason
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, Found, VisionTower
 from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import quoted
 
 
@@ -117,11 +118,11 @@ def _pretrained_open_clip(config: OpenClipTower) -> Any:
     if str(config.name).startswith("local-dir:"):
         check_folder(Path(str(config.name).removeprefix("local-dir:")))
     file = Path(config.pretrained) if config.pretrained else None
-    if file is not None and not file.is_file() and is_path(str(file)):
-        raise ModelError(f"model.tower.pretrained: no such file: {file}")
-    if file is None or not file.is_file():
+    if file is not None and not is_file(file) and is_path(str(file)):
+        raise ModelError(f"model.tower.pretrained: no such file: {shown_path(file)}")
+    if file is None or not is_file(file):
         hub_answers()
-    if file is not None and file.is_file():
+    if file is not None and is_file(file):
         if file.suffix != ".safetensors":
             raise ModelError(f"{file}: pickled weights are not loaded, convert them to safetensors")
         check_safetensors(file)

@@ -15,6 +15,7 @@ from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Found, VisionTower
 from vlm_tune.model.weights import check_folder, load_into
+from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
 
 HALF = (0.5, 0.5, 0.5)
@@ -149,7 +150,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
         return found
     if config.weights is not None:
         raise ModelError(f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
-    if Path(name).is_dir():
+    if is_folder(name):
         check_folder(Path(name))
     factory: Any = getattr(transformers, family.model)
     try:
