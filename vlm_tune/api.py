@@ -16,7 +16,8 @@ from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import ModelError, Problem, RecipeError, TrainingError, check_count
-from vlm_tune.evaluation.evaluate import Scores, score
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder

@@ -12,7 +12,8 @@ import torch
 from tests.helpers.tiny_models import batch_of, built, loss_and_gradients, parsed, rows_of
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.evaluate import Answer, Scores, join_scores, normalise, score
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Answer, Scores, join_scores, normalise
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
 

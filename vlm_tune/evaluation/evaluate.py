@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,53 +11,10 @@ from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
+from vlm_tune.evaluation.metrics import Answer, Losses, Scores, normalise, scores
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageModel
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One scored question."""
-
-    id: str
-    image: str
-    question: str
-    expected: str
-    generated: str
-    correct: bool
-    category: str
-    source: str = ""
-
-
-@dataclass
-class Scores:
-    """What an evaluation found; `accuracy` is the share of exact matches, `loss` the mean over `tokens` reference tokens.
-
-    `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss and tokens where they were computed.
-    """
-
-    accuracy: float
-    n: int
-    loss: float | None
-    tokens: int = 0
-    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
-    by_source: dict[str, dict[str, float]] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list, repr=False)
-
-    def summary(self) -> dict[str, Any]:
-        """The scores without the single answers."""
-        return {key: value for key, value in asdict(self).items() if key != "answers"}
-
-
-Losses = dict[str, tuple[float, int]]
-"""Summed cross-entropy and number of tokens, by source."""
-
-
-def normalise(text: str) -> str:
-    """Text as exact match compares it: NFKC, case folded, white space joined, a full stop removed that ends more than itself."""
-    joined = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return joined.removesuffix(".") or joined
 
 
 def score(
@@ -95,43 +49,7 @@ def score(
         rows = [row for row in conversations if row.source_name == name]
         losses[name] = _loss(model, rows, batch_size, features, fetch)
     model.train(was)
-    return _scores(_answers(conversations, generated), losses)
-
-
-def join_scores(shards: Sequence[Scores]) -> Scores:
-    """The scores of all ranks' shares as one; a question that two ranks had counts once."""
-    answers = list({(answer.source, answer.id): answer for shard in shards for answer in shard.answers}.values())
-    losses: Losses = {}
-    for name, entry in ((name, entry) for shard in shards for name, entry in shard.by_source.items() if "tokens" in entry):
-        total, tokens = losses.get(name, (0.0, 0))
-        losses[name] = total + entry["loss"] * entry["tokens"], tokens + int(entry["tokens"])
-    return _scores(answers, losses)
-
-
-def _scores(answers: list[Answer], losses: Losses) -> Scores:
-    """Scores of all answers, with each source's summed loss and number of tokens."""
-    by_source = _accuracies(answers, lambda answer: answer.source)
-    for name, (total, tokens) in losses.items():
-        if tokens:
-            by_source[name] |= {"loss": total / tokens, "tokens": tokens}
-    tokens = sum(count for _, count in losses.values())
-    return Scores(
-        accuracy=sum(answer.correct for answer in answers) / len(answers),
-        n=len(answers),
-        loss=sum(total for total, _ in losses.values()) / tokens if tokens else None,
-        tokens=tokens,
-        by_category={name: entry for name, entry in _accuracies(answers, lambda answer: answer.category).items() if name},
-        by_source=by_source,
-        answers=answers,
-    )
-
-
-def _accuracies(answers: Sequence[Answer], group: Callable[[Answer], str]) -> dict[str, dict[str, float]]:
-    """{name: {accuracy, n}} of groups of answers, by name."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for answer in answers:
-        groups[group(answer)].append(answer.correct)
-    return {name: {"accuracy": sum(hits) / len(hits), "n": len(hits)} for name, hits in sorted(groups.items())}
+    return scores(_answers(conversations, generated), losses)
 
 
 def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:

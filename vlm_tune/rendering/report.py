@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.data.types import Media
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.evaluation.metrics import normalise
 from vlm_tune.rendering.page import LONG, percent, picture, section, table, write_html
 
 if TYPE_CHECKING:
@@ -254,9 +255,7 @@ def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_right(row: dict[str, Any], column: str) -> bool | None:
-    # Loads torch, so not before there is an answer to judge; a second rule here could contradict the accuracy above.
-    from vlm_tune.evaluation.evaluate import normalise
-
+    # The metric's own rule: a second one here could contradict the accuracy above.
     given = row.get(column)
     expected = row.get("expected")
     return None if given is None or expected is None else normalise(str(given)) == normalise(str(expected))

@@ -13,7 +13,8 @@ from typing import Any
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import Interrupted
-from vlm_tune.evaluation.evaluate import Scores, score
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features

@@ -23,7 +23,8 @@ from vlm_tune.data.batching.loader import Feed, Position, PreparedFeed
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
-from vlm_tune.evaluation.evaluate import Scores, join_scores, score
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Scores, join_scores
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
 from vlm_tune.model.acceleration.interval_attention import attending, usable
 from vlm_tune.model.language.decoding import Decoding
