@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.tiny_models import cli, parsed
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError, VlmTuneError
-from vlm_tune.paths import ANSWERS, check_replaced, check_writable, shown_path, writing
+from vlm_tune.paths import ANSWERS, check_writable, shown_path, writing
 
 
 def everything(folder: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def test_an_output_replaces_its_own_kind_alone(color_rows: Path, tmp_path: Path)
     rows = color_rows.read_bytes()
     for what, mark in (("the page", b"<!doctype html>"), ("the file of answers", ANSWERS)):
         with pytest.raises(RecipeError, match=f"{what} would replace another file"):
-            check_replaced(color_rows, what, mark)
+            check_writable(color_rows, what, mark=mark)
     assert color_rows.read_bytes() == rows
     earlier = {
         "page.html": (b"<!doctype html>\n<html>", b"<!doctype html>"),
@@ -100,10 +100,10 @@ def test_an_output_replaces_its_own_kind_alone(color_rows: Path, tmp_path: Path)
     }
     for name, (content, mark) in earlier.items():
         (tmp_path / name).write_bytes(content)
-        check_replaced(tmp_path / name, "it", mark)
+        check_writable(tmp_path / name, "it", mark=mark)
     (tmp_path / "empty").write_bytes(b"\n")
-    for place in ("empty", "new", ""):
-        check_replaced(tmp_path / place, "it", ANSWERS)
+    for place in ("empty", "new"):
+        check_writable(tmp_path / place, "it", mark=ANSWERS)
 
 
 def test_check_does_not_write_its_page_over_the_data(tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path) -> None:

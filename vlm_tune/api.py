@@ -28,7 +28,7 @@ from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.paths import ANSWERS, check_path, check_replaced, check_writable, is_file, is_folder, shown_path
+from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
@@ -228,8 +228,7 @@ def predict(
         check_count(name, number)
     precision = dtype_of(dtype)
     settings = _settings(Path(model), None, ())
-    check_writable(output, "the file of answers")
-    check_replaced(output, "the file of answers", ANSWERS)
+    check_writable(output, "the file of answers", mark=ANSWERS)
     log.info("reading the rows")
     rows, unanswered = read_path(str(data), seed=0, unanswered=True)
     log.info("loading the model")

@@ -27,7 +27,7 @@ def home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
-def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None:
+def check_writable(path: str | Path, what: str, *, folder: bool = False, mark: bytes | None = None) -> None:
     """Checks that a file can be written at `path`, or with `folder` files inside it; leaves nothing behind.
 
     What is missing of the folders above is made and removed again, since only trying tells on every file system. An
@@ -37,9 +37,11 @@ def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None
         path: the file or folder; need not exist.
         what: its name in the message, as "the output folder".
         folder: whether `path` is a folder.
+        mark: what the first line of such a file holds. An existing file without it is not replaced, so that a name given by
+            mistake costs nobody their data; an empty one is.
 
     Raises:
-        RecipeError: it can't be written, with the reason.
+        RecipeError: it can't be written or would replace a file of another kind, with the reason.
     """
     target = Path(path)
     with writing(target, what):
@@ -64,16 +66,15 @@ def check_writable(path: str | Path, what: str, *, folder: bool = False) -> None
                     each.rmdir()
                 except OSError:  # another process has begun to use it
                     break
+    if mark is not None:
+        _check_kind(target, what, mark)
 
 
-def check_replaced(path: str | Path, what: str, mark: bytes) -> None:
-    """Checks that a file to be written replaces nothing, or one of its kind, which has `mark` in its first line.
-
-    So that a name given by mistake costs nobody his data. Raises `RecipeError`.
-    """
+def _check_kind(path: Path, what: str, mark: bytes) -> None:
+    """Raises `RecipeError` if there is a file at `path` whose first line is not blank and holds no `mark`."""
     if not is_file(path):
         return
-    with writing(path, what), Path(path).open("rb") as file:
+    with writing(path, what), path.open("rb") as file:
         first = file.readline(FIRST_LINE)
     if first.strip() and mark not in first:
         message = f"{what} would replace another file; name a new one, or remove it first"

@@ -14,7 +14,7 @@ from rich.console import Console
 from vlm_tune.cli.options import JsonOption, RecipeArgument, SetOption, check_choice, load, print_json, quiet_libraries
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
-from vlm_tune.paths import check_replaced, check_writable, writing
+from vlm_tune.paths import check_writable, writing
 from vlm_tune.quoting import quoted
 
 
@@ -47,8 +47,7 @@ def check(
     """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
     loaded = load(recipe, set_)
     if html:
-        check_writable(html, "the page")
-        check_replaced(html, "the page", b"<!doctype html>")
+        check_writable(html, "the page", mark=b"<!doctype html>")
     quiet_libraries()
     from vlm_tune.data_check.check import check as run
     from vlm_tune.rendering.check_text import show_check, show_exports

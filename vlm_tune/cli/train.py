@@ -32,7 +32,7 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.errors import EXIT_TRAINING
-from vlm_tune.paths import ANSWERS, check_replaced, check_writable, writing
+from vlm_tune.paths import ANSWERS, check_writable, writing
 
 
 def sft(
@@ -101,8 +101,7 @@ def evaluate(
     check_dtype(dtype)
     loaded = load(recipe, set_) if recipe else None
     if answers:
-        check_writable(answers, "the file of answers")
-        check_replaced(answers, "the file of answers", ANSWERS)
+        check_writable(answers, "the file of answers", mark=ANSWERS)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import evaluate as run
@@ -150,8 +149,7 @@ def predict(
 ) -> None:
     """Write MODEL's answers to the rows of a file, without scoring them."""
     check_dtype(dtype)
-    check_writable(output, "the file of answers")
-    check_replaced(output, "the file of answers", ANSWERS)
+    check_writable(output, "the file of answers", mark=ANSWERS)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import predict as run

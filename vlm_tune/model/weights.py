@@ -181,7 +181,7 @@ ALIGNMENT = 64
 
 
 def page_out(module: nn.Module, folder: Path) -> int:
-    """Moves a CPU module's frozen weights to a file without a name in `folder`; the bytes that memory is spared.
+    """Moves a CPU module's frozen weights to an unnamed temporary file in `folder`; returns the bytes moved.
 
     The weights are the file's mapping then, with the same values: they take memory again, page by page, only when they are
     read. A write goes to memory and not to the file, which lasts as long as the weights. Raises `OSError` where the file
