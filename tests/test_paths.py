@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: bool, tmp_path: P
     check_writable(tmp_path / "there", "the output", folder=True)
     check_writable(tmp_path / "there" / "answers.jsonl", "the answers' file")
     assert everything(tmp_path) == before and (tmp_path / "there" / "answers.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(folder: bool, tmp_path: Path) -> None:
+    """As the ranks of a launch do, which each look whether the cache can be written."""
+
+    def try_often(_: int) -> None:
+        for number in range(200):
+            check_writable(tmp_path / f"new-{number}" / "deep" / "x", "the cache", folder=folder)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(try_often, range(4)))
+    assert not any(path.is_file() for path in everything(tmp_path))
 
 
 @pytest.mark.parametrize("folder", [True, False])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,9 @@ ANSWERS = b'"expected"'
 
 FIRST_LINE = 1_000_000
 """Bytes of a file's first line in which its mark is looked for."""
+
+ATTEMPTS = 20
+"""How often a place is tried while folders of it come and go."""
 
 SHOWN = 200
 """Characters of a path that a message shows."""
@@ -45,29 +50,44 @@ def check_writable(path: str | Path, what: str, *, folder: bool = False, mark: b
     """
     target = Path(path)
     with writing(target, what):
-        directory = target if folder else target.parent
-        missing = [each for each in (directory, *directory.parents) if not os.path.lexists(each)]
-        made: list[Path] = []
-        try:
-            for each in reversed(missing):
-                each.mkdir(exist_ok=True)
-                made.append(each)
-            if folder:
-                _try_new(directory / f".vlm-tune-{secrets.token_hex(8)}")
-            elif target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            elif os.path.lexists(target):
-                os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
-            else:
-                _try_new(target)
-        finally:
-            for each in reversed(made):
-                try:
-                    each.rmdir()
-                except OSError:  # another process has begun to use it
-                    break
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _try_writing(target, folder=folder)
+                break
+            except (FileNotFoundError, FileExistsError):
+                # Another process that checks the same place may just have made or removed what it tries with.
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(random.uniform(0.001, 0.005))
     if mark is not None:
         _check_kind(target, what, mark)
+
+
+def _try_writing(target: Path, *, folder: bool) -> None:
+    """Makes what is missing of the folders and a file, and removes them again. Raises `OSError`."""
+    directory = target if folder else target.parent
+    missing = [each for each in (directory, *directory.parents) if not os.path.lexists(each)]
+    made: list[Path] = []
+    try:
+        for each in reversed(missing):
+            each.mkdir(exist_ok=True)
+            made.append(each)
+        if folder:
+            _try_new(directory / f".vlm-tune-{secrets.token_hex(8)}")
+        elif target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        elif os.path.lexists(target):
+            os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
+        else:
+            _try_new(target)
+    finally:
+        for each in reversed(made):
+            try:
+                each.rmdir()
+            except FileNotFoundError:  # another process that tried it has removed it
+                continue
+            except OSError:  # another process has begun to use it
+                break
 
 
 def _check_kind(path: Path, what: str, mark: bytes) -> None:
