@@ -5,6 +5,7 @@ python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -87,6 +88,10 @@ def main(runs: list[dict[str, Any]]) -> None:
         path.with_suffix(f".rank{rank}.json").write_text(json.dumps({"ids": noted["ids"], "images": noted["images"]}))
         if rank == "0":
             save_file(noted["gradients"], path.with_suffix(".safetensors"))
+        if run is runs[0]:
+            # All libraries are imported: the collections at each end of training need not go through their objects.
+            gc.collect()
+            gc.freeze()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Matplotlib can't write CSS variables: charts are drawn in these stand-ins, which are then exchanged for the theme's inks.
 SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
+WIDTH, HEIGHT, FONT = 302.0, 180.0, 11.0
+"""A chart's size and its text's, in points."""
 INKS = {SOFT: "var(--soft)", RULE: "var(--rule)", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
 
 
@@ -294,12 +296,13 @@ def _chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel]
     from matplotlib.figure import Figure
 
     # Text stays text, in the page's font; with a fixed salt an id stands for the same shape in every chart of the page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": 11}):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": FONT}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
             _draw(ax, panel, steps)
         axes[-1].set_xlabel("step", color=SOFT)
+        figure.subplots_adjust(**_margins(axes, steps))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
@@ -310,6 +313,29 @@ def _chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel]
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{title} against step"', 1)
     names = "".join(f'<span class="key {kind}">{escape(text)}</span>' for kind, text in keys)
     return f'<figure class="card"><figcaption><b>{title}</b>{names}</figcaption>{svg}</figure>'
+
+
+def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:
+    """The room around the panels for what is written there, as shares of the figure's size.
+
+    Counted from the labels' lengths: Matplotlib's own layouts draw everything once more to measure it, in a font that is
+    not the page's.
+    """
+    labels = [label for ax in axes for label in ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))]
+    digit = 0.64 * FONT
+    titled = any(ax.get_title(loc="left") for ax in axes)
+    left = digit * max(map(len, labels)) + 8 + (1.6 * FONT if any(ax.get_ylabel() for ax in axes) else 0)
+    right = max(digit * len(f"{steps:,}") / 2, 6)
+    top = 2 * FONT if titled else FONT
+    bottom = 3.6 * FONT
+    panel = (HEIGHT - top - bottom - 2.2 * FONT * (len(axes) - 1)) / len(axes)
+    return {
+        "left": left / WIDTH,
+        "right": 1 - right / WIDTH,
+        "top": 1 - top / HEIGHT,
+        "bottom": bottom / HEIGHT,
+        "hspace": 2.2 * FONT / panel,
+    }
 
 
 def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
@@ -343,6 +369,7 @@ def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
     ax.grid(axis="y", color=RULE, linewidth=0.7)
     ax.set_axisbelow(True)
     ax.tick_params(colors=SOFT, length=0)
+    ax.tick_params(axis="x", pad=5)
     for side, spine in ax.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(RULE)

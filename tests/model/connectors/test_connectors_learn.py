@@ -20,10 +20,10 @@ def test_eight_image_questions_are_learnt_word_for_word(kind: str, llm: str, tin
         with_connector(tiny_recipe(llm), kind),
         data__validation=[],
         data__test=[{"kind": "file", "path": str(color_rows)}],
-        train__steps=150,
+        train__steps=100,
         train__batch_size=8,
         train__learning_rate=5e-3,
-        train__checkpoints={"every": 150},  # not after each epoch, which is a step
+        train__checkpoints={"every": 100},  # not after each epoch, which is a step
         evaluate__samples=0,
     )
     run = sft(recipe)
