@@ -15,25 +15,48 @@ SECONDS = 90
 
 def main() -> int:
     """What is known of the packages, printed."""
-    command = [sys.executable, "-m", "pip_audit", "--local", "--format", "json", "--timeout", "10", "--progress-spinner", "off"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "--local",
+        "--format",
+        "json",
+        "--timeout",
+        "10",
+        "--progress-spinner",
+        "off",
+    ]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         packages = json.loads(found.stdout)["dependencies"]
     except subprocess.TimeoutExpired:
         print(f"audit: skipped, the advisory service did not answer within {SECONDS} s")
         return 0
     except (ValueError, KeyError):
-        print(f"audit: skipped, {(found.stderr.strip().splitlines() or ['pip-audit said nothing'])[-1]}")
+        print(
+            f"audit: skipped, {(found.stderr.strip().splitlines() or ['pip-audit said nothing'])[-1]}"
+        )
         return 0
     looked_up = [package for package in packages if "skip_reason" not in package]
     if not looked_up:
-        print(f"audit: skipped, the index has no advisories (of {len(packages)} packages none could be looked up)")
+        print(
+            f"audit: skipped, the index has no advisories (of {len(packages)} packages none could be looked up)"
+        )
         return 0
     known = [(package, one) for package in looked_up for one in package["vulns"]]
     for package, one in known:
-        mended = f"mended in {', '.join(one['fix_versions'])}" if one["fix_versions"] else "no version mends it yet"
+        mended = (
+            f"mended in {', '.join(one['fix_versions'])}"
+            if one["fix_versions"]
+            else "no version mends it yet"
+        )
         print(f"audit: {package['name']} {package['version']}: {one['id']}, {mended}")
-    print(f"audit: {len(looked_up)} of {len(packages)} packages looked up, {len(known)} vulnerabilities known")
+    print(
+        f"audit: {len(looked_up)} of {len(packages)} packages looked up, {len(known)} vulnerabilities known"
+    )
     return int(any(one["fix_versions"] for _, one in known))
 
 

@@ -28,7 +28,10 @@ def requirements(project: dict) -> list[Requirement]:
     extras = project["project"]["optional-dependencies"]
     dev = [Requirement(line) for line in extras["dev"]]
     named = [extra for each in dev if each.name == "vlm_tune" for extra in sorted(each.extras)]
-    lines = [*project["project"]["dependencies"], *(line for extra in named for line in extras[extra])]
+    lines = [
+        *project["project"]["dependencies"],
+        *(line for extra in named for line in extras[extra]),
+    ]
     return [Requirement(line) for line in lines] + [each for each in dev if each.name != "vlm_tune"]
 
 
@@ -79,7 +82,9 @@ def problems(project: dict) -> list[str]:
         if floor(each) != first:
             wrong.append(f"{each.name}: the floor is {floor(each)}, the oldest tried is {first}")
         if cap(each) != expected_cap(each.name, last):
-            wrong.append(f"{each.name}: the cap is {cap(each)}, after {last} it is {expected_cap(each.name, last)}")
+            wrong.append(
+                f"{each.name}: the cap is {cap(each)}, after {last} it is {expected_cap(each.name, last)}"
+            )
     return wrong
 
 

@@ -26,7 +26,9 @@ from typing import Any
 from vlm_tune.config.load import load_recipe
 
 
-def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apart: int, saves: int) -> dict[str, Any]:
+def overhead(
+    recipe: str, overrides: list[str], folder: Path, *, every: int, apart: int, saves: int
+) -> dict[str, Any]:
     """Seconds of a step and of a save, and the share that a save every so many steps takes."""
     from vlm_tune.api import sft
     from vlm_tune.train.checkpoint import CheckpointWriter
@@ -53,14 +55,21 @@ def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apa
 
     StageLoop._windows, StageLoop._step, CheckpointWriter._write = same, timed_step, timed_write  # type: ignore[method-assign]
     # The first saves come after the first steps, which are slower than others.
-    sizes = {"train.steps": 2 * apart * (saves + 1) + 1, "train.checkpoints.every": 2 * apart, "train.checkpoints.keep": 2}
+    sizes = {
+        "train.steps": 2 * apart * (saves + 1) + 1,
+        "train.checkpoints.every": 2 * apart,
+        "train.checkpoints.keep": 2,
+    }
     settings = [*short(folder / "overhead"), *(f"{key}={value}" for key, value in sizes.items())]
     # So few steps would not be worth compiling; those of a real run are.
     sft(load_recipe(recipe, ["train.compile=true", *overrides, *settings]))
     seconds = [after - before for before, after in pairwise(began)]
     # From the start of a step whose end is a save, and from as many steps later.
     firsts = range(2 * apart - 1, len(seconds) - 2 * apart + 1, 2 * apart)
-    pairs = [(sum(seconds[first : first + apart]), sum(seconds[first + apart : first + 2 * apart])) for first in firsts]
+    pairs = [
+        (sum(seconds[first : first + apart]), sum(seconds[first + apart : first + 2 * apart]))
+        for first in firsts
+    ]
     plain = statistics.median(other for _, other in pairs) / apart
     costs = [saved - other for saved, other in pairs]
     kept = next((folder / "overhead").glob("stages/*/checkpoints/step-*"))
@@ -70,28 +79,49 @@ def overhead(recipe: str, overrides: list[str], folder: Path, *, every: int, apa
         "apart_s": round(plain * apart, 3),
         "writer_s": round(max(written[:-1]), 3),
         "save_costs_s": [round(cost, 3) for cost in costs],
-        "checkpoint_mb": round(sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) / 1e6, 1),
+        "checkpoint_mb": round(
+            sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) / 1e6, 1
+        ),
         "overhead": round(statistics.median(costs) / (every * plain), 5),
     }
 
 
 def short(output: Path) -> list[str]:
     """Overrides for a run of steps alone."""
-    alone = ["train.epochs=null", "train.log_every=1", "data.validation=[]", "data.test=[]", "evaluate.samples=0"]
+    alone = [
+        "train.epochs=null",
+        "train.log_every=1",
+        "data.validation=[]",
+        "data.test=[]",
+        "evaluate.samples=0",
+    ]
     return [f"output={output}", *alone]
 
 
 def first_step(recipe: str, overrides: list[str], output: Path, *options: str) -> float:
     """Seconds from the start of a process to the end of its first step; it is then stopped, with a checkpoint."""
     settings = [*overrides, *short(output), "train.steps=100000"]
-    command = [sys.executable, "-m", "vlm_tune.cli", "sft", recipe, *options, *(part for s in settings for part in ("--set", s))]
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_tune.cli",
+        "sft",
+        recipe,
+        *options,
+        *(part for s in settings for part in ("--set", s)),
+    ]
     log = output / "log.jsonl"
     known = 0
     if "--resume" in options:
         known = log.read_text().count('"event": "train"')
     started = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (log.is_file() and child.poll() is None and log.stat().st_mtime_ns and log.read_text().count('"event": "train"') > known):
+    while not (
+        log.is_file()
+        and child.poll() is None
+        and log.stat().st_mtime_ns
+        and log.read_text().count('"event": "train"') > known
+    ):
         if child.poll() is not None:
             raise RuntimeError(child.communicate()[1][-2000:])
         time.sleep(0.02)
@@ -105,7 +135,9 @@ def first_step(recipe: str, overrides: list[str], output: Path, *options: str) -
 
 def main() -> None:
     """Prints the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", default="recipes/easyvqa-smollm2-lora.yaml")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--apart", type=int, default=3)
@@ -116,14 +148,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found: dict[str, Any] = {"every": asked.every}
-        found |= overhead(asked.recipe, asked.set, folder, every=asked.every, apart=asked.apart, saves=asked.saves)
+        found |= overhead(
+            asked.recipe, asked.set, folder, every=asked.every, apart=asked.apart, saves=asked.saves
+        )
         print(json.dumps(found), file=sys.stderr, flush=True)
         found |= {"cold_s": [], "resumed_s": []}
         for number in range(asked.starts):
             output = folder / f"start-{number}"
             found["cold_s"].append(first_step(asked.recipe, asked.set, output))
             found["resumed_s"].append(first_step(asked.recipe, asked.set, output, "--resume"))
-        found["resume_takes_longer_s"] = round(statistics.median(found["resumed_s"]) - statistics.median(found["cold_s"]), 2)
+        found["resume_takes_longer_s"] = round(
+            statistics.median(found["resumed_s"]) - statistics.median(found["cold_s"]), 2
+        )
     print(json.dumps(found, indent=1))
 
 

@@ -37,7 +37,12 @@ def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
         recipe.write_text(ours.recipe("causal", data, decoder, run, batch=8, steps=steps))
         print(f"training a model for {steps} steps in {run}", flush=True)
         command = [sys.executable, "-m", "vlm_tune.cli", "sft", str(recipe), "--overwrite"]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+        )
     return run
 
 
@@ -66,7 +71,9 @@ def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> in
             {
                 "role": turn.role,
                 "content": [
-                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": str(part.source)}
+                    {"type": "text", "text": part}
+                    if isinstance(part, str)
+                    else {"type": "image", "path": str(part.source)}
                     for part in turn.parts
                 ],
             }
@@ -80,7 +87,10 @@ def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> in
 
 def overrides(folder: Path) -> dict[str, Any]:
     """What of the run's recipe is changed for the evaluation."""
-    return {"data.test": [{"kind": "file", "path": str(folder / "single.jsonl")}], "data.validation": []}
+    return {
+        "data.test": [{"kind": "file", "path": str(folder / "single.jsonl")}],
+        "data.validation": [],
+    }
 
 
 def answer(given: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +105,10 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(given["threads"])
     started = time.perf_counter()
     model = load_model(Path(given["folder"]), dtype=DTYPES[given["dtype"]])
-    settings = {"evaluate.batch_size": given["batch"], "evaluate.max_new_tokens": given["max_new_tokens"]}
+    settings = {
+        "evaluate.batch_size": given["batch"],
+        "evaluate.max_new_tokens": given["max_new_tokens"],
+    }
     recipe = load_recipe(given["recipe"], overrides(Path(given["rows"])) | settings)
     evaluate_model(model, recipe, limit=32)
     ready = time.perf_counter()
@@ -117,7 +130,10 @@ class Answering:
         self.run = run
         self.folder = folder
         self.merged, self.llava = written(run, folder)
-        self.counts = {images: write_chats(run, self.merged, self.rows(images), images) for images in {asked.images, asked.checked}}
+        self.counts = {
+            images: write_chats(run, self.merged, self.rows(images), images)
+            for images in {asked.images, asked.checked}
+        }
 
     def rows(self, images: int | None) -> Path:
         """The folder of that many images' questions."""
@@ -125,9 +141,18 @@ class Answering:
 
     def once(self, name: str, batch: int, dtype: str, images: int | None) -> dict[str, Any]:
         """One run: {"name", "batch", "dtype", "questions_per_s", "seconds", "texts", ...}."""
-        given = {"batch": batch, "dtype": dtype, "max_new_tokens": self.asked.max_new_tokens, "threads": self.asked.threads}
+        given = {
+            "batch": batch,
+            "dtype": dtype,
+            "max_new_tokens": self.asked.max_new_tokens,
+            "threads": self.asked.threads,
+        }
         if name == "ours":
-            given |= {"folder": str(self.merged), "recipe": str(self.run / "recipe.yaml"), "rows": str(self.rows(images))}
+            given |= {
+                "folder": str(self.merged),
+                "recipe": str(self.run / "recipe.yaml"),
+                "rows": str(self.rows(images)),
+            }
             command = [sys.executable, "-m", "benchmarks.generation", "--part", json.dumps(given)]
         else:
             given |= {"folder": str(self.llava), "rows": str(self.rows(images) / "chats.json")}
@@ -136,7 +161,9 @@ class Answering:
             before = os.environ.get("VLM_TUNE_CACHE")
             os.environ["VLM_TUNE_CACHE"] = cache
             ended = execute(command, self.asked.threads, self.asked.timeout)
-            os.environ.pop("VLM_TUNE_CACHE") if before is None else os.environ.update(VLM_TUNE_CACHE=before)
+            os.environ.pop("VLM_TUNE_CACHE") if before is None else os.environ.update(
+                VLM_TUNE_CACHE=before
+            )
         if ended.code:
             raise SystemExit(f"{name}, batch {batch}, {dtype}: {ended.why}")
         found = json.loads(ended.out.strip().splitlines()[-1])
@@ -149,7 +176,10 @@ class Answering:
 
     def best_batch(self, name: str) -> int:
         """The batch with the most answers a second on the smaller part."""
-        runs = [self.once(name, batch, self.asked.dtype, self.asked.checked) for batch in self.asked.batches]
+        runs = [
+            self.once(name, batch, self.asked.dtype, self.asked.checked)
+            for batch in self.asked.batches
+        ]
         return max(runs, key=lambda run: run["questions_per_s"])["batch"]
 
 
@@ -166,11 +196,24 @@ def compare(bench: Answering) -> dict[str, Any]:
     same = equal(*exact)
     print(f"fp32: {same:.2%} of {bench.counts[asked.checked]} texts are equal")
     if same < 1:
-        odd = next(pair for pair in zip(exact[0]["texts"], exact[1]["texts"], strict=True) if pair[0] != pair[1])
-        raise SystemExit(f"ours says {odd[0]!r} where transformers says {odd[1]!r}: nothing is compared")
+        odd = next(
+            pair
+            for pair in zip(exact[0]["texts"], exact[1]["texts"], strict=True)
+            if pair[0] != pair[1]
+        )
+        raise SystemExit(
+            f"ours says {odd[0]!r} where transformers says {odd[1]!r}: nothing is compared"
+        )
     batches = {name: bench.best_batch(name) for name in ("transformers", "ours")}
-    runs = [bench.once(name, batches[name], asked.dtype, asked.images) for _ in range(asked.rounds) for name in batches]
-    rates = {name: statistics.median(run["questions_per_s"] for run in runs if run["name"] == name) for name in batches}
+    runs = [
+        bench.once(name, batches[name], asked.dtype, asked.images)
+        for _ in range(asked.rounds)
+        for name in batches
+    ]
+    rates = {
+        name: statistics.median(run["questions_per_s"] for run in runs if run["name"] == name)
+        for name in batches
+    }
     shares = [equal(mine, theirs) for theirs, mine in zip(runs[::2], runs[1::2], strict=True)]
     return {
         "ratio": rates["ours"] / rates["transformers"],
@@ -187,14 +230,34 @@ def compare(bench: Answering) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the ratio; with --json also saves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--run", type=Path, help="a finished run that can be exported as LLaVA; without it one is trained for --train-steps")
+    add(
+        "--run",
+        type=Path,
+        help="a finished run that can be exported as LLaVA; without it one is trained for --train-steps",
+    )
     add("--train-steps", type=int, default=60)
     add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
-    add("--images", type=int, default=100, help="test images whose questions are answered; 0 for all 1,000")
-    add("--checked", type=int, default=30, help="test images of the check in fp32 and of the sweep over batches")
-    add("--batches", type=lambda text: [int(one) for one in text.split(",")], default=[32, 64, 128, 192])
+    add(
+        "--images",
+        type=int,
+        default=100,
+        help="test images whose questions are answered; 0 for all 1,000",
+    )
+    add(
+        "--checked",
+        type=int,
+        default=30,
+        help="test images of the check in fp32 and of the sweep over batches",
+    )
+    add(
+        "--batches",
+        type=lambda text: [int(one) for one in text.split(",")],
+        default=[32, 64, 128, 192],
+    )
     add("--dtype", choices=["bf16", "fp32"], default="bf16")
     add("--max-new-tokens", type=int, default=8)
     add("--rounds", type=int, default=3)
@@ -208,7 +271,9 @@ def main() -> None:
         print(json.dumps(answer(asked.part)))
         return
     asked.images = asked.images or None
-    run = asked.run or trained(asked.cache.absolute(), asked.decoder.absolute(), asked.train_steps, asked.threads)
+    run = asked.run or trained(
+        asked.cache.absolute(), asked.decoder.absolute(), asked.train_steps, asked.threads
+    )
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Answering(asked, run.absolute(), Path(folder)))
     if asked.json:

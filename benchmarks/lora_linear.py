@@ -37,9 +37,16 @@ class Block(nn.ModuleDict):
     """The linear layers of a decoder block, each fed with what it is fed with there, and nothing between them."""
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
-        super().__init__({name: nn.Linear(widths[read], widths[written], bias=False) for name, (read, written) in BLOCK.items()})
+        super().__init__(
+            {
+                name: nn.Linear(widths[read], widths[written], bias=False)
+                for name, (read, written) in BLOCK.items()
+            }
+        )
 
-    def forward(self, normed: torch.Tensor, mixed: torch.Tensor, inner: torch.Tensor) -> list[torch.Tensor]:
+    def forward(
+        self, normed: torch.Tensor, mixed: torch.Tensor, inner: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Outputs of all layers for inputs [B, L, d], [B, L, d] and [B, L, f]."""
         given = [normed, normed, normed, mixed, mixed, mixed, inner]
         return [layer(x) for layer, x in zip(self.values(), given, strict=True)]
@@ -71,7 +78,9 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def gemm(widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: str) -> Callable[[], float]:
+def gemm(
+    widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: str
+) -> Callable[[], float]:
     """A plain GEMM of the block's largest shape; called, it gives its operations."""
     rows = torch.randn(tokens, widths[0], dtype=dtype, device=device)
     weight = torch.randn(2 * widths[2], widths[0], dtype=dtype, device=device)
@@ -85,14 +94,18 @@ def gemm(widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1536)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--kv-width", type=int, default=192)
     parser.add_argument("--inner", type=int, default=1536)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=30)
-    parser.add_argument("--plain-malloc", action="store_true", help="leave the C allocator as it is")
+    parser.add_argument(
+        "--plain-malloc", action="store_true", help="leave the C allocator as it is"
+    )
     asked = parser.parse_args()
     if not asked.plain_malloc:
         keep_freed_memory()
@@ -103,11 +116,20 @@ def main() -> None:
     models = {kind: block(kind, widths, asked.rank, dtype).to(device) for kind in kinds}
     fuse(models["merged"])
     shape = (8, asked.tokens // 8)
-    inputs = [torch.randn(*shape, width, dtype=dtype, device=device).requires_grad_() for width in (asked.width, asked.width, asked.inner)]
-    outputs = [torch.randn(*shape, widths[written], dtype=dtype, device=device) for _, written in BLOCK.values()]
+    inputs = [
+        torch.randn(*shape, width, dtype=dtype, device=device).requires_grad_()
+        for width in (asked.width, asked.width, asked.inner)
+    ]
+    outputs = [
+        torch.randn(*shape, widths[written], dtype=dtype, device=device)
+        for _, written in BLOCK.values()
+    ]
 
     def work(model: nn.Module) -> None:
-        with torch.autocast(device, torch.bfloat16), disable_input_dtype_casting(model, active=True):
+        with (
+            torch.autocast(device, torch.bfloat16),
+            disable_input_dtype_casting(model, active=True),
+        ):
             found = model(*inputs)
         torch.autograd.backward(found, outputs)
         for leaf in (*inputs, *model.parameters()):
@@ -132,7 +154,9 @@ def main() -> None:
     print(f"{'':8} {'ms':>8} {'x PEFT':>8} {'of GEMM':>8}")
     for kind in kinds:
         middle = statistics.median(seconds[kind])
-        ratio = statistics.median(one / other for one, other in zip(seconds["peft"], seconds[kind], strict=True))
+        ratio = statistics.median(
+            one / other for one, other in zip(seconds["peft"], seconds[kind], strict=True)
+        )
         print(f"{kind:8} {middle * 1e3:8.2f} {ratio:8.2f} {useful / middle / rate:8.1%}")
 
 

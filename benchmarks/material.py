@@ -43,9 +43,14 @@ def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str
     for image in chosen:
         name = f"images/{image}.png"
         shutil.copy(source / name, folder / name)
-        turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in questions[image]]
+        turns = [
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            for asked, said in questions[image]
+        ]
         single += [{"messages": turn, "images": [name]} for turn in turns]
-        multi.append({"messages": [message for turn in turns for message in turn], "images": [name]})
+        multi.append(
+            {"messages": [message for turn in turns for message in turn], "images": [name]}
+        )
     for form, rows in (("single", single), ("multi", multi)):
         (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sorted(answer for image in chosen for _, answer in questions[image])
@@ -60,7 +65,9 @@ def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     if not (folder / "tower" / "config.json").is_file():
-        CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH[image_tokens], image_size=224)).save_pretrained(folder / "tower")
+        CLIPVisionModel(
+            CLIPVisionConfig(patch_size=PATCH[image_tokens], image_size=224)
+        ).save_pretrained(folder / "tower")
     if not (folder / "llava" / "processor_config.json").is_file():
         _write_llava(folder, decoder)
     if not (folder / "t5" / "config.json").is_file():
@@ -86,7 +93,12 @@ def _write_llava(folder: Path, decoder: Path) -> None:
     language.resize_token_embeddings(len(tokenizer))
     tower = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.bfloat16)
     place = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=tower.config, text_config=language.config, image_token_id=place, tie_word_embeddings=True)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_id=place,
+        tie_word_embeddings=True,
+    )
     model: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
@@ -110,10 +122,23 @@ def _write_t5(folder: Path) -> None:
     from vlm_tune.data.prepare.run import conversations
     from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 
-    data = DataSection.model_validate({"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]})
+    data = DataSection.model_validate(
+        {"template": "flan", "train": [{"kind": "file", "path": str(folder / "single.jsonl")}]}
+    )
     tokenizer = train_tokenizer(conversations(data, data.train, 0), 2000, load_template("flan"))
-    shape = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    shape = {
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 12,
+        "num_heads": 12,
+        "feed_forward_proj": "gated-gelu",
+    }
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
     config = T5Config(**shape, **ids, vocab_size=32128, tie_word_embeddings=False, dropout_rate=0.0)
     T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
     tokenizer.save_pretrained(folder / "t5")

@@ -27,17 +27,37 @@ FULL = [{"match": "tower.*", "how": "frozen"}, {"match": "*", "how": "full"}]
 
 
 def llama(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
-    shape = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_hidden_layers": layers, "num_attention_heads": width // 64}
-    return {"model_type": "llama", "config": {**shape, "vocab_size": vocabulary, "num_key_value_heads": width // 128}}
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 8 * width // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+    }
+    return {
+        "model_type": "llama",
+        "config": {**shape, "vocab_size": vocabulary, "num_key_value_heads": width // 128},
+    }
 
 
 def t5(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
-    shape = {"d_model": width, "d_ff": 5 * width // 2, "num_layers": layers, "num_heads": width // 64, "feed_forward_proj": "gated-gelu"}
+    shape = {
+        "d_model": width,
+        "d_ff": 5 * width // 2,
+        "num_layers": layers,
+        "num_heads": width // 64,
+        "feed_forward_proj": "gated-gelu",
+    }
     return {"model_type": "t5", "config": {**shape, "vocab_size": vocabulary}}
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "llama, LoRA, bf16": {"scratch": llama(768, 12, 32000), "tune": LORA, "batch_size": 8, "words": 120, "precision": "bf16"},
+    "llama, LoRA, bf16": {
+        "scratch": llama(768, 12, 32000),
+        "tune": LORA,
+        "batch_size": 8,
+        "words": 120,
+        "precision": "bf16",
+    },
     "llama, LoRA, bf16, checkpointing, accumulation": {
         "scratch": llama(768, 12, 32000),
         "tune": LORA,
@@ -47,8 +67,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "gradient_accumulation": 2,
     },
-    "llama, full, fp32": {"scratch": llama(512, 8, 16000), "tune": FULL, "batch_size": 4, "words": 120, "precision": "fp32"},
-    "t5, LoRA, fp32": {"scratch": t5(512, 8, 16000), "tune": LORA, "batch_size": 4, "words": 130, "precision": "fp32"},
+    "llama, full, fp32": {
+        "scratch": llama(512, 8, 16000),
+        "tune": FULL,
+        "batch_size": 4,
+        "words": 120,
+        "precision": "fp32",
+    },
+    "t5, LoRA, fp32": {
+        "scratch": t5(512, 8, 16000),
+        "tune": LORA,
+        "batch_size": 4,
+        "words": 130,
+        "precision": "fp32",
+    },
     "t5, full, bf16, checkpointing": {
         "scratch": t5(640, 8, 32000),
         "tune": FULL,
@@ -57,7 +89,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "gradient_checkpointing": True,
     },
-    "llama, LoRA, nf4": {"folder": llama(1024, 12, 32000), "tune": LORA, "batch_size": 6, "words": 110, "precision": "bf16"},
+    "llama, LoRA, nf4": {
+        "folder": llama(1024, 12, 32000),
+        "tune": LORA,
+        "batch_size": 6,
+        "words": 110,
+        "precision": "bf16",
+    },
 }
 
 
@@ -66,14 +104,24 @@ def write_rows(folder: Path, words: int) -> Path:
     from PIL import Image
 
     chosen = random.Random(0)
-    known = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u", "ar", "en", "il")]
+    known = [
+        f"{first}{second}"
+        for first in "bdfgklmnprst"
+        for second in ("a", "e", "i", "o", "u", "ar", "en", "il")
+    ]
     path = folder / "rows.jsonl"
     rows = []
     for number in range(32):
         name = f"{number}.png"
         Image.new("RGB", (64, 64), (8 * number, 100, 200)).save(folder / name)
         question = " ".join(chosen.choice(known) for _ in range(words + number % 8))
-        rows.append({"image": name, "question": question, "answer": " ".join(chosen.choice(known) for _ in range(12))})
+        rows.append(
+            {
+                "image": name,
+                "question": question,
+                "answer": " ".join(chosen.choice(known) for _ in range(12)),
+            }
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -86,8 +134,18 @@ def recipe_of(run: dict[str, Any], folder: Path) -> Path:
         "name": "memory",
         "output": str(folder / "run"),
         "model": {
-            "tower": {"kind": "open_clip", "config": {"layers": 2, "width": 128, "head_width": 64, "patch_size": 16, "image_size": 64}},
-            "llm": {"kind": kind} | ({"scratch": {"vocab_size": 400, **run["scratch"]}} if "scratch" in run else {}),
+            "tower": {
+                "kind": "open_clip",
+                "config": {
+                    "layers": 2,
+                    "width": 128,
+                    "head_width": 64,
+                    "patch_size": 16,
+                    "image_size": 64,
+                },
+            },
+            "llm": {"kind": kind}
+            | ({"scratch": {"vocab_size": 400, **run["scratch"]}} if "scratch" in run else {}),
         },
         "data": {
             "train": [{"kind": "file", "path": str(write_rows(folder, run["words"]))}],
@@ -99,7 +157,10 @@ def recipe_of(run: dict[str, Any], folder: Path) -> Path:
         "evaluate": {"samples": 0},
     }
     if "folder" in run:
-        recipe["model"]["llm"] |= {"name": str(save_llm(folder / "llm", run["folder"], recipe)), "quantize": "nf4"}
+        recipe["model"]["llm"] |= {
+            "name": str(save_llm(folder / "llm", run["folder"], recipe)),
+            "quantize": "nf4",
+        }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     return path
@@ -116,7 +177,9 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
     from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 
     data = DataSection.model_validate(recipe["data"])
-    tokenizer = train_tokenizer(conversations(data, data.train, 0), 400, load_template(data.template))
+    tokenizer = train_tokenizer(
+        conversations(data, data.train, 0), 400, load_template(data.template)
+    )
     config = AutoConfig.for_model(scratch["model_type"], **scratch["config"])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -125,7 +188,9 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
 
 def resident(name: str) -> int:
     """Bytes of VmRSS, or of VmHWM, the most there was."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -135,7 +200,11 @@ def predict(path: Path) -> dict[str, Any]:
 
     found = plan(path)
     stage = found.stages[0]
-    return {"predicted": found.needed - stage.memory.base, "memory": vars(stage.memory), "loading": stage.loading - stage.memory.base}
+    return {
+        "predicted": found.needed - stage.memory.base,
+        "memory": vars(stage.memory),
+        "loading": stage.loading - stage.memory.base,
+    }
 
 
 def measure(path: Path) -> dict[str, Any]:
@@ -143,9 +212,20 @@ def measure(path: Path) -> dict[str, Any]:
     from vlm_tune.api import sft
 
     # A run of a tiny model first: what is imported and set up on first use is the process's, not the model's.
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     tiny = json.loads(path.read_text()) | {"output": str(path.parent / "tiny"), "tune": LORA}
-    tiny["model"] = tiny["model"] | {"llm": {"kind": "causal", "scratch": {"model_type": "llama", "vocab_size": 400, "config": shape}}}
+    tiny["model"] = tiny["model"] | {
+        "llm": {
+            "kind": "causal",
+            "scratch": {"model_type": "llama", "vocab_size": 400, "config": shape},
+        }
+    }
     tiny["data"] = tiny["data"] | {"template": "chatml"}
     (path.parent / "tiny.yaml").write_text(json.dumps(tiny))
     sft(path.parent / "tiny.yaml")
@@ -176,7 +256,9 @@ def child(part: str, path: Path, cache: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Prints predicted and measured peaks; ends with 1 if one is off by more than the bar."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", help="runs whose name holds this")
     parser.add_argument("--part", nargs=2, metavar=("PART", "RECIPE"), help=argparse.SUPPRESS)
@@ -198,7 +280,9 @@ def main() -> None:
         row["ratio"] = row["predicted"] / row["measured"]
         rows.append(row)
         if not arguments.json:
-            figures = "  ".join(f"{key} {row[key] / 1e6:7,.0f} MB" for key in ("predicted", "measured", "whole_run"))
+            figures = "  ".join(
+                f"{key} {row[key] / 1e6:7,.0f} MB" for key in ("predicted", "measured", "whole_run")
+            )
             print(f"{name:48} {figures}  ratio {row['ratio']:.3f}", flush=True)
     if arguments.json:
         print(json.dumps({"bar": BAR, "runs": rows}))

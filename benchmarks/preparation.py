@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 TOKENIZER = Path("models/smollm2-135m-instruct")
-WORDS = tuple("the small red circle stands left of a blue square under two green triangles on grey ground near an old wall".split())  # noqa: SIM905
+WORDS = (
+    *("the", "small", "red", "circle", "stands", "left", "of", "a", "blue", "square", "under"),
+    *("two", "green", "triangles", "on", "grey", "ground", "near", "an", "old", "wall"),
+)
 
 
 def images() -> list[Path]:
@@ -30,7 +33,9 @@ def images() -> list[Path]:
     import easy_vqa
 
     folder = Path(easy_vqa.__file__).parent / "data"
-    return sorted((folder / "train" / "images").glob("*.png")) + sorted((folder / "test" / "images").glob("*.png"))
+    return sorted((folder / "train" / "images").glob("*.png")) + sorted(
+        (folder / "test" / "images").glob("*.png")
+    )
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -38,10 +43,19 @@ def write_rows(path: Path, rows: int) -> None:
     names = [str(image) for image in images()]
     with path.open("w") as file:
         for number in range(rows):
-            words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(8 + number % 12)]
+            words = [
+                WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(8 + number % 12)
+            ]
             question = f"In picture {number}, is {' '.join(words)}?"
             file.write(
-                json.dumps({"image": names[number % len(names)], "question": question, "answer": "yes" if number % 3 else "no"}) + "\n"
+                json.dumps(
+                    {
+                        "image": names[number % len(names)],
+                        "question": question,
+                        "answer": "yes" if number % 3 else "no",
+                    }
+                )
+                + "\n"
             )
 
 
@@ -78,7 +92,12 @@ def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
         prepared = prepare(data, data.train, made, seed=0)
         assert prepared.questions == rows and len(prepared.media) == len(images())
         seconds.append(time.perf_counter() - started)
-    return {"rows": rows, "cold_seconds": seconds[0], "cold_rows_per_s": rows / seconds[0], "warm_seconds": seconds[1]}
+    return {
+        "rows": rows,
+        "cold_seconds": seconds[0],
+        "cold_rows_per_s": rows / seconds[0],
+        "warm_seconds": seconds[1],
+    }
 
 
 def measure_stream(folder: Path, rows: int) -> dict[str, float]:
@@ -91,15 +110,28 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     data = data_section(folder / "rows.jsonl", streaming=True)
     reader = open_source(data.train[0], seed=0, streaming=True)
     started = time.perf_counter()
-    seen = sum(1 for _ in islice(shuffled(mixed([reader], data.train, 0), data.shuffle_buffer, 0), rows - data.shuffle_buffer))
+    seen = sum(
+        1
+        for _ in islice(
+            shuffled(mixed([reader], data.train, 0), data.shuffle_buffer, 0),
+            rows - data.shuffle_buffer,
+        )
+    )
     reading = time.perf_counter() - started
     made = processor()
     feed = StreamFeed(data, data.train, made, made.images, 16, seed=0)
     started = time.perf_counter()
     batches = min(2000, rows // 16)
-    questions = sum(batch.questions for window in islice(feed.windows(Position()), batches) for batch in window)
+    questions = sum(
+        batch.questions for window in islice(feed.windows(Position()), batches) for batch in window
+    )
     batching = time.perf_counter() - started
-    return {"rows": rows, "read": seen, "read_rows_per_s": seen / reading, "batch_rows_per_s": questions / batching}
+    return {
+        "rows": rows,
+        "read": seen,
+        "read_rows_per_s": seen / reading,
+        "batch_rows_per_s": questions / batching,
+    }
 
 
 def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
@@ -124,7 +156,10 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
             prepared = prepare(data, data.train, made, seed=0)
             plan = Plan(prepared, data, Sizes(8), 0)
             epoch = plan.epoch(0)
-            widest = [[int(plan.lengths[row[0], 0]) for row in epoch.rows(*place, 0, 1)] for place in epoch.places(1)]
+            widest = [
+                [int(plan.lengths[row[0], 0]) for row in epoch.rows(*place, 0, 1)]
+                for place in epoch.places(1)
+            ]
             lengths[group] = (
                 prepared.unit_lengths[:, 1],
                 sum(max(batch) * len(batch) for batch in widest),
@@ -152,7 +187,9 @@ PARTS = {"prepare": measure_prepare, "stream": measure_stream, "tokens": measure
 
 def main() -> None:
     """Runs the parts and prints what they found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--stream-rows", type=int, default=10_000_000)
     parser.add_argument("--parts", default="prepare,stream,tokens")
@@ -165,13 +202,29 @@ def main() -> None:
             rows = arguments.stream_rows if arguments.one == "stream" else arguments.rows
             found = PARTS[arguments.one](Path(folder), rows)
             # Child processes are counted too: the largest of them.
-            peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            peak = max(
+                resource.getrusage(who).ru_maxrss
+                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            )
             print(json.dumps({**found, "peak_memory_mb": peak * 1024 // 1_000_000}))
         return
     result = {}
     for part in arguments.parts.split(","):
-        command = [sys.executable, "-m", "benchmarks.preparation", "--one", part, "--rows", str(arguments.rows)]
-        done = subprocess.run([*command, "--stream-rows", str(arguments.stream_rows)], check=True, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.preparation",
+            "--one",
+            part,
+            "--rows",
+            str(arguments.rows),
+        ]
+        done = subprocess.run(
+            [*command, "--stream-rows", str(arguments.stream_rows)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         result[part] = json.loads(done.stdout.splitlines()[-1])
     if arguments.json:
         print(json.dumps(result))

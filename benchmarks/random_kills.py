@@ -73,8 +73,15 @@ def write_rows(folder: Path) -> Path:
         color = drawn.integers(0, 256, 3)
         pixels = (color + drawn.integers(-20, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-        for name, value in zip(("red", "green", "blue", "brightest"), [*color.tolist(), int(color.argmax())], strict=True):
-            turns = [{"role": "user", "content": f"how {name}?"}, {"role": "assistant", "content": str(value)}]
+        for name, value in zip(
+            ("red", "green", "blue", "brightest"),
+            [*color.tolist(), int(color.argmax())],
+            strict=True,
+        ):
+            turns = [
+                {"role": "user", "content": f"how {name}?"},
+                {"role": "assistant", "content": str(value)},
+            ]
             rows.append(json.dumps({"messages": turns, "images": [f"{number}.png"]}))
     path = folder / "rows.jsonl"
     path.write_text("\n".join(rows) + "\n")
@@ -117,7 +124,12 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool,
         # What is done again is taken out of the trace first, which makes a new file of it.
         if trace.is_file() and trace.stat().st_mtime_ns != before:
             first = first or time.monotonic() - started
-            if kill is not None and kill.step is not None and deadline is None and trace.read_bytes().count(b"\n") >= kill.step:
+            if (
+                kill is not None
+                and kill.step is not None
+                and deadline is None
+                and trace.read_bytes().count(b"\n") >= kill.step
+            ):
                 deadline = time.monotonic() + kill.seconds
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(pid, signal.SIGKILL)
@@ -130,7 +142,9 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
     rows = write_rows(folder)
     os.environ["VLM_TUNE_CACHE"] = str(folder / "cache")
     recipes = {
-        name: parse_recipe(RECIPE.format(output=folder / name, rows=rows, steps=steps, evaluate=max(steps // 8, 1)))
+        name: parse_recipe(
+            RECIPE.format(output=folder / name, rows=rows, steps=steps, evaluate=max(steps // 8, 1))
+        )
         for name in ("whole", "killed")
     }
     started = time.monotonic()
@@ -152,7 +166,13 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
         if finished:
             break
         done += 1
-        where["in a save" if list(run.glob("stages/*/checkpoints/.*")) else "at the start" if early else "between saves"] += 1
+        where[
+            "in a save"
+            if list(run.glob("stages/*/checkpoints/.*"))
+            else "at the start"
+            if early
+            else "between saves"
+        ] += 1
         print(f"kill {done} at step {len(read_trace(stage))}", file=sys.stderr, flush=True)
     if not finished:
         attempt(recipes["killed"], resume=(run / "recipe.yaml").is_file(), kill=None)
@@ -162,10 +182,17 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
         "steps": steps,
         "where": dict(where),
         "model": different_tensors(folder / "whole" / "model", run / "model"),
-        "state": different_tensors(*(folder / name / "stages" / "1-main" / "checkpoints" / last for name in ("whole", "killed"))),
+        "state": different_tensors(
+            *(
+                folder / name / "stages" / "1-main" / "checkpoints" / last
+                for name in ("whole", "killed")
+            )
+        ),
         "trace": read_trace(folder / "whole" / "stages" / "1-main") == read_trace(stage),
         "tensors": sum(
-            len(load_file(path)) for folder in (run / "model", checkpoints(stage)[-1]) for path in folder.rglob("*.safetensors")
+            len(load_file(path))
+            for folder in (run / "model", checkpoints(stage)[-1])
+            for path in folder.rglob("*.safetensors")
         ),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -173,16 +200,27 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
 
 def main() -> None:
     """Prints what was found as JSON; ends with 1 if the runs differ or ended before the kills were done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_compare(Path(folder), kills=asked.kills, steps=asked.steps, seed=asked.seed)
+        found = kill_and_compare(
+            Path(folder), kills=asked.kills, steps=asked.steps, seed=asked.seed
+        )
     print(json.dumps(found, indent=1))
-    raise SystemExit(not (found["kills"] == asked.kills and found["trace"] and not found["model"] and not found["state"]))
+    raise SystemExit(
+        not (
+            found["kills"] == asked.kills
+            and found["trace"]
+            and not found["model"]
+            and not found["state"]
+        )
+    )
 
 
 if __name__ == "__main__":

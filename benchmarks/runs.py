@@ -90,7 +90,15 @@ class Ended:
 
 def execute(command: Sequence[str], threads: int, timeout: float, **variables: str) -> Ended:
     """Runs a command with that many threads and more environment variables; after `timeout` seconds it is killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
+    environment = (
+        os.environ
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        | variables
+    )
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
@@ -109,7 +117,13 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
         child.returncode = status
         out.seek(0)
         errors.seek(0)
-        return Ended(int(status or 0), out.read(), errors.read(), usage.ru_maxrss * 1024 // 1_000_000, time.perf_counter() - started)
+        return Ended(
+            int(status or 0),
+            out.read(),
+            errors.read(),
+            usage.ru_maxrss * 1024 // 1_000_000,
+            time.perf_counter() - started,
+        )
 
 
 def gemm_rates(threads: int) -> dict[str, float]:
@@ -117,7 +131,10 @@ def gemm_rates(threads: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
-    return {name: max(_gemm_rate(getattr(torch, dtype), *shape) for shape in GEMMS) for name, dtype in DTYPES.items()}
+    return {
+        name: max(_gemm_rate(getattr(torch, dtype), *shape) for shape in GEMMS)
+        for name, dtype in DTYPES.items()
+    }
 
 
 def _gemm_rate(dtype: Any, rows: int, inner: int, wide: int) -> float:
@@ -163,7 +180,9 @@ class Bench:
         """Questions about an image, on average."""
         return len(self.answers) / self.images
 
-    def peer(self, name: str, settings: dict[str, Any], length: Length, timeout: float | None = None) -> Run:
+    def peer(
+        self, name: str, settings: dict[str, Any], length: Length, timeout: float | None = None
+    ) -> Run:
         """A run of a peer, stopped after `timeout` seconds, or those of the bench."""
         unchecked = (name, settings["rows"]) not in self.checked
         given = {
@@ -178,7 +197,9 @@ class Bench:
         }
         command = [str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)]
         ended = execute(command, self.threads, timeout or self.timeout)
-        line = next((line for line in reversed(ended.out.splitlines()) if line.startswith('{"steps"')), None)
+        line = next(
+            (line for line in reversed(ended.out.splitlines()) if line.startswith('{"steps"')), None
+        )
         if ended.code or line is None:
             return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
         found = json.loads(line)
@@ -190,7 +211,9 @@ class Bench:
             return Run(name, settings, seconds_total=ended.seconds, failed="no step was measured")
         formula = self.work(PEERS[name].kind).formula
         for step in counted:
-            step["operations"] = formula.operations(ours.Amount(**{key: step[key] for key in ours.Amount.__dataclass_fields__}))
+            step["operations"] = formula.operations(
+                ours.Amount(**{key: step[key] for key in ours.Amount.__dataclass_fields__})
+            )
 
         def rate(key: str) -> float:
             return statistics.median(step[key] / step["seconds"] for step in counted)
@@ -203,8 +226,10 @@ class Bench:
             tokens_per_s=rate("tokens"),
             supervised_per_s=rate("supervised"),
             operations_per_s=rate("operations"),
-            padding=1 - sum(step["tokens"] for step in counted) / sum(step["padded"] for step in counted),
-            stall=sum(step["waited"] for step in counted) / sum(step["seconds"] for step in counted),
+            padding=1
+            - sum(step["tokens"] for step in counted) / sum(step["padded"] for step in counted),
+            stall=sum(step["waited"] for step in counted)
+            / sum(step["seconds"] for step in counted),
             spread=spread([step["questions"] / step["seconds"] for step in counted]),
             peak_memory_mb=ended.memory_mb,
             steps=len(counted),
@@ -214,7 +239,9 @@ class Bench:
     def check(self, name: str, answers: list[str]) -> None:
         """Raises `SystemExit` unless a run trains on exactly the answers that were written."""
         # A loss on whole sequences holds the answers among other text.
-        if answers != self.answers and not (len(answers) == len(self.answers) and within(self.answers, answers)):
+        if answers != self.answers and not (
+            len(answers) == len(self.answers) and within(self.answers, answers)
+        ):
             raise SystemExit(
                 f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of the data, e.g. {answers[:3]}"
             )
@@ -239,7 +266,13 @@ class Bench:
             return ours.recipe_from(self.recipe, self.material, self.decoder, output, **amount)
         return ours.recipe(kind, self.material, self.decoder, output, **amount)
 
-    def ours(self, kind: str, settings: dict[str, Any], length: Length | None, timeout: float | None = None) -> Run:
+    def ours(
+        self,
+        kind: str,
+        settings: dict[str, Any],
+        length: Length | None,
+        timeout: float | None = None,
+    ) -> Run:
         """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, precision, and quantize.
 
         Without `length` it is an epoch, in a cache folder of its own.
@@ -263,7 +296,12 @@ class Bench:
         return Run(
             name,
             settings,
-            questions=settings["batch"] * (settings["row_length"] / work.mean.tokens if "row_length" in settings else self.a_image),
+            questions=settings["batch"]
+            * (
+                settings["row_length"] / work.mean.tokens
+                if "row_length" in settings
+                else self.a_image
+            ),
             questions_per_s=rate,
             tokens_per_s=rate * work.mean.tokens,
             supervised_per_s=rate * work.mean.supervised,
@@ -289,14 +327,14 @@ def within(answers: list[str], texts: list[str]) -> bool:
     return True
 
 
-HEADER = (
-    f"{'':14} {'settings':86} {'qa/s':>7} {'tok/s':>7} {'sup/s':>6} {'MFU':>6} {'pad':>6} {'stall':>6} {'spread':>6} {'MB':>6} {'s':>5}"
-)
+HEADER = f"{'':14} {'settings':86} {'qa/s':>7} {'tok/s':>7} {'sup/s':>6} {'MFU':>6} {'pad':>6} {'stall':>6} {'spread':>6} {'MB':>6} {'s':>5}"
 
 
 def line(run: Run) -> str:
     """One row of the table."""
-    settings = " ".join(f"{key}={value}" for key, value in run.settings.items() if value is not None)
+    settings = " ".join(
+        f"{key}={value}" for key, value in run.settings.items() if value is not None
+    )
     if run.failed:
         return f"{run.name:14} {settings:86} failed: {run.failed}"
     return (

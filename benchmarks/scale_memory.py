@@ -56,7 +56,19 @@ class _Mallinfo(ctypes.Structure):
     """glibc's `struct mallinfo2`."""
 
     _fields_ = [
-        (name, ctypes.c_size_t) for name in ("arena", "free", "smalls", "maps", "mapped", "u", "fs", "used", "fordblks", "keepcost")
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "free",
+            "smalls",
+            "maps",
+            "mapped",
+            "u",
+            "fs",
+            "used",
+            "fordblks",
+            "keepcost",
+        )
     ]
 
 
@@ -128,7 +140,10 @@ def worker(recipe: Path, output: Path) -> None:
             if figures["steps"] < 2:
                 return
             figures["peak"] = peak.taken() - figures["given"]
-            figures["parameters"] = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in engine._named())
+            figures["parameters"] = sum(
+                getattr(parameter, "ds_numel", parameter.numel())
+                for _, parameter in engine._named()
+            )
             output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
             engine.accelerator.wait_for_everyone()
             os._exit(0)
@@ -144,7 +159,9 @@ def worker(recipe: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     options = parser.parse_args()
@@ -152,13 +169,32 @@ def main() -> None:
     for name in options.engines:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            (folder / "recipe.yaml").write_text(RECIPE.format(output=folder / "run", engine=json.dumps(ENGINES[name])))
+            (folder / "recipe.yaml").write_text(
+                RECIPE.format(output=folder / "run", engine=json.dumps(ENGINES[name]))
+            )
             code = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
-            rank = [sys.executable, "-m", "benchmarks.scale_memory", "--worker", str(folder / "recipe.yaml"), str(folder / "found")]
-            subprocess.run([sys.executable, "-c", code, str(options.processes), *rank], check=True, stdout=subprocess.DEVNULL)
-            found = [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(options.processes)]
+            rank = [
+                sys.executable,
+                "-m",
+                "benchmarks.scale_memory",
+                "--worker",
+                str(folder / "recipe.yaml"),
+                str(folder / "found"),
+            ]
+            subprocess.run(
+                [sys.executable, "-c", code, str(options.processes), *rank],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            found = [
+                json.loads((folder / f"found.{rank}.json").read_text())
+                for rank in range(options.processes)
+            ]
         theory = found[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
-        columns = [" ".join(f"{figures[key]:7.0f}" for figures in found) for key in ("held", "built", "peak")]
+        columns = [
+            " ".join(f"{figures[key]:7.0f}" for figures in found)
+            for key in ("held", "built", "peak")
+        ]
         print(f"{name:8} {theory:8.0f}  {columns[0]:19} {columns[1]:19} {columns[2]}", flush=True)
 
 

@@ -44,10 +44,15 @@ class Shape:
 AXES: dict[str, tuple[Shape, ...]] = {
     "image_tokens": tuple(Shape(image_tokens=side * side) for side in (4, 7, 10, 14, 20)),
     "questions_an_image": tuple(Shape(questions=count) for count in (1, 2, 4, 8)),
-    "sequence_length": tuple(Shape(context=words, questions=2) for words in (32, 128, 256, 512, 1024)),
+    "sequence_length": tuple(
+        Shape(context=words, questions=2) for words in (32, 128, 256, 512, 1024)
+    ),
     "batch": tuple(Shape(batch=images) for images in (2, 4, 8, 16)),
     "vocabulary": tuple(Shape(vocabulary=size) for size in (4000, 16000, 64000, 128000)),
-    "model_size": tuple(Shape(width=width, layers=layers) for width, layers in ((256, 4), (384, 6), (512, 8), (640, 10))),
+    "model_size": tuple(
+        Shape(width=width, layers=layers)
+        for width, layers in ((256, 4), (384, 6), (512, 8), (640, 10))
+    ),
 }
 
 
@@ -74,7 +79,12 @@ def write_rows(source: Path, path: Path, shape: Shape, images: int) -> None:
         for start in range(0, 2 * shape.questions, 2):
             question, answer = row["messages"][start : start + 2]
             asked = {"role": "user", "content": f"{said} {question['content']}".strip()}
-            made.append({"messages": [asked, answer], "images": [str(source / name) for name in row["images"]]})
+            made.append(
+                {
+                    "messages": [asked, answer],
+                    "images": [str(source / name) for name in row["images"]],
+                }
+            )
     if len(rows) < images:
         raise SystemExit(f"{len(rows)} images have {QUESTIONS} questions, {images} are needed")
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
@@ -91,7 +101,13 @@ def recipe(shape: Shape, rows: Path, output: Path, steps: int) -> str:
         "num_key_value_heads": heads,
         "vocab_size": shape.vocabulary,
     }
-    tower = {"layers": 2, "width": 128, "head_width": 64, "patch_size": PATCH, "image_size": PATCH * round(shape.image_tokens**0.5)}
+    tower = {
+        "layers": 2,
+        "width": 128,
+        "head_width": 64,
+        "patch_size": PATCH,
+        "image_size": PATCH * round(shape.image_tokens**0.5),
+    }
     return json.dumps(
         {
             "name": "scaling",
@@ -99,7 +115,10 @@ def recipe(shape: Shape, rows: Path, output: Path, steps: int) -> str:
             "seed": 0,
             "model": {
                 "tower": {"kind": "open_clip", "config": tower},
-                "llm": {"kind": "causal", "scratch": {"model_type": "llama", "vocab_size": 2000, "config": decoder}},
+                "llm": {
+                    "kind": "causal",
+                    "scratch": {"model_type": "llama", "vocab_size": 2000, "config": decoder},
+                },
             },
             "data": {
                 "template": "chatml",
@@ -137,7 +156,9 @@ def measure(axis: str, shape: Shape, source: Path, steps: int) -> Point:
         events: list[dict[str, Any]] = []
         sft(parse_recipe(text), show=events.append)
     questions = shape.batch * shape.questions
-    seconds = [questions / event["questions_per_s"] for event in events if event["event"] == "train"][WARM:]
+    seconds = [
+        questions / event["questions_per_s"] for event in events if event["event"] == "train"
+    ][WARM:]
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     each = work.mean.tokens * shape.questions
     x = {
@@ -159,7 +180,10 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 def shown(points: Sequence[Point]) -> dict[str, float]:
     """Prints an axis' table; its exponents."""
     x = [point.x for point in points]
-    found = {"time": exponent(x, [p.seconds for p in points]), "work": exponent(x, [p.operations for p in points])}
+    found = {
+        "time": exponent(x, [p.seconds for p in points]),
+        "work": exponent(x, [p.operations for p in points]),
+    }
     ends = {
         "time_at_the_end": exponent(x[-2:], [p.seconds for p in points[-2:]]),
         "work_at_the_end": exponent(x[-2:], [p.operations for p in points[-2:]]),
@@ -167,7 +191,9 @@ def shown(points: Sequence[Point]) -> dict[str, float]:
     print(f"\n{points[0].axis:24} {'ms a step':>10} {'spread':>7} {'GFLOP':>9} {'TFLOP/s':>8}")
     for point in points:
         rate = point.operations / point.seconds / 1e12
-        print(f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} {point.operations / 1e9:9.1f} {rate:8.3f}")
+        print(
+            f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} {point.operations / 1e9:9.1f} {rate:8.3f}"
+        )
     print(f"time ~ x^{found['time']:.2f} (last two points {ends['time_at_the_end']:.2f}), ", end="")
     print(f"useful work ~ x^{found['work']:.2f} ({ends['work_at_the_end']:.2f})", flush=True)
     return found | ends
@@ -175,10 +201,18 @@ def shown(points: Sequence[Point]) -> dict[str, float]:
 
 def main() -> None:
     """Prints a table an axis; with --json also saves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--axes", type=lambda text: text.split(","), default=list(AXES), help=", ".join(AXES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--axes", type=lambda text: text.split(","), default=list(AXES), help=", ".join(AXES)
+    )
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a point")
-    parser.add_argument("--quick", action="store_true", help="the two smallest points of each axis, a narrow model: a trial of the bench")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the two smallest points of each axis, a narrow model: a trial of the bench",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -197,11 +231,19 @@ def main() -> None:
             shapes = AXES[axis]
             if asked.quick:
                 narrow = [64, 128] if axis == "model_size" else [64, 64]
-                shapes = tuple(replace(shape, width=width, layers=2) for shape, width in zip(shapes, narrow, strict=False))
+                shapes = tuple(
+                    replace(shape, width=width, layers=2)
+                    for shape, width in zip(shapes, narrow, strict=False)
+                )
             points = [measure(axis, shape, Path(folder), asked.steps) for shape in shapes]
-            result[axis] = {"exponents": shown(points), "points": [asdict(point) for point in points]}
+            result[axis] = {
+                "exponents": shown(points),
+                "points": [asdict(point) for point in points],
+            }
             if asked.json:
-                asked.json.write_text(json.dumps({"threads": asked.threads, "axes": result}, indent=1))
+                asked.json.write_text(
+                    json.dumps({"threads": asked.threads, "axes": result}, indent=1)
+                )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,13 @@ from benchmarks.runs import HEADER, Bench, Length, Run, gemm_rates, line
 from vlm_tune.resources import cache_folder
 
 OUR_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "causal": [{"batch": 16}, {"batch": 8}, {"batch": 24}, {"batch": 4, "row_length": 512}, {"batch": 8, "row_length": 384}],
+    "causal": [
+        {"batch": 16},
+        {"batch": 8},
+        {"batch": 24},
+        {"batch": 4, "row_length": 512},
+        {"batch": 8, "row_length": 384},
+    ],
     "seq2seq": [{"batch": 4}, {"batch": 2}, {"batch": 8}],
 }
 """What ours is tried with: images a step, or rows a step into which those of several images are packed.
@@ -47,10 +53,14 @@ OUR_RATES = {"causal": 40.0, "seq2seq": 10.0}
 class Comparison:
     """A comparison as it grows: what was measured, and the JSON that is saved after every round."""
 
-    def __init__(self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]) -> None:
+    def __init__(
+        self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]
+    ) -> None:
         self.asked = asked
         self.bench = bench
-        self.kinds = [kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)]
+        self.kinds = [
+            kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)
+        ]
         self.settings: dict[str, list[dict[str, Any]]] = {
             name: found[: asked.finalists] for name, found in known.items() if name in self.names
         }
@@ -68,9 +78,20 @@ class Comparison:
 
     def kind(self, name: str) -> str:
         """causal or seq2seq."""
-        return PEERS[name].kind if name in PEERS else next(kind for kind, own in OURS.items() if own == name)
+        return (
+            PEERS[name].kind
+            if name in PEERS
+            else next(kind for kind, own in OURS.items() if own == name)
+        )
 
-    def measure(self, name: str, settings: dict[str, Any], length: Length | None, runs: list[Run], timeout: float | None = None) -> Run:
+    def measure(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        length: Length | None,
+        runs: list[Run],
+        timeout: float | None = None,
+    ) -> Run:
         """One run, printed and added to `runs`, stopped after `timeout` seconds; without `length` it is an epoch."""
         if length is None:
             run = self.bench.epoch(name, self.kind(name), settings)
@@ -179,7 +200,9 @@ class Comparison:
 
     def median(self, name: str, settings: dict[str, Any], key: str = "questions_per_s") -> float:
         """Over the rounds."""
-        return statistics.median(getattr(run, key) for run in self.runs if run.name == name and run.settings == settings)
+        return statistics.median(
+            getattr(run, key) for run in self.runs if run.name == name and run.settings == settings
+        )
 
     def best(self, name: str) -> dict[str, Any]:
         """The fastest of the settings that were measured in turns."""
@@ -189,10 +212,14 @@ class Comparison:
         """Measures our peak memory at the questions a step of each peer's best settings."""
         for name in self.asked.against:
             best = self.best(name)
-            theirs = max(run.peak_memory_mb for run in self.runs if run.name == name and run.settings == best)
+            theirs = max(
+                run.peak_memory_mb for run in self.runs if run.name == name and run.settings == best
+            )
             images = max(round(self.median(name, best, "questions") / self.bench.a_image), 1)
             mine = OURS[PEERS[name].kind]
-            settings = {key: value for key, value in self.settings[mine][0].items() if key == "precision"} | {"batch": images}
+            settings = {
+                key: value for key, value in self.settings[mine][0].items() if key == "precision"
+            } | {"batch": images}
             same = [run for run in self.runs if run.name == mine and run.settings == settings]
             run = same[0] if same else self.measure(mine, settings, Length(1, 1, 0.0), [])
             if not run.failed:
@@ -240,7 +267,9 @@ class Comparison:
             "versions": {name: versions(python) for name, python in self.bench.pythons.items()},
             "settings": self.settings,
             "sweep": [asdict(run) for run in self.sweep],
-            "runs": [asdict(run) for run in [*self.runs, *(run for run, _ in self.levels.values())]],
+            "runs": [
+                asdict(run) for run in [*self.runs, *(run for run, _ in self.levels.values())]
+            ],
             "epochs": [asdict(run) for run in self.epochs],
         }
 
@@ -251,18 +280,39 @@ class Comparison:
 
     def table(self) -> None:
         """Prints medians of all that was measured in turns."""
-        print(f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image tokens\n{HEADER}")
-        fields = ("questions_per_s", "tokens_per_s", "supervised_per_s", "mfu", "padding", "stall", "spread", "seconds_total")
+        print(
+            f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image tokens\n{HEADER}"
+        )
+        fields = (
+            "questions_per_s",
+            "tokens_per_s",
+            "supervised_per_s",
+            "mfu",
+            "padding",
+            "stall",
+            "spread",
+            "seconds_total",
+        )
         for kind in self.kinds:
             for name, settings in self.contenders(kind):
-                found = Run(name, settings, **{key: self.median(name, settings, key) for key in fields})
-                found.peak_memory_mb = max(run.peak_memory_mb for run in self.runs if run.name == name and run.settings == settings)
+                found = Run(
+                    name, settings, **{key: self.median(name, settings, key) for key in fields}
+                )
+                found.peak_memory_mb = max(
+                    run.peak_memory_mb
+                    for run in self.runs
+                    if run.name == name and run.settings == settings
+                )
                 print(line(found))
         for name, (run, ratio) in self.levels.items():
-            print(f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its")
+            print(
+                f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its"
+            )
         for run in self.epochs:
             before = f", {run.preparing_s:.0f} s of them for features" if run.preparing_s else ""
-            print(f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} {run.seconds_total:.0f} s{before}")
+            print(
+                f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} {run.seconds_total:.0f} s{before}"
+            )
 
     # --- how long ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +340,10 @@ class Comparison:
             if name in PEERS:
                 peer = PEERS[name]
                 start = PEERS[name].start()
-                own = [start, *(settings for key in peer.sweep for settings in peer.changes(start, key))]
+                own = [
+                    start,
+                    *(settings for key in peer.sweep for settings in peer.changes(start, key)),
+                ]
                 own += peer.changes(own[-1], "batch")
             else:
                 own = OUR_SETTINGS[self.kind(name)]
@@ -299,10 +352,18 @@ class Comparison:
         turn = 0.0
         for name in self.names:
             first = PEERS[name].start() if name in PEERS else OUR_SETTINGS[self.kind(name)][0]
-            given = self.settings.get(name) or [first] * (self.asked.finalists if name in PEERS else 1)
+            given = self.settings.get(name) or [first] * (
+                self.asked.finalists if name in PEERS else 1
+            )
             turn += sum(self.seconds_of(name, settings, length) for settings in given)
-            turn += self.seconds_of(name, DEFAULTS, length) if name == "trl" and not self.asked.no_defaults else 0.0
-        turn += self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.asked.nf4 else 0.0
+            turn += (
+                self.seconds_of(name, DEFAULTS, length)
+                if name == "trl" and not self.asked.no_defaults
+                else 0.0
+            )
+        turn += (
+            self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.asked.nf4 else 0.0
+        )
         return sweep, self.asked.rounds * turn + START * len(self.asked.against)
 
 
@@ -313,11 +374,27 @@ def speed(run: Run) -> float:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add: Callable[..., Any] = parser.add_argument
-    add("--against", type=lambda text: text.split(","), default=list(PEERS), help=f"peers, of {', '.join(PEERS)}")
-    add("--recipe", type=Path, help="how we train a decoder, instead of LoRA r=16 on every linear layer in bf16")
-    add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the decoder (`make models`)")
+    add(
+        "--against",
+        type=lambda text: text.split(","),
+        default=list(PEERS),
+        help=f"peers, of {', '.join(PEERS)}",
+    )
+    add(
+        "--recipe",
+        type=Path,
+        help="how we train a decoder, instead of LoRA r=16 on every linear layer in bf16",
+    )
+    add(
+        "--decoder",
+        type=Path,
+        default=Path("models/smollm2-135m-instruct"),
+        help="folder of the decoder (`make models`)",
+    )
     add("--image-tokens", type=int, choices=sorted(material.PATCH), default=49)
     add("--images", type=int, default=96, help="easy-VQA images whose questions are trained on")
     add(
@@ -327,29 +404,72 @@ def arguments() -> argparse.Namespace:
         default=[],
         help="JSON of earlier runs: the best settings are taken from there, the rest is swept",
     )
-    add("--finalists", type=int, default=2, help="settings of each peer that are measured in turns; the better one counts")
+    add(
+        "--finalists",
+        type=int,
+        default=2,
+        help="settings of each peer that are measured in turns; the better one counts",
+    )
     add("--rounds", type=int, default=3)
     add("--warm", type=int, default=2, help="steps at the start of a run that don't count")
     add("--steps", type=int, default=6, help="measured steps of a run")
-    add("--seconds", type=float, default=20.0, help="a peer's run ends after two measured steps when its steps take this long")
+    add(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="a peer's run ends after two measured steps when its steps take this long",
+    )
     add("--sweep-steps", type=int, default=1, help="measured steps of a run in the sweep")
-    add("--sweep-only", action="store_true", help="find and save the peers' best settings, nothing else")
-    add("--cpu-time", action="store_true", help="with --sweep-only: rank by the process's own time, on a machine that does other work")
-    add("--no-epoch", action="store_true", help="leave out the epoch from start to end of ours and of each peer's best settings")
-    add("--no-defaults", action="store_true", help="leave out TRL's defaults (bf16, which a CPU without instructions for it is slow at)")
-    add("--nf4", action="store_true", help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)")
-    add("--quick", action="store_true", help="two measured steps, one round, one batch of ours: a trial of the bench itself")
+    add(
+        "--sweep-only",
+        action="store_true",
+        help="find and save the peers' best settings, nothing else",
+    )
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="with --sweep-only: rank by the process's own time, on a machine that does other work",
+    )
+    add(
+        "--no-epoch",
+        action="store_true",
+        help="leave out the epoch from start to end of ours and of each peer's best settings",
+    )
+    add(
+        "--no-defaults",
+        action="store_true",
+        help="leave out TRL's defaults (bf16, which a CPU without instructions for it is slow at)",
+    )
+    add(
+        "--nf4",
+        action="store_true",
+        help="also ours with the decoder in nf4 (ratio nf4_step: its step over the bf16 one)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="two measured steps, one round, one batch of ours: a trial of the bench itself",
+    )
     add("--threads", type=int, default=os.cpu_count())
     add("--timeout", type=float, default=1800, help="seconds of one run")
-    add("--cache", type=Path, default=cache_folder("throughput"), help="data and models of the comparison")
-    add("--peers-folder", type=Path, default=cache_folder("peers"), help="environments of the peers")
+    add(
+        "--cache",
+        type=Path,
+        default=cache_folder("throughput"),
+        help="data and models of the comparison",
+    )
+    add(
+        "--peers-folder", type=Path, default=cache_folder("peers"), help="environments of the peers"
+    )
     add("--json", type=Path)
     asked = parser.parse_args()
     unknown = [name for name in asked.against if name not in PEERS]
     if unknown:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if not (asked.decoder / "config.json").is_file():
-        parser.error(f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with --decoder")
+        parser.error(
+            f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with --decoder"
+        )
     if asked.cpu_time and not asked.sweep_only:
         parser.error("--cpu-time is for --sweep-only: what is compared is the clock's time")
     if asked.quick:
@@ -384,8 +504,13 @@ def main() -> None:
     )
     comparison = Comparison(asked, bench, known)
     sweep, rounds = comparison.expected()
-    print(f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: {sweep / 60:.0f} min for the sweep", end="")
-    print("" if asked.sweep_only else f", {rounds / 60:.0f} min for {asked.rounds} rounds", flush=True)
+    print(
+        f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: {sweep / 60:.0f} min for the sweep",
+        end="",
+    )
+    print(
+        "" if asked.sweep_only else f", {rounds / 60:.0f} min for {asked.rounds} rounds", flush=True
+    )
     print(HEADER, flush=True)
     comparison.note_gemm()
     for name in comparison.names:

@@ -27,26 +27,58 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("auto", "reference", "emulate")
-COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 200), "yellow": (220, 210, 40)}
+COLORS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 200),
+    "yellow": (220, 210, 40),
+}
 WIDTH = 64
 """Of every layer: a multiple of 32, which the kernels need."""
 
-LLAMA = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-T5 = {"d_model": WIDTH, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-CLIP = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+LLAMA = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+T5 = {
+    "d_model": WIDTH,
+    "d_kv": 32,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+}
+CLIP = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 LORA = {"match": "llm.*", "how": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 FULL = {"match": "llm.*", "how": "full"}
 
-NOISE = re.compile(r"second|_s$|per_s|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date|fingerprint")
+NOISE = re.compile(
+    r"second|_s$|per_s|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date|fingerprint"
+)
 """Keys of printed JSON whose values are a clock's, a machine's, or of a path."""
 
 
 # --- the recipes -----------------------------------------------------------------------------------------------------
 
 
-def recipe(kind: str, rule: dict[str, Any], *, base: str | None = None, **data: Any) -> dict[str, Any]:
+def recipe(
+    kind: str, rule: dict[str, Any], *, base: str | None = None, **data: Any
+) -> dict[str, Any]:
     """A recipe of a tiny CLIP tower and a tiny decoder ("causal") or T5 ("seq2seq"), from scratch or over the folder `base`."""
-    model_type, config = ("llama", LLAMA | {"max_position_embeddings": 512}) if kind == "causal" else ("t5", T5)
+    model_type, config = (
+        ("llama", LLAMA | {"max_position_embeddings": 512}) if kind == "causal" else ("t5", T5)
+    )
     scratch = {"model_type": model_type, "vocab_size": 416, "config": config}
     llm = {"name": base, "quantize": "nf4"} if base else {"scratch": scratch}
     return {
@@ -67,8 +99,18 @@ def recipe(kind: str, rule: dict[str, Any], *, base: str | None = None, **data: 
             "group": "image",
             **data,
         },
-        "tune": [{"match": "tower.*", "how": "frozen"}, {"match": "connector.*", "how": "full"}, rule],
-        "train": {"steps": 24, "batch_size": 2, "learning_rate": 0.01, "precision": "bf16", "log_every": 4},
+        "tune": [
+            {"match": "tower.*", "how": "frozen"},
+            {"match": "connector.*", "how": "full"},
+            rule,
+        ],
+        "train": {
+            "steps": 24,
+            "batch_size": 2,
+            "learning_rate": 0.01,
+            "precision": "bf16",
+            "log_every": 4,
+        },
         "evaluate": {"max_new_tokens": 6, "samples": 2, "every": 12},
     }
 
@@ -83,7 +125,10 @@ def recipes() -> dict[str, dict[str, Any]]:
         by_name[f"{name}-packed"] = recipe(kind, LORA, packing=True, row_length=256)
     by_name["stages"] = recipe("causal", LORA) | {
         "stages": [
-            {"name": "align", "tune": [{"match": "connector.*", "how": "full"}, {"match": "*", "how": "frozen"}]},
+            {
+                "name": "align",
+                "tune": [{"match": "connector.*", "how": "full"}, {"match": "*", "how": "frozen"}],
+            },
             {"name": "instruct", "train": {"steps": 12}},
         ]
     }
@@ -94,9 +139,25 @@ def recipes() -> dict[str, dict[str, Any]]:
 def commands(name: str) -> list[list[str]]:
     """What is run of a recipe, in order."""
     ranks = ["--processes", "2"] if name == "two-processes" else []
-    lines = [["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["sft", "recipe.yaml", *ranks], ["show", "recipe.yaml", "-n", "2", "--ids"]]
+    lines = [
+        ["check", "recipe.yaml"],
+        ["plan", "recipe.yaml"],
+        ["sft", "recipe.yaml", *ranks],
+        ["show", "recipe.yaml", "-n", "2", "--ids"],
+    ]
     lines += [["eval", "run", "--split", "validation", "--answers", "answers.jsonl"]]
-    lines += [["chat", "run", "--image", "red.png", "--prompt", "what color is it?", "--max-new-tokens", "6"]]
+    lines += [
+        [
+            "chat",
+            "run",
+            "--image",
+            "red.png",
+            "--prompt",
+            "what color is it?",
+            "--max-new-tokens",
+            "6",
+        ]
+    ]
     if "full" not in name:
         lines += [["merge", "run", "--output", "merged", "--tolerance", "10"]]
     if "nf4" in name:
@@ -124,13 +185,18 @@ def write_material(folder: Path) -> None:
             ("is it red?", "yes" if name == "red" else "no"),
             ("name the shape", "square"),
         ):
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             rows.append({"id": f"{name}-{answer}", "messages": turns, "images": [f"{name}.png"]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(**CLIP)).save_pretrained(folder / "clip")
     square = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
+        folder / "clip"
+    )
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -156,7 +222,10 @@ def record_run(name: str, folder: Path) -> dict[str, Any]:
                     code = ended.code or 0
             last = output.getvalue().strip().splitlines()[-1:] or ["null"]
             key = " ".join(line)
-            printed[key] = {"exit code": code, "printed": without_noise(json.loads(last[0]), folder)}
+            printed[key] = {
+                "exit code": code,
+                "printed": without_noise(json.loads(last[0]), folder),
+            }
             if code:
                 printed[key]["errors"] = errors.getvalue()[-2000:].replace(str(folder), "")
     return {"printed": printed, "trace": trace(folder), "files": digests(folder)}
@@ -182,7 +251,9 @@ def capture(output: io.StringIO, errors: io.StringIO) -> Iterator[None]:
 def without_noise(value: Any, folder: Path) -> Any:
     """A JSON value without times, sizes of this machine's memory, and paths."""
     if isinstance(value, dict):
-        return {key: without_noise(each, folder) for key, each in value.items() if not NOISE.search(key)}
+        return {
+            key: without_noise(each, folder) for key, each in value.items() if not NOISE.search(key)
+        }
     if isinstance(value, list):
         return [without_noise(each, folder) for each in value]
     return value.replace(str(folder), "") if isinstance(value, str) else value
@@ -191,13 +262,25 @@ def without_noise(value: Any, folder: Path) -> Any:
 def trace(folder: Path) -> list[Any]:
     """The run's log and its stages' traces: each step's loss, norm of gradients and samples, each evaluation's scores."""
     paths = sorted(folder.glob("run/**/*.jsonl"))
-    return [[path.name, without_noise(json.loads(line), folder)] for path in paths for line in path.read_text().splitlines()]
+    return [
+        [path.name, without_noise(json.loads(line), folder)]
+        for path in paths
+        for line in path.read_text().splitlines()
+    ]
 
 
 def digests(folder: Path) -> dict[str, str]:
     """The sha256 of every file of tensors and every tokenizer that a run, a merge or an export wrote."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".jinja") or path.name == "tokenizer.json"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".safetensors", ".jinja") or path.name == "tokenizer.json"
+    ]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }
 
 
 def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
@@ -216,10 +299,22 @@ def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
                 folder = Path(scratch) / mode / name
                 folder.mkdir(parents=True)
                 out = Path(scratch) / "out.json"
-                variables = {"VLM_TUNE_KERNELS": mode, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)}
+                variables = {
+                    "VLM_TUNE_KERNELS": mode,
+                    "OMP_NUM_THREADS": "1",
+                    "HF_HUB_OFFLINE": "1",
+                    "PYTHONPATH": str(tree),
+                }
                 variables["VLM_TUNE_CACHE"] = str(cache)
                 command = [sys.executable, __file__, "--one", name, str(folder), str(out)]
-                done = subprocess.run(command, env=os.environ | variables, cwd=tree, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command,
+                    env=os.environ | variables,
+                    cwd=tree,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
                 if done.returncode:
                     raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}")
                 records[f"{mode}/{name}"] = json.loads(out.read_text())
@@ -228,17 +323,32 @@ def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
 
 def record_commit(commit: str, modes: list[str], names: list[str]) -> dict[str, Any]:
     """The record of a commit on this machine, made once."""
-    sha = subprocess.run(["git", "rev-parse", commit], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    key = hashlib.sha256(json.dumps([sha, Path(__file__).read_text(), modes, names]).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm_tune" / "golden" / f"{key}.json"
+    sha = subprocess.run(
+        ["git", "rev-parse", commit], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    key = hashlib.sha256(
+        json.dumps([sha, Path(__file__).read_text(), modes, names]).encode()
+    ).hexdigest()[:16]
+    path = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "vlm_tune"
+        / "golden"
+        / f"{key}.json"
+    )
     if not path.is_file():
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder) / "tree"
-            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), sha], cwd=ROOT, check=True)
+            subprocess.run(
+                ["git", "worktree", "add", "--quiet", "--detach", str(tree), sha],
+                cwd=ROOT,
+                check=True,
+            )
             try:
                 records = record(tree, modes, names)
             finally:
-                subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+                subprocess.run(
+                    ["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(records, indent=1))
     return json.loads(path.read_text())
@@ -261,9 +371,17 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
 
 def main() -> int:
     """Records and compares; 1 where something differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", default="HEAD", help="the commit to compare the working tree with")
-    parser.add_argument("--record", type=Path, help="write the working tree's record to this file, and compare nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--against", default="HEAD", help="the commit to compare the working tree with"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="write the working tree's record to this file, and compare nothing",
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--names", nargs="+", choices=list(recipes()), default=list(recipes()))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

@@ -51,19 +51,29 @@ def allowed_skips() -> dict[str, str]:
 def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
     """Whether an entry of skips.txt is about a test."""
     # In fnmatch's own patterns the brackets of a test's parameters would be a set of characters.
-    return test in kernel_tests if pattern == KERNEL_TESTS else fnmatchcase(test, pattern.replace("[", "[[]"))
+    return (
+        test in kernel_tests
+        if pattern == KERNEL_TESTS
+        else fnmatchcase(test, pattern.replace("[", "[[]"))
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notes, before any test is left out, which use the kernels and which entries of skips.txt are about none."""
     _kernel_tests.update(item.nodeid for item in items if _uses_kernels(item))
-    _unused.update(pattern for pattern in allowed_skips() if not any(matches(pattern, item.nodeid, _kernel_tests) for item in items))
+    _unused.update(
+        pattern
+        for pattern in allowed_skips()
+        if not any(matches(pattern, item.nodeid, _kernel_tests) for item in items)
+    )
 
 
 def _uses_kernels(item: pytest.Item) -> bool:
     path = getattr(item, "callspec", None)
-    return "kernels" in getattr(item, "fixturenames", ()) or (path is not None and path.params.get("either_path") == "kernels")
+    return "kernels" in getattr(item, "fixturenames", ()) or (
+        path is not None and path.params.get("either_path") == "kernels"
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -96,7 +106,9 @@ def skip_faults(config: pytest.Config) -> list[str]:
         if not any(matches(pattern, report.nodeid, _kernel_tests) for pattern in patterns)
     ]
     if _sees_all(config):
-        faults += [f"tests/{SKIPS.name} lists {pattern}, which is no test" for pattern in sorted(_unused)]
+        faults += [
+            f"tests/{SKIPS.name} lists {pattern}, which is no test" for pattern in sorted(_unused)
+        ]
     return faults
 
 
@@ -104,7 +116,11 @@ def _sees_all(config: pytest.Config) -> bool:
     """Whether all tests were collected: nothing narrower than the folder was asked for."""
     here = Path(__file__).parent
     asked = [Path(config.invocation_params.dir, argument).resolve() for argument in config.args]
-    return all(path in (here, here.parent) for path in asked) and not config.getoption("ignore") and not config.getoption("deselect")
+    return (
+        all(path in (here, here.parent) for path in asked)
+        and not config.getoption("ignore")
+        and not config.getoption("deselect")
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -128,7 +144,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Caches of tests are their own, but for the parts in C++."""
     cache = tmp_path_factory.mktemp("cache")
     COMPILED.mkdir(mode=0o700, exist_ok=True)

@@ -36,27 +36,44 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     vlm = model.from_pretrained(folder / "run")
     recipe, run = folder / "recipe.yaml", folder / "run"
     return {
-        "sft": (vlm_tune.sft, {"recipe": recipe, "overrides": ["train.steps=1"], "overwrite": True, "test": False}),
+        "sft": (
+            vlm_tune.sft,
+            {"recipe": recipe, "overrides": ["train.steps=1"], "overwrite": True, "test": False},
+        ),
         "check": (vlm_tune.check, {"recipe": recipe}),
         "plan": (vlm_tune.plan, {"recipe": recipe}),
         "load_recipe": (vlm_tune.load_recipe, {"path": recipe}),
-        "evaluate": (vlm_tune.evaluate, {"model": run, "data": folder / "messages.jsonl", "limit": 1}),
+        "evaluate": (
+            vlm_tune.evaluate,
+            {"model": run, "data": folder / "messages.jsonl", "limit": 1},
+        ),
         "predict": (
             vlm_tune.predict,
-            {"model": run, "data": folder / "messages.jsonl", "output": folder / "answers.jsonl", "limit": 1, "max_new_tokens": 1},
+            {
+                "model": run,
+                "data": folder / "messages.jsonl",
+                "output": folder / "answers.jsonl",
+                "limit": 1,
+                "max_new_tokens": 1,
+            },
         ),
         "verify_run": (vlm_tune.verify_run, {"run": run}),
         "merge": (vlm_tune.merge, {"model": run, "output": folder / "merged"}),
         "export": (vlm_tune.export, {"model": run, "output": folder / "exported"}),
         "from_pretrained": (model.from_pretrained, {"path": run}),
         "save_pretrained": (vlm.save_pretrained, {"path": folder / "saved"}),
-        "chat": (vlm.chat, {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1}),
+        "chat": (
+            vlm.chat,
+            {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1},
+        ),
         "chat_batch": (vlm.chat_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
     }
 
 
 @pytest.mark.slow
-def test_every_public_function_names_an_argument_that_can_not_be_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_public_function_names_an_argument_that_can_not_be_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     table = calls(folder)
     public = {name for name in vlm_tune.__all__ if inspect.isfunction(getattr(vlm_tune, name))}
@@ -84,4 +101,7 @@ def test_a_damaged_image_of_a_request_is_named(folder: Path) -> None:
     vlm = vlm_tune.VisionLanguageModel.from_pretrained(folder / "run")
     good = (folder / "red.png").read_bytes()
     with pytest.raises(VlmTuneError, match="request 2: image 2: not an image"):
-        vlm.chat_batch(["hello", {"prompt": "what <image> and <image>?", "images": [good, b"x"]}], max_new_tokens=1)
+        vlm.chat_batch(
+            ["hello", {"prompt": "what <image> and <image>?", "images": [good, b"x"]}],
+            max_new_tokens=1,
+        )

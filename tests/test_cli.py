@@ -63,7 +63,9 @@ def test_a_recipe_is_copied_once_and_loads(tmp_path: Path, monkeypatch: pytest.M
     assert Path("demo.yaml").read_text() == "mine"
 
 
-def test_a_recipe_of_a_subfolder_is_copied_into_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_of_a_subfolder_is_copied_into_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shipped" / "lora").mkdir(parents=True)
     (tmp_path / "shipped" / "lora" / "big.yaml").write_text("# 大 one\n")
     monkeypatch.setattr(resources, "resource_folder", lambda name: tmp_path / "shipped")
@@ -83,13 +85,17 @@ def test_copying_what_is_not_shipped_names_what_is(
     assert "demo" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_errors_as_json_carry_every_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_as_json_carry_every_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: x\nnme: y\noutput: 5\n")
     assert call_main(monkeypatch, "sft", str(bad), "--json") == 2
     said = json.loads(capsys.readouterr().out)
     assert said["error"] == "RecipeError"
-    assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in said["problems"]
+    assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in said[
+        "problems"
+    ]
     assert {"where": f"{bad}:3:9", "message": "output: expected text, got 5"} in said["problems"]
     assert said["message"].count("\n") + 1 == len(said["problems"])
 
@@ -106,7 +112,11 @@ def test_errors_as_json_carry_every_problem(tmp_path: Path, monkeypatch: pytest.
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_each_error_ends_with_its_code_and_no_traceback(
-    error: Exception, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    code: int,
+    as_json: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -116,10 +126,14 @@ def test_each_error_ends_with_its_code_and_no_traceback(
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err and "wrong" in (out if as_json else err)
     if as_json:
-        assert json.loads(out)["error"] == type(error).__name__ and json.loads(out)["message"] == str(error)
+        assert json.loads(out)["error"] == type(error).__name__ and json.loads(out)[
+            "message"
+        ] == str(error)
 
 
-def test_a_missing_recipe_and_bad_choices_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_recipe_and_bad_choices_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call_main(monkeypatch, "sft", "no-such") == 2
     assert "no-such: no such recipe file" in capsys.readouterr().err
     assert call_main(monkeypatch, "eval", "x", "--split", "train") == 2
@@ -129,7 +143,9 @@ def test_a_missing_recipe_and_bad_choices_are_told(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_show_marks_the_trained_tokens_of_a_recipe(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_show_marks_the_trained_tokens_of_a_recipe(
+    kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe(kind))
     done = run.invoke(app, ["show", str(path), "-n", "2", "--json"])
@@ -138,18 +154,28 @@ def test_show_marks_the_trained_tokens_of_a_recipe(kind: str, tiny_recipe: Calla
     assert [sample["stage"] for sample in samples] == ["main", "main"]
     learned = "trained" if kind == "causal" else "target"
     for sample, answer in zip(samples, ("red", "no"), strict=True):
-        by_kind = {name: "".join(t["text"] for t in sample["tokens"] if t["kind"] == name) for name in ("prompt", "image", learned)}
+        by_kind = {
+            name: "".join(t["text"] for t in sample["tokens"] if t["kind"] == name)
+            for name in ("prompt", "image", learned)
+        }
         assert by_kind[learned].strip() == answer + ("<|im_end|>" if kind == "causal" else "</s>")
         assert "what color is it?" in by_kind["prompt"] or "is it blue?" in by_kind["prompt"]
         assert sum(t["kind"] == "image" for t in sample["tokens"]) == 4
         assert {t["kind"] for t in sample["tokens"]} == {"prompt", "image", learned}
     text = run.invoke(app, ["show", str(path), "-n", "1", "--ids"])
-    assert text.exit_code == 0 and "[image x4]" in text.stdout and f"⟨{samples[0]['tokens'][-1]['id']}⟩" in text.stdout
+    assert (
+        text.exit_code == 0
+        and "[image x4]" in text.stdout
+        and f"⟨{samples[0]['tokens'][-1]['id']}⟩" in text.stdout
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_show_of_bad_data_ends_with_the_data_code(
-    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe("seq2seq"))
@@ -162,7 +188,9 @@ def test_show_of_bad_data_ends_with_the_data_code(
 # --- the command line as a whole -------------------------------------------------------------------------------------
 
 
-def test_version_is_told_and_as_json_with_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_told_and_as_json_with_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call_main(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.startswith(f"vlm_tune {__version__} (Python 3.")
     assert call_main(monkeypatch, "--version", "--json") == 0
@@ -192,7 +220,11 @@ def test_version_loads_no_torch() -> None:
     ],
 )
 def test_what_the_command_line_can_not_read_is_code_2_and_one_object_as_json(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "--json" not in arguments:
@@ -201,19 +233,25 @@ def test_what_the_command_line_can_not_read_is_code_2_and_one_object_as_json(
         arguments = [*arguments, "--json"]
     assert call_main(monkeypatch, *arguments) == 2
     told = json.loads(capsys.readouterr().out)
-    assert told["error"] == "UsageError" and message in told["message"] and len(told["problems"]) == 1
+    assert (
+        told["error"] == "UsageError" and message in told["message"] and len(told["problems"]) == 1
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="a GPU is there")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
-def test_a_gpu_that_is_not_there_is_told(device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_told(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     assert call_main(monkeypatch, "chat", "x", "--device", device) == 2
     assert f"{device} is not there" in capsys.readouterr().err
 
 
 def test_a_device_leaves_only_that_one_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     use_device("cuda")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
@@ -235,10 +273,19 @@ def test_an_unforeseen_error_keeps_its_traceback_and_asks_for_a_report(
     assert "KeyError: 'odd'" in told and "fault of vlm_tune" in told and __version__ in told
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "a\udcff", "a\0b", "", "/", "/dev/null", "/dev/null/x"])
-@pytest.mark.parametrize("command", [["sft"], ["check"], ["show"], ["eval"], ["chat", "--prompt", "hi"], ["verify-run"], ["plan"]])
+@pytest.mark.parametrize(
+    "name", ["n" * 300, "a\udcff", "a\0b", "", "/", "/dev/null", "/dev/null/x"]
+)
+@pytest.mark.parametrize(
+    "command",
+    [["sft"], ["check"], ["show"], ["eval"], ["chat", "--prompt", "hi"], ["verify-run"], ["plan"]],
+)
 def test_a_name_that_is_no_file_is_told_and_no_traceback(
-    name: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    name: str,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call_main(monkeypatch, command[0], name, *command[1:]) in (2, 4)
@@ -247,13 +294,20 @@ def test_a_name_that_is_no_file_is_told_and_no_traceback(
 
 @pytest.mark.parametrize("place", ["n" * 300, ".", "/dev/null/x"])
 def test_an_output_that_can_not_be_written_is_told_before_the_work(
-    place: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str,
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe("causal"))
     # The names of these would be the first thing to go wrong in the work itself.
-    for arguments in (["check", str(path), "--html", place], ["eval", "no-model", "--answers", place]):
+    for arguments in (
+        ["check", str(path), "--html", place],
+        ["eval", "no-model", "--answers", place],
+    ):
         assert call_main(monkeypatch, *arguments) == 2
         assert "can't be written" in capsys.readouterr().err
 
@@ -261,11 +315,18 @@ def test_an_output_that_can_not_be_written_is_told_before_the_work(
 def test_output_in_another_encoding_has_numbers_for_what_it_can_not_hold() -> None:
     code = "import sys; sys.argv = ['vlm-tune', '--version']\nfrom vlm_tune.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit:\n    print('\u5927')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert done.stdout.splitlines()[1] == b"\\u5927"
 
 
-def test_sft_output_is_the_recipes_output(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sft_output_is_the_recipes_output(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe("causal"))
     outputs = []
@@ -280,9 +341,15 @@ def test_sft_output_is_the_recipes_output(tiny_recipe: Callable[..., str], tmp_p
 
 
 def test_steps_set_beside_epochs_are_said(
-    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe("causal"))
-    assert call_main(monkeypatch, "sft", str(path), "--set", "train.epochs=2", "--output", "/dev/null") == 2
+    assert (
+        call_main(monkeypatch, "sft", str(path), "--set", "train.epochs=2", "--output", "/dev/null")
+        == 2
+    )
     assert "note: train.epochs: 2 replaces train.steps: 4" in capsys.readouterr().err

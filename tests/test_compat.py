@@ -8,12 +8,23 @@ import logging
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from vlm_tune.compat import HARMLESS, cache_name, recompute_operator_inputs, without_harmless_warnings
+from vlm_tune.compat import (
+    HARMLESS,
+    cache_name,
+    recompute_operator_inputs,
+    without_harmless_warnings,
+)
 from vlm_tune.kernels.lora_linear import project
 
 
 def test_the_cache_is_given_and_returned_by_its_name() -> None:
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
     model = LlamaForCausalLM(config).eval()
     assert cache_name() in inspect.signature(model.forward).parameters
     ids, cache = torch.arange(6)[None], DynamicCache()
@@ -41,7 +52,9 @@ def test_a_compiled_backward_pass_makes_the_input_of_an_operator_anew() -> None:
 
     def saved() -> list[torch.Size]:
         torch.compiler.reset()
-        out = torch.compile(normed_and_projected, backend="aot_eager_decomp_partition")(torch.randn(64, 32, requires_grad=True))
+        out = torch.compile(normed_and_projected, backend="aot_eager_decomp_partition")(
+            torch.randn(64, 32, requires_grad=True)
+        )
         assert out.grad_fn is not None
         return [tensor.shape for tensor in out.grad_fn.saved_tensors]  # type: ignore[attr-defined]
 

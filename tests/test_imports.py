@@ -12,7 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_import_contracts_hold() -> None:
     """Those of pyproject.toml; what they leave out is listed there, and an entry that no import needs is an error."""
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo", "--config", str(ROOT / "pyproject.toml")]
+    command = [
+        str(Path(sys.executable).with_name("lint-imports")),
+        "--no-cache",
+        "--no-logo",
+        "--config",
+        str(ROOT / "pyproject.toml"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -24,7 +30,11 @@ def test_no_import_is_relative() -> None:
 
 
 def run_without_torch(code: str) -> None:
-    check = "import sys\n" + code + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' not in sys.modules"
+    check = (
+        "import sys\n"
+        + code
+        + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

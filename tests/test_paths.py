@@ -30,11 +30,16 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: bool, tmp_path: P
         check_writable(path, "the output", folder=folder)
     check_writable(tmp_path / "there", "the output", folder=True)
     check_writable(tmp_path / "there" / "answers.jsonl", "the answers' file")
-    assert everything(tmp_path) == before and (tmp_path / "there" / "answers.jsonl").read_text() == "kept"
+    assert (
+        everything(tmp_path) == before
+        and (tmp_path / "there" / "answers.jsonl").read_text() == "kept"
+    )
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(folder: bool, tmp_path: Path) -> None:
+def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(
+    folder: bool, tmp_path: Path
+) -> None:
     """As the ranks of a launch do, which each look whether the cache can be written."""
 
     def try_often(_: int) -> None:
@@ -61,7 +66,9 @@ def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(folder: 
         ("loop/run", "symbolic link"),
     ],
 )
-def test_one_that_can_not_is_refused_with_the_reason(path: str, said: str, folder: bool, tmp_path: Path) -> None:
+def test_one_that_can_not_is_refused_with_the_reason(
+    path: str, said: str, folder: bool, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     before = everything(tmp_path)
@@ -80,7 +87,9 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
         check_writable(tmp_path / "file", "the output", folder=True)
 
 
-def test_a_file_system_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -120,14 +129,18 @@ def test_an_output_replaces_its_own_kind_alone(color_rows: Path, tmp_path: Path)
         check_writable(tmp_path / place, "it", mark=ANSWERS)
 
 
-def test_check_does_not_write_its_page_over_the_data(tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path) -> None:
+def test_check_does_not_write_its_page_over_the_data(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(tiny_recipe("causal"))
     rows = color_rows.read_bytes()
     cli("check", str(tmp_path / "recipe.yaml"), "--html", str(color_rows), code=2)
     assert color_rows.read_bytes() == rows
     page = tmp_path / "page.html"
     for _ in range(2):
-        cli("check", str(tmp_path / "recipe.yaml"), "--html", str(page), code=3)  # the rows that are scored are trained on
+        cli(
+            "check", str(tmp_path / "recipe.yaml"), "--html", str(page), code=3
+        )  # the rows that are scored are trained on
     assert page.read_text().startswith("<!doctype html>")
 
 
@@ -143,7 +156,9 @@ def test_check_does_not_write_its_page_over_the_data(tiny_recipe: Callable[..., 
     ],
     ids=["llm", "tower", "open_clip", "connector", "connector-path"],
 )
-def test_a_name_that_no_file_can_have_is_an_error_of_ours(tiny_recipe: Callable[..., str], changes: dict[str, Any], length: int) -> None:
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(
+    tiny_recipe: Callable[..., str], changes: dict[str, Any], length: int
+) -> None:
     def lengthened(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: lengthened(each) for key, each in value.items()}

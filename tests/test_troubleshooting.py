@@ -35,7 +35,13 @@ def test_every_error_and_exit_code_has_its_line() -> None:
             assert f"`{kind.__name__}`" in PAGE, kind
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
     assert codes <= {int(code) for code in rows("exit code")}
-    for kind in (errors.RecipeError, errors.DataError, errors.ModelError, errors.TrainingError, errors.Interrupted):
+    for kind in (
+        errors.RecipeError,
+        errors.DataError,
+        errors.ModelError,
+        errors.TrainingError,
+        errors.Interrupted,
+    ):
         assert f"| {kind.exit_code} | `{kind.__name__}` |" in PAGE
 
 
@@ -45,8 +51,15 @@ def test_every_kind_of_row_has_its_line_and_no_other() -> None:
 
 
 def test_every_message_is_one_that_the_package_has() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "vlm_tune").rglob("*.py")))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "vlm_tune").rglob("*.py"))
+    )
     quoted = [message for cell in rows("message") for message in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 50
-    missing = [piece for message in quoted for piece in map(str.strip, message.split("...")) if piece and piece not in source]
+    missing = [
+        piece
+        for message in quoted
+        for piece in map(str.strip, message.split("..."))
+        if piece and piece not in source
+    ]
     assert missing == []

@@ -64,7 +64,14 @@ def sft(
     """
     loaded = as_recipe(recipe, overrides)
     try:
-        return run_recipe(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=test, show=show)
+        return run_recipe(
+            loaded,
+            resume=resume,
+            overwrite=overwrite,
+            accept_changes=accept_changes,
+            test=test,
+            show=show,
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -76,7 +83,9 @@ def sft(
         raise TrainingError(said) from error
 
 
-def verify_run(run: str | Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
+def verify_run(
+    run: str | Path, *, steps: int | None = None, show: Report | None = None
+) -> ReplayReport:
     """Replays steps of a run from one of its checkpoints and compares samples, losses, gradient norms and tensors bit for bit.
 
     Raises `RecipeError` if no checkpoint is kept to start from, and for arguments of another kind.
@@ -93,7 +102,14 @@ def find_recipe(model: Path) -> Path:
     for folder in (model, *model.resolve().parents):
         if is_file(folder / RECIPE):
             return folder / RECIPE
-    raise RecipeError([Problem(shown_path(model), "no recipe.yaml in this folder or above it; say which data with --recipe")])
+    raise RecipeError(
+        [
+            Problem(
+                shown_path(model),
+                "no recipe.yaml in this folder or above it; say which data with --recipe",
+            )
+        ]
+    )
 
 
 def evaluate(
@@ -155,7 +171,12 @@ def evaluate_model(
 
 
 def _score_rows(
-    model: VisionLanguageModel, rows: Sequence[Conversation], settings: EvaluateSection, *, compile: bool | str, show: Report | None
+    model: VisionLanguageModel,
+    rows: Sequence[Conversation],
+    settings: EvaluateSection,
+    *,
+    compile: bool | str,
+    show: Report | None,
 ) -> Scores:
     media = distinct_media(rows)
 
@@ -178,11 +199,20 @@ def _score_rows(
         shut_range()
 
 
-def _settings(folder: Path, recipe: str | Path | Recipe | None, overrides: Sequence[str] | dict[str, Any]) -> EvaluateSection:
+def _settings(
+    folder: Path, recipe: str | Path | Recipe | None, overrides: Sequence[str] | dict[str, Any]
+) -> EvaluateSection:
     """How answers are generated: as a recipe says, the run's own where none is given, or by the defaults where there is none."""
     if recipe is None:
         find_model(folder)
-        recipe = next((parent / RECIPE for parent in (folder, *folder.resolve().parents) if is_file(parent / RECIPE)), None)
+        recipe = next(
+            (
+                parent / RECIPE
+                for parent in (folder, *folder.resolve().parents)
+                if is_file(parent / RECIPE)
+            ),
+            None,
+        )
     if recipe is None:
         return EvaluateSection()
     return as_recipe(recipe, overrides).resolved_stages()[-1][1].evaluate
@@ -223,7 +253,12 @@ def predict(
     """
     for name, value in (("model", model), ("data", data), ("output", output)):
         check_path(name, value)
-    numbers = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--num-beams": num_beams, "--batch-size": batch_size}
+    numbers = {
+        "--limit": limit,
+        "--max-new-tokens": max_new_tokens,
+        "--num-beams": num_beams,
+        "--batch-size": batch_size,
+    }
     for name, number in numbers.items():
         check_count(name, number)
     precision = dtype_of(dtype)
@@ -238,9 +273,13 @@ def predict(
         rows[:limit],
         unanswered,
         Path(output),
-        decoding=Decoding(max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams),
+        decoding=Decoding(
+            max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams
+        ),
         batch_size=batch_size or settings.batch_size,
-        progress=lambda done, of: show({"event": "scoring", "done": done, "of": of}) if show else None,
+        progress=lambda done, of: (
+            show({"event": "scoring", "done": done, "of": of}) if show else None
+        ),
     )
 
 
@@ -258,15 +297,31 @@ def which_model(path: str | Path) -> dict[str, Any]:
         text = f"the checkpoint of step {step} of stage {stage}"
         if above != Path(path).resolve():
             text += ", the last whole one: the run has no finished model yet"
-        return {"folder": str(folder), "about": text, "stage": stage, "step": int(step) if step.isdecimal() else None, "run": str(run)}
+        return {
+            "folder": str(folder),
+            "about": text,
+            "stage": stage,
+            "step": int(step) if step.isdecimal() else None,
+            "run": str(run),
+        }
     stages = sorted((above.parent / "stages").glob("*/done.json")) if above.name == "model" else []
     if not stages:
-        return {"folder": str(folder), "about": "a model folder", "stage": None, "step": None, "run": None}
+        return {
+            "folder": str(folder),
+            "about": "a model folder",
+            "stage": None,
+            "step": None,
+            "run": None,
+        }
     done = json.loads(stages[-1].read_text(encoding="utf-8"))
     step = done.get("step")
     best = done.get("best_step")
     stage = stages[-1].parent.name
-    which = f"the best checkpoint, step {best}," if best not in (None, step) else f"the last step, {step},"
+    which = (
+        f"the best checkpoint, step {best},"
+        if best not in (None, step)
+        else f"the last step, {step},"
+    )
     return {
         "folder": str(folder),
         "about": f"the finished model: {which} of stage {stage}",
@@ -324,4 +379,12 @@ def export(
     check_path("model", model)
     check_path("output", output)
     choice = base_choice(base, accept_other_base)
-    return export_folder(Path(model), Path(output), format=format, dtype=dtype, max_shard_size=max_shard_size, verify=verify, base=choice)
+    return export_folder(
+        Path(model),
+        Path(output),
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        base=choice,
+    )

@@ -32,7 +32,11 @@ def cache_name() -> str:
     """transformers' name of the KV cache, as an argument and in outputs: `cache` from 5.24 on, `past_key_values` before."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    return "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+    return (
+        "cache"
+        if "cache" in {field.name for field in fields(BaseModelOutputWithPast)}
+        else "past_key_values"
+    )
 
 
 def recompute_operator_inputs() -> AbstractContextManager[Any]:

@@ -48,13 +48,17 @@ def check_count(option: str, count: int | None) -> None:
     if count is None:
         return
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise RecipeError([Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")])
+        raise RecipeError(
+            [Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")]
+        )
 
 
 def number_problems(option: str, number: float | None) -> list[Problem]:
     """The problem, naming the option, with what is no finite number above 0; none with None."""
     # NaN is neither above 0 nor under infinity.
-    if number is None or (isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf):
+    if number is None or (
+        isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+    ):
         return []
     return [Problem(option, f"expected a number above 0, not {quoted(number)}")]
 

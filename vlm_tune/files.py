@@ -29,7 +29,9 @@ def file_checksum(path: Path) -> str:
 
 def write_checksums(folder: Path) -> None:
     """Writes the checksums of all files that lie in `folder`. Raises `OSError`."""
-    checksums = {path.name: file_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    checksums = {
+        path.name: file_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()
+    }
     (folder / NAME).write_text(json.dumps(checksums))
 
 
@@ -41,7 +43,9 @@ def is_intact(folder: Path) -> bool:
         return (
             isinstance(checksums, dict)
             and files == checksums.keys()
-            and all(file_checksum(folder / name) == checksum for name, checksum in checksums.items())
+            and all(
+                file_checksum(folder / name) == checksum for name, checksum in checksums.items()
+            )
         )
     except (OSError, ValueError):  # JSON and UTF-8 that can't be decoded are ValueErrors
         return False

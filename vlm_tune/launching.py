@@ -31,7 +31,12 @@ def launch(command: Sequence[str], processes: int) -> int:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     threads = str(max((os.cpu_count() or 1) // processes, 1))
-    common = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        "OMP_NUM_THREADS": threads,
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks: list[subprocess.Popen[Any]] = []
 
@@ -45,7 +50,11 @@ def launch(command: Sequence[str], processes: int) -> int:
         for number in range(processes):
             environment = common | {"RANK": str(number), "LOCAL_RANK": str(number)}
             # Sessions of their own: a terminal's Ctrl-C comes here alone, and reaches each rank once.
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent))
+            ranks.append(
+                subprocess.Popen(
+                    command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+                )
+            )
         return _wait(ranks)
     finally:
         for rank in ranks:
@@ -71,12 +80,18 @@ def _wait(ranks: Sequence[subprocess.Popen[Any]]) -> int:
             failed = codes[number] or 0
             deadline = time.monotonic() + GRACE
             if failed < 0:
-                print(f"process {number} of {len(ranks)} was ended by {signal.Signals(-failed).name}", file=sys.stderr)
+                print(
+                    f"process {number} of {len(ranks)} was ended by {signal.Signals(-failed).name}",
+                    file=sys.stderr,
+                )
         left = [number for number, code in enumerate(codes) if code is None]
         if not left:
             return failed if failed >= 0 else EXIT_TRAINING
         if deadline is not None and time.monotonic() > deadline:
-            print(f"killed after {GRACE:g} s of waiting: process {', '.join(map(str, left))}", file=sys.stderr)
+            print(
+                f"killed after {GRACE:g} s of waiting: process {', '.join(map(str, left))}",
+                file=sys.stderr,
+            )
             for number in left:
                 ranks[number].kill()
             deadline = float("inf")

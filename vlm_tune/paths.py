@@ -32,7 +32,9 @@ def home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
-def check_writable(path: str | Path, what: str, *, folder: bool = False, mark: bytes | None = None) -> None:
+def check_writable(
+    path: str | Path, what: str, *, folder: bool = False, mark: bytes | None = None
+) -> None:
     """Checks that a file can be written at `path`, or with `folder` files inside it; leaves nothing behind.
 
     What is missing of the folders above is made and removed again, since only trying tells on every file system. An
@@ -112,12 +114,21 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeEncodeError) as error:
-        raise RecipeError([Problem(shown_path(path), f"{what} can't be written: {reason(error)}; choose another place")]) from error
+        raise RecipeError(
+            [
+                Problem(
+                    shown_path(path),
+                    f"{what} can't be written: {reason(error)}; choose another place",
+                )
+            ]
+        ) from error
     except ValueError as error:
         # The one way in which Python refuses a path before it asks the system.
         if "null byte" not in str(error) and "null character" not in str(error):
             raise
-        raise RecipeError([Problem(shown_path(path), f"{what} can't be written: its name holds a NUL character")]) from error
+        raise RecipeError(
+            [Problem(shown_path(path), f"{what} can't be written: its name holds a NUL character")]
+        ) from error
 
 
 def reason(error: OSError | UnicodeEncodeError) -> str:
@@ -126,7 +137,14 @@ def reason(error: OSError | UnicodeEncodeError) -> str:
         return "its name holds half of a surrogate pair, which no file's name can"
     text = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
-        above = next((each for each in (Path(error.filename), *Path(error.filename).parents) if each.is_file()), None)
+        above = next(
+            (
+                each
+                for each in (Path(error.filename), *Path(error.filename).parents)
+                if each.is_file()
+            ),
+            None,
+        )
         return f"{shown_path(above)} is a file, and no folder" if above else text
     if error.errno == errno.ENOSPC:
         return f"{text}: make room"
@@ -135,7 +153,9 @@ def reason(error: OSError | UnicodeEncodeError) -> str:
 
 def shown_path(path: str | Path) -> str:
     """A path as a message can show it: control characters and what can't be encoded escaped, a long one cut in the middle."""
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(path))
+    text = "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in str(path)
+    )
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 + 3 :]}"
 
 

@@ -18,7 +18,9 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     if dtype is None:
         return None
     for name, known in DTYPES.items():
-        if (isinstance(dtype, str) and dtype in (name, str(known).removeprefix("torch."))) or dtype is known:
+        if (
+            isinstance(dtype, str) and dtype in (name, str(known).removeprefix("torch."))
+        ) or dtype is known:
             return name
     raise ModelError(f"dtype: there is no {quoted(dtype)}; there are {', '.join(DTYPES)}")
 

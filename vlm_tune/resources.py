@@ -85,7 +85,9 @@ def kernel_choice() -> str:
     """$VLM_TUNE_KERNELS, or auto where it is not set. Raises `RecipeError` for a value that is none of `KERNEL_CHOICES`."""
     choice = os.environ.get(KERNELS_VARIABLE) or "auto"
     if choice not in KERNEL_CHOICES:
-        raise RecipeError([Problem(KERNELS_VARIABLE, f"{choice!r} is none of {', '.join(KERNEL_CHOICES)}")])
+        raise RecipeError(
+            [Problem(KERNELS_VARIABLE, f"{choice!r} is none of {', '.join(KERNEL_CHOICES)}")]
+        )
     return choice
 
 

@@ -24,7 +24,16 @@ RESULTS = ("result.json", "report.html", "answers.jsonl")
 EARLIER = "earlier_result.json"
 """The result of a run that was extended since."""
 
-FILES = ("log.jsonl", "tuning.json", "samples.json", "data.json", "quarantine.jsonl", EARLIER, *RESULTS, RECIPE)
+FILES = (
+    "log.jsonl",
+    "tuning.json",
+    "samples.json",
+    "data.json",
+    "quarantine.jsonl",
+    EARLIER,
+    *RESULTS,
+    RECIPE,
+)
 STAGE_FILES = ("trace.jsonl", "nonfinite.jsonl", "done.json")
 MODEL = "model"
 WRITTEN = ".recipe.yaml"
@@ -36,7 +45,9 @@ MANIFEST = "manifest.json"
 OUTPUT = "the output folder"
 
 
-def check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool) -> None:
+def check_run(
+    run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool
+) -> None:
     """Checks that the run can be started or resumed in this folder; changes nothing.
 
     Raises `RecipeError` if it can't, or the folder can't be written, and `TrainingError` if a run goes on there.
@@ -63,13 +74,18 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
     fixed = fixed_changes(old, recipe, stage) if stage is not None else []
     if accept_changes:
         if fixed:
-            lines = [Problem(saved, f"a run that has begun can't change this: {change}") for change in fixed]
+            lines = [
+                Problem(saved, f"a run that has begun can't change this: {change}")
+                for change in fixed
+            ]
             hint = "its checkpoints hold it; resume with the run's own value, or start another run (another output, or --overwrite)"
             raise RecipeError([*lines, Problem(saved, hint)])
         return
     changes = recipe_changes(old, recipe)
     if changes:
-        lines = [Problem(saved, f"the recipe differs from the run's: {change}") for change in changes]
+        lines = [
+            Problem(saved, f"the recipe differs from the run's: {change}") for change in changes
+        ]
         hint = "--resume goes on with the run's own recipe only, unless --accept-changes says that this is meant"
         if fixed:
             hint = f"of these a run that has begun can't change {', '.join(change.name for change in fixed)}: start another run"
@@ -78,7 +94,11 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
 
 def _begun(run: Path) -> int | None:
     """The number of the furthest stage that has a checkpoint; None where there is none."""
-    numbers = [int(match[1]) - 1 for path in run.glob("stages/*/checkpoints/step-*") if (match := re.match(r"(\d+)-", path.parts[-3]))]
+    numbers = [
+        int(match[1]) - 1
+        for path in run.glob("stages/*/checkpoints/step-*")
+        if (match := re.match(r"(\d+)-", path.parts[-3]))
+    ]
     return max(numbers, default=None)
 
 
@@ -86,14 +106,19 @@ def _holds_files(run: Path) -> bool:
     return any(path.name not in (LOCK, WRITTEN, MARK) for path in run.iterdir())
 
 
-def open_run(run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool) -> list[str]:
+def open_run(
+    run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool
+) -> list[str]:
     """Makes the run's folder, marks it, and writes the recipe of a new run; what of the recipe is changed by a resumed one.
 
     A resumed run's recipe stays as it is until `keep_recipe`. Raises as `check_run`.
     """
     check_run(run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     if resume:
-        return [f"resumed with a changed recipe: {change}" for change in recipe_changes(load_recipe(run / RECIPE), recipe)]
+        return [
+            f"resumed with a changed recipe: {change}"
+            for change in recipe_changes(load_recipe(run / RECIPE), recipe)
+        ]
     with writing(run, OUTPUT):
         run.mkdir(parents=True, exist_ok=True)
         if (run / MARK).is_file():
@@ -122,7 +147,9 @@ def retire_result(run: Path) -> str | None:
 def check_present(run: Path) -> None:
     """Raises `TrainingError` if the folder of a run that goes on is there no longer."""
     if not (run / MARK).exists():
-        raise TrainingError(f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it does can be kept")
+        raise TrainingError(
+            f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it does can be kept"
+        )
 
 
 def remove_written(run: Path) -> None:

@@ -39,7 +39,11 @@ def run_lock(run: Path) -> Iterator[str | None]:
     ended = threading.Event()
     threading.Thread(target=_refresh, args=(path, ended), name="lock", daemon=True).start()
     try:
-        yield None if before is None else f"the lock of {_who(before)} is taken over: that process is gone"
+        yield (
+            None
+            if before is None
+            else f"the lock of {_who(before)} is taken over: that process is gone"
+        )
     finally:
         ended.set()
         _held.discard(path)
@@ -71,7 +75,10 @@ def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
                 os.close(descriptor)
                 continue  # its owner has just removed it
             # A file that was cut names no host; who holds it on this one keeps it locked.
-            elsewhere = before is not None and before.get("host", socket.gethostname()) != socket.gethostname()
+            elsewhere = (
+                before is not None
+                and before.get("host", socket.gethostname()) != socket.gethostname()
+            )
             if not free or (elsewhere and time.time() - path.stat().st_mtime < STALE):
                 raise _refusal(run, before)
         except TrainingError:

@@ -33,7 +33,10 @@ class Peer:
 
     def start(self, *, fp32: bool = False) -> dict[str, Any]:
         """The settings that a sweep begins with: the first value of everything, or the last precision, which is fp32."""
-        first = {key: values[-1 if fp32 and key == "precision" else 0] for key, values in self.sweep.items()}
+        first = {
+            key: values[-1 if fp32 and key == "precision" else 0]
+            for key, values in self.sweep.items()
+        }
         return {**first, "batch": self.batches[first["rows"]][0]}
 
     def changes(self, settings: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
@@ -60,7 +63,11 @@ PEERS = {
         kind="causal",
         script="train_trl.py",
         packages=("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", *TORCH),
-        sweep={"precision": PRECISIONS, "checkpointing": (False, True), "rows": ("single", "multi")},
+        sweep={
+            "precision": PRECISIONS,
+            "checkpointing": (False, True),
+            "rows": ("single", "multi"),
+        },
         batches=BATCHES,
         rates={"single": 2.6, "multi": 6.0},
     ),
@@ -69,7 +76,11 @@ PEERS = {
         script="train_llamafactory.py",
         packages=("llamafactory==0.9.5", *TORCH),
         # It loads weights in bf16 wherever it computes in bf16, and refuses its `pure_bf16` on a CPU.
-        sweep={"precision": ("bf16", None), "checkpointing": (False, True), "rows": ("single", "multi")},
+        sweep={
+            "precision": ("bf16", None),
+            "checkpointing": (False, True),
+            "rows": ("single", "multi"),
+        },
         batches=BATCHES,
         rates={"single": 2.4, "multi": 7.0},
     ),
@@ -93,18 +104,42 @@ def install(name: str, folder: Path) -> Path:
     if not stamp.is_file() or stamp.read_text() != "\n".join(packages):
         print(f"installing {name} into {home}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)
+        subprocess.run(
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *packages,
+            ],
+            check=True,
+        )
         stamp.write_text("\n".join(packages))
     return python
 
 
 def versions(python: Path) -> dict[str, str]:
     """Versions of what matters for speed in an environment."""
-    names = ["trl", "llamafactory", "transformers", "accelerate", "peft", "torch", "torchvision", "tokenizers", "datasets", "numpy"]
+    names = [
+        "trl",
+        "llamafactory",
+        "transformers",
+        "accelerate",
+        "peft",
+        "torch",
+        "torchvision",
+        "tokenizers",
+        "datasets",
+        "numpy",
+    ]
     code = (
         "import importlib.metadata as m, json, sys\n"
         "known = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({name: known[name] for name in sys.argv[1:] if name in known}))"
     )
-    found = subprocess.run([str(python), "-c", code, *names], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [str(python), "-c", code, *names], check=True, capture_output=True, text=True
+    )
     return json.loads(found.stdout)

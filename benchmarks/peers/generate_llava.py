@@ -23,16 +23,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def answer(model: Any, processor: Any, chats: list[Any], given: dict[str, Any]) -> list[str]:
     """The greedy answers to chats, in their order."""
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    paths = [[part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"] for chat in chats]
+    paths = [
+        [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
+        for chat in chats
+    ]
     order = sorted(range(len(chats)), key=lambda place: len(prompts[place]))
     found = [""] * len(chats)
     for start in range(0, len(order), given["batch"]):
         chosen = order[start : start + given["batch"]]
         images = [[Image.open(path).convert("RGB") for path in paths[place]] for place in chosen]
-        inputs = processor(images=images, text=[prompts[place] for place in chosen], padding=True, return_tensors="pt")
+        inputs = processor(
+            images=images,
+            text=[prompts[place] for place in chosen],
+            padding=True,
+            return_tensors="pt",
+        )
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=given["max_new_tokens"], do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        for place, text in zip(chosen, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+        ids = model.generate(**inputs, max_new_tokens=given["max_new_tokens"], do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        for place, text in zip(
+            chosen, processor.batch_decode(ids, skip_special_tokens=True), strict=True
+        ):
             found[place] = text.strip()
     return found
 
@@ -42,7 +54,9 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
     started = time.perf_counter()
-    model: Any = LlavaForConditionalGeneration.from_pretrained(given["folder"], dtype=DTYPES[given["dtype"]]).eval()
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
+        given["folder"], dtype=DTYPES[given["dtype"]]
+    ).eval()
     processor: Any = AutoProcessor.from_pretrained(given["folder"])
     # Pillow resizes as the model was trained with; torchvision's pixels are off by a level or two.
     processor.image_processor = AutoImageProcessor.from_pretrained(given["folder"], backend="pil")
@@ -50,7 +64,11 @@ def main() -> None:
     answer(model, processor, chats[: min(given["batch"], 32)], given)
     ready = time.perf_counter()
     texts = answer(model, processor, chats, given)
-    print(json.dumps({"seconds": time.perf_counter() - ready, "texts": texts, "load_s": ready - started}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - ready, "texts": texts, "load_s": ready - started}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def arguments() -> dict[str, Any]:
 def read_rows(asked: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows {"messages", "images"} of the form asked for, image paths made absolute."""
     folder = Path(asked["material"])
-    rows = [json.loads(line) for line in (folder / f"{asked['rows']}.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / f"{asked['rows']}.jsonl").read_text().splitlines()
+    ]
     return [{**row, "images": [str(folder / name) for name in row["images"]]} for row in rows]
 
 
@@ -50,11 +52,28 @@ def counts(labels: list[list[int]], mask: list[list[int]], seq2seq: bool) -> dic
     read = [sum(row) for row in mask]
     padded = sum(map(len, mask))
     said = [sum(label != IGNORED for label in row) for row in labels]
-    found = {"questions": len(spans(labels)), "supervised": sum(said), "tokens": sum(read), "padded": padded}
+    found = {
+        "questions": len(spans(labels)),
+        "supervised": sum(said),
+        "tokens": sum(read),
+        "padded": padded,
+    }
     if not seq2seq:
-        return {**found, "labels": 0, "read_pairs": sum(length * (length + 1) // 2 for length in read), "written_pairs": 0}
-    written = sum(own * (own + 1) // 2 + own * length for own, length in zip(said, read, strict=True))
-    return {**found, "labels": sum(said), "read_pairs": sum(length**2 for length in read), "written_pairs": written}
+        return {
+            **found,
+            "labels": 0,
+            "read_pairs": sum(length * (length + 1) // 2 for length in read),
+            "written_pairs": 0,
+        }
+    written = sum(
+        own * (own + 1) // 2 + own * length for own, length in zip(said, read, strict=True)
+    )
+    return {
+        **found,
+        "labels": sum(said),
+        "read_pairs": sum(length**2 for length in read),
+        "written_pairs": written,
+    }
 
 
 class Counted:
@@ -67,7 +86,9 @@ class Counted:
 
     def __call__(self, rows: list[Any]) -> Any:
         batch = self.collator(rows)
-        self.batches.append(counts(batch["labels"].tolist(), batch["attention_mask"].tolist(), self.seq2seq))
+        self.batches.append(
+            counts(batch["labels"].tolist(), batch["attention_mask"].tolist(), self.seq2seq)
+        )
         return batch
 
     def answers(self, asked: dict[str, Any], rows: Any, tokenizer: Any) -> list[str] | None:
@@ -119,4 +140,14 @@ def clock(asked: dict[str, Any], times: Times) -> Any:
 def report(times: Times, counted: Counted, answers: list[str] | None) -> None:
     """Prints the run; loaders may have made more batches than were trained on."""
     triples = zip(times.steps, times.waited, counted.batches, strict=False)
-    print(json.dumps({"steps": [{"seconds": spent, "waited": waited, **batch} for spent, waited, batch in triples], "answers": answers}))
+    print(
+        json.dumps(
+            {
+                "steps": [
+                    {"seconds": spent, "waited": waited, **batch}
+                    for spent, waited, batch in triples
+                ],
+                "answers": answers,
+            }
+        )
+    )

@@ -13,7 +13,12 @@ from probe import LORA, Counted, Times, arguments, clock, read_rows, report
 DATASET = {
     "formatting": "sharegpt",
     "columns": {"messages": "messages", "images": "images"},
-    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+    },
 }
 
 
@@ -78,7 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.json").write_text(json.dumps(rows))
-        (folder / "dataset_info.json").write_text(json.dumps({"questions": {"file_name": "rows.json", **DATASET}}))
+        (folder / "dataset_info.json").write_text(
+            json.dumps({"questions": {"file_name": "rows.json", **DATASET}})
+        )
         run_exp(options(asked, folder), callbacks=[clock(asked, times)])
     counted = kept["counted"]
     answers = counted.answers(asked, kept["rows"], kept["tokenizer"])

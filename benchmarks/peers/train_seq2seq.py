@@ -33,12 +33,20 @@ class Reader(nn.Module):
         inner = language.config.d_model
         self.projector = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner))
 
-    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Any:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> Any:
         """The language model's output; attention_mask covers the image's slots, which come first."""
         with torch.no_grad():
             features = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[:, 1:]
         words = self.language.get_input_embeddings()(input_ids)
-        embeds = torch.cat([self.projector(features.to(self.projector[0].weight.dtype)).to(words.dtype), words], 1)
+        embeds = torch.cat(
+            [self.projector(features.to(self.projector[0].weight.dtype)).to(words.dtype), words], 1
+        )
         return self.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -51,13 +59,23 @@ def collator(tokenizer: Any, images: Any, slots: int) -> Any:
     """Rows of one question to padded tensors."""
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-        text = tokenizer([row["messages"][0]["content"] for row in rows], padding=True, return_tensors="pt")
-        labels = tokenizer([row["messages"][1]["content"] + tokenizer.eos_token for row in rows], padding=True, return_tensors="pt")
-        pixels = images([Image.open(row["images"][0]).convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
+        text = tokenizer(
+            [row["messages"][0]["content"] for row in rows], padding=True, return_tensors="pt"
+        )
+        labels = tokenizer(
+            [row["messages"][1]["content"] + tokenizer.eos_token for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
+        pixels = images(
+            [Image.open(row["images"][0]).convert("RGB") for row in rows], return_tensors="pt"
+        )["pixel_values"]
         return {
             "pixel_values": pixels,
             "input_ids": text["input_ids"],
-            "attention_mask": torch.cat([torch.ones(len(rows), slots, dtype=torch.long), text["attention_mask"]], 1),
+            "attention_mask": torch.cat(
+                [torch.ones(len(rows), slots, dtype=torch.long), text["attention_mask"]], 1
+            ),
             "labels": labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100),
         }
 
@@ -74,14 +92,22 @@ def main() -> None:
     tower = CLIPVisionModel.from_pretrained(f"{folder}/tower", dtype=dtype)
     language: Any = T5ForConditionalGeneration.from_pretrained(f"{folder}/t5", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/t5")
-    language = get_peft_model(language, LoraConfig(**LORA, target_modules=TARGETS, task_type="SEQ_2_SEQ_LM"))
+    language = get_peft_model(
+        language, LoraConfig(**LORA, target_modules=TARGETS, task_type="SEQ_2_SEQ_LM")
+    )
     slots = (tower.config.image_size // tower.config.patch_size) ** 2
-    given: dict[str, Any] = {"bf16": asked["precision"] in ("bf16", "bf16_both"), "gradient_checkpointing": bool(asked["checkpointing"])}
+    given: dict[str, Any] = {
+        "bf16": asked["precision"] in ("bf16", "bf16_both"),
+        "gradient_checkpointing": bool(asked["checkpointing"]),
+    }
     if asked["batch"] is not None:
         given["per_device_train_batch_size"] = asked["batch"]
     rows = read_rows(asked)
     times = Times()
-    counted = Counted(collator(tokenizer, CLIPImageProcessor.from_pretrained(f"{folder}/llava"), slots), seq2seq=True)
+    counted = Counted(
+        collator(tokenizer, CLIPImageProcessor.from_pretrained(f"{folder}/llava"), slots),
+        seq2seq=True,
+    )
     with tempfile.TemporaryDirectory() as output:
         trainer = Seq2SeqTrainer(
             model=Reader(tower, language),

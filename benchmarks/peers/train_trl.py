@@ -33,11 +33,20 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     folder = f"{asked['material']}/llava"
     half = asked["precision"] in ("bf16_weights", "bf16_both")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if half else torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16 if half else torch.float32
+    )
     processor = AutoProcessor.from_pretrained(folder)
     rows: Any = read_rows(asked)
     if asked["rows"] == "single":
-        rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "images": row["images"]} for row in rows]
+        rows = [
+            {
+                "prompt": row["messages"][:-1],
+                "completion": row["messages"][-1:],
+                "images": row["images"],
+            }
+            for row in rows
+        ]
     data = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
     with tempfile.TemporaryDirectory() as output:
         times = Times()
@@ -55,7 +64,9 @@ def main() -> None:
             ),
             train_dataset=data,
             processing_class=processor,
-            peft_config=LoraConfig(**LORA, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]),
+            peft_config=LoraConfig(
+                **LORA, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]
+            ),
             callbacks=[clock(asked, times)],
         )
         counted = trainer.data_collator = Counted(trainer.data_collator)

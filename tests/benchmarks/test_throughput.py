@@ -28,7 +28,10 @@ from vlm_tune.model.language.masks import tree_mask
 
 def test_both_row_forms_hold_the_same_questions(tmp_path: Path) -> None:
     answers = material.write_rows(tmp_path, 3)
-    forms = {form: [json.loads(line) for line in (tmp_path / f"{form}.jsonl").read_text().splitlines()] for form in ("single", "multi")}
+    forms = {
+        form: [json.loads(line) for line in (tmp_path / f"{form}.jsonl").read_text().splitlines()]
+        for form in ("single", "multi")
+    }
     said = {
         form: sorted(
             (row["images"][0], question["content"], answer["content"])
@@ -50,7 +53,13 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
 
     answers = material.write_rows(tmp_path, 2)
     CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=64)
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=64,
+        )
     ).save_pretrained(tmp_path / "tower")
     blank = ours.recipe("causal", tmp_path, tmp_path, tmp_path / "run", batch=2, steps=1)
     rows = list(conversations(parse_recipe(blank).data, parse_recipe(blank).data.train, 0))
@@ -59,21 +68,35 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
     found = ours.work(text)
     assert found.answers == answers
     asked = parse_recipe(text)
-    examples = examples_of(prepare(asked.data, asked.data.train, build_processor(asked, []), seed=asked.seed))
-    assert found.mean.tokens == pytest.approx(sum(len(example.input_ids) for example in examples) / len(answers))
-    assert found.mean.supervised == pytest.approx(sum(example.supervised for example in examples) / len(answers))
+    examples = examples_of(
+        prepare(asked.data, asked.data.train, build_processor(asked, []), seed=asked.seed)
+    )
+    assert found.mean.tokens == pytest.approx(
+        sum(len(example.input_ids) for example in examples) / len(answers)
+    )
+    assert found.mean.supervised == pytest.approx(
+        sum(example.supervised for example in examples) / len(answers)
+    )
     if kind == "seq2seq":
         assert found.operations > 4 * found.mean.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
         return
     pairs = 0
     for example in examples:
-        ends = np.full(len(example.input_ids), len(example.input_ids)) if example.ends is None else example.ends
+        ends = (
+            np.full(len(example.input_ids), len(example.input_ids))
+            if example.ends is None
+            else example.ends
+        )
         pairs += int(tree_mask(torch.as_tensor(np.array(ends))[None]).sum())
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     frozen, low = sum(a * b for a, b in shapes), sum(16 * (a + b) for a, b in shapes)
     tokens, supervised = found.mean.tokens * len(answers), found.mean.supervised * len(answers)
     config = json.loads((folder / "config.json").read_text())
-    wanted = 2 * tokens * (4 * frozen + 6 * low) + 12 * 2 * 32 * pairs + 4 * supervised * 32 * config["vocab_size"]
+    wanted = (
+        2 * tokens * (4 * frozen + 6 * low)
+        + 12 * 2 * 32 * pairs
+        + 4 * supervised * 32 * config["vocab_size"]
+    )
     assert found.operations * len(answers) == pytest.approx(wanted)
 
 
@@ -89,12 +112,18 @@ def test_a_peers_batches_are_counted_as_our_rows_are(tmp_path: Path) -> None:
     mask = [[1] * len(row) + [0] * (7 - len(row)) for row in rows]
     found = probe.counts(labels, mask, seq2seq=False)
     assert (found["questions"], found["padded"]) == (3, 14)
-    asked = [SimpleNamespace(input_ids=row, labels=row, ends=None, supervised=sum(row)) for row in rows]
+    asked = [
+        SimpleNamespace(input_ids=row, labels=row, ends=None, supervised=sum(row)) for row in rows
+    ]
     assert _amount(found) == sum((ours.amount(row, seq2seq=False) for row in asked), ours.Amount())
     answers = [[5, 5, 1], [5, 1]]
-    found = probe.counts([[*row, *[ignored] * (4 - len(row))] for row in answers], mask, seq2seq=True)
+    found = probe.counts(
+        [[*row, *[ignored] * (4 - len(row))] for row in answers], mask, seq2seq=True
+    )
     pairs = zip(rows, answers, strict=True)
-    asked = [SimpleNamespace(input_ids=row, labels=said, supervised=len(said)) for row, said in pairs]
+    asked = [
+        SimpleNamespace(input_ids=row, labels=said, supervised=len(said)) for row, said in pairs
+    ]
     assert _amount(found) == sum((ours.amount(row, seq2seq=True) for row in asked), ours.Amount())
 
 
@@ -107,23 +136,50 @@ def test_the_sweep_finds_the_fastest_of_separable_settings(name: str) -> None:
     gains = {"bf16_weights": 3.0, None: 2.0, "multi": 4.0, 8: 1.5, 16: 1.2}
 
     class Known(Comparison):
-        def measure(self, name: str, settings: dict[str, Any], length: Length, runs: list[Run], timeout: Any = None) -> Run:
-            runs.append(Run(name, settings, questions_per_s=math.prod(gains.get(value, 1.0) for value in settings.values())))
+        def measure(
+            self,
+            name: str,
+            settings: dict[str, Any],
+            length: Length,
+            runs: list[Run],
+            timeout: Any = None,
+        ) -> Run:
+            runs.append(
+                Run(
+                    name,
+                    settings,
+                    questions_per_s=math.prod(gains.get(value, 1.0) for value in settings.values()),
+                )
+            )
             return runs[-1]
 
-    asked = Namespace(against=[name], finalists=2, sweep_only=False, sweep_steps=1, quick=False, recipe=None)
+    asked = Namespace(
+        against=[name], finalists=2, sweep_only=False, sweep_steps=1, quick=False, recipe=None
+    )
     found = Known(asked, None, {})  # type: ignore[arg-type]
     found.tune(name)
     peer = PEERS[name]
-    all_settings = [dict(zip(peer.sweep, values, strict=True)) for values in product(*peer.sweep.values())]
-    every = [{**settings, "batch": batch} for settings in all_settings for batch in peer.batches[settings["rows"]]]
-    best = max(every, key=lambda settings: math.prod(gains.get(value, 1.0) for value in settings.values()))
+    all_settings = [
+        dict(zip(peer.sweep, values, strict=True)) for values in product(*peer.sweep.values())
+    ]
+    every = [
+        {**settings, "batch": batch}
+        for settings in all_settings
+        for batch in peer.batches[settings["rows"]]
+    ]
+    best = max(
+        every, key=lambda settings: math.prod(gains.get(value, 1.0) for value in settings.values())
+    )
     assert found.settings[name][0] == best
     tried = [run.settings for run in found.sweep]
-    assert all({settings[key] for settings in tried} == set(values) for key, values in peer.sweep.items())
+    assert all(
+        {settings[key] for settings in tried} == set(values) for key, values in peer.sweep.items()
+    )
     again = Known(asked, None, {name: found.settings[name]})  # type: ignore[arg-type]
     assert again.settings == found.settings
 
 
 def test_exponent_of_a_power() -> None:
-    assert exponent([1, 2, 4, 8], [3.0, 6.0 * 2**0.5, 12.0 * 2, 24.0 * 8**0.5]) == pytest.approx(1.5)
+    assert exponent([1, 2, 4, 8], [3.0, 6.0 * 2**0.5, 12.0 * 2, 24.0 * 8**0.5]) == pytest.approx(
+        1.5
+    )

@@ -86,7 +86,10 @@ def test_stages_change_only_what_they_name() -> None:
 
 
 def test_a_stages_part_of_another_kind_replaces_the_common_one() -> None:
-    text = STAGED.replace("train: {epochs: 1}\n", "train: {epochs: 1}\nobjective: {kind: contrastive, temperature: 0.5}\n")
+    text = STAGED.replace(
+        "train: {epochs: 1}\n",
+        "train: {epochs: 1}\nobjective: {kind: contrastive, temperature: 0.5}\n",
+    )
     text = text.replace("template: chatml\n", "template: chatml\n  group: image\n")
     (_, align), (_, instruct) = parse_recipe(text).resolved_stages()
     assert align.objective.kind == "contrastive" and align.objective.temperature == 0.5
@@ -99,7 +102,10 @@ def test_a_stages_part_of_another_kind_replaces_the_common_one() -> None:
 @pytest.mark.parametrize("part", ["tune", "objective"])
 def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
     recipe = parse_recipe(
-        STAGED.replace("  - name: instruct\n    objective: {kind: language_modeling}\n", f"  - {{name: b, {part}: null}}\n")
+        STAGED.replace(
+            "  - name: instruct\n    objective: {kind: language_modeling}\n",
+            f"  - {{name: b, {part}: null}}\n",
+        )
     )
     stage = recipe.resolved_stages()[1][1]
     assert getattr(stage, part) == getattr(recipe, part)
@@ -112,21 +118,63 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "place", "message"),
     [
-        ("max_length: 64", "max_length: -1", "16:24", "stages.0.data.max_length: input should be greater than 0, got -1"),
-        ("max_length: 64", "maxlength: 64", "16:12", "unknown key 'maxlength'; did you mean max_length?"),
+        (
+            "max_length: 64",
+            "max_length: -1",
+            "16:24",
+            "stages.0.data.max_length: input should be greater than 0, got -1",
+        ),
+        (
+            "max_length: 64",
+            "maxlength: 64",
+            "16:12",
+            "unknown key 'maxlength'; did you mean max_length?",
+        ),
         ("steps: 5", "epochs: 2", "18:27", "duplicate key 'epochs', first given at r.yaml:18:13"),
-        ("steps: 5", "learning_rate: 1", "18:12", "give exactly one of train.epochs and train.steps"),
-        ("epochs: null, steps", "steps", "18:20", "give exactly one of train.epochs and train.steps"),
-        ('{match: "*", how: frozen}', '{match: "connector.proj", how: full}', "17:55", "never reached: 'connector.*' above matches first"),
-        ('"connector.*", how: full}, {', '"connector.*", how: frozen}, {', "17:11", "every rule is frozen, nothing would train"),
+        (
+            "steps: 5",
+            "learning_rate: 1",
+            "18:12",
+            "give exactly one of train.epochs and train.steps",
+        ),
+        (
+            "epochs: null, steps",
+            "steps",
+            "18:20",
+            "give exactly one of train.epochs and train.steps",
+        ),
+        (
+            '{match: "*", how: frozen}',
+            '{match: "connector.proj", how: full}',
+            "17:55",
+            "never reached: 'connector.*' above matches first",
+        ),
+        (
+            '"connector.*", how: full}, {',
+            '"connector.*", how: frozen}, {',
+            "17:11",
+            "every rule is frozen, nothing would train",
+        ),
         ("{kind: language_modeling}", "{kind: contrastiv}", "20:16", "did you mean contrastive?"),
-        ("{kind: language_modeling}", "{kind: contrastive}", "19:5", "a contrastive objective compares images"),
+        (
+            "{kind: language_modeling}",
+            "{kind: contrastive}",
+            "19:5",
+            "a contrastive objective compares images",
+        ),
         ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
         ("name: instruct", "name: a/b", "19:11", "expected letters, digits"),
-        ("max_length: 64", "test: [{kind: file, path: t}]", "16:18", "only the last stage's test part is scored"),
+        (
+            "max_length: 64",
+            "test: [{kind: file, path: t}]",
+            "16:18",
+            "only the last stage's test part is scored",
+        ),
     ],
 )
-def test_a_stages_errors_are_placed_at_the_stage(old: str, new: str, place: str, message: str) -> None:
+def test_a_stages_errors_are_placed_at_the_stage(
+    old: str, new: str, place: str, message: str
+) -> None:
     assert old in STAGED
     found = problems(STAGED.replace(old, new, 1))
     assert len(found) == 1, found
@@ -135,7 +183,9 @@ def test_a_stages_errors_are_placed_at_the_stage(old: str, new: str, place: str,
 
 
 def test_a_fault_of_the_common_part_is_told_once_and_where_it_is() -> None:
-    found = problems(STAGED.replace("template: chatml", "template: chatml\n  max_length: 0\n  bogus: 1"))
+    found = problems(
+        STAGED.replace("template: chatml", "template: chatml\n  max_length: 0\n  bogus: 1")
+    )
     assert [where for where, _ in found] == ["r.yaml:9:15", "r.yaml:10:3"]
     found = problems(STAGED.replace("{epochs: 1}", "{epochs: 1}\nobjective: {kind: contrastive}"))
     assert [where for where, _ in found] == ["r.yaml:7:3"]
@@ -144,7 +194,9 @@ def test_a_fault_of_the_common_part_is_told_once_and_where_it_is() -> None:
 
 
 def test_a_missing_key_is_placed_at_its_parent_and_unions_hide_nothing() -> None:
-    assert problems(SMALL.replace("{kind: file, path: rows.jsonl}", "{kind: file}")) == [("r.yaml:7:11", "data.train.0.path is required")]
+    assert problems(SMALL.replace("{kind: file, path: rows.jsonl}", "{kind: file}")) == [
+        ("r.yaml:7:11", "data.train.0.path is required")
+    ]
     (found,) = problems(SMALL.replace("kind: transformers, ", ""))
     assert found == ("r.yaml:4:10", "model.tower: needs a `kind`")
     (found,) = problems(SMALL.replace("kind: file", "kind: fil"))
@@ -155,7 +207,9 @@ def test_a_missing_key_is_placed_at_its_parent_and_unions_hide_nothing() -> None
 
 
 def test_folded_and_quoted_texts_are_what_yaml_says() -> None:
-    text = SMALL.replace("template: chatml", "template: chatml\n  system: >-\n    one two\n    three\n\n    four")
+    text = SMALL.replace(
+        "template: chatml", "template: chatml\n  system: >-\n    one two\n    three\n\n    four"
+    )
     assert parse_recipe(text).data.system == "one two three\nfour"
 
 
@@ -167,13 +221,28 @@ def test_overrides_reach_keys_list_places_and_parts_that_are_not_there(tmp_path:
     path.write_text(SMALL)
     recipe = load_recipe(
         path,
-        ["train.epochs=null", "train.steps=7", "tune.2.r=4", "data.train.0.path=other", "evaluate.limit=3", "tune.2.target_modules=[a, b]"],
+        [
+            "train.epochs=null",
+            "train.steps=7",
+            "tune.2.r=4",
+            "data.train.0.path=other",
+            "evaluate.limit=3",
+            "tune.2.target_modules=[a, b]",
+        ],
     )
-    assert (recipe.train.steps, recipe.tune[2].r, recipe.evaluate.limit, recipe.tune[2].target_modules) == (7, 4, 3, ["a", "b"])
+    assert (
+        recipe.train.steps,
+        recipe.tune[2].r,
+        recipe.evaluate.limit,
+        recipe.tune[2].target_modules,
+    ) == (7, 4, 3, ["a", "b"])
     assert getattr(recipe.data.train[0], "path") == "other"  # noqa: B009
     assert load_recipe(path, ["train={steps: 1}"]).train.steps == 1
     assert load_recipe(path, ["data.system=a=b: c"[:14]]).data.system == "a="
-    assert load_recipe(path, {"data.system": "蓝 😀 \n: #", "train.batch_size": 3}).data.system == "蓝 😀 \n: #"
+    assert (
+        load_recipe(path, {"data.system": "蓝 😀 \n: #", "train.batch_size": 3}).data.system
+        == "蓝 😀 \n: #"
+    )
     assert path.read_text() == SMALL
 
 
@@ -232,13 +301,18 @@ def test_a_fault_in_a_replaced_part_is_the_overrides() -> None:
         ("train=", "expected keys and values, got nothing (null)"),
     ],
 )
-def test_an_override_that_is_no_key_is_told_the_right_name(override: str, message: str, tmp_path: Path) -> None:
+def test_an_override_that_is_no_key_is_told_the_right_name(
+    override: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, [override])
     assert message in str(caught.value)
-    assert all(problem.where.startswith("--set ") and problem.where.isprintable() for problem in caught.value.problems)
+    assert all(
+        problem.where.startswith("--set ") and problem.where.isprintable()
+        for problem in caught.value.problems
+    )
     assert len(str(caught.value)) < 700
 
 
@@ -259,10 +333,15 @@ def test_a_length_set_by_an_override_holds_in_every_stage(tmp_path: Path) -> Non
     path = tmp_path / "staged.yaml"
     path.write_text(STAGED)
     assert "{epochs: null, steps: 5}" in STAGED
-    stages = [stage.train for _, stage in load_recipe(path, ["train.epochs=0.5"], note=notes.append).resolved_stages()]
+    stages = [
+        stage.train
+        for _, stage in load_recipe(path, ["train.epochs=0.5"], note=notes.append).resolved_stages()
+    ]
     assert [(train.epochs, train.steps) for train in stages] == [(0.5, None), (0.5, None)]
     assert notes == ["train.epochs: 0.5 replaces stages.0.train.steps: 5"]
-    first, second = load_recipe(path, {"stages.1.train.steps": 7}, note=notes.append).resolved_stages()
+    first, second = load_recipe(
+        path, {"stages.1.train.steps": 7}, note=notes.append
+    ).resolved_stages()
     assert (first[1].train.steps, second[1].train.steps, second[1].train.epochs) == (5, 7, None)
     assert notes[1:] == ["stages.1.train.steps: 7 replaces train.epochs: 1 for this stage"]
 
@@ -280,7 +359,9 @@ def test_a_length_set_by_an_override_holds_in_every_stage(tmp_path: Path) -> Non
         (b"a: 1\n" * 300_000, "", "larger than 1,000,000 bytes"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told_where(content: bytes, place: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe_is_told_where(
+    content: bytes, place: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     with pytest.raises(RecipeError) as caught:
@@ -290,12 +371,19 @@ def test_a_file_that_is_no_recipe_is_told_where(content: bytes, place: str, mess
 
 
 def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "is a folder"), ("n" * 300, "no such recipe file"), ("a\0b", "no such recipe file")):
+    for path, message in (
+        (tmp_path, "is a folder"),
+        ("n" * 300, "no such recipe file"),
+        ("a\0b", "no such recipe file"),
+    ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(path)
 
 
-@pytest.mark.parametrize("overrides", ["train.epochs=2", [5], 5, {"train.epochs": {1}}, {"train.epochs": object()}, {5: 1}])
+@pytest.mark.parametrize(
+    "overrides",
+    ["train.epochs=2", [5], 5, {"train.epochs": {1}}, {"train.epochs": object()}, {5: 1}],
+)
 def test_overrides_of_another_type_are_refused(overrides: Any, tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
@@ -305,12 +393,34 @@ def test_overrides_of_another_type_are_refused(overrides: Any, tmp_path: Path) -
 
 # --- round trips and fuzz --------------------------------------------------------------------------------------------
 
-printable = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")) | st.sampled_from("\n\t#:'\"\\- "), max_size=120)
+printable = st.text(
+    st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))
+    | st.sampled_from("\n\t#:'\"\\- "),
+    max_size=120,
+)
 
 
 @given(
     printable
-    | st.sampled_from(["no", "1e-5", "null", "~", "0x10", "1_000", ".inf", "2020-01-01", " a", "a ", "- a", "{a}", "&a", "<<", "%"])
+    | st.sampled_from(
+        [
+            "no",
+            "1e-5",
+            "null",
+            "~",
+            "0x10",
+            "1_000",
+            ".inf",
+            "2020-01-01",
+            " a",
+            "a ",
+            "- a",
+            "{a}",
+            "&a",
+            "<<",
+            "%",
+        ]
+    )
 )
 @settings(max_examples=50, deadline=None)
 def test_a_dumped_text_reads_back_as_it_was(text: str) -> None:
@@ -320,7 +430,13 @@ def test_a_dumped_text_reads_back_as_it_was(text: str) -> None:
 
 
 def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else []
+    )
     return [prefix, *(found for key, child in children for found in paths(child, (*prefix, key)))]
 
 
@@ -344,7 +460,9 @@ values = st.recursive(
 @example([((0, ("output",)), "a\x85b\u2028")])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), values | st.just(...)), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tuple[tuple[int, tuple[Any, ...]], Any]]) -> None:
+def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(
+    changes: list[tuple[tuple[int, tuple[Any, ...]], Any]],
+) -> None:
     value = copy.deepcopy(BASES[changes[0][0][0]])
     for (_, path), new in changes:
         target = value
@@ -360,7 +478,9 @@ def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tupl
     try:
         recipe = check_recipe(Located(value))
     except RecipeError as error:
-        assert error.problems and all(problem.where and problem.message for problem in error.problems)
+        assert error.problems and all(
+            problem.where and problem.message for problem in error.problems
+        )
         return
     for _, stage in recipe.resolved_stages():
         assert isinstance(stage, Recipe)
@@ -370,7 +490,28 @@ def test_whatever_a_recipe_holds_it_runs_or_is_a_recipe_error(changes: list[tupl
 @given(
     st.text(max_size=60)
     | st.lists(
-        st.sampled_from(["a", ":", " ", "\n", "- ", "&x ", "*x", "!!int ", "! ", "[", "]", "{", "}", "? ", "'", "|", "%", "---"])
+        st.sampled_from(
+            [
+                "a",
+                ":",
+                " ",
+                "\n",
+                "- ",
+                "&x ",
+                "*x",
+                "!!int ",
+                "! ",
+                "[",
+                "]",
+                "{",
+                "}",
+                "? ",
+                "'",
+                "|",
+                "%",
+                "---",
+            ]
+        )
     ).map("".join)
 )
 @settings(max_examples=150, deadline=None)
@@ -392,13 +533,21 @@ def test_whatever_a_file_holds_it_is_a_recipe_error(text: str) -> None:
         ("how: frozen}", "how: frozen, learning_rate: 1.0}", 1),
         ("how: frozen}", "how: frozen, r: 1, lora_dropout: 0.1}", 2),
         ('"connector.*", how: full', '"connector.*", how: lora', 1),
-        ('"connector.*", how: full', '"connector.*", how: full, layers: 2, variant: dora, lora_plus_ratio: 4, tokens: 3', 4),
+        (
+            '"connector.*", how: full',
+            '"connector.*", how: full, layers: 2, variant: dora, lora_plus_ratio: 4, tokens: 3',
+            4,
+        ),
         ('"connector.*", how: full', '"connector.*", how: norms, layer_decay: 0.5', 1),
         ('"connector.*", how: full', '"connector.*", how: full, layer_decay: 1.5', 1),
         ("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: last_layers", 1),
         ("how: lora, r: 8,", "how: lora, r: 8, variant: dora, init: pissa,", 1),
         ("how: lora, r: 8,", "how: lora, r: 8, layer_decay: 0.9,", 1),
-        ('"llm.*", how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]', '"tower.x", how: full', 1),
+        (
+            '"llm.*", how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]',
+            '"tower.x", how: full',
+            1,
+        ),
         ("{epochs: 1}", "{epochs: .inf}", 1),
         ("{epochs: 1}", "{epochs: .nan}", 1),
         ("{epochs: 1}", "{epochs: 1, betas: [0.9]}", 1),
@@ -414,25 +563,50 @@ def test_contradictions_and_ranges(old: str, new: str, count: int) -> None:
 def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
     assert parse_recipe(quantised).model.llm.quantize == "nf4"
-    (found,) = problems(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: full"))
+    (found,) = problems(
+        quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: full")
+    )
     assert "quantised weights can't be trained" in found[1] and found[0].startswith("r.yaml:12:")
-    (found,) = problems(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: last_layers, layers: 1"))
+    (found,) = problems(
+        quantised.replace(
+            "how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]",
+            "how: last_layers, layers: 1",
+        )
+    )
     assert "quantised weights can't be trained" in found[1]
-    parse_recipe(quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: norms"))
+    parse_recipe(
+        quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: norms")
+    )
     (found,) = problems(quantised.replace("how: lora, r: 8,", "how: lora, r: 8, init: pissa,"))
     assert "PiSSA takes the singular vectors of 16-bit weights" in found[1]
-    seq2seq = SMALL.replace("kind: causal", "kind: seq2seq").replace("{epochs: 1}", "{epochs: 1, precision: fp16}")
-    assert problems(seq2seq) == [("r.yaml:13:31", "T5's activations overflow in fp16; use bf16 or fp32")]
-    (found,) = problems(SMALL.replace("name: llama", "quantize: int8, scratch: {model_type: llama, config: {}}"))
+    seq2seq = SMALL.replace("kind: causal", "kind: seq2seq").replace(
+        "{epochs: 1}", "{epochs: 1, precision: fp16}"
+    )
+    assert problems(seq2seq) == [
+        ("r.yaml:13:31", "T5's activations overflow in fp16; use bf16 or fp32")
+    ]
+    (found,) = problems(
+        SMALL.replace("name: llama", "quantize: int8, scratch: {model_type: llama, config: {}}")
+    )
     assert "nothing to quantise" in found[1]
 
 
 # --- the schema ------------------------------------------------------------------------------------------------------
 
 
-def schema_faults(value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe") -> list[str]:
+def schema_faults(
+    value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe"
+) -> list[str]:
     """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes; an unknown word is an error."""
-    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int, "number": (int, float)}
+    types = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "null": type(None),
+        "integer": int,
+        "number": (int, float),
+    }
     found: list[str] = []
     for word, rule in schema.items():
         if word == "$ref":
@@ -453,10 +627,18 @@ def schema_faults(value: Any, schema: dict[str, Any], root: dict[str, Any], plac
                 if isinstance(value, dict) and name in value:
                     found += schema_faults(value[name], inner, root, f"{place}.{name}")
         elif word == "required":
-            found += [f"{place}.{name} is missing" for name in rule if isinstance(value, dict) and name not in value]
+            found += [
+                f"{place}.{name} is missing"
+                for name in rule
+                if isinstance(value, dict) and name not in value
+            ]
         elif word == "additionalProperties":
             if rule is False and isinstance(value, dict):
-                found += [f"{place}.{name} is unknown" for name in value if name not in schema.get("properties", {})]
+                found += [
+                    f"{place}.{name} is unknown"
+                    for name in value
+                    if name not in schema.get("properties", {})
+                ]
         elif word == "items":
             found += [
                 fault
@@ -472,13 +654,22 @@ def schema_faults(value: Any, schema: dict[str, Any], root: dict[str, Any], plac
             }[word]:  # fmt: skip
                 found.append(f"{place}: {value} against {word} {rule}")
         elif word in ("minItems", "maxItems"):
-            if isinstance(value, list) and (len(value) < rule if word == "minItems" else len(value) > rule):
+            if isinstance(value, list) and (
+                len(value) < rule if word == "minItems" else len(value) > rule
+            ):
                 found.append(f"{place}: {word}")
         elif word == "pattern":
             if isinstance(value, str) and not re.search(rule, value):
                 found.append(f"{place}: {value!r} against {rule}")
         else:
-            assert word in ("title", "description", "default", "$defs", "$schema", "discriminator"), word
+            assert word in (
+                "title",
+                "description",
+                "default",
+                "$defs",
+                "$schema",
+                "discriminator",
+            ), word
     return found
 
 
@@ -490,7 +681,16 @@ def test_the_schema_admits_every_shipped_recipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["nme=x", "train.epochs=-1", "tune=[]", "model.llm.kind=decoder", "name=a b", "model.tower.kind=vit", "seed=0.5"]
+    "override",
+    [
+        "nme=x",
+        "train.epochs=-1",
+        "tune=[]",
+        "model.llm.kind=decoder",
+        "name=a b",
+        "model.tower.kind=vit",
+        "seed=0.5",
+    ],
 )
 def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
     schema, located = recipe_schema(), read_yaml_text(SMALL, "r")
@@ -502,17 +702,35 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
 @pytest.mark.parametrize(
     ("engine", "changes", "said"),
     [
-        ("{kind: deepspeed, stage: 3}", {"model.llm.quantize": "nf4"}, "ZeRO-3 shares out a weight's numbers"),
+        (
+            "{kind: deepspeed, stage: 3}",
+            {"model.llm.quantize": "nf4"},
+            "ZeRO-3 shares out a weight's numbers",
+        ),
         ("{kind: fsdp}", {"model.llm.quantize": "int8"}, "fsdp shares out a weight's numbers"),
-        ("{kind: deepspeed}", {"train.precision": "fp16"}, "fp16 needs its loss scaled, which engine ZeRO-2"),
-        ("{kind: deepspeed, stage: 2, offload: [parameters]}", {}, "only stage 3 shares out weights"),
+        (
+            "{kind: deepspeed}",
+            {"train.precision": "fp16"},
+            "fp16 needs its loss scaled, which engine ZeRO-2",
+        ),
+        (
+            "{kind: deepspeed, stage: 2, offload: [parameters]}",
+            {},
+            "only stage 3 shares out weights",
+        ),
         ("{kind: deepspeed, stage: 0, offload: [optimizer]}", {}, "stage 0 shares out nothing"),
-        ("{kind: deepspeed, stage: 3}", {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]}, "virtual tokens"),
+        (
+            "{kind: deepspeed, stage: 3}",
+            {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]},
+            "virtual tokens",
+        ),
         ("{kind: deepspeed, stage: 4}", {}, "less than or equal to 3"),
         ("{kind: horovod}", {}, "'horovod' is none of auto, ddp, deepspeed, fsdp"),
     ],
 )
-def test_engines_refuse_what_they_cant_train(engine: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_engines_refuse_what_they_cant_train(
+    engine: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"{SMALL}engine: {engine}\n")
     with pytest.raises(RecipeError) as refused:
@@ -521,11 +739,25 @@ def test_engines_refuse_what_they_cant_train(engine: str, changes: dict[str, Any
     assert len(refused.value.problems) == 1
 
 
-def test_a_tilde_is_the_home_folder_wherever_a_recipe_has_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_is_the_home_folder_wherever_a_recipe_has_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = SMALL.replace("runs/small", "~/runs").replace("name: llama", "name: ~/llama").replace("template: chatml", "template: ~/t.jinja")
+    text = (
+        SMALL.replace("runs/small", "~/runs")
+        .replace("name: llama", "name: ~/llama")
+        .replace("template: chatml", "template: ~/t.jinja")
+    )
     recipe = parse_recipe(text.replace("name: clip", "name: ~/clip"))
     assert isinstance(recipe.model, ModelSection)
-    places = [recipe.output, recipe.model.llm.name, recipe.data.template, getattr(recipe.model.tower, "name", None)]
+    places = [
+        recipe.output,
+        recipe.model.llm.name,
+        recipe.data.template,
+        getattr(recipe.model.tower, "name", None),
+    ]
     assert places == [f"{tmp_path}/{name}" for name in ("runs", "llama", "t.jinja", "clip")]
-    assert parse_recipe(SMALL.replace("runs/small", "~nobody-of-this-name/runs")).output == "~nobody-of-this-name/runs"
+    assert (
+        parse_recipe(SMALL.replace("runs/small", "~nobody-of-this-name/runs")).output
+        == "~nobody-of-this-name/runs"
+    )

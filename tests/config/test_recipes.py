@@ -19,7 +19,13 @@ from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 """Of a ViT-L/14."""
 
 
@@ -39,7 +45,9 @@ def meta_model(recipe: Recipe, language: Any) -> VisionLanguageModel:
 
 
 def tuned(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
-    return apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=torch.bfloat16)
+    return apply_rules(
+        model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=torch.bfloat16
+    )
 
 
 def trained(found: Tuned) -> dict[str, int]:
@@ -50,12 +58,23 @@ def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     recipe = load_recipe(RECIPES / "flan-t5-clip-vqa.yaml")
-    shape = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+    shape = {
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_heads": 32,
+        "vocab_size": 32128,
+    }
     with torch.device("meta"):
-        language = T5ForConditionalGeneration(T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+        language = T5ForConditionalGeneration(
+            T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        )
     model = meta_model(recipe, language)
     assert model.processor.spec.tokens_per_image == 256  # ViT-L/14 at 224 px: 16 x 16 patches
-    assert len(model.tower.visual.transformer.resblocks) == 23  # layer -2: the last of 24 blocks is never run
+    assert (
+        len(model.tower.visual.transformer.resblocks) == 23
+    )  # layer -2: the last of 24 blocks is never run
     counts = trained(tuned(model, recipe))
     assert counts["tower.*"] == 0
     assert counts["connector.*"] == (1024 + 1) * 2048 + (2048 + 1) * 2048
@@ -66,8 +85,15 @@ def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:
 def test_llava_7b_trains_in_full_at_its_real_shape(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    CLIPVisionConfig(**shape, image_size=336, patch_size=14, hidden_act="quick_gelu", projection_dim=768).save_pretrained(tmp_path)
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    CLIPVisionConfig(
+        **shape, image_size=336, patch_size=14, hidden_act="quick_gelu", projection_dim=768
+    ).save_pretrained(tmp_path)
     recipe = load_recipe(RECIPES / "llava-7b-zero3.yaml", {"model.tower.name": str(tmp_path)})
     with torch.device("meta"):
         language = LlamaForCausalLM(LlamaConfig(vocab_size=32000))
@@ -103,12 +129,18 @@ def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None
     assert (measured, model.processor.spec.tokens_per_image) == ((576, 1024), 576)
     layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)
     projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
-    assert trained(tuned(model, recipe)) == {"tower.*": 0, "connector.*": projector, "llm.*": 32 * 64 * layer}
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": projector,
+        "llm.*": 32 * 64 * layer,
+    }
 
 
 def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
     write_instructblip(tmp_path)
-    recipe = load_recipe(RECIPES / "instructblip-flan-t5-xl-lora.yaml", {"model.pretrained": str(tmp_path)})
+    recipe = load_recipe(
+        RECIPES / "instructblip-flan-t5-xl-lora.yaml", {"model.pretrained": str(tmp_path)}
+    )
     model, measured = bare_model(recipe)
     assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
     counts = trained(tuned(model, recipe))
@@ -116,7 +148,10 @@ def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Pa
     attention = lambda context: 2 * (768 + 1) * 768 + 2 * (context + 1) * 768 + 2 * 768  # noqa: E731
     feed = (768 + 1) * 3072 + (3072 + 1) * 768 + 2 * 768
     words = 32 * 768 + 2 * 768 + (30523 + 512) * 768 + (768 + 1) * 2048
-    assert counts["connector.*"] == words + 12 * (attention(768) + feed) + 6 * attention(1408) + 11 * feed
+    assert (
+        counts["connector.*"]
+        == words + 12 * (attention(768) + feed) + 6 * attention(1408) + 11 * feed
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

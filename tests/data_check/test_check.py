@@ -39,19 +39,37 @@ def llava(question: str, answer: str, image: str | None = None) -> dict[str, Any
 
 
 def write(path: Path, rows: list[Row]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
-def recipe_text(tiny_recipe: Callable[..., str], sources: dict[str, list[Path]], *, kind: str = "causal", more: str = "") -> str:
+def recipe_text(
+    tiny_recipe: Callable[..., str],
+    sources: dict[str, list[Path]],
+    *,
+    kind: str = "causal",
+    more: str = "",
+) -> str:
     head, _, rest = tiny_recipe(kind).partition("data:\n")
     tail = rest[rest.index("  template:") :]
-    lines = [f"  {part}: [{', '.join(f'{{kind: file, path: {path}}}' for path in paths)}]\n" for part, paths in sources.items()]
-    return head + "data:\n" + "".join(lines) + tail.replace("  max_length: 128\n", f"  max_length: 128\n{more}")
+    lines = [
+        f"  {part}: [{', '.join(f'{{kind: file, path: {path}}}' for path in paths)}]\n"
+        for part, paths in sources.items()
+    ]
+    return (
+        head
+        + "data:\n"
+        + "".join(lines)
+        + tail.replace("  max_length: 128\n", f"  max_length: 128\n{more}")
+    )
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> tuple[dict[str, list[Path]], set[tuple[str, int, str]], set[tuple[str, int, str]]]:
+def planted(
+    tmp_path: Path,
+) -> tuple[dict[str, list[Path]], set[tuple[str, int, str]], set[tuple[str, int, str]]]:
     """Sources with twelve faults, the (file, row, kind) of those that are errors, and those of warnings."""
     data = tmp_path / "data"
     data.mkdir()
@@ -70,7 +88,12 @@ def planted(tmp_path: Path) -> tuple[dict[str, list[Path]], set[tuple[str, int, 
         chat("what is private?", "a", "../outside.png"),
         chat("what is cut?", "a", "cut.jpg"),
         chat("word " * 200, "a"),
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "weight": 0},
+            ]
+        },
         chat("say <|im_end|> to me", "a"),
         chat("what is in the third?", "c", "2.png"),
     ]
@@ -82,8 +105,18 @@ def planted(tmp_path: Path) -> tuple[dict[str, list[Path]], set[tuple[str, int, 
     ]
     sources = {
         "train": [write(data / "chats.jsonl", chats), write(data / "marks.jsonl", marks)],
-        "validation": [write(data / "validation.jsonl", [chat("another question", "a", "6.png"), chat("of a copy?", "a", "copy.png")])],
-        "test": [write(data / "test.jsonl", [chat("what now?", "a", "7.png"), chat("What is  in the test?", "b", "5.png")])],
+        "validation": [
+            write(
+                data / "validation.jsonl",
+                [chat("another question", "a", "6.png"), chat("of a copy?", "a", "copy.png")],
+            )
+        ],
+        "test": [
+            write(
+                data / "test.jsonl",
+                [chat("what now?", "a", "7.png"), chat("What is  in the test?", "b", "5.png")],
+            )
+        ],
     }
     errors = {
         ("chats", 2, "not_json"),
@@ -104,32 +137,62 @@ def planted(tmp_path: Path) -> tuple[dict[str, list[Path]], set[tuple[str, int, 
 
 def named(findings: list[dict[str, Any]]) -> set[tuple[str, int, str]]:
     return {
-        (Path(finding["source"]).stem if "/" in finding["source"] else finding["source"], finding["row"], finding["kind"])
+        (
+            Path(finding["source"]).stem if "/" in finding["source"] else finding["source"],
+            finding["row"],
+            finding["kind"],
+        )
         for finding in findings
     }
 
 
-def test_twelve_planted_faults_are_found_with_their_rows(tmp_path: Path, planted: Any, tiny_recipe: Callable[..., str]) -> None:
+def test_twelve_planted_faults_are_found_with_their_rows(
+    tmp_path: Path, planted: Any, tiny_recipe: Callable[..., str]
+) -> None:
     sources, errors, warnings = planted
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(tiny_recipe, sources))
-    found = json.loads(cli("check", str(path), "--json", "--set", "train.batch_size=6", "--html", str(tmp_path / "page.html"), code=3))
+    found = json.loads(
+        cli(
+            "check",
+            str(path),
+            "--json",
+            "--set",
+            "train.batch_size=6",
+            "--html",
+            str(tmp_path / "page.html"),
+            code=3,
+        )
+    )
     assert named(found["errors"]) == errors and named(found["warnings"]) == warnings
     assert len(found["errors"]) == sum(found["counts"]["errors"].values()) == 12
-    assert all(finding["kind"] in KINDS and finding["message"] for finding in [*found["errors"], *found["warnings"]])
+    assert all(
+        finding["kind"] in KINDS and finding["message"]
+        for finding in [*found["errors"], *found["warnings"]]
+    )
     train, validation, test = found["counts"]["parts"]
-    assert [(source["rows"], source["usable"], source["bad"], source["form"]) for source in train["sources"]] == [
+    assert [
+        (source["rows"], source["usable"], source["bad"], source["form"])
+        for source in train["sources"]
+    ] == [
         (11, 3, 8, "messages"),
         (4, 2, 2, "llava"),
     ]
     assert train["questions"] == 5 and [source["images"] for source in train["sources"]] == [2, 2]
     assert [source["rows"] for part in (validation, test) for source in part["sources"]] == [2, 2]
-    assert "<|im_end|>" not in (tmp_path / "page.html").read_text() and "&lt;|im_end|&gt;" in (tmp_path / "page.html").read_text()
+    assert (
+        "<|im_end|>" not in (tmp_path / "page.html").read_text()
+        and "&lt;|im_end|&gt;" in (tmp_path / "page.html").read_text()
+    )
 
 
-def test_bad_rows_within_the_cap_are_warnings_where_they_are_left_out(planted: Any, tiny_recipe: Callable[..., str]) -> None:
+def test_bad_rows_within_the_cap_are_warnings_where_they_are_left_out(
+    planted: Any, tiny_recipe: Callable[..., str]
+) -> None:
     sources, errors, _ = planted
-    text = recipe_text(tiny_recipe, {"train": sources["train"]}, more="  overlong: drop\n  on_bad_row: skip\n")
+    text = recipe_text(
+        tiny_recipe, {"train": sources["train"]}, more="  overlong: drop\n  on_bad_row: skip\n"
+    )
     found = vlm_tune.check(parsed(text))
     bad = {(file, row, kind) for file, row, kind in errors if kind in BAD_ROWS}
     assert found.exit_code == 0 and not found.errors
@@ -143,12 +206,22 @@ def test_bad_rows_within_the_cap_are_warnings_where_they_are_left_out(planted: A
     assert strict.error_counts == {"overlong": 1}
 
 
-def test_what_is_done_with_long_rows_is_told(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
-    turns = [{"role": role, "content": "word " * 12} for _ in range(4) for role in ("user", "assistant")]
+def test_what_is_done_with_long_rows_is_told(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
+    turns = [
+        {"role": role, "content": "word " * 12} for _ in range(4) for role in ("user", "assistant")
+    ]
     path = write(tmp_path / "rows.jsonl", [chat("q", "a"), {"messages": turns}])
 
     def told(how: str) -> str:
-        report = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]}), data__overlong=how, data__max_length=100))
+        report = vlm_tune.check(
+            parsed(
+                recipe_text(tiny_recipe, {"train": [path]}),
+                data__overlong=how,
+                data__max_length=100,
+            )
+        )
         (finding,) = [finding for finding in report.warnings if finding.kind == "overlong"]
         assert finding.row == 2 and not report.errors
         return finding.message
@@ -158,23 +231,34 @@ def test_what_is_done_with_long_rows_is_told(tmp_path: Path, tiny_recipe: Callab
     assert told("drop").endswith("more than data.max_length 100: dropped")
 
 
-def test_a_row_to_score_is_an_error_only_if_its_prompt_is_too_long(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_a_row_to_score_is_an_error_only_if_its_prompt_is_too_long(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
     train = write(tmp_path / "train.jsonl", [chat("q", "a")])
-    test = write(tmp_path / "test.jsonl", [chat("q", "word " * 100), chat("word " * 100, "a"), chat("other", "a")])
+    test = write(
+        tmp_path / "test.jsonl",
+        [chat("q", "word " * 100), chat("word " * 100, "a"), chat("other", "a")],
+    )
     found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [train], "test": [test]})))
     assert [(finding.row, finding.kind) for finding in found.errors] == [(2, "overlong")]
     assert [finding.row for finding in found.warnings if finding.kind == "overlong"] == [1]
 
 
-def test_odd_images_duplicates_and_look_alikes_are_warnings(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_odd_images_duplicates_and_look_alikes_are_warnings(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
     Image.new("RGB", (8, 40), "red").save(tmp_path / "tiny.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 400, 3), dtype=np.uint8)).save(tmp_path / "narrow.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 400, 3), dtype=np.uint8)).save(
+        tmp_path / "narrow.png"
+    )
     picture(tmp_path / "a.png", 1)
     Image.open(tmp_path / "a.png").save(tmp_path / "again.jpg", quality=95)
     rows: list[Row] = [chat("q", "a", name) for name in ("tiny.png", "narrow.png", "a.png")]
     train = write(tmp_path / "train.jsonl", [*rows, chat("Q ", "a", "a.png")])
     validation = write(tmp_path / "validation.jsonl", [chat("other", "b", "again.jpg")])
-    found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [train], "validation": [validation]})))
+    found = vlm_tune.check(
+        parsed(recipe_text(tiny_recipe, {"train": [train], "validation": [validation]}))
+    )
     assert not found.errors
     told = {(finding.part, finding.row, finding.kind) for finding in found.warnings}
     assert told == {
@@ -184,10 +268,14 @@ def test_odd_images_duplicates_and_look_alikes_are_warnings(tmp_path: Path, tiny
         ("train", 4, "duplicate"),
         ("validation", 1, "leak_look"),
     }
-    assert "repeats row 3 of" in next(finding.message for finding in found.warnings if finding.kind == "duplicate")
+    assert "repeats row 3 of" in next(
+        finding.message for finding in found.warnings if finding.kind == "duplicate"
+    )
 
 
-def test_no_weights_are_needed(tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_no_weights_are_needed(
+    tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]
+) -> None:
     folder = save_llm(tmp_path / "llm", "causal", rows_of(parsed(tiny_recipe("causal"))))
     text = with_llm(tiny_recipe("causal"), folder, "causal")
     (folder / "model.safetensors").unlink()
@@ -202,7 +290,9 @@ def test_a_check_prepares_the_run_and_a_sample_says_so(tiny_recipe: Callable[...
     assert first.parts[0].ms_per_row and second.parts[0].ms_per_row is None
     assert [part.sources for part in first.parts] == [part.sources for part in second.parts]
     some = vlm_tune.check(recipe, sample=3)
-    assert some.sample == some.summary()["sample"] == 3 and [part.sources[0].rows for part in some.parts] == [3, 3]
+    assert some.sample == some.summary()["sample"] == 3 and [
+        part.sources[0].rows for part in some.parts
+    ] == [3, 3]
 
 
 def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
@@ -212,26 +302,46 @@ def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
     assert train.lengths and sum(train.lengths.counts) == source.rows == 8 and source.images == 4
     assert train.image_sides and train.image_sides.counts == [4] and train.image_sides.most == 32
     alone, own, packed = train.padding
-    assert [waste.name for waste in train.padding] == ["rows one by one", "this recipe", "with packing"]
+    assert [waste.name for waste in train.padding] == [
+        "rows one by one",
+        "this recipe",
+        "with packing",
+    ]
     # Rows of one image share it, so that a question takes fewer tokens than alone.
     assert own.tokens_per_question < alone.tokens_per_question
     assert packed.padding == 0 and source.tokens / 8 <= alone.tokens_per_question
 
 
-def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]) -> None:
-    found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [tmp_path / "none.jsonl", color_rows]})))
-    assert [(finding.kind, finding.row, finding.message) for finding in found.errors] == [("source", 0, "no such file")]
+def test_a_source_that_is_not_there_does_not_hide_the_others(
+    tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]
+) -> None:
+    found = vlm_tune.check(
+        parsed(recipe_text(tiny_recipe, {"train": [tmp_path / "none.jsonl", color_rows]}))
+    )
+    assert [(finding.kind, finding.row, finding.message) for finding in found.errors] == [
+        ("source", 0, "no such file")
+    ]
     assert [source.rows for source in found.parts[0].sources] == [8] and found.exit_code == 3
 
 
-def test_held_out_rows_are_a_part_of_their_own(tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]) -> None:
-    text = recipe_text(tiny_recipe, {"train": [color_rows]}, more="  split: {validation: 0.25, test: 0.25}\n")
+def test_held_out_rows_are_a_part_of_their_own(
+    tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]
+) -> None:
+    text = recipe_text(
+        tiny_recipe, {"train": [color_rows]}, more="  split: {validation: 0.25, test: 0.25}\n"
+    )
     found = vlm_tune.check(parsed(text))
-    assert {part.part: sum(source.usable for source in part.sources) for part in found.parts} == {"train": 4, "validation": 2, "test": 2}
+    assert {part.part: sum(source.usable for source in part.sources) for part in found.parts} == {
+        "train": 4,
+        "validation": 2,
+        "test": 2,
+    }
     assert not found.error_counts
 
 
-def test_a_recipe_error_is_exit_2_and_a_good_recipe_exit_0(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_a_recipe_error_is_exit_2_and_a_good_recipe_exit_0(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(tiny_recipe, {"train": [tmp_path / "messages.jsonl"]}))
     assert "0 errors" in cli("check", str(path), "--sample", "4")
@@ -239,13 +349,21 @@ def test_a_recipe_error_is_exit_2_and_a_good_recipe_exit_0(tmp_path: Path, tiny_
     cli("check", str(path), code=2)
 
 
-def test_listed_findings_are_bounded_and_all_are_counted(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_listed_findings_are_bounded_and_all_are_counted(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
     path = write(tmp_path / "rows.jsonl", [chat("q", "a"), *["{"] * 1200])
     found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]})))
-    assert len(found.errors) == 1000 and found.error_counts["not_json"] == 1200 and found.errors[-1].row == 1001
+    assert (
+        len(found.errors) == 1000
+        and found.error_counts["not_json"] == 1200
+        and found.errors[-1].row == 1001
+    )
 
 
-def test_the_page_shows_rows_as_text_and_is_complete_in_itself(tmp_path: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_the_page_shows_rows_as_text_and_is_complete_in_itself(
+    tmp_path: Path, tiny_recipe: Callable[..., str]
+) -> None:
     picture(tmp_path / "a.png", 1)
     hostile = "<script>alert(1)</script>\\<image>"
     rows: list[Row] = [
@@ -254,16 +372,29 @@ def test_the_page_shows_rows_as_text_and_is_complete_in_itself(tmp_path: Path, t
         *[chat(f"{hostile} {n}", "a", "a.png") for n in range(90)],
     ]
     path = write(tmp_path / "rows.jsonl", rows)
-    write_page(vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]}))), tmp_path / "deep" / "page.html")
+    write_page(
+        vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]}))),
+        tmp_path / "deep" / "page.html",
+    )
     text = (tmp_path / "deep" / "page.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "://" not in text
     shown = text[text.index("A look at the odd rows") :]
-    assert shown.count("<article") == 60 and shown.count('src="data:image/png;base64,') == 59 and "60 of 92" in shown
+    assert (
+        shown.count("<article") == 60
+        and shown.count('src="data:image/png;base64,') == 59
+        and "60 of 92" in shown
+    )
 
 
 def test_a_histogram_counts_every_value_once() -> None:
     found = histogram(np.array([7, 7, 12, 30, 99]))
-    assert found and (found.start, found.width, found.least, found.middle, found.most) == (0, 10, 7, 12, 99)
+    assert found and (found.start, found.width, found.least, found.middle, found.most) == (
+        0,
+        10,
+        7,
+        12,
+        99,
+    )
     assert found.counts == [2, 1, 0, 1, 0, 0, 0, 0, 0, 1] and histogram(np.array([])) is None
 
 

@@ -37,14 +37,24 @@ def test_texts_that_match(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("yes", "no"), ("yes", "yes yes"), ("", "no"), ("red", "reds"), ("1.5", "15"), ("a red square", "red square"), ("no!", "no")],
+    [
+        ("yes", "no"),
+        ("yes", "yes yes"),
+        ("", "no"),
+        ("red", "reds"),
+        ("1.5", "15"),
+        ("a red square", "red square"),
+        ("no!", "no"),
+    ],
 )
 def test_texts_that_do_not_match(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
 
 
 def answer(name: str, *, correct: bool, category: str = "", source: str = "a") -> Answer:
-    return Answer(name, "image", "question", "yes", "yes" if correct else "no", correct, category, source)
+    return Answer(
+        name, "image", "question", "yes", "yes" if correct else "no", correct, category, source
+    )
 
 
 def shard(loss: float | None, tokens: int, *answers: Answer) -> Scores:
@@ -53,13 +63,26 @@ def shard(loss: float | None, tokens: int, *answers: Answer) -> Scores:
 
 
 def test_joined_scores_are_those_of_all_answers() -> None:
-    first = shard(2.0, 10, answer("a", correct=True, category="color"), answer("b", correct=False, category="shape"))
-    second = shard(1.0, 30, answer("c", correct=True, category="color"), answer("a", correct=True, category="color"))
+    first = shard(
+        2.0,
+        10,
+        answer("a", correct=True, category="color"),
+        answer("b", correct=False, category="shape"),
+    )
+    second = shard(
+        1.0,
+        30,
+        answer("c", correct=True, category="color"),
+        answer("a", correct=True, category="color"),
+    )
     found = join_scores([first, second])
     assert (found.n, found.accuracy) == (3, 2 / 3)
     assert found.loss == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
     assert found.tokens == 40
-    assert found.by_category == {"color": {"accuracy": 1.0, "n": 2}, "shape": {"accuracy": 0.0, "n": 1}}
+    assert found.by_category == {
+        "color": {"accuracy": 1.0, "n": 2},
+        "shape": {"accuracy": 0.0, "n": 1},
+    }
     assert found.by_source == {"a": {"accuracy": 2 / 3, "n": 3, "loss": found.loss, "tokens": 40}}
     assert join_scores([shard(None, 0, answer("a", correct=False))]).loss is None
 
@@ -77,12 +100,19 @@ def test_scores_of_ranks_are_joined_by_source() -> None:
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_scores_of_a_model(kind: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_a_model(
+    kind: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every answer is compared with its own question's."""
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe)
-    rows = [replace(row, category="color" if place % 2 == 0 else "yes_no") for place, row in enumerate(rows_of(recipe))]
-    long = Conversation("long", (Message("user", ("word " * 20,)), Message("assistant", ("Word",))), "text")
+    rows = [
+        replace(row, category="color" if place % 2 == 0 else "yes_no")
+        for place, row in enumerate(rows_of(recipe))
+    ]
+    long = Conversation(
+        "long", (Message("user", ("word " * 20,)), Message("assistant", ("Word",))), "text"
+    )
     rows.insert(3, long)
     said: dict[str, str] = {row.id: row.messages[-1].text.upper() + ". " for row in rows}
     said[rows[0].id] = "wrong"
@@ -95,7 +125,13 @@ def test_scores_of_a_model(kind: str, tiny_recipe: Callable[..., str], monkeypat
     monkeypatch.setattr(model, "answers", fake)
     steps: list[tuple[int, int]] = []
     model.train()
-    found = score(model, rows, decoding=Decoding(4), batch_size=4, progress=lambda done, of: steps.append((done, of)))
+    found = score(
+        model,
+        rows,
+        decoding=Decoding(4),
+        batch_size=4,
+        progress=lambda done, of: steps.append((done, of)),
+    )
     assert model.training
     assert steps == [(9, 9)]
     assert (found.n, found.accuracy) == (9, 8 / 9)
@@ -113,18 +149,29 @@ def test_scores_of_a_model(kind: str, tiny_recipe: Callable[..., str], monkeypat
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_the_loss_is_the_mean_over_the_references_tokens(kind: str, tiny_recipe: Callable[..., str]) -> None:
+def test_the_loss_is_the_mean_over_the_references_tokens(
+    kind: str, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe)
     rows = rows_of(recipe)
-    features = tower_features(model, list(dict.fromkeys(item for row in rows for item in row.media)))
-    scores = [score(model, rows, decoding=Decoding(2), batch_size=size, features=stored) for size, stored in ((3, None), (8, features))]
-    batch = batch_of(model.eval(), [example for row in rows for example in model.processor.examples(row)])
+    features = tower_features(
+        model, list(dict.fromkeys(item for row in rows for item in row.media))
+    )
+    scores = [
+        score(model, rows, decoding=Decoding(2), batch_size=size, features=stored)
+        for size, stored in ((3, None), (8, features))
+    ]
+    batch = batch_of(
+        model.eval(), [example for row in rows for example in model.processor.examples(row)]
+    )
     expected = float(loss_and_gradients(model, [batch])[0]) / batch.supervised
     for found in scores:
         assert found.loss == pytest.approx(expected, rel=1e-5)
         assert found.tokens == batch.supervised
-    assert [one.generated for one in scores[0].answers] == [one.generated for one in scores[1].answers]
+    assert [one.generated for one in scores[0].answers] == [
+        one.generated for one in scores[1].answers
+    ]
     assert score(model, rows, decoding=Decoding(2), loss=False).loss is None
 
 
@@ -133,7 +180,9 @@ def test_no_rows_and_prompts_that_are_too_long_are_errors(tiny_recipe: Callable[
     model = built(recipe)
     with pytest.raises(DataError, match="no rows to evaluate"):
         score(model, [], decoding=Decoding(2))
-    long = Conversation("the long one", (Message("user", ("word " * 200,)), Message("assistant", ("no",))))
+    long = Conversation(
+        "the long one", (Message("user", ("word " * 200,)), Message("assistant", ("no",)))
+    )
     with pytest.raises(DataError, match=r"the long one: \d+ tokens, more than 128"):
         score(model, [long], decoding=Decoding(2))
 
@@ -147,7 +196,13 @@ def test_beams_and_batches_give_one_rows_answer(kind: str, tiny_recipe: Callable
         parameter.data.mul_(2)
     rows = rows_of(recipe)
     for decoding in (Decoding(5), Decoding(5, 3)):
-        together = [one.generated for one in score(model, rows, decoding=decoding, batch_size=8, loss=False).answers]
-        alone = [one.generated for one in score(model, rows, decoding=decoding, batch_size=1, loss=False).answers]
+        together = [
+            one.generated
+            for one in score(model, rows, decoding=decoding, batch_size=8, loss=False).answers
+        ]
+        alone = [
+            one.generated
+            for one in score(model, rows, decoding=decoding, batch_size=1, loss=False).answers
+        ]
         assert together == alone
         assert len(set(together)) > 1

@@ -43,7 +43,10 @@ ANSWER = {"role": "assistant", "content": "red"}
         ({"image": "red.png", "question": "what color?", "answer": ""}, "what color?"),
         ({"messages": [USER], "images": ["red.png"]}, "what color is it?"),
         ({"messages": [USER, ANSWER, USER], "images": ["red.png"]}, "what color is it?"),
-        ({"conversations": [{"from": "human", "value": "<image>\nwhat?"}], "image": "red.png"}, "what?"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>\nwhat?"}], "image": "red.png"},
+            "what?",
+        ),
         ({"prompt": "what?", "image": "red.png"}, "what?"),
         ({"instruction": "what?", "images": ["red.png"]}, "what?"),
         ({"texts": [{"user": "what?"}], "images": ["red.png"]}, "what?"),
@@ -54,7 +57,9 @@ ANSWER = {"role": "assistant", "content": "red"}
         ({"image": "red.png"}, ""),
     ],
 )
-def test_rows_of_every_form_may_lack_their_answer(row: dict[str, Any], question: str, folder: Path) -> None:
+def test_rows_of_every_form_may_lack_their_answer(
+    row: dict[str, Any], question: str, folder: Path
+) -> None:
     path = write(folder / "asked.jsonl", row)
     rows, unanswered = read_path(str(path), seed=0, unanswered=True)
     assert len(rows) == 1 and unanswered == {(rows[0].source, 1)}
@@ -68,7 +73,9 @@ def test_answers_are_written_row_by_row_and_known_ones_beside_them(folder: Path)
         {"messages": [USER, ANSWER], "images": ["blue.png"]},
         {"messages": [{"role": "user", "content": "hello"}]},
     )
-    report = vlm_tune.predict(folder / "model", path, folder / "answers.jsonl", batch_size=2, max_new_tokens=4)
+    report = vlm_tune.predict(
+        folder / "model", path, folder / "answers.jsonl", batch_size=2, max_new_tokens=4
+    )
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert (report.n, report.answered) == (3, 1)
     assert [(line["row"], line["expected"]) for line in lines] == [(1, None), (2, "red"), (3, None)]
@@ -84,7 +91,11 @@ def test_answers_are_written_row_by_row_and_known_ones_beside_them(folder: Path)
 
 
 def test_a_bad_row_stops_before_anything_is_written(folder: Path) -> None:
-    path = write(folder / "bad.jsonl", {"messages": [USER], "images": ["red.png"]}, {"messages": [USER], "images": ["nope.png"]})
+    path = write(
+        folder / "bad.jsonl",
+        {"messages": [USER], "images": ["red.png"]},
+        {"messages": [USER], "images": ["nope.png"]},
+    )
     with pytest.raises(DataError, match=r"bad\.jsonl, row 2"):
         vlm_tune.predict(folder / "model", path, folder / "none.jsonl")
     assert not (folder / "none.jsonl").exists()
@@ -92,18 +103,36 @@ def test_a_bad_row_stops_before_anything_is_written(folder: Path) -> None:
 
 def test_a_file_is_scored_as_the_same_rows_of_a_recipe(folder: Path) -> None:
     scores = vlm_tune.evaluate(folder / "model", data=folder / "messages.jsonl", limit=5)
-    recipe = parsed(tiny_text("causal", folder / "messages.jsonl", folder / "run"), evaluate__max_new_tokens=32)
+    recipe = parsed(
+        tiny_text("causal", folder / "messages.jsonl", folder / "run"), evaluate__max_new_tokens=32
+    )
     same = vlm_tune.evaluate(folder / "model", recipe, split="validation", limit=5)
-    assert [(a.question, a.expected, a.generated) for a in scores.answers] == [(a.question, a.expected, a.generated) for a in same.answers]
+    assert [(a.question, a.expected, a.generated) for a in scores.answers] == [
+        (a.question, a.expected, a.generated) for a in same.answers
+    ]
     assert scores.n == 5
 
 
 def test_predict_and_eval_of_the_command_line_say_which_model(folder: Path) -> None:
     path = write(folder / "one.jsonl", {"image": "red.png", "question": "what color?"})
     told = json.loads(
-        cli("predict", str(folder / "model"), "--data", str(path), "--output", str(folder / "out.jsonl"), "--device", "cpu", "--json")
+        cli(
+            "predict",
+            str(folder / "model"),
+            "--data",
+            str(path),
+            "--output",
+            str(folder / "out.jsonl"),
+            "--device",
+            "cpu",
+            "--json",
+        )
     )
-    assert told["n"] == 1 and told["model"]["folder"] == str(folder / "model") and told["output"] == str(folder / "out.jsonl")
+    assert (
+        told["n"] == 1
+        and told["model"]["folder"] == str(folder / "model")
+        and told["output"] == str(folder / "out.jsonl")
+    )
 
 
 def test_a_run_means_its_model_or_its_last_checkpoint(tmp_path: Path) -> None:
@@ -112,13 +141,18 @@ def test_a_run_means_its_model_or_its_last_checkpoint(tmp_path: Path) -> None:
     for name, text in (("config.json", "{}"), ("manifest.json", '{"files": {}}')):
         (step / name).write_text(text)
     last = which_model(tmp_path / "run")
-    assert (last["stage"], last["step"]) == ("1-main", 20) and "no finished model yet" in last["about"]
+    assert (last["stage"], last["step"]) == ("1-main", 20) and "no finished model yet" in last[
+        "about"
+    ]
     assert which_model(step)["about"] == "the checkpoint of step 20 of stage 1-main"
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     (step.parent.parent / "done.json").write_text(json.dumps({"step": 40, "best_step": 20}))
     best = which_model(tmp_path / "run")
-    assert best["step"] == 20 and best["about"] == "the finished model: the best checkpoint, step 20, of stage 1-main"
+    assert (
+        best["step"] == 20
+        and best["about"] == "the finished model: the best checkpoint, step 20, of stage 1-main"
+    )
 
 
 MISUSES = [

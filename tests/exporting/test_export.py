@@ -37,9 +37,19 @@ from vlm_tune.model.vlm import VisionLanguageModel
 
 @pytest.mark.parametrize(
     "tower",
-    ["open_clip", "open_clip class token, pad", "clip", "clip class token", "clip larger images", "siglip", "siglip larger images"],
+    [
+        "open_clip",
+        "open_clip class token, pad",
+        "clip",
+        "clip class token",
+        "clip larger images",
+        "siglip",
+        "siglip larger images",
+    ],
 )
-def test_every_tower_gives_the_same_logits(tower: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_every_tower_gives_the_same_logits(
+    tower: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = with_tower(llava_text(tiny_recipe), tower_text(tmp_path, tower))
     photos(tmp_path)
     run, recipe = saved_model(text, tmp_path / "saved")
@@ -59,7 +69,9 @@ def test_every_tower_gives_the_same_logits(tower: str, tiny_recipe: Callable[...
                 "content": [{"type": "image", "image": shown}, {"type": "text", "text": question}],
             }
         ]
-        inputs = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        inputs = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
         batch = batch_of(ours, [ours.processor.prompt(row)])
         with torch.no_grad():
             own = ours.llm.model(inputs_embeds=ours.embed(batch)).logits
@@ -78,21 +90,42 @@ def test_logits_depend_on_the_image(tiny_recipe: Callable[..., str], tmp_path: P
 
 @pytest.mark.parametrize("connector", ["{kind: linear}", "{kind: mlp, depth: 2}"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_adapters_are_merged_on_the_way(connector: str, dtype: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    run, _ = saved_model(llava_text(tiny_recipe, connector), tmp_path / "saved", lora=True, sharpen=1.0)
+def test_adapters_are_merged_on_the_way(
+    connector: str, dtype: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    run, _ = saved_model(
+        llava_text(tiny_recipe, connector), tmp_path / "saved", lora=True, sharpen=1.0
+    )
     report = export(run, tmp_path / "llava", dtype=dtype)
     assert report.merged == ["llm"] and report.same_text
     assert report.difference is not None and report.difference <= 1e-5
     theirs, _ = opened(tmp_path / "llava")
-    assert str(theirs.dtype).endswith({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
+    assert str(theirs.dtype).endswith(
+        {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
+    )
 
 
 def test_shards_card_and_command_line(
-    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     (run / "result.json").write_text(json.dumps({"accuracy": 0.875, "n": 8, "by_category": {}}))
-    out = json.loads(cli("export", str(run), "--output", str(tmp_path / "llava"), "--dtype", "fp32", "--max-shard-size", "300KB", "--json"))
+    out = json.loads(
+        cli(
+            "export",
+            str(run),
+            "--output",
+            str(tmp_path / "llava"),
+            "--dtype",
+            "fp32",
+            "--max-shard-size",
+            "300KB",
+            "--json",
+        )
+    )
     assert out["difference"] <= 1e-5 and out["same_text"] and out["format"] == "llava"
     names = {path.name for path in (tmp_path / "llava").iterdir()}
     assert names >= {
@@ -105,7 +138,11 @@ def test_shards_card_and_command_line(
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
     assert json.loads((tmp_path / "llava" / "export.json").read_text()) == out
     card = (tmp_path / "llava" / "README.md").read_text()
-    assert "Exact match on 8 test questions: 0.8750" in card and "name: tiny" in card and "library_name: transformers" in card
+    assert (
+        "Exact match on 8 test questions: 0.8750" in card
+        and "name: tiny" in card
+        and "library_name: transformers" in card
+    )
     assert run_card(tmp_path / "llava", monkeypatch, capsys)
     said = cli("export", str(run), "--output", str(tmp_path / "plain"), "--no-verify")
     assert "not verified" in said
@@ -122,7 +159,9 @@ def test_stop_ids_are_the_models(tiny_recipe: Callable[..., str], tmp_path: Path
     assert not theirs.generation_config.do_sample
 
 
-def test_rows_that_no_token_has_take_the_image_token(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_rows_that_no_token_has_take_the_image_token(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """An embedding that is larger than its tokenizer, as Qwen's, is not resized."""
     text = llava_text(tiny_recipe)
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
@@ -134,7 +173,9 @@ def test_rows_that_no_token_has_take_the_image_token(tiny_recipe: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_an_adapter_opens_in_plain_peft(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_an_adapter_opens_in_plain_peft(
+    kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
@@ -152,8 +193,12 @@ def test_an_adapter_opens_in_plain_peft(kind: str, tiny_recipe: Callable[..., st
     assert report.difference is not None and report.difference <= 1e-5
     assert len(report.notes) == 1 and "repetition_penalty 1.5" in report.notes[0]
     factory: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSeq2SeqLM
-    theirs = PeftModel.from_pretrained(factory.from_pretrained(base), str(tmp_path / "adapter")).eval()
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    theirs = PeftModel.from_pretrained(
+        factory.from_pretrained(base), str(tmp_path / "adapter")
+    ).eval()
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(base)
     ids = torch.arange(5, 20)[None]
     given = {"input_ids": ids} if kind == "causal" else {"input_ids": ids, "labels": ids}
     with torch.no_grad():

@@ -57,8 +57,14 @@ def test_merged_is_the_adapter_and_not_the_base(
     if source == "named":
         # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.
         config = {"initializer_factor": 0.3} if kind == "seq2seq" else {}
-        text = with_llm(text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind)
-    saved, recipe = trained(text, tmp_path / "saved", scale=0.3 if dtype == "fp32" else 0.05 if kind == "causal" else 0.07)
+        text = with_llm(
+            text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind
+        )
+    saved, recipe = trained(
+        text,
+        tmp_path / "saved",
+        scale=0.3 if dtype == "fp32" else 0.05 if kind == "causal" else 0.07,
+    )
     report = merge(saved, tmp_path / "merged", dtype=dtype)
     bound = 1e-4 if dtype == "fp32" else 2e-2
     assert report.difference_to_adapter <= bound < report.difference_to_base
@@ -87,11 +93,25 @@ def test_merged_files(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
 
     saved, _ = trained(tiny_recipe("causal"), tmp_path / "saved")
     report = merge(saved, tmp_path / "merged", dtype="fp32")
-    names = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*") if path.is_file()}
-    expected = {"config.json", "connector.safetensors", "tower.safetensors", "llm/model.safetensors", "llm/config.json", "tokenizer.json"}
+    names = {
+        str(path.relative_to(tmp_path / "merged"))
+        for path in (tmp_path / "merged").rglob("*")
+        if path.is_file()
+    }
+    expected = {
+        "config.json",
+        "connector.safetensors",
+        "tower.safetensors",
+        "llm/model.safetensors",
+        "llm/config.json",
+        "tokenizer.json",
+    }
     assert names >= expected | {"merge.json", "README.md", "manifest.json", "chat_template.jinja"}
     assert not any("adapter" in name for name in names)
-    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["difference_to_base"] == report.difference_to_base
+    assert (
+        json.loads((tmp_path / "merged" / "merge.json").read_text())["difference_to_base"]
+        == report.difference_to_base
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "llm")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == plain.config.vocab_size
 
@@ -102,10 +122,15 @@ def test_the_towers_adapter_is_merged_too(tiny_recipe: Callable[..., str], tmp_p
     assert report.parts == ["llm", "tower"]
     rows = rows_of(recipe)
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
-    assert largest(observe(merged, rows)[0], observe(load_model(saved, dtype=torch.float32), rows)[0]) <= 1e-4
+    assert (
+        largest(observe(merged, rows)[0], observe(load_model(saved, dtype=torch.float32), rows)[0])
+        <= 1e-4
+    )
 
 
-def test_loading_in_half_precision_keeps_the_pixel_scale(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_loading_in_half_precision_keeps_the_pixel_scale(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """Buffers are not weights: pixels are normalised after loading as they were in training."""
     saved, recipe = trained(tiny_recipe("causal"), tmp_path / "saved")
     model, loaded = built(recipe), load_model(saved, dtype=torch.bfloat16)
@@ -114,7 +139,9 @@ def test_loading_in_half_precision_keeps_the_pixel_scale(tiny_recipe: Callable[.
     assert {parameter.dtype for parameter in loaded.tower.parameters()} == {torch.bfloat16}
 
 
-def test_probes_are_the_runs_own_rows_or_a_plain_image(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_probes_are_the_runs_own_rows_or_a_plain_image(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = tiny_recipe("causal")
     saved, recipe = trained(text, tmp_path / "run" / "saved")
     model = load_model(saved)
@@ -134,19 +161,27 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_what_a_merge_says_and_its_card(
-    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     saved, _ = trained(tiny_recipe("causal"), tmp_path / "saved")
     report = merge(saved, tmp_path / "merged", dtype="fp32")
     said = merge_proof(report).splitlines()
     assert said[0] == "verified on 1 row, computed in fp32:"
     assert [line.split()[0] for line in said[1:]] == ["passed"] * 3
-    assert f"within {report.difference_to_adapter:.2g} of" in said[1] and "(0.02 is allowed)" in said[1]
+    assert (
+        f"within {report.difference_to_adapter:.2g} of" in said[1]
+        and "(0.02 is allowed)" in said[1]
+    )
     printed = run_card(tmp_path / "merged", monkeypatch, capsys)
     assert printed.endswith("\n") and len(printed.splitlines()) >= 1
 
 
-def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal"), LORA_TUNE))
     model = built(recipe)
     tuned_by(model, recipe)
@@ -156,19 +191,33 @@ def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(tiny_recipe: Callabl
     model.save_pretrained(saved)
     fine = merge(saved, tmp_path / "fine")
     assert fine.dtype == "fp32" and fine.why_dtype is not None
-    assert "bf16 moves the logits by" in fine.why_dtype and "--tolerance allows more" in fine.why_dtype
+    assert (
+        "bf16 moves the logits by" in fine.why_dtype and "--tolerance allows more" in fine.why_dtype
+    )
     assert f"merged in fp32 because {fine.why_dtype}" in merge_proof(fine)
-    assert f"merged in fp32 because {fine.why_dtype}" in (tmp_path / "fine" / "README.md").read_text()
+    assert (
+        f"merged in fp32 because {fine.why_dtype}" in (tmp_path / "fine" / "README.md").read_text()
+    )
     coarse = merge(saved, tmp_path / "coarse", tolerance=1e3)
     assert coarse.dtype == "bf16" and coarse.why_dtype is None and coarse.allowed == 1e3
     assert coarse.difference_to_adapter > 2e-2
-    with pytest.raises(ModelError, match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with --tolerance"):
+    with pytest.raises(
+        ModelError,
+        match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with --tolerance",
+    ):
         merge(saved, tmp_path / "refused", dtype="bf16")
 
 
-def test_a_quantised_run_is_compared_as_it_was_trained(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_quantised_run_is_compared_as_it_was_trained(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = tiny_recipe("causal")
-    named = with_llm(text, save_llm(tmp_path / "base", "causal", rows_of(parsed(text))), "causal", ", quantize: nf4")
+    named = with_llm(
+        text,
+        save_llm(tmp_path / "base", "causal", rows_of(parsed(text))),
+        "causal",
+        ", quantize: nf4",
+    )
     saved, _ = trained(named, tmp_path / "run" / "model")
     (tmp_path / "run" / "recipe.yaml").write_text(with_tune(named))
     report = merge(saved, tmp_path / "merged", dtype="fp32")
@@ -180,7 +229,15 @@ def test_a_quantised_run_is_compared_as_it_was_trained(tiny_recipe: Callable[...
     assert report.difference_to_run > 10 * report.difference_to_adapter
     said = merge_proof(report)
     assert "from those of the run as it was trained, over its nf4 base" in said
-    assert f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged" in said
-    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"] == report.run_accuracy
+    assert (
+        f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
+        in said
+    )
+    assert (
+        json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"]
+        == report.run_accuracy
+    )
     (tmp_path / "messages.jsonl").unlink()
-    assert "its validation part can't be read" in str(merge(saved, tmp_path / "again", dtype="fp32").unscored)
+    assert "its validation part can't be read" in str(
+        merge(saved, tmp_path / "again", dtype="fp32").unscored
+    )

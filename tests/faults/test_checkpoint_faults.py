@@ -43,12 +43,18 @@ def flip(path: Path) -> None:
 
 def sizes(folder: Path) -> dict[str, int]:
     """Every file's size by its place; folders in the making have a name of their own in every attempt."""
-    found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     return {re.sub(r"/\.(\w+)-[^/]*", r"/.\1", name): size for name, size in found.items()}
 
 
 @pytest.mark.slow
-def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """A save that replaces a damaged folder and rotates one away: the one before it and the best are whole after any kill."""
     recipe = runs(tiny_recipe, train__steps=1)
     loop = stage_loop(built(recipe), recipe, tmp_path / "once")
@@ -59,7 +65,9 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Ca
 
     def save(step: int, keep: int) -> None:
         told = Progress(step=step, best_step=0)
-        write = capture_checkpoint(loop.model, loop.engine.optimizer_state(), told, "", [random_state()], {})
+        write = capture_checkpoint(
+            loop.model, loop.engine.optimizer_state(), told, "", [random_state()], {}
+        )
         CheckpointWriter(stage, keep, background=False).save(step, write, 0)
 
     # In a process of its own: a fork of one that has written before may wait for a thread that it does not have.
@@ -88,28 +96,40 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(tiny_recipe: Ca
         assert found is not None and is_whole(step_folder(stage_of(left), 0)), number
         ends.add(found[0].name)
         assert hidden(left) == []
-        if number % 20 == 0 and found[0].name == "step-0000002":  # what is whole by its manifest has the bits that were saved
+        if (
+            number % 20 == 0 and found[0].name == "step-0000002"
+        ):  # what is whole by its manifest has the bits that were saved
             assert_same_bits(found[0], step_folder(stage_of(before), 2))
     shutil.rmtree(run)
     shutil.copytree(before, run)
     stopped_at(lambda: save(3, 2), lambda seen: False)
     assert count > 100
     assert ends == {"step-0000002", "step-0000003"}
-    assert [path.name for path in checkpoints(stage)] == [f"step-000000{step}" for step in (0, 2, 3)]
+    assert [path.name for path in checkpoints(stage)] == [
+        f"step-000000{step}" for step in (0, 2, 3)
+    ]
 
 
 @pytest.mark.slow
-def test_fault_38_a_full_disk_keeps_the_older_checkpoint(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_38_a_full_disk_keeps_the_older_checkpoint(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = runs(tiny_recipe, train__steps=20)
 
     def fill(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 2:
-            until(lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 1)))  # it is written beside training
+            until(
+                lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 1))
+            )  # it is written beside training
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     assert ended(start(lambda: sft(recipe, show=fill), tmp_path / "said")) == [5]
     said = (tmp_path / "said.0").read_text()
-    assert "step-0000002 could not be written" in said and "File too large" in said and "kept: step-0000001; --resume" in said
+    assert (
+        "step-0000002 could not be written" in said
+        and "File too large" in said
+        and "kept: step-0000001; --resume" in said
+    )
     assert hidden(tmp_path / "run") == []
     assert [path.name for path in checkpoints(stage_of(tmp_path / "run"))] == ["step-0000001"]
     assert is_whole(step_folder(stage_of(tmp_path / "run"), 1))
@@ -117,14 +137,33 @@ def test_fault_38_a_full_disk_keeps_the_older_checkpoint(tiny_recipe: Callable[.
 
 
 EXACT = {
-    "accumulation, mid-epoch": ({"train__batch_size": 2, "train__gradient_accumulation": 2, "train__steps": 5}, [3]),
-    "the epoch's end, two loader workers": ({"train__batch_size": 4, "train__loader_workers": 2, "train__steps": 6}, [4]),
-    "mid-epoch, two loader workers": ({"train__batch_size": 2, "train__loader_workers": 2, "train__steps": 5}, [1]),
-    "a stream": ({"train__batch_size": 3, "data__streaming": True, "data__shuffle_buffer": 3, "train__steps": 6}, [2]),
+    "accumulation, mid-epoch": (
+        {"train__batch_size": 2, "train__gradient_accumulation": 2, "train__steps": 5},
+        [3],
+    ),
+    "the epoch's end, two loader workers": (
+        {"train__batch_size": 4, "train__loader_workers": 2, "train__steps": 6},
+        [4],
+    ),
+    "mid-epoch, two loader workers": (
+        {"train__batch_size": 2, "train__loader_workers": 2, "train__steps": 5},
+        [1],
+    ),
+    "a stream": (
+        {
+            "train__batch_size": 3,
+            "data__streaming": True,
+            "data__shuffle_buffer": 3,
+            "train__steps": 6,
+        },
+        [2],
+    ),
 }
 
 
-def resumed_is_whole(tiny_recipe: Callable[..., str], tmp_path: Path, changes: dict[str, Any], stops: list[int]) -> None:
+def resumed_is_whole(
+    tiny_recipe: Callable[..., str], tmp_path: Path, changes: dict[str, Any], stops: list[int]
+) -> None:
     """A run that is stopped after some steps, and resumed each time, does what one does that is left alone."""
     sft(runs(tiny_recipe, "whole", **changes))
     recipe = runs(tiny_recipe, "parts", **changes)
@@ -137,30 +176,42 @@ def resumed_is_whole(tiny_recipe: Callable[..., str], tmp_path: Path, changes: d
     assert len({step.samples for step in trace}) > 1
     assert trace == read_trace(stage_of(parts))
     assert_same_bits(whole / "model", parts / "model")
-    assert_same_bits(*(step_folder(stage_of(run), changes["train__steps"]) for run in (whole, parts)))
+    assert_same_bits(
+        *(step_folder(stage_of(run), changes["train__steps"]) for run in (whole, parts))
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT)
-def test_fault_40_a_resumed_run_is_the_same_run(case: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_40_a_resumed_run_is_the_same_run(
+    case: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     resumed_is_whole(tiny_recipe, tmp_path, *EXACT[case])
 
 
 @pytest.mark.slow
-def test_fault_41_a_run_resumed_twice_is_the_same_run(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_41_a_run_resumed_twice_is_the_same_run(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     changes = {"train__batch_size": 3, "train__gradient_accumulation": 2, "train__steps": 6}
     resumed_is_whole(tiny_recipe, tmp_path, changes, [2, 5])
 
 
 @pytest.mark.slow
-def test_fault_42_a_changed_recipe_is_refused_with_a_diff_unless_told(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_42_a_changed_recipe_is_refused_with_a_diff_unless_told(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     interrupted(partial(sft, runs(tiny_recipe)), stage=0, step=2)
     changed = runs(tiny_recipe, train__learning_rate=0.01)
-    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.003 -> 0\.01(.|\n)*--accept-changes"):
+    with pytest.raises(
+        RecipeError, match=r"train\.learning_rate: 0\.003 -> 0\.01(.|\n)*--accept-changes"
+    ):
         sft(changed, resume=True)
     events: list[dict[str, Any]] = []
     sft(changed, resume=True, accept_changes=True, show=events.append)
-    assert "resumed with a changed recipe: train.learning_rate: 0.003 -> 0.01" in [event.get("text") for event in events]
+    assert "resumed with a changed recipe: train.learning_rate: 0.003 -> 0.01" in [
+        event.get("text") for event in events
+    ]
     assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
     sft(changed, resume=True)  # from now on it is the run's own
 
@@ -177,7 +228,10 @@ def test_fault_47_out_of_memory_says_what_to_change(
         return real(self, batches, step, rates)
 
     monkeypatch.setattr(StageLoop, "_step", step)
-    with pytest.raises(TrainingError, match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=") as found:
+    with pytest.raises(
+        TrainingError,
+        match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=",
+    ) as found:
         sft(runs(tiny_recipe))
     assert found.value.exit_code == 5
     assert hidden(tmp_path / "run") == []
@@ -186,7 +240,9 @@ def test_fault_47_out_of_memory_says_what_to_change(
 
 
 @pytest.mark.slow
-def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     sft(runs(tiny_recipe, "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     recipe = runs(tiny_recipe)
@@ -204,10 +260,15 @@ def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(tiny_recipe
 
 @pytest.mark.slow
 def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
-    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = iter([0.5, 0.9, 0.1])
-    monkeypatch.setattr(StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8})
+    monkeypatch.setattr(
+        StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+    )
     validation = [{"kind": "file", "path": str(color_rows)}]
     recipe = runs(tiny_recipe, data__validation=validation, evaluate__every=1, train__steps=3)
     events: list[dict[str, Any]] = []
@@ -215,7 +276,9 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
     def show(event: dict[str, Any]) -> None:
         events.append(event)
         if event["event"] == "evaluate" and event["step"] == 3:
-            until(lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 2)))  # it is written beside training
+            until(
+                lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 2))
+            )  # it is written beside training
             flip(step_folder(stage_of(tmp_path / "run"), 2) / "connector.safetensors")
 
     run = sft(recipe, show=show).folder
@@ -235,7 +298,9 @@ def test_fault_49_rotation_never_removes_the_last_good_or_the_best(tmp_path: Pat
     for step, best, left in ((1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 3]), (4, 4, [4])):
         writer.save(step, write, best)
         writer.wait()
-        assert [path.name for path in checkpoints(tmp_path)] == [f"step-000000{step}" for step in left]
+        assert [path.name for path in checkpoints(tmp_path)] == [
+            f"step-000000{step}" for step in left
+        ]
         assert all(is_whole(path) for path in checkpoints(tmp_path))
 
     def fails(folder: Path) -> None:
@@ -243,7 +308,10 @@ def test_fault_49_rotation_never_removes_the_last_good_or_the_best(tmp_path: Pat
         raise OSError(28, os.strerror(28))
 
     writer.save(5, fails, 4)
-    with pytest.raises(TrainingError, match=r"step-0000005 could not be written .*No space left.*kept: step-0000004"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step-0000005 could not be written .*No space left.*kept: step-0000004",
+    ):
         writer.wait()
     writer.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]

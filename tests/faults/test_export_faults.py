@@ -35,13 +35,17 @@ def test_fault_54_an_adapter_that_is_not_applied_is_not_exported(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved", lora=True, sharpen=1.0)
-    monkeypatch.setattr(merge, "merge_adapter", lambda model, part: model.adapters.pop(part).unload())
+    monkeypatch.setattr(
+        merge, "merge_adapter", lambda model, part: model.adapters.pop(part).unload()
+    )
     with pytest.raises(ModelError, match="the merge did nothing"):
         export(run, tmp_path / "llava", verify=False)
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
 
 
-def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_54_any_corrupted_tensor_is_found(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     export(run, tmp_path / "llava", dtype="fp32")
     ours = load_model(run / "model", dtype=torch.float32)
@@ -51,12 +55,18 @@ def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str],
     difference, _ = verify_llava(tmp_path / "llava", ours, expected, 1e-5)
     assert difference <= 1e-5
     whole = load_file(tmp_path / "llava" / "model.safetensors")
-    names = [name for name in whole if not name.endswith(WITHOUT_EFFECT) and "post_layernorm" not in name]
+    names = [
+        name for name in whole if not name.endswith(WITHOUT_EFFECT) and "post_layernorm" not in name
+    ]
     assert len(names) > 40
     generator = torch.Generator().manual_seed(2)
     for name in names:
         changed = whole[name] + torch.randn(whole[name].shape, generator=generator) * 0.1
-        save_file({**whole, name: changed}, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {**whole, name: changed},
+            tmp_path / "llava" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         with pytest.raises(ModelError, match="differ from the model's"):
             verify_llava(tmp_path / "llava", ours, expected, 1e-5)
             raise AssertionError(name)
@@ -75,7 +85,12 @@ def test_fault_54_any_corrupted_tensor_is_found(tiny_recipe: Callable[..., str],
     ],
 )
 def test_fault_54_a_processor_that_does_something_else_is_found(
-    file: str, change: tuple[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str,
+    change: tuple[str, str],
+    said: str,
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     photos(tmp_path)
@@ -97,14 +112,19 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     target = tmp_path / "out" / "llava"
-    for place, error in (("verify_llava", KeyboardInterrupt), ("model_card", OSError(28, "No space left on device"))):
+    for place, error in (
+        ("verify_llava", KeyboardInterrupt),
+        ("model_card", OSError(28, "No space left on device")),
+    ):
         with monkeypatch.context() as patch:
 
             def fails(*arguments: Any, error: Any = error) -> None:
                 raise error
 
             patch.setattr(hf_llava, place, fails)
-            with pytest.raises((KeyboardInterrupt, RecipeError), match=r"^$|no space left on device: make room"):
+            with pytest.raises(
+                (KeyboardInterrupt, RecipeError), match=r"^$|no space left on device: make room"
+            ):
                 export(run, target)
             assert list((tmp_path / "out").iterdir()) == []
     child = os.fork()
@@ -164,15 +184,26 @@ print(json.dumps({
 def test_fault_57_plain_transformers_opens_it_offline_and_answers_the_same(
     template: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    text = llava_text(tiny_recipe).replace("template: chatml", f"template: {template}").replace("max_length: 128", "max_length: 200")
+    text = (
+        llava_text(tiny_recipe)
+        .replace("template: chatml", f"template: {template}")
+        .replace("max_length: 128", "max_length: 200")
+    )
     photos(tmp_path)
     run, _ = saved_model(text, tmp_path / "saved", sharpen=2.0)
     export(run, tmp_path / "llava", dtype="fp32")
     images = sorted(map(str, tmp_path.glob("*.png")))
-    asked = [(image, question) for image in images for question in ("what color is it?", "is it red? say yes or no, please")]
+    asked = [
+        (image, question)
+        for image in images
+        for question in ("what color is it?", "is it red? say yes or no, please")
+    ]
     ours = VisionLanguageModel.from_pretrained(run, dtype=torch.float32)
     requests = [{"prompt": question, "images": [image]} for image, question in asked]
-    greedy, beams = ours.chat_batch(requests, max_new_tokens=8), ours.chat_batch(requests, max_new_tokens=8, num_beams=3)
+    greedy, beams = (
+        ours.chat_batch(requests, max_new_tokens=8),
+        ours.chat_batch(requests, max_new_tokens=8, num_beams=3),
+    )
     shutil.rmtree(run)
     done = subprocess.run(
         [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "llava"), json.dumps(asked)],
@@ -216,19 +247,27 @@ def test_fault_58_an_impossible_target_is_refused_first(
     assert not (tmp_path / "llava").exists()
 
 
-def test_fault_58_every_reason_is_named_at_once(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_58_every_reason_is_named_at_once(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = with_tower(tiny_recipe("seq2seq"), "{kind: timm, name: resnet10t, image_size: 32}")
     built(parsed(text)).save_pretrained(tmp_path / "saved")
-    with pytest.raises(ModelError, match=r"of kind timm.*pools to a grid.*LayerNorm.*encoder-decoder"):
+    with pytest.raises(
+        ModelError, match=r"of kind timm.*pools to a grid.*LayerNorm.*encoder-decoder"
+    ):
         export(tmp_path / "saved", tmp_path / "llava")
 
 
-def test_fault_58_other_towers_of_open_clip_and_transformers(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_58_other_towers_of_open_clip_and_transformers(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
-    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)).save_pretrained(
-        tmp_path / "dino"
-    )
+    Dinov2Model(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+        )
+    ).save_pretrained(tmp_path / "dino")
     vit = "layers: 2, width: 32, head_width: 16, patch_size: 16, image_size: 32"
     for number, (tower, said) in enumerate(
         {
@@ -238,13 +277,17 @@ def test_fault_58_other_towers_of_open_clip_and_transformers(tiny_recipe: Callab
             f"{{kind: open_clip, config: {{{vit}, no_ln_pre: true}}}}": "no plain CLIP",
         }.items()
     ):
-        built(parsed(with_tower(llava_text(tiny_recipe), tower))).save_pretrained(tmp_path / f"saved{number}")
+        built(parsed(with_tower(llava_text(tiny_recipe), tower))).save_pretrained(
+            tmp_path / f"saved{number}"
+        )
         with pytest.raises(ModelError, match=said):
             export(tmp_path / f"saved{number}", tmp_path / "llava")
     assert not (tmp_path / "llava").exists()
 
 
-def test_fault_58_a_decoder_that_scales_its_logits(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_58_a_decoder_that_scales_its_logits(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     scaled = "model_type: granite, vocab_size: 400, config: {logits_scaling: 8.0, "
     text = llava_text(tiny_recipe).replace("model_type: llama, vocab_size: 400, config: {", scaled)
     assert "granite" in text
@@ -265,8 +308,12 @@ def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
     config = read_config(run / "model")
     parameters = count_parameters(text_config(run / "model", config), config)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1))
-    with pytest.raises(ModelError, match=r"takes 0\.8 MB of disk, 0\.8 MB are free; nothing was started"):
+    monkeypatch.setattr(
+        source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 4 - 1)
+    )
+    with pytest.raises(
+        ModelError, match=r"takes 0\.8 MB of disk, 0\.8 MB are free; nothing was started"
+    ):
         export(run, tmp_path / "llava", dtype="fp32")
     with pytest.raises(AssertionError, match="weights were loaded"):
         export(run, tmp_path / "llava", dtype="bf16")
@@ -279,7 +326,9 @@ def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
 # --- gguf ------------------------------------------------------------------------------------------------------------
 
 
-def test_fault_54_any_corrupted_tensor_of_a_gguf_is_found(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_54_any_corrupted_tensor_of_a_gguf_is_found(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from gguf import GGUFReader
 
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
@@ -291,12 +340,39 @@ def test_fault_54_any_corrupted_tensor_of_a_gguf_is_found(tiny_recipe: Callable[
     generator = torch.Generator().manual_seed(2)
     # One of each kind of tensor, of either file: all of them would take a minute.
     for path, names in (
-        (files.language, ("token_embd", "output", "blk.0.attn_q", "blk.1.attn_k", "blk.1.attn_v", "blk.0.attn_output", "blk.1.ffn_gate")),
+        (
+            files.language,
+            (
+                "token_embd",
+                "output",
+                "blk.0.attn_q",
+                "blk.1.attn_k",
+                "blk.1.attn_v",
+                "blk.0.attn_output",
+                "blk.1.ffn_gate",
+            ),
+        ),
         (files.language, ("blk.0.ffn_norm", "output_norm")),
-        (files.mmproj, ("v.class_embd", "v.patch_embd", "v.position_embd", "v.pre_ln", "v.blk.0.attn_q", "v.blk.0.ffn_up", "mm.0", "mm.2")),
+        (
+            files.mmproj,
+            (
+                "v.class_embd",
+                "v.patch_embd",
+                "v.position_embd",
+                "v.pre_ln",
+                "v.blk.0.attn_q",
+                "v.blk.0.ffn_up",
+                "mm.0",
+                "mm.2",
+            ),
+        ),
     ):
         for name in names:
-            tensor = next(one for one in GGUFReader(path, "r+").tensors if one.name in (name, f"{name}.weight"))
+            tensor = next(
+                one
+                for one in GGUFReader(path, "r+").tensors
+                if one.name in (name, f"{name}.weight")
+            )
             before = tensor.data.copy()
             tensor.data[...] += torch.randn(before.shape, generator=generator).numpy() * 0.1
             with pytest.raises(ModelError, match="differ from the model's"):
@@ -345,10 +421,22 @@ def test_fault_56_an_interrupted_gguf_export_leaves_no_folder(
         ("seq2seq", {}, "an encoder-decoder"),
         ("causal", {"{kind: mlp, norm: true}": "{kind: linear}"}, "of kind linear"),
         ("causal", {"{kind: mlp, norm: true}": "{kind: mlp, depth: 3}"}, "has 3 layers"),
-        ("causal", {"image_size: 32}}": "image_size: 32}, class_token: true}"}, "gets the class token"),
+        (
+            "causal",
+            {"image_size: 32}}": "image_size: 32}, class_token: true}"},
+            "gets the class token",
+        ),
         ("causal", {"image_size: 32}}": "image_size: 32}, grid: 1}"}, "pools to a grid"),
-        ("causal", {"model_type: llama": "model_type: olmo"}, "type olmo, not llama, mistral, qwen2, qwen3"),
-        ("causal", {"hidden_size: 32,": "hidden_size: 32, attention_bias: true,"}, "has biases .attention_bias"),
+        (
+            "causal",
+            {"model_type: llama": "model_type: olmo"},
+            "type olmo, not llama, mistral, qwen2, qwen3",
+        ),
+        (
+            "causal",
+            {"hidden_size: 32,": "hidden_size: 32, attention_bias: true,"},
+            "has biases .attention_bias",
+        ),
     ],
 )
 def test_fault_58_what_llama_cpp_can_not_hold_is_refused_first(
@@ -363,12 +451,16 @@ def test_fault_58_what_llama_cpp_can_not_hold_is_refused_first(
     model.save_pretrained(tmp_path / "saved")
     for path in tmp_path.glob("saved/**/*.safetensors"):
         path.unlink()  # no weights are needed to tell
-    with pytest.raises(ModelError, match=f"can't be exported as GGUF: .*{said}.*llama.cpp holds a decoder"):
+    with pytest.raises(
+        ModelError, match=f"can't be exported as GGUF: .*{said}.*llama.cpp holds a decoder"
+    ):
         export(tmp_path / "saved", tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "gguf").exists()
 
 
-def test_fault_58_a_soft_prompt_has_no_place(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_58_a_soft_prompt_has_no_place(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     (run / "model" / "prompt").mkdir()
     for format in ("llava", "gguf"):
@@ -383,7 +475,9 @@ def test_fault_59_too_little_disk_for_a_gguf_is_said_before_starting(
     config = read_config(run / "model")
     parameters = count_parameters(text_config(run / "model", config), config)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 2))
+    monkeypatch.setattr(
+        source.shutil, "disk_usage", lambda path: usage._replace(free=parameters * 2)
+    )
     with pytest.raises(ModelError, match=r"of disk, .* nothing was started"):
         export(run, tmp_path / "gguf", format="gguf", dtype="fp32")
     assert export(run, tmp_path / "gguf", format="gguf", dtype="q8_0", verify=False).dtype == "q8_0"

@@ -50,7 +50,9 @@ data: {train: [{kind: easy_vqa, split: train}], template: chatml}
 tune: [{match: "*", how: full}]
 train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
 """)
-    return build(recipe, [Conversation("a", (Message("user", ("what?",)), Message("assistant", ("red",))))]).eval()
+    return build(
+        recipe, [Conversation("a", (Message("user", ("what?",)), Message("assistant", ("red",))))]
+    ).eval()
 
 
 # --- 22 --------------------------------------------------------------------------------------------------------------
@@ -58,7 +60,11 @@ train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
 
 def png_bomb(side: int) -> bytes:
     rows = zlib.compress(bytes(side * (side // 8 + 1)), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", rows)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+    )
 
 
 def gif_bomb() -> bytes:
@@ -72,7 +78,9 @@ def gif_bomb() -> bytes:
 BOMBS = {
     "PNG": png_bomb(30_000),
     "GIF": gif_bomb(),
-    "BMP": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 1000, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100),
+    "BMP": b"BM"
+    + struct.pack("<IHHIIiiHHIIiiII", 1000, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    + bytes(100),
 }
 
 
@@ -96,7 +104,11 @@ def test_fault_22_a_bomb_is_refused_by_decoding_inspection_and_size_before_it_is
 
 
 def fits() -> bytes:
-    cards = ["SIMPLE  =                    T", "BITPIX  =                    8", "NAXIS   =                    2"]
+    cards = [
+        "SIMPLE  =                    T",
+        "BITPIX  =                    8",
+        "NAXIS   =                    2",
+    ]
     cards += ["NAXIS1  =                    4", "NAXIS2  =                    4", "END"]
     return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + bytes(2880)
 
@@ -107,7 +119,10 @@ def psd() -> bytes:
 
 
 ODD = {
-    **{kind: encoded(Image.new("RGB", (16, 16)), kind) for kind in ("EPS", "PPM", "ICO", "ICNS", "TGA", "PCX", "DDS", "SGI", "PDF", "IM")},
+    **{
+        kind: encoded(Image.new("RGB", (16, 16)), kind)
+        for kind in ("EPS", "PPM", "ICO", "ICNS", "TGA", "PCX", "DDS", "SGI", "PDF", "IM")
+    },
     "FITS": fits(),
     "PSD": psd(),
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><image href="file:///etc/passwd"/></svg>',
@@ -116,7 +131,9 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_fault_23_other_formats_are_refused_whatever_they_are_called(kind: str, tmp_path: Path) -> None:
+def test_fault_23_other_formats_are_refused_whatever_they_are_called(
+    kind: str, tmp_path: Path
+) -> None:
     if kind in ("EPS", "PPM", "ICO", "FITS", "PSD"):
         with Image.open(io.BytesIO(ODD[kind])) as known:
             assert known.format == kind, "the file is no good example"
@@ -182,7 +199,9 @@ def test_fault_24_every_mode_has_its_conversion(name: str) -> None:
             decode_image(data)
     else:
         with Image.open(io.BytesIO(data)) as stored:
-            assert stored.mode == name.split(",")[0].split()[0] or name in ("L, one value clear",), "the file is no good example"
+            assert stored.mode == name.split(",")[0].split()[0] or name in (
+                "L, one value clear",
+            ), "the file is no good example"
         image = decode_image(data)
         assert image.mode == "RGB" and [image.getpixel((0, 0)), image.getpixel((1, 0))] == expected
         assert inspect_image(Media(data)).width == 2
@@ -216,7 +235,11 @@ def upright() -> Image.Image:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UNDO)
 def test_fault_25_a_rotation_is_applied_once_and_alike_in_training_and_chat(
-    kind: str, orientation: int, tmp_path: Path, model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    orientation: int,
+    tmp_path: Path,
+    model: VisionLanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     method = UNDO[orientation]
     stored = upright() if method is None else upright().transpose(method)
@@ -232,18 +255,28 @@ def test_fault_25_a_rotation_is_applied_once_and_alike_in_training_and_chat(
     assert (info.width, info.height) == image_size(Media(path)) == upright().size
     seen: list[torch.Tensor] = []
     tower = model.tower.forward
-    monkeypatch.setattr(model.tower, "forward", lambda pixels: (seen.extend(pixels), tower(pixels))[1])
+    monkeypatch.setattr(
+        model.tower, "forward", lambda pixels: (seen.extend(pixels), tower(pixels))[1]
+    )
     with Image.open(path) as opened:
         for image in (path, path.read_bytes(), opened):
             model.chat("what?", [image], max_new_tokens=1)
     assert len(seen) == 3 and all(torch.equal(one, training) for one in seen)
 
 
-def test_fault_25_a_rotation_survives_damage_elsewhere_in_the_exif_data(model: VisionLanguageModel) -> None:
+def test_fault_25_a_rotation_survives_damage_elsewhere_in_the_exif_data(
+    model: VisionLanguageModel,
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a description"
-    data = encoded(upright().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=100, subsampling=0)
+    data = encoded(
+        upright().transpose(Image.Transpose.ROTATE_90),
+        "JPEG",
+        exif=exif,
+        quality=100,
+        subsampling=0,
+    )
     # The text becomes that of a tag which holds a number: Pillow can read that and can't write it again.
     damaged = data.replace(bytes.fromhex("010e 0002"), bytes.fromhex("0100 0002"))
     with Image.open(io.BytesIO(damaged)) as opened:
@@ -254,17 +287,28 @@ def test_fault_25_a_rotation_survives_damage_elsewhere_in_the_exif_data(model: V
         assert isinstance(model.chat("what?", [opened], max_new_tokens=1), str)
 
 
-def test_fault_25_a_rotated_pil_image_in_a_mode_that_png_cannot_hold(model: VisionLanguageModel) -> None:
+def test_fault_25_a_rotated_pil_image_in_a_mode_that_png_cannot_hold(
+    model: VisionLanguageModel,
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(upright().transpose(Image.Transpose.ROTATE_90).convert("CMYK"), "JPEG", exif=exif, quality=100)
+    data = encoded(
+        upright().transpose(Image.Transpose.ROTATE_90).convert("CMYK"),
+        "JPEG",
+        exif=exif,
+        quality=100,
+    )
     with Image.open(io.BytesIO(data)) as opened:
         given = image_media(opened)
     assert torch.equal(model.processor.images(given), model.processor.images(Media(data)))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "F", "I", "I;16"])
-def test_fault_25_chat_takes_pil_images_of_every_mode(mode: str, model: VisionLanguageModel) -> None:
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "F", "I", "I;16"]
+)
+def test_fault_25_chat_takes_pil_images_of_every_mode(
+    mode: str, model: VisionLanguageModel
+) -> None:
     assert isinstance(model.chat("what?", [Image.new(mode, (20, 10))], max_new_tokens=1), str)
 
 
@@ -273,21 +317,37 @@ def test_fault_25_chat_takes_pil_images_of_every_mode(mode: str, model: VisionLa
 
 @pytest.mark.parametrize(
     ("width", "height", "allowed"),
-    [(1, 1, True), (1, 200, True), (200, 1, True), (1, 201, False), (201, 1, False), (1, 10_000, False), (10_000, 1, False)],
+    [
+        (1, 1, True),
+        (1, 200, True),
+        (200, 1, True),
+        (1, 201, False),
+        (201, 1, False),
+        (1, 10_000, False),
+        (10_000, 1, False),
+    ],
 )
 @pytest.mark.parametrize("kind", FORMATS)
-def test_fault_26_smallest_and_longest_sides(kind: str, width: int, height: int, allowed: bool) -> None:
+def test_fault_26_smallest_and_longest_sides(
+    kind: str, width: int, height: int, allowed: bool
+) -> None:
     media = Media(encoded(Image.new("RGB", (width, height), (9, 99, 199)), kind))
     if allowed:
         assert ImageProcessor(8)(media).shape == (3, 8, 8)
-        assert image_size(media) == (inspect_image(media).width, inspect_image(media).height) == (width, height)
+        assert (
+            image_size(media)
+            == (inspect_image(media).width, inspect_image(media).height)
+            == (width, height)
+        )
     for refuse in () if allowed else (ImageProcessor(8), image_size, inspect_image):
         with pytest.raises(DataError, match=f"{width}x{height}, sides of over 200 to 1"):
             refuse(media)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
-def test_fault_26_of_several_frames_the_first_is_shown(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_26_of_several_frames_the_first_is_shown(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     colors = [(255, 0, 0), (0, 0, 255), (0, 255, 0)]
     frames = [Image.new("RGB", (8, 8), color) for color in colors]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -309,14 +369,22 @@ def alike_in_pixels() -> dict[str, tuple[bytes, bytes]]:
     palettes = []
     for shift in (0, 90):
         image = indexes.copy()
-        image.putpalette([(value + shift) % 256 for place in range(256) for value in (place, 255 - place, 128)])
+        image.putpalette(
+            [(value + shift) % 256 for place in range(256) for value in (place, 255 - place, 128)]
+        )
         palettes.append(encoded(image))
     clear = [encoded(Image.new("RGBA", (16, 16), (200, 0, 0, alpha))) for alpha in (255, 40)]
-    return {"shape": (oblong[0], oblong[1]), "palette": (palettes[0], palettes[1]), "alpha": (clear[0], clear[1])}
+    return {
+        "shape": (oblong[0], oblong[1]),
+        "palette": (palettes[0], palettes[1]),
+        "alpha": (clear[0], clear[1]),
+    }
 
 
 @pytest.mark.parametrize("name", ["shape", "palette", "alpha"])
-def test_fault_27_images_of_like_pixels_are_two_everywhere(name: str, model: VisionLanguageModel) -> None:
+def test_fault_27_images_of_like_pixels_are_two_everywhere(
+    name: str, model: VisionLanguageModel
+) -> None:
     one, other = (Media(data) for data in alike_in_pixels()[name])
     infos = [inspect_image(one), inspect_image(other)]
     assert infos[0].sha256 != infos[1].sha256
@@ -324,11 +392,15 @@ def test_fault_27_images_of_like_pixels_are_two_everywhere(name: str, model: Vis
     features = tower_features(model, [one, other])
     for media in (one, other):
         with torch.inference_mode():
-            assert torch.allclose(features(media), model.tower(model.processor.images(media)[None])[0], atol=1e-5)
+            assert torch.allclose(
+                features(media), model.tower(model.processor.images(media)[None])[0], atol=1e-5
+            )
     assert not torch.allclose(features(one), features(other), atol=1e-3)
 
 
-def test_fault_27_one_image_under_two_names_is_computed_once(model: VisionLanguageModel, tmp_path: Path) -> None:
+def test_fault_27_one_image_under_two_names_is_computed_once(
+    model: VisionLanguageModel, tmp_path: Path
+) -> None:
     data = encoded(upright())
     (tmp_path / "a.png").write_bytes(data)
     media = [Media(tmp_path / "a.png"), Media(data)]

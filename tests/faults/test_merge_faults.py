@@ -40,9 +40,13 @@ def trained(text: str, folder: Path, *, scale: float = 0.3) -> Path:
     return folder
 
 
-def test_fault_54_a_zeroed_adapter_is_not_merged(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_54_a_zeroed_adapter_is_not_merged(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     saved = trained(tiny_recipe("causal"), tmp_path / "saved", scale=0.0)
-    with pytest.raises(ModelError, match="the merge did nothing: merged logits equal the base model's"):
+    with pytest.raises(
+        ModelError, match="the merge did nothing: merged logits equal the base model's"
+    ):
         merge(saved, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
@@ -80,13 +84,17 @@ def test_fault_54_other_text_is_refused_even_where_logits_are_near() -> None:
         check_merge(replace(good, difference_to_base=float("nan")))
 
 
-def test_fault_54_a_model_without_an_adapter_has_nothing_to_merge(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_54_a_model_without_an_adapter_has_nothing_to_merge(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     built(parsed(tiny_recipe("causal"))).save_pretrained(tmp_path / "plain")
     with pytest.raises(ModelError, match="nothing to merge"):
         merge(tmp_path / "plain", tmp_path / "merged")
 
 
-def test_fault_54_an_adapter_that_is_not_finite_is_not_merged(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_54_an_adapter_that_is_not_finite_is_not_merged(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     saved = trained(tiny_recipe("causal"), tmp_path / "saved", scale=float("inf"))
     with pytest.raises(ModelError):
         merge(saved, tmp_path / "merged")
@@ -94,22 +102,35 @@ def test_fault_54_an_adapter_that_is_not_finite_is_not_merged(tiny_recipe: Calla
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_fault_55_a_quantised_run_is_merged_into_its_16_bit_base(quantize: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_55_a_quantised_run_is_merged_into_its_16_bit_base(
+    quantize: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = tiny_recipe("causal", precision="bf16")
     base = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), hidden_size=64)
-    saved = trained(with_llm(text, base, "causal", f", quantize: {quantize}"), tmp_path / "saved", scale=0.05)
+    saved = trained(
+        with_llm(text, base, "causal", f", quantize: {quantize}"), tmp_path / "saved", scale=0.05
+    )
     report = merge(saved, tmp_path / "merged")
     assert report.base == f"{base} in bf16 (the run was {quantize})"
     assert f"(the run was {quantize})" in (tmp_path / "merged" / "README.md").read_text()
-    merged, exact = load_file(tmp_path / "merged" / "llm" / "model.safetensors"), load_file(base / "model.safetensors")
+    merged, exact = (
+        load_file(tmp_path / "merged" / "llm" / "model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
     assert merged.keys() == exact.keys()
     assert {value.dtype for value in merged.values()} == {torch.bfloat16}
     adapter = load_file(saved / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    change = 2 * adapter[f"base_model.model.{name}.lora_B.weight"].float() @ adapter[f"base_model.model.{name}.lora_A.weight"].float()
+    change = (
+        2
+        * adapter[f"base_model.model.{name}.lora_B.weight"].float()
+        @ adapter[f"base_model.model.{name}.lora_A.weight"].float()
+    )
     expected = exact[f"{name}.weight"].bfloat16().float() + change
     assert torch.allclose(merged[f"{name}.weight"].float(), expected, rtol=2**-7, atol=1e-4)
-    assert torch.equal(merged["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
+    assert torch.equal(
+        merged["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16()
+    )
     with pytest.raises(ModelError, match="can't be merged into quantised weights"):
         checkpoint.load_model(saved)  # the packed base is what a run is used with ...
         from vlm_tune.model.lora import merge_adapter
@@ -117,7 +138,9 @@ def test_fault_55_a_quantised_run_is_merged_into_its_16_bit_base(quantize: str, 
         merge_adapter(load_model(saved), "llm")  # ... and never what is merged into
 
 
-def test_fault_56_the_output_folder_must_be_free(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_56_the_output_folder_must_be_free(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     saved = trained(tiny_recipe("causal"), tmp_path / "saved")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("keep")
@@ -161,7 +184,9 @@ def test_fault_56_an_error_in_a_save_leaves_no_partial_folder(
 
 def test_fault_56_a_failed_replacement_keeps_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    commit_folder(target, lambda folder: save_file({"a": torch.ones(2)}, folder / "a.safetensors") and None)
+    commit_folder(
+        target, lambda folder: save_file({"a": torch.ones(2)}, folder / "a.safetensors") and None
+    )
 
     def fails(folder: Path) -> None:
         save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
@@ -174,9 +199,13 @@ def test_fault_56_a_failed_replacement_keeps_what_was_there(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_fault_56_a_save_that_fails_at_the_last_rename_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_56_a_save_that_fails_at_the_last_rename_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "model"
-    commit_folder(target, lambda folder: save_file({"a": torch.ones(2)}, folder / "a.safetensors") and None)
+    commit_folder(
+        target, lambda folder: save_file({"a": torch.ones(2)}, folder / "a.safetensors") and None
+    )
     rename = Path.rename
 
     def fails(self: Path, other: Any) -> Any:
@@ -186,14 +215,19 @@ def test_fault_56_a_save_that_fails_at_the_last_rename_keeps_what_was_there(tmp_
 
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="Input/output"):
-        commit_folder(target, lambda folder: save_file({"a": torch.zeros(2)}, folder / "a.safetensors") and None)
+        commit_folder(
+            target,
+            lambda folder: save_file({"a": torch.zeros(2)}, folder / "a.safetensors") and None,
+        )
     monkeypatch.undo()
     verify_folder(target)
     assert torch.equal(load_file(target / "a.safetensors")["a"], torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_fault_56_a_kill_in_a_merge_leaves_no_folder_that_loads(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_56_a_kill_in_a_merge_leaves_no_folder_that_loads(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """The process dies (no handler runs) while the files are written; the next try goes through."""
     saved = trained(tiny_recipe("causal"), tmp_path / "saved")
     target = tmp_path / "merged"

@@ -71,7 +71,10 @@ def resealed(folder: Path) -> Path:
     from vlm_tune.model.checkpoint import MANIFEST, _digest
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    entries = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    entries = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in files
+    }
     (folder / MANIFEST).write_text(json.dumps({"files": entries}))
     return folder
 
@@ -82,13 +85,18 @@ def resealed(folder: Path) -> Path:
 def test_fault_28_pickled_llm_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "touched")))
-    with pytest.raises(ModelError, match=r"no safetensors weights \(found pytorch_model\.bin: pickled weights are not loaded"):
+    with pytest.raises(
+        ModelError,
+        match=r"no safetensors weights \(found pytorch_model\.bin: pickled weights are not loaded",
+    ):
         load(folder)
     assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
-def test_fault_28_pickled_tower_weights_are_refused(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_28_pickled_tower_weights_are_refused(
+    kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     payload = pickle.dumps(Payload(tmp_path / "touched"))
     if kind == "open_clip":
         (tmp_path / "tower.pt").write_bytes(payload)
@@ -104,8 +112,12 @@ def test_fault_28_pickled_tower_weights_are_refused(kind: str, tiny_recipe: Call
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("pretrained", ["no_such_tag", "cut.safetensors", "of_another_model.safetensors"])
-def test_fault_30_open_clip_weights_that_can_not_be_loaded(pretrained: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pretrained", ["no_such_tag", "cut.safetensors", "of_another_model.safetensors"]
+)
+def test_fault_30_open_clip_weights_that_can_not_be_loaded(
+    pretrained: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     name = pretrained
     if pretrained.endswith("safetensors"):
         name = str(tmp_path / pretrained)
@@ -113,16 +125,30 @@ def test_fault_30_open_clip_weights_that_can_not_be_loaded(pretrained: str, tiny
     if pretrained.startswith("cut"):
         Path(name).write_bytes(Path(name).read_bytes()[:-4])
     with pytest.raises(ModelError, match=pretrained):
-        built(parsed(with_tower(tiny_recipe("causal"), f"{{kind: open_clip, name: ViT-S-32-alt, pretrained: {name}}}")))
+        built(
+            parsed(
+                with_tower(
+                    tiny_recipe("causal"),
+                    f"{{kind: open_clip, name: ViT-S-32-alt, pretrained: {name}}}",
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_fault_29_remote_code_is_never_run(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_29_remote_code_is_never_run(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    config |= {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
     config["auto_map"]["AutoModelForSeq2SeqLM"] = "code.Model"
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Config: ...\nclass Model: ...\n"
+    )
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     load_tokenizer(Llm(kind=kind, name=str(folder)))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="can't load the language model"):
@@ -159,7 +185,15 @@ def test_fault_30_giant_header(length: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"[1,2]", b"{not json", b'{"a": 3}', b'{"a": {"data_offsets": "x"}}', b"[" * 5000, b'"text"', b'{"a": {"data_offsets": [0, "9"]}}'],
+    [
+        b"[1,2]",
+        b"{not json",
+        b'{"a": 3}',
+        b'{"a": {"data_offsets": "x"}}',
+        b"[" * 5000,
+        b'"text"',
+        b'{"a": {"data_offsets": [0, "9"]}}',
+    ],
 )
 def test_fault_30_headers_that_make_no_sense(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
@@ -176,7 +210,9 @@ def test_fault_30_missing_shard(folder: Path) -> None:
     for shard, keys in shards.items():
         save_file({key: weights[key] for key in keys}, folder / shard, metadata={"format": "pt"})
     index = {key: shard for shard, keys in shards.items() for key in keys}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     load(folder)
     (folder / "model-2-of-2.safetensors").unlink()
     with pytest.raises(ModelError, match=r"missing shards: model-2-of-2\.safetensors"):
@@ -187,7 +223,9 @@ def test_fault_30_missing_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "no folder"])
-def test_fault_30_tower_weights(fault: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_30_tower_weights(
+    fault: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     path = tmp_path / "clip" / "model.safetensors"
@@ -195,11 +233,24 @@ def test_fault_30_tower_weights(fault: str, tiny_recipe: Callable[..., str], tmp
         CLIPVisionModel(CLIPVisionConfig(**CLIP)).save_pretrained(tmp_path / "clip")
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="clip"):
-        built(parsed(with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}")))
+        built(
+            parsed(
+                with_tower(
+                    tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}"
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter/adapter_model.safetensors", "connector.safetensors", "tokenizer.json", "config.json", "llm/model.safetensors"]
+    "name",
+    [
+        "adapter/adapter_model.safetensors",
+        "connector.safetensors",
+        "tokenizer.json",
+        "config.json",
+        "llm/model.safetensors",
+    ],
 )
 def test_fault_30_any_changed_byte_of_a_saved_model(name: str, saved: Path) -> None:
     path = saved / name
@@ -243,12 +294,18 @@ def test_fault_31_connector_tensors_that_do_not_fit_are_listed(change: str, save
     else:
         weights["layers.0.bias"] = torch.zeros(3)
     save_file(weights, path)
-    said = {"missing": r"missing: layers\.0\.bias", "unexpected": r"unexpected: layers\.9\.bias", "misshapen": r"layers\.0\.bias is \[3\]"}
+    said = {
+        "missing": r"missing: layers\.0\.bias",
+        "unexpected": r"unexpected: layers\.9\.bias",
+        "misshapen": r"layers\.0\.bias is \[3\]",
+    }
     with pytest.raises(ModelError, match=said[change]):
         load_model(resealed(saved))
 
 
-def test_fault_31_a_tower_folder_that_lacks_a_tensor(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_31_a_tower_folder_that_lacks_a_tensor(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     CLIPVisionModel(CLIPVisionConfig(**CLIP)).save_pretrained(tmp_path / "clip")
@@ -257,7 +314,13 @@ def test_fault_31_a_tower_folder_that_lacks_a_tensor(tiny_recipe: Callable[..., 
     del weights[name]
     save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.fc1\.weight"):
-        built(parsed(with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}")))
+        built(
+            parsed(
+                with_tower(
+                    tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}"
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("change", ["renamed", "dropped", "added", "other rank"])
@@ -289,7 +352,9 @@ def test_fault_32_an_adapter_for_layers_that_are_not_there(saved: Path) -> None:
 # --- 33 to 35 --------------------------------------------------------------------------------------------------------
 
 
-def test_fault_33_tokenizer_larger_than_the_embedding(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_33_tokenizer_larger_than_the_embedding(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = tiny_recipe("causal")
     folder = save_llm(tmp_path / "llama", "causal", rows_of(parsed(text)))
     from transformers import AutoTokenizer
@@ -298,7 +363,9 @@ def test_fault_33_tokenizer_larger_than_the_embedding(tiny_recipe: Callable[...,
     size = len(tokenizer)
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ModelError, match=rf"the tokenizer has {size + 1} tokens, the model's embedding {size}"):
+    with pytest.raises(
+        ModelError, match=rf"the tokenizer has {size + 1} tokens, the model's embedding {size}"
+    ):
         built(parsed(with_llm(text, folder, "causal")))
 
 
@@ -340,13 +407,17 @@ def test_fault_35_t5_in_fp16_is_refused_in_a_recipe(tiny_recipe: Callable[..., s
         parsed(tiny_recipe("seq2seq") + "stages: [{name: one, train: {precision: fp16}}]\n")
 
 
-def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     model = built(parsed(tiny_recipe("seq2seq")))
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ModelError, match="fp16"):
         load_model(tmp_path / "saved", dtype=torch.float16)
     assert load_model(tmp_path / "saved", dtype=torch.bfloat16).llm.model.dtype == torch.bfloat16
-    assert load_model(tmp_path / "saved").llm.model.dtype == torch.float32  # the run's own precision
+    assert (
+        load_model(tmp_path / "saved").llm.model.dtype == torch.float32
+    )  # the run's own precision
 
 
 @pytest.mark.parametrize(
@@ -367,8 +438,12 @@ def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(
     from vlm_tune.model.build import check_packed
 
     text = tiny_recipe("causal", precision="bf16")
-    folder = save_llm(tmp_path / "wide", "causal", rows_of(parsed(text)), hidden_size=64, intermediate_size=128)
-    model: Any = built(parsed(with_tune(with_llm(text, folder, "causal", ", quantize: nf4"), LORA_TUNE)))
+    folder = save_llm(
+        tmp_path / "wide", "causal", rows_of(parsed(text)), hidden_size=64, intermediate_size=128
+    )
+    model: Any = built(
+        parsed(with_tune(with_llm(text, folder, "causal", ", quantize: nf4"), LORA_TUNE))
+    )
     check_packed(model)
     mlp = model.llm.model.model.layers[1].mlp
     if fault == "a packed head":
@@ -388,10 +463,16 @@ def test_every_model_fault_ends_with_exit_code_4() -> None:
     assert issubclass(ModelError, VlmTuneError)
 
 
-def test_an_encoder_decoder_that_names_no_start_token_is_refused(tiny_recipe: Callable[..., str]) -> None:
+def test_an_encoder_decoder_that_names_no_start_token_is_refused(
+    tiny_recipe: Callable[..., str],
+) -> None:
     recipe = parsed(tiny_recipe("seq2seq"))
     model = built(recipe)
-    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
+    batch = batch_of(
+        model, [example for row in rows_of(recipe) for example in model.processor.examples(row)]
+    )
     model.llm.model.config.decoder_start_token_id = None
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration's config names no decoder_start_token_id"):
+    with pytest.raises(
+        ModelError, match="T5ForConditionalGeneration's config names no decoder_start_token_id"
+    ):
         model(batch)

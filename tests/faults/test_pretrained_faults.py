@@ -61,15 +61,26 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
         with pytest.raises(ModelError, match=said):
             built(parsed(text))
         (folder / "model.safetensors").write_bytes(kept)
-    change_tensors(folder, lambda tensors: tensors.update({"multi_modal_projector.linear_1.weight": torch.zeros(3, 3)}))
-    with pytest.raises(ModelError, match=r"misshapen: layers.0.weight is \[3, 3\], expected \[32, 32\]"):
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"multi_modal_projector.linear_1.weight": torch.zeros(3, 3)}
+        ),
+    )
+    with pytest.raises(
+        ModelError, match=r"misshapen: layers.0.weight is \[3, 3\], expected \[32, 32\]"
+    ):
         built(parsed(text))
 
 
-def test_fault_28_pickled_weights_of_an_existing_model_are_refused(llava: tuple[Path, str], tmp_path: Path) -> None:
+def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
+    llava: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, text = llava
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"found pytorch_model\.bin: pickled weights are not loaded"):
+    with pytest.raises(
+        ModelError, match=r"found pytorch_model\.bin: pickled weights are not loaded"
+    ):
         built(parsed(text))
     parts = text.replace("vicuna", "chatml")
     plain = parts.partition("\nmodel:")[2].partition("\ndata:")[0]
@@ -77,7 +88,10 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(llava: tuple[
     scratch += f"\n  connector: {{kind: mlp, weights: {tmp_path / 'mm_projector.bin'}}}"
     scratch += "\n  llm: {kind: causal, scratch: {model_type: llama, config: {hidden_size: 32, num_hidden_layers: 1, "
     scratch += "intermediate_size: 48, num_attention_heads: 2}}}"
-    with pytest.raises(ModelError, match=r"mm_projector\.bin: pickled weights are not loaded, convert them to safetensors"):
+    with pytest.raises(
+        ModelError,
+        match=r"mm_projector\.bin: pickled weights are not loaded, convert them to safetensors",
+    ):
         built(parsed(parts.replace(plain, scratch)))
 
 
@@ -85,12 +99,17 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(llava: tuple[
     ("changes", "said"),
     [
         ({"model_type": "llava_next"}, "is no vision-language model of a known kind"),
-        ({"vision_feature_layer": [-2, -5]}, r"features of the layers \[-2, -5\] joined .* expected one layer"),
+        (
+            {"vision_feature_layer": [-2, -5]},
+            r"features of the layers \[-2, -5\] joined .* expected one layer",
+        ),
         ({"projector_hidden_act": "relu"}, "a projector with relu .* expected gelu"),
         ({"multimodal_projector_bias": False}, "a projector without biases"),
     ],
 )
-def test_llavas_of_another_shape_are_refused(changes: dict[str, Any], said: str, llava: tuple[Path, str]) -> None:
+def test_llavas_of_another_shape_are_refused(
+    changes: dict[str, Any], said: str, llava: tuple[Path, str]
+) -> None:
     folder, text = llava
     change_config(folder, **changes)
     with pytest.raises(ModelError, match=said):
@@ -101,11 +120,16 @@ def test_llavas_of_another_shape_are_refused(changes: dict[str, Any], said: str,
     ("changes", "said"),
     [
         ({"mm_projector_type": "mlp1x_gelu"}, "expected linear or mlp2x_gelu"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio anyres.* expected LLaVA-1.5's square or pad"),
+        (
+            {"image_aspect_ratio": "anyres"},
+            "image_aspect_ratio anyres.* expected LLaVA-1.5's square or pad",
+        ),
         ({"mm_use_im_start_end": True}, "tokens around an image"),
     ],
 )
-def test_original_llavas_of_another_shape_are_refused(changes: dict[str, Any], said: str, llava: tuple[Path, str], tmp_path: Path) -> None:
+def test_original_llavas_of_another_shape_are_refused(
+    changes: dict[str, Any], said: str, llava: tuple[Path, str], tmp_path: Path
+) -> None:
     from transformers import LlavaForConditionalGeneration
 
     folder, text = llava
@@ -117,11 +141,21 @@ def test_original_llavas_of_another_shape_are_refused(changes: dict[str, Any], s
 
 def test_image_processors_of_another_kind_are_refused(llava: tuple[Path, str]) -> None:
     folder, text = llava
-    path = next(path for path in folder.glob("*processor_config.json") if "image_mean" in path.read_text())
+    path = next(
+        path for path in folder.glob("*processor_config.json") if "image_mean" in path.read_text()
+    )
     whole = json.loads(path.read_text())
     own = whole.get("image_processor", whole)
-    for changes, said in (({"resample": 2}, "not bicubically"), ({"crop_size": {"height": 16, "width": 32}}, "expected one square size")):
-        path.write_text(json.dumps(whole | ({"image_processor": own | changes} if "image_processor" in whole else changes)))
+    for changes, said in (
+        ({"resample": 2}, "not bicubically"),
+        ({"crop_size": {"height": 16, "width": 32}}, "expected one square size"),
+    ):
+        path.write_text(
+            json.dumps(
+                whole
+                | ({"image_processor": own | changes} if "image_processor" in whole else changes)
+            )
+        )
         with pytest.raises(ModelError, match=said):
             model_section(parsed(text))
     path.unlink()
@@ -136,32 +170,50 @@ def test_blip_of_another_shape_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> 
     recipe = with_pretrained(text, folder, "blip2")
     former = json.loads((folder / "config.json").read_text())["qformer_config"]
     change_config(folder, qformer_config=former | {"intermediate_size": 48})
-    with pytest.raises(ModelError, match="a Q-Former whose intermediate_size is 48, which can't be taken over; expected 64"):
+    with pytest.raises(
+        ModelError,
+        match="a Q-Former whose intermediate_size is 48, which can't be taken over; expected 64",
+    ):
         model_section(parsed(recipe))
     change_config(folder, qformer_config=former, text_config={"model_type": "opt"})
     with pytest.raises(ModelError, match=r"a decoder \(opt\) as its language model"):
         model_section(parsed(recipe))
 
 
-def test_a_recipe_that_does_not_go_with_the_parts_found_is_told(tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_go_with_the_parts_found_is_told(
+    tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     """No recipe check reads the checkpoint: what depends on it is told when the model is made."""
     text = tiny_recipe("seq2seq")
     save_blip(tmp_path / "blip", rows_of(parsed(text)), "blip-2")
-    recipe = with_pretrained(text, tmp_path / "blip", "blip2").replace("precision: fp32", "precision: fp16")
-    with pytest.raises(RecipeError, match=r"train.precision: T5's activations overflow in fp16.*is seq2seq with a qformer"):
+    recipe = with_pretrained(text, tmp_path / "blip", "blip2").replace(
+        "precision: fp32", "precision: fp16"
+    )
+    with pytest.raises(
+        RecipeError,
+        match=r"train.precision: T5's activations overflow in fp16.*is seq2seq with a qformer",
+    ):
         built(parsed(recipe))
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("{pretrained: x, llm: {quantise: nf4}}", r"unknown key 'quantise'; did you mean quantize\?"),
+        (
+            "{pretrained: x, llm: {quantise: nf4}}",
+            r"unknown key 'quantise'; did you mean quantize\?",
+        ),
         ("{pretrained: x, connector: {kind: mlp}}", "unknown key 'connector'"),
-        ("{pretrained: x, tower: {resize: shrink}}", "model.tower.resize: 'shrink' is none of squash, crop, pad"),
+        (
+            "{pretrained: x, tower: {resize: shrink}}",
+            "model.tower.resize: 'shrink' is none of squash, crop, pad",
+        ),
         ("{}", "model.tower is required"),
     ],
 )
-def test_faults_of_the_models_section_are_told_with_their_place(model: str, said: str, tiny_recipe: Tiny) -> None:
+def test_faults_of_the_models_section_are_told_with_their_place(
+    model: str, said: str, tiny_recipe: Tiny
+) -> None:
     head, _, rest = tiny_recipe("causal").partition("\nmodel:")
     with pytest.raises(RecipeError, match=said):
         parsed(f"{head}\nmodel: {model}{rest[rest.index(chr(10) + 'data:') :]}")

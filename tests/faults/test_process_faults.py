@@ -27,9 +27,17 @@ from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
 from vlm_tune.train.step_trace import read_trace
 
 
-def two_ranks(tiny_recipe: Callable[..., str], color_rows: Path, output: str, **changes: Any) -> Any:
+def two_ranks(
+    tiny_recipe: Callable[..., str], color_rows: Path, output: str, **changes: Any
+) -> Any:
     validation = [{"kind": "file", "path": str(color_rows)}]
-    return runs(tiny_recipe, output, **({"data__validation": validation, "train__batch_size": 2, "evaluate__every": 2} | changes))
+    return runs(
+        tiny_recipe,
+        output,
+        **(
+            {"data__validation": validation, "train__batch_size": 2, "evaluate__every": 2} | changes
+        ),
+    )
 
 
 def once(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +69,13 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
     ):
         recipe, said = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
 
-        def act(recipe: Any = recipe, owner: Any = owner, name: str = name, rank: int = rank, number: Any = number) -> None:
+        def act(
+            recipe: Any = recipe,
+            owner: Any = owner,
+            name: str = name,
+            rank: int = rank,
+            number: Any = number,
+        ) -> None:
             def kill() -> None:
                 if os.environ["RANK"] == str(rank):
                     os.kill(os.getpid(), number)
@@ -77,12 +91,17 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
         assert read_trace(stage_of(tmp_path / where)) == read_trace(stage_of(tmp_path / "whole"))
         # Dropout draws from each rank's own random numbers.
         assert_same_bits(tmp_path / where / "model", tmp_path / "whole" / "model")
-        scores = [json.loads((stage_of(tmp_path / run) / "done.json").read_text())["history"] for run in (where, "whole")]
+        scores = [
+            json.loads((stage_of(tmp_path / run) / "done.json").read_text())["history"]
+            for run in (where, "whole")
+        ]
         assert scores[0] == scores[1]
 
 
 @pytest.mark.slow
-def test_fault_39_a_second_signal_leaves_at_once_without_harm(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_39_a_second_signal_leaves_at_once_without_harm(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     def twice(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,12 +117,19 @@ def test_fault_39_a_second_signal_leaves_at_once_without_harm(tiny_recipe: Calla
 
 
 @pytest.mark.slow
-def test_fault_43_another_number_of_ranks_sees_the_same_order(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_43_another_number_of_ranks_sees_the_same_order(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """One rank to step 2, then two."""
 
     def recipe(output: str) -> Any:
         text = with_tune(tiny_recipe("causal", output=output), LORA_TUNE)
-        changes: dict[str, Any] = {"train__steps": 5, "train__batch_size": 3, "train__log_every": 1, "evaluate__samples": 0}
+        changes: dict[str, Any] = {
+            "train__steps": 5,
+            "train__batch_size": 3,
+            "train__log_every": 1,
+            "evaluate__samples": 0,
+        }
         return parsed(text, **changes, data__validation=[])
 
     def stop(event: dict[str, Any]) -> None:
@@ -113,7 +139,9 @@ def test_fault_43_another_number_of_ranks_sees_the_same_order(tiny_recipe: Calla
     one, other, said = recipe("one"), recipe("other"), tmp_path / "said"
     assert ended(start(lambda: sft(one), said)) == [0]
     assert ended(start(lambda: sft(other, show=stop), said)) == [130]
-    assert ended(start(lambda: sft(other, resume=True), said, ranks=2)) == [0, 0], (tmp_path / "said.1").read_text()
+    assert ended(start(lambda: sft(other, resume=True), said, ranks=2)) == [0, 0], (
+        tmp_path / "said.1"
+    ).read_text()
     whole, parts = (read_trace(stage_of(tmp_path / name)) for name in ("one", "other"))
     assert [step.step for step in parts] == [1, 2, 3, 4, 5]
     assert len({step.samples for step in whole}) > 1
@@ -125,38 +153,73 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Makes the features of one image NaN."""
     real = FeatureStore.__call__
     monkeypatch.setattr(
-        FeatureStore, "__call__", lambda self, media: real(self, media) * (float("nan") if media.name.endswith(name) else 1.0)
+        FeatureStore,
+        "__call__",
+        lambda self, media: (
+            real(self, media) * (float("nan") if media.name.endswith(name) else 1.0)
+        ),
     )
 
 
 @pytest.mark.slow
 def test_fault_44_a_poisoned_sample_stops_after_k_steps_with_its_ids_dumped(
-    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison(monkeypatch, "green.png")
-    validation = {"data__validation": [{"kind": "file", "path": str(color_rows)}], "evaluate__every": 1}
+    validation = {
+        "data__validation": [{"kind": "file", "path": str(color_rows)}],
+        "evaluate__every": 1,
+    }
     recipe = runs(tiny_recipe, train__batch_size=8, train__max_nonfinite=2, **validation)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step in a row"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step in a row",
+    ):
         sft(recipe)
-    dumped = [json.loads(line) for line in (stage_of(tmp_path / "run") / "nonfinite.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"], len(line["samples"])) for line in dumped] == [(1, "nan", 8), (2, "nan", 8)]
+    dumped = [
+        json.loads(line)
+        for line in (stage_of(tmp_path / "run") / "nonfinite.jsonl").read_text().splitlines()
+    ]
+    assert [(line["step"], line["loss"], len(line["samples"])) for line in dumped] == [
+        (1, "nan", 8),
+        (2, "nan", 8),
+    ]
     assert checkpoints(stage_of(tmp_path / "run")) == []
     assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.slow
 def test_fault_44_single_steps_are_left_out_and_never_marked_best(
-    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison(monkeypatch, "green.png")
-    validation = {"data__validation": [{"kind": "file", "path": str(color_rows)}], "evaluate__every": 1}
+    validation = {
+        "data__validation": [{"kind": "file", "path": str(color_rows)}],
+        "evaluate__every": 1,
+    }
     events: list[dict[str, Any]] = []
     # Of eight batches of one row two hold the poisoned image; the last step is a good one.
-    recipe = runs(tiny_recipe, train__batch_size=1, train__steps=7, train__max_nonfinite=3, seed=3, **validation)
+    recipe = runs(
+        tiny_recipe,
+        train__batch_size=1,
+        train__steps=7,
+        train__max_nonfinite=3,
+        seed=3,
+        **validation,
+    )
     sft(recipe, show=events.append)
     trace = read_trace(stage_of(tmp_path / "run"))
     left_out = [step.step for step in trace if step.loss == "nan"]
-    assert left_out and [event["step"] for event in events if "left out" in event.get("text", "")] == left_out
+    assert (
+        left_out
+        and [event["step"] for event in events if "left out" in event.get("text", "")] == left_out
+    )
     done = json.loads((stage_of(tmp_path / "run") / "done.json").read_text())
     assert len(done["history"]) == 7 and done["best_step"] is None
     assert {path.name for path in checkpoints(stage_of(tmp_path / "run"))} == {
@@ -176,7 +239,9 @@ def test_fault_45_a_killed_loader_worker_names_the_sample(
         return real(self, media)
 
     monkeypatch.setattr(FeatureStore, "__call__", fetch)
-    with pytest.raises(DataError, match=r"a loader process was killed .*at step 1 of epoch 1") as found:
+    with pytest.raises(
+        DataError, match=r"a loader process was killed .*at step 1 of epoch 1"
+    ) as found:
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
     assert "messages:2" in str(found.value) or "messages:3" in str(found.value)
     assert found.value.exit_code == 3
@@ -190,7 +255,10 @@ def test_fault_45_a_worker_killed_while_the_others_start_names_the_sample_too(
         raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", start_workers)
-    with pytest.raises(DataError, match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: \S*messages:\d"):
+    with pytest.raises(
+        DataError,
+        match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: \S*messages:\d",
+    ):
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
 
 
@@ -199,7 +267,13 @@ def test_fault_45_a_worker_killed_while_the_others_start_names_the_sample_too(
 def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
     number: signal.Signals, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0, train__checkpoints={"every": 2, "keep": 2})
+    recipe = runs(
+        tiny_recipe,
+        train__batch_size=2,
+        train__steps=100_000,
+        train__timeout=20.0,
+        train__checkpoints={"every": 2, "keep": 2},
+    )
     pids = start(lambda: sft(recipe), tmp_path / "said", ranks=2)
     try:
         until(lambda: len(read_trace(stage_of(tmp_path / "run"))) > 5)
@@ -215,7 +289,9 @@ def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
 
 
 @pytest.mark.slow
-def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_fault_46_a_stuck_collective_names_who_is_waited_for(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = runs(tiny_recipe, train__batch_size=2, train__steps=100_000, train__timeout=20.0)
 
     def act() -> None:
@@ -236,10 +312,14 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(tiny_recipe: Callab
         os.kill(pids[1], signal.SIGKILL)
     ended(pids[1:])
     said = (tmp_path / "said.0").read_text()
-    assert "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3" in said, said
+    assert "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3" in said, (
+        said
+    )
 
 
-def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What was told of a wait that ended after all counts no more: a later step may take seconds."""
     found = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=1), 1800.0)  # type: ignore[arg-type]
     ended: list[int] = []
@@ -264,17 +344,27 @@ class _OthersLive:
         return True
 
     def get(self, key: str) -> str:
-        return json.dumps({"place": "step 1", "count": 0, "reached": [0, 1, 2], "beat": next(self.beats)})
+        return json.dumps(
+            {"place": "step 1", "count": 0, "reached": [0, 1, 2], "beat": next(self.beats)}
+        )
 
 
 @pytest.mark.parametrize(
     ("raised", "told"),
     [
-        ("ProcessGroupGloo::allgather: invalid tensor type at index 0", "the processes could not exchange tensors"),
-        ("[gloo/transport] Timed out waiting 1800000ms for recv", "no progress for 0.2 s (train.timeout)"),
+        (
+            "ProcessGroupGloo::allgather: invalid tensor type at index 0",
+            "the processes could not exchange tensors",
+        ),
+        (
+            "[gloo/transport] Timed out waiting 1800000ms for recv",
+            "no progress for 0.2 s (train.timeout)",
+        ),
     ],
 )
-def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(raised: str, told: str) -> None:
+def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(
+    raised: str, told: str
+) -> None:
     one = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=2), 0.2)  # type: ignore[arg-type]
     one._store = _OthersLive()
     error = one.lost(RuntimeError(raised))
@@ -290,7 +380,9 @@ def test_fault_50_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken
     try:
         until(lambda: len(read_trace(stage_of(tmp_path / "run"))) > 3)
         for options in ({"resume": True}, {"overwrite": True}, {}):
-            with pytest.raises(TrainingError, match=rf"run is in use by process {first} on \S+ since 20\d\d-"):
+            with pytest.raises(
+                TrainingError, match=rf"run is in use by process {first} on \S+ since 20\d\d-"
+            ):
                 sft(recipe, **options)
     finally:
         os.kill(first, signal.SIGKILL)
@@ -337,13 +429,19 @@ class Broken:
 
 
 @pytest.mark.slow
-def test_fault_51_a_tracker_that_fails_does_not_stop_training(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_51_a_tracker_that_fails_does_not_stop_training(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["tensorboard", "wandb", "mlflow"]
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: names)
     for name, where in zip(names, ("init", "log", "finish"), strict=True):
-        monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, name, type(name, (Broken,), {"where": where}))
+        monkeypatch.setitem(
+            trackers.LOGGER_TYPE_TO_CLASS, name, type(name, (Broken,), {"where": where})
+        )
     events: list[dict[str, Any]] = []
-    run = sft(runs(tiny_recipe, train__steps=6, train__trackers=[*names, "trackio"]), show=events.append)
+    run = sft(
+        runs(tiny_recipe, train__steps=6, train__trackers=[*names, "trackio"]), show=events.append
+    )
     assert (run.folder / "model").is_dir()
     notes = [event["text"] for event in events if event.get("text", "").startswith("tracker")]
     assert notes == [
@@ -366,7 +464,11 @@ train:"""
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fault_53_under_zero_a_rank_without_images_takes_part(
-    stage: int, tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int,
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One row of eight has an image, so one of two ranks has none; after a step Adam's first moment is a tenth of the gradient.
 
@@ -384,13 +486,33 @@ def test_fault_53_under_zero_a_rank_without_images_takes_part(
 
     def recipe(output: str, size: int, engine: dict[str, Any]) -> Any:
         text = with_tune(tiny_recipe("causal", output=output), LEARNS_IMAGES)
-        changes: dict[str, Any] = {"train__steps": 1, "train__batch_size": size, "train__max_grad_norm": None, "engine": engine}
+        changes: dict[str, Any] = {
+            "train__steps": 1,
+            "train__batch_size": size,
+            "train__max_grad_norm": None,
+            "engine": engine,
+        }
         return parsed(text, **changes, data__validation=[], evaluate__samples=0)
 
-    one, two = recipe("one", 8, {"kind": "ddp"}), recipe("two", 4, {"kind": "deepspeed", "stage": stage})
-    assert ended(start(lambda: sft(two), tmp_path / "said", ranks=2)) == [0, 0], (tmp_path / "said.1").read_text()
+    one, two = (
+        recipe("one", 8, {"kind": "ddp"}),
+        recipe("two", 4, {"kind": "deepspeed", "stage": stage}),
+    )
+    assert ended(start(lambda: sft(two), tmp_path / "said", ranks=2)) == [0, 0], (
+        tmp_path / "said.1"
+    ).read_text()
     assert ended(start(lambda: sft(one), tmp_path / "said")) == [0]
-    states = [load_file(step_folder(stage_of(tmp_path / name), 1) / "trainer" / "optimizer.safetensors") for name in ("one", "two")]
-    gradients = [{name: value * 10 for name, value in state.items() if name.endswith("|exp_avg")} for state in states]
-    assert any(float(value.abs().max()) > 1e-4 for name, value in gradients[0].items() if name.startswith("tower."))
+    states = [
+        load_file(step_folder(stage_of(tmp_path / name), 1) / "trainer" / "optimizer.safetensors")
+        for name in ("one", "two")
+    ]
+    gradients = [
+        {name: value * 10 for name, value in state.items() if name.endswith("|exp_avg")}
+        for state in states
+    ]
+    assert any(
+        float(value.abs().max()) > 1e-4
+        for name, value in gradients[0].items()
+        if name.startswith("tower.")
+    )
     assert_close(gradients[0], gradients[1])

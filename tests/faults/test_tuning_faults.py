@@ -30,17 +30,30 @@ ANY_LLM = {
     "prefix": "how: prefix, tokens: 4",
 }
 CASES = [
-    *[(kind, "llm", name, rule) for kind in ("causal", "seq2seq") for name, rule in ANY_LLM.items()],
-    *[("causal", "tower", name, ANY_LLM[name]) for name in ("full", "decay", "last_layers", "norms", "pissa")],
+    *[
+        (kind, "llm", name, rule)
+        for kind in ("causal", "seq2seq")
+        for name, rule in ANY_LLM.items()
+    ],
+    *[
+        ("causal", "tower", name, ANY_LLM[name])
+        for name in ("full", "decay", "last_layers", "norms", "pissa")
+    ],
     ("causal", "tower", "biases", "how: biases"),
 ]
 
 
 def digest(value: torch.Tensor) -> str:
-    return hashlib.sha256(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
-@pytest.mark.parametrize(("kind", "part", "name", "rule"), CASES, ids=[f"{kind}-{part}-{name}" for kind, part, name, _ in CASES])
+@pytest.mark.parametrize(
+    ("kind", "part", "name", "rule"),
+    CASES,
+    ids=[f"{kind}-{part}-{name}" for kind, part, name, _ in CASES],
+)
 def test_fault_52_a_frozen_weight_changes(
     kind: str, part: str, name: str, rule: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -53,7 +66,13 @@ def test_fault_52_a_frozen_weight_changes(
     steps: list[dict[str, float]] = []
 
     def note(optimizer: Any, arguments: Any, named: Any) -> None:
-        steps.append({own: float(p.grad.abs().sum()) for own, p in model.named_parameters() if p.grad is not None})
+        steps.append(
+            {
+                own: float(p.grad.abs().sum())
+                for own, p in model.named_parameters()
+                if p.grad is not None
+            }
+        )
 
     inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(note)
@@ -62,8 +81,17 @@ def test_fault_52_a_frozen_weight_changes(
     assert all(step.keys() == trained for step in steps)
     # LoRA's A gets its first gradient once B has left zero.
     assert {own for own, value in steps[1].items() if value} == trained
-    changed = {own for own, parameter in model.named_parameters() if digest(parameter) != before[own]}
+    changed = {
+        own for own, parameter in model.named_parameters() if digest(parameter) != before[own]
+    }
     assert changed == trained
     row, rest = loop.tuned.table
-    assert (row.trained, rest.trained) == (sum(p.numel() for own, p in model.named_parameters() if own in trained), 0)
-    assert row.trained + rest.total <= sum(parameter.numel() for parameter in model.parameters()) == row.total + rest.total
+    assert (row.trained, rest.trained) == (
+        sum(p.numel() for own, p in model.named_parameters() if own in trained),
+        0,
+    )
+    assert (
+        row.trained + rest.total
+        <= sum(parameter.numel() for parameter in model.parameters())
+        == row.total + rest.total
+    )

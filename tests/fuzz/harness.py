@@ -76,7 +76,13 @@ class Workplace:
         recipe = base_recipe("causal")
         recipe["data"]["validation"] = [{"kind": "file", "path": "messages.jsonl", "limit": 3}]
         recipe["tune"] = [
-            {"match": "llm.*", "how": "lora", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+            {
+                "match": "llm.*",
+                "how": "lora",
+                "r": 2,
+                "lora_alpha": 4,
+                "target_modules": "all-linear",
+            },
             {"match": "*", "how": "frozen"},
         ]
         recipe["train"] |= {"steps": 2, "checkpoints": {"every": 1, "keep": 2}}
@@ -135,7 +141,9 @@ class Workplace:
 
     def _damage(self, place: Path, damage: str, number: int, cache: bool) -> None:
         if cache:
-            shutil.copytree(self.folder / "cache", place / "cache", ignore=shutil.ignore_patterns("kernels"))
+            shutil.copytree(
+                self.folder / "cache", place / "cache", ignore=shutil.ignore_patterns("kernels")
+            )
             os.environ["VLM_TUNE_CACHE"] = str(place / "cache")
         root = place / ("cache" if cache else "run")
         paths = sorted(path for path in root.rglob("*") if path.is_file())
@@ -148,7 +156,9 @@ class Workplace:
                 path.write_bytes(b"")
             case "flip" if content:
                 where = number % len(content)
-                path.write_bytes(content[:where] + bytes([content[where] ^ 4]) + content[where + 1 :])
+                path.write_bytes(
+                    content[:where] + bytes([content[where] ^ 4]) + content[where + 1 :]
+                )
             case "text":
                 path.write_text("null")
             case "folder":
@@ -185,7 +195,11 @@ class Workplace:
             signal.alarm(0)
         output.flush()
         printed = output.buffer.getvalue().decode()  # type: ignore[attr-defined]
-        outcome.steps = trained_steps(place) if case.kind in ("recipe", "override", "row", "training", "command") else 0
+        outcome.steps = (
+            trained_steps(place)
+            if case.kind in ("recipe", "override", "row", "training", "command")
+            else 0
+        )
         if case.call[0] == "resumed":
             outcome.steps = max(outcome.steps - 1, 0)
         if not outcome.fault:
@@ -232,7 +246,11 @@ def write_rows(path: Path, content: bytes) -> None:
         import pyarrow.parquet
 
         try:
-            loaded = json.loads(content) if path.suffix == ".parquet" else [json.loads(line) for line in content.splitlines()]
+            loaded = (
+                json.loads(content)
+                if path.suffix == ".parquet"
+                else [json.loads(line) for line in content.splitlines()]
+            )
             if path.suffix == ".parquet":
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(loaded), path)
                 return
@@ -250,7 +268,10 @@ def real(value: Any) -> Any:
     """A case's arguments with the names of images replaced by such images."""
     if isinstance(value, dict):
         words = ("content", "prompt", "text", "role")  # where a name is a text
-        return {key: each if key in words and isinstance(each, str) else real(each) for key, each in value.items()}
+        return {
+            key: each if key in words and isinstance(each, str) else real(each)
+            for key, each in value.items()
+        }
     if isinstance(value, list):
         return [real(each) for each in value]
     makers = {
@@ -280,7 +301,9 @@ def command_line(arguments: list[str]) -> BaseException | None:
             return None
         cause = ended.__context__
         if isinstance(cause, VlmTuneError):
-            assert ended.code == cause.exit_code and ended.code in (2, 3, 4, 5, 130), f"exit code {ended.code}"
+            assert ended.code == cause.exit_code and ended.code in (2, 3, 4, 5, 130), (
+                f"exit code {ended.code}"
+            )
             return cause
         # A usage error has 2; a report of `check` with errors 3; a difference that verify-run finds 5.
         allowed = {2, *{"check": {3}, "verify-run": {5}}.get(arguments[0], set())}
@@ -293,7 +316,11 @@ def command_line(arguments: list[str]) -> BaseException | None:
 
 def site(error: BaseException) -> str:
     """The innermost function of vlm_tune that an error came through."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "vlm_tune/" in frame.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "vlm_tune/" in frame.filename
+    ]
     if not frames:
         return ""
     last = frames[-1]
@@ -343,7 +370,9 @@ def trained_steps(place: Path) -> int:
         if "run" in log.parts and (place / "merged").is_dir():
             continue
         with contextlib.suppress(OSError, ValueError):
-            count += sum('"event": "train"' in line for line in log.read_text(errors="replace").splitlines())
+            count += sum(
+                '"event": "train"' in line for line in log.read_text(errors="replace").splitlines()
+            )
     return count
 
 

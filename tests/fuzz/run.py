@@ -36,7 +36,9 @@ def planned(number: int, kind: str | None, count: int) -> list[tuple[str, str | 
     """
     counts = [(kind, count)]
     if kind is not None and ":" in kind:
-        counts = [(name, int(cases)) for name, cases in (part.split(":") for part in kind.split(","))]
+        counts = [
+            (name, int(cases)) for name, cases in (part.split(":") for part in kind.split(","))
+        ]
     return [(f"{number}-{place}", name) for name, cases in counts for place in range(cases)]
 
 
@@ -81,7 +83,18 @@ def outcomes(log: Path, code: int) -> list[dict[str, Any]]:
     if case is not None:
         kind = case.partition("kind='")[2].partition("'")[0]
         fault = f"the process ended with {code} in this case"
-        results.append({"kind": kind, "ended": "crash", "site": "", "message": "", "steps": 0, "fault": fault, "case": case, "seconds": 0})
+        results.append(
+            {
+                "kind": kind,
+                "ended": "crash",
+                "site": "",
+                "message": "",
+                "steps": 0,
+                "fault": fault,
+                "case": case,
+                "seconds": 0,
+            }
+        )
     return results
 
 
@@ -101,7 +114,11 @@ def report(results: list[dict[str, Any]]) -> dict[str, Any]:
             sites[f"{result['ended']} {result['site']}"] += 1
             examples[f"{result['ended']} {result['site']}"] = result["message"][:200]
         if result["fault"]:
-            last = result["fault"].strip().splitlines()[-1] if result["ended"] == "traceback" else result["fault"]
+            last = (
+                result["fault"].strip().splitlines()[-1]
+                if result["ended"] == "traceback"
+                else result["fault"]
+            )
             faults[f"{result['ended']} {result['site']}: {last[:120]}"].append(result)
     total = Counter[str]()
     for counts in by_kind.values():
@@ -112,7 +129,11 @@ def report(results: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": {kind: round(value, 1) for kind, value in seconds.items()},
         "raised_at": {name: [count, examples[name]] for name, count in sites.most_common()},
         "faults": {
-            name: {"count": len(each), "case": min((one["case"] for one in each), key=len)[:3000], "fault": each[0]["fault"]}
+            name: {
+                "count": len(each),
+                "case": min((one["case"] for one in each), key=len)[:3000],
+                "fault": each[0]["fault"],
+            }
             for name, each in sorted(faults.items(), key=lambda item: -len(item[1]))
         },
     }
@@ -124,7 +145,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", help="cases of one kind only, or so many of each, as recipe:60,row:20, in one batch")
+    parser.add_argument(
+        "--kind",
+        help="cases of one kind only, or so many of each, as recipe:60,row:20, in one batch",
+    )
     parser.add_argument("--case", help="run one case again and print how it ended")
     parser.add_argument("--json", type=Path, help="save the report")
     parser.add_argument("--batch", nargs=4, help=argparse.SUPPRESS)
@@ -167,11 +191,20 @@ def main() -> int:
         return results
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.processes) as pool:
-        subprocess.run([sys.executable, __file__, "--prepare", str(Path(folder) / "start")], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--prepare", str(Path(folder) / "start")], check=True
+        )
         for number, each in enumerate(pool.map(one, range(-(-options.cases // BATCH)))):
             results += each
-            reached, wrong = sum(r["steps"] > 0 for r in results), sum(bool(r["fault"]) for r in results)
-            print(f"batch {number}: {len(results)} cases, {reached} trained, {wrong} faults", file=sys.stderr, flush=True)
+            reached, wrong = (
+                sum(r["steps"] > 0 for r in results),
+                sum(bool(r["fault"]) for r in results),
+            )
+            print(
+                f"batch {number}: {len(results)} cases, {reached} trained, {wrong} faults",
+                file=sys.stderr,
+                flush=True,
+            )
             if options.json:
                 options.json.write_text(json.dumps(report(results), indent=1))
     summary = report(results)

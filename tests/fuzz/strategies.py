@@ -58,7 +58,9 @@ WEIRD: list[Any] = [
 """Values that belong nowhere in particular."""
 
 weird = st.sampled_from(WEIRD)
-text = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from([each for each in WEIRD if isinstance(each, str)])
+text = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
+    [each for each in WEIRD if isinstance(each, str)]
+)
 
 
 @dataclass
@@ -79,7 +81,13 @@ def base_recipe(kind: str) -> dict[str, Any]:
         "model": {
             "tower": {
                 "kind": "open_clip",
-                "config": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32},
+                "config": {
+                    "layers": 1,
+                    "width": 64,
+                    "head_width": 32,
+                    "patch_size": 16,
+                    "image_size": 32,
+                },
             },
             "connector": {"kind": "mlp", "norm": True},
             "llm": {"kind": kind, "scratch": copy.deepcopy(TINY[kind])},
@@ -176,7 +184,9 @@ def fitting(draw: st.DrawFn, node: dict[str, Any]) -> Any:
             first = int(low) if low is not None else min(0, 0 if last is None else last - 5)
             return draw(st.integers(first, first + 9 if last is None else last))
         case "number":
-            return draw(st.floats(float(low or 0), float(high if high is not None else 4), allow_nan=False))
+            return draw(
+                st.floats(float(low or 0), float(high if high is not None else 4), allow_nan=False)
+            )
         case "boolean":
             return draw(st.booleans())
         case "string":
@@ -212,7 +222,10 @@ def recipe_text(draw: st.DrawFn) -> bytes:
     lines = dump(base_recipe("causal")).encode().replace(b", ", b",\n ").split(b"\n")
     place = draw(st.integers(0, len(lines) - 1))
     noise = draw(
-        st.binary(max_size=6) | st.sampled_from([b"\t", b"\xff", b"\x00", b"&a *a", b"!!python/object:os.system ls", b"---", b"%YAML"])
+        st.binary(max_size=6)
+        | st.sampled_from(
+            [b"\t", b"\xff", b"\x00", b"&a *a", b"!!python/object:os.system ls", b"---", b"%YAML"]
+        )
     )
     match draw(st.integers(0, 5)):
         case 0:
@@ -232,7 +245,12 @@ def recipe_text(draw: st.DrawFn) -> bytes:
 
 def dump(recipe: dict[str, Any]) -> str:
     """A recipe as JSON, which YAML reads; numbers that JSON has not as YAML writes them."""
-    return json.dumps(recipe).replace("NaN", ".nan").replace("-Infinity", "-.inf").replace("Infinity", ".inf")
+    return (
+        json.dumps(recipe)
+        .replace("NaN", ".nan")
+        .replace("-Infinity", "-.inf")
+        .replace("Infinity", ".inf")
+    )
 
 
 SETTINGS: dict[str, list[Any]] = {
@@ -241,7 +259,11 @@ SETTINGS: dict[str, list[Any]] = {
     "train.steps": [1, 2],
     "train.learning_rate": [1e-6, 1e-3, 0.5],
     "train.weight_decay": [0.0, 0.1],
-    "train.schedule": [{"kind": "cosine"}, {"kind": "linear", "warmup": 0.5}, {"kind": "constant", "warmup": 0.99}],
+    "train.schedule": [
+        {"kind": "cosine"},
+        {"kind": "linear", "warmup": 0.5},
+        {"kind": "constant", "warmup": 0.99},
+    ],
     "train.max_grad_norm": [None, 1e-3, 10.0],
     "train.precision": ["fp32", "bf16"],
     "train.gradient_checkpointing": [True],
@@ -256,7 +278,11 @@ SETTINGS: dict[str, list[Any]] = {
     "evaluate.samples": [1, 3],
     "data.validation": [[{"kind": "file", "path": "messages.jsonl", "limit": 3}]],
     "data.test": [[{"kind": "file", "path": "messages.jsonl", "limit": 2}]],
-    "data.split": [{"validation": 0.3}, {"test": 0.3}, {"validation": 0.25, "test": 0.25, "stratify": True}],
+    "data.split": [
+        {"validation": 0.3},
+        {"test": 0.3},
+        {"validation": 0.25, "test": 0.25, "stratify": True},
+    ],
     "data.group": ["image"],
     "data.packing": [True],
     "data.row_length": [64, 128, 1024],
@@ -268,7 +294,12 @@ SETTINGS: dict[str, list[Any]] = {
     "data.shuffle_buffer": [1, 3],
     "data.system": ["Be brief.", "<image>"],
     "data.template": ["chatml", "vicuna", "llama3", "smollm2", "flan"],
-    "data.clean": [{"duplicates": "bytes"}, {"duplicates": "perceptual"}, {"min_side": 64}, {"max_chars": 10}],
+    "data.clean": [
+        {"duplicates": "bytes"},
+        {"duplicates": "perceptual"},
+        {"min_side": 64},
+        {"max_chars": 10},
+    ],
     "data.augment": [{"flip": 0.5, "crop": 0.5}, {"rand_augment": {"ops": 1}}],
     "model.connector": [
         {"kind": "linear"},
@@ -286,8 +317,21 @@ SETTINGS: dict[str, list[Any]] = {
     "seed": [1, 2**32 - 1],
     "tune": [
         [{"match": "*", "how": "full"}],
-        [{"match": "llm.*", "how": "lora", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}, {"match": "*", "how": "frozen"}],
-        [{"match": "connector.*", "how": "full"}, {"match": "llm.*", "how": "norms"}, {"match": "*", "how": "frozen"}],
+        [
+            {
+                "match": "llm.*",
+                "how": "lora",
+                "r": 2,
+                "lora_alpha": 4,
+                "target_modules": "all-linear",
+            },
+            {"match": "*", "how": "frozen"},
+        ],
+        [
+            {"match": "connector.*", "how": "full"},
+            {"match": "llm.*", "how": "norms"},
+            {"match": "*", "how": "frozen"},
+        ],
         [{"match": "llm.*", "how": "prompt", "tokens": 2}, {"match": "*", "how": "frozen"}],
         [{"match": "llm.*", "how": "last_layers", "layers": 1}, {"match": "*", "how": "frozen"}],
     ],
@@ -353,7 +397,14 @@ def changed(draw: st.DrawFn, tree: Any) -> Any:
         case 1 if isinstance(parent, list):
             parent.insert(key, parent[key])
         case 2 if isinstance(parent, dict):
-            parent[draw(text | st.sampled_from(["id", "category", "weight", "tools", "choices", "images", "role"]))] = draw(weird)
+            parent[
+                draw(
+                    text
+                    | st.sampled_from(
+                        ["id", "category", "weight", "tools", "choices", "images", "role"]
+                    )
+                )
+            ] = draw(weird)
         case 3 if isinstance(parent[key], str):
             parent[key] = draw(text)
         case 4 if isinstance(parent[key], str):
@@ -382,15 +433,29 @@ def rows_file(draw: st.DrawFn) -> tuple[str, bytes]:
     good = ROWS[0] if not (same and isinstance(first, dict)) else first
     rows = [*rows, *[good] * 4]
     escape = draw(st.booleans())
-    name = draw(st.sampled_from(["rows.jsonl"] * 6 + ["rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.parquet"]))
+    name = draw(
+        st.sampled_from(
+            ["rows.jsonl"] * 6
+            + ["rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.parquet"]
+        )
+    )
     if name.endswith(("json", "parquet")):
         content = json.dumps(rows, ensure_ascii=escape).encode("utf-8", "surrogatepass")
     else:
-        content = "".join(json.dumps(each, ensure_ascii=escape) + "\n" for each in rows).encode("utf-8", "surrogatepass")
+        content = "".join(json.dumps(each, ensure_ascii=escape) + "\n" for each in rows).encode(
+            "utf-8", "surrogatepass"
+        )
     if chance(draw, 6):
         place = draw(st.integers(0, len(content)))
-        noise = draw(st.binary(max_size=5) | st.sampled_from([b"\xff\xfe", b"\x00", b"\xef\xbb\xbf", b"\n\n", b"{", b"\\ud83d"]))
-        content = draw(st.sampled_from([content[:place], content[:place] + noise + content[place:], noise + content]))
+        noise = draw(
+            st.binary(max_size=5)
+            | st.sampled_from([b"\xff\xfe", b"\x00", b"\xef\xbb\xbf", b"\n\n", b"{", b"\\ud83d"])
+        )
+        content = draw(
+            st.sampled_from(
+                [content[:place], content[:place] + noise + content[place:], noise + content]
+            )
+        )
     return name, content
 
 
@@ -399,7 +464,11 @@ def image_bytes(draw: st.DrawFn) -> tuple[str, Any]:
     """What is done to red.png: ("cut", share), ("bytes", ...), ("save", format, mode, size)."""
     return draw(
         st.tuples(st.just("cut"), st.floats(0, 1))
-        | st.tuples(st.just("bytes"), st.binary(max_size=40) | st.sampled_from([b"<html>", b"GIF89a", b"\x89PNG\r\n\x1a\n", b""]))
+        | st.tuples(
+            st.just("bytes"),
+            st.binary(max_size=40)
+            | st.sampled_from([b"<html>", b"GIF89a", b"\x89PNG\r\n\x1a\n", b""]),
+        )
         | st.tuples(
             st.just("save"),
             st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF"]),
@@ -426,12 +495,20 @@ def override_cases(draw: st.DrawFn) -> Case:
     overrides = []
     for _ in range(draw(st.integers(1, 2))):
         path = ".".join(map(str, draw(st.sampled_from(schema_paths()))[0]))
-        name = draw(st.just(path) | st.sampled_from(["train.lr", "rank", "alpha", "tune.7.r", "a..b", ".", "", "model"]) | text)
+        name = draw(
+            st.just(path)
+            | st.sampled_from(["train.lr", "rank", "alpha", "tune.7.r", "a..b", ".", "", "model"])
+            | text
+        )
         value = draw(weird.map(lambda each: json.dumps(each)) | text)
         overrides.append(f"{name}={value}" if draw(st.integers(0, 9)) else name)
     command = draw(st.sampled_from(["sft", "check", "show", "plan"]))
     recipe = base_recipe(draw(st.sampled_from(["causal", "seq2seq"])))
-    return Case("override", ["cli", command, "recipe.yaml", *(f"--set={each}" for each in overrides)], recipe)
+    return Case(
+        "override",
+        ["cli", command, "recipe.yaml", *(f"--set={each}" for each in overrides)],
+        recipe,
+    )
 
 
 @st.composite
@@ -443,7 +520,11 @@ def training_cases(draw: st.DrawFn) -> Case:
     if chance(draw, 8):
         name = draw(st.sampled_from(sorted(SETTINGS)))
         value = json.dumps(draw(st.sampled_from(SETTINGS[name])))
-        call = ["resumed", f"--set={name}={value}", *draw(st.sampled_from([[], ["--accept-changes"]]))]
+        call = [
+            "resumed",
+            f"--set={name}={value}",
+            *draw(st.sampled_from([[], ["--accept-changes"]])),
+        ]
     return Case("training", call, recipe, files)
 
 
@@ -492,22 +573,41 @@ def command_cases(draw: st.DrawFn) -> Case:
     for parameter in commands[name].params:
         if parameter.name in ("help", "processes"):
             continue  # several processes are started by tests of their own
-        value = likely.get(parameter.name, "new") if draw(st.integers(0, 2)) else draw(st.sampled_from(ARGUMENTS))
+        value = (
+            likely.get(parameter.name, "new")
+            if draw(st.integers(0, 2))
+            else draw(st.sampled_from(ARGUMENTS))
+        )
         if parameter.param_type_name == "argument":
             call += [value] if draw(st.integers(0, 15)) else []
         elif parameter.required or draw(st.integers(0, 3)) == 0:
             call += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], value]
-    return Case("command", call, base_recipe("causal"), {"rows.jsonl": ("rows", json.dumps(ROWS[0]).encode())})
+    return Case(
+        "command",
+        call,
+        base_recipe("causal"),
+        {"rows.jsonl": ("rows", json.dumps(ROWS[0]).encode())},
+    )
 
 
 part = (
     st.sampled_from(
-        [{"type": "text", "text": "what?"}, {"type": "image"}, {"type": "image", "image": "red.png"}, {"type": "nope"}, "x", None]
+        [
+            {"type": "text", "text": "what?"},
+            {"type": "image"},
+            {"type": "image", "image": "red.png"},
+            {"type": "nope"},
+            "x",
+            None,
+        ]
     )
     | weird
 )
 message = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", "tool", None, 1]), "content": text | st.lists(part, max_size=3) | weird}
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool", None, 1]),
+        "content": text | st.lists(part, max_size=3) | weird,
+    }
 )
 IMAGES = [
     "red.png",
@@ -536,9 +636,15 @@ request = st.fixed_dictionaries(
     },
 )
 options = st.fixed_dictionaries(
-    {}, optional={"max_new_tokens": st.sampled_from([1, 2, 3]) | weird, "num_beams": st.sampled_from([1, 2]) | weird}
+    {},
+    optional={
+        "max_new_tokens": st.sampled_from([1, 2, 3]) | weird,
+        "num_beams": st.sampled_from([1, 2]) | weird,
+    },
 )
-bounded_options = options.filter(lambda each: not _is_large(each.get("max_new_tokens")) and not _is_large(each.get("num_beams")))
+bounded_options = options.filter(
+    lambda each: not _is_large(each.get("max_new_tokens")) and not _is_large(each.get("num_beams"))
+)
 
 
 def _is_large(value: Any) -> bool:
@@ -550,22 +656,37 @@ def _is_large(value: Any) -> bool:
 def python_cases(draw: st.DrawFn) -> Case:
     """Calls of the Python API with arguments of all kinds."""
     name = draw(
-        st.sampled_from(["chat"] * 4 + ["chat_batch"] * 3 + ["evaluate", "merge", "export", "from_pretrained", "sft", "check", "plan"])
+        st.sampled_from(
+            ["chat"] * 4
+            + ["chat_batch"] * 3
+            + ["evaluate", "merge", "export", "from_pretrained", "sft", "check", "plan"]
+        )
     )
     images = st.lists(st.sampled_from(IMAGES), max_size=3) | st.sampled_from(IMAGES) | weird
     if name == "chat":
         prompt = text | st.lists(message, max_size=4) | weird
-        keywords = {**draw(bounded_options), **({"images": draw(images)} if draw(st.booleans()) else {})}
+        keywords = {
+            **draw(bounded_options),
+            **({"images": draw(images)} if draw(st.booleans()) else {}),
+        }
         return Case("python", ["python", name, [draw(prompt)], keywords])
     if name == "chat_batch":
         requests = st.lists(request | text | weird, max_size=3) | weird
         return Case("python", ["python", name, [draw(requests)], draw(bounded_options)])
-    place = st.sampled_from(["run", "merged", "nope", ".", "messages.jsonl", "recipe.yaml", "", "a" * 300]) | weird
+    place = (
+        st.sampled_from(
+            ["run", "merged", "nope", ".", "messages.jsonl", "recipe.yaml", "", "a" * 300]
+        )
+        | weird
+    )
     keywords: dict[str, Any] = {}
     if name in ("evaluate", "merge", "export", "from_pretrained") and draw(st.booleans()):
         keywords["dtype"] = draw(st.sampled_from(["bf16", "fp32", "half", "int8"]) | weird)
     if name == "evaluate" and draw(st.booleans()):
-        keywords |= {"split": draw(st.sampled_from(["test", "validation", "train"]) | weird), "limit": draw(st.just(2) | weird)}
+        keywords |= {
+            "split": draw(st.sampled_from(["test", "validation", "train"]) | weird),
+            "limit": draw(st.just(2) | weird),
+        }
     if name == "export":
         keywords["format"] = draw(st.sampled_from(["llava", "adapter", "gguf"]) | weird)
     arguments = [draw(place)]
@@ -573,7 +694,11 @@ def python_cases(draw: st.DrawFn) -> Case:
         arguments.append(draw(st.just("new") | place))
     if name == "sft":
         arguments = [draw(st.just("recipe.yaml") | place)]
-        keywords = {"overrides": draw(st.dictionaries(st.sampled_from(sorted(SETTINGS)) | text, weird, max_size=2) | weird)}
+        keywords = {
+            "overrides": draw(
+                st.dictionaries(st.sampled_from(sorted(SETTINGS)) | text, weird, max_size=2) | weird
+            )
+        }
     return Case("python", ["python", name, arguments, keywords], base_recipe("causal"))
 
 
@@ -594,7 +719,12 @@ def folder_cases(draw: st.DrawFn) -> Case:
             ]
         )
     )
-    return Case("folder", use, None, {"damage": ("damage", damage, draw(st.integers(0, 10**6)), draw(st.booleans()))})
+    return Case(
+        "folder",
+        use,
+        None,
+        {"damage": ("damage", damage, draw(st.integers(0, 10**6)), draw(st.booleans()))},
+    )
 
 
 KINDS = {

@@ -26,10 +26,22 @@ TEXTS = [
     "A chat between a curious user and an assistant. USER: hello ASSISTANT: yes </s <p ad> <s im age|_end start>",
     "You are a helpful assistant; is there not a rectangle? no\nand a second line",
 ]
-LLAMA3_SPLIT = r"\s*[\r\n]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"\s*[\r\n]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+)
 
-Kind = Literal["bytes", "bpe", "llama3", "metaspace_first", "metaspace_always", "prepend", "unigram", "t5"]
-KINDS: tuple[Kind, ...] = ("bytes", "bpe", "metaspace_first", "metaspace_always", "prepend", "unigram", "t5")
+Kind = Literal[
+    "bytes", "bpe", "llama3", "metaspace_first", "metaspace_always", "prepend", "unigram", "t5"
+]
+KINDS: tuple[Kind, ...] = (
+    "bytes",
+    "bpe",
+    "metaspace_first",
+    "metaspace_always",
+    "prepend",
+    "unigram",
+    "t5",
+)
 
 
 @cache
@@ -47,7 +59,10 @@ def tokenizer(name: str, kind: Kind) -> Any:
         inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
         inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer: Any = trainers.BpeTrainer(
-            vocab_size=420, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=420,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
     elif kind in ("unigram", "t5"):
         inner = Tokenizer(models.Unigram())
@@ -56,7 +71,9 @@ def tokenizer(name: str, kind: Kind) -> Any:
         words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
         inner.pre_tokenizer = metaspace if kind == "unigram" else words  # type: ignore[assignment]
         inner.decoder = decoders.Metaspace(prepend_scheme="always")  # type: ignore[assignment]
-        trainer = trainers.UnigramTrainer(vocab_size=160, special_tokens=specials, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=160, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
     else:
         inner = Tokenizer(models.BPE(unk_token="<unk>"))
         scheme = "first" if kind == "metaspace_first" else "always"
@@ -69,11 +86,15 @@ def tokenizer(name: str, kind: Kind) -> Any:
         parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         inner.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]
         inner.pre_tokenizer = None  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **SPECIALS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, **SPECIALS
+    )
 
 
 @cache
-def processor(name: str, kind: Kind, layout: Literal["causal", "seq2seq"], max_length: int = 4096) -> Processor:
+def processor(
+    name: str, kind: Kind, layout: Literal["causal", "seq2seq"], max_length: int = 4096
+) -> Processor:
     """A processor of the chat format `name`; an image takes `IMAGE_SLOTS` tokens."""
     tokens = tokenizer(name, kind)
     spec = InputSpec(IMAGE_SLOTS, layout, max_length, tokens.pad_token_id, tokens.eos_token_id)
@@ -84,7 +105,12 @@ def turns(*texts: str, system: str | None = None, image: bool = False) -> tuple[
     """User and assistant in turn, the image first."""
     out = [Message("system", (system,))] if system is not None else []
     for number, text in enumerate(texts):
-        out.append(Message("assistant" if number % 2 else "user", (IMAGE, text) if image and number == 0 else (text,)))
+        out.append(
+            Message(
+                "assistant" if number % 2 else "user",
+                (IMAGE, text) if image and number == 0 else (text,),
+            )
+        )
     return tuple(out)
 
 

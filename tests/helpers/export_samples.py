@@ -10,21 +10,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_models import CLIP, LORA_TUNE, built, parsed, tuned_by, wake_adapters, with_tune
+from tests.helpers.tiny_models import (
+    CLIP,
+    LORA_TUNE,
+    built,
+    parsed,
+    tuned_by,
+    wake_adapters,
+    with_tune,
+)
 
 OPEN_CLIP = "{layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}"
-SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
 def photos(folder: Path) -> None:
     """Replaces the rows' images by ones with detail, of other sizes and aspects."""
     rng = np.random.default_rng(5)
-    for path, (width, height) in zip(sorted(folder.glob("*.png")), ((53, 37), (41, 97), (64, 64), (90, 31)), strict=True):
+    for path, (width, height) in zip(
+        sorted(folder.glob("*.png")), ((53, 37), (41, 97), (64, 64), (90, 31)), strict=True
+    ):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
-def saved_model(text: str, folder: Path, *, lora: bool = False, sharpen: float = 2.0) -> tuple[Path, Any]:
+def saved_model(
+    text: str, folder: Path, *, lora: bool = False, sharpen: float = 2.0
+) -> tuple[Path, Any]:
     """A saved model whose answers depend on its images, beside its recipe."""
     folder.mkdir(parents=True)
     recipe = parsed(with_tune(text, LORA_TUNE) if lora else text)
@@ -41,22 +60,35 @@ def saved_model(text: str, folder: Path, *, lora: bool = False, sharpen: float =
     return folder, recipe
 
 
-def llava_text(make: Callable[..., str], connector: str = "{kind: mlp, depth: 2}", **options: Any) -> str:
+def llava_text(
+    make: Callable[..., str], connector: str = "{kind: mlp, depth: 2}", **options: Any
+) -> str:
     return make("causal", **options).replace("{kind: mlp, norm: true}", connector)
 
 
 def opened(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+    return AutoModelForImageTextToText.from_pretrained(
+        folder
+    ).eval(), AutoProcessor.from_pretrained(folder, backend="pil")
 
 
 def vision(folder: Path, kind: str) -> str:
     """A saved tiny tower of transformers, by name."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
 
     torch.manual_seed(1)
-    model: Any = CLIPVisionModel(CLIPVisionConfig(**CLIP)) if kind == "clip" else SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+    model: Any = (
+        CLIPVisionModel(CLIPVisionConfig(**CLIP))
+        if kind == "clip"
+        else SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)

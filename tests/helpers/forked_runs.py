@@ -29,9 +29,17 @@ train:"""
 
 def runs(tiny_recipe: Callable[..., str], output: str = "run", **changes: Any) -> Recipe:
     """A decoder with LoRA and dropout on eight rows, a checkpoint each step and no validation."""
-    common = {"data__validation": [], "data__workers": 0, "train__steps": 4, "train__log_every": 1, "evaluate__samples": 0}
+    common = {
+        "data__validation": [],
+        "data__workers": 0,
+        "train__steps": 4,
+        "train__log_every": 1,
+        "evaluate__samples": 0,
+    }
     saves = {"train__checkpoints": {"every": 1, "keep": 10}}
-    return parsed(with_tune(tiny_recipe("causal", output=output), DROPOUT), **(common | saves | changes))
+    return parsed(
+        with_tune(tiny_recipe("causal", output=output), DROPOUT), **(common | saves | changes)
+    )
 
 
 def stage_of(run: Path) -> Path:
@@ -80,13 +88,21 @@ def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -
         descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for place in (1, 2):
             os.dup2(descriptor, place)
-        sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(
+            2, "w", buffering=1, closefd=False
+        )
         # Where every thread is, if `ended` finds that this process hangs.
         faulthandler.register(signal.SIGUSR1, file=2)
         AcceleratorState._reset_state(reset_partial_state=True)
         if ranks > 1:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address})
+            address = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            os.environ.update(
+                {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address}
+            )
         act()
         code = 0
     except VlmTuneError as error:

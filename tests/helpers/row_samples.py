@@ -24,12 +24,17 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
     if kind == "json":
         path.write_text(json.dumps(list(rows), indent=1, ensure_ascii=False), encoding="utf-8")
     elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     elif kind in ("csv", "tsv"):
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
             writer.writeheader()
-            writer.writerows({key: json.dumps(v) if isinstance(v, list) else v for key, v in row.items()} for row in rows)
+            writer.writerows(
+                {key: json.dumps(v) if isinstance(v, list) else v for key, v in row.items()}
+                for row in rows
+            )
     else:
         import pyarrow
         from pyarrow import feather, parquet
@@ -40,7 +45,10 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
         elif kind == "feather":
             feather.write_feather(table, str(path), chunksize=3)
         else:
-            with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            with (
+                pyarrow.OSFile(str(path), "wb") as sink,
+                pyarrow.ipc.new_stream(sink, table.schema) as writer,
+            ):
                 writer.write_table(table, max_chunksize=3)
     return path
 
@@ -68,5 +76,7 @@ def read(source: Any, *, seed: int = 0, streaming: bool = False) -> list[Convers
 
 def good(rows: Sequence[Conversation | DataError]) -> list[Conversation]:
     """The rows, none of which is bad."""
-    assert all(isinstance(row, Conversation) for row in rows), [row for row in rows if isinstance(row, DataError)][:3]
+    assert all(isinstance(row, Conversation) for row in rows), [
+        row for row in rows if isinstance(row, DataError)
+    ][:3]
     return [row for row in rows if isinstance(row, Conversation)]

@@ -40,10 +40,18 @@ SIZES = {
     r"mamba_chunk_size|chunk_size": 16,
     r"vocab_size_per_layer_input": VOCABULARY,
 }
-OFF_NEUTRAL = re.compile(r"(scal(e|ing)(_factor)?|multiplier|cap(ping)?|alpha|logits?_bias|temperature)s?$|logit")
+OFF_NEUTRAL = re.compile(
+    r"(scal(e|ing)(_factor)?|multiplier|cap(ping)?|alpha|logits?_bias|temperature)s?$|logit"
+)
 """Settings of this kind are given an odd value, so that none of them is left out without a difference."""
 ODD = 0.37
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_bos_token_id": None}
+IDS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+    "forced_bos_token_id": None,
+}
 
 
 def shrunk(config: Any) -> dict[str, Any]:
@@ -70,7 +78,10 @@ def layers(config: Any) -> dict[str, Any]:
     if not kinds:
         return {}
     kinds = list(dict.fromkeys(kinds))
-    return {"layer_types": (kinds * 2)[: max(len(kinds), 2)], "num_hidden_layers": max(len(kinds), 2)}
+    return {
+        "layer_types": (kinds * 2)[: max(len(kinds), 2)],
+        "num_hidden_layers": max(len(kinds), 2),
+    }
 
 
 def tiny_config(kind: type[Any], layout: Layout) -> Any:
@@ -81,14 +92,27 @@ def tiny_config(kind: type[Any], layout: Layout) -> Any:
     for name in getattr(plain, "sub_configs", {}):
         part = getattr(plain, name, None)
         if part is not None and hasattr(part, "to_dict"):
-            inner = {**part.to_dict(), **shrunk(part), **odd(part), **{key: value for key, value in IDS.items() if hasattr(part, key)}}
+            inner = {
+                **part.to_dict(),
+                **shrunk(part),
+                **odd(part),
+                **{key: value for key, value in IDS.items() if hasattr(part, key)},
+            }
             inner |= SPECIAL.get(type(part).__name__, {})
             # What is counted by layers is made anew for two of them.
-            changes[name] = {key: value for key, value in inner.items() if not isinstance(value, list) or key == "layer_types"}
+            changes[name] = {
+                key: value
+                for key, value in inner.items()
+                if not isinstance(value, list) or key == "layer_types"
+            }
     try:
         return kind(**changes)
     except StrictDataclassError:  # a setting of this kind that counts something
-        whole = {name: value for name, value in plain.to_dict().items() if isinstance(value, int) and name in odd(plain)}
+        whole = {
+            name: value
+            for name, value in plain.to_dict().items()
+            if isinstance(value, int) and name in odd(plain)
+        }
         if not whole:
             raise
         return kind(**changes | whole)
@@ -99,12 +123,18 @@ def odd(config: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in config.to_dict().items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if OFF_NEUTRAL.search(name) and (number or (value is None and "logit" in name)) and name not in KEPT:
+        if (
+            OFF_NEUTRAL.search(name)
+            and (number or (value is None and "logit" in name))
+            and name not in KEPT
+        ):
             found[name] = ODD
     return found
 
 
-DECODERS = "Bart BigBirdPegasus Blenderbot BlenderbotSmall Marian MBart Mvp Pegasus PLBart TrOCR Whisper"
+DECODERS = (
+    "Bart BigBirdPegasus Blenderbot BlenderbotSmall Marian MBart Mvp Pegasus PLBart TrOCR Whisper"
+)
 UNSHIFTED = {"XLMWithLMHeadModel", *(f"{name}ForCausalLM" for name in DECODERS.split())}
 """Decoders of encoder-decoders, whose own loss takes labels that are shifted already."""
 NO_LOSS = {"GitForCausalLM", "ModernBertDecoderForCausalLM"}
@@ -154,7 +184,10 @@ class Compared:
 
     @property
     def same(self) -> bool:
-        return abs(self.ours - self.theirs) <= 1e-4 * max(1.0, abs(self.theirs)) and self.logits <= 1e-4
+        return (
+            abs(self.ours - self.theirs) <= 1e-4 * max(1.0, abs(self.theirs))
+            and self.logits <= 1e-4
+        )
 
 
 def mappings() -> list[tuple[Layout, type[Any], Any]]:
@@ -165,7 +198,11 @@ def mappings() -> list[tuple[Layout, type[Any], Any]]:
         ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
         ("seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     )
-    return [(layout, kind, mapping[kind]) for layout, mapping in both for kind in dict.fromkeys(mapping.keys())]
+    return [
+        (layout, kind, mapping[kind])
+        for layout, mapping in both
+        for kind in dict.fromkeys(mapping.keys())
+    ]
 
 
 @torch.no_grad()
@@ -173,7 +210,10 @@ def compare(layout: Layout, model: Any) -> Compared:
     """Compares the loss of two rows of nine tokens."""
     llm = LLMS[layout](model).eval()
     llm.check()
-    ids, targets = (torch.randint(10, 90, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
+    ids, targets = (
+        torch.randint(10, 90, (2, 9), generator=torch.Generator().manual_seed(seed))
+        for seed in (2, 3)
+    )
     mask = torch.ones_like(ids, dtype=torch.bool)
     if layout == "causal":
         labels = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], 1)
@@ -183,7 +223,9 @@ def compare(layout: Layout, model: Any) -> Compared:
             given = labels
     else:
         labels = given = targets.index_fill(1, torch.tensor([3, 4]), IGNORE_INDEX)
-    batch = Batch(["a", "b"], ids, mask, torch.zeros_like(mask), labels, torch.zeros(0, dtype=torch.int64))
+    batch = Batch(
+        ["a", "b"], ids, mask, torch.zeros_like(mask), labels, torch.zeros(0, dtype=torch.int64)
+    )
     supervised = labels != IGNORE_INDEX
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     if type(model).__name__ in NO_LOSS:
@@ -193,5 +235,12 @@ def compare(layout: Layout, model: Any) -> Compared:
         expected = model(**inputs, labels=given)
         loss = expected.loss
     found = llm(llm.embed(ids), batch)
-    logits, wanted = llm.supervised_logits(llm.embed(ids), batch), expected.logits[supervised].float()
-    return Compared(float(found.sum) / found.count, float(loss), float((logits - wanted).abs().max() / wanted.abs().max()))
+    logits, wanted = (
+        llm.supervised_logits(llm.embed(ids), batch),
+        expected.logits[supervised].float(),
+    )
+    return Compared(
+        float(found.sum) / found.count,
+        float(loss),
+        float((logits - wanted).abs().max() / wanted.abs().max()),
+    )

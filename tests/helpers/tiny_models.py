@@ -56,8 +56,23 @@ LLAMA = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
 }
-T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
-CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+T5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 LORA_TUNE = """
 tune:
   - {match: "tower.*", how: frozen}
@@ -97,12 +112,21 @@ def prepare_rows(path: Path, rows: Sequence[Any], made: Processor, **options: An
     written = []
     for number, row in enumerate(rows):
         if isinstance(row, Conversation):
-            turns = [{"role": m.role, "content": [_part(part, path.parent) for part in m.parts]} for m in row.messages]
+            turns = [
+                {"role": m.role, "content": [_part(part, path.parent) for part in m.parts]}
+                for m in row.messages
+            ]
             row = {"id": row.id or str(number), "messages": turns, "category": row.category}
         written.append(json.dumps(row) + "\n")
     path.write_text("".join(written))
-    data = DataSection(train=[FileSource(kind="file", path=str(path), form="messages")], template=made.template.name, **options)
-    limited = data.model_copy(update={"max_length": options.get("max_length", made.spec.max_length)})
+    data = DataSection(
+        train=[FileSource(kind="file", path=str(path), form="messages")],
+        template=made.template.name,
+        **options,
+    )
+    limited = data.model_copy(
+        update={"max_length": options.get("max_length", made.spec.max_length)}
+    )
     return prepare(limited, limited.train, made, seed=0)
 
 
@@ -138,7 +162,12 @@ def built(recipe: Recipe) -> VisionLanguageModel:
 
 def tuned_by(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
     """The model with the recipe's tuning rules applied."""
-    return apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES[recipe.train.precision])
+    return apply_rules(
+        model,
+        recipe.tune,
+        learning_rate=recipe.train.learning_rate,
+        precision=DTYPES[recipe.train.precision],
+    )
 
 
 def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
@@ -146,7 +175,9 @@ def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if "lora_B.default" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
+            parameter.data = (
+                torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
+            )
 
 
 def batch_of(model: VisionLanguageModel, examples: Sequence[Example]) -> Batch:
@@ -154,7 +185,9 @@ def batch_of(model: VisionLanguageModel, examples: Sequence[Example]) -> Batch:
     return collate(examples, model.processor.spec, fetch=model.processor.images)
 
 
-def loss_and_gradients(model: VisionLanguageModel, batches: Sequence[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: VisionLanguageModel, batches: Sequence[Batch]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The summed loss of batches and the gradients of what trains, by name."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
@@ -162,7 +195,9 @@ def loss_and_gradients(model: VisionLanguageModel, batches: Sequence[Batch]) -> 
         found: Any = model(batch)
         found.sum.backward()
         total += found.sum.detach()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same_outputs(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
@@ -181,7 +216,9 @@ def largest(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().max())
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+def assert_close(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float = 1e-5
+) -> None:
     """Asserts that two sets of tensors have the same names and agree, relative to each tensor's largest value."""
     assert one.keys() == other.keys()
     assert one
@@ -204,7 +241,9 @@ def stage_loop(
     features = tower_features(model, train.media) if cached else None
     plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
     fetch = features or PixelCache(model.processor.images)
-    feed = PreparedFeed(train, plan, model.processor.spec, fetch, cached=cached, augment=recipe.data.augment)
+    feed = PreparedFeed(
+        train, plan, model.processor.spec, fetch, cached=cached, augment=recipe.data.augment
+    )
     AcceleratorState._reset_state()
     return StageLoop(
         model,
@@ -220,7 +259,13 @@ def stage_loop(
     )
 
 
-def one_step(recipe: Recipe, folder: Path, *, cached: bool = False, prepare_model: Callable[[Any], None] | None = None) -> Any:
+def one_step(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    cached: bool = False,
+    prepare_model: Callable[[Any], None] | None = None,
+) -> Any:
     """The logged loss of one optimizer step through the loop, and the gradients it took the step with."""
     model = built(recipe)
     events: list[dict[str, Any]] = []
@@ -230,7 +275,9 @@ def one_step(recipe: Recipe, folder: Path, *, cached: bool = False, prepare_mode
     gradients: dict[str, torch.Tensor] = {}
 
     def note(optimizer: Any, arguments: Any, named: Any) -> None:
-        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.update(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
 
     inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(note)
@@ -261,7 +308,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        found |= {f"{path.relative_to(folder)}|{name}": value for name, value in load_file(path).items()}
+        found |= {
+            f"{path.relative_to(folder)}|{name}": value for name, value in load_file(path).items()
+        }
     return found
 
 
@@ -270,7 +319,11 @@ def assert_same_bits(one: Path, other: Path) -> None:
     first, second = tensors_of(one), tensors_of(other)
     assert first.keys() == second.keys()
     assert first
-    different = [name for name, value in first.items() if value.dtype != second[name].dtype or not torch.equal(value, second[name])]
+    different = [
+        name
+        for name, value in first.items()
+        if value.dtype != second[name].dtype or not torch.equal(value, second[name])
+    ]
     assert different == [], different
 
 
@@ -282,7 +335,11 @@ def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0)
     if ranks == 1:
         return _forked_cli(arguments, cwd, code)
     launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
-    return run([sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments], cwd=cwd, code=code)
+    return run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments],
+        cwd=cwd,
+        code=code,
+    )
 
 
 def _forked_cli(arguments: Sequence[str], cwd: Path | None, code: int, seconds: int = 400) -> str:
@@ -332,11 +389,26 @@ def _command_line(arguments: Sequence[str], cwd: Path | None, output: int, error
         os._exit(status if isinstance(status, int) else 1)
 
 
-def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, seconds: int = 400, **environment: str) -> str:
+def run(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    code: int = 0,
+    seconds: int = 400,
+    **environment: str,
+) -> str:
     """A command's standard output; asserts its exit code, and that it ends."""
     everything = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=everything, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=cwd,
+        env=everything,
+        start_new_session=True,
+    )
     try:
         out, said = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -347,17 +419,29 @@ def run(command: Sequence[str], *, cwd: Path | None = None, code: int = 0, secon
     return out
 
 
-def save_llm(folder: Path, kind: str, conversations: Sequence[Conversation], *, seed: int = 0, **config: Any) -> Path:
+def save_llm(
+    folder: Path, kind: str, conversations: Sequence[Conversation], *, seed: int = 0, **config: Any
+) -> Path:
     """A tiny Llama or T5 with its tokenizer in transformers' layout, for `model.llm.name`."""
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-    tokenizer = train_tokenizer(conversations, 400, load_template("flan" if kind == "seq2seq" else "chatml"))
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    tokenizer = train_tokenizer(
+        conversations, 400, load_template("flan" if kind == "seq2seq" else "chatml")
+    )
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+    }
     torch.manual_seed(seed)
     if kind == "seq2seq":
-        model: Any = T5ForConditionalGeneration(T5Config(**{**T5, **ids, "decoder_start_token_id": tokenizer.pad_token_id, **config}))
+        model: Any = T5ForConditionalGeneration(
+            T5Config(**{**T5, **ids, "decoder_start_token_id": tokenizer.pad_token_id, **config})
+        )
     else:
-        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **ids, "bos_token_id": tokenizer.bos_token_id, **config}))
+        model = LlamaForCausalLM(
+            LlamaConfig(**{**LLAMA, **ids, "bos_token_id": tokenizer.bos_token_id, **config})
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -365,13 +449,22 @@ def save_llm(folder: Path, kind: str, conversations: Sequence[Conversation], *, 
 
 def with_llm(recipe: str, folder: Path, kind: str, extra: str = "") -> str:
     """A tiny recipe's text whose language model is a saved one."""
-    lines = [f"  llm: {{kind: {kind}, name: {folder}{extra}}}" if line.startswith("  llm:") else line for line in recipe.splitlines()]
+    lines = [
+        f"  llm: {{kind: {kind}, name: {folder}{extra}}}" if line.startswith("  llm:") else line
+        for line in recipe.splitlines()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def with_tower(recipe: str, tower: str) -> str:
     """A tiny recipe's text with another tower."""
-    return "\n".join(f"  tower: {tower}" if line.startswith("  tower:") else line for line in recipe.splitlines()) + "\n"
+    return (
+        "\n".join(
+            f"  tower: {tower}" if line.startswith("  tower:") else line
+            for line in recipe.splitlines()
+        )
+        + "\n"
+    )
 
 
 def free_port() -> int:
@@ -388,13 +481,27 @@ def unshifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels, (1, 0), value=-100)
 
 
-def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def run_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
     """What the Python of a folder's card prints, run as it is shown beside an image; it must be formatted as ruff formats."""
     (shown,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     script = folder.parent / "card.py"
     script.write_text(shown)
     # However long the path of this test's folder is.
-    run([sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "320", "--check", str(script)])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "format",
+            "--isolated",
+            "--line-length",
+            "320",
+            "--check",
+            str(script),
+        ]
+    )
     run([sys.executable, "-m", "ruff", "check", "--isolated", str(script)])
     monkeypatch.chdir(folder.parent)
     (folder.parent / "image.png").write_bytes(png().read())

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 200), "yellow": (220, 210, 40)}
+COLORS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 200),
+    "yellow": (220, 210, 40),
+}
 TINY = {
     "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 2, num_decoder_layers: 1, "
     "num_heads: 2, dropout_rate: 0.0, feed_forward_proj: gated-gelu}}",
@@ -30,10 +35,16 @@ def write_color_rows(folder: Path) -> Path:
         noise = rng.integers(-20, 20, (32, 32, 3))
         pixels = (np.full((32, 32, 3), color) + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
-        for question, answer in (("what color is it?", name), (f"is it {'red' if name != 'red' else 'blue'}?", "no")):
+        for question, answer in (
+            ("what color is it?", name),
+            (f"is it {'red' if name != 'red' else 'blue'}?", "no"),
+        ):
             rows.append(
                 {
-                    "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                    "messages": [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": answer},
+                    ],
                     "images": [f"{name}.png"],
                 }
             )

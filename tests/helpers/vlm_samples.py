@@ -55,24 +55,46 @@ def text_tokenizer(rows: Sequence[Conversation], template: str, around: str) -> 
     """A tokenizer of the rows' words that puts tokens `around` a text by itself, as Llama's and T5's do."""
     tokenizer = train_tokenizer(rows, 400, load_template(template))
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=ids
+    )
     return tokenizer
 
 
 def bert_tokenizer(rows: Sequence[Conversation]) -> Any:
     """An uncased WordPiece tokenizer with BERT's start and end tokens."""
-    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    specials = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
     inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    texts = [part for row in rows for message in row.messages for part in message.parts if isinstance(part, str)]
-    inner.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(specials.values()), show_progress=False))
+    texts = [
+        part
+        for row in rows
+        for message in row.messages
+        for part in message.parts
+        if isinstance(part, str)
+    ]
+    inner.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=list(specials.values()), show_progress=False
+        ),
+    )
     ends = [(token, inner.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)  # type: ignore[assignment]
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=inner, **specials)
 
 
-def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False, **changes: Any) -> Any:
+def save_llava(
+    folder: Path, rows: Sequence[Conversation], *, pad: bool = False, **changes: Any
+) -> Any:
     """A tiny `LlavaForConditionalGeneration` with its processor."""
     from transformers import (
         CLIPImageProcessor,
@@ -87,12 +109,23 @@ def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False,
     tokenizer = text_tokenizer(rows, "vicuna", "<s> $A")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
     torch.manual_seed(2)
     text = LlamaConfig(**{**LLAMA, **ids, "vocab_size": len(tokenizer) + 3})
     theirs = stir(
         LlavaForConditionalGeneration(
-            LlavaConfig(**{"vision_config": CLIPVisionConfig(**CLIP), "text_config": text, "image_token_id": image, **changes})
+            LlavaConfig(
+                **{
+                    "vision_config": CLIPVisionConfig(**CLIP),
+                    "text_config": text,
+                    "image_token_id": image,
+                    **changes,
+                }
+            )
         )
     )
     theirs.save_pretrained(folder)
@@ -102,12 +135,18 @@ def save_llava(folder: Path, rows: Sequence[Conversation], *, pad: bool = False,
         if pad
         else CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
     )
-    tokens: dict[str, Any] = {"patch_size": 16, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    tokens: dict[str, Any] = {
+        "patch_size": 16,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
     LlavaProcessor(images, tokenizer, image_token="<image>", **tokens).save_pretrained(folder)
     return theirs
 
 
-def save_llava_original(folder: Path, theirs: Any, source: Path, *, tower: bool, **changes: Any) -> Path:
+def save_llava_original(
+    folder: Path, theirs: Any, source: Path, *, tower: bool, **changes: Any
+) -> Path:
     """A tiny LLaVA as `save_llava` made it, as the LLaVA repository keeps one; its CLIP, from which `mm_vision_tower` comes."""
     from safetensors.torch import save_file
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -117,16 +156,29 @@ def save_llava_original(folder: Path, theirs: Any, source: Path, *, tower: bool,
     if not tower:
         clip.load_state_dict(vision)
     clip.save_pretrained(folder / "clip")
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "clip")
+    CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder / "clip")
     names = {"linear_1": "0", "linear_2": "2"}
     projector = theirs.model.multi_modal_projector.state_dict().items()
-    tensors = {f"model.{key}": value for key, value in theirs.model.language_model.state_dict().items()}
+    tensors = {
+        f"model.{key}": value for key, value in theirs.model.language_model.state_dict().items()
+    }
     tensors |= {f"model.mm_projector.{names[key[:8]]}{key[8:]}": value for key, value in projector}
     tensors |= {"lm_head.weight": theirs.lm_head.weight.data}
     if tower:
-        tensors |= {f"model.vision_tower.vision_tower.vision_model.{key}": value for key, value in vision.items()}
-        tensors["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors |= {
+            f"model.vision_tower.vision_tower.vision_model.{key}": value
+            for key, value in vision.items()
+        }
+        tensors["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = (
+            torch.arange(5)[None]
+        )
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     llava = {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -156,22 +208,42 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
     images = BlipImageProcessor(size={"height": 32, "width": 32})
     name = "Blip2" if kind == "blip-2" else "InstructBlip"
     words: dict[str, Any] = {} if kind == "blip-2" else {"qformer_tokenizer": bert}
-    made = getattr(transformers, f"{name}Processor")(images, tokenizer, num_query_tokens=QUERIES, **words)
+    made = getattr(transformers, f"{name}Processor")(
+        images, tokenizer, num_query_tokens=QUERIES, **words
+    )
     made.save_pretrained(folder)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
-    text = T5Config(**{**T5, **ids, "vocab_size": len(tokenizer) + 3, "tie_word_embeddings": False, "dropout_rate": 0.0})
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    text = T5Config(
+        **{
+            **T5,
+            **ids,
+            "vocab_size": len(tokenizer) + 3,
+            "tie_word_embeddings": False,
+            "dropout_rate": 0.0,
+        }
+    )
     torch.manual_seed(4)
     config = getattr(transformers, f"{name}Config")(
         vision_config=getattr(transformers, f"{name}VisionConfig")(**VISION),
-        qformer_config=getattr(transformers, f"{name}QFormerConfig")(**{**QFORMER, "vocab_size": len(bert) + 2, **changes}),
+        qformer_config=getattr(transformers, f"{name}QFormerConfig")(
+            **{**QFORMER, "vocab_size": len(bert) + 2, **changes}
+        ),
         text_config=text,
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     theirs: Any = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    theirs.language_model.lm_head.weight = nn.Parameter(torch.zeros_like(theirs.language_model.lm_head.weight))
+    theirs.language_model.lm_head.weight = nn.Parameter(
+        torch.zeros_like(theirs.language_model.lm_head.weight)
+    )
     stir(theirs)
-    theirs.query_tokens.data *= 10  # a norm comes next: small queries would have gradients too large to compare
+    theirs.query_tokens.data *= (
+        10  # a norm comes next: small queries would have gradients too large to compare
+    )
     theirs.save_pretrained(folder)
     return theirs
 
@@ -182,8 +254,12 @@ def their_inputs(folder: Path, row: Conversation, text: str) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor
 
     made: Any = AutoProcessor.from_pretrained(folder)
-    made.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes as we do
-    return made(images=Image.open(row.media[0].source).convert("RGB"), text=text, return_tensors="pt")  # type: ignore[arg-type]
+    made.image_processor = AutoImageProcessor.from_pretrained(
+        folder, backend="pil"
+    )  # Pillow resizes as we do
+    return made(
+        images=Image.open(row.media[0].source).convert("RGB"), text=text, return_tensors="pt"
+    )  # type: ignore[arg-type]
 
 
 def our_pixels(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:

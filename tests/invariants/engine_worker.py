@@ -57,7 +57,9 @@ def record(noted: dict[str, Any]) -> None:
     whole_step = StageLoop._step
 
     def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
-        noted["ids"][step] = [identity for batch in batches if batch.supervised for identity in batch.ids]
+        noted["ids"][step] = [
+            identity for batch in batches if batch.supervised for identity in batch.ids
+        ]
         noted["images"].append(sum(len(batch.media_index) for batch in batches))
         if step == noted["stop"]:
             os.kill(os.getpid(), signal.SIGINT)
@@ -82,10 +84,16 @@ def main(runs: list[dict[str, Any]]) -> None:
         except Interrupted:
             assert run.get("stop")
         except BaseException as error:
-            print(f"rank {rank}: {path.stem}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"rank {rank}: {path.stem}: {type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             raise
         print(f"rank {rank}: {path.stem}", file=sys.stderr, flush=True)
-        path.with_suffix(f".rank{rank}.json").write_text(json.dumps({"ids": noted["ids"], "images": noted["images"]}))
+        path.with_suffix(f".rank{rank}.json").write_text(
+            json.dumps({"ids": noted["ids"], "images": noted["images"]})
+        )
         if rank == "0":
             save_file(noted["gradients"], path.with_suffix(".safetensors"))
         if run is runs[0]:

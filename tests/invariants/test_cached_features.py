@@ -12,7 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_models import assert_close, assert_same_outputs, built, one_step, parsed, rows_of, tensors_of, with_tower
+from tests.helpers.tiny_models import (
+    assert_close,
+    assert_same_outputs,
+    built,
+    one_step,
+    parsed,
+    rows_of,
+    tensors_of,
+    with_tower,
+)
 from vlm_tune.api import sft
 from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.resources import cache_folder, trim_cache
@@ -24,7 +33,11 @@ def media_of(recipe: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_a_step_is_the_same(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train__steps": 1, "train__log_every": 1, "train__max_grad_norm": None}
+    changes: dict[str, Any] = {
+        "train__steps": 1,
+        "train__log_every": 1,
+        "train__max_grad_norm": None,
+    }
     recipe = parsed(tiny_recipe(kind), **changes)
     loss, gradients = one_step(recipe, tmp_path / "plain")
     cached_loss, cached_gradients = one_step(recipe, tmp_path / "cached", cached=True)
@@ -33,14 +46,25 @@ def test_a_step_is_the_same(kind: str, tiny_recipe: Callable[..., str], tmp_path
 
 
 def test_a_run_is_the_same(tiny_recipe: Callable[..., str]) -> None:
-    runs = [sft(parsed(tiny_recipe("causal", output=f"run{on}"), train__cache_features=on, evaluate__samples=0)) for on in (True, False)]
+    runs = [
+        sft(
+            parsed(
+                tiny_recipe("causal", output=f"run{on}"),
+                train__cache_features=on,
+                evaluate__samples=0,
+            )
+        )
+        for on in (True, False)
+    ]
     cached, plain = (tensors_of(run.folder / "model") for run in runs)
     assert list(cache_folder("features").glob("*.npy"))
     assert_close(cached, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_read_back_is_what_was_computed(dtype: torch.dtype, tiny_recipe: Callable[..., str]) -> None:
+def test_what_is_read_back_is_what_was_computed(
+    dtype: torch.dtype, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe("seq2seq"))
     model = built(recipe)
     model.tower.to(dtype)
@@ -49,17 +73,25 @@ def test_what_is_read_back_is_what_was_computed(dtype: torch.dtype, tiny_recipe:
     first = tower_features(model, media)
     again = tower_features(model, list(reversed(media)))
     with torch.no_grad():
-        pixels = torch.stack([model.processor.images(item) for item in sorted(media, key=lambda item: item.name)])
-        expected = dict(zip(sorted(media, key=lambda item: item.name), model.tower(pixels), strict=True))
+        pixels = torch.stack(
+            [model.processor.images(item) for item in sorted(media, key=lambda item: item.name)]
+        )
+        expected = dict(
+            zip(sorted(media, key=lambda item: item.name), model.tower(pixels), strict=True)
+        )
     for item in media:
         assert first(item).dtype == dtype
         assert_same_outputs(first(item), again(item))
-        assert torch.allclose(first(item), expected[item], atol=1e-6 if dtype == torch.float32 else 2e-2)
+        assert torch.allclose(
+            first(item), expected[item], atol=1e-6 if dtype == torch.float32 else 2e-2
+        )
     assert len({float(first(item).float().sum()) for item in media}) == 4
     assert len(list(cache_folder("features").glob("*.npy"))) == 1
 
 
-def test_other_weights_images_or_grids_have_their_own_cache(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_other_weights_images_or_grids_have_their_own_cache(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = parsed(tiny_recipe("seq2seq"))
     model = built(recipe)
     media = media_of(recipe)
@@ -73,11 +105,16 @@ def test_other_weights_images_or_grids_have_their_own_cache(tiny_recipe: Callabl
     assert tower_features(pooled, media)(media[0]).shape == (1, 64)
 
 
-def test_other_feature_maps_of_one_backbone_have_their_own_cache(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_other_feature_maps_of_one_backbone_have_their_own_cache(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """The same weights, and only the choice of feature maps differs."""
     found = []
     for stages in ([0, 2], [1, 2]):
-        text = with_tower(tiny_recipe("seq2seq"), f"{{kind: timm, name: resnet18, image_size: 32, grid: 2, stages: {json.dumps(stages)}}}")
+        text = with_tower(
+            tiny_recipe("seq2seq"),
+            f"{{kind: timm, name: resnet18, image_size: 32, grid: 2, stages: {json.dumps(stages)}}}",
+        )
         recipe = parsed(text)
         model = built(recipe)
         media = media_of(recipe)
@@ -90,14 +127,20 @@ def test_other_feature_maps_of_one_backbone_have_their_own_cache(tiny_recipe: Ca
 
 
 @pytest.mark.slow
-def test_a_tower_that_trained_in_bf16_is_scored_on_the_test_part(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
-    text = tiny_recipe("seq2seq", precision="bf16").replace('"tower.*", how: frozen', '"tower.*", how: full')
+def test_a_tower_that_trained_in_bf16_is_scored_on_the_test_part(
+    tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
+    text = tiny_recipe("seq2seq", precision="bf16").replace(
+        '"tower.*", how: frozen', '"tower.*", how: full'
+    )
     run = sft(parsed(text, data__test=[{"kind": "file", "path": str(color_rows)}]))
     assert run.result["n"] == 8
 
 
 def test_the_cache_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for age, name in enumerate(("new.npy", "new.json", "older.npy", "oldest.npy", "oldest.tmp-7.npy")):
+    for age, name in enumerate(
+        ("new.npy", "new.json", "older.npy", "oldest.npy", "oldest.tmp-7.npy")
+    ):
         (tmp_path / name).write_bytes(bytes(1_000))
         os.utime(tmp_path / name, (1_000_000 - age, 1_000_000 - age))
     monkeypatch.setenv("VLM_TUNE_CACHE_GB", str(3_500 / 1e9))

@@ -12,7 +12,18 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.connector_kinds import with_connector
-from tests.helpers.tiny_models import LORA_TUNE, assert_close, interrupted, one_step, parsed, rows_of, run, save_llm, with_llm, with_tune
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_close,
+    interrupted,
+    one_step,
+    parsed,
+    rows_of,
+    run,
+    save_llm,
+    with_llm,
+    with_tune,
+)
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.api import sft
 from vlm_tune.config.load import dump_recipe
@@ -54,7 +65,10 @@ RUNS = [
     for engine in (ENGINES if "lora" in model or "full" in model else SHARDED)
     if "offload" not in engine or model in ("decoder-lora", "t5-full")
 ]
-HALF = {"decoder-bf16": ("ddp", "zero2", "zero3", "fsdp"), "decoder-qlora": ("ddp", "zero0", "zero1", "zero2")}
+HALF = {
+    "decoder-bf16": ("ddp", "zero2", "zero3", "fsdp"),
+    "decoder-qlora": ("ddp", "zero0", "zero1", "zero2"),
+}
 """In bf16, and in bf16 over a base of 4 bit, which is not for those that share weights out."""
 STAGES = """
 stages:
@@ -82,20 +96,37 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
     text = tiny_text(kind, folder / "messages.jsonl", folder / name)
     if connector:
         text = with_connector(text, connector)
-    return parsed(with_tune(text, tune), **{**ONE_STEP, "train__batch_size": size, **own, **changes})
+    return parsed(
+        with_tune(text, tune), **{**ONE_STEP, "train__batch_size": size, **own, **changes}
+    )
 
 
 def half(folder: Path, base: Path, name: str, model: str, **changes: Any) -> Recipe:
     """As `recipe` with LoRA on a saved decoder in bf16, or in 4 bit."""
-    text = with_tune(tiny_text("causal", folder / "messages.jsonl", folder / name, "bf16"), LORA_TUNE)
-    return parsed(with_llm(text, base, "causal", ", quantize: nf4" if model == "decoder-qlora" else ""), **{**ONE_STEP, **changes})
+    text = with_tune(
+        tiny_text("causal", folder / "messages.jsonl", folder / name, "bf16"), LORA_TUNE
+    )
+    return parsed(
+        with_llm(text, base, "causal", ", quantize: nf4" if model == "decoder-qlora" else ""),
+        **{**ONE_STEP, **changes},
+    )
 
 
-def in_stages(folder: Path, name: str, *, size: int = 4, dropout: float = 0.0, **changes: Any) -> Recipe:
+def in_stages(
+    folder: Path, name: str, *, size: int = 4, dropout: float = 0.0, **changes: Any
+) -> Recipe:
     """Full tuning of a T5 and then LoRA, with a checkpoint each step."""
-    text = with_tune(tiny_text("seq2seq", folder / "messages.jsonl", folder / name), FULL) + STAGES.replace("DROPOUT", str(dropout))
-    saves = {"train__checkpoints": {"every": 1, "keep": 9}, "train__log_every": 1, "train__cache_features": False}
-    return parsed(text, **saves, evaluate__samples=0, evaluate__every=2, train__batch_size=size, **changes)
+    text = with_tune(
+        tiny_text("seq2seq", folder / "messages.jsonl", folder / name), FULL
+    ) + STAGES.replace("DROPOUT", str(dropout))
+    saves = {
+        "train__checkpoints": {"every": 1, "keep": 9},
+        "train__log_every": 1,
+        "train__cache_features": False,
+    }
+    return parsed(
+        text, **saves, evaluate__samples=0, evaluate__every=2, train__batch_size=size, **changes
+    )
 
 
 GOES_ON: dict[str, Any] = {
@@ -129,19 +160,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     interrupted(lambda show: sft(goes_on, show=show), stage=0, step=3)
     add("one-two-one", goes_on, resume=True, stop=6)
     for stage, how in ((2, {"stop": 3}), (3, {"resume": True})):
-        made = recipe(folder, "zero2-zero3", "t5-full", size=1, engine={"kind": "deepspeed", "stage": stage}, **GOES_ON)
+        made = recipe(
+            folder,
+            "zero2-zero3",
+            "t5-full",
+            size=1,
+            engine={"kind": "deepspeed", "stage": stage},
+            **GOES_ON,
+        )
         add(f"zero2-zero3-{stage}", made, **how)
     sizes = {"hidden_size": 64, "intermediate_size": 128}
-    base = save_llm(folder / "base", "causal", rows_of(recipe(folder, "rows", "decoder-lora", size=4)), **sizes)
+    base = save_llm(
+        folder / "base", "causal", rows_of(recipe(folder, "rows", "decoder-lora", size=4)), **sizes
+    )
     for model, engines in HALF.items():
         for engine in engines:
             name = f"{model}-{engine}"
             add(name, half(folder, base, name, model, train__batch_size=4, engine=ENGINES[engine]))
     for engine, dropout in (("ddp", 0.1), ("zero3", 0.0), ("fsdp", 0.0)):
-        add(f"stages-{engine}", in_stages(folder, f"stages-{engine}", dropout=dropout, engine=ENGINES[engine]), verify=True)
+        add(
+            f"stages-{engine}",
+            in_stages(folder, f"stages-{engine}", dropout=dropout, engine=ENGINES[engine]),
+            verify=True,
+        )
     (folder / "runs.json").write_text(json.dumps(plan))
     command = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[1:], 2))"
-    run([sys.executable, "-c", command, sys.executable, str(WORKER), str(folder / "runs.json")], seconds=1500, VLM_TUNE_CACHE=str(folder))
+    run(
+        [sys.executable, "-c", command, sys.executable, str(WORKER), str(folder / "runs.json")],
+        seconds=1500,
+        VLM_TUNE_CACHE=str(folder),
+    )
     return folder
 
 
@@ -153,15 +201,22 @@ def test_two_ranks_take_the_gradient_of_one(model: str, trained: Path, tmp_path:
     engines = [engine for other, engine in RUNS if other == model]
     assert engines
     for engine in engines:
-        images = [json.loads((trained / f"{model}-{engine}.rank{rank}.json").read_text())["images"][0] for rank in range(2)]
+        images = [
+            json.loads((trained / f"{model}-{engine}.rank{rank}.json").read_text())["images"][0]
+            for rank in range(2)
+        ]
         assert sorted(images) == [0, 1]
         assert_close(alone, load_file(trained / f"{model}-{engine}.safetensors"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", list(HALF))
-def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(model: str, trained: Path, tmp_path: Path) -> None:
-    _, gradients = one_step(half(trained, trained / "base", "alone", model, train__batch_size=8), tmp_path)
+def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
+    model: str, trained: Path, tmp_path: Path
+) -> None:
+    _, gradients = one_step(
+        half(trained, trained / "base", "alone", model, train__batch_size=8), tmp_path
+    )
     alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
     found = {engine: load_file(trained / f"{model}-{engine}.safetensors") for engine in HALF[model]}
     for engine, value in found.items():
@@ -176,10 +231,19 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(model: str,
 def test_stages_train_as_one_process_does(engine: str, trained: Path) -> None:
     sft(in_stages(trained, "stages-alone", size=8), overwrite=True)
     stages = ("1-first", "2-second")
-    one, two = ([read_trace(trained / run / "stages" / stage) for stage in stages] for run in ("stages-alone", f"stages-{engine}"))
+    one, two = (
+        [read_trace(trained / run / "stages" / stage) for stage in stages]
+        for run in ("stages-alone", f"stages-{engine}")
+    )
     assert [len(steps) for steps in one] == [2, 3]
-    assert [step.samples for steps in one for step in steps] == [step.samples for steps in two for step in steps]
-    pairs = [(a.loss, b.loss) for first, second in zip(one, two, strict=True) for a, b in zip(first, second, strict=True)]
+    assert [step.samples for steps in one for step in steps] == [
+        step.samples for steps in two for step in steps
+    ]
+    pairs = [
+        (a.loss, b.loss)
+        for first, second in zip(one, two, strict=True)
+        for a, b in zip(first, second, strict=True)
+    ]
     assert [b for _, b in pairs] == pytest.approx([a for a, _ in pairs], rel=1e-4)
 
 
@@ -188,7 +252,12 @@ def test_stages_train_as_one_process_does(engine: str, trained: Path) -> None:
 def test_two_ranks_verify_their_run(engine: str, trained: Path) -> None:
     found = json.loads((trained / f"stages-{engine}.verified.json").read_text())
     assert found["agrees"]
-    assert (found["stage"], found["start"], found["end"], found["checkpoints"]) == ("second", 2, 3, [3])
+    assert (found["stage"], found["start"], found["end"], found["checkpoints"]) == (
+        "second",
+        2,
+        3,
+        [3],
+    )
     assert found["compared"] == ["samples", "loss", "norm"]
 
 
@@ -199,7 +268,9 @@ def losses(folder: Path) -> list[float]:
 
 def noted_ids(trained: Path, name: str) -> dict[str, list[str]]:
     """The ids of each step's samples over both ranks."""
-    shares = [json.loads((trained / f"{name}.rank{rank}.json").read_text())["ids"] for rank in range(2)]
+    shares = [
+        json.loads((trained / f"{name}.rank{rank}.json").read_text())["ids"] for rank in range(2)
+    ]
     return {step: sorted(shares[0][step] + shares[1][step]) for step in shares[0]}
 
 
@@ -212,7 +283,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     whole: Callable[..., float] = StageLoop._step
 
     def noted(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
-        found[str(step)] = sorted(identity for batch in batches if batch.supervised for identity in batch.ids)
+        found[str(step)] = sorted(
+            identity for batch in batches if batch.supervised for identity in batch.ids
+        )
         return whole(loop, batches, step, *rest)
 
     monkeypatch.setattr(StageLoop, "_step", noted)
@@ -221,14 +294,20 @@ def order(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LINEAGES))
-def test_a_run_goes_on_with_other_ranks_and_stages(name: str, trained: Path, order: dict[str, list[str]]) -> None:
+def test_a_run_goes_on_with_other_ranks_and_stages(
+    name: str, trained: Path, order: dict[str, list[str]]
+) -> None:
     alone = name == "one-two-one"
     whole = recipe(trained, f"{name}-whole", LINEAGES[name], size=2, **GOES_ON)
     sft(whole)
     expected, ids = losses(trained / f"{name}-whole"), dict(order)
     assert len(expected) == 8
     order.clear()
-    seen = noted_ids(trained, name) if alone else noted_ids(trained, f"{name}-2") | noted_ids(trained, f"{name}-3")
+    seen = (
+        noted_ids(trained, name)
+        if alone
+        else noted_ids(trained, f"{name}-2") | noted_ids(trained, f"{name}-3")
+    )
     if alone:
         sft(recipe(trained, name, LINEAGES[name], size=2, **GOES_ON), resume=True)
         assert sorted(order) == ["7", "8"]
@@ -241,7 +320,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(name: str, trained: Path, ord
     assert max(abs(one - other) for one, other in zip(expected, found, strict=True)) <= 1e-4
 
 
-def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vlm_tune.config.engine import AutoEngine, DdpEngine, FsdpEngine
     from vlm_tune.errors import RecipeError
     from vlm_tune.train.engines.registry import resolve_engine

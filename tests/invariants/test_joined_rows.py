@@ -61,14 +61,18 @@ def joined(model: Any, recipe: Any) -> list[Example]:
     return found
 
 
-def test_losses_and_lora_gradients_equal_rows_one_by_one(many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_losses_and_lora_gradients_equal_rows_one_by_one(
+    many_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal")))
     model = built(recipe)
     tuned_by(model, recipe)
     wake_adapters(model)
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     branches = joined(model, recipe)
-    assert sum(len(example.input_ids) for example in branches) < 0.85 * sum(len(example.input_ids) for example in rows)
+    assert sum(len(example.input_ids) for example in branches) < 0.85 * sum(
+        len(example.input_ids) for example in rows
+    )
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
     together, found = loss_and_gradients(model, [batch_of(model, branches)])
     assert any("lora_A" in name for name in found)
@@ -76,10 +80,17 @@ def test_losses_and_lora_gradients_equal_rows_one_by_one(many_questions: Path, t
     assert_close(found, expected)
 
 
-def test_a_step_through_the_loop_is_the_same(many_questions: Path, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_step_through_the_loop_is_the_same(
+    many_questions: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     found = {}
     for group, size in (("none", 12), ("image", 4)):
-        changes: dict[str, Any] = {"data__group": group, "train__batch_size": size, "train__steps": 1, "train__max_grad_norm": None}
+        changes: dict[str, Any] = {
+            "data__group": group,
+            "train__batch_size": size,
+            "train__steps": 1,
+            "train__max_grad_norm": None,
+        }
         recipe = parsed(with_tune(tiny_recipe("causal"), LORA_TUNE), **changes, train__log_every=1)
         found[group] = one_step(recipe, tmp_path / group, prepare_model=wake_adapters)
     assert found["image"][0] == pytest.approx(found["none"][0], rel=1e-5)
@@ -111,7 +122,9 @@ def test_no_branch_sees_another(many_questions: Path, tiny_recipe: Callable[...,
 
 
 @torch.no_grad()
-def test_branched_and_plain_rows_share_a_batch(many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_branched_and_plain_rows_share_a_batch(
+    many_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe).eval()
     plain = [example for row in rows_of(recipe) for example in model.processor.examples(row)][:2]
@@ -131,7 +144,9 @@ def packed_rows(model: Any, examples: list[Example]) -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(kind: str, many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(
+    kind: str, many_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(with_tune(tiny_recipe(kind)))
     model = built(recipe)
     tuned_by(model, recipe)
@@ -148,7 +163,9 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(kind: str, man
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @torch.no_grad()
-def test_no_packed_sample_sees_another(kind: str, many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_no_packed_sample_sees_another(
+    kind: str, many_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe).eval()
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)][:4]
@@ -156,7 +173,11 @@ def test_no_packed_sample_sees_another(kind: str, many_questions: Path, tiny_rec
     def logits(changed: int | None) -> list[torch.Tensor]:
         chosen = list(rows)
         if changed is not None:
-            ids = np.where(rows[changed].image_mask, rows[changed].input_ids, (rows[changed].input_ids + 1) % 300)
+            ids = np.where(
+                rows[changed].image_mask,
+                rows[changed].input_ids,
+                (rows[changed].input_ids + 1) % 300,
+            )
             chosen[changed] = replace(rows[changed], input_ids=ids.astype(np.int32))
         batch = batch_of(model, [pack_layout(chosen, kind)])
         found = model.llm.supervised_logits(model.embed(batch), batch)
@@ -168,12 +189,16 @@ def test_no_packed_sample_sees_another(kind: str, many_questions: Path, tiny_rec
             assert torch.equal(one, other) == (sample != changed)
 
 
-def test_packed_branches_are_the_rows_one_by_one(many_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_packed_branches_are_the_rows_one_by_one(
+    many_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe)
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    together, found = loss_and_gradients(model, [batch_of(model, [pack_layout(joined(model, recipe), "causal")])])
+    together, found = loss_and_gradients(
+        model, [batch_of(model, [pack_layout(joined(model, recipe), "causal")])]
+    )
     assert float(together) == pytest.approx(float(alone), rel=1e-5)
     assert_close(found, expected)
 
@@ -184,8 +209,15 @@ def test_a_packed_step_through_the_loop_is_the_same(
 ) -> None:
     found = {}
     for packing, size in ((False, 12), (True, 3)):
-        changes: dict[str, Any] = {"data__packing": packing, "data__row_length": 256, "train__batch_size": size, "train__steps": 1}
-        recipe = parsed(with_tune(tiny_recipe(kind)), **changes, train__max_grad_norm=None, train__log_every=1)
+        changes: dict[str, Any] = {
+            "data__packing": packing,
+            "data__row_length": 256,
+            "train__batch_size": size,
+            "train__steps": 1,
+        }
+        recipe = parsed(
+            with_tune(tiny_recipe(kind)), **changes, train__max_grad_norm=None, train__log_every=1
+        )
         found[packing] = one_step(recipe, tmp_path / str(packing), prepare_model=wake_adapters)
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     assert_close(found[True][1], found[False][1])
@@ -200,7 +232,9 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe).eval()
     for parameter in model.llm.model.parameters():
-        parameter.data *= 3  # sharper than at initialisation, so that texts depend on image and question
+        parameter.data *= (
+            3  # sharper than at initialisation, so that texts depend on image and question
+        )
     prompts = model.processor.prompts(rows_of(recipe))
     decoding, fetch = Decoding(12), model.processor.images
     calls: list[int] = []
@@ -222,5 +256,10 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
         monkeypatch.setattr(causal, "SPARED", share)
         assert model.answers(prompts, decoding, fetch=fetch, batch_size=7) == together
     reached: list[tuple[int, int]] = []
-    beams = model.answers(prompts, Decoding(12, num_beams=2), fetch=fetch, progress=lambda done, of: reached.append((done, of)))
+    beams = model.answers(
+        prompts,
+        Decoding(12, num_beams=2),
+        fetch=fetch,
+        progress=lambda done, of: reached.append((done, of)),
+    )
     assert len(beams) == len(prompts) and reached[-1] == (len(prompts), len(prompts))

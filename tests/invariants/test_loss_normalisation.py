@@ -9,9 +9,22 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tiny_models import assert_close, batch_of, built, loss_and_gradients, one_step, parsed, rows_of
+from tests.helpers.tiny_models import (
+    assert_close,
+    batch_of,
+    built,
+    loss_and_gradients,
+    one_step,
+    parsed,
+    rows_of,
+)
 
-ANSWERS = ["red", "a very long answer with a great many words in it, and then some more", "no", "two words"]
+ANSWERS = [
+    "red",
+    "a very long answer with a great many words in it, and then some more",
+    "no",
+    "two words",
+]
 
 
 @pytest.fixture
@@ -26,10 +39,16 @@ def uneven_rows(color_rows: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_any_accumulation_gives_the_same_gradient(kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_any_accumulation_gives_the_same_gradient(
+    kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     found: dict[tuple[int, int], Any] = {}
     for size, accumulation in ((8, 1), (1, 8), (3, 3)):
-        changes: dict[str, Any] = {"train__batch_size": size, "train__gradient_accumulation": accumulation, "train__steps": 1}
+        changes: dict[str, Any] = {
+            "train__batch_size": size,
+            "train__gradient_accumulation": accumulation,
+            "train__steps": 1,
+        }
         recipe = parsed(tiny_recipe(kind), **changes, train__max_grad_norm=None, train__log_every=1)
         found[size, accumulation] = one_step(recipe, tmp_path / f"{size}x{accumulation}")
     loss, gradients = found[8, 1]
@@ -46,9 +65,15 @@ def test_any_accumulation_gives_the_same_gradient(kind: str, uneven_rows: Path, 
     assert abs(sum(means) / len(means) - loss) > 1e-3 * loss
 
 
-def test_the_logged_loss_is_the_mean_over_tokens(uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_the_logged_loss_is_the_mean_over_tokens(
+    uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = parsed(tiny_recipe("seq2seq"), train__steps=1, train__batch_size=8, train__log_every=1)
     loss, _ = one_step(recipe, tmp_path / "run")
     model = built(recipe)
-    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
-    assert loss == pytest.approx(float(loss_and_gradients(model, [batch])[0]) / batch.supervised, rel=1e-5)
+    batch = batch_of(
+        model, [example for row in rows_of(recipe) for example in model.processor.examples(row)]
+    )
+    assert loss == pytest.approx(
+        float(loss_and_gradients(model, [batch])[0]) / batch.supervised, rel=1e-5
+    )

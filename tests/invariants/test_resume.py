@@ -31,7 +31,9 @@ tune:
 train:"""
 
 
-def two_stages(tiny_recipe: Callable[..., str], kind: str, output: str, precision: str = "fp32", **changes: Any) -> Recipe:
+def two_stages(
+    tiny_recipe: Callable[..., str], kind: str, output: str, precision: str = "fp32", **changes: Any
+) -> Recipe:
     """Full training of the tower, then LoRA with dropout; 8 rows in batches of 3 or 2 with accumulation 2."""
     text = with_tune(tiny_recipe(kind, output=output, precision=precision), DROPOUT) + STAGES
     settings = {
@@ -52,18 +54,27 @@ def logged(run: Path) -> list[dict[str, Any]]:
     """The log's training and evaluation events without what depends on time."""
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     keys = ("event", "stage", "step", "loss", "learning_rate", "accuracy")
-    return [{key: event.get(key) for key in keys} for event in events if event["event"] in ("train", "evaluate")]
+    return [
+        {key: event.get(key) for key in keys}
+        for event in events
+        if event["event"] in ("train", "evaluate")
+    ]
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Weights, optimizer, random state, losses, answers: all equal."""
     assert logged(one) == logged(other)
     assert_same_bits(one / "model", other / "model")
-    last = [sorted(path.relative_to(run) for path in run.glob("stages/*/checkpoints/step-*"))[-1] for run in (one, other)]
+    last = [
+        sorted(path.relative_to(run) for path in run.glob("stages/*/checkpoints/step-*"))[-1]
+        for run in (one, other)
+    ]
     assert last[0] == last[1]
     assert_same_bits(one / last[0], other / last[1])
     assert (one / "samples.json").read_text() == (other / "samples.json").read_text()
-    assert json.loads((one / "tuning.json").read_text()) == json.loads((other / "tuning.json").read_text())
+    assert json.loads((one / "tuning.json").read_text()) == json.loads(
+        (other / "tuning.json").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -78,7 +89,12 @@ def assert_same_runs(one: Path, other: Path) -> None:
     ],
 )
 def test_resumed_is_bit_for_bit_the_uninterrupted(
-    kind: str, precision: str, stage: int, step: int, tiny_recipe: Callable[..., str], tmp_path: Path
+    kind: str,
+    precision: str,
+    stage: int,
+    step: int,
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     sft(two_stages(tiny_recipe, kind, "whole", precision))
     recipe = two_stages(tiny_recipe, kind, "parts", precision)
@@ -101,7 +117,9 @@ def test_resumed_twice_is_the_same(tiny_recipe: Callable[..., str], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_log_line_of_many_steps_counts_those_before_the_stop(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_log_line_of_many_steps_counts_those_before_the_stop(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     changes = {"train__steps": 6, "train__batch_size": 2, "train__gradient_accumulation": 2}
     whole = parsed(tiny_recipe("causal", output="whole"), **changes, train__log_every=3)
     sft(whole)
@@ -111,7 +129,11 @@ def test_a_log_line_of_many_steps_counts_those_before_the_stop(tiny_recipe: Call
     def at_the_first_evaluation(show: Any) -> Any:
         def forward(event: dict[str, Any]) -> None:
             calls.append(1)
-            show({"event": "train", "stage": 0, "step": 2} if event["event"] == "evaluate" and event["step"] == 2 else {"event": "other"})
+            show(
+                {"event": "train", "stage": 0, "step": 2}
+                if event["event"] == "evaluate" and event["step"] == 2
+                else {"event": "other"}
+            )
 
         return sft(recipe, show=forward)
 
@@ -122,15 +144,25 @@ def test_a_log_line_of_many_steps_counts_those_before_the_stop(tiny_recipe: Call
 
 
 @pytest.mark.slow
-def test_lora_on_some_layers_of_many_resumes(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_lora_on_some_layers_of_many_resumes(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """More than twenty target modules that are not all of their kind: PEFT rewrites such lists."""
 
     def recipe(output: str) -> Recipe:
         tune = DROPOUT.replace(
-            '  - {match: "llm.*", how: lora', '  - {match: "llm.model.layers.5.*", how: frozen}\n  - {match: "llm.*", how: lora'
+            '  - {match: "llm.*", how: lora',
+            '  - {match: "llm.model.layers.5.*", how: frozen}\n  - {match: "llm.*", how: lora',
         )
-        text = with_tune(tiny_recipe("causal", output=output), tune).replace("num_hidden_layers: 2", "num_hidden_layers: 6")
-        return parsed(text, train__log_every=1, train__checkpoints={"keep": 10, "every": 1}, evaluate__samples=0)
+        text = with_tune(tiny_recipe("causal", output=output), tune).replace(
+            "num_hidden_layers: 2", "num_hidden_layers: 6"
+        )
+        return parsed(
+            text,
+            train__log_every=1,
+            train__checkpoints={"keep": 10, "every": 1},
+            evaluate__samples=0,
+        )
 
     sft(recipe("whole"))
     interrupted(partial(run_of, recipe("parts")), stage=0, step=2)
@@ -147,12 +179,18 @@ def assert_same_runs_without_samples(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "tower", "llm"),
     [
-        ("causal", "how: full, layer_decay: 0.7", "how: lora, r: 4, init: pissa, lora_plus_ratio: 8, lora_dropout: 0.1"),
+        (
+            "causal",
+            "how: full, layer_decay: 0.7",
+            "how: lora, r: 4, init: pissa, lora_plus_ratio: 8, lora_dropout: 0.1",
+        ),
         ("seq2seq", "how: norms", "how: lora, r: 4, variant: dora"),
         ("causal", "how: biases", "how: last_layers, layers: 1, layer_decay: 0.5"),
     ],
 )
-def test_every_kind_of_tuning_resumes(kind: str, tower: str, llm: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_every_kind_of_tuning_resumes(
+    kind: str, tower: str, llm: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     tune = f"""
 tune:
   - {{match: "tower.*", {tower}}}
@@ -162,7 +200,12 @@ train:"""
 
     def recipe(output: str) -> Recipe:
         text = with_tune(tiny_recipe(kind, output=output, precision="bf16"), tune)
-        return parsed(text, train__log_every=1, train__checkpoints={"keep": 10, "every": 1}, evaluate__samples=0)
+        return parsed(
+            text,
+            train__log_every=1,
+            train__checkpoints={"keep": 10, "every": 1},
+            evaluate__samples=0,
+        )
 
     sft(recipe("whole"))
     interrupted(partial(run_of, recipe("parts")), stage=0, step=2)

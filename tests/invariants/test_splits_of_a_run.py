@@ -22,7 +22,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "packed": {"data__packing": True, "data__row_length": 64},
     "tokens": {"train__batch_tokens": 240},
     "packed tokens": {"data__packing": True, "data__row_length": 64, "train__batch_tokens": 240},
-    "streamed": {"data__streaming": True, "data__shuffle_buffer": 4, "train__epochs": None, "train__steps": 7},
+    "streamed": {
+        "data__streaming": True,
+        "data__shuffle_buffer": 4,
+        "train__epochs": None,
+        "train__steps": 7,
+    },
     "augmented": {"data__augment": {"flip": 0.5, "colour": 0.3, "crop": 0.7}},
 }
 
@@ -31,16 +36,32 @@ KINDS: dict[str, dict[str, Any]] = {
 def unlike(color_rows: Path) -> Path:
     """Ten rows, no two of the same length."""
     rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
-    rows += [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]} for text in ("so?", "is it so?")]
+    rows += [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+        for text in ("so?", "is it so?")
+    ]
     for place, row in enumerate(rows):
         row["messages"][0]["content"] += " and again" * (place * 7 % 10)
     color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return color_rows
 
 
-def recipe(tiny_recipe: Callable[..., str], kind: str, output: str, size: int, accumulation: int) -> Recipe:
-    changes = {"train__steps": None, "train__epochs": 2.4, "train__log_every": 100, "data__validation": [], "evaluate__samples": 0}
-    changes |= {"train__batch_size": size, "train__gradient_accumulation": accumulation, "train__cache_features": False, **KINDS[kind]}
+def recipe(
+    tiny_recipe: Callable[..., str], kind: str, output: str, size: int, accumulation: int
+) -> Recipe:
+    changes = {
+        "train__steps": None,
+        "train__epochs": 2.4,
+        "train__log_every": 100,
+        "data__validation": [],
+        "evaluate__samples": 0,
+    }
+    changes |= {
+        "train__batch_size": size,
+        "train__gradient_accumulation": accumulation,
+        "train__cache_features": False,
+        **KINDS[kind],
+    }
     if tokens := KINDS[kind].get("train__batch_tokens"):
         changes["train__batch_tokens"] = tokens * size // 4
     return parsed(tiny_recipe("causal", output=output), **changes)
@@ -55,9 +76,14 @@ def assert_same_run(one: Path, other: Path) -> list[Step]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_splits_the_steps_of_a_whole_run(kind: str, tiny_recipe: Callable[..., str], unlike: Path) -> None:
+def test_accumulation_splits_the_steps_of_a_whole_run(
+    kind: str, tiny_recipe: Callable[..., str], unlike: Path
+) -> None:
     splits = [(4, 1), (1, 4), *([(2, 2)] if kind == "rows" else [])]
-    runs = [sft(recipe(tiny_recipe, kind, f"{size}x{often}", size, often)).folder for size, often in splits]
+    runs = [
+        sft(recipe(tiny_recipe, kind, f"{size}x{often}", size, often)).folder
+        for size, often in splits
+    ]
     steps = [assert_same_run(runs[0], run) for run in runs[1:]].pop()
     # The test can tell: different steps see different samples.
     assert len({step.samples for step in steps}) > 1
@@ -65,8 +91,12 @@ def test_accumulation_splits_the_steps_of_a_whole_run(kind: str, tiny_recipe: Ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "packed tokens", "streamed"])
-def test_two_processes_split_the_steps_of_a_whole_run(kind: str, tiny_recipe: Callable[..., str], unlike: Path, tmp_path: Path) -> None:
+def test_two_processes_split_the_steps_of_a_whole_run(
+    kind: str, tiny_recipe: Callable[..., str], unlike: Path, tmp_path: Path
+) -> None:
     alone = sft(recipe(tiny_recipe, kind, "alone", 4, 1)).folder
     split = recipe(tiny_recipe, kind, "two", 1, 2)
-    assert ended(start(partial(sft, split), tmp_path / "said", ranks=2)) == [0, 0], (tmp_path / "said.0").read_text()
+    assert ended(start(partial(sft, split), tmp_path / "said", ranks=2)) == [0, 0], (
+        tmp_path / "said.0"
+    ).read_text()
     assert_same_run(alone, tmp_path / "two")

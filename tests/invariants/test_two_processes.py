@@ -34,14 +34,32 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tune", "images", "accumulation"),
-    [("causal", FULL, "all", 2), ("seq2seq", FULL, "one", 1), ("causal", LORA_BOTH, "one", 1), ("seq2seq", None, "one", 2)],
+    [
+        ("causal", FULL, "all", 2),
+        ("seq2seq", FULL, "one", 1),
+        ("causal", LORA_BOTH, "one", 1),
+        ("seq2seq", None, "one", 2),
+    ],
 )
 def test_two_ranks_train_as_one(
-    kind: str, tune: str | None, images: str, accumulation: int, tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+    kind: str,
+    tune: str | None,
+    images: str,
+    accumulation: int,
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    tmp_path: Path,
 ) -> None:
     """With `images: one`, most batches of a rank hold no image at all; nine rows leave the last batch uneven."""
     rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
-    rows.append({"messages": [{"role": "user", "content": "and a long one?"}, {"role": "assistant", "content": "a long answer it is"}]})
+    rows.append(
+        {
+            "messages": [
+                {"role": "user", "content": "and a long one?"},
+                {"role": "assistant", "content": "a long answer it is"},
+            ]
+        }
+    )
     for row in rows[1:] if images == "one" else []:
         row.pop("images", None)
     color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -55,17 +73,24 @@ def test_two_ranks_train_as_one(
             "train__cache_features": tune is not FULL,
         }
         settings = {"train__gradient_accumulation": accumulation, "evaluate__every": 5}
-        return parsed(with_tune(text, tune) if tune else text, **changes, **settings, evaluate__samples=0)
+        return parsed(
+            with_tune(text, tune) if tune else text, **changes, **settings, evaluate__samples=0
+        )
 
     one = sft(recipe("one", 4)).folder
-    assert ended(start(partial(sft, recipe("two", 2)), tmp_path / "output", ranks=2)) == [0, 0], (tmp_path / "output.0").read_text()
+    assert ended(start(partial(sft, recipe("two", 2)), tmp_path / "output", ranks=2)) == [0, 0], (
+        tmp_path / "output.0"
+    ).read_text()
     two = tmp_path / "two"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     first, second = tensors_of(one / "model"), tensors_of(two / "model")
     assert first.keys() == second.keys()
     # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but rounding: a tenth of one is allowed.
     assert max(largest(value, second[name]) for name, value in first.items()) <= 3e-4
-    scores = [json.loads((run / "stages" / "1-main" / "done.json").read_text())["history"] for run in (one, two)]
+    scores = [
+        json.loads((run / "stages" / "1-main" / "done.json").read_text())["history"]
+        for run in (one, two)
+    ]
     assert scores[0][0]["accuracy"] == scores[1][0]["accuracy"]
     assert scores[0][0]["n"] == scores[1][0]["n"] == 9
     assert scores[0][0]["loss"] == pytest.approx(scores[1][0]["loss"], rel=1e-4)

@@ -30,12 +30,21 @@ train:"""
 
 
 def digest(value: torch.Tensor) -> str:
-    return hashlib.sha256(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("kind", "tune"), [("causal", LORA_TUNE), ("seq2seq", LORA_TUNE), ("causal", FULL), ("seq2seq", FULL), ("seq2seq", MIXED)]
+    ("kind", "tune"),
+    [
+        ("causal", LORA_TUNE),
+        ("seq2seq", LORA_TUNE),
+        ("causal", FULL),
+        ("seq2seq", FULL),
+        ("seq2seq", MIXED),
+    ],
 )
 def test_frozen_bytes_stay_and_trained_ones_change(
     kind: str, tune: str, precision: str, tiny_recipe: Callable[..., str], tmp_path: Path
@@ -55,24 +64,42 @@ def test_frozen_bytes_stay_and_trained_ones_change(
     assert len(grouped) == len(before) - len(frozen)
 
 
-@pytest.mark.parametrize(("kind", "tune"), [("causal", FULL), ("seq2seq", FULL), ("seq2seq", MIXED)])
-def test_every_trained_parameter_has_a_gradient(kind: str, tune: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    recipe = parsed(with_tune(tiny_recipe(kind), tune), train__steps=1, train__log_every=1, train__batch_size=8, train__max_grad_norm=None)
+@pytest.mark.parametrize(
+    ("kind", "tune"), [("causal", FULL), ("seq2seq", FULL), ("seq2seq", MIXED)]
+)
+def test_every_trained_parameter_has_a_gradient(
+    kind: str, tune: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = parsed(
+        with_tune(tiny_recipe(kind), tune),
+        train__steps=1,
+        train__log_every=1,
+        train__batch_size=8,
+        train__max_grad_norm=None,
+    )
     _, gradients = one_step(recipe, tmp_path / "run")
     model = built(recipe)
     stage_loop(model, recipe, tmp_path / "other")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == gradients.keys()
     # LoRA A gets its first gradient once B has left zero.
-    still = {name for name, value in gradients.items() if not float(value.abs().sum()) and "lora_A" not in name}
+    still = {
+        name
+        for name, value in gradients.items()
+        if not float(value.abs().sum()) and "lora_A" not in name
+    }
     assert still == set()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("common", "other"), [("fp32", "bf16"), ("bf16", "fp32")])
-def test_each_stage_trains_in_its_own_precision(common: str, other: str, tiny_recipe: Callable[..., str]) -> None:
+def test_each_stage_trains_in_its_own_precision(
+    common: str, other: str, tiny_recipe: Callable[..., str]
+) -> None:
     stages = f"stages: [{{name: one, train: {{precision: {other}}}}}, {{name: two}}]\n"
-    recipe = parsed(tiny_recipe("causal", precision=common) + stages, evaluate__samples=0, train__steps=1)
+    recipe = parsed(
+        tiny_recipe("causal", precision=common) + stages, evaluate__samples=0, train__steps=1
+    )
     seen: dict[str, set[torch.dtype]] = {}
     stage = [""]
     forward = torch.nn.functional.linear

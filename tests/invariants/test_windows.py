@@ -50,7 +50,9 @@ def long_questions(color_rows: Path) -> Path:
     """Two questions about each image, twice as long as the window, that begin alike."""
     rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
     for place, row in enumerate(rows):
-        row["messages"][0]["content"] = "look at the whole image first, then say: " + row["messages"][0]["content"] * (place % 3 + 1)
+        row["messages"][0]["content"] = "look at the whole image first, then say: " + row[
+            "messages"
+        ][0]["content"] * (place % 3 + 1)
     color_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return color_rows
 
@@ -77,9 +79,15 @@ def joined_rows(model: Any, recipe: Any, join: str) -> tuple[list[Example], list
 
 @pytest.mark.parametrize("join", ["branches", "packed", "packed branches"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_losses_and_gradients_equal_rows_one_by_one(decoder: str, join: str, long_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_losses_and_gradients_equal_rows_one_by_one(
+    decoder: str, join: str, long_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     # PEFT takes Llama 4's router for a plain linear layer.
-    tune = LORA_TUNE.replace("all-linear", "[q_proj, o_proj]") if decoder == "llama4_text" else LORA_TUNE
+    tune = (
+        LORA_TUNE.replace("all-linear", "[q_proj, o_proj]")
+        if decoder == "llama4_text"
+        else LORA_TUNE
+    )
     recipe = parsed(with_tune(decoder_text(tiny_recipe, decoder), tune))
     model = built(recipe)
     tuned_by(model, recipe)
@@ -91,14 +99,20 @@ def test_losses_and_gradients_equal_rows_one_by_one(decoder: str, join: str, lon
     assert float(joined) == pytest.approx(float(alone), rel=1e-5)
     assert_close(found, expected)
     # Past its window the decoder would see something else.
-    setattr(model.llm.model.config, "attention_chunk_size" if decoder == "llama4_text" else "sliding_window", 256)
+    setattr(
+        model.llm.model.config,
+        "attention_chunk_size" if decoder == "llama4_text" else "sliding_window",
+        256,
+    )
     wider, _ = loss_and_gradients(model, [batch_of(model, together)])
     assert abs(float(wider) - float(alone)) > 1e-3
 
 
 @pytest.mark.parametrize("how", ["prompt", "prefix"])
 @pytest.mark.parametrize("join", ["branches", "packed"])
-def test_virtual_tokens_leave_the_window_as_others_do(join: str, how: str, long_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_virtual_tokens_leave_the_window_as_others_do(
+    join: str, how: str, long_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     tune = f"""
 tune:
   - {{match: "tower.*", how: frozen}}
@@ -110,7 +124,10 @@ train:"""
     tuned_by(model, recipe)
     assert model.llm.prompt is not None
     with torch.no_grad():
-        model.llm.prompt.values.add_(torch.randn(model.llm.prompt.values.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+        model.llm.prompt.values.add_(
+            torch.randn(model.llm.prompt.values.shape, generator=torch.Generator().manual_seed(3))
+            * 0.3
+        )
     rows, together = joined_rows(model, recipe, join)
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
     joined, found = loss_and_gradients(model, [batch_of(model, together)])
@@ -120,24 +137,35 @@ train:"""
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_answers_of_joined_prompts_are_those_one_by_one(decoder: str, long_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_answers_of_joined_prompts_are_those_one_by_one(
+    decoder: str, long_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     """One by one transformers generates, with its own cache that forgets what is outside of the window."""
     recipe = parsed(decoder_text(tiny_recipe, decoder))
     model = built(recipe).eval()
     for parameter in model.llm.model.parameters():
-        parameter.data *= 3  # sharper than at initialisation, so that texts depend on image and question
-    prompts, decoding, fetch = model.processor.prompts(rows_of(recipe)), Decoding(20), model.processor.images
+        parameter.data *= (
+            3  # sharper than at initialisation, so that texts depend on image and question
+        )
+    prompts, decoding, fetch = (
+        model.processor.prompts(rows_of(recipe)),
+        Decoding(20),
+        model.processor.images,
+    )
     assert all(tree.row.ends is not None for tree in model._trees(prompts, decoding))
     together = model.answers(prompts, decoding, fetch=fetch, batch_size=5)
     assert together == [model.answers([prompt], decoding, fetch=fetch)[0] for prompt in prompts]
     assert len(set(together)) > 2
 
 
-def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(long_questions: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
+    long_questions: Path, tiny_recipe: Callable[..., str]
+) -> None:
     """A state that goes from token to token, and distances counted by place: an LFM2's convolutions, a BLOOM's ALiBi."""
     text = tiny_recipe("causal")
     lfm2 = text.replace(
-        "model_type: llama, vocab_size: 400, config: {", "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], "
+        "model_type: llama, vocab_size: 400, config: {",
+        "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], ",
     )
     head, _, rest = text.partition("model_type: llama")
     bloom = f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, n_head: 2{rest[rest.index('}}') :]}"
@@ -146,7 +174,10 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(long_
         model = built(recipe).eval()
         assert isinstance(model.llm, CausalLLM)
         _, together = joined_rows(model, recipe, "branches")
-        with pytest.raises(ModelError, match=f"can't be joined, .*{said}.* set data.group: none and data.packing: false"):
+        with pytest.raises(
+            ModelError,
+            match=f"can't be joined, .*{said}.* set data.group: none and data.packing: false",
+        ):
             model(batch_of(model, together))
         prompts, fetch = model.processor.prompts(rows_of(recipe)), model.processor.images
         assert all(tree.row.ends is None for tree in model._trees(prompts, Decoding(4)))

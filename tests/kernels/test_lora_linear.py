@@ -37,19 +37,28 @@ class Layers:
         self.weight = half(sum(self.outputs), self.inputs)
         self.added = half(sum(self.outputs)) if self.bias else None
         self.downs = [torch.randn(rank, self.inputs) for rank in self.ranks]
-        self.ups = [torch.randn(size, rank) / 4 for size, rank in zip(self.outputs, self.ranks, strict=True)]
+        self.ups = [
+            torch.randn(size, rank) / 4 for size, rank in zip(self.outputs, self.ranks, strict=True)
+        ]
 
-    def run(self, *, quick: bool, x: torch.Tensor | None = None, gradient: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def run(
+        self, *, quick: bool, x: torch.Tensor | None = None, gradient: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Output, and gradients of x, every A and every B, of the operator."""
         leaf = self.x.clone().requires_grad_() if x is None else x.requires_grad_()
-        downs, ups = ([each.clone().requires_grad_() for each in made] for made in (self.downs, self.ups))
+        downs, ups = (
+            [each.clone().requires_grad_() for each in made] for made in (self.downs, self.ups)
+        )
         weight, room = self.weight, 0
         if len(downs) > 1:
             room = -(-sum(self.ranks) // 8) * 8
             weight = torch.cat([weight, weight.new_zeros(len(weight), room)], 1)
         out, _ = project(leaf, [weight], "", room, quick, self.added, downs, ups, self.scales)
         out.backward(self.gradient if gradient is None else gradient)
-        return [out.detach(), *(each.grad for each in (leaf, *downs, *ups) if each.grad is not None)]
+        return [
+            out.detach(),
+            *(each.grad for each in (leaf, *downs, *ups) if each.grad is not None),
+        ]
 
     def exact(self) -> list[torch.Tensor]:
         """The same in fp64, of the numbers as bf16 holds them."""
@@ -57,7 +66,10 @@ class Layers:
         downs = [each.bfloat16().double().requires_grad_() for each in self.downs]
         ups = [each.double().requires_grad_() for each in self.ups]
         out = x @ self.weight.double().t() + (0 if self.added is None else self.added.double())
-        parts = [scale * (x @ down.t()) @ up.t() for down, up, scale in zip(downs, ups, self.scales, strict=True)]
+        parts = [
+            scale * (x @ down.t()) @ up.t()
+            for down, up, scale in zip(downs, ups, self.scales, strict=True)
+        ]
         out = out + torch.cat(parts, 1)
         out.backward(self.gradient.double())
         return [out.detach(), *(each.grad for each in (x, *downs, *ups) if each.grad is not None)]
@@ -66,12 +78,16 @@ class Layers:
 SHAPES: dict[str, Callable[[], Layers]] = {
     "whole tiles": lambda: Layers(64, 64, (96,), (16,)),
     "one row": lambda: Layers(1, 40, (24,), (3,)),
-    "rows, inputs, outputs and ranks that fill no tile": lambda: Layers(77, 100, (70,), (17,), bias=True),
+    "rows, inputs, outputs and ranks that fill no tile": lambda: Layers(
+        77, 100, (70,), (17,), bias=True
+    ),
     "many ranks": lambda: Layers(65, 200, (96,), (72,)),
     "deep": lambda: Layers(90, 1700, (40,), (8,)),
     "wider than the packed columns": lambda: Layers(40, 1200, (900,), (8,), bias=True),
     "three layers": lambda: Layers(130, 96, (64, 32, 32), (8, 4, 16)),
-    "two layers that go back one by one": lambda: Layers(70, 64, (TOGETHER - 100, 300), (16, 8), bias=True),
+    "two layers that go back one by one": lambda: Layers(
+        70, 64, (TOGETHER - 100, 300), (16, 8), bias=True
+    ),
 }
 
 
@@ -87,7 +103,9 @@ def test_it_errs_no_more_than_torch_s_products(name: str, threads: int) -> None:
         torch.set_num_threads(before)
     assert len(mine) == len(torchs) == len(exact) == 2 + 2 * len(layers.outputs)
     for found, other, wanted in zip(mine, torchs, exact, strict=True):
-        error, allowed = ((each.double() - wanted).norm() / wanted.norm() for each in (found, other))
+        error, allowed = (
+            (each.double() - wanted).norm() / wanted.norm() for each in (found, other)
+        )
         assert error <= max(1.1 * float(allowed), 1e-3)
 
 
@@ -109,7 +127,9 @@ def test_a_weight_that_is_strided_and_an_input_that_needs_no_gradient() -> None:
     downs, ups = layers.downs[0].clone().requires_grad_(), layers.ups[0].clone().requires_grad_()
     weight = torch.zeros(48, 96).bfloat16()
     weight[:, :64] = layers.weight
-    out, kept = project(layers.x, [weight[:, :64]], "", 0, True, None, [downs], [ups], layers.scales)
+    out, kept = project(
+        layers.x, [weight[:, :64]], "", 0, True, None, [downs], [ups], layers.scales
+    )
     out.backward(layers.gradient)
     assert kept.shape == (45, 8)
     for found, other in zip((out, downs.grad, ups.grad), (wanted[0], *wanted[2:]), strict=True):
@@ -120,11 +140,15 @@ def test_a_weight_that_is_strided_and_an_input_that_needs_no_gradient() -> None:
 def test_what_the_kernel_takes() -> None:
     rows = torch.zeros(4, 64)
     assert by_kernel(rows.bfloat16(), [64]) and not by_kernel(rows, [64])
-    assert not by_kernel(rows.bfloat16(), [64, 5000]) and not by_kernel(torch.zeros(4, 5000).bfloat16(), [64])
+    assert not by_kernel(rows.bfloat16(), [64, 5000]) and not by_kernel(
+        torch.zeros(4, 5000).bfloat16(), [64]
+    )
 
 
 @needs_kernel
-def test_a_training_step_goes_through_it(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_goes_through_it(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
     model = built(recipe)
     tuned_by(model, recipe)
@@ -140,6 +164,8 @@ def test_a_training_step_goes_through_it(tiny_recipe: Callable[..., str], tmp_pa
     monkeypatch.setattr(native, "kernels", Watched)
     layer = next(module for module in model.llm.modules() if isinstance(module, LoraLinear))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(torch.randn(3, 5, layer.base_layer.in_features, requires_grad=True)).float().sum().backward()
+        layer(
+            torch.randn(3, 5, layer.base_layer.in_features, requires_grad=True)
+        ).float().sum().backward()
     assert calls == ["low_rank", "low_rank_backward"]
     assert layer.lora_B[layer.name].weight.grad is not None

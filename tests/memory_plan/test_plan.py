@@ -15,7 +15,16 @@ from rich.console import Console
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.connector_kinds import with_connector
-from tests.helpers.tiny_models import built, cli, parsed, rows_of, save_llm, with_llm, with_tower, with_tune
+from tests.helpers.tiny_models import (
+    built,
+    cli,
+    parsed,
+    rows_of,
+    save_llm,
+    with_llm,
+    with_tower,
+    with_tune,
+)
 from vlm_tune.config.model import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
@@ -37,23 +46,27 @@ from vlm_tune.rendering.plan_text import show_plan
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
-DEEP = (
-    "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, num_hidden_layers: 9, num_attention_heads: 4}}"
-)
+DEEP = "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, num_hidden_layers: 9, num_attention_heads: 4}}"
 
 TinyRecipe = Callable[..., str]
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize("lora", [True, False])
-def test_parameters_and_bytes_are_those_of_the_model_that_is_built(tiny_recipe: TinyRecipe, kind: str, lora: bool) -> None:
+def test_parameters_and_bytes_are_those_of_the_model_that_is_built(
+    tiny_recipe: TinyRecipe, kind: str, lora: bool
+) -> None:
     text = tiny_recipe(kind, precision="bf16")
     recipe = parsed(with_tune(text) if lora else text)
     (stage,) = plan(recipe).stages
     model = built(recipe)
-    tuned = apply_rules(model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES["bf16"])
+    tuned = apply_rules(
+        model, recipe.tune, learning_rate=recipe.train.learning_rate, precision=DTYPES["bf16"]
+    )
     assert stage.tuning == tuned.table
-    for part, module in zip(stage.parts, (model.tower, model.connector, model.llm.model), strict=True):
+    for part, module in zip(
+        stage.parts, (model.tower, model.connector, model.llm.model), strict=True
+    ):
         parameters = list(module.parameters())
         held = sum(t.nbytes for t in (*parameters, *module.buffers()))
         assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), held)
@@ -97,13 +110,22 @@ def test_what_the_trace_holds_is_what_autograd_saves(tiny_recipe: TinyRecipe, ki
     assert stage.peak.length < 64
 
 
-def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny_recipe("causal", precision="bf16")
-    text = "\n".join(f"  llm: {{kind: causal, scratch: {DEEP}}}" if line.startswith("  llm:") else line for line in base.splitlines())
+    text = "\n".join(
+        f"  llm: {{kind: causal, scratch: {DEEP}}}" if line.startswith("  llm:") else line
+        for line in base.splitlines()
+    )
     for recipe in (
         parsed(text + "\n"),
         parsed(with_tune(text + "\n")),
-        parsed(with_tune(text + "\n"), train__gradient_checkpointing=True, train__gradient_accumulation=2),
+        parsed(
+            with_tune(text + "\n"),
+            train__gradient_checkpointing=True,
+            train__gradient_accumulation=2,
+        ),
     ):
         few = plan(recipe, tokens=96).stages[0]
         with monkeypatch.context() as patch:
@@ -111,16 +133,29 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(tiny_recipe: T
             whole = plan(recipe, tokens=96).stages[0]
         assert few.flops == pytest.approx(whole.flops, rel=1e-6)
         one, other = asdict(few.memory), asdict(whole.memory)
-        assert sum(one.values()) - one["base"] == pytest.approx(sum(other.values()) - other["base"], rel=0.02)
+        assert sum(one.values()) - one["base"] == pytest.approx(
+            sum(other.values()) - other["base"], rel=0.02
+        )
 
 
-def test_what_autocast_keeps_of_weights_it_cast_lives_through_both_passes(tiny_recipe: TinyRecipe) -> None:
+def test_what_autocast_keeps_of_weights_it_cast_lives_through_both_passes(
+    tiny_recipe: TinyRecipe,
+) -> None:
     """With checkpointing nothing else holds them: all that a full tuning casts is there in bf16 at the end of the backward pass."""
-    wide = DEEP.replace("hidden_size: 64, intermediate_size: 128", "hidden_size: 256, intermediate_size: 512")
+    wide = DEEP.replace(
+        "hidden_size: 64, intermediate_size: 128", "hidden_size: 256, intermediate_size: 512"
+    )
     lines = tiny_recipe("causal", precision="bf16").splitlines()
-    text = "\n".join(f"  llm: {{kind: causal, scratch: {wide}}}" if line.startswith("  llm:") else line for line in lines)
-    (stage,) = plan(parsed(text + "\n", train__gradient_checkpointing=True), tokens=60, gpu_memory="1TB").stages
-    cast = stage.parts[2].trained - 2 * 400 * 256  # embeddings are looked up as they are, and the head's rows are few
+    text = "\n".join(
+        f"  llm: {{kind: causal, scratch: {wide}}}" if line.startswith("  llm:") else line
+        for line in lines
+    )
+    (stage,) = plan(
+        parsed(text + "\n", train__gradient_checkpointing=True), tokens=60, gpu_memory="1TB"
+    ).stages
+    cast = (
+        stage.parts[2].trained - 2 * 400 * 256
+    )  # embeddings are looked up as they are, and the head's rows are few
     assert 2 * cast < stage.memory.activations < 3 * cast
 
 
@@ -132,7 +167,9 @@ def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
     text = text.replace("num_layers: 2, num_decoder_layers: 1", "num_layers: 12")
     text = with_connector(text, "qformer-text").replace("depth: 3", "depth: 12")
     recipe = parsed(with_tune(text), train__gradient_checkpointing=True)
-    assert isinstance(recipe.model.connector, QFormerConnector) and recipe.model.connector.depth == 12
+    assert (
+        isinstance(recipe.model.connector, QFormerConnector) and recipe.model.connector.depth == 12
+    )
     few = plan(recipe, tokens=96, gpu_memory="1TB").stages[0].memory
     with monkeypatch.context() as patch:
         patch.setattr(tracer, "DEEP", 1000)
@@ -141,7 +178,9 @@ def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
     assert few.total - few.base == pytest.approx(whole.total - whole.base, rel=0.02)
 
 
-def test_a_stage_is_traced_once_for_any_number_of_processes(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_traced_once_for_any_number_of_processes(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -169,7 +208,13 @@ def test_a_stage_is_traced_once_for_any_number_of_processes(tiny_recipe: TinyRec
     ],
 )
 def test_zero_divides_what_its_definition_says(
-    zero: int, offload: str, frozen: float, trained: float, gradients: float, optimizer: float, host: float
+    zero: int,
+    offload: str,
+    frozen: float,
+    trained: float,
+    gradients: float,
+    optimizer: float,
+    host: float,
 ) -> None:
     """Shares of 8,000 B frozen, 2,000 trained, 400 LoRA for 600 numbers on 4 processes; optimizer and host in B a number."""
     found = zero_memory(
@@ -180,7 +225,11 @@ def test_zero_divides_what_its_definition_says(
         offload_optimizer=offload != "none",
         offload_parameters=offload == "all",
     )
-    assert (found.frozen, found.trained, found.adapters) == (8_000 * frozen, 2_000 * trained, 400 * trained)
+    assert (found.frozen, found.trained, found.adapters) == (
+        8_000 * frozen,
+        2_000 * trained,
+        400 * trained,
+    )
     assert (found.gradients, found.optimizer) == (2_400 * gradients, 600 * optimizer)
     assert found.host == 600 * host + (10_400 / 4 if offload == "all" else 0)
     assert found.exchange == {0: 0, 3: 3_400}.get(zero, 2_400)
@@ -188,7 +237,9 @@ def test_zero_divides_what_its_definition_says(
 
 def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
     def needed(stage: int, processes: int) -> int:
-        one = zero_memory(Held(2_000_000, 4_000_000, 0, 10_000), 1_000_000, stage=stage, processes=processes)
+        one = zero_memory(
+            Held(2_000_000, 4_000_000, 0, 10_000), 1_000_000, stage=stage, processes=processes
+        )
         return one.frozen + one.trained + one.adapters + one.gradients + one.optimizer
 
     for processes in (4, 16, 64):
@@ -210,11 +261,18 @@ def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
         ((1, 2, -1, 3), (1, 1, 2), 4, 4),  # what is larger than the hole goes on top
         ((1, 2, 3, -1, -2, 4), (1, 1, 1, 2), 3, 3),  # holes side by side are one
         ((1, 2, 3, -2, -1, 4), (1, 1, 1, 2), 3, 3),
-        ((1, 2, 3, 4, -1, -3, 5, 6), (3, 1, 2, 1, 2, 3), 10, 7),  # glibc's takes the smallest that fits, ours the lowest
+        (
+            (1, 2, 3, 4, -1, -3, 5, 6),
+            (3, 1, 2, 1, 2, 3),
+            10,
+            7,
+        ),  # glibc's takes the smallest that fits, ours the lowest
         ((1, 2, -2, 3), (1, 1, 2), 3, 3),  # a hole at the end is the end
     ],
 )
-def test_blocks_go_where_they_fit(events: tuple[int, ...], sizes: tuple[int, ...], largest: int, best: int) -> None:
+def test_blocks_go_where_they_fit(
+    events: tuple[int, ...], sizes: tuple[int, ...], largest: int, best: int
+) -> None:
     """A step that takes block n at an event n and gives it back at -n; sizes in blocks of 64 kB."""
     unit = 1 << 16
     for memory, aside, expected in ((Range(), 0, largest), (Glibc(), ASIDE, best)):
@@ -233,10 +291,18 @@ def test_holes_are_those_of_two_steps() -> None:
     step = Trace([1, 2, -1, -2], [0, 2 * unit, unit], ["activations", "activations", "gradients"])
     # First step: activation 0-2, gradient 2-3, states 0-2. Second: activation 2-4, gradient 4-5: all of 5 are in use.
     assert holes(step, "range", accumulating=False) == 0
-    longer = Trace([1, 2, 3, -1, -3, -2], [0, 2 * unit, unit, unit], ["activations", "activations", "activations", "gradients"])
+    longer = Trace(
+        [1, 2, 3, -1, -3, -2],
+        [0, 2 * unit, unit, unit],
+        ["activations", "activations", "activations", "gradients"],
+    )
     # Second step of it: states 0-2, activations 2-4 and 4-5, gradient 5-6.
     assert holes(longer, "range", accumulating=False) == 0
-    kept = Trace([1, 2, -1, 3, -3, -2], [0, unit, unit, 3 * unit], ["activations", "activations", "gradients", "activations"])
+    kept = Trace(
+        [1, 2, -1, 3, -3, -2],
+        [0, unit, unit, 3 * unit],
+        ["activations", "activations", "gradients", "activations"],
+    )
     # Second step: states 0 and 2, activation 1, gradient 3; where the activation was nothing of 3 fits.
     assert holes(kept, "range", accumulating=False) == unit
     # With accumulation the second gradient goes where the third storage was, and is gone before it comes.
@@ -260,7 +326,9 @@ def test_without_a_compiler_the_plan_counts_on_malloc(
     assert plan(recipe, tokens=60).allocator == "range"
     monkeypatch.setattr(native, "library", lambda name: None)
     found = plan(recipe, tokens=60)
-    assert found.allocator == "malloc" and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
+    assert (
+        found.allocator == "malloc" and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
+    )
     show_plan(Console(), found)
     assert "no C++ compiler" in capsys.readouterr().out
 
@@ -268,12 +336,18 @@ def test_without_a_compiler_the_plan_counts_on_malloc(
 def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
     shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
     found = _memory(
-        np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]), 0, shares, _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT), half=True
+        np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]),
+        0,
+        shares,
+        _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT),
+        half=True,
     )
     assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
 
 
-@pytest.mark.parametrize(("stage", "micro", "expected"), [(0, 3, 2.0), (1, 3, 2.0), (2, 1, 2.0), (2, 3, 4.0)])
+@pytest.mark.parametrize(
+    ("stage", "micro", "expected"), [(0, 3, 2.0), (1, 3, 2.0), (2, 1, 2.0), (2, 3, 4.0)]
+)
 def test_traffic_of_gradients_is_the_ring_s(stage: int, micro: int, expected: float) -> None:
     """In units of (P - 1) / P of the gradients; frozen weights are not sent."""
     sent = traffic(800, 10**9, 10**9, stage=stage, processes=4, accumulation=micro)
@@ -283,9 +357,17 @@ def test_traffic_of_gradients_is_the_ring_s(stage: int, micro: int, expected: fl
 
 def test_zero_3_gathers_weights_in_both_passes_of_every_micro_batch() -> None:
     sent = traffic(800, 5_000, 3_000, stage=3, processes=4, accumulation=2)
-    assert asdict(sent) == {"gradients": 2 * 600, "updated": 0, "forward": 2 * 3_750, "backward": 2 * 2_250}
+    assert asdict(sent) == {
+        "gradients": 2 * 600,
+        "updated": 0,
+        "forward": 2 * 3_750,
+        "backward": 2 * 2_250,
+    }
     # The paper's 1.5 times of DDP: everything trains, and weights and gradients are of one size.
-    assert traffic(8, 8, 8, stage=3, processes=4).total == 1.5 * traffic(8, 8, 8, stage=0, processes=4).total
+    assert (
+        traffic(8, 8, 8, stage=3, processes=4).total
+        == 1.5 * traffic(8, 8, 8, stage=0, processes=4).total
+    )
 
 
 def test_efficiency_is_the_share_of_a_step_that_computes() -> None:
@@ -300,7 +382,9 @@ def test_efficiency_is_the_share_of_a_step_that_computes() -> None:
 
 def test_lora_sends_its_own_gradients_and_zero_3_all_weights(tiny_recipe: TinyRecipe) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
-    by_stage = [plan(recipe, processes=4, nodes=2, zero=zero, tokens=60).stages[0] for zero in (0, 2, 3)]
+    by_stage = [
+        plan(recipe, processes=4, nodes=2, zero=zero, tokens=60).stages[0] for zero in (0, 2, 3)
+    ]
     tower, connector, llm = by_stage[0].parts
     own = 4 * (connector.trained + llm.trained)
     assert tower.trained == 0 and own < llm.bytes
@@ -315,7 +399,11 @@ def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> N
     recipe = parsed(tiny_recipe("causal"))
     with pytest.raises(RecipeError) as told:
         plan(recipe, processes=3, nodes=2, offload="all", zero=2, tflops=-1.0)
-    assert [problem.where for problem in told.value.problems] == ["--nodes", "--offload", "--tflops"]
+    assert [problem.where for problem in told.value.problems] == [
+        "--nodes",
+        "--offload",
+        "--tflops",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -325,20 +413,35 @@ def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe, precision: str) -> Non
     (stage,) = plan(recipe).stages
     model = built(recipe)
     apply_rules(model, recipe.tune, learning_rate=1e-3, precision=torch.float32)
-    named = [(n, p) for n, p in model.llm.model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    named = [
+        (n, p)
+        for n, p in model.llm.model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     frozen = sum(p.numel() for n, p in named if "lora_" not in n)
     lora = sum(p.numel() for n, p in named if "lora_" in n)
-    connector = sum(m.weight.numel() for m in model.connector.modules() if isinstance(m, torch.nn.Linear))
+    connector = sum(
+        m.weight.numel() for m in model.connector.modules() if isinstance(m, torch.nn.Linear)
+    )
     mean, width, vocabulary = stage.mean, 32, model.llm.head.weight.shape[0]
-    expected = mean.tokens * (4 * frozen + 6 * lora) + 12 * 2 * 32 * mean.attended + 4 * mean.supervised * width * vocabulary
+    expected = (
+        mean.tokens * (4 * frozen + 6 * lora)
+        + 12 * 2 * 32 * mean.attended
+        + 4 * mean.supervised * width * vocabulary
+    )
     images = mean.images * model.processor.spec.tokens_per_image
     assert stage.flops == pytest.approx(expected + 6 * images * connector, rel=0.02)
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(tiny_recipe: TinyRecipe) -> None:
+def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(
+    tiny_recipe: TinyRecipe,
+) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
-    (cpu,), (gpu,) = plan(recipe, tokens=60).stages, plan(recipe, tokens=60, gpu_memory="24GB").stages
+    (cpu,), (gpu,) = (
+        plan(recipe, tokens=60).stages,
+        plan(recipe, tokens=60, gpu_memory="24GB").stages,
+    )
     assert cpu.memory.logits == 0 < gpu.memory.logits
     assert cpu.flops == pytest.approx(gpu.flops, rel=1e-6)
 
@@ -352,7 +455,8 @@ def test_advice_is_a_plan_of_its_own(tiny_recipe: TinyRecipe) -> None:
     for advice in changed:
         values = dict(change.split("=") for change in advice.changes)
         again = parsed(
-            with_tune(tiny_recipe("causal", precision="bf16")), **{k.replace(".", "__"): json.loads(v) for k, v in values.items()}
+            with_tune(tiny_recipe("causal", precision="bf16")),
+            **{k.replace(".", "__"): json.loads(v) for k, v in values.items()},
         )
         assert plan(again, gpu_memory=1, tokens=100).needed == advice.needed < found.needed
     assert plan(recipe, gpu_memory="1TB", tokens=100).fits is True
@@ -371,22 +475,42 @@ def test_advice_reaches_stages_that_set_what_it_changes(tiny_recipe: TinyRecipe)
 
 def test_nothing_but_configs_is_read(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     """A 7B model of a folder that holds config.json alone, with its tokenizer missing: the real sizes, from max_length."""
-    text = with_llm(tiny_recipe("causal", precision="bf16"), CONFIGS / "vicuna-7b-v1.5", "causal", ", quantize: nf4")
-    text = with_tower(with_tune(text), f"{{kind: transformers, name: {CONFIGS / 'clip-vit-large-patch14-336'}}}")
+    text = with_llm(
+        tiny_recipe("causal", precision="bf16"),
+        CONFIGS / "vicuna-7b-v1.5",
+        "causal",
+        ", quantize: nf4",
+    )
+    text = with_tower(
+        with_tune(text), f"{{kind: transformers, name: {CONFIGS / 'clip-vit-large-patch14-336'}}}"
+    )
     (stage,) = plan(parsed(text.replace("max_length: 128", "max_length: 1024"))).stages
     tower, _, llm = stage.parts
     assert llm.total - llm.adapters == 6_738_415_616
     assert 285_000_000 < tower.total < 305_000_000
     linears = 6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096
-    assert llm.bytes == pytest.approx(linears * (0.5 + 4 / 64) + (2 * 32000 + 65) * 4096 * 2 + 4 * llm.adapters, rel=1e-5)
+    assert llm.bytes == pytest.approx(
+        linears * (0.5 + 4 / 64) + (2 * 32000 + 65) * 4096 * 2 + 4 * llm.adapters, rel=1e-5
+    )
     assert stage.source.startswith("max_length")
     assert stage.peak.length == 1024
 
 
 def test_nf4_bytes_are_those_of_bitsandbytes(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
     base = parsed(tiny_recipe("causal", precision="bf16"))
-    folder = save_llm(tmp_path / "llm", "causal", rows_of(base), hidden_size=64, intermediate_size=128, num_attention_heads=2)
-    recipe = parsed(with_tune(with_llm(tiny_recipe("causal", precision="bf16"), folder, "causal", ", quantize: nf4")))
+    folder = save_llm(
+        tmp_path / "llm",
+        "causal",
+        rows_of(base),
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=2,
+    )
+    recipe = parsed(
+        with_tune(
+            with_llm(tiny_recipe("causal", precision="bf16"), folder, "causal", ", quantize: nf4")
+        )
+    )
     (bare, _), real = bare_model(recipe), built(recipe)
     for name, module in real.llm.model.named_modules():
         if type(module).__name__ == "Linear4bit":
@@ -411,7 +535,9 @@ def test_longest_batch_supervises_text_and_no_image(tiny_recipe: TinyRecipe) -> 
     assert ((batch.labels == IGNORE_INDEX) == batch.image_mask).all()
 
 
-def test_a_name_without_a_config_and_a_size_that_is_none_are_told(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_a_name_without_a_config_and_a_size_that_is_none_are_told(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="config"):
         plan(parsed(with_llm(tiny_recipe("causal"), tmp_path / "empty", "causal")), tokens=50)
@@ -421,11 +547,26 @@ def test_a_name_without_a_config_and_a_size_that_is_none_are_told(tiny_recipe: T
             parse_size(text)
 
 
-def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
+def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(tiny_recipe("causal"))
     assert "optimizer (AdamW)" in cli("plan", str(path))
-    found = json.loads(cli("plan", str(path), "--json", "--gpu-memory", "1MB", "--processes", "2", "--zero", "2", code=5))
+    found = json.loads(
+        cli(
+            "plan",
+            str(path),
+            "--json",
+            "--gpu-memory",
+            "1MB",
+            "--processes",
+            "2",
+            "--zero",
+            "2",
+            code=5,
+        )
+    )
     assert found["fits"] is False
     assert found["advice"]
     assert found["stages"][0]["memory"]["exchange"] > 0
@@ -435,18 +576,32 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(tiny_reci
 # --- steps and time --------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(tiny_recipe: Callable[..., str]) -> None:
+def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(
+    tiny_recipe: Callable[..., str],
+) -> None:
     recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=3, train__batch_size=4)
     found = plan(recipe)
     stage = found.stages[0]
     assert stage.steps == 6  # eight rows, four a batch, three times
-    assert found.machine is not None and found.machine.rate > 0 and "no GPU" in " ".join(found.machine.lacks)
+    assert (
+        found.machine is not None
+        and found.machine.rate > 0
+        and "no GPU" in " ".join(found.machine.lacks)
+    )
     least, most = found.time(stage) or (0.0, 0.0)
-    assert least == pytest.approx(6 * stage.flops / found.machine.rate) and most == pytest.approx(5 * least)
+    assert least == pytest.approx(6 * stage.flops / found.machine.rate) and most == pytest.approx(
+        5 * least
+    )
     assert found.summary()["stages"][0]["time"] == (least, most)
 
 
-def test_no_time_is_told_of_another_machine_or_of_rows_that_are_not_known(tiny_recipe: Callable[..., str]) -> None:
+def test_no_time_is_told_of_another_machine_or_of_rows_that_are_not_known(
+    tiny_recipe: Callable[..., str],
+) -> None:
     recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=3)
     elsewhere = plan(recipe, gpu_memory="24GB", tokens=32)
-    assert elsewhere.machine is None and elsewhere.stages[0].steps is None and elsewhere.time(elsewhere.stages[0]) is None
+    assert (
+        elsewhere.machine is None
+        and elsewhere.stages[0].steps is None
+        and elsewhere.time(elsewhere.stages[0]) is None
+    )

@@ -43,7 +43,11 @@ CHANGED = "model.layers.1.mlp.up_proj.weight"
 
 def saved_over(base: Path, text: str, folder: Path) -> tuple[Path, Any]:
     """A LoRA model over a tiny Llama in `base`, saved; and its recipe."""
-    recipe = parsed(with_tune(with_llm(text, save_llm(base, "causal", rows_of(parsed(text))), "causal"), LORA_TUNE))
+    recipe = parsed(
+        with_tune(
+            with_llm(text, save_llm(base, "causal", rows_of(parsed(text))), "causal"), LORA_TUNE
+        )
+    )
     model = built(recipe)
     tuned_by(model, recipe)
     wake_adapters(model)
@@ -58,7 +62,9 @@ def change_one_number(folder: Path, name: str = CHANGED) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_another_base_in_the_place_of_the_old_one_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_another_base_in_the_place_of_the_old_one_is_refused(
+    tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     """One number of one tensor differs: loading, merging and exporting name the tensor; told to, they go on."""
     saved, _ = saved_over(tmp_path / "base", tiny_recipe("causal"), tmp_path / "saved")
     load_model(saved)
@@ -75,19 +81,30 @@ def test_another_base_in_the_place_of_the_old_one_is_refused(tiny_recipe: Tiny, 
     # A copy holds the same weights, whatever its name and time; the changed ones are taken when that is said.
     merge(saved, tmp_path / "merged", dtype="fp32", base=tmp_path / "copy")
     merge(saved, tmp_path / "merged other", dtype="fp32", accept_other_base=True)
-    own, other = (load_file(tmp_path / name / "llm" / "model.safetensors") for name in ("merged", "merged other"))
+    own, other = (
+        load_file(tmp_path / name / "llm" / "model.safetensors")
+        for name in ("merged", "merged other")
+    )
     assert [name for name in own if not torch.equal(own[name], other[name])] == [CHANGED]
 
 
 def test_the_bases_config_is_part_of_it(tiny_recipe: Tiny, tmp_path: Path) -> None:
     saved, _ = saved_over(tmp_path / "base", tiny_recipe("causal"), tmp_path / "saved")
     config = tmp_path / "base" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1, "transformers_version": "1"}))
-    with pytest.raises(ModelError, match=r"config.json has rms_norm_eps: .* -> 0.1. Name the right ones"):
+    config.write_text(
+        json.dumps(
+            {**json.loads(config.read_text()), "rms_norm_eps": 0.1, "transformers_version": "1"}
+        )
+    )
+    with pytest.raises(
+        ModelError, match=r"config.json has rms_norm_eps: .* -> 0.1. Name the right ones"
+    ):
         load_model(saved)
 
 
-def test_a_base_that_moved(tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_moved(
+    tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A relative path is found from elsewhere and where both folders moved together; one that is gone is named."""
     project = tmp_path / "project"
     project.mkdir()
@@ -98,18 +115,30 @@ def test_a_base_that_moved(tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytes
     project.rename(tmp_path / "elsewhere")
     again = load_model(tmp_path / "elsewhere" / "runs" / "saved")
     assert Path(str(again.config.llm.name)) == tmp_path / "elsewhere" / "models" / "base"
-    same = [torch.equal(a, b) for a, b in zip(first.llm.parameters(), again.llm.parameters(), strict=True)]
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(first.llm.parameters(), again.llm.parameters(), strict=True)
+    ]
     assert all(same)
     (tmp_path / "elsewhere" / "models" / "base").rename(tmp_path / "new place")
-    for arguments in (["chat", "--prompt", "hi"], ["merge", "--output", str(tmp_path / "merged"), "--dtype", "fp32"]):
+    for arguments in (
+        ["chat", "--prompt", "hi"],
+        ["merge", "--output", str(tmp_path / "merged"), "--dtype", "fp32"],
+    ):
         command = [arguments[0], str(tmp_path / "elsewhere" / "runs" / "saved"), *arguments[1:]]
         gone = CliRunner().invoke(app, command)
         assert isinstance(gone.exception, ModelError)
-        assert "it needs the weights of 'models/base'" in str(gone.exception) and "--base PATH" in str(gone.exception)
-        found = CliRunner().invoke(app, [*command, "--base", str(tmp_path / "new place")], catch_exceptions=False)
+        assert "it needs the weights of 'models/base'" in str(
+            gone.exception
+        ) and "--base PATH" in str(gone.exception)
+        found = CliRunner().invoke(
+            app, [*command, "--base", str(tmp_path / "new place")], catch_exceptions=False
+        )
         assert found.exit_code == 0, found.output
     with pytest.raises(ModelError, match="base: no such file or folder: /nowhere"):
-        VisionLanguageModel.from_pretrained(tmp_path / "elsewhere" / "runs" / "saved", base="/nowhere")
+        VisionLanguageModel.from_pretrained(
+            tmp_path / "elsewhere" / "runs" / "saved", base="/nowhere"
+        )
 
 
 def test_another_tower_is_refused_too(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -118,7 +147,9 @@ def test_another_tower_is_refused_too(tiny_recipe: Tiny, tmp_path: Path) -> None
     for seed, name in enumerate(("clip", "other")):
         torch.manual_seed(seed)
         stir(CLIPVisionModel(CLIPVisionConfig(**CLIP))).save_pretrained(tmp_path / name)
-    text = with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}, layer: -2}}")
+    text = with_tower(
+        tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}, layer: -2}}"
+    )
     built(parsed(with_tune(text))).save_pretrained(tmp_path / "saved")
     shutil.copytree(tmp_path / "clip", tmp_path / "copy")
     shutil.rmtree(tmp_path / "clip")
@@ -129,7 +160,9 @@ def test_another_tower_is_refused_too(tiny_recipe: Tiny, tmp_path: Path) -> None
         VisionLanguageModel.from_pretrained(tmp_path / "saved", base={"tower": tmp_path / "other"})
 
 
-def test_what_is_no_whole_model_says_which_folder_to_take(tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_what_is_no_whole_model_says_which_folder_to_take(
+    tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     text = tiny_recipe("causal")
     saved, recipe = saved_over(tmp_path / "base", text, tmp_path / "run" / "model")
     (tmp_path / "run" / "recipe.yaml").write_text(text)
@@ -143,7 +176,8 @@ def test_what_is_no_whole_model_says_which_folder_to_take(tiny_recipe: Tiny, tmp
         tmp_path / "both": "is a PEFT adapter over",
         tmp_path / "run": "is a run of vlm_tune; run `vlm-tune merge",
         saved: "is a model of vlm_tune with all its parts; run `vlm-tune merge",
-        tmp_path / "merged": "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts",
+        tmp_path
+        / "merged": "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts",
         tmp_path / "missing": "model.llm.name: no such folder: ",
     }
     for folder, message in expected.items():
@@ -164,21 +198,39 @@ def test_what_is_no_whole_model_says_which_folder_to_take(tiny_recipe: Tiny, tmp
 def test_a_run_starts_from_a_merged_folder(kind: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
     """All parts of a merged folder, or its LLM alone: the next run begins as the first one ended."""
     text = tiny_recipe(kind, output="first")
-    sft(parsed(with_tune(text, LORA_TUNE.replace('"tower.*", how: frozen', '"tower.*", how: lora, r: 2')), train__steps=6))
+    sft(
+        parsed(
+            with_tune(
+                text, LORA_TUNE.replace('"tower.*", how: frozen', '"tower.*", how: lora, r: 2')
+            ),
+            train__steps=6,
+        )
+    )
     merge(tmp_path / "first", tmp_path / "merged", dtype="fp32")
     rows = rows_of(parsed(text))
     expected, texts = observe(load_model(tmp_path / "merged", dtype=torch.float32), rows)
-    following = with_tune(with_pretrained(tiny_recipe(kind, output="next"), tmp_path / "merged", "chatml" if kind == "causal" else "flan"))
+    following = with_tune(
+        with_pretrained(
+            tiny_recipe(kind, output="next"),
+            tmp_path / "merged",
+            "chatml" if kind == "causal" else "flan",
+        )
+    )
     start, answers = observe(built(parsed(following)).float(), rows)
     assert largest(start, expected) <= 1e-5 and answers == texts
     last = _losses(sft(parsed(following, train__learning_rate=1e-6)).folder)[0]
     assert last == pytest.approx(_loss_of(expected, tmp_path / "merged", rows), rel=1e-2)
     # What it saves needs nothing of the merged folder's tower and connector, and notes its LLM.
     notes = json.loads((tmp_path / "next" / "model" / "bases.json").read_text())
-    assert list(notes["parts"]) == ["llm"] and notes["parts"]["llm"]["name"] == str(tmp_path / "merged" / "llm")
+    assert list(notes["parts"]) == ["llm"] and notes["parts"]["llm"]["name"] == str(
+        tmp_path / "merged" / "llm"
+    )
     own = built(parsed(with_llm(tiny_recipe(kind), tmp_path / "merged" / "llm", kind)))
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(own.llm.parameters(), merged.llm.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(own.llm.parameters(), merged.llm.parameters(), strict=True)
+    )
 
 
 def _losses(run: Path) -> list[float]:
@@ -202,7 +254,10 @@ def test_a_run_starts_from_an_exported_llava(tiny_recipe: Tiny, tmp_path: Path) 
     export(tmp_path / "first", tmp_path / "exported", format="llava", dtype="fp32")
     rows = rows_of(parsed(first))
     expected, texts = observe(load_model(tmp_path / "first", dtype=torch.float32), rows)
-    following = with_tune(with_pretrained(tiny_recipe("causal", output="next"), tmp_path / "exported", "vicuna"), LORA_TUNE)
+    following = with_tune(
+        with_pretrained(tiny_recipe("causal", output="next"), tmp_path / "exported", "vicuna"),
+        LORA_TUNE,
+    )
     start, answers = observe(built(parsed(following)).float(), rows)
     assert answers == texts
     # The exported vocabulary has <image> as well.
@@ -213,12 +268,16 @@ def test_a_run_starts_from_an_exported_llava(tiny_recipe: Tiny, tmp_path: Path) 
     load_model(tmp_path / "next")
 
 
-def test_a_run_is_resumed_over_a_base_that_moved_and_not_over_another(tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_a_run_is_resumed_over_a_base_that_moved_and_not_over_another(
+    tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     text = tiny_recipe("causal")
     save_llm(tmp_path / "base", "causal", rows_of(parsed(text)))
 
     def resume(base: str) -> None:
-        recipe = parsed(with_tune(with_llm(text, tmp_path / base, "causal"), LORA_TUNE), train__steps=6)
+        recipe = parsed(
+            with_tune(with_llm(text, tmp_path / base, "causal"), LORA_TUNE), train__steps=6
+        )
         sft(recipe, resume=True, accept_changes=True)
 
     sft(parsed(with_tune(with_llm(text, tmp_path / "base", "causal"), LORA_TUNE)))

@@ -26,7 +26,10 @@ LLMS = {
     ),
 }
 TOWERS = {
-    "open_clip": ("{kind: open_clip, config: {layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}}", 3),
+    "open_clip": (
+        "{kind: open_clip, config: {layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}}",
+        3,
+    ),
     "timm_vit": ("{kind: timm, name: vit_tiny_patch16_224, image_size: 32, grid: 2}", 12),
     "resnet": ("{kind: timm, name: resnet18, image_size: 32, grid: 2}", 8),
     "convnext": ("{kind: timm, name: convnext_atto, image_size: 64, grid: 2}", 12),
@@ -38,12 +41,21 @@ def llm_recipe(text: str, model_type: str) -> Any:
     if model_type == "llama":
         return parsed(text.replace("num_hidden_layers: 2", config))
     scratch = f"{{model_type: {model_type}, vocab_size: 400, config: {{{config}}}}}"
-    return parsed("\n".join(f"  llm: {{kind: {kind}, scratch: {scratch}}}" if x.startswith("  llm:") else x for x in text.splitlines()))
+    return parsed(
+        "\n".join(
+            f"  llm: {{kind: {kind}, scratch: {scratch}}}" if x.startswith("  llm:") else x
+            for x in text.splitlines()
+        )
+    )
 
 
 def trained(model: Any, *rules: TuneRule) -> set[str]:
     tuned = apply_rules(model, [*rules, FROZEN], learning_rate=1e-3, precision=torch.float32)
-    found = {f"{name.replace('llm.model.', 'llm.', 1)}" for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {
+        f"{name.replace('llm.model.', 'llm.', 1)}"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert found == {name for names in tuned.names for name in names}
     return found
 
@@ -54,7 +66,11 @@ def test_an_llms_depths(model_type: str, tiny_recipe: Callable[..., str]) -> Non
     stack = LLMS[model_type][2]
     assert block_names(model.llm.model) == [f"{stack}.{place}" for place in range(3)]
     for name, depth in depths(model.llm.model, language=True).items():
-        block = int(name.removeprefix(f"{stack}.").split(".")[0]) if name.startswith(f"{stack}.") else None
+        block = (
+            int(name.removeprefix(f"{stack}.").split(".")[0])
+            if name.startswith(f"{stack}.")
+            else None
+        )
         embedding = any(word in name for word in ("embed", "wte", "wpe"))
         assert depth == (4 if embedding else 0 if block is None else 3 - block), name
 
@@ -65,7 +81,11 @@ def test_an_encoder_decoders_blocks_count_on(tiny_recipe: Callable[..., str]) ->
     found = depths(model.llm.model, language=True)
     assert found["shared.weight"] == 4
     assert found["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == 3
-    assert found["encoder.final_layer_norm.weight"] == found["decoder.block.0.layer.0.SelfAttention.q.weight"] == 1
+    assert (
+        found["encoder.final_layer_norm.weight"]
+        == found["decoder.block.0.layer.0.SelfAttention.q.weight"]
+        == 1
+    )
     assert found["decoder.final_layer_norm.weight"] == 0
 
 
@@ -78,9 +98,15 @@ def test_a_towers_depths(tower: str, tiny_recipe: Callable[..., str]) -> None:
     for place, block in enumerate(names):
         inside = {depth for name, depth in found.items() if name.startswith(f"{block}.")}
         assert inside == {count - place}
-    outside = {name: depth for name, depth in found.items() if not name.startswith(tuple(f"{block}." for block in names))}
+    outside = {
+        name: depth
+        for name, depth in found.items()
+        if not name.startswith(tuple(f"{block}." for block in names))
+    }
     assert outside
-    assert all(depth == count + 1 or "downsample" in name for name, depth in outside.items()), outside
+    assert all(depth == count + 1 or "downsample" in name for name, depth in outside.items()), (
+        outside
+    )
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
@@ -88,39 +114,59 @@ def test_the_last_blocks_train(kind: str, tiny_recipe: Callable[..., str]) -> No
     model = built(parsed(tiny_recipe(kind)))
     last = "llm.decoder.block.0." if kind == "seq2seq" else "llm.model.layers.1."
     every = {f"llm.{name}" for name, _ in model.llm.model.named_parameters()}
-    assert trained(model, TuneRule(match="llm.*", how="last_layers", layers=1)) == {name for name in every if name.startswith(last)}
+    assert trained(model, TuneRule(match="llm.*", how="last_layers", layers=1)) == {
+        name for name in every if name.startswith(last)
+    }
     assert "llm" in model.changed
     with pytest.raises(ModelError, match=r"wants the last 4 blocks, and matches [23]"):
         trained(model, TuneRule(match="llm.*", how="last_layers", layers=4))
     found = trained(model, TuneRule(match="tower.*", how="last_layers", layers=1))
-    assert found == {f"tower.{name}" for name, _ in model.tower.named_parameters() if "resblocks.1." in name}
+    assert found == {
+        f"tower.{name}" for name, _ in model.tower.named_parameters() if "resblocks.1." in name
+    }
 
 
 def test_the_last_blocks_of_the_matched_ones(tiny_recipe: Callable[..., str]) -> None:
     model = built(parsed(tiny_recipe("seq2seq")))
     found = trained(model, TuneRule(match="llm.encoder.*", how="last_layers", layers=1))
-    assert found == {f"llm.{name}" for name, _ in model.llm.model.named_parameters() if name.startswith("encoder.block.1.")}
+    assert found == {
+        f"llm.{name}"
+        for name, _ in model.llm.model.named_parameters()
+        if name.startswith("encoder.block.1.")
+    }
 
 
 def test_each_of_two_towers_trains_its_last_blocks(tiny_recipe: Callable[..., str]) -> None:
     one = TOWERS["open_clip"][0]
-    model = built(parsed(with_tower(tiny_recipe("causal"), f"{{kind: pair, towers: [{one}, {one}]}}")))
+    model = built(
+        parsed(with_tower(tiny_recipe("causal"), f"{{kind: pair, towers: [{one}, {one}]}}"))
+    )
     found = trained(model, TuneRule(match="tower.*", how="last_layers", layers=2))
-    assert {".".join(name.split(".")[2:6]) for name in found} == {f"{tower}.visual.transformer.resblocks" for tower in (0, 1)} and {
-        name.split(".")[6] for name in found
-    } == {"1", "2"}
+    assert {".".join(name.split(".")[2:6]) for name in found} == {
+        f"{tower}.visual.transformer.resblocks" for tower in (0, 1)
+    } and {name.split(".")[6] for name in found} == {"1", "2"}
 
 
 def test_norms_and_biases(tiny_recipe: Callable[..., str]) -> None:
     model = built(parsed(tiny_recipe("seq2seq")))
-    norms = trained(model, TuneRule(match="llm.*", how="norms"), TuneRule(match="tower.*", how="norms"))
+    norms = trained(
+        model, TuneRule(match="llm.*", how="norms"), TuneRule(match="tower.*", how="norms")
+    )
     assert {name for name in norms if name.startswith("llm.")} == {
         f"llm.{name}" for name, _ in model.llm.model.named_parameters() if "layer_norm" in name
     }
-    assert {name.rsplit(".", 2)[-2] for name in norms if name.startswith("tower.")} == {"ln_pre", "ln_1", "ln_2"}
-    biases = trained(model, TuneRule(match="tower.*", how="biases"), TuneRule(match="connector.*", how="biases"))
+    assert {name.rsplit(".", 2)[-2] for name in norms if name.startswith("tower.")} == {
+        "ln_pre",
+        "ln_1",
+        "ln_2",
+    }
+    biases = trained(
+        model, TuneRule(match="tower.*", how="biases"), TuneRule(match="connector.*", how="biases")
+    )
     everything = {name for name, _ in model.named_parameters() if not name.startswith("llm.")}
-    assert biases == {name for name in everything if name.rsplit(".")[-1] in ("bias", "in_proj_bias")}
+    assert biases == {
+        name for name in everything if name.rsplit(".")[-1] in ("bias", "in_proj_bias")
+    }
     with pytest.raises(ModelError, match=r"'llm\.\*' is how: biases, and there are none"):
         trained(model, TuneRule(match="llm.*", how="biases"))
 
@@ -140,14 +186,18 @@ train:"""
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_after_warm_up_the_optimizers_rates_are_the_formulas(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_after_warm_up_the_optimizers_rates_are_the_formulas(
+    kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     schedule = {"kind": "constant", "warmup": 0.5}
     recipe = parsed(with_tune(tiny_recipe(kind), DECAYED), train__schedule=schedule, train__steps=4)
     model = built(recipe)
     loop = stage_loop(model, recipe, tmp_path / "run")
     seen: list[dict[int, float]] = []
     inner: Any = loop.engine.optimizer.optimizer
-    inner.register_step_pre_hook(lambda o, a, k: seen.append({id(p): g["lr"] for g in o.param_groups for p in g["params"]}))
+    inner.register_step_pre_hook(
+        lambda o, a, k: seen.append({id(p): g["lr"] for g in o.param_groups for p in g["params"]})
+    )
     loop.run()
     assert len(seen) == 4
 
@@ -160,7 +210,11 @@ def test_after_warm_up_the_optimizers_rates_are_the_formulas(kind: str, tiny_rec
         stacks = ("encoder.block.", "decoder.block.") if kind == "seq2seq" else ("model.layers.",)
         for stack, below in zip(stacks, (0, 2), strict=False):
             if stack in name:
-                return 3e-3 * 0.8 ** ((3 if kind == "seq2seq" else 2) - below - int(name.partition(stack)[2].split(".")[0]))
+                return 3e-3 * 0.8 ** (
+                    (3 if kind == "seq2seq" else 2)
+                    - below
+                    - int(name.partition(stack)[2].split(".")[0])
+                )
         if "shared" in name or "embed_tokens" in name:
             return 3e-3 * 0.8 ** (4 if kind == "seq2seq" else 3)
         return 3e-3 * (0.8 if "encoder.final" in name else 1)

@@ -51,7 +51,9 @@ def applied(model: Any, *rules: TuneRule, precision: torch.dtype = torch.float32
 
 
 @pytest.fixture
-def named(tiny_recipe: Callable[..., str], tmp_path: Path) -> Callable[[str], tuple[Any, list[Any], Path]]:
+def named(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> Callable[[str], tuple[Any, list[Any], Path]]:
     """A model over a saved tiny Llama or T5, rows, and the folder of the language model."""
 
     def make(kind: str) -> tuple[Any, list[Any], Path]:
@@ -73,19 +75,27 @@ def perturb(model: Any) -> None:
 
 @BOTH
 @EACH
-def test_an_adapter_begins_as_no_change_and_leaves_the_base(variant: str, kind: str, named: Any) -> None:
+def test_an_adapter_begins_as_no_change_and_leaves_the_base(
+    variant: str, kind: str, named: Any
+) -> None:
     model, rows, _ = named(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     base, _ = observe(model, rows)
     applied(model, lora(variant))
     assert largest(base, observe(model, rows)[0]) <= 1e-5
-    after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    after = {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @BOTH
 @EACH
-def test_saved_found_again_opened_in_plain_peft_and_merged(variant: str, kind: str, named: Any, tmp_path: Path) -> None:
+def test_saved_found_again_opened_in_plain_peft_and_merged(
+    variant: str, kind: str, named: Any, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -103,7 +113,9 @@ def test_saved_found_again_opened_in_plain_peft_and_merged(variant: str, kind: s
     first, second = dict(model.named_parameters()), dict(again.named_parameters())
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {name for name in first if first[name].requires_grad} == {name for name in second if second[name].requires_grad}
+    assert {name for name in first if first[name].requires_grad} == {
+        name for name in second if second[name].requires_grad
+    }
     again.save_pretrained(tmp_path / "twice")
     assert_same_bits(tmp_path / "saved", tmp_path / "twice")
     logits, same = observe(again, rows)
@@ -113,7 +125,9 @@ def test_saved_found_again_opened_in_plain_peft_and_merged(variant: str, kind: s
     factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
     plain = factory.from_pretrained(folder).eval()
     ids = torch.tensor([[5, 60, 70, 80, 90, 7]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"decoder_input_ids": ids} if kind == "seq2seq" else {})
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
+        {"decoder_input_ids": ids} if kind == "seq2seq" else {}
+    )
     with torch.no_grad():
         ours = model.llm.model.eval()(**inputs).logits
         found: Any = PeftModel.from_pretrained(plain, str(tmp_path / "saved" / "adapter"))
@@ -126,16 +140,24 @@ def test_saved_found_again_opened_in_plain_peft_and_merged(variant: str, kind: s
 
 
 @EACH
-def test_every_trained_tensor_gets_a_gradient_and_what_pissa_started_from_none(variant: str, named: Any) -> None:
+def test_every_trained_tensor_gets_a_gradient_and_what_pissa_started_from_none(
+    variant: str, named: Any
+) -> None:
     model, rows, _ = named("causal")
     tuned = applied(model, lora(variant), precision=torch.bfloat16)
     perturb(model)
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        _, gradients = loss_and_gradients(model, [batch_of(model, [e for row in rows for e in model.processor.examples(row)])])
-    wanted = {name for name, _ in model.named_parameters() if "lora_" in name and ".initial." not in name}
+        _, gradients = loss_and_gradients(
+            model, [batch_of(model, [e for row in rows for e in model.processor.examples(row)])]
+        )
+    wanted = {
+        name for name, _ in model.named_parameters() if "lora_" in name and ".initial." not in name
+    }
     assert {name for name, value in gradients.items() if float(value.abs().sum())} == wanted
-    assert {f"llm.{name.removeprefix('llm.model.')}" for name in wanted} == {name for names in tuned.names for name in names}
+    assert {f"llm.{name.removeprefix('llm.model.')}" for name in wanted} == {
+        name for names in tuned.names for name in names
+    }
 
 
 @torch.no_grad()
@@ -145,14 +167,23 @@ def test_pissa_begins_where_peft_begins(named: Any, tmp_path: Path) -> None:
 
     model, _, folder = named("causal")
     applied(model, lora("pissa"))
-    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        init_lora_weights="pissa",
+        target_modules=["q_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
     theirs: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)  # type: ignore[arg-type]
     for name in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
         one = parts(model)["llm"].get_submodule(f"model.{name}")
         other = theirs.get_submodule(f"base_model.model.model.{name}")
         assert largest(one.lora_A.default.weight, other.lora_A.default.weight) <= 1e-6
         assert largest(one.lora_B.default.weight, other.lora_B.default.weight) <= 1e-6
-        residual = one.get_base_layer().weight + one.scaling["initial"] * one.lora_B.initial.weight @ one.lora_A.initial.weight
+        residual = (
+            one.get_base_layer().weight
+            + one.scaling["initial"] * one.lora_B.initial.weight @ one.lora_A.initial.weight
+        )
         assert largest(residual, other.get_base_layer().weight) <= 1e-6
 
 
@@ -163,7 +194,9 @@ def test_pissa_of_a_rank_larger_than_a_side_is_refused(named: Any) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"variant": "rslora"}, {"variant": "dora"}, {"init": "pissa"}])
-def test_another_variant_in_the_next_stage_is_merged_first(changed: dict[str, Any], named: Any) -> None:
+def test_another_variant_in_the_next_stage_is_merged_first(
+    changed: dict[str, Any], named: Any
+) -> None:
     model, rows, _ = named("causal")
     applied(model, TuneRule(match="llm.*", how="lora", r=4))
     wake_adapters(model)
@@ -175,7 +208,9 @@ def test_another_variant_in_the_next_stage_is_merged_first(changed: dict[str, An
 
 def test_lora_plus_gives_b_its_own_rate(named: Any) -> None:
     model, _, _ = named("seq2seq")
-    tuned = applied(model, TuneRule(match="llm.*", how="lora", r=4, learning_rate=2e-4, lora_plus_ratio=16))
+    tuned = applied(
+        model, TuneRule(match="llm.*", how="lora", r=4, learning_rate=2e-4, lora_plus_ratio=16)
+    )
     assert [group["lr"] for group in tuned.groups] == [2e-4 * 16, 2e-4]
     b, a = tuned.names
     assert b
@@ -186,13 +221,17 @@ def test_lora_plus_gives_b_its_own_rate(named: Any) -> None:
 
 
 @EACH
-def test_a_towers_adapter_is_saved_and_found_again(variant: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_towers_adapter_is_saved_and_found_again(
+    variant: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from tests.helpers.tiny_models import CLIP
 
     CLIPVisionModel(CLIPVisionConfig(**CLIP)).save_pretrained(tmp_path / "clip")
-    recipe = parsed(with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}"))
+    recipe = parsed(
+        with_tower(tiny_recipe("causal"), f"{{kind: transformers, name: {tmp_path / 'clip'}}}")
+    )
     model, rows = built(recipe), rows_of(recipe)
     applied(model, lora(variant, "tower.*"))
     perturb(model)

@@ -34,7 +34,10 @@ from vlm_tune.exporting.merge import merge, observe
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 from vlm_tune.model.checkpoint import load_model
 
-SIZES = {"causal": {"hidden_size": 64, "intermediate_size": 128}, "seq2seq": {"d_model": 64, "d_kv": 32, "d_ff": 128}}
+SIZES = {
+    "causal": {"hidden_size": 64, "intermediate_size": 128},
+    "seq2seq": {"d_model": 64, "d_kv": 32, "d_ff": 128},
+}
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def quantized(tiny_recipe: Callable[..., str], tmp_path: Path) -> Callable[..., 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
-def test_only_the_blocks_are_packed(quantize: str, kind: str, quantized: Callable[..., str]) -> None:
+def test_only_the_blocks_are_packed(
+    quantize: str, kind: str, quantized: Callable[..., str]
+) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     recipe = parsed(quantized(quantize, kind))
@@ -59,14 +64,22 @@ def test_only_the_blocks_are_packed(quantize: str, kind: str, quantized: Callabl
     tuned_by(model, recipe)
     packed_kind = Linear8bitLt if quantize == "int8" else Linear4bit
     packed = {name for name, module in model.named_modules() if isinstance(module, packed_kind)}
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     assert packed == {name for name in linears if ".layers." in name or ".block." in name} & packed
     assert len(packed) >= 14
-    assert not any(name.startswith(("tower.", "connector.")) or "lm_head" in name for name in packed)
+    assert not any(
+        name.startswith(("tower.", "connector.")) or "lm_head" in name for name in packed
+    )
     head: Any = model.llm.head
     assert type(head) is torch.nn.Linear
     assert head.weight.dtype == torch.bfloat16
-    whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype in (torch.uint8, torch.int8)}
+    whole = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in (torch.uint8, torch.int8)
+    }
     assert {name.removesuffix(".weight").removesuffix(".base_layer") for name in whole} == {
         name.removesuffix(".base_layer") for name in packed
     }
@@ -76,7 +89,9 @@ def test_only_the_blocks_are_packed(quantize: str, kind: str, quantized: Callabl
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
 
 
-def test_the_table_counts_packed_weights_as_what_they_stand_for(quantized: Callable[..., str]) -> None:
+def test_the_table_counts_packed_weights_as_what_they_stand_for(
+    quantized: Callable[..., str],
+) -> None:
     text = quantized("nf4")
     packed, plain = parsed(text), parsed(text.replace(", quantize: nf4", ""))
     tables = [tuned_by(built(recipe), recipe).table for recipe in (packed, plain)]
@@ -86,13 +101,26 @@ def test_the_table_counts_packed_weights_as_what_they_stand_for(quantized: Calla
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_lora_trains_and_merges_into_the_16_bit_base(quantize: str, kind: str, quantized: Callable[..., str], tmp_path: Path) -> None:
-    recipe = parsed(quantized(quantize, kind), train__steps=40, train__learning_rate=5e-3, train__log_every=1, evaluate__every=40)
+def test_lora_trains_and_merges_into_the_16_bit_base(
+    quantize: str, kind: str, quantized: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = parsed(
+        quantized(quantize, kind),
+        train__steps=40,
+        train__learning_rate=5e-3,
+        train__log_every=1,
+        evaluate__every=40,
+    )
     losses = []
-    run = sft(recipe, show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None)
+    run = sft(
+        recipe,
+        show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None,
+    )
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < 0.85 * losses[0]
-    assert sorted(path.name for path in (run.folder / "model").iterdir() if path.is_dir()) == ["adapter"]
+    assert sorted(path.name for path in (run.folder / "model").iterdir() if path.is_dir()) == [
+        "adapter"
+    ]
     report = merge(run.folder, tmp_path / "merged", dtype="bf16")
     assert f"(the run was {quantize})" in report.base
     assert "bf16" in report.base
@@ -106,7 +134,9 @@ def test_lora_trains_and_merges_into_the_16_bit_base(quantize: str, kind: str, q
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_evaluation_leaves_the_gradients_as_they_were(quantize: str, quantized: Callable[..., str]) -> None:
+def test_evaluation_leaves_the_gradients_as_they_were(
+    quantize: str, quantized: Callable[..., str]
+) -> None:
     """bitsandbytes repacks 4-bit weights for a CPU at the first pass in eval mode, and the packed kernel has no gradient."""
     recipe = parsed(quantized(quantize, precision="fp32"))
     model = built(recipe)
@@ -125,7 +155,9 @@ def test_evaluation_leaves_the_gradients_as_they_were(quantize: str, quantized: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantised_run_resumes_bit_for_bit(quantize: str, quantized: Callable[..., str], tmp_path: Path) -> None:
+def test_a_quantised_run_resumes_bit_for_bit(
+    quantize: str, quantized: Callable[..., str], tmp_path: Path
+) -> None:
     text = quantized(quantize).replace("r: 4,", "r: 4, lora_dropout: 0.1,")
     whole = sft(parsed(text, output=str(tmp_path / "whole")))
     recipe = parsed(text, output=str(tmp_path / "parts"), train__log_every=1)
@@ -136,7 +168,9 @@ def test_a_quantised_run_resumes_bit_for_bit(quantize: str, quantized: Callable[
     assert config["model"]["llm"]["quantize"] == quantize
 
 
-def test_a_stage_that_would_merge_into_packed_weights_is_refused(quantized: Callable[..., str]) -> None:
+def test_a_stage_that_would_merge_into_packed_weights_is_refused(
+    quantized: Callable[..., str],
+) -> None:
     recipe = parsed(quantized("nf4"))
     model = built(recipe)
     tuned_by(model, recipe)
@@ -145,7 +179,9 @@ def test_a_stage_that_would_merge_into_packed_weights_is_refused(quantized: Call
         tuned_by(model, other)
 
 
-def test_a_head_of_another_name_is_not_packed(quantized: Callable[..., str], tmp_path: Path) -> None:
+def test_a_head_of_another_name_is_not_packed(
+    quantized: Callable[..., str], tmp_path: Path
+) -> None:
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -174,7 +210,9 @@ def test_variants_train_on_packed_weights(variant: str, quantized: Callable[...,
     tuned_by(model, recipe)
     wake_adapters(model)
     model.train()
-    batch = batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])
+    batch = batch_of(
+        model, [example for row in rows_of(recipe) for example in model.processor.examples(row)]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         _, gradients = loss_and_gradients(model, [batch])
     assert all(float(value.abs().sum()) for name, value in gradients.items() if "lora_" in name)

@@ -19,18 +19,46 @@ from vlm_tune.model.build import bare_model, build_processor
 Tiny = Callable[..., str]
 
 SCRATCH = [
-    ("hidden_size: 32", "hiden_size: 32", r"a llama's config has no key 'hiden_size'; did you mean hidden_size"),
+    (
+        "hidden_size: 32",
+        "hiden_size: 32",
+        r"a llama's config has no key 'hiden_size'; did you mean hidden_size",
+    ),
     ("hidden_size: 32", "hidden_size: 33", "33"),
     ("hidden_size: 32", "hidden_size: '32'", "hidden_size: expected a whole number, got '32'"),
     ("hidden_size: 32", "hidden_size: 32.0", "hidden_size: expected a whole number"),
     ("hidden_size: 32", "hidden_size: 400000000000", "hidden_size: expected at most 2,147,483,647"),
-    ("hidden_size: 32", "hidden_size: 1073741824", r"has [\d,]+ parameters, [\d,.]+ GB in fp32, and [\d.]+ GB are free"),
-    ("hidden_size: 32", "hidden_size: 32, vocab_size: 400000000000", "vocab_size: expected at most"),
+    (
+        "hidden_size: 32",
+        "hidden_size: 1073741824",
+        r"has [\d,]+ parameters, [\d,.]+ GB in fp32, and [\d.]+ GB are free",
+    ),
+    (
+        "hidden_size: 32",
+        "hidden_size: 32, vocab_size: 400000000000",
+        "vocab_size: expected at most",
+    ),
     ("num_attention_heads: 2, ", "", "32 heads of width 1 can't be rotated"),
-    ("num_hidden_layers: 2", "num_hidden_layers: -1", "num_hidden_layers: expected whole numbers from 1"),
-    ("num_hidden_layers: 2", "num_hidden_layers: 0", "num_hidden_layers: expected whole numbers from 1"),
-    ("num_hidden_layers: 2", "num_hidden_layers: 1000000", "num_hidden_layers: expected whole numbers from 1 to 2,048"),
-    ("num_attention_heads: 2", "num_attention_heads: 0", "num_attention_heads: expected whole numbers"),
+    (
+        "num_hidden_layers: 2",
+        "num_hidden_layers: -1",
+        "num_hidden_layers: expected whole numbers from 1",
+    ),
+    (
+        "num_hidden_layers: 2",
+        "num_hidden_layers: 0",
+        "num_hidden_layers: expected whole numbers from 1",
+    ),
+    (
+        "num_hidden_layers: 2",
+        "num_hidden_layers: 1000000",
+        "num_hidden_layers: expected whole numbers from 1 to 2,048",
+    ),
+    (
+        "num_attention_heads: 2",
+        "num_attention_heads: 0",
+        "num_attention_heads: expected whole numbers",
+    ),
     ("num_attention_heads: 2", "num_attention_heads: 4, head_dim: 8", None),
     ("num_key_value_heads: 1", "num_key_value_heads: 0", "num_key_value_heads"),
     (
@@ -38,20 +66,42 @@ SCRATCH = [
         "num_attention_heads: 4, num_key_value_heads: 3",
         "no multiple of num_key_value_heads 3",
     ),
-    ("max_position_embeddings: 256", "max_position_embeddings: 256, rope_theta: .nan", "rope_theta: expected a finite number"),
+    (
+        "max_position_embeddings: 256",
+        "max_position_embeddings: 256, rope_theta: .nan",
+        "rope_theta: expected a finite number",
+    ),
     ("max_position_embeddings: 256", "max_position_embeddings: 256, rope_theta: 5000.0", None),
-    ("max_position_embeddings: 256", "max_position_embeddings: 256, hidden_act: nope", "no llama can be built from it: .*nope"),
+    (
+        "max_position_embeddings: 256",
+        "max_position_embeddings: 256, hidden_act: nope",
+        "no llama can be built from it: .*nope",
+    ),
     ("model_type: llama", "model_type: lama", "no model type 'lama'; did you mean"),
-    ("layers: 2, width", "layrs: 2, width", "an open_clip vision_cfg has no key 'layrs'; did you mean layers"),
+    (
+        "layers: 2, width",
+        "layrs: 2, width",
+        "an open_clip vision_cfg has no key 'layrs'; did you mean layers",
+    ),
     ("patch_size: 16", "patch_size: 0", "patch_size: expected whole numbers from 1"),
-    ("image_size: 32", "image_size: 40", "image_size 40 is no multiple of the patch_size 16; 32 or 48 is"),
+    (
+        "image_size: 32",
+        "image_size: 40",
+        "image_size 40 is no multiple of the patch_size 16; 32 or 48 is",
+    ),
     ("image_size: 32", "image_size: 8", "image_size 8 is no multiple of the patch_size 16; 16 is"),
-    ("width: 64, head_width: 32", "width: 64, head_width: 24", "width 64 is no multiple of the head_width 24"),
+    (
+        "width: 64, head_width: 32",
+        "width: 64, head_width: 24",
+        "width 64 is no multiple of the head_width 24",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("old", "new", "message"), SCRATCH, ids=[new for _, new, _ in SCRATCH])
-def test_numbers_that_make_no_model(old: str, new: str, message: str | None, tiny_recipe: Tiny) -> None:
+def test_numbers_that_make_no_model(
+    old: str, new: str, message: str | None, tiny_recipe: Tiny
+) -> None:
     text = tiny_recipe("causal")
     assert old in text
     recipe = parsed(text.replace(old, new, 1))
@@ -66,8 +116,14 @@ def test_numbers_that_make_no_model(old: str, new: str, message: str | None, tin
 
 
 def test_a_connector_that_no_memory_holds(tiny_recipe: Tiny) -> None:
-    text = tiny_recipe("causal").replace("{kind: mlp, norm: true}", "{kind: resampler, latents: 131072, heads: 131072, head_width: 131072}")
-    with pytest.raises(ModelError, match=r"model.connector has [\d,]+ parameters, [\d,.]+ GB in fp32, and [\d.]+ GB are free"):
+    text = tiny_recipe("causal").replace(
+        "{kind: mlp, norm: true}",
+        "{kind: resampler, latents: 131072, heads: 131072, head_width: 131072}",
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"model.connector has [\d,]+ parameters, [\d,.]+ GB in fp32, and [\d.]+ GB are free",
+    ):
         built(parsed(text))
 
 
@@ -106,7 +162,10 @@ def test_where_values_stand_is_no_part_of_a_recipe(tiny_recipe: Tiny) -> None:
     recipe: Any = parsed(tiny_recipe("causal"))
     other = type(recipe).model_validate(recipe.model_dump())
     assert other == recipe
-    assert recipe.where(("model", "llm")).startswith("recipe:") and other.where(("model", "llm")) == "model.llm"
+    assert (
+        recipe.where(("model", "llm")).startswith("recipe:")
+        and other.where(("model", "llm")) == "model.llm"
+    )
     for same in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
         assert same == recipe and same.where(("train",)) == recipe.where(("train",))
 

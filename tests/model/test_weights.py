@@ -18,16 +18,22 @@ MB = 1 << 20
 
 def frozen(dtype: torch.dtype = torch.float32, width: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3, bias=False))
+    module = nn.Sequential(
+        nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3, bias=False)
+    )
     return module.to(dtype).requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_paged_out_have_the_same_values(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_that_are_paged_out_have_the_same_values(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     module = frozen(dtype)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     names = [id(parameter) for parameter in module.parameters()]
-    assert page_out(module, tmp_path) >= sum(value.numel() * value.element_size() for value in before.values())
+    assert page_out(module, tmp_path) >= sum(
+        value.numel() * value.element_size() for value in before.values()
+    )
     assert [id(parameter) for parameter in module.parameters()] == names
     for name, value in module.state_dict().items():
         assert value.dtype == dtype
@@ -50,7 +56,10 @@ def test_trained_weights_stay_and_others_can_be_written_copied_and_trained(tmp_p
     module[2].weight.requires_grad_()
     places = [parameter.data_ptr() for parameter in module.parameters()]
     page_out(module, tmp_path)
-    moved = [parameter.data_ptr() != place for parameter, place in zip(module.parameters(), places, strict=True)]
+    moved = [
+        parameter.data_ptr() != place
+        for parameter, place in zip(module.parameters(), places, strict=True)
+    ]
     assert moved == [True] * 4 + [False]
     twin = copy.deepcopy(module)
     with torch.no_grad():
@@ -65,7 +74,9 @@ def test_trained_weights_stay_and_others_can_be_written_copied_and_trained(tmp_p
     assert module[0].weight.abs().sum() == 0
 
 
-def test_a_module_that_trains_whole_and_an_empty_one_have_nothing_to_page_out(tmp_path: Path) -> None:
+def test_a_module_that_trains_whole_and_an_empty_one_have_nothing_to_page_out(
+    tmp_path: Path,
+) -> None:
     assert page_out(frozen().requires_grad_(True), tmp_path) == 0
     assert page_out(nn.Identity(), tmp_path) == 0
 

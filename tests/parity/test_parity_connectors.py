@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from tests.helpers.tiny_models import largest
-from vlm_tune.config.model import MlpConnector, PixelShuffleConnector, QFormerConnector, ResamplerConnector
+from vlm_tune.config.model import (
+    MlpConnector,
+    PixelShuffleConnector,
+    QFormerConnector,
+    ResamplerConnector,
+)
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
@@ -30,12 +35,17 @@ def stir(module: nn.Module) -> Any:
     """The module in eval mode with every parameter random, norms and biases too: a swapped one shows."""
     generator = torch.Generator().manual_seed(11)
     for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.dim() > 1 else 0.5)
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (
+            0.2 if parameter.dim() > 1 else 0.5
+        )
     return module.eval()
 
 
 def as_identity(layer: nn.Linear) -> None:
-    layer.weight.data, layer.bias.data = torch.eye(layer.in_features), torch.zeros(layer.out_features)
+    layer.weight.data, layer.bias.data = (
+        torch.eye(layer.in_features),
+        torch.zeros(layer.out_features),
+    )
 
 
 def copy_qformer(ours: Any, theirs: Any, norm: nn.LayerNorm) -> None:
@@ -50,7 +60,9 @@ def copy_qformer(ours: Any, theirs: Any, norm: nn.LayerNorm) -> None:
     ours.norm.load_state_dict(norm.state_dict())
     as_identity(ours.project)
     last = len(ours.layers) - 1
-    assert all(name.startswith((f"{last}.intermediate.", f"{last}.output.")) for name in known), sorted(known)
+    assert all(name.startswith((f"{last}.intermediate.", f"{last}.output.")) for name in known), (
+        sorted(known)
+    )
 
 
 def qformer(**changes: Any) -> Any:
@@ -102,9 +114,19 @@ def test_resampler_equals_idefics(head_width: int | None) -> None:
     from transformers import IdeficsConfig
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-    config = IdeficsConfig(vision_config={"embed_dim": 32}, perceiver_config={"qk_layer_norms_perceiver": False})
-    theirs = stir(IdeficsPerceiverResampler(config, 32, depth=3, n_heads=4, head_dim=head_width or 8, n_latents=6))
-    ours: Any = build_connector(ResamplerConnector(kind="resampler", latents=6, depth=3, heads=4, head_width=head_width), 32, 32).eval()
+    config = IdeficsConfig(
+        vision_config={"embed_dim": 32}, perceiver_config={"qk_layer_norms_perceiver": False}
+    )
+    theirs = stir(
+        IdeficsPerceiverResampler(
+            config, 32, depth=3, n_heads=4, head_dim=head_width or 8, n_latents=6
+        )
+    )
+    ours: Any = build_connector(
+        ResamplerConnector(kind="resampler", latents=6, depth=3, heads=4, head_width=head_width),
+        32,
+        32,
+    ).eval()
     ours.latents.data = theirs.latents.data
     ours.norm.load_state_dict(theirs.layer_norm.state_dict())
     as_identity(ours.project)
@@ -112,7 +134,9 @@ def test_resampler_equals_idefics(head_width: int | None) -> None:
         layer.context_norm.load_state_dict(attention.context_layer_norm.state_dict())
         layer.latents_norm.load_state_dict(attention.latents_layer_norm.state_dict())
         names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "output_proj"}
-        layer.attention.load_state_dict({f"{name}.weight": getattr(attention, their).weight for name, their in names.items()})
+        layer.attention.load_state_dict(
+            {f"{name}.weight": getattr(attention, their).weight for name, their in names.items()}
+        )
         layer.feed_norm.load_state_dict(feed.ln.state_dict())
         layer.feed.load_state_dict({"0.weight": feed.fc.weight, "2.weight": feed.c_proj.weight})
     features = torch.randn(2, 9, 32)
@@ -126,26 +150,36 @@ def test_pixel_shuffle_equals_idefics3(factor: int) -> None:
     from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
-    ours: Any = build_connector(PixelShuffleConnector(kind="pixel_shuffle", factor=factor, depth=1), 8, 12).eval()
+    ours: Any = build_connector(
+        PixelShuffleConnector(kind="pixel_shuffle", factor=factor, depth=1), 8, 12
+    ).eval()
     features = torch.randn(2, 36, 8)
     assert ours.tokens(36) == 36 // factor**2
     for config, kind in ((Idefics3Config, Idefics3Connector), (SmolVLMConfig, SmolVLMConnector)):
         settings = config(scale_factor=factor)
         settings.vision_config.hidden_size, settings.text_config.hidden_size = 8, 12
         theirs = stir(kind(settings))
-        ours.layers[0].weight.data, ours.layers[0].bias.data = theirs.modality_projection.proj.weight.data, torch.zeros(12)
+        ours.layers[0].weight.data, ours.layers[0].bias.data = (
+            theirs.modality_projection.proj.weight.data,
+            torch.zeros(12),
+        )
         assert largest(ours(features), theirs(features)) <= 1e-5
 
 
 @torch.no_grad()
 def test_pixel_shuffle_with_a_norm_equals_internvl() -> None:
     from transformers import InternVLConfig
-    from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+    from transformers.models.internvl.modeling_internvl import (
+        InternVLModel,
+        InternVLMultiModalProjector,
+    )
 
     settings = InternVLConfig(downsample_ratio=0.5)
     settings.vision_config.hidden_size, settings.text_config.hidden_size = 8, 12
     theirs = stir(InternVLMultiModalProjector(settings))
-    ours: Any = build_connector(PixelShuffleConnector(kind="pixel_shuffle", norm=True), 8, 12).eval()
+    ours: Any = build_connector(
+        PixelShuffleConnector(kind="pixel_shuffle", norm=True), 8, 12
+    ).eval()
     ours.norm.load_state_dict(theirs.layer_norm.state_dict())
     ours.layers[0].load_state_dict(theirs.linear_1.state_dict())
     ours.layers[2].load_state_dict(theirs.linear_2.state_dict())

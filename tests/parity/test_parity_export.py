@@ -25,11 +25,17 @@ def test_an_open_clip_vit_b_32_as_clip_vision_model(name: str, layer: int, activ
     for parameter in tower.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.01)  # norms and biases too
     config, state = vision_weights(tower)
-    assert (config.hidden_act, config.num_hidden_layers, config.patch_size) == (activation, 13 + layer, 32)
+    assert (config.hidden_act, config.num_hidden_layers, config.patch_size) == (
+        activation,
+        13 + layer,
+        32,
+    )
     theirs = CLIPVisionModel(config).eval()
     theirs.load_state_dict(state)
     pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
-    hidden = theirs(pixel_values=pixels.float() * tower.scale - tower.offset, output_hidden_states=True).hidden_states
+    hidden = theirs(
+        pixel_values=pixels.float() * tower.scale - tower.offset, output_hidden_states=True
+    ).hidden_states
     own = tower(pixels)
     assert own.shape == (1, 50, 768)
     difference = float((hidden[-1] - own).abs().max())

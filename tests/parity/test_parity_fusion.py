@@ -26,10 +26,16 @@ def stir(module: nn.Module) -> Any:
     return module.eval()
 
 
-def attention(layer: Any, queries: torch.Tensor, context: torch.Tensor, seen: list[int]) -> torch.Tensor:
+def attention(
+    layer: Any, queries: torch.Tensor, context: torch.Tensor, seen: list[int]
+) -> torch.Tensor:
     """One row: queries [Q, D] to the tokens of a context [K, C] that are seen, head by head."""
     context = context[seen]
-    query, key, value = queries @ layer.query.weight.T, context @ layer.key.weight.T, context @ layer.value.weight.T
+    query, key, value = (
+        queries @ layer.query.weight.T,
+        context @ layer.key.weight.T,
+        context @ layer.value.weight.T,
+    )
     size = query.shape[1] // layer.heads
     heads = []
     for first in range(0, query.shape[1], size):
@@ -51,16 +57,26 @@ def expected_fusion(fusion: Any, how: str, v: torch.Tensor, words: torch.Tensor)
     if how == "concat":
         return v + fusion.mix(both)
     if how == "attention":
-        return v + attention(fusion.attention, normed(fusion.norm, v), words, list(range(len(words))))
+        return v + attention(
+            fusion.attention, normed(fusion.norm, v), words, list(range(len(words)))
+        )
     if how == "gate":
         share = 1 / (1 + torch.exp(-fusion.gate(both)))
         return share * v + (1 - share) * fusion.text(t)
     if how == "product":
         return v + fusion.out(fusion.image(v) * fusion.text(t))
-    left, right = fusion.image.weight.view(-1, fusion.factors, WIDTH), fusion.text.weight.view(-1, fusion.factors, WIDTH)
-    left_bias, right_bias = fusion.image.bias.view(-1, fusion.factors), fusion.text.bias.view(-1, fusion.factors)
+    left, right = (
+        fusion.image.weight.view(-1, fusion.factors, WIDTH),
+        fusion.text.weight.view(-1, fusion.factors, WIDTH),
+    )
+    left_bias, right_bias = (
+        fusion.image.bias.view(-1, fusion.factors),
+        fusion.text.bias.view(-1, fusion.factors),
+    )
     forms = torch.stack(
-        [((left @ token + left_bias) * (right @ t + right_bias)).sum(1) for token in v]  # sum over factors of (u.v + a)(w.t + b)
+        [
+            ((left @ token + left_bias) * (right @ t + right_bias)).sum(1) for token in v
+        ]  # sum over factors of (u.v + a)(w.t + b)
     )
     rooted = forms.sign() * (forms.abs() + 1e-6).sqrt() - forms.sign() * 1e-3
     return v + fusion.out(rooted / rooted.norm(dim=-1, keepdim=True))
@@ -70,13 +86,19 @@ def expected_fusion(fusion: Any, how: str, v: torch.Tensor, words: torch.Tensor)
 @pytest.mark.parametrize("rank", [None, 6])
 @torch.no_grad()
 def test_fusion_equals_its_formula(how: Any, rank: int | None) -> None:
-    connector = stir(build_connector(FusionConnector(kind="fusion", how=how, heads=2, rank=rank, factors=3), 5, WIDTH))
+    connector = stir(
+        build_connector(
+            FusionConnector(kind="fusion", how=how, heads=2, rank=rank, factors=3), 5, WIDTH
+        )
+    )
     features, words = torch.randn(2, 4, 5), torch.randn(2, 6, WIDTH)
     lengths, ids = [6, 2], torch.zeros(2, 6, dtype=torch.int64)
     found = connector(features, Text(words, torch.arange(6) < torch.tensor(lengths)[:, None], ids))
     image = connector.base(features)
     for row, length in enumerate(lengths):
-        expected = expected_fusion(connector.fusion, how, image[row], normed(connector.norm, words[row, :length]))
+        expected = expected_fusion(
+            connector.fusion, how, image[row], normed(connector.norm, words[row, :length])
+        )
         assert largest(found[row], expected) <= 1e-5
     other = connector(features, Text(words.flip(0), torch.ones(2, 6, dtype=torch.bool), ids))
     assert largest(found, other) > 1e-2
@@ -86,13 +108,18 @@ def test_fusion_equals_its_formula(how: Any, rank: int | None) -> None:
 def test_gated_block_equals_its_formula() -> None:
     block = stir(GatedBlock(WIDTH, heads=2, head_width=3))
     states, media = torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)
-    mask = torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]], dtype=torch.bool)
+    mask = torch.tensor(
+        [[[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]],
+        dtype=torch.bool,
+    )
     found = block(states, Seen(media, mask))
     for row in range(2):
         for token in range(3):
             x, seen = states[row, token : token + 1], mask[row, token].nonzero().flatten().tolist()
             if seen:
-                x = x + torch.tanh(block.attention_gate) * attention(block.attention, normed(block.norm, x), media[row], seen)
+                x = x + torch.tanh(block.attention_gate) * attention(
+                    block.attention, normed(block.norm, x), media[row], seen
+                )
             hidden = gelu(normed(block.feed_norm, x) @ block.feed[0].weight.T)
             x = x + torch.tanh(block.feed_gate) * (hidden @ block.feed[2].weight.T)
             assert largest(found[row, token], x[0]) <= 1e-5

@@ -16,12 +16,19 @@ from vlm_tune.model.language.registry import LLMS
 CAUSAL = """Bart Bert Cohere Cohere2 FalconH1 Gemma Gemma2 Gemma3Text GPT2 Granite GraniteMoe Llama MBart Mistral OPT Phi3 Qwen2
 Qwen3 Starcoder2"""
 SEQ2SEQ = "Bart MBart M2M100 Marian MT5 Pegasus SwitchTransformers T5 UMT5"
-SURE: list[tuple[Layout, str]] = [*(("causal", name) for name in CAUSAL.split()), *(("seq2seq", name) for name in SEQ2SEQ.split())]
+SURE: list[tuple[Layout, str]] = [
+    *(("causal", name) for name in CAUSAL.split()),
+    *(("seq2seq", name) for name in SEQ2SEQ.split()),
+]
 """Classes that must be there and the same, whatever else changes in transformers."""
 
 
 def built(layout: Layout, name: str) -> Any:
-    kind, model = next((kind, model) for at, kind, model in mappings() if at == layout and kind.__name__ == f"{name}Config")
+    kind, model = next(
+        (kind, model)
+        for at, kind, model in mappings()
+        if at == layout and kind.__name__ == f"{name}Config"
+    )
     return tiny(kind, model, layout)
 
 
@@ -31,16 +38,22 @@ def test_the_loss_is_transformers_own(layout: Layout, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_loss_is_transformers_own_of_every_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_is_transformers_own_of_every_architecture(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     lines: list[str] = []
     same, other, refused, absent = [], [], [], []
     for layout, kind, model in mappings():
         name = f"{layout} {kind.__name__}"
         try:
             made = tiny(kind, model, layout)
-        except Exception as error:  # whatever a class raises that can't be made tiny by the sizes of its config
+        except (
+            Exception
+        ) as error:  # whatever a class raises that can't be made tiny by the sizes of its config
             absent.append(name)
-            lines.append(f"{name}: not built, {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            lines.append(
+                f"{name}: not built, {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            )
             continue
         try:
             found = compare(layout, made)
@@ -52,15 +65,24 @@ def test_the_loss_is_transformers_own_of_every_architecture(capsys: pytest.Captu
         if not found.same:
             lines.append(f"{name}: {found}")
     with capsys.disabled():
-        print(f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, {len(other)} others", *lines, sep="\n  ")
+        print(
+            f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, {len(other)} others",
+            *lines,
+            sep="\n  ",
+        )
     assert not other
     assert len(same) >= 35
     assert len(same) >= 0.85 * (len(same) + len(refused))
     assert {f"{layout} {name}Config" for layout, name in SURE} <= set(same)
 
 
-@pytest.mark.parametrize(("layout", "name"), [("causal", "Granite"), ("causal", "Gemma2"), ("causal", "Bert"), ("seq2seq", "MBart")])
-def test_the_loss_in_chunks_is_that_of_all_at_once(layout: Layout, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("causal", "Granite"), ("causal", "Gemma2"), ("causal", "Bert"), ("seq2seq", "MBart")],
+)
+def test_the_loss_in_chunks_is_that_of_all_at_once(
+    layout: Layout, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 3 * 4 * 96)
     assert compare(layout, built(layout, name)).same
 
@@ -87,7 +109,12 @@ def test_what_stands_around_the_head_gets_its_gradient(name: str) -> None:
 def test_a_model_that_sees_ahead_is_refused() -> None:
     from transformers import BertConfig, BertLMHeadModel
 
-    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     llm = LLMS["causal"](BertLMHeadModel(BertConfig(vocab_size=96, **small)))
     with pytest.raises(ModelError, match=r"BertLMHeadModel is no decoder as it is configured"):
         llm.check()

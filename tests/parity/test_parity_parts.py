@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_models import CLIP, batch_of, built, largest, parsed, rows_of, save_llm, unshifted, with_llm
+from tests.helpers.tiny_models import (
+    CLIP,
+    batch_of,
+    built,
+    largest,
+    parsed,
+    rows_of,
+    save_llm,
+    unshifted,
+    with_llm,
+)
 from vlm_tune.config.model import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.model.vision.registry import build_tower
@@ -26,11 +36,19 @@ def noise(*shape: int) -> torch.Tensor:
 
 def text_examples(processor: Any) -> list[Example]:
     """Rows without images, with answers of different lengths."""
-    rows = [("what is it?", "a red square"), ("say something long", "the quick brown fox jumps over the lazy dog"), ("?", "no")]
+    rows = [
+        ("what is it?", "a red square"),
+        ("say something long", "the quick brown fox jumps over the lazy dog"),
+        ("?", "no"),
+    ]
     return [
         example
         for place, (question, answer) in enumerate(rows)
-        for example in processor.examples(Conversation(str(place), (Message("user", (question,)), Message("assistant", (answer,)))))
+        for example in processor.examples(
+            Conversation(
+                str(place), (Message("user", (question,)), Message("assistant", (answer,)))
+            )
+        )
     ]
 
 
@@ -44,7 +62,9 @@ def test_t5_loss_equals_transformers(tiny_recipe: Callable[..., str], tmp_path: 
     theirs = T5ForConditionalGeneration.from_pretrained(folder).eval()
     batch = batch_of(ours, text_examples(ours.processor))
     found: Any = ours(batch)
-    expected = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels)
+    expected = theirs(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+    )
     assert float(found.sum) / found.count == pytest.approx(float(expected.loss), abs=1e-5)
     logits = ours.llm.supervised_logits(ours.embed(batch), batch)
     assert largest(logits, expected.logits[batch.labels != -100]) <= 1e-5
@@ -74,9 +94,13 @@ def test_clip_tower_gives_the_hidden_state_of_its_layer(tmp_path: Path, layer: i
     torch.manual_seed(2)
     theirs = CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
     theirs.save_pretrained(tmp_path)
-    ours = build_tower(TransformersTower(kind="transformers", name=str(tmp_path), layer=layer)).eval()
+    ours = build_tower(
+        TransformersTower(kind="transformers", name=str(tmp_path), layer=layer)
+    ).eval()
     pixels = noise(2, 3, 32, 32)
-    expected = theirs(pixel_values=pixels.float() * ours.scale - ours.offset, output_hidden_states=True).hidden_states[layer][:, 1:]
+    expected = theirs(
+        pixel_values=pixels.float() * ours.scale - ours.offset, output_hidden_states=True
+    ).hidden_states[layer][:, 1:]
     assert largest(ours(pixels), expected) <= 1e-5
 
 
@@ -95,7 +119,9 @@ def test_open_clip_tower_gives_the_intermediate_of_its_layer(layer: int) -> None
     theirs.load_state_dict(known | own)
     pixels = noise(2, 3, 32, 32)
     normalised = pixels.float() * ours.scale - ours.offset
-    blocks = theirs.forward_intermediates(normalised, intermediates_only=True)["image_intermediates"]
+    blocks = theirs.forward_intermediates(normalised, intermediates_only=True)[
+        "image_intermediates"
+    ]
     expected = blocks[layer].flatten(2).transpose(1, 2)
     assert largest(ours(pixels), expected) <= 1e-5
     other = blocks[-3].flatten(2).transpose(1, 2)
@@ -108,7 +134,9 @@ def test_the_last_open_clip_block_gives_its_class_embedding_when_pooled_as_open_
     import open_clip
 
     torch.manual_seed(4)
-    ours = build_tower(OpenClipTower(kind="open_clip", config={**VIT, "pool_type": "avg", "no_ln_pre": True})).eval()
+    ours = build_tower(
+        OpenClipTower(kind="open_clip", config={**VIT, "pool_type": "avg", "no_ln_pre": True})
+    ).eval()
     text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     config: Any = {**VIT, "pool_type": "avg", "no_ln_pre": True}
     theirs: Any = open_clip.CLIP(embed_dim=64, vision_cfg=config, text_cfg=text).visual.eval()  # type: ignore[arg-type]
@@ -127,7 +155,9 @@ def test_normalised_pixels_equal_the_clip_image_processor(tmp_path: Path) -> Non
     ours = build_tower(OpenClipTower(kind="open_clip", config=VIT))
     image = Image.fromarray(noise(32, 32, 3).numpy())
     pixels = ImageProcessor(32).pixels(image)
-    theirs: Any = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    theirs: Any = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     expected = theirs(images=image, return_tensors="pt")["pixel_values"][0]
     assert largest((pixels[None].float() * ours.scale - ours.offset)[0], expected) <= 1e-5
 
@@ -139,6 +169,8 @@ def test_resized_and_cropped_pixels_equal_the_clip_image_processor() -> None:
 
     image = Image.fromarray(noise(90, 61, 3).numpy())
     pixels = ImageProcessor(32).pixels(image)
-    theirs: Any = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False)
+    theirs: Any = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
+    )
     expected = theirs(images=image, return_tensors="pt")["pixel_values"][0] * 255
     assert largest(pixels, expected) <= 1.01

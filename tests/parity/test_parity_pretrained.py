@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny_models import assert_close, built, largest, parsed, rows_of
-from tests.helpers.vlm_samples import Blip, one_batch, our_pixels, save_blip, save_llava, save_llava_original, their_inputs, with_pretrained
+from tests.helpers.vlm_samples import (
+    Blip,
+    one_batch,
+    our_pixels,
+    save_blip,
+    save_llava,
+    save_llava_original,
+    their_inputs,
+    with_pretrained,
+)
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
 from vlm_tune.model.language.decoding import Decoding
@@ -49,7 +58,9 @@ def our_step(model: VisionLanguageModel, batch: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def their_step(model: Any, loss: torch.Tensor, names: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
+def their_step(
+    model: Any, loss: torch.Tensor, names: Callable[[str], str | None]
+) -> dict[str, torch.Tensor]:
     """Gradients under our names; those of parameters that ours has not are all none."""
     loss.backward()
     found = {}
@@ -61,7 +72,9 @@ def their_step(model: Any, loss: torch.Tensor, names: Callable[[str], str | None
 
 def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     """Asserts that gradients agree within 1e-5 (of the largest, where that is over 1), and none that matters is left out."""
-    assert not [name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0]
+    assert not [
+        name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0
+    ]
     known = {name: wanted[name] for name in found}
     for name, gradient in known.items():
         assert largest(found[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
@@ -76,35 +89,56 @@ def llava_name(name: str) -> str | None:
         "model.multi_modal_projector.linear_1.": "connector.layers.0.",
         "model.multi_modal_projector.linear_2.": "connector.layers.2.",
     }
-    return next(ours + name.removeprefix(theirs) for theirs, ours in stems.items() if name.startswith(theirs))
+    return next(
+        ours + name.removeprefix(theirs)
+        for theirs, ours in stems.items()
+        if name.startswith(theirs)
+    )
 
 
-def same_as_llava(model: VisionLanguageModel, theirs: Any, source: Path, rows: list[Conversation]) -> None:
+def same_as_llava(
+    model: VisionLanguageModel, theirs: Any, source: Path, rows: list[Conversation]
+) -> None:
     """Asserts equal token ids, pixels, logits, gradients and greedy text for the first row and the wide one."""
     for row in (rows[0], rows[-1]):
         example, batch = one_batch(model, row)
-        given = their_inputs(source, row, f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT: {row.messages[1].text}")
+        given = their_inputs(
+            source,
+            row,
+            f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT: {row.messages[1].text}",
+        )
         image = theirs.config.image_token_id
         ids = batch.input_ids.masked_fill(batch.image_mask, image)
         assert given["input_ids"].tolist() == ids.tolist()
         assert largest(our_pixels(model, batch), given["pixel_values"]) <= 1e-5
         logits = theirs(**given).logits
         supervised = batch.labels != IGNORE_INDEX
-        assert largest(model.llm.supervised_logits(model.embed(batch), batch), logits[supervised]) <= 1e-5
+        assert (
+            largest(model.llm.supervised_logits(model.embed(batch), batch), logits[supervised])
+            <= 1e-5
+        )
         theirs.zero_grad(set_to_none=True)
         loss = torch.nn.functional.cross_entropy(logits[supervised], batch.labels[supervised])
         same_gradients(our_step(model, batch), their_step(theirs, loss, llava_name))
-        prompt = their_inputs(source, row, f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT:")
-        said = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+        prompt = their_inputs(
+            source, row, f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT:"
+        )
+        said = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ].tolist()
         stops = model.processor.stop_ids
         expected = said[: next((n for n, token in enumerate(said) if token in stops), len(said))]
-        answer = model.answers([model.processor.prompt(row)], Decoding(6), fetch=model.processor.images)
+        answer = model.answers(
+            [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
+        )
         assert answer == [model.processor.decode(expected)]
         assert len(example.media) == 1
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_llava_of_transformers(pad: bool, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path) -> None:
+def test_a_llava_of_transformers(
+    pad: bool, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
     wide(color_rows, "What is this?")
     text = tiny_recipe("causal")
     folder = tmp_path / "llava"
@@ -115,16 +149,22 @@ def test_a_llava_of_transformers(pad: bool, tiny_recipe: Tiny, color_rows: Path,
     same_as_llava(model, theirs, folder, rows)
 
 
-def test_a_llava_with_class_token_another_layer_and_new_key_names(tiny_recipe: Tiny, color_rows: Path, tmp_path: Path) -> None:
+def test_a_llava_with_class_token_another_layer_and_new_key_names(
+    tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     text = tiny_recipe("causal")
     folder = tmp_path / "llava"
-    theirs = save_llava(folder, rows_of(parsed(text)), vision_feature_layer=1, vision_feature_select_strategy="full")
+    theirs = save_llava(
+        folder, rows_of(parsed(text)), vision_feature_layer=1, vision_feature_select_strategy="full"
+    )
     file = folder / "model.safetensors"
     renamed = {}
     for key, value in load_file(file).items():
-        new = key.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "model.language_model.")
+        new = key.replace("language_model.lm_head", "lm_head").replace(
+            "language_model.model.", "model.language_model."
+        )
         renamed[f"model.{new}" if new.startswith(("vision_tower", "multi_modal")) else new] = value
     save_file(renamed, file, metadata={"format": "pt"})
     model, rows = made(with_pretrained(text, folder, "vicuna"))
@@ -132,12 +172,16 @@ def test_a_llava_with_class_token_another_layer_and_new_key_names(tiny_recipe: T
     assert (tower.layer, tower.class_token, model.processor.spec.tokens_per_image) == (-3, True, 5)
     _, batch = one_batch(model, rows[0])
     ids = batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id)
-    expected = theirs(input_ids=ids, pixel_values=our_pixels(model, batch)).logits[batch.labels != IGNORE_INDEX]
+    expected = theirs(input_ids=ids, pixel_values=our_pixels(model, batch)).logits[
+        batch.labels != IGNORE_INDEX
+    ]
     assert largest(model.llm.supervised_logits(model.embed(batch), batch), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("tower", [False, True])
-def test_a_llava_of_the_original_layout(tower: bool, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path) -> None:
+def test_a_llava_of_the_original_layout(
+    tower: bool, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
     """With the tower's weights inside, and with those of the CLIP that it names."""
     wide(color_rows, "What is this?")
     text = tiny_recipe("causal")
@@ -194,8 +238,14 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
         found = our_step(model, batch)
         same_gradients(found, wanted)
         said = theirs.generate(**given, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
-        expected = said[: next((n for n, token in enumerate(said) if token in model.processor.stop_ids), len(said))]
-        answer = model.answers([model.processor.prompt(row)], Decoding(6), fetch=model.processor.images)
+        expected = said[
+            : next(
+                (n for n, token in enumerate(said) if token in model.processor.stop_ids), len(said)
+            )
+        ]
+        answer = model.answers(
+            [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
+        )
         assert answer == [model.processor.decode(expected)]
         outputs.append(logits)
     assert largest(outputs[0][:1], outputs[1][:1]) > 1e-3

@@ -18,12 +18,23 @@ from vlm_tune.model.build import bare_tower
 from vlm_tune.model.vision.base import IMAGENET_MEAN, resized
 from vlm_tune.model.vision.registry import build_tower
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 FAMILIES = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel", {"intermediate_size": 48}, 1),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel", {"intermediate_size": 48}, 0),
     "dinov2": ("Dinov2Config", "Dinov2Model", {"mlp_ratio": 2}, 1),
-    "dinov2-registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", {"mlp_ratio": 2, "num_register_tokens": 4}, 5),
+    "dinov2-registers": (
+        "Dinov2WithRegistersConfig",
+        "Dinov2WithRegistersModel",
+        {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
 }
 
 
@@ -46,12 +57,18 @@ def transformers_model(family: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("layer", "image_size"), [(-1, None), (-2, 32), (-2, 48), (-1, 24), (-4 + 1, 40)])
+@pytest.mark.parametrize(
+    ("layer", "image_size"), [(-1, None), (-2, 32), (-2, 48), (-1, 24), (-4 + 1, 40)]
+)
 @torch.no_grad()
-def test_transformers_tower_gives_the_hidden_state_of_its_layer(family: str, layer: int, image_size: int | None, tmp_path: Path) -> None:
+def test_transformers_tower_gives_the_hidden_state_of_its_layer(
+    family: str, layer: int, image_size: int | None, tmp_path: Path
+) -> None:
     """Sizes 48, 24 and 40 interpolate the positions as transformers does."""
     theirs = transformers_model(family, tmp_path)
-    config = TransformersTower(kind="transformers", name=str(tmp_path), layer=layer, image_size=image_size)
+    config = TransformersTower(
+        kind="transformers", name=str(tmp_path), layer=layer, image_size=image_size
+    )
     ours = build_tower(config).eval()
     size = image_size or 32
     pixels = noise(2, 3, size, size)
@@ -66,7 +83,10 @@ def test_transformers_tower_gives_the_hidden_state_of_its_layer(family: str, lay
         with_class = build_tower(config.model_copy(update={"class_token": True})).eval()
         assert largest(with_class(pixels)[:, :1], hidden[layer][:, :1]) <= 1e-5
         assert largest(with_class(pixels)[:, 1:], hidden[layer][:, before:]) <= 1e-5
-        assert bare_tower(config.model_copy(update={"class_token": True})).measure() == with_class.measure()
+        assert (
+            bare_tower(config.model_copy(update={"class_token": True})).measure()
+            == with_class.measure()
+        )
         pooled = build_tower(config.model_copy(update={"class_token": True, "grid": 2})).eval()
         assert pooled(pixels).shape == (2, 5, 32)
         assert largest(pooled(pixels)[:, :1], hidden[layer][:, :1]) <= 1e-5
@@ -77,7 +97,11 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path: Path) -> None:
         transformers_model(family, tmp_path / family)
         config = TransformersTower(kind="transformers", name=str(tmp_path / family))
         assert build_tower(config).mean[0] == pytest.approx(mean)
-        own = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        own = {
+            "image_processor_type": "CLIPImageProcessor",
+            "image_mean": [0.1, 0.2, 0.3],
+            "image_std": [0.4, 0.5, 0.6],
+        }
         (tmp_path / family / "preprocessor_config.json").write_text(json.dumps(own))
         tower = build_tower(config)
         assert tower.mean == (0.1, 0.2, 0.3)
@@ -88,23 +112,41 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path: Path) -> None:
 def test_a_model_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ModelError, match=r"is of type bert; known are clip_vision_model, siglip_vision_model"):
+    BertModel(
+        BertConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            vocab_size=9,
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"is of type bert; known are clip_vision_model, siglip_vision_model"
+    ):
         build_tower(TransformersTower(kind="transformers", name=str(tmp_path)))
 
 
 def test_the_vision_part_of_a_whole_clip_and_siglip_model_is_taken(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     for kind, config in ((CLIPModel, CLIPConfig), (SiglipModel, SiglipConfig)):
         whole = kind(config(vision_config=CLIP, text_config=text)).eval()
         whole.save_pretrained(tmp_path / kind.__name__)
-        ours = build_tower(TransformersTower(kind="transformers", name=str(tmp_path / kind.__name__), layer=-1))
+        ours = build_tower(
+            TransformersTower(kind="transformers", name=str(tmp_path / kind.__name__), layer=-1)
+        )
         pixels = noise(1, 3, 32, 32)
-        hidden = whole.vision_model(pixel_values=pixels.float() * ours.scale - ours.offset, output_hidden_states=True).hidden_states[-1]
+        hidden = whole.vision_model(
+            pixel_values=pixels.float() * ours.scale - ours.offset, output_hidden_states=True
+        ).hidden_states[-1]
         assert largest(ours.eval()(pixels), hidden[:, -4:]) <= 1e-5
 
 
@@ -113,10 +155,18 @@ def test_the_vision_part_of_a_whole_clip_and_siglip_model_is_taken(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("vit_tiny_patch16_224", 224), ("vit_tiny_patch16_224", 64), ("convnext_atto", 64), ("resnet10t", 64), ("efficientnet_lite0", 64)],
+    [
+        ("vit_tiny_patch16_224", 224),
+        ("vit_tiny_patch16_224", 64),
+        ("convnext_atto", 64),
+        ("resnet10t", 64),
+        ("efficientnet_lite0", 64),
+    ],
 )
 @torch.no_grad()
-def test_timm_tower_loads_a_timm_file_and_gives_its_features(name: str, size: int, tmp_path: Path) -> None:
+def test_timm_tower_loads_a_timm_file_and_gives_its_features(
+    name: str, size: int, tmp_path: Path
+) -> None:
     import timm
 
     torch.manual_seed(0)
@@ -126,7 +176,13 @@ def test_timm_tower_loads_a_timm_file_and_gives_its_features(name: str, size: in
             module.running_mean.normal_(std=0.1)
     state = whole.state_dict()
     save_file(state, tmp_path / "timm.safetensors")
-    config = TimmTower(kind="timm", name=name, pretrained=str(tmp_path / "timm.safetensors"), image_size=size, grid=None)
+    config = TimmTower(
+        kind="timm",
+        name=name,
+        pretrained=str(tmp_path / "timm.safetensors"),
+        image_size=size,
+        grid=None,
+    )
     ours = build_tower(config).eval()
     if hasattr(whole, "set_input_size"):
         whole.set_input_size(img_size=size)
@@ -146,12 +202,23 @@ def test_timm_tower_loads_a_timm_file_and_gives_its_features(name: str, size: in
 @torch.no_grad()
 def test_timm_class_token_and_channels_last_maps() -> None:
     torch.manual_seed(1)
-    config = TimmTower(kind="timm", name="vit_tiny_patch16_224", image_size=32, grid=None, stages=[-2, -1], class_token=True)
+    config = TimmTower(
+        kind="timm",
+        name="vit_tiny_patch16_224",
+        image_size=32,
+        grid=None,
+        stages=[-2, -1],
+        class_token=True,
+    )
     ours: Any = build_tower(config).eval()
     pixels = noise(1, 3, 32, 32)
     normalised = pixels.float() * ours.scale - ours.offset
     found = ours.trunk.model.forward_intermediates(
-        normalised, indices=[10, 11], intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+        normalised,
+        indices=[10, 11],
+        intermediates_only=True,
+        output_fmt="NLC",
+        return_prefix_tokens=True,
     )
     expected = torch.cat([torch.cat([prefix, patches], 1) for patches, prefix in found], 2)
     assert largest(ours(pixels), expected) <= 1e-5
@@ -162,7 +229,10 @@ def test_timm_class_token_and_channels_last_maps() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "swin_tiny_patch4_window7_224", "image_size": 64}, "takes images of 224 pixels only"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "image_size": 64},
+            "takes images of 224 pixels only",
+        ),
         ({"name": "resnet10t", "class_token": True}, "resnet10t has none"),
         ({"name": "no_such_model"}, "no_such_model"),
         ({"name": "vit_tiny_patch16_224", "stages": [40]}, r"model\.tower\.name"),
@@ -175,15 +245,28 @@ def test_timm_towers_that_can_not_be(changes: dict[str, Any], message: str) -> N
 
 # --- open_clip -------------------------------------------------------------------------------------------------------
 
-TIMM_VIT = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
-TIMM_CONVNEXT = {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+TIMM_VIT = {
+    "timm_model_name": "vit_tiny_patch16_224",
+    "timm_pool": "token",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
+TIMM_CONVNEXT = {
+    "timm_model_name": "convnext_atto",
+    "timm_pool": "",
+    "timm_proj": "linear",
+    "image_size": 64,
+}
 
 
 @pytest.mark.parametrize(
-    ("vision", "size", "layer"), [(TIMM_VIT, 64, -1), (TIMM_VIT, 64, -3), (TIMM_CONVNEXT, None, -1), (TIMM_CONVNEXT, None, -2)]
+    ("vision", "size", "layer"),
+    [(TIMM_VIT, 64, -1), (TIMM_VIT, 64, -3), (TIMM_CONVNEXT, None, -1), (TIMM_CONVNEXT, None, -2)],
 )
 @torch.no_grad()
-def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(vision: dict[str, Any], size: int | None, layer: int) -> None:
+def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(
+    vision: dict[str, Any], size: int | None, layer: int
+) -> None:
     from vlm_tune.model.vision.open_clip_tower import _bare_open_clip
 
     torch.manual_seed(4)
@@ -195,13 +278,19 @@ def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(vision: dict[s
     theirs.load_state_dict(theirs.state_dict() | own)
     pixels = noise(1, 3, 64, 64)
     normalised = pixels.float() * ours.scale - ours.offset
-    expected = theirs.forward_intermediates(normalised, intermediates_only=True)["image_intermediates"][layer]
+    expected = theirs.forward_intermediates(normalised, intermediates_only=True)[
+        "image_intermediates"
+    ][layer]
     assert largest(ours(pixels), expected.flatten(2).transpose(1, 2)) <= 1e-5
     if vision is TIMM_VIT:
-        with_class: Any = build_tower(config.model_copy(update={"class_token": True}), ours.rebuild).eval()
+        with_class: Any = build_tower(
+            config.model_copy(update={"class_token": True}), ours.rebuild
+        ).eval()
         with_class.load_state_dict(ours.state_dict())
         assert largest(with_class(pixels)[:, 1:], ours(pixels)) <= 1e-6
-        prefix = theirs.forward_intermediates(normalised, intermediates_only=True, output_extra_tokens=True)["image_intermediates_prefix"]
+        prefix = theirs.forward_intermediates(
+            normalised, intermediates_only=True, output_extra_tokens=True
+        )["image_intermediates_prefix"]
         assert largest(with_class(pixels)[:, :1], prefix[layer]) <= 1e-5
 
 
@@ -216,18 +305,24 @@ def test_open_clip_tower_of_another_size_has_interpolated_positions(tmp_path: Pa
     torch.manual_seed(6)
     whole: Any = open_clip.create_model("ViT-S-32-alt")
     smooth = torch.linspace(-1, 1, 7)
-    grid = (smooth[:, None] * smooth).flatten()[:, None] * torch.randn(whole.visual.positional_embedding.shape[1])
+    grid = (smooth[:, None] * smooth).flatten()[:, None] * torch.randn(
+        whole.visual.positional_embedding.shape[1]
+    )
     whole.visual.positional_embedding.data[1:] = grid
     file = tmp_path / "clip.safetensors"
     save_file(whole.state_dict(), file)
-    ours: Any = build_tower(OpenClipTower(kind="open_clip", name="ViT-S-32-alt", pretrained=str(file), image_size=96))
+    ours: Any = build_tower(
+        OpenClipTower(kind="open_clip", name="ViT-S-32-alt", pretrained=str(file), image_size=96)
+    )
     assert ours.image_size == 96
     assert ours.measure()[0] == 9
     state = {"visual.positional_embedding": whole.visual.positional_embedding.data.clone()}
     open_clip.model.resize_pos_embed(state, ours)  # reads ours.visual.grid_size
     assert largest(ours.visual.positional_embedding, state["visual.positional_embedding"]) <= 1e-6
     width = ours.measure()[1]
-    embeddings = CLIPVisionEmbeddings(CLIPVisionConfig(hidden_size=width, image_size=224, patch_size=32))
+    embeddings = CLIPVisionEmbeddings(
+        CLIPVisionConfig(hidden_size=width, image_size=224, patch_size=32)
+    )
     embeddings.position_embedding.weight.data = whole.visual.positional_embedding.data
     theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 10, width), 96, 96)[0]
     assert largest(ours.visual.positional_embedding, theirs) <= 0.15 * float(theirs.abs().max())
@@ -242,7 +337,10 @@ def test_open_clip_folder_is_loaded_and_pickles_in_it_are_not(tmp_path: Path) ->
     text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
     theirs: Any = open_clip.CLIP(**config).eval()  # type: ignore[arg-type]
-    described = {"model_cfg": config, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    described = {
+        "model_cfg": config,
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
     save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
     tower = OpenClipTower(kind="open_clip", name=f"local-dir:{tmp_path}", layer=-2)
@@ -250,7 +348,9 @@ def test_open_clip_folder_is_loaded_and_pickles_in_it_are_not(tmp_path: Path) ->
     pixels = noise(1, 3, 32, 32)
     assert ours.mean == (0.1, 0.2, 0.3)
     normalised = pixels.float() * ours.scale - ours.offset
-    expected = theirs.visual.forward_intermediates(normalised, intermediates_only=True)["image_intermediates"][0]
+    expected = theirs.visual.forward_intermediates(normalised, intermediates_only=True)[
+        "image_intermediates"
+    ][0]
     assert largest(ours(pixels), expected.flatten(2).transpose(1, 2)) <= 1e-5
     again = build_tower(tower, json.loads(json.dumps(ours.rebuild))).eval()
     again.load_state_dict(ours.state_dict())
@@ -268,10 +368,26 @@ def test_open_clip_class_token_comes_first() -> None:
     one: Any = build_tower(OpenClipTower(kind="open_clip", config=vision, class_token=True)).eval()
     pixels = noise(2, 3, 32, 32)
     with torch.no_grad():
-        found = one.visual.forward_intermediates(pixels.float() * one.scale - one.offset, intermediates_only=True, output_extra_tokens=True)
-        expected = torch.cat([found["image_intermediates_prefix"][-1], found["image_intermediates"][-1].flatten(2).transpose(1, 2)], 1)
+        found = one.visual.forward_intermediates(
+            pixels.float() * one.scale - one.offset,
+            intermediates_only=True,
+            output_extra_tokens=True,
+        )
+        expected = torch.cat(
+            [
+                found["image_intermediates_prefix"][-1],
+                found["image_intermediates"][-1].flatten(2).transpose(1, 2),
+            ],
+            1,
+        )
         assert largest(one(pixels), expected) <= 1e-6
-    resnet = {"layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None, "image_size": 64}
+    resnet = {
+        "layers": [1, 1, 1, 1],
+        "width": 32,
+        "head_width": 32,
+        "patch_size": None,
+        "image_size": 64,
+    }
     with pytest.raises(ModelError, match="class_token: this tower has none"):
         build_tower(OpenClipTower(kind="open_clip", config=resnet, class_token=True))
 
@@ -284,18 +400,27 @@ def test_a_pair_joins_the_features_of_both_by_channel(tmp_path: Path) -> None:
     """Each sees the image in its own size, and normalised its own way."""
     transformers_model("dinov2", tmp_path)
     first = TransformersTower(kind="transformers", name=str(tmp_path), layer=-1, image_size=48)
-    second = OpenClipTower(kind="open_clip", config={"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32})
+    second = OpenClipTower(
+        kind="open_clip",
+        config={"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32},
+    )
     pair: Any = build_tower(PairTower(kind="pair", towers=[first, second])).eval()
     pixels = noise(2, 3, 48, 48)
     one, other = pair.towers
     assert (one.mean[0], other.mean[0]) == (IMAGENET_MEAN[0], pytest.approx(0.4814, abs=1e-3))
     assert pair.image_size == 48
-    assert pair.measure() == bare_tower(PairTower(kind="pair", towers=[first, second])).measure() == (4, 96)
+    assert (
+        pair.measure()
+        == bare_tower(PairTower(kind="pair", towers=[first, second])).measure()
+        == (4, 96)
+    )
     fine = one(pixels).transpose(1, 2).unflatten(2, (6, 6))
     expected = torch.nn.functional.adaptive_avg_pool2d(fine, 2).flatten(2).transpose(1, 2)
     assert largest(pair(pixels)[..., :32], expected) <= 1e-6
     assert largest(pair(pixels)[..., 32:], other(resized(pixels, 32))) <= 1e-6
-    again = build_tower(PairTower(kind="pair", towers=[first, second]), json.loads(json.dumps(pair.rebuild)))
+    again = build_tower(
+        PairTower(kind="pair", towers=[first, second]), json.loads(json.dumps(pair.rebuild))
+    )
     again.load_state_dict(pair.state_dict())
     assert_same_outputs(again.eval()(pixels), pair(pixels))
 
@@ -305,7 +430,11 @@ def test_a_smaller_copy_of_an_image_is_near_the_one_pillow_makes() -> None:
 
     from vlm_tune.data.images.decode import ImageProcessor
 
-    pixels = torch.nn.functional.interpolate(noise(1, 3, 6, 6).float(), (64, 64), mode="bilinear").round().to(torch.uint8)
+    pixels = (
+        torch.nn.functional.interpolate(noise(1, 3, 6, 6).float(), (64, 64), mode="bilinear")
+        .round()
+        .to(torch.uint8)
+    )
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     assert largest(resized(pixels, 40)[0], ImageProcessor(40).pixels(image)) <= 2
 
@@ -314,7 +443,9 @@ def test_pairs_that_can_not_be(tmp_path: Path) -> None:
     vision = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}
     one = OpenClipTower(kind="open_clip", config=vision)
     with pytest.raises(ModelError, match="class_token in both or in none"):
-        build_tower(PairTower(kind="pair", towers=[one, one.model_copy(update={"class_token": True})]))
+        build_tower(
+            PairTower(kind="pair", towers=[one, one.model_copy(update={"class_token": True})])
+        )
     with pytest.raises(ModelError, match=r"set model\.tower\.resize: pad for the pair"):
         build_tower(PairTower(kind="pair", towers=[one, one.model_copy(update={"resize": "pad"})]))
 
@@ -323,7 +454,9 @@ def test_pairs_that_can_not_be(tmp_path: Path) -> None:
 
 
 def towers_to_train(folder: Path) -> list[AnyTower]:
-    found: list[AnyTower] = [OpenClipTower(kind="open_clip", config=TIMM_VIT, image_size=32, layer=-2)]
+    found: list[AnyTower] = [
+        OpenClipTower(kind="open_clip", config=TIMM_VIT, image_size=32, layer=-2)
+    ]
     for family in FAMILIES:
         transformers_model(family, folder / family)
         found.append(TransformersTower(kind="transformers", name=str(folder / family)))
@@ -336,4 +469,6 @@ def test_every_parameter_of_a_trained_tower_has_a_gradient(tmp_path: Path) -> No
     for config in towers_to_train(tmp_path):
         tower = build_tower(config).train()
         tower(noise(2, 3, tower.image_size, tower.image_size)).square().sum().backward()
-        assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == [], config
+        assert [
+            name for name, parameter in tower.named_parameters() if parameter.grad is None
+        ] == [], config

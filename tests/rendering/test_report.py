@@ -58,12 +58,38 @@ class Page(HTMLParser):
 
 def stage_events(stage: int, name: str, steps: int = 40) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [
-        {"event": "stage", "stage": stage, "name": name, "steps": steps, "questions": 7000, "images": 3800, "time": 1.7e9}
+        {
+            "event": "stage",
+            "stage": stage,
+            "name": name,
+            "steps": steps,
+            "questions": 7000,
+            "images": 3800,
+            "time": 1.7e9,
+        }
     ]
     for step in range(10, steps + 1, 10):
         common = {"stage": stage, "name": name, "step": step, "time": 1.7e9 + step}
-        events.append({"event": "train", **common, "of": steps, "loss": 8 / step, "learning_rate": 1e-3, "questions_per_s": 900.0})
-        events.append({"event": "evaluate", **common, "loss": 9 / step, "accuracy": 0.5 + step / 100, "n": 400, "by_category": {}})
+        events.append(
+            {
+                "event": "train",
+                **common,
+                "of": steps,
+                "loss": 8 / step,
+                "learning_rate": 1e-3,
+                "questions_per_s": 900.0,
+            }
+        )
+        events.append(
+            {
+                "event": "evaluate",
+                **common,
+                "loss": 9 / step,
+                "accuracy": 0.5 + step / 100,
+                "n": 400,
+                "by_category": {},
+            }
+        )
     return events
 
 
@@ -83,11 +109,34 @@ def run(tmp_path: Path) -> Path:
     """A whole run of two stages."""
     (tmp_path / "recipe.yaml").write_text("name: two-stages\nseed: 7\n")
     rows = [
-        {"match": "tower.*", "how": "frozen", "learning_rate": None, "trained": 0, "total": 506008, "detail": ""},
-        {"match": "llm.*", "how": "lora", "learning_rate": 0.0005, "trained": 294912, "total": 76961152, "detail": "r=16, alpha=32"},
+        {
+            "match": "tower.*",
+            "how": "frozen",
+            "learning_rate": None,
+            "trained": 0,
+            "total": 506008,
+            "detail": "",
+        },
+        {
+            "match": "llm.*",
+            "how": "lora",
+            "learning_rate": 0.0005,
+            "trained": 294912,
+            "total": 76961152,
+            "detail": "r=16, alpha=32",
+        },
     ]
-    (tmp_path / "tuning.json").write_text(json.dumps([{"stage": "align", "rows": rows}, {"stage": "instruct", "rows": rows[:1]}]))
-    write_log(tmp_path, [*stage_events(0, "align"), {"event": "note", "text": "left out: row 118"}, *stage_events(1, "instruct")])
+    (tmp_path / "tuning.json").write_text(
+        json.dumps([{"stage": "align", "rows": rows}, {"stage": "instruct", "rows": rows[:1]}])
+    )
+    write_log(
+        tmp_path,
+        [
+            *stage_events(0, "align"),
+            {"event": "note", "text": "left out: row 118"},
+            *stage_events(1, "instruct"),
+        ],
+    )
     Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "tiny.png")
     Image.new("RGB", (900, 300), (30, 30, 200)).save(tmp_path / "large.png")
     samples = [
@@ -99,11 +148,27 @@ def run(tmp_path: Path) -> Path:
             "before": "no",
             "after": "Circle.",
         },
-        {"id": "b", "image": str(tmp_path / "large.png"), "question": "which color?", "expected": "blue", "before": None, "after": "red"},
+        {
+            "id": "b",
+            "image": str(tmp_path / "large.png"),
+            "question": "which color?",
+            "expected": "blue",
+            "before": None,
+            "after": "red",
+        },
     ]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    result = {"accuracy": 0.98123, "n": 9673, "seconds": 180.2, "peak_memory_mb": 1900, "loss": 0.05}
-    result["by_category"] = {"color": {"accuracy": 1.0, "n": 1642}, "boolean": {"accuracy": 0.99971, "n": 6400}}
+    result = {
+        "accuracy": 0.98123,
+        "n": 9673,
+        "seconds": 180.2,
+        "peak_memory_mb": 1900,
+        "loss": 0.05,
+    }
+    result["by_category"] = {
+        "color": {"accuracy": 1.0, "n": 1642},
+        "boolean": {"accuracy": 0.99971, "n": 6400},
+    }
     (tmp_path / "result.json").write_text(json.dumps(result))
     return tmp_path
 
@@ -151,15 +216,24 @@ def test_shows_every_part(run: Path) -> None:
 
 def test_right_and_wrong_have_colour_and_mark(uncharted: Path) -> None:
     text, _ = report(uncharted)
-    assert re.search(r'<dd class="right"><span role="img" aria-label="right">✓ </span>Circle\.</dd>', text)
-    assert re.search(r'<dd class="wrong"><span role="img" aria-label="wrong">✗ </span>red</dd>', text)
+    assert re.search(
+        r'<dd class="right"><span role="img" aria-label="right">✓ </span>Circle\.</dd>', text
+    )
+    assert re.search(
+        r'<dd class="wrong"><span role="img" aria-label="wrong">✗ </span>red</dd>', text
+    )
 
 
 def test_images_are_small_inline_pngs(uncharted: Path) -> None:
     _, page = report(uncharted)
     tiny, large = page.all("img")
     images = [
-        Image.open(io.BytesIO(base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,")))) for image in (tiny, large)
+        Image.open(
+            io.BytesIO(
+                base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+            )
+        )
+        for image in (tiny, large)
     ]
     assert [image.size for image in images] == [(64, 48), (192, 64)]
     assert [image.getpixel((5, 5)) for image in images] == [(200, 30, 30), (30, 30, 200)]
@@ -170,11 +244,20 @@ def test_images_are_small_inline_pngs(uncharted: Path) -> None:
 def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     plain = {tag for tag, _ in report(uncharted)[1].found} | {"section", "ul", "li"}
     run = uncharted
-    (run / "recipe.yaml").write_text(f"name: {json.dumps(hostile)}\nseed: {json.dumps(hostile)}\n# {hostile}\n")
+    (run / "recipe.yaml").write_text(
+        f"name: {json.dumps(hostile)}\nseed: {json.dumps(hostile)}\n# {hostile}\n"
+    )
     strings = dict.fromkeys(("id", "question", "expected", "before", "after"), hostile)
     Image.new("RGB", (8, 8)).save(run / '"onload="a.png')
     edit(run / "samples.json", {**strings, "image": str(run / '"onload="a.png')})
-    tuning = {"match": hostile, "how": hostile, "learning_rate": 1e-3, "trained": 1, "total": 2, "detail": hostile}
+    tuning = {
+        "match": hostile,
+        "how": hostile,
+        "learning_rate": 1e-3,
+        "trained": 1,
+        "total": 2,
+        "detail": hostile,
+    }
     (run / "tuning.json").write_text(json.dumps([{"stage": hostile, "rows": [tuning]}]))
     edit(run / "result.json", {"by_category": {hostile: {"accuracy": 1.0, "n": 1}}})
     write_log(run, [*stage_events(0, hostile)[:1], {"event": "note", "text": hostile}])
@@ -190,11 +273,30 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
 def test_is_self_contained(run: Path) -> None:
     text, page = report(run)
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
-    assert not {tag for tag, _ in page.found} & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert not {tag for tag, _ in page.found} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+    }
+    policy = next(
+        meta["content"]
+        for meta in page.all("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
-    references = [value for _, attributes in page.found for name, value in attributes.items() if name in ("href", "xlink:href")]
+    assert all(
+        (image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img")
+    )
+    references = [
+        value
+        for _, attributes in page.found
+        for name, value in attributes.items()
+        if name in ("href", "xlink:href")
+    ]
     assert all((value or "").startswith("#") for value in references)
     assert "@import" not in text
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
@@ -203,7 +305,9 @@ def test_is_self_contained(run: Path) -> None:
 def test_chart_references_resolve_to_equal_shapes(run: Path) -> None:
     text, _ = report(run)
     shapes: dict[str, set[str]] = {}
-    for name, shape in re.findall(r'<(?:clipPath|path) id="([^"]+)"(.*?)(?:/>|</clipPath>)', text, re.DOTALL):
+    for name, shape in re.findall(
+        r'<(?:clipPath|path) id="([^"]+)"(.*?)(?:/>|</clipPath>)', text, re.DOTALL
+    ):
         shapes.setdefault(name, set()).add(re.sub(r"\s+", " ", shape))
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
     assert used
@@ -229,7 +333,9 @@ def test_charts_take_the_themes_colours(run: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("content", [None, "", '{"cut": [', "null", "[3]", '"text"'])
-def test_a_file_that_is_missing_or_damaged_leaves_its_part_out(uncharted: Path, name: str, gone: str, content: str | None) -> None:
+def test_a_file_that_is_missing_or_damaged_leaves_its_part_out(
+    uncharted: Path, name: str, gone: str, content: str | None
+) -> None:
     run = uncharted
     assert gone in report(run)[1].words
     if content is None:
@@ -238,7 +344,10 @@ def test_a_file_that_is_missing_or_damaged_leaves_its_part_out(uncharted: Path, 
         (run / name).write_text(content)
     words = report(run)[1].words
     assert gone not in words
-    assert all(part in words for part in {"What was trained", "Stage 1", "Samples", "Test accuracy"} - {gone})
+    assert all(
+        part in words
+        for part in {"What was trained", "Stage 1", "Samples", "Test accuracy"} - {gone}
+    )
 
 
 def test_recipe_alone_is_enough_and_needed(tmp_path: Path) -> None:
@@ -251,8 +360,22 @@ def test_recipe_alone_is_enough_and_needed(tmp_path: Path) -> None:
 
 
 def test_figures_that_are_missing_or_not_finite_are_left_out(run: Path) -> None:
-    edit(run / "result.json", {"accuracy": None, "n": None, "loss": float("nan"), "by_category": {"color": {"accuracy": None}}})
-    write_log(run, [{**event, "loss": None if event["event"] == "evaluate" else float("inf")} for event in stage_events(0, "align")])
+    edit(
+        run / "result.json",
+        {
+            "accuracy": None,
+            "n": None,
+            "loss": float("nan"),
+            "by_category": {"color": {"accuracy": None}},
+        },
+    )
+    write_log(
+        run,
+        [
+            {**event, "loss": None if event["event"] == "evaluate" else float("inf")}
+            for event in stage_events(0, "align")
+        ],
+    )
     words = report(run)[1].words
     assert "Training time" in words
     assert not any(part in words for part in ("Test accuracy", "Test loss", "nan", "inf", "None"))
@@ -266,14 +389,18 @@ def test_images_that_cannot_be_shown_do_not_stop_it(uncharted: Path) -> None:
     (uncharted / "tiny.png").write_bytes((uncharted / "tiny.png").read_bytes()[:60])
     (uncharted / "large.png").unlink()
     samples = json.loads((uncharted / "samples.json").read_text())
-    (uncharted / "samples.json").write_text(json.dumps([*samples, {"question": "no picture?", "image": ""}, {"image": "a\0b"}]))
+    (uncharted / "samples.json").write_text(
+        json.dumps([*samples, {"question": "no picture?", "image": ""}, {"image": "a\0b"}])
+    )
     _, page = report(uncharted)
     assert page.all("img") == []
     assert page.words.count("the image can't be read") == 3
     assert "no image no picture?" in page.words
 
 
-@pytest.mark.parametrize("tail", ['{"event":"train","stage":0,"st', '{"event":"train","stage":0,"name":"al\xc3', "\n\n"])
+@pytest.mark.parametrize(
+    "tail", ['{"event":"train","stage":0,"st', '{"event":"train","stage":0,"name":"al\xc3', "\n\n"]
+)
 def test_a_cut_last_line_costs_nothing_else(run: Path, tail: str) -> None:
     write_log(run, stage_events(0, "align")[:3])
     whole = report(run)[0]
@@ -285,7 +412,9 @@ def test_a_cut_last_line_costs_nothing_else(run: Path, tail: str) -> None:
 def test_an_interrupted_stage_says_where_its_log_ends(run: Path) -> None:
     assert "the log ends" not in report(run)[1].words
     write_log(run, stage_events(0, "align")[:5])
-    assert "40 steps, 7,000 questions, 3,800 images, the log ends at step 20" in report(run)[1].words
+    assert (
+        "40 steps, 7,000 questions, 3,800 images, the log ends at step 20" in report(run)[1].words
+    )
 
 
 def test_steps_taken_again_after_a_resume_count_once(run: Path) -> None:
@@ -299,24 +428,46 @@ def test_steps_taken_again_after_a_resume_count_once(run: Path) -> None:
 @pytest.mark.parametrize("loss", [1.2, 0.0])
 def test_a_single_point_is_drawn(run: Path, loss: float) -> None:
     stage, train, evaluation, *_ = stage_events(0, "align")
-    write_log(run, [stage, {**train, "loss": loss}, {**evaluation, "loss": loss, "accuracy": loss and 1.0}])
+    write_log(
+        run,
+        [stage, {**train, "loss": loss}, {**evaluation, "loss": loss, "accuracy": loss and 1.0}],
+    )
     text, page = report(run)
     assert len(page.all("svg")) == 3
     for svg, inks in zip(
-        re.findall(r"<svg.*?</svg>", text, re.DOTALL), (("train", "validation"), ("validation",), ("train",)), strict=True
+        re.findall(r"<svg.*?</svg>", text, re.DOTALL),
+        (("train", "validation"), ("validation",), ("train",)),
+        strict=True,
     ):
         # A line through one point shows nothing: there must be a marker of its colour, inside the picture.
         for ink in inks:
-            x, y = map(float, re.search(rf'<use [^>]*x="([\d.-]+)" y="([\d.-]+)" style="fill: var\(--{ink}\)', svg).groups())  # type: ignore[union-attr]
+            x, y = map(
+                float,
+                re.search(
+                    rf'<use [^>]*x="([\d.-]+)" y="([\d.-]+)" style="fill: var\(--{ink}\)', svg
+                ).groups(),
+            )  # type: ignore[union-attr]
             assert 0 < x < 303
             assert 0 < y < 181
 
 
 def test_loss_over_many_magnitudes_is_on_a_log_scale(run: Path) -> None:
     events = [event for event in stage_events(0, "align") if event["event"] != "evaluate"]
-    write_log(run, [{**event, "loss": 30.0 / event.get("step", 1) ** 2} if "loss" in event else event for event in events])
+    write_log(
+        run,
+        [
+            {**event, "loss": 30.0 / event.get("step", 1) ** 2} if "loss" in event else event
+            for event in events
+        ],
+    )
     assert "log scale" not in report(run)[1].words
-    write_log(run, [{**event, "loss": 3000.0 / event["step"] ** 3} if "loss" in event else event for event in events])
+    write_log(
+        run,
+        [
+            {**event, "loss": 3000.0 / event["step"] ** 3} if "loss" in event else event
+            for event in events
+        ],
+    )
     assert "log scale" in report(run)[1].words
 
 

@@ -12,7 +12,15 @@ from rich.console import Console
 
 from vlm_tune.rendering.terminal import EVERY, Display
 
-TRAIN = {"event": "train", "step": 10, "of": 400, "loss": 1.0, "learning_rate": 1e-3, "questions_per_s": 1.0, "tokens_per_s": 1.0}
+TRAIN = {
+    "event": "train",
+    "step": 10,
+    "of": 400,
+    "loss": 1.0,
+    "learning_rate": 1e-3,
+    "questions_per_s": 1.0,
+    "tokens_per_s": 1.0,
+}
 TRAIN |= {"padding": 0.0, "left": 60.0}
 
 
@@ -49,7 +57,9 @@ def test_a_phase_is_a_line_when_it_begins_and_every_half_minute_after() -> None:
     assert shown.after(61) == ["answering 128 of 780 questions (2:00 so far)"]
 
 
-def test_the_thread_ends_when_the_display_is_closed_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_ends_when_the_display_is_closed_while_it_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A logging handler has attributes of its own, one of which `close` sets."""
     faults: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", faults.append)
@@ -72,8 +82,14 @@ def test_the_thread_ends_when_the_display_is_closed_while_it_looks(monkeypatch: 
 @pytest.mark.parametrize(
     ("event", "line"),
     [
-        ({"event": "preparing", "name": "main", "part": "train", "rows": 2000}, "preparing main train: 2,000 rows"),
-        ({"event": "features", "done": 64, "of": 4000}, "computing tower features: 64 of 4,000 images"),
+        (
+            {"event": "preparing", "name": "main", "part": "train", "rows": 2000},
+            "preparing main train: 2,000 rows",
+        ),
+        (
+            {"event": "features", "done": 64, "of": 4000},
+            "computing tower features: 64 of 4,000 images",
+        ),
     ],
 )
 def test_every_phase_says_how_far_it_is(event: dict[str, Any], line: str) -> None:
@@ -97,7 +113,10 @@ def test_what_the_package_logs_is_shown_until_the_display_is_closed() -> None:
     with shown.display:
         log.info("compiling %s, some %d seconds", "kernels", 20)
         log.warning("a warning")
-        assert shown.file.getvalue().splitlines() == ["compiling kernels, some 20 seconds", "a warning"]
+        assert shown.file.getvalue().splitlines() == [
+            "compiling kernels, some 20 seconds",
+            "a warning",
+        ]
         assert shown.after(EVERY) == ["compiling kernels, some 20 seconds (0:30 so far)"]
     log.info("not shown")
     assert shown.after(10 * EVERY) == []

@@ -14,11 +14,18 @@ LENGTHS = (300, 170, 420, 300)
 
 def train() -> None:
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(96, 256), torch.nn.GELU(), torch.nn.Linear(256, 96), torch.nn.Linear(96, 2000)]
+    layers = [
+        torch.nn.Linear(96, 256),
+        torch.nn.GELU(),
+        torch.nn.Linear(256, 96),
+        torch.nn.Linear(96, 2000),
+    ]
     model = torch.nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for length in LENGTHS:
-        loss = torch.nn.functional.cross_entropy(model(torch.randn(length, 96)), torch.randint(2000, (length,)))
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.randn(length, 96)), torch.randint(2000, (length,))
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -33,6 +40,10 @@ while left:
     event = left.pop()
     left += event.children
     if event.tag.name == "Allocation":
-        found.append((event.start_time_ns, event.extra_fields.ptr - start, event.extra_fields.alloc_size))
+        found.append(
+            (event.start_time_ns, event.extra_fields.ptr - start, event.extra_fields.alloc_size)
+        )
 # The order of what happened at one time is not known: there is no such thing on one thread.
-print(json.dumps({"highest": range_state().highest, "events": [event[1:] for event in sorted(found)]}))
+print(
+    json.dumps({"highest": range_state().highest, "events": [event[1:] for event in sorted(found)]})
+)

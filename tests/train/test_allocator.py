@@ -24,7 +24,13 @@ from vlm_tune.memory_plan import heap
 from vlm_tune.memory_plan.heap import Range
 from vlm_tune.resources import SMALLEST_BLOCK
 from vlm_tune.train import allocator
-from vlm_tune.train.allocator import keep_freed_memory, open_range, range_state, return_freed_memory, shut_range
+from vlm_tune.train.allocator import (
+    keep_freed_memory,
+    open_range,
+    range_state,
+    return_freed_memory,
+    shut_range,
+)
 from vlm_tune.train.out_of_memory import is_out_of_memory
 
 needs_range = pytest.mark.skipif(native.compiler() is None, reason="wants a C++ compiler")
@@ -44,7 +50,9 @@ def opened() -> Iterator[None]:
 def no_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler is."""
     compiled = native.library
-    monkeypatch.setattr(native, "library", lambda name: None if name == "allocator" else compiled(name))
+    monkeypatch.setattr(
+        native, "library", lambda name: None if name == "allocator" else compiled(name)
+    )
     monkeypatch.setattr(allocator, "_library", None)
 
 
@@ -192,8 +200,18 @@ def test_a_run_trains_in_the_range_and_shuts_it(tiny_recipe: Callable[..., str])
 
     gc.collect()
     before = range_state()
-    run = sft(parsed(with_tune(tiny_recipe("causal")), train__log_every=1, evaluate__samples=0, data__validation=[]), show=show)
-    assert len(states) == 4 and all(state.highest > max(before.highest, 10 * SMALLEST_BLOCK) for state in states)
+    run = sft(
+        parsed(
+            with_tune(tiny_recipe("causal")),
+            train__log_every=1,
+            evaluate__samples=0,
+            data__validation=[],
+        ),
+        show=show,
+    )
+    assert len(states) == 4 and all(
+        state.highest > max(before.highest, 10 * SMALLEST_BLOCK) for state in states
+    )
     # From the second step on the optimizer's states are there: nothing is added to what stays.
     assert len({state.blocks for state in states[1:]}) == 1
     state = range_state()
@@ -203,7 +221,9 @@ def test_a_run_trains_in_the_range_and_shuts_it(tiny_recipe: Callable[..., str])
     assert run.result
 
 
-def test_results_are_the_same_with_and_without_it(tiny_recipe: Callable[..., str], request: pytest.FixtureRequest) -> None:
+def test_results_are_the_same_with_and_without_it(
+    tiny_recipe: Callable[..., str], request: pytest.FixtureRequest
+) -> None:
     def trained(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         losses = []
 
@@ -212,9 +232,13 @@ def test_results_are_the_same_with_and_without_it(tiny_recipe: Callable[..., str
                 losses.append(event["loss"])
 
         text = with_tune(tiny_recipe("causal", output=name, precision="bf16"))
-        folder = sft(parsed(text, train__log_every=1, evaluate__samples=0, data__validation=[]), show=show).folder
+        folder = sft(
+            parsed(text, train__log_every=1, evaluate__samples=0, data__validation=[]), show=show
+        ).folder
         files = sorted((folder / "model").rglob("*.safetensors"))
-        return losses, {f"{path.name}:{key}": value for path in files for key, value in load_file(path).items()}
+        return losses, {
+            f"{path.name}:{key}": value for path in files for key, value in load_file(path).items()
+        }
 
     own = trained("own")
     request.getfixturevalue("no_range")

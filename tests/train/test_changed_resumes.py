@@ -39,7 +39,11 @@ def forty(color_rows: Path) -> Path:
 
 
 def events(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    return [event for event in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if event["event"] == kind]
+    return [
+        event
+        for event in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        if event["event"] == kind
+    ]
 
 
 def seen(run: Path, first: int, last: int) -> int:
@@ -48,19 +52,29 @@ def seen(run: Path, first: int, last: int) -> int:
     return sum(int(step.samples, 16) for step in steps if first <= step.step <= last) % DIGESTS
 
 
-@pytest.mark.parametrize("changes", [{"train__batch_size": 8}, {"train__batch_tokens": 200, "data__packing": True, "data__row_length": 96}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__batch_size": 8},
+        {"train__batch_tokens": 200, "data__packing": True, "data__row_length": 96},
+    ],
+)
 def test_another_batch_size_goes_on_with_the_rows_that_are_left(
     changes: dict[str, Any], tiny_recipe: Callable[..., str], forty: Path, tmp_path: Path
 ) -> None:
     whole = sft(parsed(tiny_recipe("causal", output="whole"), **QUICK)).folder
-    assert [event["epoch"] for event in events(whole)] == pytest.approx([step / 10 for step in range(1, 21)])
+    assert [event["epoch"] for event in events(whole)] == pytest.approx(
+        [step / 10 for step in range(1, 21)]
+    )
     rows = seen(whole, 1, 10)
     assert seen(whole, 11, 20) == rows
     recipe = parsed(tiny_recipe("causal"), **QUICK)
     interrupted(lambda show: sft(recipe, show=show), stage=0, step=4)
     changed = parsed(tiny_recipe("causal"), **QUICK | changes)
     # Stopped once more: what is left of the epoch is the same after another resume.
-    interrupted(lambda show: sft(changed, show=show, resume=True, accept_changes=True), stage=0, step=6)
+    interrupted(
+        lambda show: sft(changed, show=show, resume=True, accept_changes=True), stage=0, step=6
+    )
     run = sft(changed, resume=True).folder
     trained = events(run)
     epochs = [event["epoch"] for event in trained]
@@ -88,20 +102,28 @@ def stopped(tiny_recipe: Callable[..., str], **changes: Any) -> Any:
 
 def edit(path: Path, how: str) -> None:
     lines = path.read_text().splitlines(keepends=True)
-    edited = {"appended": [*lines, lines[0].replace("it", "that")], "cut": lines[:-1], "replaced": lines[::-1]}
+    edited = {
+        "appended": [*lines, lines[0].replace("it", "that")],
+        "cut": lines[:-1],
+        "replaced": lines[::-1],
+    }
     edited["edited"] = [lines[0].replace('"red"', '"pink"'), *lines[1:]]
     path.write_text("".join(edited[how]))
 
 
 @pytest.mark.parametrize("how", ["appended", "edited", "cut", "replaced"])
-def test_changed_data_is_refused_by_file_and_taken_when_accepted(how: str, tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+def test_changed_data_is_refused_by_file_and_taken_when_accepted(
+    how: str, tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
     """The tokenizer is the checkpoint's, though a scratch one would be another on the new text."""
     recipe = stopped(tiny_recipe)
     run = Path(recipe.output)
     tokenizer = next(run.glob("stages/*/checkpoints/step-*/tokenizer.json")).read_text()
     kept = run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text()
     edit(color_rows, how)
-    with pytest.raises(DataError, match=r"(?s)began with.*data\.train .*messages\.jsonl.*8 rows.*--accept-changes") as error:
+    with pytest.raises(
+        DataError, match=r"(?s)began with.*data\.train .*messages\.jsonl.*8 rows.*--accept-changes"
+    ) as error:
         sft(recipe, resume=True)
     assert error.value.exit_code == 3
     assert kept == (run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text())
@@ -114,7 +136,9 @@ def test_changed_data_is_refused_by_file_and_taken_when_accepted(how: str, tiny_
 
 
 @pytest.mark.parametrize("part", ["validation", "test", "image"])
-def test_other_parts_and_images_count_too(part: str, tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+def test_other_parts_and_images_count_too(
+    part: str, tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
     other = color_rows.with_name("other.jsonl")
     other.write_text(color_rows.read_text())
     source = [{"kind": "file", "path": str(other)}]
@@ -132,7 +156,10 @@ def test_other_parts_and_images_count_too(part: str, tiny_recipe: Callable[..., 
 
 
 def test_a_touched_copy_and_a_cache_that_is_gone_change_nothing(
-    tiny_recipe: Callable[..., str], color_rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_recipe: Callable[..., str],
+    color_rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     recipe = stopped(tiny_recipe)
     whole = sft(parsed(tiny_recipe("causal", output="whole"), **QUICK)).folder
@@ -168,7 +195,9 @@ train:"""
         ("max_length: 128", "max_length: 100", r"data\.max_length: 128 -> 100"),
     ],
 )
-def test_what_a_checkpoint_holds_can_not_be_changed(old: str, new: str, said: str, tiny_recipe: Callable[..., str]) -> None:
+def test_what_a_checkpoint_holds_can_not_be_changed(
+    old: str, new: str, said: str, tiny_recipe: Callable[..., str]
+) -> None:
     text = with_tune(tiny_recipe("causal"), LORA)
     assert old in text
     recipe = parsed(text, **QUICK)
@@ -181,7 +210,9 @@ def test_what_a_checkpoint_holds_can_not_be_changed(old: str, new: str, said: st
     assert (Path(recipe.output) / "recipe.yaml").read_text() == saved
 
 
-def test_what_can_be_changed_is_taken_and_told(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+def test_what_can_be_changed_is_taken_and_told(
+    tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
     text = with_tune(tiny_recipe("causal"), LORA)
     interrupted(lambda show: sft(parsed(text, **QUICK), show=show), stage=0, step=1)
     validation = [{"kind": "file", "path": str(color_rows)}]
@@ -199,7 +230,9 @@ def test_what_can_be_changed_is_taken_and_told(tiny_recipe: Callable[..., str], 
     assert load_recipe(run / "recipe.yaml").train.epochs == 3
 
 
-def test_a_recipe_that_fails_to_load_leaves_the_runs_own(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_fails_to_load_leaves_the_runs_own(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = stopped(tiny_recipe)
     saved = (Path(recipe.output) / "recipe.yaml").read_text()
 
@@ -208,7 +241,11 @@ def test_a_recipe_that_fails_to_load_leaves_the_runs_own(tiny_recipe: Callable[.
 
     monkeypatch.setattr("vlm_tune.train.run.restore_model", fail)
     with pytest.raises(ModelError):
-        sft(parsed(tiny_recipe("causal"), **{**QUICK, "train__epochs": 3}), resume=True, accept_changes=True)
+        sft(
+            parsed(tiny_recipe("causal"), **{**QUICK, "train__epochs": 3}),
+            resume=True,
+            accept_changes=True,
+        )
     assert (Path(recipe.output) / "recipe.yaml").read_text() == saved
 
 
@@ -216,10 +253,15 @@ def test_a_run_that_is_extended_puts_its_old_result_aside(tiny_recipe: Callable[
     run = sft(parsed(tiny_recipe("causal"), **QUICK)).folder
     before = json.loads((run / "result.json").read_text())
     longer = parsed(tiny_recipe("causal"), **{**QUICK, "train__epochs": 4})
-    interrupted(lambda show: sft(longer, show=show, resume=True, accept_changes=True), stage=0, step=5)
+    interrupted(
+        lambda show: sft(longer, show=show, resume=True, accept_changes=True), stage=0, step=5
+    )
     assert not (run / "result.json").exists() and not (run / "report.html").exists()
     assert json.loads((run / "earlier_result.json").read_text()) == before
-    assert any("goes on: its result of before is earlier_result.json" in event["text"] for event in events(run, "note"))
+    assert any(
+        "goes on: its result of before is earlier_result.json" in event["text"]
+        for event in events(run, "note")
+    )
     sft(longer, resume=True)
     assert (run / "result.json").exists() and (run / "report.html").exists()
     # One that has nothing left to do keeps its result.

@@ -21,7 +21,9 @@ from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, s
 def put(stage: Path, *steps: int) -> None:
     """Whole checkpoints of some steps."""
     for step in steps:
-        commit_folder(step_folder(stage, step), lambda folder: (folder / "a").write_text("a") and None)
+        commit_folder(
+            step_folder(stage, step), lambda folder: (folder / "a").write_text("a") and None
+        )
 
 
 def steps_of(stage: Path) -> list[int]:
@@ -30,9 +32,18 @@ def steps_of(stage: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
-    [(1, None, [40]), (2, None, [30, 40]), (1, 10, [10, 40]), (2, 10, [10, 30, 40]), (2, 40, [30, 40]), (9, 20, [10, 20, 30, 40])],
+    [
+        (1, None, [40]),
+        (2, None, [30, 40]),
+        (1, 10, [10, 40]),
+        (2, 10, [10, 30, 40]),
+        (2, 40, [30, 40]),
+        (9, 20, [10, 20, 30, 40]),
+    ],
 )
-def test_rotation_keeps_the_last_and_the_best(keep: int, best: int | None, left: list[int], tmp_path: Path) -> None:
+def test_rotation_keeps_the_last_and_the_best(
+    keep: int, best: int | None, left: list[int], tmp_path: Path
+) -> None:
     put(tmp_path, 10, 20, 30, 40)
     rotate(tmp_path, keep, best, 40)
     assert steps_of(tmp_path) == left
@@ -55,7 +66,12 @@ def test_a_flipped_byte_a_cut_and_a_missing_file_are_noticed(tmp_path: Path) -> 
     def spoil(change: Callable[[Path], Any]) -> str:
         folder = tmp_path / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
-        commit_folder(folder, lambda target: (target / "sub").mkdir() or ((target / "sub" / "a").write_bytes(b"abcdef") and None))
+        commit_folder(
+            folder,
+            lambda target: (
+                (target / "sub").mkdir() or ((target / "sub" / "a").write_bytes(b"abcdef") and None)
+            ),
+        )
         verify_folder(folder)
         change(folder / "sub" / "a")
         assert not is_whole(folder)
@@ -67,8 +83,12 @@ def test_a_flipped_byte_a_cut_and_a_missing_file_are_noticed(tmp_path: Path) -> 
     assert "sub/a is missing or cut" in spoil(lambda path: path.write_bytes(b"abcde"))
     assert "sub/a is missing or cut" in spoil(lambda path: path.unlink())
     assert "no whole model" in spoil(lambda path: (path.parents[1] / "manifest.json").unlink())
-    assert "no whole model" in spoil(lambda path: (path.parents[1] / "manifest.json").write_text("[]"))
-    assert "no whole model" in spoil(lambda path: (path.parents[1] / "manifest.json").write_text('{"files": []}'))
+    assert "no whole model" in spoil(
+        lambda path: (path.parents[1] / "manifest.json").write_text("[]")
+    )
+    assert "no whole model" in spoil(
+        lambda path: (path.parents[1] / "manifest.json").write_text('{"files": []}')
+    )
 
 
 def test_the_furthest_whole_checkpoint_is_found(tmp_path: Path) -> None:
@@ -78,12 +98,20 @@ def test_the_furthest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     put(second, 1, 3)
     assert last_checkpoint(tmp_path, ["one", "two"]) == (step_folder(second, 3), [])
     (step_folder(second, 3) / "a").write_text("b")
-    assert last_checkpoint(tmp_path, ["one", "two"]) == (step_folder(second, 1), [step_folder(second, 3)])
+    assert last_checkpoint(tmp_path, ["one", "two"]) == (
+        step_folder(second, 1),
+        [step_folder(second, 3)],
+    )
     (step_folder(second, 1) / "a").unlink()
-    assert last_checkpoint(tmp_path, ["one", "two"]) == (step_folder(first, 9), [step_folder(second, 3), step_folder(second, 1)])
+    assert last_checkpoint(tmp_path, ["one", "two"]) == (
+        step_folder(first, 9),
+        [step_folder(second, 3), step_folder(second, 1)],
+    )
 
 
-def test_optimizer_state_of_other_parameters_is_refused(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_optimizer_state_of_other_parameters_is_refused(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = parsed(tiny_recipe("causal"), train__steps=1)
     loop = stage_loop(built(recipe), recipe, tmp_path / "run")
     loop.run()
@@ -94,7 +122,9 @@ def test_optimizer_state_of_other_parameters_is_refused(tiny_recipe: Callable[..
         read_optimizer(checkpoint, stranger.tuned.names)
 
 
-def test_optimizer_state_lies_in_memory_as_its_parameter_does(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_optimizer_state_lies_in_memory_as_its_parameter_does(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """The fused step walks parameter and state as they lie, so a state in another order would be another state."""
     text = tiny_recipe("causal").replace('"tower.*", how: frozen', '"tower.*", how: full')
     recipe = parsed(text, train__steps=1)
@@ -104,24 +134,37 @@ def test_optimizer_state_lies_in_memory_as_its_parameter_does(tiny_recipe: Calla
     loops = [stage_loop(model, recipe, tmp_path / str(place)) for place, model in enumerate(models)]
     loops[0].run()
     inner: list[Any] = [loop.engine.optimizer.optimizer for loop in loops]
-    loops[1].engine.load_optimizer_state(read_optimizer(step_folder(tmp_path / "0", 1), loops[1].tuned.names))
-    for one, other in zip(inner[0].param_groups[0]["params"], inner[1].param_groups[0]["params"], strict=True):
+    loops[1].engine.load_optimizer_state(
+        read_optimizer(step_folder(tmp_path / "0", 1), loops[1].tuned.names)
+    )
+    for one, other in zip(
+        inner[0].param_groups[0]["params"], inner[1].param_groups[0]["params"], strict=True
+    ):
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(inner[0].state[one][key], inner[1].state[other][key])
             assert inner[1].state[other][key].stride() == other.stride()
 
 
 def runs(tiny_recipe: Callable[..., str], output: str, **changes: Any) -> Any:
-    settings = {"train__steps": 4, "train__log_every": 1, "evaluate__samples": 0, "train__checkpoints": {"every": 1, "keep": 4}}
+    settings = {
+        "train__steps": 4,
+        "train__log_every": 1,
+        "evaluate__samples": 0,
+        "train__checkpoints": {"every": 1, "keep": 4},
+    }
     return parsed(tiny_recipe("causal", output=output), **(settings | changes))
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     whole = sft(runs(tiny_recipe, "whole")).folder
     run = sft(runs(tiny_recipe, "damaged")).folder
     for step in (3, 4):
-        path = run / "stages" / "1-main" / "checkpoints" / f"step-{step:07d}" / "connector.safetensors"
+        path = (
+            run / "stages" / "1-main" / "checkpoints" / f"step-{step:07d}" / "connector.safetensors"
+        )
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
@@ -131,7 +174,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_recipe: Callable[...
     events: list[dict[str, Any]] = []
     sft(runs(tiny_recipe, "damaged"), resume=True, show=events.append)
     notes = [event["text"] for event in events if event["event"] == "note"]
-    assert notes[:2] == [f"step-000000{step} of 1-main is damaged; going on from step-0000002" for step in (4, 3)]
+    assert notes[:2] == [
+        f"step-000000{step} of 1-main is damaged; going on from step-0000002" for step in (4, 3)
+    ]
     assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
     assert_same_bits(whole / "model", run / "model")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -139,7 +184,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_recipe: Callable[...
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_what_the_run_ends_with(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vlm_tune.train.trainer import StageLoop
 
     scores = iter([0.1, 0.9, 0.9, 0.2])
@@ -148,7 +195,9 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[...
         return {"accuracy": next(scores), "loss": 1.0, "n": 8}
 
     monkeypatch.setattr(StageLoop, "_generated", scored)
-    recipe = runs(tiny_recipe, "run", evaluate__every=1, train__checkpoints={"every": 10, "keep": 1})
+    recipe = runs(
+        tiny_recipe, "run", evaluate__every=1, train__checkpoints={"every": 10, "keep": 1}
+    )
     run = sft(recipe)
     stage = run.folder / "stages" / "1-main"
     assert steps_of(stage) == [3, 4]
@@ -161,23 +210,31 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(tiny_recipe: Callable[...
 
 
 @pytest.mark.slow
-def test_best_checkpoints_of_a_lora_stage_are_found_again(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoints_of_a_lora_stage_are_found_again(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.helpers.tiny_models import with_tune
     from vlm_tune.train.trainer import StageLoop
 
     scores = iter([0.9, 0.1])
-    monkeypatch.setattr(StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8})
+    monkeypatch.setattr(
+        StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+    )
     text = with_tune(tiny_recipe("seq2seq"))
     run = sft(parsed(text, train__steps=2, evaluate__every=1, evaluate__samples=0))
     stage = run.folder / "stages" / "1-main"
     best = tensors_of(step_folder(stage, 1))
-    assert all(torch.equal(value, best[name]) for name, value in tensors_of(run.folder / "model").items())
+    assert all(
+        torch.equal(value, best[name]) for name, value in tensors_of(run.folder / "model").items()
+    )
     assert list(run.model.adapters) == ["llm"]
     assert load_model(run.folder).adapters
 
 
 @pytest.mark.slow
-def test_resume_and_folders_that_are_not_free(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_resume_and_folders_that_are_not_free(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match="there is no run to resume"):
         sft(runs(tiny_recipe, "run"), resume=True)
     recipe = runs(tiny_recipe, "run", train__steps=1)
@@ -185,18 +242,27 @@ def test_resume_and_folders_that_are_not_free(tiny_recipe: Callable[..., str], t
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
     with pytest.raises(RecipeError, match="--resume goes on with it, --overwrite starts anew"):
         sft(recipe)
-    with pytest.raises(RecipeError, match=r"the recipe differs from the run's: train\.learning_rate: 0\.003 -> 0\.1"):
+    with pytest.raises(
+        RecipeError,
+        match=r"the recipe differs from the run's: train\.learning_rate: 0\.003 -> 0\.1",
+    ):
         sft(runs(tiny_recipe, "run", train__steps=1, train__learning_rate=0.1), resume=True)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     sft(recipe, overwrite=True)
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = runs(tiny_recipe, "run", train__max_grad_norm=None)
     # A rate that no recipe may have, so that the loss overflows at once.
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e30})})
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d; the batch holds messages:\d") as error:
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"learning_rate": 1e30})}
+    )
+    with pytest.raises(
+        TrainingError, match=r"the loss is (nan|inf) at step \d; the batch holds messages:\d"
+    ) as error:
         sft(recipe)
     assert error.value.exit_code == 5
     assert not (tmp_path / "run" / "model").exists()

@@ -18,18 +18,34 @@ from vlm_tune.rendering.report import write_report
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
 QUICK |= {"train__checkpoints": {"every": 1, "keep": 3}}
 GARBAGE = (b"", b'[{"cut', b"\xff\xfe\x00", b"null", b"5", b'{"a": 1}', b'["x"]')
-NAMES = ("tuning.json", "samples.json", "data.json", "log.jsonl", "run.lock", "quarantine.jsonl", "stages/1-main/trace.jsonl")
+NAMES = (
+    "tuning.json",
+    "samples.json",
+    "data.json",
+    "log.jsonl",
+    "run.lock",
+    "quarantine.jsonl",
+    "stages/1-main/trace.jsonl",
+)
 
 
 @pytest.mark.parametrize("spoiled", GARBAGE)
-def test_spoiled_files_are_made_anew_and_told(spoiled: bytes, tiny_recipe: Callable[..., str]) -> None:
+def test_spoiled_files_are_made_anew_and_told(
+    spoiled: bytes, tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe("causal"), **QUICK)
     interrupted(lambda show: sft(recipe, show=show), stage=0, step=3)
     run = Path(recipe.output)
     for name in NAMES:
         (run / name).write_bytes(spoiled)
     notes: list[str] = []
-    sft(recipe, resume=True, show=lambda event: notes.append(event.get("text", "")) if event["event"] == "note" else None)
+    sft(
+        recipe,
+        resume=True,
+        show=lambda event: (
+            notes.append(event.get("text", "")) if event["event"] == "note" else None
+        ),
+    )
     if spoiled in GARBAGE[:3]:
         said = "\n".join(notes)
         assert all(name in said for name in ("tuning.json", "samples.json", "data.json"))
@@ -46,18 +62,25 @@ def test_no_whole_checkpoint_begins_anew_and_says_so(tiny_recipe: Callable[..., 
         path.write_bytes(b"{")
     events: list[dict[str, Any]] = []
     sft(recipe, resume=True, show=events.append)
-    assert any("no whole checkpoint (damaged: step-0000001, step-0000002)" in event.get("text", "") for event in events)
+    assert any(
+        "no whole checkpoint (damaged: step-0000001, step-0000002)" in event.get("text", "")
+        for event in events
+    )
     assert [event["step"] for event in events if event["event"] == "train"] == [1, 2, 3, 4]
 
 
-def test_a_folder_deleted_while_it_runs_ends_the_run_in_words(tiny_recipe: Callable[..., str]) -> None:
+def test_a_folder_deleted_while_it_runs_ends_the_run_in_words(
+    tiny_recipe: Callable[..., str],
+) -> None:
     recipe = parsed(tiny_recipe("causal"), **QUICK)
 
     def show(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 2:
             shutil.rmtree(recipe.output)
 
-    with pytest.raises(TrainingError, match=r"deleted or moved while it ran|could not be written") as error:
+    with pytest.raises(
+        TrainingError, match=r"deleted or moved while it ran|could not be written"
+    ) as error:
         sft(recipe, show=show)
     assert error.value.exit_code == 5
 
@@ -67,17 +90,25 @@ def test_an_output_that_can_not_be_written_is_refused_before_any_work(
     output: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    recipe = parsed(tiny_recipe("causal"), **QUICK).model_copy(update={"output": str(tmp_path / output)})
-    monkeypatch.setattr("vlm_tune.train.run.read_rows", lambda *arguments: pytest.fail("work was begun"))
+    recipe = parsed(tiny_recipe("causal"), **QUICK).model_copy(
+        update={"output": str(tmp_path / output)}
+    )
+    monkeypatch.setattr(
+        "vlm_tune.train.run.read_rows", lambda *arguments: pytest.fail("work was begun")
+    )
     with pytest.raises(RecipeError, match="the output folder can't be written"):
         sft(recipe)
 
 
-def test_files_of_others_stay_when_a_model_folder_is_replaced(tiny_recipe: Callable[..., str]) -> None:
+def test_files_of_others_stay_when_a_model_folder_is_replaced(
+    tiny_recipe: Callable[..., str],
+) -> None:
     recipe = parsed(tiny_recipe("causal"), **QUICK)
     run = sft(recipe).folder
     (run / "model" / "notes.txt").write_text("mine")
     sft(recipe, resume=True)
     assert (run / "model" / "notes.txt").read_text() == "mine"
     sft(recipe, overwrite=True)
-    assert (run / "model" / "notes.txt").read_text() == "mine" and (run / "model" / "config.json").is_file()
+    assert (run / "model" / "notes.txt").read_text() == "mine" and (
+        run / "model" / "config.json"
+    ).is_file()

@@ -24,7 +24,15 @@ SFT = ["-m", "vlm_tune.cli", "sft"]
 def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
     """By name the commands of one job of two processes, one a node, and the engine that they ask for."""
     python, ddp = sys.executable, {"kind": "ddp"}
-    accelerate = [python, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", str(port)]
+    accelerate = [
+        python,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(port),
+    ]
     zero2 = {
         "kind": "deepspeed",
         "stage": 2,
@@ -33,8 +41,14 @@ def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
     }
     return {
         "processes": ([[python, *SFT, "--processes", "2"]], ddp),
-        "nodes": ([["env", f"NODE={number}", "sh", str(LAUNCH / "torchrun.sh")] for number in range(2)], ddp),
-        "accelerate": ([[*accelerate, "--config_file", str(LAUNCH / "accelerate.yaml"), *SFT]], zero2),
+        "nodes": (
+            [["env", f"NODE={number}", "sh", str(LAUNCH / "torchrun.sh")] for number in range(2)],
+            ddp,
+        ),
+        "accelerate": (
+            [[*accelerate, "--config_file", str(LAUNCH / "accelerate.yaml"), *SFT]],
+            zero2,
+        ),
         "deepspeed": (
             [
                 [
@@ -56,9 +70,20 @@ def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
 
 
 @pytest.mark.slow
-def test_every_launcher_starts_the_same_run(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train__steps": 2, "train__batch_size": 2, "train__log_every": 1, "data__validation": []}
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(parsed(with_tune(tiny_recipe("causal"), LORA_TUNE), **changes, evaluate__samples=0)))
+def test_every_launcher_starts_the_same_run(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "train__steps": 2,
+        "train__batch_size": 2,
+        "train__log_every": 1,
+        "data__validation": [],
+    }
+    (tmp_path / "recipe.yaml").write_text(
+        dump_recipe(
+            parsed(with_tune(tiny_recipe("causal"), LORA_TUNE), **changes, evaluate__samples=0)
+        )
+    )
     port = free_port()
     node = {"HEAD": "127.0.0.1", "NODES": "2", "GPUS": "1", "PORT": str(port)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -69,7 +94,12 @@ def test_every_launcher_starts_the_same_run(tiny_recipe: Callable[..., str], tmp
         environment = os.environ | node | {"PATH": path}
         jobs = [
             subprocess.Popen(
-                [*command, *recipe], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                [*command, *recipe],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
             for command in commands
         ]
@@ -90,4 +120,6 @@ def test_every_launcher_starts_the_same_run(tiny_recipe: Callable[..., str], tmp
     assert [step.step for step in first] == [1, 2]
     for found in traces.values():
         assert [step.samples for step in found] == [step.samples for step in first]
-        assert [step.loss for step in found] == pytest.approx([step.loss for step in first], rel=1e-6)
+        assert [step.loss for step in found] == pytest.approx(
+            [step.loss for step in first], rel=1e-6
+        )

@@ -31,7 +31,12 @@ def alive(pid: int) -> bool:
 
 def test_ranks_find_what_torchrun_would_set(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert ranks(f"(folder / rank).write_text(' '.join(os.environ[name] for name in {names}))", tmp_path) == 0
+    assert (
+        ranks(
+            f"(folder / rank).write_text(' '.join(os.environ[name] for name in {names}))", tmp_path
+        )
+        == 0
+    )
     first, second = ((tmp_path / rank).read_text().split() for rank in "01")
     assert first[:5] == ["0", "0", "2", "2", "127.0.0.1"]
     assert second[:5] == ["1", "1", "2", "2", "127.0.0.1"]

@@ -35,9 +35,17 @@ stages:
 
 
 def a_run(tiny_recipe: Callable[..., str], **changes: Any) -> Path:
-    settings = {"data__workers": 0, "train__steps": 6, "train__batch_size": 3, "train__gradient_accumulation": 2, "evaluate__samples": 0}
+    settings = {
+        "data__workers": 0,
+        "train__steps": 6,
+        "train__batch_size": 3,
+        "train__gradient_accumulation": 2,
+        "evaluate__samples": 0,
+    }
     saves = {"train__checkpoints": {"every": 2, "keep": 9}, "evaluate__every": 3}
-    return sft(parsed(with_tune(tiny_recipe("causal"), DROPOUT) + STAGES, **(settings | saves | changes))).folder
+    return sft(
+        parsed(with_tune(tiny_recipe("causal"), DROPOUT) + STAGES, **(settings | saves | changes))
+    ).folder
 
 
 def verified(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -53,7 +61,9 @@ def verified(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 
 
 @pytest.mark.slow
-def test_a_replay_agrees_and_changes_of_the_run_are_named(tiny_recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_agrees_and_changes_of_the_run_are_named(
+    tiny_recipe: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = a_run(tiny_recipe)
     stage = run / "stages" / "2-two"
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -66,7 +76,11 @@ def test_a_replay_agrees_and_changes_of_the_run_are_named(tiny_recipe: Callable[
     capsys.readouterr()
     code, said = verified(capsys, str(run))
     assert code == 0
-    assert "sample ids: equal" in said and "checkpoint of step 6: equal, bit for bit" in said and said.endswith("the run agrees\n")
+    assert (
+        "sample ids: equal" in said
+        and "checkpoint of step 6: equal, bit for bit" in said
+        and said.endswith("the run agrees\n")
+    )
 
     lines = [json.loads(line) for line in (stage / NAME).read_text().splitlines()]
     lines[5]["loss"] = lines[5]["loss"] * (1 + 1e-7)
@@ -74,7 +88,9 @@ def test_a_replay_agrees_and_changes_of_the_run_are_named(tiny_recipe: Callable[
 
     def nudged(folder: Path) -> None:
         for path in step_folder(stage, 6).rglob("*.safetensors"):
-            (folder / path.relative_to(step_folder(stage, 6))).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path.relative_to(step_folder(stage, 6))).parent.mkdir(
+                parents=True, exist_ok=True
+            )
             tensors = load_file(path)
             if path.name == "connector.safetensors":
                 next(iter(tensors.values())).view(-1)[0] += 1e-3
@@ -87,7 +103,11 @@ def test_a_replay_agrees_and_changes_of_the_run_are_named(tiny_recipe: Callable[
     assert [(one["what"], one["step"]) for one in told["differences"]] == [("loss", 6)]
     assert [name.split("|")[0] for name in told["tensors"]["6"]] == ["connector.safetensors"]
     code, said = verified(capsys, str(run))
-    assert code == 5 and "losses: differ first at step 6" in said and "checkpoint of step 6: 1 tensors differ: connector" in said
+    assert (
+        code == 5
+        and "losses: differ first at step 6" in said
+        and "checkpoint of step 6: 1 tensors differ: connector" in said
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -19,15 +19,22 @@ GRANITE = (
 
 
 @pytest.mark.slow
-def test_granite_trained_through_sft_has_transformers_loss(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_granite_trained_through_sft_has_transformers_loss(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     text = tiny_recipe("causal").splitlines()
-    lines = [f"  llm: {{kind: causal, scratch: {GRANITE}}}" if line.startswith("  llm:") else line for line in text]
+    lines = [
+        f"  llm: {{kind: causal, scratch: {GRANITE}}}" if line.startswith("  llm:") else line
+        for line in text
+    ]
     recipe = parsed("\n".join(lines) + "\n", train__steps=40)
     events: list[dict[str, Any]] = []
     model = sft(recipe, show=events.append).model.eval()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model" / "llm", dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model" / "llm", dtype=torch.float32
+    ).eval()
     assert theirs.config.logits_scaling == 8
     examples = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     batch = batch_of(model, examples)
@@ -35,7 +42,9 @@ def test_granite_trained_through_sft_has_transformers_loss(tiny_recipe: Callable
         found: Any = model(batch)
         embeds = torch.nn.functional.pad(model.embed(batch), (0, 0, 0, 1)).float()
         mask = torch.nn.functional.pad(batch.attention_mask, (0, 1)).long()
-        loss = theirs(inputs_embeds=embeds, attention_mask=mask, labels=unshifted(batch.labels)).loss
+        loss = theirs(
+            inputs_embeds=embeds, attention_mask=mask, labels=unshifted(batch.labels)
+        ).loss
     assert float(found.sum) / found.count == pytest.approx(float(loss), rel=1e-4)
     losses = [event["loss"] for event in events if event["event"] == "train"]
     assert losses[-1] < losses[0]

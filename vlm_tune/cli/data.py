@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vlm_tune.cli.options import JsonOption, RecipeArgument, SetOption, check_choice, load, print_json, quiet_libraries
+from vlm_tune.cli.options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    check_choice,
+    load,
+    print_json,
+    quiet_libraries,
+)
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
 from vlm_tune.paths import check_writable, writing
@@ -20,7 +28,9 @@ from vlm_tune.quoting import quoted
 
 def show(
     recipe: RecipeArgument,
-    n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="how many samples of each stage")] = 3,
+    n: Annotated[
+        int, typer.Option("-n", min=1, max=10_000, help="how many samples of each stage")
+    ] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="print token ids as well")] = False,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -40,8 +50,13 @@ def show(
 def check(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="read the first n rows of each source only")] = None,
-    html: Annotated[Path | None, typer.Option(help="write a page with figures and a look at the odd rows to this file")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="read the first n rows of each source only")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="write a page with figures and a look at the odd rows to this file"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
@@ -75,14 +90,29 @@ def check(
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="how many train together, one a device")] = 1,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind"),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="how many train together, one a device")
+    ] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage")] = 0,
-    offload: Annotated[str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")] = "none",
+    offload: Annotated[
+        str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")
+    ] = "none",
     nodes: Annotated[int, typer.Option(min=1, help="machines that the processes are on")] = 1,
-    bandwidth: Annotated[float, typer.Option(help="Gbit/s of a node's link; on one node, of a device's")] = 100.0,
-    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device reaches, for the expected efficiency")] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="length of a row; from the data, or max_length, where not given")] = None,
+    bandwidth: Annotated[
+        float, typer.Option(help="Gbit/s of a node's link; on one node, of a device's")
+    ] = 100.0,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s that a device reaches, for the expected efficiency"),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="length of a row; from the data, or max_length, where not given"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit code 5 if it does not fit."""
@@ -94,7 +124,9 @@ def plan(
     from vlm_tune.rendering.plan_text import show_plan
 
     places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
-    found = run(loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens)
+    found = run(
+        loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens
+    )
     exports = _exports(loaded)
     if as_json:
         print_json({**found.summary(), "exports": exports})
@@ -112,7 +144,9 @@ def _exports(recipe: Recipe) -> dict[str, str | None] | str:
 
     try:
         return possible_exports(recipe)
-    except ModelError as error:  # a config that is not on this machine: the rest of what is told does not need it
+    except (
+        ModelError
+    ) as error:  # a config that is not on this machine: the rest of what is told does not need it
         return str(error).splitlines()[0]
 
 
@@ -124,7 +158,9 @@ def schema() -> None:
 
 
 def recipes(
-    copy: Annotated[str | None, typer.Option(help="copy this recipe into the current folder")] = None,
+    copy: Annotated[
+        str | None, typer.Option(help="copy this recipe into the current folder")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped recipes, or copy one."""
@@ -133,7 +169,14 @@ def recipes(
     if copy is not None:
         shipped = find_resource("recipes", copy)
         if shipped is None:
-            raise RecipeError([Problem("--copy", f"no recipe {quoted(copy)}; there are {', '.join(resource_names('recipes'))}")])
+            raise RecipeError(
+                [
+                    Problem(
+                        "--copy",
+                        f"no recipe {quoted(copy)}; there are {', '.join(resource_names('recipes'))}",
+                    )
+                ]
+            )
         target = Path(f"{Path(copy).name}.yaml")
         with writing(target, "the recipe's copy"):
             if os.path.lexists(target):

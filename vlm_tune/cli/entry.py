@@ -34,7 +34,12 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="print the version (with --json, also those of libraries) and end")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="print the version (with --json, also those of libraries) and end"
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="with --version", hidden=True)] = False,
 ) -> None:
     """Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask."""
@@ -42,7 +47,10 @@ def root(
         print_json(_versions()) if as_json else typer.echo(_version_line())
         raise typer.Exit
     if as_json:
-        raise typer.BadParameter("stands after the command, as in `vlm-tune check recipe.yaml --json`", param_hint="--json")
+        raise typer.BadParameter(
+            "stands after the command, as in `vlm-tune check recipe.yaml --json`",
+            param_hint="--json",
+        )
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(EXIT_RECIPE)
@@ -77,7 +85,11 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    return {"vlm_tune": __version__, "python": platform.python_version(), **{name: installed(name) for name in LIBRARIES}}
+    return {
+        "vlm_tune": __version__,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in LIBRARIES},
+    }
 
 
 def _version_line() -> str:
@@ -103,11 +115,18 @@ def main() -> None:
         sys.exit(EXIT_RECIPE)
     except VlmTuneError as error:
         if "--json" in sys.argv:
-            problems = [{"where": p.where, "message": p.message} for p in error.problems] if isinstance(error, RecipeError) else []
+            problems = (
+                [{"where": p.where, "message": p.message} for p in error.problems]
+                if isinstance(error, RecipeError)
+                else []
+            )
             print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
         else:
             typer.echo(
-                f"{type(error).__name__}\n{error}" if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}", err=True
+                f"{type(error).__name__}\n{error}"
+                if isinstance(error, RecipeError)
+                else f"{type(error).__name__}: {error}",
+                err=True,
             )
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -120,12 +139,23 @@ def _usage(error: Any) -> None:
     if "--json" not in sys.argv:
         error.show()
         return
-    hint = getattr(error, "param_hint", None) or getattr(getattr(error, "param", None), "opts", [""])[0]
+    hint = (
+        getattr(error, "param_hint", None)
+        or getattr(getattr(error, "param", None), "opts", [""])[0]
+    )
     message = error.format_message()
-    print_json({"error": "UsageError", "message": message, "problems": [{"where": str(hint), "message": message}]})
+    print_json(
+        {
+            "error": "UsageError",
+            "message": message,
+            "problems": [{"where": str(hint), "message": message}],
+        }
+    )
 
 
-def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def report_bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Prints the traceback of what no part of the package has foreseen."""
     sys.__excepthook__(kind, error, trace)
     typer.echo(

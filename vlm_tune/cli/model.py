@@ -29,8 +29,12 @@ from vlm_tune.quoting import escaped
 def merge(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")
+    ] = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
     device: DeviceOption = None,
@@ -46,26 +50,46 @@ def merge(
     from vlm_tune.rendering.terminal import Display
 
     with Display(Console(stderr=True)):
-        report = run(model, output, dtype=dtype, tolerance=tolerance, base=bases_by_part(base), accept_other_base=accept_other_base)
+        report = run(
+            model,
+            output,
+            dtype=dtype,
+            tolerance=tolerance,
+            base=bases_by_part(base),
+            accept_other_base=accept_other_base,
+        )
     if as_json:
         print_json(asdict(report))
     else:
         from vlm_tune.rendering.proofs import merge_proof
 
-        typer.echo(f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}")
+        typer.echo(
+            f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}"
+        )
 
 
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
+    ],
     output: Annotated[Path, typer.Option(help="the folder to write")],
     format_: Annotated[
-        str, typer.Option("--format", help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for llama.cpp, merged")
+        str,
+        typer.Option(
+            "--format",
+            help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for llama.cpp, merged",
+        ),
     ] = "llava",
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not given")
+        str | None,
+        typer.Option(
+            help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not given"
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
-    verify: Annotated[bool, typer.Option(help="open what was written and compare it with MODEL")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="open what was written and compare it with MODEL")
+    ] = True,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
     as_json: JsonOption = False,
@@ -75,7 +99,9 @@ def export(
 
     check_choice("--format", format_, ("llava", "adapter", "gguf"))
     if dtype is not None:
-        check_choice("--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ())))
+        check_choice(
+            "--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ()))
+        )
     quiet_libraries()
     from vlm_tune.api import export as run
     from vlm_tune.rendering.terminal import Display
@@ -96,17 +122,25 @@ def export(
     else:
         from vlm_tune.rendering.proofs import export_proof
 
-        typer.echo(f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}")
+        typer.echo(
+            f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}"
+        )
         for note in report.notes:
             typer.echo(f"note: {note}")
         typer.echo(f"model: {output}")
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
+    ],
     image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
-    prompt: Annotated[str | None, typer.Option(help="the question; without it, ask in the terminal")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")] = 128,
+    prompt: Annotated[
+        str | None, typer.Option(help="the question; without it, ask in the terminal")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
+    ] = 128,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -119,7 +153,9 @@ def chat(
     quiet_libraries()
     from vlm_tune.model.vlm import VisionLanguageModel
 
-    vlm = VisionLanguageModel.from_pretrained(model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base)
+    vlm = VisionLanguageModel.from_pretrained(
+        model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
+    )
     images = image or []
     if prompt is not None:
         answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
@@ -143,4 +179,6 @@ def chat(
 
 def _lines(text: str) -> str:
     """Text whose line breaks and tabs a terminal may act on, and nothing else of it."""
-    return "\n".join("\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n"))
+    return "\n".join(
+        "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
+    )

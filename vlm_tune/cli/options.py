@@ -16,20 +16,40 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import cut, quoted
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
-ProcessesOption = Annotated[int, typer.Option(min=1, help="how many train together on this machine, one a GPU")]
+ProcessesOption = Annotated[
+    int, typer.Option(min=1, help="how many train together on this machine, one a GPU")
+]
 BaseOption = Annotated[
     list[str] | None,
-    typer.Option("--base", metavar="PATH", help="where MODEL's base is now: PATH of the language model, tower=PATH of the tower"),
+    typer.Option(
+        "--base",
+        metavar="PATH",
+        help="where MODEL's base is now: PATH of the language model, tower=PATH of the tower",
+    ),
 ]
 AcceptBaseOption = Annotated[
-    bool, typer.Option("--accept-other-base", help="take the base though its weights are not those that MODEL was trained over")
+    bool,
+    typer.Option(
+        "--accept-other-base",
+        help="take the base though its weights are not those that MODEL was trained over",
+    ),
 ]
-DtypeOption = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")
+]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU where one is")
+    str | None,
+    typer.Option(
+        help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU where one is"
+    ),
 ]
 MOST_TOKENS = 1_000_000
 """Tokens that an answer may be asked to have."""
@@ -46,10 +66,14 @@ def load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Reci
         shipped = find_resource("recipes", short)
         near = difflib.get_close_matches(short, resource_names("recipes"), n=1)
         if shipped is None and near:
-            message = f"no such recipe file, and no shipped recipe of that name; did you mean {near[0]}?"
+            message = (
+                f"no such recipe file, and no shipped recipe of that name; did you mean {near[0]}?"
+            )
             raise RecipeError([Problem(cut(name), message)])
         path = str(shipped) if shipped else name
-    note: Callable[[str], None] | None = None if quiet else lambda text: typer.echo(f"note: {text}", err=True)
+    note: Callable[[str], None] | None = (
+        None if quiet else lambda text: typer.echo(f"note: {text}", err=True)
+    )
     return load_recipe(path, overrides or [], note=note)
 
 
@@ -59,7 +83,9 @@ def use_device(device: str | None) -> None:
         return
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
     if match is None:
-        raise typer.BadParameter(f"{quoted(device)} is none of cpu, cuda, cuda:0, cuda:1, ...", param_hint="--device")
+        raise typer.BadParameter(
+            f"{quoted(device)} is none of cpu, cuda, cuda:0, cuda:1, ...", param_hint="--device"
+        )
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
@@ -75,7 +101,10 @@ def use_device(device: str | None) -> None:
 
     # The first look at the GPUs, after which the variable is read no more.
     if not torch.cuda.device_count():
-        raise typer.BadParameter(f"{device} is not there: torch {torch.__version__} sees no such GPU", param_hint="--device")
+        raise typer.BadParameter(
+            f"{device} is not there: torch {torch.__version__} sees no such GPU",
+            param_hint="--device",
+        )
 
 
 def quiet_libraries() -> None:
@@ -84,7 +113,15 @@ def quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("transformers", "bitsandbytes", "deepspeed", "DeepSpeed", "accelerate", "root", "torch.utils.cpp_extension"):
+    for name in (
+        "transformers",
+        "bitsandbytes",
+        "deepspeed",
+        "DeepSpeed",
+        "accelerate",
+        "root",
+        "torch.utils.cpp_extension",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its logger up again when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -96,7 +133,11 @@ def quiet_libraries() -> None:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode())
+    typer.echo(
+        json.dumps(value, ensure_ascii=False, default=str)
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
 
 
 def bases_by_part(given: list[str] | None) -> dict[str, str]:
@@ -114,7 +155,9 @@ def launch_ranks(processes: int, *command: str) -> NoReturn:
     from vlm_tune.launching import launch
 
     if "RANK" in os.environ:
-        raise typer.BadParameter("this process was started as one of several already", param_hint="--processes")
+        raise typer.BadParameter(
+            "this process was started as one of several already", param_hint="--processes"
+        )
     sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", *command], processes))
 
 

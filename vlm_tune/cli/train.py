@@ -38,12 +38,29 @@ from vlm_tune.paths import ANSWERS, check_writable, writing
 def sft(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="start anew: delete what the run in the output folder wrote"
+        ),
+    ] = False,
     processes: ProcessesOption = 1,
-    accept_changes: Annotated[bool, typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed")] = False,
-    output: Annotated[str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")] = None,
-    no_test: Annotated[bool, typer.Option("--no-test", help="do not score the test part at the end (it is read and checked)")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed"),
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")
+    ] = None,
+    no_test: Annotated[
+        bool,
+        typer.Option(
+            "--no-test", help="do not score the test part at the end (it is read and checked)"
+        ),
+    ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,14 +71,33 @@ def sft(
     first = int(os.environ.get("RANK", "0")) == 0
     loaded = load(recipe, changes, quiet=not first)
     if first:
-        check_run(Path(loaded.output), loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
+        check_run(
+            Path(loaded.output),
+            loaded,
+            resume=resume,
+            overwrite=overwrite,
+            accept_changes=accept_changes,
+        )
     if processes > 1:
         if device not in (None, "cpu", "cuda"):
-            raise typer.BadParameter("several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES", param_hint="--device")
-        flags = {"--resume": resume, "--overwrite": overwrite, "--accept-changes": accept_changes, "--json": as_json}
+            raise typer.BadParameter(
+                "several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES",
+                param_hint="--device",
+            )
+        flags = {
+            "--resume": resume,
+            "--overwrite": overwrite,
+            "--accept-changes": accept_changes,
+            "--json": as_json,
+        }
         flags["--no-test"] = no_test
-        options = [*(f"--set={change}" for change in changes), *(name for name, given in flags.items() if given)]
-        launch_ranks(processes, "sft", recipe, *options, *([f"--device={device}"] if device else []))
+        options = [
+            *(f"--set={change}" for change in changes),
+            *(name for name, given in flags.items() if given),
+        ]
+        launch_ranks(
+            processes, "sft", recipe, *options, *([f"--device={device}"] if device else [])
+        )
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import sft as train
@@ -69,24 +105,42 @@ def sft(
 
     display = Display(Console(stderr=as_json), beats=first)
     with display if first else nullcontext():
-        run = train(loaded, resume=resume, overwrite=overwrite, accept_changes=accept_changes, test=not no_test, show=display)
+        run = train(
+            loaded,
+            resume=resume,
+            overwrite=overwrite,
+            accept_changes=accept_changes,
+            test=not no_test,
+            show=display,
+        )
     if first:
         if as_json:
             print_json({"run": str(run.folder), **run.result})
         else:
-            typer.echo(f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\nresult: {run.folder / 'result.json'}")
+            typer.echo(
+                f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\nresult: {run.folder / 'result.json'}"
+            )
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
-    recipe: Annotated[str | None, typer.Option(help="whose data to score on; the run's own where not given")] = None,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="whose data to score on; the run's own where not given")
+    ] = None,
     set_: SetOption = None,
     split: Annotated[str, typer.Option(help="test or validation")] = "test",
     data: Annotated[
-        str | None, typer.Option(help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's")
+        str | None,
+        typer.Option(
+            help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's"
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
-    answers: Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="write every answer to this JSONL file")
+    ] = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -126,7 +180,13 @@ def evaluate(
         )
     if answers:
         with writing(answers, "the file of answers"):
-            answers.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers), encoding="utf-8")
+            answers.write_text(
+                "".join(
+                    json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+                    for answer in found.answers
+                ),
+                encoding="utf-8",
+            )
     if as_json:
         print_json({"model": which, **found.summary()})
     else:
@@ -134,13 +194,28 @@ def evaluate(
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")],
-    data: Annotated[str, typer.Option(help="a file of rows (or a pattern, or tar shards) of any form, with or without answers")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="a file of rows (or a pattern, or tar shards) of any form, with or without answers"
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="the JSONL file to write")],
     limit: Annotated[int | None, typer.Option(min=1, help="answer the first n rows only")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given")] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given"),
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given"),
+    ] = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -180,7 +255,10 @@ def predict(
 
 def verify_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
-    steps: Annotated[int | None, typer.Option(min=1, help="how many; up to the next kept checkpoint where not given")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="how many; up to the next kept checkpoint where not given"),
+    ] = None,
     processes: ProcessesOption = 1,
     as_json: JsonOption = False,
 ) -> None:

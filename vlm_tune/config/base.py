@@ -35,7 +35,11 @@ class Places:
 
     def where(self, path: Path) -> str:
         """`file:line:column` of a value that was read, else its dotted name."""
-        return ".".join(map(str, path)) if self._located is None else self._located.where(path, key=True)
+        return (
+            ".".join(map(str, path))
+            if self._located is None
+            else self._located.where(path, key=True)
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Places)
@@ -46,4 +50,6 @@ class Places:
 class Config(BaseModel):
     """Base of every part of a recipe: unknown keys and values of another type are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )

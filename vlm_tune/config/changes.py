@@ -45,7 +45,11 @@ def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
     """The changes that a run in its stage number `stage` can't take: its checkpoint holds what they would make another."""
     before, after = (recipe.model_dump(mode="json") for recipe in (old, new))
     # Where a base lies may change: that it is the same one is seen when it is loaded.
-    fixed = [change for change in _changes(before["model"], after["model"], "model") if change.name.rpartition(".")[2] not in PLACES]
+    fixed = [
+        change
+        for change in _changes(before["model"], after["model"], "model")
+        if change.name.rpartition(".")[2] not in PLACES
+    ]
     for key in IN_THE_MODEL:
         fixed += _changes(before["data"][key], after["data"][key], f"data.{key}")
     first = old.resolved_stages()
@@ -58,7 +62,10 @@ def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
         other, changed = second[number]
         if name != other:
             fixed.append(Change(f"stages.{number}.name", name, other))
-        fixed += [Change(prefix + change.name, change.old, change.new) for change in _stage_changes(recipe, changed)]
+        fixed += [
+            Change(prefix + change.name, change.old, change.new)
+            for change in _stage_changes(recipe, changed)
+        ]
     return fixed
 
 
@@ -69,7 +76,9 @@ def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
     for change in _changes(before["tune"], after["tune"], "tune"):
         if change.name.rpartition(".")[2] not in RATES:
             yield change
-    yield from _changes(before["train"]["precision"], after["train"]["precision"], "train.precision")
+    yield from _changes(
+        before["train"]["precision"], after["train"]["precision"], "train.precision"
+    )
     yield from _changes(before["objective"]["kind"], after["objective"]["kind"], "objective.kind")
     yield from _changes(before["data"]["streaming"], after["data"]["streaming"], "data.streaming")
 

@@ -6,20 +6,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlm_tune.config.base import Config, Fraction, HomePath, NonNegativeInt, PositiveFloat, PositiveInt, Processes
+from vlm_tune.config.base import (
+    Config,
+    Fraction,
+    HomePath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Processes,
+)
 
 
 class Source(Config):
     """What every source can be told; rows are counted in units (a row, or an image with `group: image`)."""
 
     limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
-    weight: PositiveFloat | None = Field(default=None, description="share of every epoch, relative to the other sources")
-    count: PositiveInt | None = Field(default=None, description="units of every epoch; all where neither is given")
-    template: HomePath | None = Field(default=None, description="a chat format; data.template where not given")
-    system: str | None = Field(default=None, description="system text for conversations that bring none; data.system where not given")
+    weight: PositiveFloat | None = Field(
+        default=None, description="share of every epoch, relative to the other sources"
+    )
+    count: PositiveInt | None = Field(
+        default=None, description="units of every epoch; all where neither is given"
+    )
+    template: HomePath | None = Field(
+        default=None, description="a chat format; data.template where not given"
+    )
+    system: str | None = Field(
+        default=None,
+        description="system text for conversations that bring none; data.system where not given",
+    )
 
 
-SOURCE_NAME = Field(default=None, description="what scores call the source; the file's or folder's name where not given")
+SOURCE_NAME = Field(
+    default=None,
+    description="what scores call the source; the file's or folder's name where not given",
+)
 
 
 class EasyVqaSource(Source):
@@ -28,9 +48,15 @@ class EasyVqaSource(Source):
     kind: Literal["easy_vqa"]
     name: str | None = SOURCE_NAME
     split: Literal["train", "validation", "test"]
-    validation_images: NonNegativeInt = Field(default=200, description="how many train images are held out as `validation`")
-    task: Literal["vqa", "caption"] = Field(default="vqa", description="questions, or captions of what the questions reveal")
-    instructions: HomePath = Field(default="vqa", description="a prompt set of data_templates/instructions, or a file")
+    validation_images: NonNegativeInt = Field(
+        default=200, description="how many train images are held out as `validation`"
+    )
+    task: Literal["vqa", "caption"] = Field(
+        default="vqa", description="questions, or captions of what the questions reveal"
+    )
+    instructions: HomePath = Field(
+        default="vqa", description="a prompt set of data_templates/instructions, or a file"
+    )
 
 
 Form = Literal[
@@ -54,10 +80,18 @@ Form = Literal[
 class RowsSource(Source):
     """What sources of rows can be told."""
 
-    form: Form | Literal["auto"] = Field(default="auto", description="what a row looks like; detected from the first rows and named")
-    columns: dict[str, str] = Field(default={}, description="our field names to the rows' own, as {question: query}")
-    image_root: str | None = Field(default=None, description="where image paths start; the file's own folder where not given")
-    instructions: HomePath | None = Field(default=None, description="a prompt set for plain task rows; the task's own where not given")
+    form: Form | Literal["auto"] = Field(
+        default="auto", description="what a row looks like; detected from the first rows and named"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="our field names to the rows' own, as {question: query}"
+    )
+    image_root: str | None = Field(
+        default=None, description="where image paths start; the file's own folder where not given"
+    )
+    instructions: HomePath | None = Field(
+        default=None, description="a prompt set for plain task rows; the task's own where not given"
+    )
     ignore: list[str] = Field(
         default=[],
         description="fields of the rows to pass over: those that carry meaning are refused where a form does not read them",
@@ -70,12 +104,23 @@ class RowsSource(Source):
         default=["no", "yes"], description="the texts of false and true in the fields of task rows"
     )
     answer_is: Literal["auto", "index", "index_from_1", "letter", "text"] = Field(
-        default="auto", description="how an answer names one of the row's choices; auto refuses a row that can be read in two ways"
+        default="auto",
+        description="how an answer names one of the row's choices; auto refuses a row that can be read in two ways",
     )
-    shuffle_choices: bool = Field(default=False, description="show each row's choices in an order drawn from the seed and the row's id")
-    shots: Annotated[int, Field(ge=0, le=16)] = Field(default=0, description="worked examples with their images before each question")
-    video_frames: PositiveInt = Field(default=8, description="frames taken of a video, evenly spaced")
-    video_fps: PositiveFloat | None = Field(default=None, description="of videos that are folders of frames; gives the frames their time")
+    shuffle_choices: bool = Field(
+        default=False,
+        description="show each row's choices in an order drawn from the seed and the row's id",
+    )
+    shots: Annotated[int, Field(ge=0, le=16)] = Field(
+        default=0, description="worked examples with their images before each question"
+    )
+    video_frames: PositiveInt = Field(
+        default=8, description="frames taken of a video, evenly spaced"
+    )
+    video_fps: PositiveFloat | None = Field(
+        default=None,
+        description="of videos that are folders of frames; gives the frames their time",
+    )
 
 
 class FileSource(RowsSource):
@@ -110,10 +155,15 @@ class FolderSource(Source):
     kind: Literal["folder"]
     name: str | None = SOURCE_NAME
     path: str
-    instructions: HomePath = Field(default="classify", description="a prompt set of data_templates/instructions, or a file")
+    instructions: HomePath = Field(
+        default="classify", description="a prompt set of data_templates/instructions, or a file"
+    )
 
 
-AnySource = Annotated[EasyVqaSource | FileSource | DatasetSource | WebDatasetSource | FolderSource, Field(discriminator="kind")]
+AnySource = Annotated[
+    EasyVqaSource | FileSource | DatasetSource | WebDatasetSource | FolderSource,
+    Field(discriminator="kind"),
+]
 
 
 class RandAugment(Config):
@@ -126,14 +176,28 @@ class RandAugment(Config):
 class Augment(Config):
     """Random changes of training images, drawn from (seed, epoch, sample id)."""
 
-    crop: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="smallest share of the area that a random crop keeps")
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="smallest share of the area that a random crop keeps"
+    )
     flip: Fraction = Field(default=0.0, description="probability of a left-right mirror image")
-    transpose: Fraction = Field(default=0.0, description="probability of exchanging height and width (square images only)")
-    shift: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="largest shift, as a share of the side")
-    rotation: Annotated[float, Field(ge=0, le=180)] = Field(default=0.0, description="largest turn, in degrees")
-    colour: Fraction = Field(default=0.0, description="largest change of brightness, contrast and saturation, as a share")
-    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="largest turn of the hue, as a share of the circle")
-    noise: Fraction = Field(default=0.0, description="standard deviation of added Gaussian noise, as a share of white")
+    transpose: Fraction = Field(
+        default=0.0, description="probability of exchanging height and width (square images only)"
+    )
+    shift: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="largest shift, as a share of the side"
+    )
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(
+        default=0.0, description="largest turn, in degrees"
+    )
+    colour: Fraction = Field(
+        default=0.0, description="largest change of brightness, contrast and saturation, as a share"
+    )
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="largest turn of the hue, as a share of the circle"
+    )
+    noise: Fraction = Field(
+        default=0.0, description="standard deviation of added Gaussian noise, as a share of white"
+    )
     rand_augment: RandAugment | None = None
 
 
@@ -141,12 +205,20 @@ class Clean(Config):
     """Rows that are left out, and counted, before anything is trained on."""
 
     duplicates: Literal["keep", "bytes", "perceptual"] = Field(
-        default="keep", description="rows of equal text whose images are equal byte by byte, or look alike"
+        default="keep",
+        description="rows of equal text whose images are equal byte by byte, or look alike",
     )
-    min_side: PositiveInt | None = Field(default=None, description="smallest side of an image, in pixels")
-    min_chars: PositiveInt | None = Field(default=None, description="shortest text of a row's turns together, in characters")
+    min_side: PositiveInt | None = Field(
+        default=None, description="smallest side of an image, in pixels"
+    )
+    min_chars: PositiveInt | None = Field(
+        default=None, description="shortest text of a row's turns together, in characters"
+    )
     max_chars: PositiveInt | None = None
-    languages: list[str] = Field(default=[], description="ISO 639-1 codes that a row's text may be in (needs the `language` extra)")
+    languages: list[str] = Field(
+        default=[],
+        description="ISO 639-1 codes that a row's text may be in (needs the `language` extra)",
+    )
 
 
 class Split(Config):
@@ -161,28 +233,59 @@ class DataSection(Config):
     """Where samples come from and how they become tokens."""
 
     train: list[AnySource] = Field(min_length=1)
-    validation: list[AnySource] = Field(default=[], description="scored while training; chooses the best checkpoint")
-    test: list[AnySource] = Field(default=[], description="scored once, by the finished model; never used to choose")
-    split: Split | None = Field(default=None, description="take validation and test from the train sources")
+    validation: list[AnySource] = Field(
+        default=[], description="scored while training; chooses the best checkpoint"
+    )
+    test: list[AnySource] = Field(
+        default=[], description="scored once, by the finished model; never used to choose"
+    )
+    split: Split | None = Field(
+        default=None, description="take validation and test from the train sources"
+    )
     template: HomePath = Field(description="a chat format of data_templates/chat, or a file")
-    system: str | None = Field(default=None, description="system text for conversations that bring none")
-    max_length: PositiveInt = Field(default=2048, description="longest example in tokens, image slots included")
+    system: str | None = Field(
+        default=None, description="system text for conversations that bring none"
+    )
+    max_length: PositiveInt = Field(
+        default=2048, description="longest example in tokens, image slots included"
+    )
     overlong: Literal["fail", "drop", "split", "trim"] = Field(
-        default="fail", description="examples over max_length: stop; leave out; split between turns; shorten the questions' text"
+        default="fail",
+        description="examples over max_length: stop; leave out; split between turns; shorten the questions' text",
     )
     on_bad_row: Literal["fail", "skip", "quarantine"] = Field(
-        default="fail", description="rows that can't be used: stop; leave out; leave out and write to quarantine.jsonl"
+        default="fail",
+        description="rows that can't be used: stop; leave out; leave out and write to quarantine.jsonl",
     )
-    max_bad_rows: NonNegativeInt = Field(default=100, description="with skip and quarantine: more bad rows than this is an error")
+    max_bad_rows: NonNegativeInt = Field(
+        default=100, description="with skip and quarantine: more bad rows than this is an error"
+    )
     clean: Clean = Clean()
-    group: Literal["none", "image"] = Field(default="none", description="image: rows of one image are one unit of a batch")
-    packing: bool = Field(default=False, description="fill each row of a batch with several samples that don't see each other")
-    row_length: PositiveInt = Field(default=1024, description="longest row in tokens that grouping or packing makes")
-    epoch_size: PositiveInt | None = Field(default=None, description="units of an epoch when sources have weights")
-    streaming: bool = Field(default=False, description="read, check and tokenise while training; for more rows than can be prepared")
-    shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a streamed epoch is shuffled within")
-    own_shards: bool = Field(
-        default=False, description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes"
+    group: Literal["none", "image"] = Field(
+        default="none", description="image: rows of one image are one unit of a batch"
     )
-    workers: Processes | None = Field(default=None, description="processes that prepare; as many as cores where not given")
+    packing: bool = Field(
+        default=False,
+        description="fill each row of a batch with several samples that don't see each other",
+    )
+    row_length: PositiveInt = Field(
+        default=1024, description="longest row in tokens that grouping or packing makes"
+    )
+    epoch_size: PositiveInt | None = Field(
+        default=None, description="units of an epoch when sources have weights"
+    )
+    streaming: bool = Field(
+        default=False,
+        description="read, check and tokenise while training; for more rows than can be prepared",
+    )
+    shuffle_buffer: PositiveInt = Field(
+        default=10_000, description="rows that a streamed epoch is shuffled within"
+    )
+    own_shards: bool = Field(
+        default=False,
+        description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes",
+    )
+    workers: Processes | None = Field(
+        default=None, description="processes that prepare; as many as cores where not given"
+    )
     augment: Augment | None = None

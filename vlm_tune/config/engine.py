@@ -26,19 +26,26 @@ class DeepSpeedEngine(Config):
 
     kind: Literal["deepspeed"]
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
-        default=2, description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights too"
+        default=2,
+        description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights too",
     )
     offload: list[Literal["optimizer", "parameters"]] = Field(
-        default=[], description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights (stage 3)"
+        default=[],
+        description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights (stage 3)",
     )
-    config: dict[str, Any] = Field(default={}, description="more keys of a DeepSpeed configuration, as {zero_optimization: {...}}")
+    config: dict[str, Any] = Field(
+        default={},
+        description="more keys of a DeepSpeed configuration, as {zero_optimization: {...}}",
+    )
 
 
 class FsdpEngine(Config):
     """torch's fully sharded data parallel, FSDP2."""
 
     kind: Literal["fsdp"]
-    offload: bool = Field(default=False, description="weights and optimizer states lie in the CPU's memory")
+    offload: bool = Field(
+        default=False, description="weights and optimizer states lie in the CPU's memory"
+    )
 
 
 AnyEngine = AutoEngine | DdpEngine | DeepSpeedEngine | FsdpEngine

@@ -13,7 +13,15 @@ from vlm_tune.config.recipe import Recipe, merge_parts, stage_changes
 from vlm_tune.config.rules import LENGTHS, contradictions
 from vlm_tune.config.schema_errors import flow_value, problem_order, schema_faults, schema_problems
 from vlm_tune.config.train import EvaluateSection, TrainSection
-from vlm_tune.config.yaml_source import Located, Path, apply_override, dotted_name, read_yaml, read_yaml_text, value_at
+from vlm_tune.config.yaml_source import (
+    Located,
+    Path,
+    apply_override,
+    dotted_name,
+    read_yaml,
+    read_yaml_text,
+    value_at,
+)
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted
 
@@ -37,7 +45,9 @@ def load_recipe(
         RecipeError: with every problem and its `file:line:column`, or the override it is in.
     """
     if not isinstance(path, str | FilePath):
-        raise RecipeError([Problem("recipe", f"expected the path of a recipe file, got {quoted(path)}")])
+        raise RecipeError(
+            [Problem("recipe", f"expected the path of a recipe file, got {quoted(path)}")]
+        )
     located = read_yaml(path)
     changed = [apply_override(located, override) for override in _override_texts(overrides)]
     for line in _replace_lengths(located.value, changed):
@@ -55,7 +65,13 @@ def _override_texts(overrides: Sequence[str] | dict[str, Any]) -> list[str]:
         raise RecipeError([Problem("overrides", message)])
     for override in overrides:
         if not isinstance(override, str):
-            raise RecipeError([Problem("overrides", f"expected a text as 'train.epochs=2', got {quoted(override)}")])
+            raise RecipeError(
+                [
+                    Problem(
+                        "overrides", f"expected a text as 'train.epochs=2', got {quoted(override)}"
+                    )
+                ]
+            )
     return list(overrides)
 
 
@@ -73,12 +89,20 @@ def _replace_lengths(raw: Any, changed: Sequence[Path]) -> list[str]:
             places += [("stages", number, "train") for number, _ in enumerate(stages)]
         for place in places:
             section = _at(raw, place)
-            if isinstance(section, dict) and section.get(other) is not None and (*place, other) not in changed:
+            if (
+                isinstance(section, dict)
+                and section.get(other) is not None
+                and (*place, other) not in changed
+            ):
                 replaced.append(f"{dotted_name((*place, other))}: {section.pop(other)}")
                 if section.get(path[-1], ...) is None:
                     # A stage's null says "not the common one", which is the one that is set now.
                     del section[path[-1]]
-        if len(path) == 4 and (common := _at(raw, ("train", other))) is not None and (*path[:-1], other) not in changed:
+        if (
+            len(path) == 4
+            and (common := _at(raw, ("train", other))) is not None
+            and (*path[:-1], other) not in changed
+        ):
             _at(raw, path[:-1])[other] = None
             replaced.append(f"train.{other}: {common} for this stage")
         if replaced:
@@ -98,7 +122,9 @@ def _at(raw: Any, path: Path) -> Any:
     return raw
 
 
-def as_recipe(recipe: str | FilePath | Recipe, overrides: Sequence[str] | dict[str, Any] = ()) -> Recipe:
+def as_recipe(
+    recipe: str | FilePath | Recipe, overrides: Sequence[str] | dict[str, Any] = ()
+) -> Recipe:
     """A recipe as functions take it: a file with overrides, or one that was loaded, which takes none.
 
     Raises `RecipeError` as `load_recipe`.
@@ -106,7 +132,9 @@ def as_recipe(recipe: str | FilePath | Recipe, overrides: Sequence[str] | dict[s
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
     if overrides:
-        raise RecipeError([Problem("overrides", "a recipe that is loaded takes none; give them to load_recipe")])
+        raise RecipeError(
+            [Problem("overrides", "a recipe that is loaded takes none; give them to load_recipe")]
+        )
     return recipe
 
 
@@ -135,7 +163,9 @@ def _quoted(value: Any) -> Any:
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
     if isinstance(value, str):
-        return DoubleQuotedScalarString(value) if set(value) & {"\x85", "\u2028", "\u2029"} else value
+        return (
+            DoubleQuotedScalarString(value) if set(value) & {"\x85", "\u2028", "\u2029"} else value
+        )
     if isinstance(value, dict):
         return {_quoted(key): _quoted(held) for key, held in value.items()}
     return [_quoted(held) for held in value] if isinstance(value, list) else value
@@ -152,19 +182,34 @@ def check_recipe(located: Located) -> Recipe:
     for index, stage in enumerate(stages):
         if isinstance(stage, dict):
             prefix: Path = ("stages", index)
-            merged = merge_parts({k: v for k, v in located.value.items() if k != "stages"}, stage_changes(stage))
+            merged = merge_parts(
+                {k: v for k, v in located.value.items() if k != "stages"}, stage_changes(stage)
+            )
             whole.append((prefix, merged))
-            for section, schema in (("data", DataSection), ("train", TrainSection), ("evaluate", EvaluateSection)):
+            for section, schema in (
+                ("data", DataSection),
+                ("train", TrainSection),
+                ("evaluate", EvaluateSection),
+            ):
                 if isinstance(stage.get(section), dict) and isinstance(merged.get(section), dict):
                     common = schema_faults(schema, located.value.get(section))
-                    problems += schema_problems(located, schema, merged[section], (*prefix, section), common)
+                    problems += schema_problems(
+                        located, schema, merged[section], (*prefix, section), common
+                    )
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
     for index, name in enumerate(names):
         if isinstance(name, str) and name in names[:index]:
-            problems.append(Problem(located.where(("stages", index, "name")), f"a stage before it is called {quoted(name)} too"))
+            problems.append(
+                Problem(
+                    located.where(("stages", index, "name")),
+                    f"a stage before it is called {quoted(name)} too",
+                )
+            )
     for index, stage in enumerate(stages[:-1]):
         if value_at(stage, "data", "test"):
-            message = "only the last stage's test part is scored, by the finished model; move it there"
+            message = (
+                "only the last stage's test part is scored, by the finished model; move it there"
+            )
             problems.append(Problem(located.where(("stages", index, "data", "test")), message))
     common_faults = contradictions(located.value)
     for prefix, merged in whole:

@@ -12,26 +12,49 @@ from vlm_tune.config.base import Config, HomePath, Layers, PositiveInt, Side, Wi
 class Tower(Config):
     """What every vision tower can be told."""
 
-    image_size: Side | None = Field(default=None, description="side in pixels; the tower's own where not given")
-    resize: Literal["squash", "crop", "pad"] = Field(default="crop", description="how an image that is not square becomes square")
-    grid: Side | None = Field(default=None, description="average-pool the patch features to grid x grid tokens")
-    tiles: list[Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]] = Field(
+    image_size: Side | None = Field(
+        default=None, description="side in pixels; the tower's own where not given"
+    )
+    resize: Literal["squash", "crop", "pad"] = Field(
+        default="crop", description="how an image that is not square becomes square"
+    )
+    grid: Side | None = Field(
+        default=None, description="average-pool the patch features to grid x grid tokens"
+    )
+    tiles: list[
+        Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]
+    ] = Field(
         default=[],
         description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the tiles of the grid that fits best",
     )
 
 
-CLASS_TOKEN = Field(default=False, description="the class token's features first, where the tower has one")
+CLASS_TOKEN = Field(
+    default=False, description="the class token's features first, where the tower has one"
+)
 
 
 class OpenClipTower(Tower):
     """A CLIP vision tower from open_clip: a name with a `pretrained` tag or file, or a `config` built from scratch."""
 
     kind: Literal["open_clip"]
-    name: str | None = Field(default=None, description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder")
-    pretrained: HomePath | None = Field(default=None, description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file")
-    config: dict[str, Any] | None = Field(default=None, description="an open_clip `vision_cfg`, randomly initialised")
-    layer: int = Field(default=-1, ge=-1024, le=-1, description="which block's output, counted from the end (LLaVA takes -2)")
+    name: str | None = Field(
+        default=None,
+        description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder",
+    )
+    pretrained: HomePath | None = Field(
+        default=None,
+        description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file",
+    )
+    config: dict[str, Any] | None = Field(
+        default=None, description="an open_clip `vision_cfg`, randomly initialised"
+    )
+    layer: int = Field(
+        default=-1,
+        ge=-1024,
+        le=-1,
+        description="which block's output, counted from the end (LLaVA takes -2)",
+    )
     class_token: bool = CLASS_TOKEN
 
 
@@ -41,10 +64,18 @@ class TransformersTower(Tower):
     kind: Literal["transformers"]
     name: HomePath
     weights: HomePath | None = Field(
-        default=None, description="a vision-language model that holds the tower's weights, where `name` does not"
+        default=None,
+        description="a vision-language model that holds the tower's weights, where `name` does not",
     )
-    layer: int = Field(default=-2, ge=-1024, le=-1, description="which hidden state, counted from the end (LLaVA takes -2)")
-    final_norm: bool = Field(default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)")
+    layer: int = Field(
+        default=-2,
+        ge=-1024,
+        le=-1,
+        description="which hidden state, counted from the end (LLaVA takes -2)",
+    )
+    final_norm: bool = Field(
+        default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)"
+    )
     class_token: bool = CLASS_TOKEN
 
 
@@ -53,7 +84,9 @@ class TimmTower(Tower):
 
     kind: Literal["timm"]
     name: str
-    pretrained: HomePath | bool = Field(default=False, description="true for timm's own weights, or a safetensors file")
+    pretrained: HomePath | bool = Field(
+        default=False, description="true for timm's own weights, or a safetensors file"
+    )
     stages: list[Annotated[int, Field(ge=-64, le=63)]] = Field(
         default=[-1], min_length=1, description="which feature maps, as timm's out_indices"
     )
@@ -80,9 +113,13 @@ AnyTower = OpenClipTower | TransformersTower | TimmTower | PairTower
 class Projector(Config):
     """What every connector can be told."""
 
-    norm: bool = Field(default=False, description="a LayerNorm on the tower's features first; for towers that end without one")
+    norm: bool = Field(
+        default=False,
+        description="a LayerNorm on the tower's features first; for towers that end without one",
+    )
     weights: HomePath | None = Field(
-        default=None, description="where it starts from: a safetensors file, or a vision-language model; random where not given"
+        default=None,
+        description="where it starts from: a safetensors file, or a vision-language model; random where not given",
     )
 
 
@@ -106,8 +143,12 @@ class PixelShuffleConnector(Projector):
     """Squares of factor x factor tokens become one, joined by channel, then `depth` linear layers (Idefics3, InternVL)."""
 
     kind: Literal["pixel_shuffle"]
-    factor: Annotated[int, Field(ge=2, le=8)] = Field(default=2, description="the tower's grid is this many times smaller, each way")
-    depth: Depth = Field(default=2, description="linear layers with GELU between them (Idefics3 and SmolVLM have 1)")
+    factor: Annotated[int, Field(ge=2, le=8)] = Field(
+        default=2, description="the tower's grid is this many times smaller, each way"
+    )
+    depth: Depth = Field(
+        default=2, description="linear layers with GELU between them (Idefics3 and SmolVLM have 1)"
+    )
 
 
 class AvgPoolConnector(Projector):
@@ -125,7 +166,9 @@ class ResamplerConnector(Projector):
     latents: Width = Field(default=64, description="tokens an image takes")
     depth: Layers = 6
     heads: Width = 8
-    head_width: Width | None = Field(default=None, description="the tower's width / heads where not given")
+    head_width: Width | None = Field(
+        default=None, description="the tower's width / heads where not given"
+    )
 
 
 class QFormerConnector(Projector):
@@ -136,16 +179,28 @@ class QFormerConnector(Projector):
     width: Width = 768
     depth: Layers = Field(default=12, description="layers")
     heads: Width = 12
-    every: PositiveInt = Field(default=2, description="every n-th layer, from the first, attends to the features")
-    text: bool = Field(default=False, description="the instruction joins the queries in self-attention (InstructBLIP)")
-    max_text: PositiveInt = Field(default=512, description="the last tokens of an instruction that are read")
-    tokenizer: HomePath | None = Field(
-        default=None, description="reads the instruction by this tokenizer and word embeddings of its own; else by the LLM's"
+    every: PositiveInt = Field(
+        default=2, description="every n-th layer, from the first, attends to the features"
     )
-    vocab_size: PositiveInt | None = Field(default=None, description="rows of its own word embeddings, with `tokenizer`")
+    text: bool = Field(
+        default=False,
+        description="the instruction joins the queries in self-attention (InstructBLIP)",
+    )
+    max_text: PositiveInt = Field(
+        default=512, description="the last tokens of an instruction that are read"
+    )
+    tokenizer: HomePath | None = Field(
+        default=None,
+        description="reads the instruction by this tokenizer and word embeddings of its own; else by the LLM's",
+    )
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="rows of its own word embeddings, with `tokenizer`"
+    )
 
 
-BaseConnector = LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
+BaseConnector = (
+    LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
+)
 """Connectors that others build on."""
 
 
@@ -156,7 +211,10 @@ class FusionConnector(Config):
     how: Literal["concat", "attention", "gate", "product", "bilinear"]
     base: Annotated[BaseConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
     heads: Width = Field(default=8, description="of how: attention")
-    rank: Width | None = Field(default=None, description="width of the product or number of bilinear forms; the LLM's width if not given")
+    rank: Width | None = Field(
+        default=None,
+        description="width of the product or number of bilinear forms; the LLM's width if not given",
+    )
     factors: Width = Field(default=4, description="rank of each bilinear form")
 
 
@@ -164,13 +222,20 @@ class CrossAttentionConnector(Config):
     """Gated cross-attention blocks before every n-th layer of the LLM, which look at the tokens of `base` (Flamingo)."""
 
     kind: Literal["cross_attention"]
-    every: PositiveInt = Field(default=4, description="a block before every n-th layer, the n-th first")
-    heads: Width = 8
-    head_width: Width | None = Field(default=None, description="the LLM's width / heads where not given")
-    images: Literal["last", "all"] = Field(
-        default="last", description="the images before it that a token sees: the last run of adjacent ones, or all"
+    every: PositiveInt = Field(
+        default=4, description="a block before every n-th layer, the n-th first"
     )
-    base: Annotated[BaseConnector, Field(discriminator="kind")] = ResamplerConnector(kind="resampler")
+    heads: Width = 8
+    head_width: Width | None = Field(
+        default=None, description="the LLM's width / heads where not given"
+    )
+    images: Literal["last", "all"] = Field(
+        default="last",
+        description="the images before it that a token sees: the last run of adjacent ones, or all",
+    )
+    base: Annotated[BaseConnector, Field(discriminator="kind")] = ResamplerConnector(
+        kind="resampler"
+    )
 
 
 AnyConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttentionConnector
@@ -179,9 +244,13 @@ AnyConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttenti
 class Scratch(Config):
     """An LLM that starts from random weights, with a tokenizer trained on the recipe's own text."""
 
-    config: dict[str, Any] = Field(description="keys of the transformers config (d_model, num_layers, ...)")
+    config: dict[str, Any] = Field(
+        description="keys of the transformers config (d_model, num_layers, ...)"
+    )
     model_type: str = Field(description="transformers' model type: t5, llama, gpt2, ...")
-    vocab_size: Annotated[int, Field(ge=300, le=10_000_000)] = Field(default=512, description="of the byte-level BPE tokenizer")
+    vocab_size: Annotated[int, Field(ge=300, le=10_000_000)] = Field(
+        default=512, description="of the byte-level BPE tokenizer"
+    )
 
 
 class Llm(Config):
@@ -189,14 +258,20 @@ class Llm(Config):
 
     kind: Literal["causal", "seq2seq"]
     name: HomePath | None = Field(default=None, description="a hub name or a local folder")
-    gguf_file: str | None = Field(default=None, description="a GGUF file in `name`, de-quantised at load")
+    gguf_file: str | None = Field(
+        default=None, description="a GGUF file in `name`, de-quantised at load"
+    )
     scratch: Scratch | None = None
-    quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None, description="load frozen linear layers in 4 or 8 bit"
+    )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained"
+        default=[],
+        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers"
+        default=[],
+        description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers",
     )
 
     @property
@@ -216,12 +291,16 @@ class ModelSection(Config):
 class PretrainedLlm(Config):
     """What the language model of an existing vision-language model can be told."""
 
-    quantize: Literal["nf4", "fp4", "int8"] | None = Field(default=None, description="load frozen linear layers in 4 or 8 bit")
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None, description="load frozen linear layers in 4 or 8 bit"
+    )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained"
+        default=[],
+        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers"
+        default=[],
+        description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers",
     )
 
     @property
@@ -248,6 +327,7 @@ def _model_form(value: Any) -> str:
 
 
 AnyModel = Annotated[
-    Annotated[ModelSection, Tag(ModelSection.__name__)] | Annotated[PretrainedModel, Tag(PretrainedModel.__name__)],
+    Annotated[ModelSection, Tag(ModelSection.__name__)]
+    | Annotated[PretrainedModel, Tag(PretrainedModel.__name__)],
     Discriminator(_model_form),
 ]

@@ -36,7 +36,9 @@ class Recipe(Config):
     model: AnyModel
     data: DataSection
     tune: list[TuneRule] = Field(min_length=1)
-    objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] = LanguageModeling()
+    objective: Annotated[LanguageModeling | Contrastive, Field(discriminator="kind")] = (
+        LanguageModeling()
+    )
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
     engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()
@@ -63,7 +65,12 @@ class Recipe(Config):
             return [("main", self)]
         common = self.model_dump(exclude={"stages"}, exclude_unset=True)
         return [
-            (stage.name, Recipe.model_validate(merge_parts(common, stage_changes(stage.model_dump(exclude_unset=True)))))
+            (
+                stage.name,
+                Recipe.model_validate(
+                    merge_parts(common, stage_changes(stage.model_dump(exclude_unset=True)))
+                ),
+            )
             for stage in self.stages
         ]
 
@@ -75,7 +82,11 @@ def stage_changes(stage: dict[str, Any]) -> dict[str, Any]:
 
 def merge_parts(common: Any, change: Any) -> Any:
     """Mappings merge key by key; a mapping with another `kind`, and anything else, replaces."""
-    if isinstance(common, dict) and isinstance(change, dict) and common.get("kind") == change.get("kind", common.get("kind")):
+    if (
+        isinstance(common, dict)
+        and isinstance(change, dict)
+        and common.get("kind") == change.get("kind", common.get("kind"))
+    ):
         merged = dict(common)
         for key, value in change.items():
             merged[key] = merge_parts(common[key], value) if key in common else deepcopy(value)

@@ -132,7 +132,9 @@ def schema_faults(schema: type[BaseModel], value: Any) -> list[Any]:
         return error.errors(include_url=False)
 
 
-def schema_problems(located: Located, schema: type[BaseModel], value: Any, prefix: Path, common: Sequence[Any] = ()) -> list[Problem]:
+def schema_problems(
+    located: Located, schema: type[BaseModel], value: Any, prefix: Path, common: Sequence[Any] = ()
+) -> list[Problem]:
     """The problems of `value`, which stands at `prefix`; `common` are faults told of already where a stage repeats them."""
     problems = []
     told = {(item["loc"], item["type"]) for item in common}
@@ -171,9 +173,15 @@ def _wording(item: Any) -> str:
     if item["type"] in ("union_tag_invalid", "literal_error"):
         given = context.get("tag", item.get("input"))
         expected = str(context.get("expected_tags", context.get("expected", "")))
-        names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",") if name.strip(" '")]
+        names = [
+            name.strip(" '")
+            for name in expected.replace(" or ", ",").split(",")
+            if name.strip(" '")
+        ]
         near = difflib.get_close_matches(str(given), names, n=1)
-        return f"{quoted(given)} is none of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{quoted(given)} is none of {', '.join(names)}" + (
+            f"; did you mean {near[0]}?" if near else ""
+        )
     if item["type"] == "union_tag_not_found":
         return "needs a `kind`"
     if item["type"] == "too_short":
@@ -195,7 +203,11 @@ def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
     if key in OLD_NAMES:
         return f"{message}; here it is {_placed(OLD_NAMES[key], raw)}"
     places = _key_places()
-    elsewhere = places.get(key) or [path for name in difflib.get_close_matches(key, places, n=2, cutoff=0.8) for path in places[name]]
+    elsewhere = places.get(key) or [
+        path
+        for name in difflib.get_close_matches(key, places, n=2, cutoff=0.8)
+        for path in places[name]
+    ]
     # What other kinds have at this very place does not help.
     here = ".".join(str(part) if isinstance(part, str) else "N" for part in path[:-1])
     elsewhere = [place for place in elsewhere if not here or not place.startswith(f"{here}.")]
@@ -214,7 +226,9 @@ def _placed(name: str, raw: Any) -> str:
     if not name.startswith("tune.N.") or not rest:
         return name
     stages = raw.get("stages") if isinstance(raw.get("stages"), list) else []
-    lists = {"tune": raw.get("tune")} | {f"stages.{number}.tune": value_at(stage, "tune") for number, stage in enumerate(stages)}
+    lists = {"tune": raw.get("tune")} | {
+        f"stages.{number}.tune": value_at(stage, "tune") for number, stage in enumerate(stages)
+    }
     places = [
         f"{where}.{number}.{key}"
         for where, rules in lists.items()
@@ -256,13 +270,19 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _yaml_path(schema: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Path, type[BaseModel] | None]:
+def _yaml_path(
+    schema: type[BaseModel], loc: tuple[Any, ...]
+) -> tuple[Path, type[BaseModel] | None]:
     """Drops pydantic's union tags from a location; also gives the class whose key the last part is."""
     path: list[str | int] = []
     parent: type[BaseModel] | None = schema
     options: list[Any] = [schema]
     for part in loc:
-        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        models = [
+            option
+            for option in options
+            if isinstance(option, type) and issubclass(option, BaseModel)
+        ]
         lists = [option for option in options if typing.get_origin(option) is list]
         if isinstance(part, int) and lists:
             path.append(part)

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlm_tune.config.base import Config, Decay, Layers, LearningRate, NonNegativeInt, PositiveFloat, PositiveInt, Processes
+from vlm_tune.config.base import (
+    Config,
+    Decay,
+    Layers,
+    LearningRate,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Processes,
+)
 
 
 class LanguageModeling(Config):
@@ -26,26 +35,39 @@ class Schedule(Config):
     """The learning rate's course: linear warm-up, then this."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.03, description="share of all steps")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.03, description="share of all steps"
+    )
 
 
 class Checkpoints(Config):
     """When checkpoints are written and how many are kept; the best and the last always are."""
 
-    every: PositiveInt | None = Field(default=None, description="optimizer steps; at each evaluation and the end where not given")
+    every: PositiveInt | None = Field(
+        default=None, description="optimizer steps; at each evaluation and the end where not given"
+    )
     keep: PositiveInt = 2
     background: bool = Field(
-        default=True, description="write beside training, from a copy of what trains in the CPU's memory; false: training waits"
+        default=True,
+        description="write beside training, from a copy of what trains in the CPU's memory; false: training waits",
     )
 
 
 class TrainSection(Config):
     """The training loop."""
 
-    epochs: PositiveFloat | None = Field(default=None, description="passes over the data; give this or steps")
-    steps: PositiveInt | None = Field(default=None, description="optimizer steps; give this or epochs")
-    batch_size: PositiveInt = Field(default=8, description="units (rows, or images with group: image) a device and micro-batch")
-    batch_tokens: PositiveInt | None = Field(default=None, description="padded tokens a device and micro-batch, instead of batch_size")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the data; give this or steps"
+    )
+    steps: PositiveInt | None = Field(
+        default=None, description="optimizer steps; give this or epochs"
+    )
+    batch_size: PositiveInt = Field(
+        default=8, description="units (rows, or images with group: image) a device and micro-batch"
+    )
+    batch_tokens: PositiveInt | None = Field(
+        default=None, description="padded tokens a device and micro-batch, instead of batch_size"
+    )
     gradient_accumulation: PositiveInt = 1
     learning_rate: LearningRate = 2e-4
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -58,12 +80,17 @@ class TrainSection(Config):
         default="auto",
         description="compile the language model's blocks; auto: from 50 million parameters and 50 steps or 2,000 scored rows on",
     )
-    cache_features: bool = Field(default=True, description="compute a frozen tower's features once (not with augmentation)")
-    loader_workers: Processes = Field(default=0, description="processes that decode images and make batches ahead")
+    cache_features: bool = Field(
+        default=True, description="compute a frozen tower's features once (not with augmentation)"
+    )
+    loader_workers: Processes = Field(
+        default=0, description="processes that decode images and make batches ahead"
+    )
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     max_nonfinite: PositiveInt = Field(
-        default=3, description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out"
+        default=3,
+        description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out",
     )
     timeout: Annotated[float, Field(gt=0, le=1e7)] = Field(
         default=1800.0, description="seconds that a process waits for the others before it gives up"
@@ -74,10 +101,18 @@ class TrainSection(Config):
 class EvaluateSection(Config):
     """Evaluation while training and after it."""
 
-    every: PositiveInt | None = Field(default=None, description="optimizer steps; once an epoch where not given")
-    limit: PositiveInt | None = Field(default=None, description="score the first n validation rows only")
-    test_limit: PositiveInt | None = Field(default=None, description="score the first n test rows only")
+    every: PositiveInt | None = Field(
+        default=None, description="optimizer steps; once an epoch where not given"
+    )
+    limit: PositiveInt | None = Field(
+        default=None, description="score the first n validation rows only"
+    )
+    test_limit: PositiveInt | None = Field(
+        default=None, description="score the first n test rows only"
+    )
     batch_size: PositiveInt = Field(default=64, description="rows")
     max_new_tokens: PositiveInt = 32
     num_beams: Layers = 1
-    samples: NonNegativeInt = Field(default=12, description="how many answers the report shows before and after training")
+    samples: NonNegativeInt = Field(
+        default=12, description="how many answers the report shows before and after training"
+    )

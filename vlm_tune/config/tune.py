@@ -15,33 +15,48 @@ TRAINS_BASE = ("full", "last_layers", "norms", "biases")
 class TuneRule(Config):
     """What happens to the parameters whose name matches; the first rule that matches wins."""
 
-    match: str = Field(description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*")
+    match: str = Field(
+        description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*"
+    )
     how: Literal["frozen", "full", "last_layers", "norms", "biases", "lora", "prompt", "prefix"]
-    learning_rate: LearningRate | None = Field(default=None, description="the train section's where not given")
+    learning_rate: LearningRate | None = Field(
+        default=None, description="the train section's where not given"
+    )
     layers: PositiveInt | None = Field(
-        default=None, description="how many blocks train, from the last; what else matches is frozen (last_layers only)"
+        default=None,
+        description="how many blocks train, from the last; what else matches is frozen (last_layers only)",
     )
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="the rate is multiplied by this once a block, from the top down (full and last_layers only)"
+        default=None,
+        description="the rate is multiplied by this once a block, from the top down (full and last_layers only)",
     )
     r: Width | None = Field(default=None, description="LoRA rank (lora only)")
     lora_alpha: PositiveFloat | None = Field(
-        default=None, description="LoRA's scale is lora_alpha / r, or / sqrt(r) for rsLoRA (lora only)"
+        default=None,
+        description="LoRA's scale is lora_alpha / r, or / sqrt(r) for rsLoRA (lora only)",
     )
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(default=None, description="lora only")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="lora only"
+    )
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        default=None, description="module names as in PEFT; all-linear leaves out the output head (lora only)"
+        default=None,
+        description="module names as in PEFT; all-linear leaves out the output head (lora only)",
     )
     variant: Literal["lora", "rslora", "dora"] | None = Field(
-        default=None, description="rsLoRA scales by sqrt(r), DoRA learns each output's magnitude apart (lora only)"
+        default=None,
+        description="rsLoRA scales by sqrt(r), DoRA learns each output's magnitude apart (lora only)",
     )
     init: Literal["default", "gaussian", "pissa"] | None = Field(
-        default=None, description="A random and B zero, or both the weight's principal singular vectors (lora only)"
+        default=None,
+        description="A random and B zero, or both the weight's principal singular vectors (lora only)",
     )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         default=None, description="LoRA+: B's learning rate is this many times A's (lora only)"
     )
-    tokens: Width | None = Field(default=None, description="virtual tokens before every row; 20 where not given (prompt and prefix only)")
+    tokens: Width | None = Field(
+        default=None,
+        description="virtual tokens before every row; 20 where not given (prompt and prefix only)",
+    )
 
     @property
     def trains_base(self) -> bool:

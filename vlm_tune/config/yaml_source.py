@@ -53,7 +53,11 @@ class _Reader:
         self.located = Located(None)
 
     def place(self, node: Any) -> str:
-        return self.name if self.option else f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        return (
+            self.name
+            if self.option
+            else f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        )
 
     def read(self, node: Any, path: Path) -> Any:
         self.nodes += 1
@@ -64,7 +68,12 @@ class _Reader:
         self.located.values[path] = self.place(node)
         kind = str(node.tag).rsplit(":", 1)[-1]
         if not str(node.tag).startswith("tag:yaml.org,2002:") or "python" in str(node.tag):
-            self.problems.append(Problem(self.place(node), f"the tag {cut(str(node.tag))} is not allowed; recipes hold plain values"))
+            self.problems.append(
+                Problem(
+                    self.place(node),
+                    f"the tag {cut(str(node.tag))} is not allowed; recipes hold plain values",
+                )
+            )
             return None
         if node.id == "mapping":
             return self._mapping(node, path)
@@ -80,11 +89,19 @@ class _Reader:
                 continue
             key = self._text(key_node)
             if key == "<<":
-                self.problems.append(Problem(self.place(key_node), "merge keys (<<) are not YAML 1.2; write the keys out"))
+                self.problems.append(
+                    Problem(
+                        self.place(key_node), "merge keys (<<) are not YAML 1.2; write the keys out"
+                    )
+                )
                 continue
             if key in found:
                 first = self.located.keys[(*path, key)]
-                self.problems.append(Problem(self.place(key_node), f"duplicate key '{cut(key)}', first given at {first}"))
+                self.problems.append(
+                    Problem(
+                        self.place(key_node), f"duplicate key '{cut(key)}', first given at {first}"
+                    )
+                )
                 continue
             self.located.keys[(*path, key)] = self.place(key_node)
             found[key] = self.read(value_node, (*path, key))
@@ -94,7 +111,12 @@ class _Reader:
         """A scalar's text; NUL and halves of surrogate pairs, which escapes may write, are in no name, path or prompt."""
         text = str(node.value)
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
-            self.problems.append(Problem(self.place(node), f"{quoted(text)} holds a NUL or half of a surrogate pair, which no text can"))
+            self.problems.append(
+                Problem(
+                    self.place(node),
+                    f"{quoted(text)} holds a NUL or half of a surrogate pair, which no text can",
+                )
+            )
         return text
 
     def _scalar(self, node: Any, kind: str) -> Any:
@@ -119,7 +141,9 @@ def _compose(text: str, name: str, *, option: bool = False) -> Any:
     from ruamel.yaml.reader import ReaderError
 
     def fault(line: int, column: int, message: str) -> RecipeError:
-        return RecipeError([Problem(name if option else f"{name}:{line}:{column}", f"not YAML: {message}")])
+        return RecipeError(
+            [Problem(name if option else f"{name}:{line}:{column}", f"not YAML: {message}")]
+        )
 
     try:
         # Not "rt": the round-trip reader marks the folds of a `>` text with bell characters.
@@ -130,7 +154,10 @@ def _compose(text: str, name: str, *, option: bool = False) -> Any:
         raise fault(*((mark.line + 1, mark.column + 1) if mark else (1, 1)), message) from None
     except ReaderError as error:
         character = error.character if isinstance(error.character, int) else ord(error.character)
-        raise fault(*_line_column(text[: error.position]), f"the character U+{character:04X} is not allowed in YAML") from None
+        raise fault(
+            *_line_column(text[: error.position]),
+            f"the character U+{character:04X} is not allowed in YAML",
+        ) from None
     except RecursionError:
         raise fault(1, 1, "nested too deeply") from None
     except YAMLError as error:
@@ -152,19 +179,29 @@ def read_yaml(path: str | FilePath) -> Located:
     if is_folder(path):
         raise RecipeError([Problem(name or "recipe", "is a folder; a recipe is one YAML file")])
     if not is_file(path):
-        raise RecipeError([Problem(name, "no such recipe file (`vlm-tune recipes` lists the ones that are shipped)")])
+        raise RecipeError(
+            [
+                Problem(
+                    name, "no such recipe file (`vlm-tune recipes` lists the ones that are shipped)"
+                )
+            ]
+        )
     try:
         with FilePath(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError([Problem(name, f"the recipe can't be read: {reason(error)}")]) from error
     if len(data) > MAX_BYTES:
-        raise RecipeError([Problem(name, f"larger than {MAX_BYTES:,} bytes; a recipe is never that large")])
+        raise RecipeError(
+            [Problem(name, f"larger than {MAX_BYTES:,} bytes; a recipe is never that large")]
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = _line_column(data[: error.start].decode("utf-8-sig", "replace"))
-        message = f"not UTF-8 text: {error.reason} (0x{data[error.start]:02x}); save the file as UTF-8"
+        message = (
+            f"not UTF-8 text: {error.reason} (0x{data[error.start]:02x}); save the file as UTF-8"
+        )
         raise RecipeError([Problem(f"{name}:{line}:{column}", message)]) from None
     return read_yaml_text(text, name)
 
@@ -174,8 +211,19 @@ def read_yaml_text(text: str, name: str) -> Located:
     node = _compose(text, name)
     reader = _Reader(name)
     if node is None or node.id != "mapping":
-        kind = {"sequence": "a list", "scalar": "a plain value"}[node.id] if node is not None else "nothing"
-        raise RecipeError([Problem(f"{name}:1:1", f"a recipe is a mapping of keys to values, and this file holds {kind}")])
+        kind = (
+            {"sequence": "a list", "scalar": "a plain value"}[node.id]
+            if node is not None
+            else "nothing"
+        )
+        raise RecipeError(
+            [
+                Problem(
+                    f"{name}:1:1",
+                    f"a recipe is a mapping of keys to values, and this file holds {kind}",
+                )
+            ]
+        )
     reader.located.value = reader.read(node, ())
     if reader.problems:
         raise RecipeError(reader.problems)
@@ -234,7 +282,9 @@ def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | 
     elif part.isdecimal() and int(part) < len(target):
         return int(part)
     else:
-        entries = ", ".join(f"{name}.{place}{_label(entry)}" for place, entry in enumerate(target[:ENTRIES]))
+        entries = ", ".join(
+            f"{name}.{place}{_label(entry)}" for place, entry in enumerate(target[:ENTRIES])
+        )
         more = f" and {len(target) - ENTRIES:,} more" if len(target) > ENTRIES else ""
         message = f"{name} is a list of {len(target)}; '{cut(part)}' is none of its places: {entries}{more}"
     raise RecipeError([Problem(where, message)])
@@ -242,7 +292,11 @@ def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | 
 
 def _label(entry: Any) -> str:
     """What a list entry is, in brackets: a stage by its name, a rule by what it matches and how, a source by its kind."""
-    words = [str(entry[key]) for key in ("name", "match", "how", "kind") if isinstance(entry, dict) and isinstance(entry.get(key), str)]
+    words = [
+        str(entry[key])
+        for key in ("name", "match", "how", "kind")
+        if isinstance(entry, dict) and isinstance(entry.get(key), str)
+    ]
     return f" ({cut(' '.join(words), 40)})" if words else ""
 
 

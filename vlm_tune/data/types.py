@@ -115,14 +115,18 @@ class Conversation:
     @property
     def media(self) -> tuple[Media, ...]:
         """All media in reading order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+        return tuple(
+            part for message in self.messages for part in message.parts if isinstance(part, Media)
+        )
 
     def without_shots(self) -> Conversation:
         """The row alone, without its worked examples."""
         if not self.shots:
             return self
         start = sum(message.role == "system" for message in self.messages)
-        return replace(self, messages=(*self.messages[:start], *self.messages[start + self.shots :]), shots=0)
+        return replace(
+            self, messages=(*self.messages[:start], *self.messages[start + self.shots :]), shots=0
+        )
 
 
 def distinct_media(conversations: Iterable[Conversation]) -> list[Media]:
@@ -226,7 +230,9 @@ class Batch:
     @property
     def branched(self) -> bool:
         """Whether any row has branches."""
-        return self.ends is not None and bool(((self.ends != self.ends.cummax(1).values) & self.attention_mask).any())
+        return self.ends is not None and bool(
+            ((self.ends != self.ends.cummax(1).values) & self.attention_mask).any()
+        )
 
     @property
     def supervised(self) -> int:

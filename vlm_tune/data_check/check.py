@@ -37,7 +37,11 @@ Show = Callable[[dict[str, Any]], None]
 
 
 def check(
-    recipe: str | Path | Recipe, overrides: Sequence[str] | dict[str, Any] = (), *, sample: int | None = None, show: Show | None = None
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    *,
+    sample: int | None = None,
+    show: Show | None = None,
 ) -> CheckReport:
     """Reads the rows of all stages (the first `sample` of each source) and reports on them; `show` is told of progress.
 
@@ -54,13 +58,17 @@ def check(
     report = CheckReport(loaded.name, sample)
     processor = build_processor(loaded, list(_texts(stages)) if loaded.scratch else [])
     for number, (name, stage) in enumerate(stages):
-        report.read += _parts(report, name, stage, processor, last=number == len(stages) - 1, show=show)
+        report.read += _parts(
+            report, name, stage, processor, last=number == len(stages) - 1, show=show
+        )
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
     # Stages that read the same rows are told of them once.
     distinct: dict[Any, Part] = {}
     for part in report.read:
         data = part.recipe.data
-        distinct.setdefault((part.prepared.folder, part.name, data.on_bad_row, data.max_bad_rows), part)
+        distinct.setdefault(
+            (part.prepared.folder, part.name, data.on_bad_row, data.max_bad_rows), part
+        )
         report.parts.append(_part_report(part))
         if part.name == "train":
             check_batches(report, part)
@@ -70,7 +78,9 @@ def check(
         if part.name == "train" and sample is None:
             check_split(report, part)
     scored = [part for part in distinct.values() if part.name != "train"]
-    for part, found in zip(scored, leaks([part.rows for part in scored], list(trained.values())), strict=True):
+    for part, found in zip(
+        scored, leaks([part.rows for part in scored], list(trained.values())), strict=True
+    ):
         report_leaks(report, part, found)
     report.seconds = time.perf_counter() - started
     return report
@@ -82,7 +92,10 @@ def _sampled(stage: Recipe, sample: int | None) -> Recipe:
         return stage
 
     def cut(sources: Sequence[Any]) -> list[Any]:
-        return [source.model_copy(update={"limit": min(source.limit or sample, sample)}) for source in sources]
+        return [
+            source.model_copy(update={"limit": min(source.limit or sample, sample)})
+            for source in sources
+        ]
 
     parts = {part: cut(getattr(stage.data, part)) for part in ("train", "validation", "test")}
     return stage.model_copy(update={"data": stage.data.model_copy(update=parts)})
@@ -102,7 +115,15 @@ def _texts(stages: Sequence[tuple[str, Recipe]]) -> Iterator[Conversation]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, *, last: bool, show: Show | None) -> Iterator[Part]:
+def _parts(
+    report: CheckReport,
+    name: str,
+    stage: Recipe,
+    processor: Processor,
+    *,
+    last: bool,
+    show: Show | None,
+) -> Iterator[Part]:
     """The parts of a stage; the test part is the last one's."""
     data = stage.data
     own = processor.variant(data.template, data.system)
@@ -117,7 +138,9 @@ def _parts(report: CheckReport, name: str, stage: Recipe, processor: Processor, 
         parts = prepared.column("part")
         usable = prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)
-        yield Part(name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms)
+        yield Part(
+            name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms
+        )
         for held in names if part == "train" else ():
             places = prepared.places(held)
             if held != "train" and len(places):
@@ -149,7 +172,16 @@ def _prepared(
             show({"event": "note", "text": text})
 
     def made(some: Sequence[Source]) -> Prepared:
-        return prepare(stage.data, some, processor, seed=stage.seed, part=part, lenient=True, progress=progress, note=note)
+        return prepare(
+            stage.data,
+            some,
+            processor,
+            seed=stage.seed,
+            part=part,
+            lenient=True,
+            progress=progress,
+            note=note,
+        )
 
     try:
         found = made(sources)
@@ -185,7 +217,10 @@ def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
 def _steps(part: Part) -> int:
     """Optimizer steps of a stage, in one process."""
     train = part.recipe.train
-    return planned_steps(train, len(Plan(part.prepared, part.recipe.data, Sizes.of(train), part.recipe.seed).epoch(0)))
+    return planned_steps(
+        train,
+        len(Plan(part.prepared, part.recipe.data, Sizes.of(train), part.recipe.seed).epoch(0)),
+    )
 
 
 def _part_report(part: Part) -> PartReport:
@@ -214,7 +249,10 @@ def _part_report(part: Part) -> PartReport:
             )
         )
     lengths = prepared.column("longest")[part.all_places]
-    sides = [max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height) for number in part.rows.first_rows]
+    sides = [
+        max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height)
+        for number in part.rows.first_rows
+    ]
     held_out = part.name != "train" and bool(prepared.column("part")[part.rows.places].any())
     batched = part.name == "train" and len(prepared) > 0
     sizes = Sizes.of(train)

@@ -123,20 +123,37 @@ class CheckReport:
         (self.error_counts if error else self.warning_counts)[kind] += len(rows)
         shown = sorted(rows)[:LISTED]
         places = np.array([place for place, _ in shown], dtype=np.int64)
-        names = zip(part.prepared.values("source", places), part.prepared.values("row", places), strict=True)
+        names = zip(
+            part.prepared.values("source", places), part.prepared.values("row", places), strict=True
+        )
         found = [
-            Finding(source, row, kind, message, part.stage, part.name) for (source, row), (_, message) in zip(names, shown, strict=True)
+            Finding(source, row, kind, message, part.stage, part.name)
+            for (source, row), (_, message) in zip(names, shown, strict=True)
         ]
         (self.errors if error else self.warnings).extend(found)
 
-    def add_whole(self, stage: str, part: str, kind: str, message: str, source: str = "", *, error: bool = True) -> None:
+    def add_whole(
+        self,
+        stage: str,
+        part: str,
+        kind: str,
+        message: str,
+        source: str = "",
+        *,
+        error: bool = True,
+    ) -> None:
         """Counts and lists a finding about a source or part as a whole."""
         (self.error_counts if error else self.warning_counts)[kind] += 1
-        (self.errors if error else self.warnings).append(Finding(source or f"data.{part}", 0, kind, message, stage, part))
+        (self.errors if error else self.warnings).append(
+            Finding(source or f"data.{part}", 0, kind, message, stage, part)
+        )
 
     def summary(self) -> dict[str, Any]:
         """All of it as one JSON object."""
-        counts = {"errors": dict(sorted(self.error_counts.items())), "warnings": dict(sorted(self.warning_counts.items()))}
+        counts = {
+            "errors": dict(sorted(self.error_counts.items())),
+            "warnings": dict(sorted(self.warning_counts.items())),
+        }
         return {
             "name": self.name,
             "sample": self.sample,

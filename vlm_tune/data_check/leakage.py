@@ -39,7 +39,10 @@ class PartRows:
         """A column's hashes mixed with those of each row's images."""
         found = self.prepared.column(column)[self.places].astype(np.uint64)
         shown, offsets = self.prepared.shown
-        digests = np.array([int.from_bytes(row.info.sha256[:8], "little") for row in self.prepared.media_rows], dtype=np.uint64)
+        digests = np.array(
+            [int.from_bytes(row.info.sha256[:8], "little") for row in self.prepared.media_rows],
+            dtype=np.uint64,
+        )
         starts = offsets[self.places]
         counts = np.diff(offsets)[self.places]
         for number in range(int(counts.max(initial=0))):
@@ -53,7 +56,11 @@ class PartRows:
         shown, offsets = self.prepared.shown
         counts = np.diff(offsets)[self.places]
         owners = np.repeat(self.places, counts)
-        starts = np.repeat(offsets[self.places] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) if len(counts) else counts
+        starts = (
+            np.repeat(offsets[self.places] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+            if len(counts)
+            else counts
+        )
         flat = shown[starts + np.arange(len(owners))]
         numbers, first = np.unique(flat, return_index=True)
         return dict(zip(numbers.tolist(), owners[first].tolist(), strict=True))
@@ -96,18 +103,31 @@ def leaks(evaluated: Sequence[PartRows], trained: Sequence[PartRows]) -> list[Le
     infos: dict[bytes, ImageInfo] = {}
     for part in trained:
         for number, place in part.first_rows.items():
-            info = infos.setdefault(part.prepared.media_rows[number].info.sha256, part.prepared.media_rows[number].info)
+            info = infos.setdefault(
+                part.prepared.media_rows[number].info.sha256, part.prepared.media_rows[number].info
+            )
             images.setdefault(info.sha256, (part, place))
-    shown = [{number: part.prepared.media_rows[number].info for number in part.first_rows} for part in evaluated]
-    infos |= {info.sha256: info for own in shown for info in own.values() if info.sha256 not in images}
+    shown = [
+        {number: part.prepared.media_rows[number].info for number in part.first_rows}
+        for part in evaluated
+    ]
+    infos |= {
+        info.sha256: info for own in shown for info in own.values() if info.sha256 not in images
+    }
     # Trained images stand first, so that a group with one of them is named by it.
     looks = dict(zip(infos, look_alikes(list(infos.values())).tolist(), strict=True))
     known = list(images.values())
     found = []
     for part, own in zip(evaluated, shown, strict=True):
         whole = _equal_rows(part, trained)
-        same = {number: images[info.sha256] for number, info in own.items() if info.sha256 in images}
-        alike = {number: known[looks[info.sha256]] for number, info in own.items() if looks[info.sha256] < len(known)}
+        same = {
+            number: images[info.sha256] for number, info in own.items() if info.sha256 in images
+        }
+        alike = {
+            number: known[looks[info.sha256]]
+            for number, info in own.items()
+            if looks[info.sha256] < len(known)
+        }
         shared = _rows_of(part, same, set(whole))
         found.append(Leaks(whole, shared, _rows_of(part, alike, set(whole) | set(shared))))
     return found
@@ -133,6 +153,10 @@ def _rows_of(rows: PartRows, media: dict[int, Place], told: set[int]) -> dict[in
     found: dict[int, Place] = {}
     for place in rows.rows_with(set(media)).tolist():
         if place not in told:
-            number = next(number for number in shown[offsets[place] : offsets[place + 1]].tolist() if number in media)
+            number = next(
+                number
+                for number in shown[offsets[place] : offsets[place + 1]].tolist()
+                if number in media
+            )
             found[place] = media[number]
     return found

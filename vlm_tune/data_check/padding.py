@@ -27,9 +27,16 @@ class Waste:
 
 def padding(prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> list[Waste]:
     """The waste of rows one by one in random order, of the recipe's own batches, and of those with packing if it has none."""
-    found = [_one_by_one(prepared, sizes.batch_size, seed), _planned("this recipe", prepared, data, sizes, seed)]
+    found = [
+        _one_by_one(prepared, sizes.batch_size, seed),
+        _planned("this recipe", prepared, data, sizes, seed),
+    ]
     if not data.packing:
-        found.append(_planned("with packing", prepared, data.model_copy(update={"packing": True}), sizes, seed))
+        found.append(
+            _planned(
+                "with packing", prepared, data.model_copy(update={"packing": True}), sizes, seed
+            )
+        )
     return found
 
 
@@ -46,7 +53,9 @@ def _one_by_one(prepared: Prepared, batch: int, seed: int) -> Waste:
     lengths = np.random.default_rng(seed).permutation(_row_lengths(prepared))
     starts = np.arange(0, len(lengths), batch)
     padded = np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(lengths))
-    return Waste("rows one by one", 1 - lengths.sum() / padded.sum(), padded.sum() / prepared.questions)
+    return Waste(
+        "rows one by one", 1 - lengths.sum() / padded.sum(), padded.sum() / prepared.questions
+    )
 
 
 def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> Waste:

@@ -39,11 +39,23 @@ def check_rows(report: CheckReport, part: Part) -> None:
         report.add_whole(part.stage, part.name, "no_rows", message)
         return
     _report_images(report, part)
-    controls = [(place, text) for place, text in _texts_of("controls", part, part.rows.places) if text]
-    report.add(part, "control_text", [(place, f"{text}: kept as plain text") for place, text in controls], error=False)
+    controls = [
+        (place, text) for place, text in _texts_of("controls", part, part.rows.places) if text
+    ]
+    report.add(
+        part,
+        "control_text",
+        [(place, f"{text}: kept as plain text") for place, text in controls],
+        error=False,
+    )
     if part.name == "train":
         report.add(
-            part, "duplicate", _pointed("repeats row", {place: (part.rows, first) for place, first in repeats(part.rows)}), error=False
+            part,
+            "duplicate",
+            _pointed(
+                "repeats row", {place: (part.rows, first) for place, first in repeats(part.rows)}
+            ),
+            error=False,
         )
 
 
@@ -70,8 +82,13 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
     """Rows over max_length that are not simply bad: what is done with each."""
     prepared = part.prepared
     data = part.recipe.data
-    longest, examples, over = (prepared.column(name) for name in ("longest", "examples", "overlong"))
-    dropped = np.array([place for place, kind in _texts_of("kind", part, left_out) if kind == "overlong"], dtype=np.int64)
+    longest, examples, over = (
+        prepared.column(name) for name in ("longest", "examples", "overlong")
+    )
+    dropped = np.array(
+        [place for place, kind in _texts_of("kind", part, left_out) if kind == "overlong"],
+        dtype=np.int64,
+    )
     kept = part.rows.places[longest[part.rows.places] > data.max_length]
     if part.name != "train":
         limit = f"data.max_length {data.max_length:,}"
@@ -79,8 +96,17 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
         # Rows that are held out of train are usable, but not scored with a prompt that is too long.
         held_out = part.all_places if part.name != prepared.part else part.all_places[:0]
         long = np.union1d(dropped, held_out[prompts[held_out] > data.max_length])
-        rows = [(place, f"the prompt has {prompts[place]:,} tokens, more than {limit}: not scored") for place in long.tolist()]
-        rows += [(place, f"prompt and answer together have more tokens than {limit}: scored all the same") for place in kept.tolist()]
+        rows = [
+            (place, f"the prompt has {prompts[place]:,} tokens, more than {limit}: not scored")
+            for place in long.tolist()
+        ]
+        rows += [
+            (
+                place,
+                f"prompt and answer together have more tokens than {limit}: scored all the same",
+            )
+            for place in kept.tolist()
+        ]
         report.add(part, "overlong", rows, error=False)
         return
     rows = []
@@ -88,8 +114,17 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
         parts = int(examples[place] + over[place])
         fate = f"split into {parts}" if data.overlong == "split" else "questions trimmed"
         if over[place]:
-            fate = "dropped" if not examples[place] else f"{int(over[place])} of {parts} examples dropped"
-        rows.append((place, f"{longest[place]:,} tokens, more than data.max_length {data.max_length:,}: {fate}"))
+            fate = (
+                "dropped"
+                if not examples[place]
+                else f"{int(over[place])} of {parts} examples dropped"
+            )
+        rows.append(
+            (
+                place,
+                f"{longest[place]:,} tokens, more than data.max_length {data.max_length:,}: {fate}",
+            )
+        )
     report.add(part, "overlong", rows, error=False)
 
 
@@ -127,7 +162,9 @@ def _pointed(what: str, rows: dict[int, Place]) -> list[tuple[int, str]]:
     """Rows with a message that names the row each has something in common with; past those that are listed, without."""
     places = sorted(rows)
     named = [(*rows[place][0].name(rows[place][1]), place) for place in places[:LISTED]]
-    return [(place, f"{what} {row} of {source}") for source, row, place in named] + [(place, "") for place in places[LISTED:]]
+    return [(place, f"{what} {row} of {source}") for source, row, place in named] + [
+        (place, "") for place in places[LISTED:]
+    ]
 
 
 def check_split(report: CheckReport, part: Part) -> None:
@@ -144,7 +181,9 @@ def check_batches(report: CheckReport, part: Part) -> None:
         report.add_whole(part.stage, part.name, "bound", line, error=False)
     if not len(part.prepared) or train.batch_tokens is not None:
         return
-    units = sum(Plan(part.prepared, part.recipe.data, Sizes(train.batch_size), part.recipe.seed).counts)
+    units = sum(
+        Plan(part.prepared, part.recipe.data, Sizes(train.batch_size), part.recipe.seed).counts
+    )
     whole = train.batch_size * train.gradient_accumulation
     if units < whole:
         called = "images with their rows" if part.recipe.data.group == "image" else "rows"
@@ -155,7 +194,9 @@ def check_batches(report: CheckReport, part: Part) -> None:
         report.add_whole(part.stage, part.name, "few_rows", message, error=False)
 
 
-def read_rows(part: Part, names: set[tuple[str, int]]) -> dict[tuple[str, int], Conversation | DataError]:
+def read_rows(
+    part: Part, names: set[tuple[str, int]]
+) -> dict[tuple[str, int], Conversation | DataError]:
     """Rows of a part by (source, row), read again from their sources; only chunks that may hold one are read."""
     found: dict[tuple[str, int], Conversation | DataError] = {}
     numbers = sorted(row for _, row in names)

@@ -43,7 +43,9 @@ def score(
     fetch = features or PixelCache(processor.images)
     cached = features is not None
     with reading(model.llm, compile, len(prompts)):
-        generated = model.answers(prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress)
+        generated = model.answers(
+            prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress
+        )
     losses: Losses = {}
     for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
         rows = [row for row in conversations if row.source_name == name]
@@ -59,22 +61,45 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
         correct = normalise(text) == normalise(expected)
         question = next((m.text for m in reversed(conversation.messages) if m.role == "user"), "")
         image = conversation.media[0].name if conversation.media else ""
-        answers.append(Answer(conversation.id, image, question, expected, text, correct, conversation.category, conversation.source_name))
+        answers.append(
+            Answer(
+                conversation.id,
+                image,
+                question,
+                expected,
+                text,
+                correct,
+                conversation.category,
+                conversation.source_name,
+            )
+        )
     return answers
 
 
 @torch.inference_mode()
 def _loss(
-    model: VisionLanguageModel, conversations: Sequence[Conversation], batch_size: int, features: Fetch | None, fetch: Fetch
+    model: VisionLanguageModel,
+    conversations: Sequence[Conversation],
+    batch_size: int,
+    features: Fetch | None,
+    fetch: Fetch,
 ) -> tuple[float, int]:
     """Summed cross-entropy of the reference answers, and their number of tokens."""
-    examples = [example for conversation in conversations for example in model.processor.examples(conversation)]
+    examples = [
+        example
+        for conversation in conversations
+        for example in model.processor.examples(conversation)
+    ]
     examples.sort(key=lambda example: len(example.input_ids))
     total = 0.0
     count = 0
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
-        found: Any = model(collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(model.device))
+        found: Any = model(
+            collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(
+                model.device
+            )
+        )
         total = total + float(found.sum)
         count = count + found.count
     return total, count

@@ -55,9 +55,18 @@ def normalise(text: str) -> str:
 
 def join_scores(shards: Sequence[Scores]) -> Scores:
     """The scores of all ranks' shares as one; a question that two ranks had counts once."""
-    answers = list({(answer.source, answer.id): answer for shard in shards for answer in shard.answers}.values())
+    answers = list(
+        {
+            (answer.source, answer.id): answer for shard in shards for answer in shard.answers
+        }.values()
+    )
     losses: Losses = {}
-    for name, entry in ((name, entry) for shard in shards for name, entry in shard.by_source.items() if "tokens" in entry):
+    for name, entry in (
+        (name, entry)
+        for shard in shards
+        for name, entry in shard.by_source.items()
+        if "tokens" in entry
+    ):
         total, tokens = losses.get(name, (0.0, 0))
         losses[name] = total + entry["loss"] * entry["tokens"], tokens + int(entry["tokens"])
     return scores(answers, losses)
@@ -75,15 +84,24 @@ def scores(answers: list[Answer], losses: Losses) -> Scores:
         n=len(answers),
         loss=sum(total for total, _ in losses.values()) / tokens if tokens else None,
         tokens=tokens,
-        by_category={name: entry for name, entry in _accuracies(answers, lambda answer: answer.category).items() if name},
+        by_category={
+            name: entry
+            for name, entry in _accuracies(answers, lambda answer: answer.category).items()
+            if name
+        },
         by_source=by_source,
         answers=answers,
     )
 
 
-def _accuracies(answers: Sequence[Answer], group: Callable[[Answer], str]) -> dict[str, dict[str, float]]:
+def _accuracies(
+    answers: Sequence[Answer], group: Callable[[Answer], str]
+) -> dict[str, dict[str, float]]:
     """{name: {accuracy, n}} of groups of answers, by name."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
         groups[group(answer)].append(answer.correct)
-    return {name: {"accuracy": sum(hits) / len(hits), "n": len(hits)} for name, hits in sorted(groups.items())}
+    return {
+        name: {"accuracy": sum(hits) / len(hits), "n": len(hits)}
+        for name, hits in sorted(groups.items())
+    }

@@ -70,16 +70,29 @@ def write_answers(
         for start in range(0, len(rows), size):
             if progress:
                 progress(start, len(rows))
-            answers = model.answers(prompts[start : start + size], decoding, fetch=fetch, cached=False, batch_size=batch_size)
+            answers = model.answers(
+                prompts[start : start + size],
+                decoding,
+                fetch=fetch,
+                cached=False,
+                batch_size=batch_size,
+            )
             for row, answer in zip(rows[start : start + size], answers, strict=True):
-                file.write(json.dumps(_line(row, answer, (row.source, row.row) in unanswered), ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        _line(row, answer, (row.source, row.row) in unanswered), ensure_ascii=False
+                    )
+                    + "\n"
+                )
             file.flush()
     given = len(rows) - sum((row.source, row.row) in unanswered for row in rows)
     return Predictions(str(output), len(rows), given, round(time.perf_counter() - started, 2))
 
 
 def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
-    question = next((message.text for message in reversed(row.messages) if message.role == "user"), "")
+    question = next(
+        (message.text for message in reversed(row.messages) if message.role == "user"), ""
+    )
     return {
         "id": row.id,
         "source": row.source,

@@ -61,7 +61,11 @@ def possible_exports(recipe: Recipe) -> dict[str, str | None]:
     """
     config, text = planned_config(recipe)
     decoder = text if config.llm.kind == "causal" else None
-    virtual = any(rule.how in ("prompt", "prefix") for _, stage in recipe.resolved_stages() for rule in stage.tune)
+    virtual = any(
+        rule.how in ("prompt", "prefix")
+        for _, stage in recipe.resolved_stages()
+        for rule in stage.tune
+    )
     prompt = ["a soft prompt (how: prompt or prefix) has no place there"] if virtual else []
     reasons = {
         "llava": prompt + llava_reasons(config, decoder),

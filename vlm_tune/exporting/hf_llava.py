@@ -39,7 +39,9 @@ PIXEL = 1e-3
 """How far normalised pixels may be apart; one level of 255 is more than ten times that."""
 
 
-def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice) -> ExportReport:
+def export_llava(
+    path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice
+) -> ExportReport:
     """Writes a `LlavaForConditionalGeneration`, its processor, a card and a report; see `export`."""
     source = find_model(path)
     config = read_config(source, base)
@@ -48,7 +50,9 @@ def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: st
     check_target(config, text)
     check_output(output, path)
     parameters = count_parameters(text, config)
-    check_room(parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1)  # it is merged and compared in fp32
+    check_room(
+        parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1
+    )  # it is merged and compared in fp32
     model, merged = whole_model(path, source, output, dtype, base)
     dtype = model.config.precision
     expected = expected_of(path, model) if verify else None
@@ -57,20 +61,30 @@ def export_llava(path: Path, output: Path, dtype: str | None, max_shard_size: st
     def write(folder: Path) -> tuple[ExportReport, str]:
         processor = llava_processor(model)
         image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        llava_model(model, image_token, DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+        llava_model(model, image_token, DTYPES[dtype]).save_pretrained(
+            folder, max_shard_size=max_shard_size
+        )
         processor.save_pretrained(folder)
         pin_tokenizer(folder)
         report = ExportReport(str(output), "llava", dtype, merged, parameters, None, None)
         if expected is not None:
             allowed = expected.tolerance(dtype)
             difference, same = verify_llava(folder, model, expected, allowed)
-            report = replace(report, difference=difference, same_text=same, rows=len(expected.rows), allowed=allowed)
+            report = replace(
+                report,
+                difference=difference,
+                same_text=same,
+                rows=len(expected.rows),
+                allowed=allowed,
+            )
         return report, model_card(path, model, report)
 
     return commit_export(output, write)
 
 
-def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, tolerance: float) -> tuple[float, bool]:
+def verify_llava(
+    folder: Path, model: VisionLanguageModel, expected: Expected, tolerance: float
+) -> tuple[float, bool]:
     """How far an exported folder's logits are from the model's, and that its greedy text is the same.
 
     The folder is opened by transformers' own classes, computing in fp32. Raises `ModelError` for other token ids,
@@ -78,11 +92,19 @@ def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, t
     """
     from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
-    opened: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    opened: Any = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     theirs, info = opened
-    faults = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    faults = [
+        str(key)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[kind]
+    ]
     if faults:
-        raise ModelError(f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written")
+        raise ModelError(
+            f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written"
+        )
     theirs = theirs.to(model.device).eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does; torchvision, which transformers prefers, is off by a level or two.
@@ -97,41 +119,63 @@ def verify_llava(folder: Path, model: VisionLanguageModel, expected: Expected, t
     return check_answers(expected, found, texts, tolerance), True
 
 
-def _messages(model: VisionLanguageModel, row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
+def _messages(
+    model: VisionLanguageModel, row: Conversation, *, prompt: bool = False
+) -> list[dict[str, Any]]:
     """A conversation as transformers' processors take it; images are those the tower sees, already square."""
     from PIL import Image
 
     def part(one: str | Media) -> dict[str, Any]:
         if isinstance(one, str):
             return {"type": "text", "text": one}
-        return {"type": "image", "image": Image.fromarray(model.processor.images(one).permute(1, 2, 0).numpy())}
+        return {
+            "type": "image",
+            "image": Image.fromarray(model.processor.images(one).permute(1, 2, 0).numpy()),
+        }
 
     turns = row.messages[:-1] if prompt and row.messages[-1].role == "assistant" else row.messages
     return [{"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns]
 
 
-def _inputs(processor: Any, model: VisionLanguageModel, messages: list[dict[str, Any]], *, prompt: bool) -> Any:
-    return processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt").to(
-        model.device
-    )
+def _inputs(
+    processor: Any, model: VisionLanguageModel, messages: list[dict[str, Any]], *, prompt: bool
+) -> Any:
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
 
 
 @torch.inference_mode()
-def _their_logits(theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation) -> torch.Tensor:
+def _their_logits(
+    theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation
+) -> torch.Tensor:
     """Logits [S, V] where the model's own example has labels; token ids must be its own."""
     image_token = theirs.config.image_token_id
     (example,) = model.processor.examples(row)
     inputs = _inputs(processor, model, _messages(model, row), prompt=False)
-    ids = torch.from_numpy(example.input_ids).long().masked_fill(torch.from_numpy(example.image_mask), image_token).tolist()
+    ids = (
+        torch.from_numpy(example.input_ids)
+        .long()
+        .masked_fill(torch.from_numpy(example.image_mask), image_token)
+        .tolist()
+    )
     check_ids(row, [*ids, int(example.labels[-1])], inputs["input_ids"][0, : len(ids) + 1].tolist())
-    return theirs(**inputs).logits[0, : len(ids)].float()[torch.from_numpy(example.labels).to(model.device) != IGNORE_INDEX]
+    return (
+        theirs(**inputs)
+        .logits[0, : len(ids)]
+        .float()[torch.from_numpy(example.labels).to(model.device) != IGNORE_INDEX]
+    )
 
 
 @torch.inference_mode()
-def _their_answer(theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation) -> str:
+def _their_answer(
+    theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation
+) -> str:
     inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
-    return model.processor.decode([token for token in ids.tolist() if token not in model.processor.stop_ids])
+    return model.processor.decode(
+        [token for token in ids.tolist() if token not in model.processor.stop_ids]
+    )
 
 
 def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) -> None:
@@ -140,7 +184,9 @@ def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) ->
         scale = model.tower.scale.cpu()
         offset = model.tower.offset.cpu()
         own = model.processor.images(media).float() * scale[0] - offset[0]
-        found = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")["pixel_values"][0]
+        found = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")[
+            "pixel_values"
+        ][0]
         if own.shape != found.shape or float((own - found).abs().max()) > PIXEL:
             raise ModelError(
                 f"the exported image processor gives other pixels for {media.name} than the model was trained with; nothing was written"
@@ -151,7 +197,11 @@ def model_card(path: Path, model: VisionLanguageModel, report: ExportReport) -> 
     """The README of an exported folder: what it is made of, how to use it, its recipe and scores where they are known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
-    verified = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's, same greedy text"
+    verified = (
+        "not verified"
+        if report.difference is None
+        else f"logits within {report.difference:.2g} of the model's, same greedy text"
+    )
     lines = [
         "---",
         "library_name: transformers",

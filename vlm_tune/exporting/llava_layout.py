@@ -43,12 +43,18 @@ def check_target(config: VisionLanguageConfig, text: Any) -> None:
     """Raises `ModelError` with every reason why a model can't be a LLaVA, as `llava_reasons`."""
     reasons = llava_reasons(config, text)
     if reasons:
-        raise ModelError(f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder")
+        raise ModelError(
+            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder"
+        )
 
 
 def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     """Why a model can't be a LLaVA, given its LLM's transformers config (None for an encoder-decoder); no weights are needed."""
-    language = ["its language model is an encoder-decoder, LLaVA's a decoder"] if text is None else decoder_reasons(text)
+    language = (
+        ["its language model is an encoder-decoder, LLaVA's a decoder"]
+        if text is None
+        else decoder_reasons(text)
+    )
     return [*tower_reasons(config), *_connector_reasons(config), *language]
 
 
@@ -60,7 +66,9 @@ def decoder_reasons(text: Any) -> list[str]:
     bodies: Any = AutoModel._model_mapping
     wholes: Any = AutoModelForCausalLM._model_mapping
     if type(text) not in bodies or type(text) not in wholes:
-        return [f"its language model is of type {name}, of which transformers has no decoder without a head"]
+        return [
+            f"its language model is of type {name}, of which transformers has no decoder without a head"
+        ]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(text)
         body = AutoModel.from_config(text)
@@ -68,11 +76,17 @@ def decoder_reasons(text: Any) -> list[str]:
     reasons = []
     if llm.rule != HeadRule():
         what = "" if llm.rule is None else f" ({llm.rule})"
-        reasons.append(f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not")
+        reasons.append(
+            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not"
+        )
     if llm.factor != 1:
-        reasons.append(f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not")
+        reasons.append(
+            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not"
+        )
     if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
-        reasons.append(f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them")
+        reasons.append(
+            f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them"
+        )
     if getattr(whole.get_output_embeddings(), "bias", None) is not None:
         reasons.append("its language model's head has a bias, LLaVA's has none")
     return reasons
@@ -105,7 +119,9 @@ def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
     connector = config.model.connector
     if not isinstance(connector, LinearConnector | MlpConnector):
         return [f"its connector is of kind {connector.kind}, LLaVA's is linear or an MLP"]
-    reasons = ["its connector begins with a LayerNorm (model.connector.norm)"] if connector.norm else []
+    reasons = (
+        ["its connector begins with a LayerNorm (model.connector.norm)"] if connector.norm else []
+    )
     if isinstance(connector, MlpConnector) and connector.depth != 2:
         reasons.append(f"its connector has {connector.depth} layers, LLaVA's MLP has 2")
     return reasons
@@ -122,8 +138,12 @@ def llava_processor(model: VisionLanguageModel) -> Any:
     own = model.processor
     tower = model.tower
     tokenizer: Any = copy.deepcopy(own.tokenizer)
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    tokenizer.add_tokens(
+        [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
+    )
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = (
+        "left"  # the second is what is saved
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own.spec.pad_id)
     if not any(piece.control == "bos" for piece in own.template.start):
@@ -160,7 +180,11 @@ def _image_processor(model: VisionLanguageModel) -> Any:
     size = model.tower.image_size
     resize = model.processor.images.resize
     square = {"height": size, "width": size}
-    common: dict[str, Any] = {"crop_size": square, "image_mean": list(model.tower.mean), "image_std": list(model.tower.std)}
+    common: dict[str, Any] = {
+        "crop_size": square,
+        "image_mean": list(model.tower.mean),
+        "image_std": list(model.tower.std),
+    }
     if resize == "pad":
         return LlavaImageProcessor(size=square, do_pad=True, **common)
     if resize == "crop":
@@ -198,20 +222,28 @@ def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype
         llava: Any = LlavaForConditionalGeneration(config)
     parts = {
         "vision_tower": (llava.model.vision_tower, vision_state),
-        "multi_modal_projector": (llava.model.multi_modal_projector, _projector_state(model.connector)),
+        "multi_modal_projector": (
+            llava.model.multi_modal_projector,
+            _projector_state(model.connector),
+        ),
         "language_model": (llava.model.language_model, language.base_model.state_dict()),
         "lm_head": (llava.lm_head, language.get_output_embeddings().state_dict()),
     }
     for name, (part, state) in parts.items():
         try:
-            part.load_state_dict({key: _cast(value, dtype) for key, value in state.items()}, strict=True, assign=True)
+            part.load_state_dict(
+                {key: _cast(value, dtype) for key, value in state.items()}, strict=True, assign=True
+            )
         except RuntimeError as error:
             raise ModelError(f"the weights don't fit LLaVA's {name}: {error}") from None
     llava.tie_weights()
     stops = model.processor.stop_ids
     tokenizer = model.processor.tokenizer
     llava.generation_config = GenerationConfig(
-        eos_token_id=stops, pad_token_id=model.processor.spec.pad_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+        eos_token_id=stops,
+        pad_token_id=model.processor.spec.pad_id,
+        bos_token_id=tokenizer.bos_token_id,
+        do_sample=False,
     )
     return llava
 
@@ -237,7 +269,10 @@ def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
         first = {f"linear_1.{key}": value for key, value in connector.linear.state_dict().items()}
         return {**first, "linear_2.weight": torch.eye(width), "linear_2.bias": torch.zeros(width)}
     state = connector.state_dict().items()
-    return {f"{PROJECTOR[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value for key, value in state}
+    return {
+        f"{PROJECTOR[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value
+        for key, value in state
+    }
 
 
 def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -251,7 +286,10 @@ def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
         config, state = _open_clip_vision(tower)
     else:
         raise ModelError(f"a {type(tower).__name__} tower has no place in LLaVA")
-    state |= {"post_layernorm.weight": torch.ones(config.hidden_size), "post_layernorm.bias": torch.zeros(config.hidden_size)}
+    state |= {
+        "post_layernorm.weight": torch.ones(config.hidden_size),
+        "post_layernorm.bias": torch.zeros(config.hidden_size),
+    }
     return config, state
 
 
@@ -265,7 +303,9 @@ def _transformers_vision(tower: TransformersVision) -> tuple[Any, dict[str, torc
         side = tower.side * config.patch_size
         weight = model.embeddings.position_embedding.weight
         with torch.no_grad():
-            found = embeddings.interpolate_pos_encoding(torch.empty(1, 2, weight.shape[1], device=weight.device), side, side)
+            found = embeddings.interpolate_pos_encoding(
+                torch.empty(1, 2, weight.shape[1], device=weight.device), side, side
+            )
         state["embeddings.position_embedding.weight"] = found[0]
     config.image_size = tower.image_size
     config.num_hidden_layers = len(model.encoder.layers)
@@ -297,7 +337,9 @@ def _open_clip_vision(tower: OpenClipVision) -> tuple[Any, dict[str, torch.Tenso
                     state[f"{layer}self_attn.{name}_proj.{kind}"] = part
     if left or "pre_layrnorm.weight" not in state:
         odd = ", ".join(sorted(left)[:4]) or "no norm before its blocks"
-        raise ModelError(f"this open_clip tower is no plain CLIP ViT ({odd}): it can't be exported as LLaVA")
+        raise ModelError(
+            f"this open_clip tower is no plain CLIP ViT ({odd}): it can't be exported as LLaVA"
+        )
     width = state["embeddings.class_embedding"].shape[0]
     config = CLIPVisionConfig(
         hidden_size=width,

@@ -69,7 +69,12 @@ class MergeReport:
 
 
 def merge(
-    path: Path, output: Path, *, dtype: str | None = None, tolerance: float | None = None, base: BaseChoice = AS_SAVED
+    path: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    tolerance: float | None = None,
+    base: BaseChoice = AS_SAVED,
 ) -> MergeReport:
     """Merges a run's or checkpoint's adapters into 16-bit base weights (fp32 on request) and writes a model folder.
 
@@ -113,14 +118,20 @@ def check_output(output: Path, path: Path) -> None:
     """
     source = find_model(path)
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
-        raise ModelError(f"{output}: the output lies in the model folder that is read, {source}; choose another place")
+        raise ModelError(
+            f"{output}: the output lies in the model folder that is read, {source}; choose another place"
+        )
     check_writable(output, "the output folder", folder=True)
     if output.is_dir() and any(output.iterdir()):
         raise ModelError(f"{output}: the output folder is not empty")
 
 
 def merged_model(
-    path: Path, output: Path, dtype: str | None, tolerance: float | None = None, base: BaseChoice = AS_SAVED
+    path: Path,
+    output: Path,
+    dtype: str | None,
+    tolerance: float | None = None,
+    base: BaseChoice = AS_SAVED,
 ) -> tuple[VisionLanguageModel, MergeReport]:
     """The model that `merge` writes, verified, and its report. Raises `ModelError` as `merge`."""
     source = find_model(path)
@@ -128,7 +139,13 @@ def merged_model(
     quantized = config.llm.quantize
     as_trained = _as_trained(path, source, base) if quantized else None
     # A real LLM's logits, tens in size, can be off by more than the tolerance in fp16 too.
-    choices = [dtype] if dtype else ["bf16", "fp32"] if config.llm.kind == "seq2seq" else ["bf16", "fp16", "fp32"]
+    choices = (
+        [dtype]
+        if dtype
+        else ["bf16", "fp32"]
+        if config.llm.kind == "seq2seq"
+        else ["bf16", "fp16", "fp32"]
+    )
     too_coarse: list[str] = []
     merging = _Merging(path, source, output, tolerance or TOLERANCE, tolerance is not None, base)
     model, report = merging.into(choices[0], quantized)
@@ -137,7 +154,11 @@ def merged_model(
             break
         precision = report.dtype
         moved = f"{precision} moves the logits by {report.difference_to_adapter:.2g}"
-        too_coarse.append(moved if report.difference_to_adapter > report.allowed else f"{precision} changes the greedy text")
+        too_coarse.append(
+            moved
+            if report.difference_to_adapter > report.allowed
+            else f"{precision} changes the greedy text"
+        )
         del model  # two would not fit where one does
         model, report = merging.into(finer, quantized)
     if too_coarse:
@@ -173,7 +194,9 @@ def _as_trained(path: Path, source: Path, base: BaseChoice) -> _AsTrained:
     return _AsTrained(probes, logits, texts, accuracy, rows, recipe, unscored)
 
 
-def _validation(path: Path, model: VisionLanguageModel) -> tuple[Recipe | None, list[Conversation], str | None]:
+def _validation(
+    path: Path, model: VisionLanguageModel
+) -> tuple[Recipe | None, list[Conversation], str | None]:
     """The recipe of a run's last stage and rows of its validation part, or why there are none."""
     file = _recipe_of(path)
     if file is None:
@@ -183,13 +206,19 @@ def _validation(path: Path, model: VisionLanguageModel) -> tuple[Recipe | None, 
         rows = read_part(recipe.data, "validation", model.processor, recipe.seed)
     except DataError as error:
         return recipe, [], f"its validation part can't be read: {error}"
-    return recipe, rows[: min(recipe.evaluate.limit or SCORED, SCORED)], None if rows else "the recipe has no validation part"
+    return (
+        recipe,
+        rows[: min(recipe.evaluate.limit or SCORED, SCORED)],
+        None if rows else "the recipe has no validation part",
+    )
 
 
 def _accuracy(model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> float:
     settings = recipe.evaluate
     decoding = Decoding(settings.max_new_tokens, settings.num_beams)
-    return score(model, rows, decoding=decoding, batch_size=settings.batch_size, loss=False).accuracy
+    return score(
+        model, rows, decoding=decoding, batch_size=settings.batch_size, loss=False
+    ).accuracy
 
 
 def _compared(model: VisionLanguageModel, report: MergeReport, run: _AsTrained) -> MergeReport:
@@ -197,7 +226,11 @@ def _compared(model: VisionLanguageModel, report: MergeReport, run: _AsTrained) 
     precision = DTYPES[report.dtype]
     cast_parameters(model, torch.float32)
     logits, texts = observe(model, run.probes)
-    accuracy = None if run.accuracy is None or run.recipe is None else _accuracy(model, run.validation, run.recipe)
+    accuracy = (
+        None
+        if run.accuracy is None or run.recipe is None
+        else _accuracy(model, run.validation, run.recipe)
+    )
     cast_parameters(model, precision)
     return replace(
         report,
@@ -235,7 +268,11 @@ class _Merging:
         model.float()
         probes = probe_rows(self.path, model)
         adapter_logits, adapter_text = observe(model, probes)
-        base_logits = self._base_logits(precision, probes) if model.beside else _without_adapters(model, probes)
+        base_logits = (
+            self._base_logits(precision, probes)
+            if model.beside
+            else _without_adapters(model, probes)
+        )
         for part in merged_parts:
             merge_adapter(model, part)
         cast_parameters(model, precision)
@@ -247,7 +284,8 @@ class _Merging:
         return model, MergeReport(
             output=str(self.output),
             parts=merged_parts,
-            base=f"{model.config.llm.name or 'the trained base'} in {dtype}" + (f" (the run was {quantized})" if quantized else ""),
+            base=f"{model.config.llm.name or 'the trained base'} in {dtype}"
+            + (f" (the run was {quantized})" if quantized else ""),
             difference_to_adapter=_largest(adapter_logits, merged_logits),
             difference_to_base=_largest(base_logits, merged_logits),
             same_text=adapter_text == merged_text,
@@ -259,19 +297,25 @@ class _Merging:
         )
 
     def _base_logits(self, precision: torch.dtype, probes: Sequence[Conversation]) -> torch.Tensor:
-        model = load_model(self.source, dtype=precision, quantize=False, adapters=False, base=self.base)
+        model = load_model(
+            self.source, dtype=precision, quantize=False, adapters=False, base=self.base
+        )
         return observe(model.float(), probes)[0]
 
 
 def passes(report: MergeReport) -> bool:
     """Whether a merge is near enough to the adapter."""
-    return report.difference_to_adapter <= report.allowed and (report.same_text or report.text_may_differ)
+    return report.difference_to_adapter <= report.allowed and (
+        report.same_text or report.text_may_differ
+    )
 
 
 def check_merge(report: MergeReport) -> None:
     """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
     if not report.difference_to_base > 0:  # so that it holds for a difference that is no number
-        raise ModelError("the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)")
+        raise ModelError(
+            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)"
+        )
     if not report.difference_to_adapter <= report.allowed:
         raise ModelError(
             f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {report.allowed:g}; "
@@ -298,7 +342,10 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _recipe_of(path: Path) -> Path | None:
     """The recipe of the run that a model folder is, or lies in."""
-    return next((file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()), None)
+    return next(
+        (file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()),
+        None,
+    )
 
 
 def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
@@ -311,7 +358,14 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
         return [plain_probe(model)]
     recipe = load_recipe(file).resolved_stages()[-1][1]
     try:
-        rows = list(islice(conversations(recipe.data, recipe.data.validation or recipe.data.train, recipe.seed), PROBED))
+        rows = list(
+            islice(
+                conversations(
+                    recipe.data, recipe.data.validation or recipe.data.train, recipe.seed
+                ),
+                PROBED,
+            )
+        )
     except DataError:  # the data may have moved since; a merge does not need it
         rows = []
     return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
@@ -324,19 +378,25 @@ def plain_probe(model: VisionLanguageModel) -> Conversation:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(buffer, format="PNG")
+    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(
+        buffer, format="PNG"
+    )
     question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
     return Conversation("probe", (question, Message("assistant", ("a red square",))))
 
 
 @torch.inference_mode()
-def observe(model: VisionLanguageModel, rows: Sequence[Conversation]) -> tuple[torch.Tensor, list[str]]:
+def observe(
+    model: VisionLanguageModel, rows: Sequence[Conversation]
+) -> tuple[torch.Tensor, list[str]]:
     """What a model does with rows: logits of their supervised tokens (fp32, flat), and its greedy answers."""
     model.eval()
     examples = [example for row in rows for example in model.processor.examples(row)]
     found: list[torch.Tensor] = []
     for example in examples:
-        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(model.device)
+        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(
+            model.device
+        )
         embeds: Any = model.embed(batch)
         found.append(model.llm.supervised_logits(embeds, batch).float().flatten())
     texts = model.answers(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)

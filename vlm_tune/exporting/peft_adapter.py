@@ -43,15 +43,21 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
     of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
     reasons = [] if any(rule.how == "lora" for rule in of_llm) else ["no rule puts LoRA on the llm"]
     if config.llm.name is None:
-        reasons.append("its language model starts from random weights, and has no name to be an adapter over")
+        reasons.append(
+            "its language model starts from random weights, and has no name to be an adapter over"
+        )
     elif config.llm.quantize is None and any(rule.trains_base for rule in of_llm):
         reasons.append("its language model's own weights are trained too")
     elif find_vlm(config.llm.name) is not None:
-        reasons.append(f"its language model is a part of {config.llm.name}, which PEFT can't load alone")
+        reasons.append(
+            f"its language model is a part of {config.llm.name}, which PEFT can't load alone"
+        )
     return reasons
 
 
-def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
+def export_adapter(
+    path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice
+) -> ExportReport:
     """Writes the LLM's adapter as a PEFT folder. Raises `ModelError` for a model without one, or whose base has no name."""
     source = find_model(path)
     config = read_config(source, base)
@@ -59,9 +65,13 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
     if not (source / ADAPTERS["llm"]).is_dir():
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
-        raise ModelError(f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava")
+        raise ModelError(
+            f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava"
+        )
     if find_vlm(config.llm.name) is not None:
-        raise ModelError(f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava")
+        raise ModelError(
+            f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava"
+        )
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
     check_output(output, path)
@@ -76,7 +86,9 @@ def export_adapter(path: Path, output: Path, dtype: str | None, verify: bool, ba
         if (source / OWN).is_file():
             _add_own_weights(folder, source)
         tensors = read_safetensors(folder / "adapter_model.safetensors")
-        report = ExportReport(str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None)
+        report = ExportReport(
+            str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None
+        )
         if verify:
             difference, allowed, rows, notes = verify_adapter(folder, path, source, base)
             report = replace(report, difference=difference, allowed=allowed, rows=rows, notes=notes)
@@ -92,11 +104,16 @@ def _add_own_weights(folder: Path, source: Path) -> None:
     config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in own})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     weights = folder / "adapter_model.safetensors"
-    write_safetensors(read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in own.items()}, weights)
+    write_safetensors(
+        read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in own.items()},
+        weights,
+    )
 
 
 @torch.inference_mode()
-def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> tuple[float, float, int, list[str]]:
+def verify_adapter(
+    folder: Path, path: Path, source: Path, base: BaseChoice
+) -> tuple[float, float, int, list[str]]:
     """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
 
     With them notes on what answers by plain PEFT depend on beside logits. Raises `ModelError` if that is too far, or if the
@@ -107,23 +124,40 @@ def verify_adapter(folder: Path, path: Path, source: Path, base: BaseChoice) -> 
     model = load_model(source, dtype=torch.float32, quantize=False, base=base)
     rows = probe_rows(path, model)
     ids = [
-        torch.from_numpy(e.input_ids[~e.image_mask]).long()[None].to(model.device) for row in rows for e in model.processor.examples(row)
+        torch.from_numpy(e.input_ids[~e.image_mask]).long()[None].to(model.device)
+        for row in rows
+        for e in model.processor.examples(row)
     ]
     llm = model.config.llm.model_copy(update={"quantize": None})
     untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
     make_room(untuned, len(model.llm.model.get_input_embeddings().weight))
     seq2seq = model.llm.layout == "seq2seq"
-    own, plain = ([_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned))
+    own, plain = (
+        [_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned)
+    )
     theirs = PeftModel.from_pretrained(untuned, str(folder)).eval()
     found = [_text_logits(theirs, one, seq2seq) for one in ids]
-    difference, change = (max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True)) for other in (found, plain))
+    difference, change = (
+        max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
+        for other in (found, plain)
+    )
     if not change > 0:
-        raise ModelError("the adapter changes nothing: the model's logits equal its base's; nothing was written")
+        raise ModelError(
+            "the adapter changes nothing: the model's logits equal its base's; nothing was written"
+        )
     allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
     if not difference <= allowed:
-        raise ModelError(f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written")
+        raise ModelError(
+            f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written"
+        )
     base_says = ", ".join(f"{key} {quoted(value)}" for key, value in model.llm.dropped.items())
-    notes = [f"the base's generation config changes what plain PEFT answers, and not answers here: {base_says}"] if base_says else []
+    notes = (
+        [
+            f"the base's generation config changes what plain PEFT answers, and not answers here: {base_says}"
+        ]
+        if base_says
+        else []
+    )
     return difference, allowed, len(rows), notes
 
 
@@ -135,6 +169,8 @@ def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
 def _adapter_card(path: Path, config: VisionLanguageConfig, report: ExportReport) -> str:
     base = f"{config.llm.name}" + (f" ({config.llm.gguf_file})" if config.llm.gguf_file else "")
     lines = ["---", "library_name: peft", f"base_model: {config.llm.name}", "---", ""]
-    lines += [f"The language model's LoRA adapter of a vision-language model, over {base}: {report.parameters:,} parameters."]
+    lines += [
+        f"The language model's LoRA adapter of a vision-language model, over {base}: {report.parameters:,} parameters."
+    ]
     lines += ["Beside it: `connector.safetensors`, and what was changed of the tower."]
     return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -63,7 +63,9 @@ class Expected:
         return EXACT * max(1.0, float(self.logits.abs().max())) if dtype == "fp32" else TOLERANCE
 
 
-def whole_model(path: Path, source: Path, output: Path, dtype: str | None, base: BaseChoice) -> tuple[VisionLanguageModel, list[str]]:
+def whole_model(
+    path: Path, source: Path, output: Path, dtype: str | None, base: BaseChoice
+) -> tuple[VisionLanguageModel, list[str]]:
     """The model in 16 bit or fp32 without adapters or quantised weights, and the parts whose adapter was merged."""
     if any((source / name).is_dir() for name in ADAPTERS.values()):
         model, report = merged_model(path, output, dtype, base=base)
@@ -98,10 +100,14 @@ def check_room(parameters: int, output: Path, width: float, copies: float) -> No
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if disk > free:
-        raise ModelError(f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing was started")
+        raise ModelError(
+            f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing was started"
+        )
     available = available_memory()
     if memory > available:
-        raise ModelError(f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing was started")
+        raise ModelError(
+            f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing was started"
+        )
 
 
 def available_memory() -> int:
@@ -130,14 +136,24 @@ def count_parameters(text: Any, config: VisionLanguageConfig) -> int:
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(text)
         tower = build_tower(config.model.tower, config.tower_rebuild)
-        connector = build_connector(config.model.connector, tower.measure()[1], language.get_input_embeddings().embedding_dim)
-    return sum(parameter.numel() for part in (language, tower, connector) for parameter in part.parameters())
+        connector = build_connector(
+            config.model.connector,
+            tower.measure()[1],
+            language.get_input_embeddings().embedding_dim,
+        )
+    return sum(
+        parameter.numel()
+        for part in (language, tower, connector)
+        for parameter in part.parameters()
+    )
 
 
 def check_prompt(source: Path) -> None:
     """Raises `ModelError` for a model with a soft prompt or prefix, which other formats have no place for."""
     if (source / PROMPT).is_dir():
-        raise ModelError(f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; nothing was started")
+        raise ModelError(
+            f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; nothing was started"
+        )
 
 
 # --- what it answers -------------------------------------------------------------------------------------------------
@@ -149,14 +165,20 @@ def expected_of(path: Path, model: VisionLanguageModel) -> Expected:
     controls = model.processor.encoder.controls_in
     # A text that writes a control token is that token to a plain tokenizer: ours keeps it text, so ids may differ.
     rows = [
-        row for row in probe_rows(path, model) if not any(controls(part) for m in row.messages for part in m.parts if isinstance(part, str))
+        row
+        for row in probe_rows(path, model)
+        if not any(
+            controls(part) for m in row.messages for part in m.parts if isinstance(part, str)
+        )
     ]
     rows = rows or [plain_probe(model)]
     logits, texts = observe(model, rows)
     return Expected(rows, logits.unflatten(0, (-1, model.llm.head.weight.shape[0])), texts)  # type: ignore[union-attr]
 
 
-def check_answers(expected: Expected, logits: torch.Tensor, texts: list[str], tolerance: float) -> float:
+def check_answers(
+    expected: Expected, logits: torch.Tensor, texts: list[str], tolerance: float
+) -> float:
     """How far an export's logits [S, V] are from the model's. Raises `ModelError` where that is too far, and for other texts."""
     difference = float((logits - expected.logits).abs().max())
     if not difference <= tolerance:
@@ -164,7 +186,11 @@ def check_answers(expected: Expected, logits: torch.Tensor, texts: list[str], to
             f"the exported model's logits differ from the model's by {difference:.3g}, more than {tolerance:.2g}; nothing was written"
         )
     if texts != expected.texts:
-        odd = next(place for place, pair in enumerate(zip(texts, expected.texts, strict=True)) if pair[0] != pair[1])
+        odd = next(
+            place
+            for place, pair in enumerate(zip(texts, expected.texts, strict=True))
+            if pair[0] != pair[1]
+        )
         raise ModelError(
             f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model with {expected.texts[odd]!r}; "
             "nothing was written"
@@ -175,7 +201,10 @@ def check_answers(expected: Expected, logits: torch.Tensor, texts: list[str], to
 def check_ids(row: Conversation, own: Sequence[int], found: Sequence[int]) -> None:
     """Raises `ModelError` for token ids that are not the model's own."""
     if list(own) != list(found):
-        place = next((n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found)))
+        place = next(
+            (n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b),
+            min(len(own), len(found)),
+        )
         raise ModelError(
             f"the chat template gives other token ids for {row.id} than the model was trained with, from place {place}: "
             f"{list(found[place : place + 4])}, expected {list(own[place : place + 4])}; nothing was written"
@@ -184,11 +213,31 @@ def check_ids(row: Conversation, own: Sequence[int], found: Sequence[int]) -> No
 
 def run_lines(path: Path) -> list[str]:
     """Scores and recipe of the run that a model lies in."""
-    run = next((folder for folder in (path, *path.resolve().parents) if (folder / "recipe.yaml").is_file()), None)
+    run = next(
+        (
+            folder
+            for folder in (path, *path.resolve().parents)
+            if (folder / "recipe.yaml").is_file()
+        ),
+        None,
+    )
     if run is None:
         return []
     scores: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError):
         result = json.loads((run / "result.json").read_text())
-        scores = ["", "## Scores", "", f"Exact match on {result['n']:,} test questions: {result['accuracy']:.4f}"]
-    return [*scores, "", "## Recipe", "", "```yaml", (run / "recipe.yaml").read_text().rstrip(), "```"]
+        scores = [
+            "",
+            "## Scores",
+            "",
+            f"Exact match on {result['n']:,} test questions: {result['accuracy']:.4f}",
+        ]
+    return [
+        *scores,
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        (run / "recipe.yaml").read_text().rstrip(),
+        "```",
+    ]

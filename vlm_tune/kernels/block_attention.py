@@ -52,7 +52,9 @@ class _Block:
 
     def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """[G, H / G * Q, N]: how much each query takes of each key, given `queries` and keys [G, N, D]; zeros for one that sees none."""
-        scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale).unflatten(1, (-1, len(self.seen)))
+        scores = (
+            torch.bmm(query, key.transpose(1, 2)).mul_(scale).unflatten(1, (-1, len(self.seen)))
+        )
         found = scores.masked_fill_(~self.seen, UNSEEN).softmax(-1)
         blind = ~self.seen.any(-1)
         if bool(blind.any()):
@@ -104,16 +106,30 @@ def attend_blocks_backward(
             flow = block.queries(gradient[row].transpose(0, 1), groups)
             weights = block.weights(own, seen, scale)
             of_weights = torch.bmm(flow, values.transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
-            of_query[row, block.rows] = block.of_row(torch.bmm(of_scores, seen), heads).transpose(0, 1)
-            of_both = torch.bmm(of_scores.transpose(1, 2), own), torch.bmm(weights.transpose(1, 2), flow)
+            of_scores = torch.ops.aten._softmax_backward_data(
+                of_weights, weights, -1, weights.dtype
+            ).mul_(scale)
+            of_query[row, block.rows] = block.of_row(torch.bmm(of_scores, seen), heads).transpose(
+                0, 1
+            )
+            of_both = (
+                torch.bmm(of_scores.transpose(1, 2), own),
+                torch.bmm(weights.transpose(1, 2), flow),
+            )
             for total, made in zip(sums, of_both, strict=True):
                 total.index_add_(1, block.keys[: block.count], made[:, : block.count].to(wide))
         of_key[row], of_value[row] = (total.transpose(0, 1) for total in sums)
     return of_query, of_key, of_value
 
 
-def attend_grown(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, grown: Sequence[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+def attend_grown(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    grown: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+) -> Tensor:
     """Outputs [B, K, H, D] of the newest tokens' query [B, H, K, D] of K branches of rows.
 
     `keys` and `values` [B, G, L, D] are a row's, of which its branches see bool[B, K, L] `seen`; `grown` are the key and
@@ -127,5 +143,7 @@ def attend_grown(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, grow
     scores = torch.cat([first.masked_fill_(~seen[:, None, None], UNSEEN), later], -1).mul_(scale)
     weights = scores.softmax(-1).to(query.dtype)
     before, after = weights.split([keys.shape[2], len(grown)], -1)
-    out = (before.flatten(2, 3) @ values).unflatten(2, (-1, branches)) + torch.einsum("bgrkn,bgnkd->bgrkd", after, values_grown)
+    out = (before.flatten(2, 3) @ values).unflatten(2, (-1, branches)) + torch.einsum(
+        "bgrkn,bgnkd->bgrkd", after, values_grown
+    )
     return out.reshape(len(query), heads, branches, -1).transpose(1, 2).contiguous()

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (silu, functools.partial(gelu, approximate="tanh"))
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    silu,
+    functools.partial(gelu, approximate="tanh"),
+)
 """By the kernel's number of each."""
 
 DERIVATIVES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -50,7 +53,15 @@ class _Adapter:
             low.copy_(found)
         return out.addmm_(found, self.up.t())
 
-    def flow(self, flow: Tensor, x: Tensor, low: Tensor, of_x: Tensor | None, of_down: Tensor, of_up: Tensor) -> None:
+    def flow(
+        self,
+        flow: Tensor,
+        x: Tensor,
+        low: Tensor,
+        of_x: Tensor | None,
+        of_down: Tensor,
+        of_up: Tensor,
+    ) -> None:
         """Adds to the gradients of x [n, I], A [r, I] and B [O, r] what flows back from the outputs [n, O]."""
         if not self.rank:
             return
@@ -107,7 +118,12 @@ def gated_rows_backward(
     """Writes the gradients of x [T, H] (of no rows where it is not wanted), and those of every A and every B, one after another."""
     gate, up, down = (_Adapter(*each, rows.dtype) for each in zip(downs, ups, scales, strict=True))
     of_downs, of_ups = (
-        [part.view_as(each) for part, each in zip(flat.zero_().split([each.numel() for each in layers]), layers, strict=True)]
+        [
+            part.view_as(each)
+            for part, each in zip(
+                flat.zero_().split([each.numel() for each in layers]), layers, strict=True
+            )
+        ]
         for flat, layers in ((found[1], downs), (found[2], ups))
     )
     halves = _halves(kept[0], len(rows))

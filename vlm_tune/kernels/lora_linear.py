@@ -49,29 +49,46 @@ def _down(downs: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
     """A [R, I] of all layers, with rows of zeros up to `rank`."""
     if len(downs) == 1 and len(downs[0]) == rank:
         return downs[0].to(dtype)
-    return torch.cat([*downs, downs[0].new_zeros(rank - sum(map(len, downs)), downs[0].shape[1])]).to(dtype)
+    return torch.cat(
+        [*downs, downs[0].new_zeros(rank - sum(map(len, downs)), downs[0].shape[1])]
+    ).to(dtype)
 
 
 def _fill(tail: Tensor, ups: Sequence[Tensor], scales: Sequence[float]) -> None:
     """Writes the scaled B of each layer into its own rows and columns of `tail` [O, R]."""
-    for up, scale, rows, ranks in zip(ups, scales, parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), strict=True):
+    for up, scale, rows, ranks in zip(
+        ups, scales, parts([len(up) for up in ups]), parts([up.shape[1] for up in ups]), strict=True
+    ):
         tail[rows, ranks].copy_(up * scale)
 
 
-def unpacked(codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def unpacked(
+    codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """The numbers of a weight's 4-bit codes and block scales, packed as `packing` says (nf4:64)."""
     import bitsandbytes  # noqa: F401 - registers the operator
 
     kind, block = packing.split(":")
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, int(block), kind, list(shape), dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales, int(block), kind, list(shape), dtype
+    )
 
 
-def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequence[Tensor], like: Tensor, width: int) -> Tensor:
+def joined_weights(
+    weights: Sequence[Tensor],
+    packing: str,
+    room: int,
+    ups: Sequence[Tensor],
+    like: Tensor,
+    width: int,
+) -> Tensor:
     """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
     if not packing:
         return weights[0]
     matrix = like.new_zeros(sum(map(len, ups)), width + room) if room else None
-    for codes, scales, up, rows in zip(weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True):
+    for codes, scales, up, rows in zip(
+        weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True
+    ):
         found = unpacked(codes, scales, packing, (len(up), width), like.dtype)
         if matrix is None:
             return found
@@ -82,7 +99,12 @@ def joined_weights(weights: Sequence[Tensor], packing: str, room: int, ups: Sequ
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
     """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and max(rows.shape[1], *outputs) <= LARGE and native.has_kernels()
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == torch.bfloat16
+        and max(rows.shape[1], *outputs) <= LARGE
+        and native.has_kernels()
+    )
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -110,8 +132,12 @@ class _Layer(ctypes.Structure):
 class Adapters:
     """A and B of layers in fp32, and what each B is scaled by, as a kernel takes them."""
 
-    def __init__(self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> None:
-        self.downs, self.ups = ([each.float().contiguous() for each in some] for some in (downs, ups))
+    def __init__(
+        self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
+    ) -> None:
+        self.downs, self.ups = (
+            [each.float().contiguous() for each in some] for some in (downs, ups)
+        )
         self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
         made = [
             _Layer(native.address(down), native.address(up), *up.shape, scale)
@@ -123,17 +149,33 @@ class Adapters:
 def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
     """Gradients one after another as those of each layer's A or B, in its type."""
     places = parts([each.numel() for each in layers])
-    return [flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)]
+    return [
+        flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)
+    ]
 
 
-def _quick(rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters) -> tuple[Tensor, Tensor]:
+def _quick(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters
+) -> tuple[Tensor, Tensor]:
     """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
     count, width = rows.shape
     out = rows.new_empty(count, adapters.outputs)
     low = rows.new_empty(count, adapters.rank)
-    shape = sizes(count, width, adapters.outputs, adapters.rank, rows.stride(0), weight.stride(0), len(adapters.ups))
+    shape = sizes(
+        count,
+        width,
+        adapters.outputs,
+        adapters.rank,
+        rows.stride(0),
+        weight.stride(0),
+        len(adapters.ups),
+    )
     native.kernels().low_rank(
-        shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, weight, bias, None, out, low)
+        shape,
+        adapters.array,
+        *native.pointers(rows, None),
+        NO_NORM,
+        *native.pointers(None, weight, bias, None, out, low),
     )
     return out, low
 
@@ -150,7 +192,18 @@ def _quick_backward(
     native.kernels().low_rank_backward(
         sizes(count, width, adapters.outputs, adapters.rank, *strides, len(adapters.ups), TOGETHER),
         adapters.array,
-        *native.pointers(gradient, rows, None, None, None, low, weight, x_gradient if needs_x else None, of_downs, of_ups),
+        *native.pointers(
+            gradient,
+            rows,
+            None,
+            None,
+            None,
+            low,
+            weight,
+            x_gradient if needs_x else None,
+            of_downs,
+            of_ups,
+        ),
     )
     return x_gradient, of_downs, of_ups
 
@@ -180,7 +233,9 @@ def project(
         return _quick(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
     if not room:
         kept = rows @ downs[0].to(rows.dtype).t()
-        return linear(rows, matrix, bias).addmm_(kept, (ups[0] * scales[0]).to(rows.dtype).t()), kept
+        return linear(rows, matrix, bias).addmm_(
+            kept, (ups[0] * scales[0]).to(rows.dtype).t()
+        ), kept
     # Written in secret, as far as a compiler knows: the frozen columns stay what they were, and nobody else reads the rest.
     _fill(matrix.data[:, width:], ups, scales)
     kept = rows @ _down(downs, room, rows.dtype).t()
@@ -189,10 +244,20 @@ def project(
 
 @project.register_fake
 def _(
-    rows: Tensor, weights: Any, packing: str, room: int, quick: bool, bias: Tensor | None, downs: Any, ups: Any, scales: Any
+    rows: Tensor,
+    weights: Any,
+    packing: str,
+    room: int,
+    quick: bool,
+    bias: Tensor | None,
+    downs: Any,
+    ups: Any,
+    scales: Any,
 ) -> tuple[Tensor, Tensor]:
     kept = room if room and not quick else sum(map(len, downs))
-    return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(rows.shape[0], kept)
+    return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(
+        rows.shape[0], kept
+    )
 
 
 @torch.library.custom_op(f"vlm_tune::project_backward_{SOURCE}", mutates_args=())
@@ -216,13 +281,19 @@ def project_backward(
     width = downs[0].shape[1]
     matrix = joined_weights(weights, packing, room, ups, kept, width)
     if quick:
-        return _quick_backward(rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x)
+        return _quick_backward(
+            rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x
+        )
     if room:
         # The forward pass left s B beside W, so one GEMM gives what flows back through both.
         if packing:
             _fill(matrix[:, width:], ups, scales)
         both = gradient @ matrix if needs_x else None
-        x_gradient, low_gradient = (None, gradient @ matrix[:, width:]) if both is None else (both[:, :width], both[:, width:])
+        x_gradient, low_gradient = (
+            (None, gradient @ matrix[:, width:])
+            if both is None
+            else (both[:, :width], both[:, width:])
+        )
     else:
         low_gradient = gradient @ (ups[0] * scales[0]).to(kept.dtype)
         x_gradient = gradient @ matrix if needs_x else None
@@ -255,7 +326,9 @@ def _(
     rank = kept.shape[1]
     count = gradient.shape[0]
     return (
-        gradient.new_empty_strided((count, width), (width + room, 1)) if needs_x else gradient.new_empty(0, width),
+        gradient.new_empty_strided((count, width), (width + room, 1))
+        if needs_x
+        else gradient.new_empty(0, width),
         gradient.new_empty(rank, width),
         gradient.new_empty(rank, gradient.shape[1]),
     )

@@ -13,12 +13,19 @@ Change = Callable[[TrainSection], dict[str, Any]]
 """What of a train section is set to what."""
 
 
-def changes(recipe: Recipe, processes: int, zero: int) -> Iterator[tuple[str, Change, str | None, int]]:
+def changes(
+    recipe: Recipe, processes: int, zero: int
+) -> Iterator[tuple[str, Change, str | None, int]]:
     """Each change in words, what it sets in a train section, the LLM's quantisation, and the ZeRO stage."""
     stages = [stage for _, stage in recipe.resolved_stages()]
     divided = all(stage.train.batch_size > 1 or stage.train.batch_tokens for stage in stages)
     unchecked = not all(stage.train.gradient_checkpointing for stage in stages)
-    lone = all(not rule.match.startswith(("llm", "*")) for stage in stages for rule in stage.tune if rule.how == "full")
+    lone = all(
+        not rule.match.startswith(("llm", "*"))
+        for stage in stages
+        for rule in stage.tune
+        if rule.how == "full"
+    )
     packs = recipe.model.llm.quantize is None and recipe.scratch is None and lone
     none: Change = lambda train: {}  # noqa: E731
     if divided:
@@ -30,8 +37,11 @@ def changes(recipe: Recipe, processes: int, zero: int) -> Iterator[tuple[str, Ch
     if packs:
         yield "the LLM's frozen weights in nf4", none, "nf4", zero
     if divided + unchecked + packs > 1:
-        both: Change = lambda train: (_halved(train) if divided else {}) | (_checkpointed(train) if unchecked else {})  # noqa: E731
-        yield "all of these", both, "nf4" if packs else None, zero
+
+        def all_of_these(train: TrainSection) -> dict[str, Any]:
+            return (_halved(train) if divided else {}) | (_checkpointed(train) if unchecked else {})
+
+        yield "all of these", all_of_these, "nf4" if packs else None, zero
     ranks = max(processes, 2)
     # Packed 4- and 8-bit weights can't be divided among processes.
     for stage in (2,) if recipe.model.llm.quantize else (2, 3):
@@ -48,7 +58,10 @@ def _halved(train: TrainSection) -> dict[str, Any]:
 
 
 def _alone(train: TrainSection) -> dict[str, Any]:
-    return {"batch_size": 1, "gradient_accumulation": train.batch_size * train.gradient_accumulation}
+    return {
+        "batch_size": 1,
+        "gradient_accumulation": train.batch_size * train.gradient_accumulation,
+    }
 
 
 def _checkpointed(train: TrainSection) -> dict[str, Any]:
@@ -61,7 +74,9 @@ def changed(recipe: Recipe, change: Change, quantize: str | None) -> Recipe:
     made["train"] |= change(recipe.train)
     for stage, (_, resolved) in zip(made.get("stages", []), recipe.resolved_stages(), strict=False):
         own = stage.get("train", {})
-        stage["train"] = own | {key: value for key, value in change(resolved.train).items() if key in own}
+        stage["train"] = own | {
+            key: value for key, value in change(resolved.train).items() if key in own
+        }
     if quantize:
         made["model"].setdefault("llm", {})["quantize"] = quantize
     return Recipe.model_validate(made)

@@ -74,23 +74,39 @@ def _processor(recipe: Recipe) -> tuple[Processor | None, str]:
         return None, str(error)
 
 
-def _read(stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, processes: int) -> Reading:
+def _read(
+    stage: Recipe, processor: Processor | None, why: str, recipe: Recipe, processes: int
+) -> Reading:
     data = stage.data
     until = time.monotonic() + PREPARING
     if processor is None or data.streaming:
         return Reading(None, None, 0, f"max_length ({why or 'rows are streamed'})")
-    own = processor.variant(data.template if data.template != recipe.data.template else None, data.system)
+    own = processor.variant(
+        data.template if data.template != recipe.data.template else None, data.system
+    )
     try:
-        prepared = prepare(data, data.train, own, seed=stage.seed, stop=lambda: time.monotonic() > until)
+        prepared = prepare(
+            data, data.train, own, seed=stage.seed, stop=lambda: time.monotonic() > until
+        )
         feed = _feed(stage, prepared, own, processes)
     except Interrupted:
-        return Reading(None, None, 0, f"max_length (the rows are not prepared and take more than {PREPARING:g} s)")
+        return Reading(
+            None,
+            None,
+            0,
+            f"max_length (the rows are not prepared and take more than {PREPARING:g} s)",
+        )
     except DataError as error:
         return Reading(None, None, 0, f"max_length ({error})")
     start = Position()
     largest, sampled, count = _chosen(feed)
     works = [work_of(feed.batch(start, place)) for place in sampled]
-    mean = Work(*(float(np.mean([getattr(work, name) for work in works])) for name in Work.__dataclass_fields__))  # type: ignore[arg-type]
+    mean = Work(
+        *(
+            float(np.mean([getattr(work, name) for work in works]))
+            for name in Work.__dataclass_fields__
+        )
+    )  # type: ignore[arg-type]
     source = f"the largest of {count:,} batches of the data"
     return Reading(feed.batch(start, largest), mean, len(prepared.media), source, feed.steps(start))
 
@@ -108,8 +124,13 @@ def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
 
     def padded(place: Place) -> int:
         rows = epoch.rows(*place, 0, feed.ranks)
-        length = max((lengths[row[0], 0] if len(row) == 1 else lengths[row, 1].sum() for row in rows), default=0)
-        return int(length) * sum(len(feed.prepared.unit(row[0])) if len(row) == 1 else 1 for row in rows)
+        length = max(
+            (lengths[row[0], 0] if len(row) == 1 else lengths[row, 1].sum() for row in rows),
+            default=0,
+        )
+        return int(length) * sum(
+            len(feed.prepared.unit(row[0])) if len(row) == 1 else 1 for row in rows
+        )
 
     sampled = sorted({int(number) for number in np.linspace(0, len(places) - 1, SAMPLED)})
     return max(places, key=padded), [places[number] for number in sampled], len(places)
@@ -125,7 +146,11 @@ def work_of(batch: Batch) -> Work:
     inputs = real.sum(1).double()
     outputs = said.sum(1).double()
     if causal:
-        pairs = (tree_mask(batch.ends) & real[:, None, :, None]).sum() if batch.ends is not None else (inputs * (inputs + 1) / 2).sum()
+        pairs = (
+            (tree_mask(batch.ends) & real[:, None, :, None]).sum()
+            if batch.ends is not None
+            else (inputs * (inputs + 1) / 2).sum()
+        )
     elif batch.samples is not None and batch.label_samples is not None:
         own = batch.samples
         answers = batch.label_samples.masked_fill(~said, -2)
@@ -137,13 +162,24 @@ def work_of(batch: Batch) -> Work:
         pairs = (inputs**2 + outputs * (outputs + 1) / 2 + inputs * outputs).sum()
     answers = 0.0 if causal else float(said.sum())
     return Work(
-        rows, length, labels, float(real.sum()), answers, float(said.sum()), float(len(set(batch.media_index.tolist()))), float(pairs)
+        rows,
+        length,
+        labels,
+        float(real.sum()),
+        answers,
+        float(said.sum()),
+        float(len(set(batch.media_index.tolist()))),
+        float(pairs),
     )
 
 
 def longest_batch(stage: Recipe, spec: Any, length: int) -> Batch:
     """A batch of rows of `length` tokens with one image each, all of whose text is supervised; an answer, for an encoder-decoder."""
-    rows = stage.train.batch_size if stage.train.batch_tokens is None else max(stage.train.batch_tokens // length, 1)
+    rows = (
+        stage.train.batch_size
+        if stage.train.batch_tokens is None
+        else max(stage.train.batch_tokens // length, 1)
+    )
     shown = min(spec.tokens_per_image, length - 1)
     ids = torch.zeros(rows, length, dtype=torch.int64)
     slots = torch.zeros(rows, length, dtype=torch.bool)

@@ -59,7 +59,9 @@ class Communication:
     most: float | None
 
 
-def traffic(trained: int, ran: int, returned: int, *, stage: int, processes: int, accumulation: int = 1) -> Traffic:
+def traffic(
+    trained: int, ran: int, returned: int, *, stage: int, processes: int, accumulation: int = 1
+) -> Traffic:
     """What a process sends a step; `trained` are bytes of gradients, `ran` of weights that run forward, `returned` backward."""
     ring = (processes - 1) / processes
     micro = accumulation if stage >= 2 else 1
@@ -71,7 +73,9 @@ def traffic(trained: int, ran: int, returned: int, *, stage: int, processes: int
     )
 
 
-def communication(sent: Traffic, flops: float, *, nodes: int, bandwidth: float, speed: float | None = None) -> Communication:
+def communication(
+    sent: Traffic, flops: float, *, nodes: int, bandwidth: float, speed: float | None = None
+) -> Communication:
     """The time of a step's traffic at `bandwidth` bytes/s, beside `flops` computed at `speed` FLOP/s where that is known."""
     seconds = sent.total / bandwidth
     computing = flops / speed if speed else None
@@ -79,4 +83,6 @@ def communication(sent: Traffic, flops: float, *, nodes: int, bandwidth: float, 
     if computing:
         least = computing / (computing + seconds)
         most = computing / max(computing, seconds)
-    return Communication(sent, nodes, bandwidth, seconds, seconds * GOOD / (1 - GOOD), computing, least, most)
+    return Communication(
+        sent, nodes, bandwidth, seconds, seconds * GOOD / (1 - GOOD), computing, least, most
+    )

@@ -85,7 +85,10 @@ class Glibc(Range):
         return size + ASIDE
 
     def fitting(self, size: int) -> int | None:
-        return min(((hole, number) for number, (_, hole) in enumerate(self.holes) if hole >= size), default=(0, None))[1]
+        return min(
+            ((hole, number) for number, (_, hole) in enumerate(self.holes) if hole >= size),
+            default=(0, None),
+        )[1]
 
 
 def holes(trace: Trace, placed_by: Allocator, *, accumulating: bool) -> int:

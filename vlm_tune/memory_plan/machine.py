@@ -52,7 +52,11 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
         times.append(product())
     # The median: others may use the machine, and a run will share it with them, too.
     middle = sorted(times)[len(times) // 2]
-    name = torch.cuda.get_device_name(device) if gpu else f"this CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if gpu
+        else f"this CPU, {torch.get_num_threads()} threads"
+    )
     return Machine(name, precision, 2.0 * rows * inputs * outputs / middle, _lacks(gpu))
 
 
@@ -65,5 +69,7 @@ def _lacks(gpu: bool) -> list[str]:
     if status.mode != "amx":
         lacks.append(str(status))
     if compiler() is None:
-        lacks.append("no C++ compiler, so blocks are not compiled and tensors lie where malloc puts them")
+        lacks.append(
+            "no C++ compiler, so blocks are not compiled and tensors lie where malloc puts them"
+        )
     return lacks

@@ -43,7 +43,16 @@ from vlm_tune.resources import KERNEL_BYTES, KERNELS
 CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries' work space take of a GPU."""
 MOST_PROCESSES = 1_000_000
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 LONGEST = 1_000_000
 """Tokens of a row that a plan may be asked for."""
 
@@ -74,7 +83,17 @@ def plan(
     _check_arguments(gpu_memory, processes, zero, offload, nodes, tokens)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
-    setting = _Setting(processes, zero, tokens, gpu, offload, nodes, bandwidth, tflops, CONTEXT if gpu else resident())
+    setting = _Setting(
+        processes,
+        zero,
+        tokens,
+        gpu,
+        offload,
+        nodes,
+        bandwidth,
+        tflops,
+        CONTEXT if gpu else resident(),
+    )
     _check(loaded, setting)
     stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
     found = Plan(
@@ -91,24 +110,32 @@ def plan(
         stages=stages,
         seconds=0.0,
         # A memory that is named, and several processes, are of other machines.
-        machine=measure(loaded.train.precision, DTYPES[loaded.train.precision]) if limit is None and processes == 1 else None,
+        machine=measure(loaded.train.precision, DTYPES[loaded.train.precision])
+        if limit is None and processes == 1
+        else None,
     )
     advice = _advice(loaded, found, setting) if advise or found.fits is False else []
     return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
 
 
-def _check_arguments(gpu_memory: Any, processes: Any, zero: Any, offload: Any, nodes: Any, tokens: Any) -> None:
+def _check_arguments(
+    gpu_memory: Any, processes: Any, zero: Any, offload: Any, nodes: Any, tokens: Any
+) -> None:
     """Raises `RecipeError` for an argument of another kind than `plan` takes."""
     if not isinstance(gpu_memory, str):
         check_count("--gpu-memory", gpu_memory)
     for option, count in (("--processes", processes), ("--nodes", nodes)):
         check_count(option, count)
         if count > MOST_PROCESSES:
-            raise RecipeError([Problem(option, f"expected at most {MOST_PROCESSES:,}, not {count:,}")])
+            raise RecipeError(
+                [Problem(option, f"expected at most {MOST_PROCESSES:,}, not {count:,}")]
+            )
     if zero not in (0, 1, 2, 3):
         raise RecipeError([Problem("--zero", f"expected 0 to 3, not {quoted(zero)}")])
     if offload not in get_args(Offload):
-        raise RecipeError([Problem("--offload", f"{quoted(offload)} is none of {', '.join(get_args(Offload))}")])
+        raise RecipeError(
+            [Problem("--offload", f"{quoted(offload)} is none of {', '.join(get_args(Offload))}")]
+        )
     check_count("--tokens", tokens)
     if tokens is not None and not 2 <= tokens <= LONGEST:
         raise RecipeError([Problem("--tokens", f"expected 2 to {LONGEST:,}, not {tokens:,}")])
@@ -121,9 +148,13 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise RecipeError([Problem("--gpu-memory", f"{quoted(text)} is no size as 24GB or 40GiB")]) from None
+        raise RecipeError(
+            [Problem("--gpu-memory", f"{quoted(text)} is no size as 24GB or 40GiB")]
+        ) from None
     if size <= 0:
-        raise RecipeError([Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")])
+        raise RecipeError(
+            [Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")]
+        )
     return size
 
 
@@ -151,21 +182,41 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
     quantize = recipe.model.llm.quantize
     problems = []
     if setting.processes % setting.nodes:
-        problems.append(Problem("--nodes", f"{setting.processes} processes can't be spread evenly over {setting.nodes} nodes"))
+        problems.append(
+            Problem(
+                "--nodes",
+                f"{setting.processes} processes can't be spread evenly over {setting.nodes} nodes",
+            )
+        )
     if setting.offload != "none" and setting.zero < (least := 3 if setting.offload == "all" else 1):
         problems.append(
-            Problem("--offload", f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}")
+            Problem(
+                "--offload",
+                f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}",
+            )
         )
     if quantize and setting.zero == 3:
-        problems.append(Problem("--zero", f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be"))
-    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems("--tflops", setting.tflops)
+        problems.append(
+            Problem(
+                "--zero",
+                f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
+            )
+        )
+    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems(
+        "--tflops", setting.tflops
+    )
     if problems:
         raise RecipeError(problems)
 
 
-def _stage_plans(recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting) -> list[StagePlan]:
+def _stage_plans(
+    recipe: Recipe, tokenizer: Any, read: Sequence[Reading], setting: _Setting
+) -> list[StagePlan]:
     stages = recipe.resolved_stages()
-    return [_stage_plan(recipe, number, stage, tokenizer, read[number], setting) for number, (_, stage) in enumerate(stages)]
+    return [
+        _stage_plan(recipe, number, stage, tokenizer, read[number], setting)
+        for number, (_, stage) in enumerate(stages)
+    ]
 
 
 @dataclass(frozen=True)
@@ -190,7 +241,14 @@ class _Stage:
     holes: int
 
 
-def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Batch | None, setting: _Setting) -> _Stage:
+def _stage(
+    recipe: Recipe,
+    number: int,
+    stage: Recipe,
+    tokenizer: Any,
+    given: Batch | None,
+    setting: _Setting,
+) -> _Stage:
     """Makes and traces a stage's model with the batch given, or the longest, if that was not done before."""
     key = (recipe.model_dump_json(), number, pickle.dumps(given))
     if key in setting.known:
@@ -200,26 +258,52 @@ def _stage(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, given: Ba
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate
     with torch.device("meta"):
-        tuned = apply_rules(model, stage.tune, learning_rate=rate, precision=precision, exact=trained_later(recipe, number))
-    batch = given or longest_batch(stage, model.processor.spec, setting.tokens or stage.data.max_length)
+        tuned = apply_rules(
+            model,
+            stage.tune,
+            learning_rate=rate,
+            precision=precision,
+            exact=trained_later(recipe, number),
+        )
+    batch = given or longest_batch(
+        stage, model.processor.spec, setting.tokens or stage.data.max_length
+    )
     still = not any(parameter.requires_grad for parameter in model.tower.parameters())
-    cached = still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
+    cached = (
+        still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
+    )
     if recipe.scratch:
         # The largest that is cast is there in fp32 and in the precision it runs in.
-        made += max((p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4), default=0)
+        made += max(
+            (p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4),
+            default=0,
+        )
     sizes = _sizes(model)
     held = _held(model)
     attention = _attention_width(model)
     item = next(model.tower.parameters()).element_size()
     figures, holes = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
     found = _Stage(
-        sizes, held, tuned.table, made, still, cached, features, math.prod(features) * item, attention, work_of(batch), figures, holes
+        sizes,
+        held,
+        tuned.table,
+        made,
+        still,
+        cached,
+        features,
+        math.prod(features) * item,
+        attention,
+        work_of(batch),
+        figures,
+        holes,
     )
     setting.known[key] = found
     return found
 
 
-def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting) -> StagePlan:
+def _stage_plan(
+    recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting
+) -> StagePlan:
     found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
     accumulation = stage.train.gradient_accumulation
     held = found.held
@@ -238,9 +322,15 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )
-    memory = _memory(found.figures[:12], found.holes, shares, setting, half=stage.train.precision != "fp32")
+    memory = _memory(
+        found.figures[:12], found.holes, shares, setting, half=stage.train.precision != "fp32"
+    )
     mean = reading.mean or found.peak
-    tower = 0.0 if found.cached else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
+    tower = (
+        0.0
+        if found.cached
+        else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
+    )
     products = float(sum(found.figures[12:] * [getattr(mean, name) for name in ROWS]))
     flops = accumulation * (products + tower + 12 * found.attention * mean.attended)
     known = reading.batch is not None or setting.tokens
@@ -257,7 +347,9 @@ def _stage_plan(recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, read
         flops=flops,
         feature_cache=reading.images * found.feature_bytes if found.cached else 0,
         cached=found.cached,
-        communication=_communication(found.sizes, accumulation, flops, found.cached, setting) if setting.processes > 1 else None,
+        communication=_communication(found.sizes, accumulation, flops, found.cached, setting)
+        if setting.processes > 1
+        else None,
         steps=_steps(stage, reading),
     )
 
@@ -269,10 +361,16 @@ def _steps(stage: Recipe, reading: Reading) -> int | None:
     return planned_steps(stage.train, reading.steps)
 
 
-def _communication(sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting) -> Communication:
+def _communication(
+    sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting
+) -> Communication:
     """What joins the processes: the weights that run are all but a tower's whose features are kept."""
     tower, connector, llm = sizes
-    returned = llm.bytes + connector.bytes * (connector.trained + tower.trained > 0) + tower.bytes * (tower.trained > 0)
+    returned = (
+        llm.bytes
+        + connector.bytes * (connector.trained + tower.trained > 0)
+        + tower.bytes * (tower.trained > 0)
+    )
     sent = traffic(
         4 * sum(size.trained for size in sizes),
         llm.bytes + connector.bytes + (0 if cached else tower.bytes),
@@ -282,7 +380,9 @@ def _communication(sizes: list[PartSize], accumulation: int, flops: float, cache
         accumulation=accumulation,
     )
     speed = setting.tflops * 1e12 if setting.tflops else None
-    return communication(sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed)
+    return communication(
+        sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed
+    )
 
 
 def _sizes(model: VisionLanguageModel) -> list[PartSize]:
@@ -302,29 +402,50 @@ def _part_size(part: str, module: nn.Module) -> PartSize:
 
 def _weights(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _held(model: VisionLanguageModel) -> Held:
     """Bytes of frozen weights, trained ones, and adapters, and of the module with most weights of its own."""
-    named = [(name, p.requires_grad, p.numel() * p.element_size()) for m in parts(model).values() for name, p in m.named_parameters()]
+    named = [
+        (name, p.requires_grad, p.numel() * p.element_size())
+        for m in parts(model).values()
+        for name, p in m.named_parameters()
+    ]
     adapters = sum(size for name, _, size in named if "lora_" in name)
     trained = sum(size for name, train, size in named if train and "lora_" not in name)
-    largest = max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
-    return Held(sum(map(_weights, parts(model).values())) - trained - adapters, trained, adapters, largest)
+    largest = max(
+        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
+    return Held(
+        sum(map(_weights, parts(model).values())) - trained - adapters, trained, adapters, largest
+    )
 
 
 def _attention_width(model: VisionLanguageModel) -> float:
     """Layers x heads x head width of the LLM, as in 12 L h d_h A; of each stack, for an encoder-decoder."""
     config = model.llm.model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    head = (
+        getattr(config, "head_dim", None)
+        or getattr(config, "d_kv", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     return float(config.num_hidden_layers * config.num_attention_heads * head)
 
 
-def _memory(peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool) -> Memory:
+def _memory(
+    peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool
+) -> Memory:
     """One process's share at the fullest moment; a CPU multiplies by oneDNN's kernels in `half` precision alone."""
     # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
-    moments = [(a, o, g / setting.processes if setting.zero >= 2 else g) for a, o, g in peaks.reshape(-1, 3)]
+    moments = [
+        (a, o, g / setting.processes if setting.zero >= 2 else g)
+        for a, o, g in peaks.reshape(-1, 3)
+    ]
     activations, logits, gradients = max([*moments, (0, 0, shares.gradients)], key=sum)
     return Memory(
         frozen=shares.frozen,
@@ -346,7 +467,9 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
@@ -354,12 +477,20 @@ def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
     advice = []
     for text, change, quantize, at in changes(recipe, setting.processes, setting.zero):
         other = changed(recipe, change, quantize)
-        where = replace(setting, zero=at, processes=max(setting.processes, 2) if at > setting.zero else setting.processes)
+        where = replace(
+            setting,
+            zero=at,
+            processes=max(setting.processes, 2) if at > setting.zero else setting.processes,
+        )
         stages = _stage_plans(other, *readings(other, where.tokens, where.processes), where)
         sets = written("train", change(recipe.train))
         for number, stage in enumerate(recipe.stages):
             # What a stage sets itself is not changed by the common part.
-            own = {key: value for key, value in change(recipe.resolved_stages()[number][1].train).items() if key in stage.train}
+            own = {
+                key: value
+                for key, value in change(recipe.resolved_stages()[number][1].train).items()
+                if key in stage.train
+            }
             sets += written(f"stages.{number}.train", own)
         sets += [f"model.llm.quantize={quantize}"] if quantize else []
         advice.append(Advice(text, sets, at, max(stage.needed for stage in stages)))

@@ -132,5 +132,8 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """The plan as JSON."""
-        stages = [asdict(stage) | {"needed": stage.needed, "time": self.time(stage)} for stage in self.stages]
+        stages = [
+            asdict(stage) | {"needed": stage.needed, "time": self.time(stage)}
+            for stage in self.stages
+        ]
         return asdict(self) | {"needed": self.needed, "fits": self.fits, "stages": stages}

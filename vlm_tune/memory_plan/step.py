@@ -30,7 +30,12 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 
 
 def traced(
-    model: VisionLanguageModel, stage: Recipe, batch: Batch, features: tuple[int, int] | None, *, gpu: bool
+    model: VisionLanguageModel,
+    stage: Recipe,
+    batch: Batch,
+    features: tuple[int, int] | None,
+    *,
+    gpu: bool,
 ) -> tuple[np.ndarray, int]:
     """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); bytes of holes, on a CPU."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -39,7 +44,9 @@ def traced(
     count = len(batch.media_index.unique())
     model.train()
     if stage.train.gradient_checkpointing:
-        model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.llm.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     with fake:
         shown: Any = None
         if count and features:
@@ -55,12 +62,17 @@ def traced(
 
     def step() -> torch.Tensor:
         found = model(given, align=align)
-        return found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
+        return (
+            found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
+        )
 
     def measure() -> np.ndarray:
         to_fake(model, fake)
         # Around both passes, as the engines have it: what autocast keeps of weights it cast lives as long.
-        with _multiplied(model, batch, gpu) as products, torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
+        with (
+            _multiplied(model, batch, gpu) as products,
+            torch.autocast("cpu", dtype=half, enabled=half != torch.float32),
+        ):
             trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
@@ -88,11 +100,15 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
         # What each of them reads comes out of those before, of which all that read the same x stand in one group.
         for group in (module.projections()[:3], module.projections()[3:], [module.mlp]):
             found += [pair for layer in group for pair in _linear(layer, flows)]
-            flows = flows or any(parameter.requires_grad for layer in group for parameter in layer.parameters())
+            flows = flows or any(
+                parameter.requires_grad for layer in group for parameter in layer.parameters()
+            )
         return found
     if isinstance(module, GatedModule):
         *outer, inner = (module.get_submodule(name) for name in module.layer_names)
-        trains = flows or any(parameter.requires_grad for layer in outer for parameter in layer.parameters())
+        trains = flows or any(
+            parameter.requires_grad for layer in outer for parameter in layer.parameters()
+        )
         return [pair for layer in outer for pair in _linear(layer, flows)] + _linear(inner, trains)
     if not isinstance(module, LoraLinear):
         return [(module, flows)]
@@ -124,7 +140,12 @@ def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator
         place = 2 if of_head else place_of.get(taken, 3)
         for layer, needed in _linear(head if of_head else module, flows):
             if layer.weight is not None:
-                products[place] += (2 + 2 * needed + 2 * layer.weight.requires_grad) * count_of(layer.weight) * taken / per_row[place]
+                products[place] += (
+                    (2 + 2 * needed + 2 * layer.weight.requires_grad)
+                    * count_of(layer.weight)
+                    * taken
+                    / per_row[place]
+                )
 
     for part in (model.connector, model.llm):
         # A GPU runs no kernel of a CPU's: there a hook within each layer has the layers run one by one.

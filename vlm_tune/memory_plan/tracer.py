@@ -46,7 +46,15 @@ class Trace:
         They are the forward pass, two halves of the language model's backward pass, and what is below it: each grows evenly
         with the number of layers. `accumulating` is a micro-batch that finds the gradients of those before.
         """
-        kept = sum(size for size, kind in zip(self.sizes, self.kinds, strict=True) if kind == "gradients") if accumulating else 0
+        kept = (
+            sum(
+                size
+                for size, kind in zip(self.sizes, self.kinds, strict=True)
+                if kind == "gradients"
+            )
+            if accumulating
+            else 0
+        )
         below = len(self.events) if self.below is None else self.below
         middle = (self.backward + below) // 2
         live = np.array([0, 0, kept])
@@ -77,7 +85,9 @@ class _Recorder(TorchDispatchMode):
         self.alive: dict[int, tuple[int, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two in three of all calls, and nothing is computed
+        if (
+            func is torch.ops.prim.device.default
+        ):  # two in three of all calls, and nothing is computed
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
         if any(issubclass(kind, FakeTensor) for kind in types):
@@ -109,10 +119,17 @@ class _Recorder(TorchDispatchMode):
         if id(storage) not in self.alive:
             number = len(self.trace.sizes)
             self.trace.sizes.append(storage.nbytes())
-            wide = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point()
+            wide = (
+                tensor.ndim > 1
+                and tensor.shape[-1] == self.vocabulary
+                and tensor.is_floating_point()
+            )
             self.trace.kinds.append("logits" if wide else "activations")
             self.trace.events.append(number)
-            self.alive[id(storage)] = (number, weakref.ref(storage, self._gone(id(storage), number)))
+            self.alive[id(storage)] = (
+                number,
+                weakref.ref(storage, self._gone(id(storage), number)),
+            )
         return tensor
 
     def _gone(self, key: int, number: int) -> Callable[[Any], None]:
@@ -149,8 +166,14 @@ def to_fake(model: nn.Module, fake: FakeTensorMode) -> None:
                     continue
                 if id(tensor) not in made:
                     with fake:
-                        empty: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                    put = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        empty: Any = torch.empty_strided(
+                            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                        )
+                    put = (
+                        nn.Parameter(empty, tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else empty
+                    )
                     vars(put).update(vars(tensor))  # the shape that packed weights stand for
                     made[id(tensor)] = (put, tensor)
                 held[name] = made[id(tensor)][0]
@@ -160,14 +183,20 @@ def stacks(module: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists of more than DEEP layers that are alike, the first aside (of T5's, it has the position bias)."""
     found: list[nn.ModuleList] = []
     for child in module.children():
-        alike = isinstance(child, nn.ModuleList) and len(child) > DEEP and len({_likeness(layer) for layer in child[1:]}) == 1
+        alike = (
+            isinstance(child, nn.ModuleList)
+            and len(child) > DEEP
+            and len({_likeness(layer) for layer in child[1:]}) == 1
+        )
         found += [child] if alike else stacks(child)  # type: ignore[list-item]
     return found
 
 
 def _likeness(layer: nn.Module) -> tuple[Any, ...]:
     """What a layer's memory depends on: its weights, what of them trains, and whether something is hooked in before it."""
-    return len(layer._forward_pre_hooks), *((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters())
+    return len(layer._forward_pre_hooks), *(
+        (tuple(p.shape), p.dtype, p.requires_grad) for p in layer.parameters()
+    )
 
 
 def by_depth(model: nn.Module, measure: Callable[[], np.ndarray]) -> np.ndarray:
@@ -193,7 +222,13 @@ def by_depth(model: nn.Module, measure: Callable[[], np.ndarray]) -> np.ndarray:
     return measured[1] + (depth - 3) * (measured[1] - measured[0])
 
 
-def trace_step(model: nn.Module, llm: nn.Module, step: Callable[[], torch.Tensor], vocabulary: int, fake: FakeTensorMode) -> Trace:
+def trace_step(
+    model: nn.Module,
+    llm: nn.Module,
+    step: Callable[[], torch.Tensor],
+    vocabulary: int,
+    fake: FakeTensorMode,
+) -> Trace:
     """What `step`, which gives a loss of the fake `model`, and its backward pass allocate; `llm` takes embeds [B, L, E] first."""
     recorder = _Recorder(fake, vocabulary)
 

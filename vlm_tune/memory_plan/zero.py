@@ -65,12 +65,16 @@ def zero_memory(
     Raises `ValueError` for an offload that the stage does not have.
     """
     if (offload_optimizer and stage == 0) or (offload_parameters and stage < 3):
-        raise ValueError(f"ZeRO-{stage} offloads no {'optimizer' if offload_optimizer and stage == 0 else 'parameters'}")
+        raise ValueError(
+            f"ZeRO-{stage} offloads no {'optimizer' if offload_optimizer and stage == 0 else 'parameters'}"
+        )
 
     def share(size: int, first: int) -> int:
         return math.ceil(size / processes) if stage >= first else size
 
-    frozen, trained, adapters = (share(size, 3) for size in (held.frozen, held.trained, held.adapters))
+    frozen, trained, adapters = (
+        share(size, 3) for size in (held.frozen, held.trained, held.adapters)
+    )
     gradients = share(4 * numbers, 2)
     optimizer = share((12 if stage else 8) * numbers, 1)
     exchange = 0

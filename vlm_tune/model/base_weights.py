@@ -35,7 +35,14 @@ from vlm_tune.resources import cache_folder
 NOTES = "bases.json"
 DIGEST = 32
 """Hexadecimal digits of a tensor's sha256 that are kept."""
-UNSHAPED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+UNSHAPED = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 """Keys of a config.json that the weights' meaning does not depend on."""
 SHOWN = 4
 
@@ -92,7 +99,9 @@ def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
     given = {} if base is None else dict(base) if isinstance(base, Mapping) else {"llm": base}
     unknown = [part for part in given if part not in ("llm", "tower", "tower.0", "tower.1")]
     if unknown:
-        raise ModelError(f"base: no part {quoted(unknown[0])} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1")
+        raise ModelError(
+            f"base: no part {quoted(unknown[0])} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1"
+        )
     for part, place in given.items():
         check_path("base" if part == "llm" else f"base {part}", place)
         if is_path(str(place)) and not exists(place):
@@ -113,7 +122,9 @@ def _file_digests(path: Path) -> dict[str, str]:
     """A digest of each tensor of a safetensors file; remembered in the cache until the file changes."""
     real = path.resolve()
     state = real.stat()
-    key = hashlib.sha256(f"{real} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{real} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}".encode()
+    ).hexdigest()
     remembered = cache_folder("fingerprints") / f"{key}.json"
     with suppress(OSError, ValueError):
         known = json.loads(remembered.read_text())
@@ -133,7 +144,9 @@ def _file_digests(path: Path) -> dict[str, str]:
 
         with ThreadPoolExecutor() as pool:  # Python lets go of its lock while it hashes
             names = [name for name in header if name != "__metadata__"]
-            digests = dict(zip(names, pool.map(digest, [header[name] for name in names]), strict=True))
+            digests = dict(
+                zip(names, pool.map(digest, [header[name] for name in names]), strict=True)
+            )
         view.release()
     with suppress(OSError):  # a cache that can't be written costs time only
         remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +180,23 @@ def llm_base(llm: Llm) -> Base:
         raise ModelError(f"the weights of {quoted(name)} are not on this machine")
     revision = folder.name if folder.parent.name == "snapshots" else None
     if llm.gguf_file:
-        return Base(name=name, revision=revision, tensors={llm.gguf_file: _whole_file_digest(folder / llm.gguf_file)})
+        return Base(
+            name=name,
+            revision=revision,
+            tensors={llm.gguf_file: _whole_file_digest(folder / llm.gguf_file)},
+        )
     vlm = find_vlm(name)
     tensors: dict[str, str] = {}
     for file in check_folder(folder):
         digests = _file_digests(file)
-        tensors |= {key: value for key, value in digests.items() if vlm is None or not vlm.foreign(key)}
-    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in UNSHAPED}
+        tensors |= {
+            key: value for key, value in digests.items() if vlm is None or not vlm.foreign(key)
+        }
+    config = {
+        key: value
+        for key, value in read_json(folder / "config.json").items()
+        if key not in UNSHAPED
+    }
     return Base(name=name, revision=revision, config=config, tensors=tensors)
 
 
@@ -182,7 +205,9 @@ def tower_base(section: AnyTower, tower: nn.Module) -> Base:
 
     def digest(value: torch.Tensor) -> str:
         content = hashlib.sha256(str(list(value.shape)).encode())
-        content.update(value.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        content.update(
+            value.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        )
         return content.hexdigest()[:DIGEST]
 
     state = tower.state_dict()
@@ -205,7 +230,10 @@ def differences(before: Base, now: Base) -> list[str]:
             lines.append(f"{len(names)} of {len(before.tensors)} tensors {word} ({shown})")
     keys = sorted(before.config.keys() | now.config.keys())
     changed = [key for key in keys if before.config.get(key) != now.config.get(key)]
-    lines += [f"config.json has {key}: {quoted(before.config.get(key))} -> {quoted(now.config.get(key))}" for key in changed[:SHOWN]]
+    lines += [
+        f"config.json has {key}: {quoted(before.config.get(key))} -> {quoted(now.config.get(key))}"
+        for key in changed[:SHOWN]
+    ]
     if before.revision and now.revision and before.revision != now.revision and lines:
         lines.append(f"revision {before.revision} -> {now.revision}")
     return lines
@@ -245,10 +273,15 @@ def _on_disk(name: str) -> str:
 
 def places_of(section: ModelSection, parts: Mapping[str, Base], folder: Path) -> dict[str, Place]:
     """Where the paths of a section lead, of those parts that are not in the model folder themselves."""
-    names = ([str(section.llm.name)] if "llm" in parts else []) + (_tower_paths(section.tower) if "tower" in parts else [])
+    names = ([str(section.llm.name)] if "llm" in parts else []) + (
+        _tower_paths(section.tower) if "tower" in parts else []
+    )
     paths = [_on_disk(name) for name in names if Path(_on_disk(name)).exists()]
     return {
-        path: Place(absolute=str(Path(path).absolute()), relative=os.path.relpath(Path(path).absolute(), folder.absolute()))
+        path: Place(
+            absolute=str(Path(path).absolute()),
+            relative=os.path.relpath(Path(path).absolute(), folder.absolute()),
+        )
         for path in paths
     }
 
@@ -297,7 +330,9 @@ def _with_weights(tower: Any, place: str) -> Any:
     if not fields:
         raise ModelError("base: the tower has no name, its weights are in the model's folder")
     key = list(fields)[-1]
-    return tower.model_copy(update={key: f"local-dir:{place}" if fields[key].startswith("local-dir:") else place})
+    return tower.model_copy(
+        update={key: f"local-dir:{place}" if fields[key].startswith("local-dir:") else place}
+    )
 
 
 def _replaced(part: Any, places: Mapping[str, str]) -> Any:

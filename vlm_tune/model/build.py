@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyTower, ModelSection, OpenClipTower, PairTower, QFormerConnector, TimmTower
+from vlm_tune.config.model import (
+    AnyTower,
+    ModelSection,
+    OpenClipTower,
+    PairTower,
+    QFormerConnector,
+    TimmTower,
+)
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
@@ -27,7 +34,14 @@ from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
-from vlm_tune.model.pretrained.language_model import bare_llm, llm_config, load_llm, make_room, scratch_config, scratch_llm
+from vlm_tune.model.pretrained.language_model import (
+    bare_llm,
+    llm_config,
+    load_llm,
+    make_room,
+    scratch_config,
+    scratch_llm,
+)
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.vision.base import VisionTower
@@ -43,7 +57,9 @@ WORDS = "connector_tokenizer"
 """What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
 
 
-def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool = False) -> VisionLanguageModel:
+def build(
+    recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool = False
+) -> VisionLanguageModel:
     """The recipe's model before training; `conversations` are what a scratch tokenizer is trained on.
 
     A `bare` one has its language model on the meta device, for a process that is given its share of the weights by another.
@@ -57,15 +73,23 @@ def build(recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool =
     own_tower = own / TOWER if own and (own / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
-        tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
+        tokenizer = add_words(
+            train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm
+        )
         with torch.device("meta") if bare else nullcontext():
             language = scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
     else:
         tokenizer = load_tokenizer(section.llm)
-        language = bare_llm(section.llm, load_dtype(recipe)) if bare else load_llm(section.llm, dtype=load_dtype(recipe))
+        language = (
+            bare_llm(section.llm, load_dtype(recipe))
+            if bare
+            else load_llm(section.llm, dtype=load_dtype(recipe))
+        )
     changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
     words = load_words(section.connector, own / WORDS if own else None)
-    model = assemble(_config(recipe, section, tower), tower, tokenizer, language, words, changed=changed)
+    model = assemble(
+        _config(recipe, section, tower), tower, tokenizer, language, words, changed=changed
+    )
     if own:
         load_into(model.connector, read_safetensors(own / CONNECTOR), own / CONNECTOR)
     else:
@@ -105,7 +129,9 @@ def _from_scratch(tower: AnyTower) -> bool:
     return isinstance(tower, TimmTower) and tower.pretrained is False
 
 
-def build_processor(recipe: Recipe, conversations: Iterable[Conversation], *, saved: Path | None = None) -> Processor:
+def build_processor(
+    recipe: Recipe, conversations: Iterable[Conversation], *, saved: Path | None = None
+) -> Processor:
     """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded.
 
     The tokenizer is that of the model folder `saved` where one is given, else the LLM's, or one trained on `conversations`.
@@ -113,15 +139,27 @@ def build_processor(recipe: Recipe, conversations: Iterable[Conversation], *, sa
     section = model_section(recipe)
     template = load_template(recipe.data.template)
     if section.llm.scratch and saved is None:
-        tokenizer = add_words(train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm)
+        tokenizer = add_words(
+            train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm
+        )
     else:
         tokenizer = load_tokenizer(section.llm, saved)
     with torch.device("meta"):
         tower = bare_tower(section.tower, own_rebuild(recipe))
         tokens, width = tower.measure()
         # An image's slots don't depend on the LLM's width: any will do that the connector's heads divide.
-        connector = build_connector(section.connector, width, 8 * getattr(section.connector, "heads", 1))
-    return _processor(section, tokenizer, template, connector.tokens(tokens), tower, recipe.data.system, recipe.data.max_length)
+        connector = build_connector(
+            section.connector, width, 8 * getattr(section.connector, "heads", 1)
+        )
+    return _processor(
+        section,
+        tokenizer,
+        template,
+        connector.tokens(tokens),
+        tower,
+        recipe.data.system,
+        recipe.data.max_length,
+    )
 
 
 def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
@@ -133,7 +171,13 @@ def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> Visi
 
 
 def _processor(
-    section: ModelSection, tokenizer: Any, template: ChatTemplate, tokens: int, tower: VisionTower, system: str | None, max_length: int
+    section: ModelSection,
+    tokenizer: Any,
+    template: ChatTemplate,
+    tokens: int,
+    tower: VisionTower,
+    system: str | None,
+    max_length: int,
 ) -> Processor:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {quoted(section.llm.name)} has no end token")
@@ -143,7 +187,10 @@ def _processor(
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
         images=ImageProcessor(
-            tower.image_size, section.tower.resize, tower.mean, tuple((columns, rows) for columns, rows in section.tower.tiles)
+            tower.image_size,
+            section.tower.resize,
+            tower.mean,
+            tuple((columns, rows) for columns, rows in section.tower.tiles),
         ),
         system=system,
         words=tuple(section.llm.words),
@@ -151,7 +198,13 @@ def _processor(
 
 
 def assemble(
-    config: VisionLanguageConfig, tower: VisionTower, tokenizer: Any, language: Any, words: Any = None, *, changed: set[str]
+    config: VisionLanguageConfig,
+    tower: VisionTower,
+    tokenizer: Any,
+    language: Any,
+    words: Any = None,
+    *,
+    changed: set[str],
 ) -> VisionLanguageModel:
     """A model from its parts, with a connector of random weights; `words` is the connector's own tokenizer, where it has one.
 
@@ -159,7 +212,11 @@ def assemble(
     logits are not its own when it is called as it is here.
     """
     rows = language.get_input_embeddings().num_embeddings
-    without = [name for name, token in tokenizer.get_vocab().items() if token >= rows and name not in config.llm.words]
+    without = [
+        name
+        for name, token in tokenizer.get_vocab().items()
+        if token >= rows and name not in config.llm.words
+    ]
     if without:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: none for {', '.join(sorted(without)[:4])}. "
@@ -171,7 +228,9 @@ def assemble(
     if words is not None:
         _connect_words(config, connector, tokenizer, words)
     template = ChatTemplate.model_validate(config.template)
-    processor = _processor(config.model, tokenizer, template, tokens, tower, config.system, config.max_length)
+    processor = _processor(
+        config.model, tokenizer, template, tokens, tower, config.system, config.max_length
+    )
     model = VisionLanguageModel(config, tower, connector, llm, processor)
     if getattr(language, "is_quantized", False) and config.llm.quantize:
         check_packed(model)
@@ -179,7 +238,9 @@ def assemble(
     return model
 
 
-def _connect_words(config: VisionLanguageConfig, connector: Connector, tokenizer: Any, words: Any) -> None:
+def _connect_words(
+    config: VisionLanguageConfig, connector: Connector, tokenizer: Any, words: Any
+) -> None:
     section = config.model.connector
     assert isinstance(section, QFormerConnector)
     if len(words) > (section.vocab_size or 0):
@@ -199,17 +260,29 @@ def check_packed(model: VisionLanguageModel) -> None:
     blocks = tuple(f"llm.model.{block}." for block in block_names(language))
     wrong: list[str] = []
     for name, layer in model.named_modules():
-        kind = getattr(getattr(layer, "weight", None), "quant_type", "int8" if type(layer).__name__ == "Linear8bitLt" else None)
+        kind = getattr(
+            getattr(layer, "weight", None),
+            "quant_type",
+            "int8" if type(layer).__name__ == "Linear8bitLt" else None,
+        )
         # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may be left out.
         kept = name.rsplit(".", 1)[-1] in (getattr(language, "_keep_in_fp32_modules", None) or ())
-        wanted = quantize if isinstance(layer, nn.Linear) and name.startswith(blocks) and not kept else None
+        wanted = (
+            quantize
+            if isinstance(layer, nn.Linear) and name.startswith(blocks) and not kept
+            else None
+        )
         if kind != wanted and not (kept and kind == quantize):
             wrong.append(f"{name} is {kind or 'not packed'}, expected {wanted or 'not packed'}")
     if wrong:
-        raise ModelError(f"model.llm.quantize: {quantize} did not pack what it should: {'; '.join(wrong[:5])}")
+        raise ModelError(
+            f"model.llm.quantize: {quantize} did not pack what it should: {'; '.join(wrong[:5])}"
+        )
 
 
-def _connected(section: ModelSection, measured: tuple[int, int], language: Any) -> tuple[LanguageModel, Connector, int]:
+def _connected(
+    section: ModelSection, measured: tuple[int, int], language: Any
+) -> tuple[LanguageModel, Connector, int]:
     """The language model's adapter, a connector of random weights attached to it, and the slots an image takes.
 
     `measured` are the tokens and the width that the tower gives.
@@ -225,14 +298,18 @@ def _connected(section: ModelSection, measured: tuple[int, int], language: Any) 
     return llm, connector, connector.tokens(measured[0])
 
 
-def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None) -> tuple[VisionLanguageModel, tuple[int, int]]:
+def bare_model(
+    recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None
+) -> tuple[VisionLanguageModel, tuple[int, int]]:
     """The recipe's model on the meta device, and its tower's tokens an image and width.
 
     Of the weights only configs are read, and a tokenizer is not needed. The model's processor knows the layout and the
     special ids, and nothing of words. Raises `ModelError` for unknown names.
     """
     section = model_section(recipe)
-    ids = tokenizer or SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
+    ids = tokenizer or SimpleNamespace(
+        **{f"{name}_id": place for place, name in enumerate(SPECIALS)}
+    )
     with torch.device("meta"):
         tower = bare_tower(section.tower, own_rebuild(recipe))
         if section.llm.scratch:
@@ -245,15 +322,28 @@ def bare_model(recipe: Recipe, tokenizer: Any = None, *, attention: str | None =
                 make_room(language, len(tokenizer) if tokenizer else rows + len(section.llm.words))
         measured = tower.measure()
         llm, connector, tokens = _connected(section, measured, language)
-    spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id)
+    spec = InputSpec(
+        tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id
+    )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
-    return VisionLanguageModel(_config(recipe, section, tower), tower, connector, llm, processor), measured
+    return VisionLanguageModel(
+        _config(recipe, section, tower), tower, connector, llm, processor
+    ), measured
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
     """The parts whose own weights a stage after this one trains: rounding them meanwhile would lose digits."""
-    rules = [rule for _, later in recipe.resolved_stages()[stage + 1 :] for rule in later.tune if rule.trains_base]
-    return {part for part in ("tower", "llm") if any(rule.match.split(".")[0] in (part, "*") for rule in rules)}
+    rules = [
+        rule
+        for _, later in recipe.resolved_stages()[stage + 1 :]
+        for rule in later.tune
+        if rule.trains_base
+    ]
+    return {
+        part
+        for part in ("tower", "llm")
+        if any(rule.match.split(".")[0] in (part, "*") for rule in rules)
+    }
 
 
 def load_dtype(recipe: Recipe) -> torch.dtype:
@@ -285,7 +375,9 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     return _config(recipe, section, tower), text
 
 
-def restore_tower(section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None) -> VisionTower:
+def restore_tower(
+    section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None
+) -> VisionTower:
     """A tower from its own weights where it has some, by its architecture `rebuild`, else from its name."""
     if weights is None:
         return build_tower(section)

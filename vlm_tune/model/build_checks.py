@@ -41,7 +41,9 @@ def check_model(recipe: Recipe) -> None:
     towers = enumerate(tower.towers) if isinstance(tower, PairTower) else [(None, tower)]
     for number, part in towers:
         if isinstance(part, OpenClipTower) and part.config is not None:
-            path: tuple[str | int, ...] = ("model", "tower") if number is None else ("model", "tower", "towers", number)
+            path: tuple[str | int, ...] = (
+                ("model", "tower") if number is None else ("model", "tower", "towers", number)
+            )
             faults += [((*path, *rest), message) for rest, message in _vision_faults(part)]
     if faults:
         raise RecipeError([Problem(recipe.where(path), message) for path, message in faults])
@@ -52,7 +54,9 @@ def check_memory(module: nn.Module, name: str) -> None:
     needed = 4 * sum(parameter.numel() for parameter in module.parameters())
     free = psutil.virtual_memory().available
     if needed > free:
-        raise ModelError(f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, and {free / 1e9:.1f} GB are free")
+        raise ModelError(
+            f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, and {free / 1e9:.1f} GB are free"
+        )
 
 
 def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
@@ -63,17 +67,26 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     if scratch.model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(scratch.model_type, CONFIG_MAPPING.keys(), n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return [((*at, "model_type"), f"transformers has no model type {quoted(scratch.model_type)}{hint}")]
+        return [
+            (
+                (*at, "model_type"),
+                f"transformers has no model type {quoted(scratch.model_type)}{hint}",
+            )
+        ]
     default: Any = CONFIG_MAPPING[scratch.model_type]()
     values = default.to_dict()
-    values |= {alias: values.get(name) for alias, name in default.attribute_map.items()} | dict.fromkeys(UNDECLARED)
+    values |= {
+        alias: values.get(name) for alias, name in default.attribute_map.items()
+    } | dict.fromkeys(UNDECLARED)
     faults = _value_faults(scratch.config, values, f"a {scratch.model_type}'s config")
     if faults:
         return [((*at, "config", *path), message) for path, message in faults]
     try:
         # The tokenizer's ids come later; a family's own may be past a small vocabulary.
         ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
-        config = CONFIG_MAPPING[scratch.model_type](**{"vocab_size": scratch.vocab_size, **ids, **scratch.config})
+        config = CONFIG_MAPPING[scratch.model_type](
+            **{"vocab_size": scratch.vocab_size, **ids, **scratch.config}
+        )
         fault = _heads_fault(config, scratch.config)
         if fault is None:
             factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
@@ -92,7 +105,9 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
         StrictDataclassError,
         ModelError,
     ) as error:
-        line = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        line = [line for line in str(error).strip().splitlines() if line.strip()] or [
+            type(error).__name__
+        ]
         fault = f"no {scratch.model_type} can be built from it: {line[-1].strip()}"
     return [((*at, "config"), fault)] if fault else []
 
@@ -105,9 +120,19 @@ def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
     own = any(key in given for key in ("head_dim", "d_kv"))
-    if isinstance(heads, int) and isinstance(width, int) and not own and not hasattr(config, "d_kv") and width % heads:
+    if (
+        isinstance(heads, int)
+        and isinstance(width, int)
+        and not own
+        and not hasattr(config, "d_kv")
+        and width % heads
+    ):
         return f"a width of {width} is no multiple of {heads} heads"
-    if isinstance(heads, int) and isinstance(width, int) and getattr(config, "rope_parameters", None):
+    if (
+        isinstance(heads, int)
+        and isinstance(width, int)
+        and getattr(config, "rope_parameters", None)
+    ):
         own_width = getattr(config, "head_dim", None) or width // heads
         if isinstance(own_width, int) and own_width % 2:
             return f"{heads} heads of width {own_width} can't be rotated: their width must be even"
@@ -122,17 +147,26 @@ def _vision_faults(tower: OpenClipTower) -> list[Fault]:
         for field in fields(CLIPVisionCfg)  # type: ignore[arg-type]
     }
     given = dict(tower.config or {})
-    faults: list[Fault] = [(("config", *path), message) for path, message in _value_faults(given, known, "an open_clip vision_cfg")]
+    faults: list[Fault] = [
+        (("config", *path), message)
+        for path, message in _value_faults(given, known, "an open_clip vision_cfg")
+    ]
     if faults or given.get("timm_model_name"):
         return faults
-    width, head, patch = (given.get(key, known[key]) for key in ("width", "head_width", "patch_size"))
+    width, head, patch = (
+        given.get(key, known[key]) for key in ("width", "head_width", "patch_size")
+    )
     image = tower.image_size or given.get("image_size", known["image_size"])
     resnet = isinstance(given.get("layers"), list)
-    side, what = (32, "32, by which a ResNet shrinks it") if resnet else (patch, f"the patch_size {patch}")
+    side, what = (
+        (32, "32, by which a ResNet shrinks it") if resnet else (patch, f"the patch_size {patch}")
+    )
     if isinstance(image, int) and isinstance(side, int) and (image % side or image < side):
         near = sorted({max(image // side, 1) * side, (image // side + 1) * side})
         key = ("image_size",) if tower.image_size else ("config",)
-        faults.append((key, f"image_size {image} is no multiple of {what}; {' or '.join(map(str, near))} is"))
+        faults.append(
+            (key, f"image_size {image} is no multiple of {what}; {' or '.join(map(str, near))} is")
+        )
     if not resnet and width % head:
         faults.append((("config",), f"width {width} is no multiple of the head_width {head}"))
     return faults
@@ -144,7 +178,11 @@ def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str)
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known)[:12])}, ..."
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"known are {', '.join(sorted(known)[:12])}, ..."
+            )
             faults.append(((key,), f"{what} has no key {quoted(key)}; {hint}"))
         elif (fault := _value_fault(key, value, known[key])) is not None:
             faults.append(((key,), f"{key}: {fault}, got {quoted(value)}"))
@@ -160,7 +198,12 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
     if isinstance(default, bool) or default is None or value is None:
         if isinstance(default, bool) and not isinstance(value, bool):
             return "expected true or false"
-        if isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id") and value < 1:
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and not key.endswith("_id")
+            and value < 1
+        ):
             return "expected at least 1"
         return None
     if isinstance(default, int):
@@ -171,7 +214,11 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
         inside = all(isinstance(number, int) and least <= number <= most for number in numbers)
         return None if inside and numbers else f"expected whole numbers from {least} to {most:,}"
     if isinstance(default, float):
-        return None if isinstance(value, int | float) and not isinstance(value, bool) else "expected a number"
+        return (
+            None
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else "expected a number"
+        )
     if isinstance(default, str):
         return None if isinstance(value, str) else "expected text"
     return None

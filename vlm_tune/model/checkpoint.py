@@ -46,13 +46,28 @@ from vlm_tune.model.base_weights import (
 )
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
 from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
-from vlm_tune.model.lora import PISSA, adapter_state, attach_adapter, clean, is_adapter, load_adapter_state, parts, plain_config
+from vlm_tune.model.lora import (
+    PISSA,
+    adapter_state,
+    attach_adapter,
+    clean,
+    is_adapter,
+    load_adapter_state,
+    parts,
+    plain_config,
+)
 from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.hub import read_json
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
-from vlm_tune.model.weights import cast_parameters, load_into, read_safetensors, whole_state, write_safetensors
+from vlm_tune.model.weights import (
+    cast_parameters,
+    load_into,
+    read_safetensors,
+    whole_state,
+    write_safetensors,
+)
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
 from vlm_tune.run_folder import MANIFEST, strangers
@@ -153,10 +168,13 @@ def verify_folder(folder: Path) -> None:
     """Raises `ModelError` unless every file of the manifest is there with its size and sha256."""
     try:
         files = {
-            str(name): (int(entry["size"]), entry["sha256"]) for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
+            str(name): (int(entry["size"]), entry["sha256"])
+            for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{folder}: no whole model (its manifest.json is missing or unreadable)") from None
+        raise ModelError(
+            f"{folder}: no whole model (its manifest.json is missing or unreadable)"
+        ) from None
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -177,7 +195,9 @@ def is_whole(folder: Path) -> bool:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_model(model: VisionLanguageModel, target: Path, extra: Callable[[Path], None] | None = None) -> None:
+def save_model(
+    model: VisionLanguageModel, target: Path, extra: Callable[[Path], None] | None = None
+) -> None:
     """Writes a model folder; `extra` may add files before it is committed."""
 
     def write(folder: Path) -> None:
@@ -196,7 +216,9 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
 Tensors = Mapping[str, torch.Tensor]
 
 
-def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Callable[[Path], None]:
+def capture_model(
+    model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors
+) -> Callable[[Path], None]:
     """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
 
     Of sharded weights every process must ask, and what the first one gets may write.
@@ -205,7 +227,10 @@ def capture_model(model: VisionLanguageModel, copied: Callable[[Tensors], Tensor
     connector = copied(whole_state(model.connector))
     tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
     llm = copied(_base_state(language)) if "llm" in model.changed else None
-    adapters = {part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part))) for part in model.adapters}
+    adapters = {
+        part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part)))
+        for part in model.adapters
+    }
     prompt = model.llm.prompt
     virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
     beside = copied(_base_state(language, model.beside)) if model.beside and llm is None else None
@@ -275,11 +300,17 @@ def find_model(path: Path) -> Path:
         raise ModelError(f"no such folder: {shown_path(path)}")
     if is_file(path / "model" / "config.json"):
         return path / "model"
-    checkpoints = sorted(path.glob("stages/*/checkpoints/step-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    checkpoints = sorted(
+        path.glob("stages/*/checkpoints/step-*"),
+        key=lambda folder: folder.stat().st_mtime,
+        reverse=True,
+    )
     for folder in checkpoints:
         if is_whole(folder):
             return folder
-    raise ModelError(f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a whole checkpoint")
+    raise ModelError(
+        f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a whole checkpoint"
+    )
 
 
 def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
@@ -290,12 +321,19 @@ def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConf
     try:
         config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
     except ValidationError as error:
-        raise ModelError(f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})") from None
+        raise ModelError(
+            f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})"
+        ) from None
     return config.model_copy(update={"model": moved(folder, config.model, base)})
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, quantize: bool = True, adapters: bool = True, base: BaseChoice = AS_SAVED
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: bool = True,
+    adapters: bool = True,
+    base: BaseChoice = AS_SAVED,
 ) -> VisionLanguageModel:
     """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
 
@@ -303,7 +341,9 @@ def load_model(
     Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
     """
     with without_harmless_warnings():
-        model = restore_model(find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base)
+        model = restore_model(
+            find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base
+        )
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype or DTYPES[model.config.precision])
     for name in model.beside:
@@ -328,16 +368,22 @@ def restore_model(
     config = read_config(folder, base)
     notes = read_notes(folder)
     if not quantize:
-        section = config.model.model_copy(update={"llm": config.llm.model_copy(update={"quantize": None})})
+        section = config.model.model_copy(
+            update={"llm": config.llm.model_copy(update={"quantize": None})}
+        )
         config = config.model_copy(update={"model": section})
     own_llm = folder / "llm"
     own_tower = folder / TOWER
     local = Path(str(config.llm.name)).is_dir()
     if "llm" in notes.parts and local:  # before weights are loaded, which take longer
         check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
-    tower = restore_tower(config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None)
+    tower = restore_tower(
+        config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None
+    )
     if "tower" in notes.parts:
-        check_same(folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base)
+        check_same(
+            folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base
+        )
     precision = dtype or DTYPES[config.precision]
     own = own_llm if own_llm.is_dir() else None
     if bare:
@@ -346,9 +392,13 @@ def restore_model(
         language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
         if "llm" in notes.parts and not local:  # only now the hub's files are here
             check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
-    changed = ({"tower"} if own_tower.is_file() else set()) | ({"llm"} if own_llm.is_dir() else set())
+    changed = ({"tower"} if own_tower.is_file() else set()) | (
+        {"llm"} if own_llm.is_dir() else set()
+    )
     words = load_words(config.model.connector, folder / WORDS)
-    model = assemble(config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed)
+    model = assemble(
+        config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed
+    )
     model.changed = changed
     model.bases = notes.parts
     load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
@@ -369,7 +419,9 @@ def _read_beside(model: VisionLanguageModel, path: Path) -> None:
     for name, value in tensors.items():
         if name not in own or own[name].shape != value.shape:
             found = list(own[name].shape) if name in own else "nothing of that name"
-            raise ModelError(f"{path} does not fit the model: {name} is {list(value.shape)}, and the LLM has {found}")
+            raise ModelError(
+                f"{path} does not fit the model: {name} is {list(value.shape)}, and the LLM has {found}"
+            )
         own[name].data = value
     model.beside = set(tensors)
 
@@ -382,7 +434,9 @@ def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
     from peft import LoraConfig
 
     try:
-        config = LoraConfig.from_pretrained(str(folder / PISSA if (folder / PISSA).is_dir() else folder))
+        config = LoraConfig.from_pretrained(
+            str(folder / PISSA if (folder / PISSA).is_dir() else folder)
+        )
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder}: no LoRA adapter ({error})") from None
     tensors = read_safetensors(folder / "adapter_model.safetensors")

@@ -13,7 +13,11 @@ Depths = dict[str, int]
 
 def columns(part: nn.Module) -> dict[str, nn.Module]:
     """What a part's blocks are counted in, by the prefix of its names: each of two towers side by side, or the part itself."""
-    return {f"towers.{name}.": tower for name, tower in part.towers.named_children()} if isinstance(part, PairVision) else {"": part}
+    return (
+        {f"towers.{name}.": tower for name, tower in part.towers.named_children()}
+        if isinstance(part, PairVision)
+        else {"": part}
+    )
 
 
 def block_names(module: nn.Module) -> list[str]:
@@ -21,7 +25,11 @@ def block_names(module: nn.Module) -> list[str]:
 
     A convolutional backbone's are the blocks of its stages. Raises `ModelError` for a module without any.
     """
-    found = [f"{name}.{child}" for name, stack in _stacks(module).items() for child, _ in stack.named_children()]
+    found = [
+        f"{name}.{child}"
+        for name, stack in _stacks(module).items()
+        for child, _ in stack.named_children()
+    ]
     if not found:
         raise ModelError(f"{type(module).__name__} has no repeated blocks that could be counted")
     return found
@@ -31,10 +39,14 @@ def _stacks(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost lists of blocks of one class, each block of several modules, by name."""
     found: dict[str, nn.Module] = {}
     for name, stack in module.named_modules():
-        if isinstance(stack, nn.ModuleList | nn.Sequential) and not any(name.startswith(f"{outer}.") for outer in found):
+        if isinstance(stack, nn.ModuleList | nn.Sequential) and not any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
             blocks = list(stack.children())
             alike = len({type(block) for block in blocks}) == 1
-            if alike and all(list(block.children()) and any(True for _ in block.parameters()) for block in blocks):
+            if alike and all(
+                list(block.children()) and any(True for _ in block.parameters()) for block in blocks
+            ):
                 found[name] = stack
     return found
 
@@ -50,7 +62,9 @@ def depths(module: nn.Module, *, language: bool) -> Depths:
     found: Depths = {}
     passed = 0
     for name, parameter in module.named_parameters():
-        own = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        own = next(
+            (place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None
+        )
         if own is not None:
             passed = level = own + 1
         elif id(parameter) in tables or (not passed and not language):

@@ -48,7 +48,9 @@ def clean(name: str) -> str:
 
 def same_adapter(one: Any, other: Any) -> bool:
     """Whether two LoRA configs make the same adapter."""
-    return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and set(one.target_modules) == set(other.target_modules)
+    return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and set(
+        one.target_modules
+    ) == set(other.target_modules)
 
 
 def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh: bool) -> None:
@@ -76,7 +78,9 @@ def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh:
     frozen.lora_dropout = 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner = LoraModel(module, {TRAINED: config, INITIAL: frozen} if pissa else {TRAINED: config}, TRAINED)
+        tuner = LoraModel(
+            module, {TRAINED: config, INITIAL: frozen} if pissa else {TRAINED: config}, TRAINED
+        )
         if pissa:
             tuner.inject_adapter(module, INITIAL)
             tuner.set_adapter([TRAINED, INITIAL])
@@ -101,7 +105,9 @@ def _start_from_singular_vectors(layer: Any) -> None:
     scale = layer.scaling[TRAINED]
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if len(values) < rank:
-        raise ModelError(f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side")
+        raise ModelError(
+            f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side"
+        )
     root = (values[:rank] / scale).sqrt()
     for name, sign in ((TRAINED, 1.0), (INITIAL, -1.0)):
         layer.lora_A[name].weight.copy_(root[:, None] * right[:rank])
@@ -114,7 +120,9 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
     Raises `ModelError` for quantised base weights, which can't hold the sum, and for sums that are not finite.
     """
     if part == "llm" and model.config.llm.quantize:
-        raise ModelError("an adapter can't be merged into quantised weights; load the 16-bit base and merge into that")
+        raise ModelError(
+            "an adapter can't be merged into quantised weights; load the 16-bit base and merge into that"
+        )
     if part == "llm":
         _untie(model.llm.model)
     try:
@@ -161,7 +169,9 @@ def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
         if is_trained_adapter(name):
             initial = name.replace(f".{TRAINED}.", f".{INITIAL}.")
             # An embedding's names end with TRAINED: they have no other of PiSSA's, which is of linear layers.
-            tensors[_key(name)] = [value, state[initial]] if initial != name and initial in state else [value]
+            tensors[_key(name)] = (
+                [value, state[initial]] if initial != name and initial in state else [value]
+            )
     return tensors
 
 
@@ -177,7 +187,10 @@ def rank_axis(key: str) -> int:
 
 def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the keys PEFT writes."""
-    return {key: torch.cat(found, rank_axis(key)) if len(found) > 1 else found[0] for key, found in adapter_tensors(module).items()}
+    return {
+        key: torch.cat(found, rank_axis(key)) if len(found) > 1 else found[0]
+        for key, found in adapter_tensors(module).items()
+    }
 
 
 def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -186,10 +199,16 @@ def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> N
     missing = sorted(wanted.keys() - tensors.keys())
     extra = sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        said = "; ".join(f"{word} {', '.join(keys[:4])}" for word, keys in (("missing", missing), ("applies to nothing:", extra)) if keys)
+        said = "; ".join(
+            f"{word} {', '.join(keys[:4])}"
+            for word, keys in (("missing", missing), ("applies to nothing:", extra))
+            if keys
+        )
         raise ModelError(said)
     for key, found in wanted.items():
-        shape = list(torch.cat(found, rank_axis(key)).shape) if len(found) > 1 else list(found[0].shape)
+        shape = (
+            list(torch.cat(found, rank_axis(key)).shape) if len(found) > 1 else list(found[0].shape)
+        )
         if shape != list(tensors[key].shape):
             raise ModelError(f"{key} is {list(tensors[key].shape)}, expected {shape}")
         pieces = tensors[key].chunk(2, rank_axis(key)) if len(found) > 1 else [tensors[key]]

@@ -37,11 +37,19 @@ class PackedLinear(nn.Linear):
         self.dtype = layer.weight.dtype
         count = layer.weight.numel()
         # Half a byte and a scale a block, or a byte and a scale a row.
-        size, scales = (-(-count // 2), -(-count // BLOCK)) if quantize == "nf4" else (count, self.out_features)
-        weight: Any = nn.Parameter(torch.empty(size, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+        size, scales = (
+            (-(-count // 2), -(-count // BLOCK))
+            if quantize == "nf4"
+            else (count, self.out_features)
+        )
+        weight: Any = nn.Parameter(
+            torch.empty(size, 1, dtype=torch.uint8, device="meta"), requires_grad=False
+        )
         self.weight = weight
         weight.quant_state = SimpleNamespace(shape=(self.out_features, self.in_features))
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.float32, device="meta"), persistent=False)
+        self.register_buffer(
+            "scales", torch.empty(scales, dtype=torch.float32, device="meta"), persistent=False
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         found: Any = _Unpacked.apply(input.to(self.dtype), (self.out_features, self.in_features))

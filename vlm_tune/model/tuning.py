@@ -17,7 +17,16 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.virtual_tokens import KINDS, new_prompt
 from vlm_tune.model.layer_index import block_names, columns, depths
-from vlm_tune.model.lora import PISSA, attach_adapter, clean, is_adapter, is_trained_adapter, merge_adapter, parts, same_adapter
+from vlm_tune.model.lora import (
+    PISSA,
+    attach_adapter,
+    clean,
+    is_adapter,
+    is_trained_adapter,
+    merge_adapter,
+    parts,
+    same_adapter,
+)
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted
@@ -59,7 +68,9 @@ def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parame
 
 def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) -> None:
     """Raises `ModelError` where a language model can't read a stage's rows: too long for its positions, or joined."""
-    virtual = max((rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0)
+    virtual = max(
+        (rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0
+    )
     llm.check_length(rows.longest + virtual)
     if rows.joins:
         llm.check_joined()
@@ -97,11 +108,20 @@ def apply_rules(
     return _collect(model, rules, owner, learning_rate)
 
 
-def _owners(model: VisionLanguageModel, rules: Sequence[TuneRule]) -> tuple[dict[str, int], list[str]]:
+def _owners(
+    model: VisionLanguageModel, rules: Sequence[TuneRule]
+) -> tuple[dict[str, int], list[str]]:
     owner: dict[str, int] = {}
     uncovered: list[str] = []
     for names in _all_names(model):
-        place = next((place for place, rule in enumerate(rules) if any(fnmatch.fnmatchcase(name, rule.match) for name in names)), None)
+        place = next(
+            (
+                place
+                for place, rule in enumerate(rules)
+                if any(fnmatch.fnmatchcase(name, rule.match) for name in names)
+            ),
+            None,
+        )
         if place is None:
             uncovered.append(names[0])
         else:
@@ -125,13 +145,22 @@ def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict
         asked = [
             place
             for place, rule in enumerate(rules)
-            if rule.how == "lora" and any(name.startswith(f"{part}.") and where == place for name, where in owner.items())
+            if rule.how == "lora"
+            and any(name.startswith(f"{part}.") and where == place for name, where in owner.items())
         ]
         if len(asked) > 1:
-            raise ModelError(f"tune: {len(asked)} LoRA rules match the {part}; a part has one adapter")
-        config = _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
+            raise ModelError(
+                f"tune: {len(asked)} LoRA rules match the {part}; a part has one adapter"
+            )
+        config = (
+            _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
+        )
         present = model.adapters.get(part)
-        if present is not None and config is not None and same_adapter(present.peft_config["default"], config):
+        if (
+            present is not None
+            and config is not None
+            and same_adapter(present.peft_config["default"], config)
+        ):
             continue
         if present is not None:
             merge_adapter(model, part)
@@ -139,19 +168,33 @@ def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict
             attach_adapter(model, part, config, fresh=True)
 
 
-def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner: dict[str, int], model: VisionLanguageModel) -> Any:
+def _lora_config(
+    part: str,
+    module: nn.Module,
+    rule: TuneRule,
+    place: int,
+    owner: dict[str, int],
+    model: VisionLanguageModel,
+) -> Any:
     from peft import LoraConfig
 
     named = rule.target_modules if isinstance(rule.target_modules, list) else []
     # The head and the embedding get LoRA where they are named, and else not.
     apart = {id(model.llm.head), id(model.llm.model.get_input_embeddings())}
-    apart |= {id(getattr(layer, "base_layer", None)) for layer in (model.llm.head, model.llm.model.get_input_embeddings())}
+    apart |= {
+        id(getattr(layer, "base_layer", None))
+        for layer in (model.llm.head, model.llm.model.get_input_embeddings())
+    }
     every = {
         short: layer
         for name, layer in module.named_modules()
         if not is_adapter(name)
         and (short := clean(f"{name}.").removesuffix("."))
-        and (any(short == target or short.endswith(f".{target}") for target in named) if id(layer) in apart else is_linear(layer))
+        and (
+            any(short == target or short.endswith(f".{target}") for target in named)
+            if id(layer) in apart
+            else is_linear(layer)
+        )
     }
     if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
         raise ModelError(
@@ -159,18 +202,30 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         )
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
-        chosen = [name for name in matched if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)]
-        unused = [target for target in rule.target_modules if not any(n == target or n.endswith(f".{target}") for n in chosen)]
+        chosen = [
+            name
+            for name in matched
+            if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)
+        ]
+        unused = [
+            target
+            for target in rule.target_modules
+            if not any(n == target or n.endswith(f".{target}") for n in chosen)
+        ]
         if unused:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
-            raise ModelError(f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}")
+            raise ModelError(
+                f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}"
+            )
     else:
         chosen = matched
     if not chosen:
         raise ModelError(f"tune: the LoRA rule {quoted(rule.match)} matches no linear layer")
     alpha = rule.lora_alpha or 2 * (rule.r or 16)
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all("." in name for name in chosen)
+    exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all(
+        "." in name for name in chosen
+    )
     return LoraConfig(
         r=rule.r or 16,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
@@ -180,7 +235,11 @@ def _lora_config(part: str, module: nn.Module, rule: TuneRule, place: int, owner
         use_rslora=rule.variant == "rslora",
         use_dora=rule.variant == "dora",
         init_lora_weights=INITS[rule.init or "default"],
-        task_type=None if part == "tower" else "SEQ_2_SEQ_LM" if model.llm.layout == "seq2seq" else "CAUSAL_LM",
+        task_type=None
+        if part == "tower"
+        else "SEQ_2_SEQ_LM"
+        if model.llm.layout == "seq2seq"
+        else "CAUSAL_LM",
         base_model_name_or_path=model.config.llm.name if part == "llm" else None,
     )
 
@@ -196,14 +255,18 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
     """Makes the virtual tokens the rules ask for; those of an earlier stage stay, and train on if asked for again."""
     asked = [rule for rule in rules if rule.how in KINDS]
     if len(asked) > 1:
-        raise ModelError(f"tune: {len(asked)} rules put virtual tokens before the llm's input; one can")
+        raise ModelError(
+            f"tune: {len(asked)} rules put virtual tokens before the llm's input; one can"
+        )
     present = model.llm.prompt
     if asked:
         kind = KINDS[asked[0].how]
         tokens = asked[0].tokens or TOKENS
         if present is None:
             with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
-                model.llm.prompt = new_prompt(model.llm, asked[0].how, tokens, model.config.llm.name)
+                model.llm.prompt = new_prompt(
+                    model.llm, asked[0].how, tokens, model.config.llm.name
+                )
         elif type(present) is not kind or present.tokens != tokens:
             raise ModelError(
                 f"the llm has a {type(present).__name__} of {present.tokens} tokens already; a later stage can train it on "
@@ -213,7 +276,9 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
         model.llm.prompt.requires_grad_(bool(asked))
 
 
-def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> set[str]:
+def _trained(
+    model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]
+) -> set[str]:
     """Names of the base parameters that train. Raises `ModelError` for a rule that finds nothing of its kind."""
     # The rows of new tokens have values only from training, whatever rule they fall under.
     trained = vocabulary_weights(model) if model.config.llm.words else set[str]()
@@ -223,7 +288,9 @@ def _trained(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
         owned = {name for name, where in owner.items() if where == place}
         found = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
         if not found:
-            raise ModelError(f"tune: the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches")
+            raise ModelError(
+                f"tune: the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches"
+            )
         trained |= found
     return trained
 
@@ -251,13 +318,19 @@ def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) 
         matched = [block for block in blocks if any(name.startswith(block) for name in owned)]
         wanted = rule.layers or 1
         if 0 < len(matched) < wanted:
-            raise ModelError(f"tune: the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}")
+            raise ModelError(
+                f"tune: the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}"
+            )
         found |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
     return found
 
 
 def _freeze_and_cast(
-    model: VisionLanguageModel, owner: dict[str, int], trained: set[str], precision: torch.dtype, exact: Collection[str]
+    model: VisionLanguageModel,
+    owner: dict[str, int],
+    trained: set[str],
+    precision: torch.dtype,
+    exact: Collection[str],
 ) -> None:
     for part, module in parts(model).items():
         changes = False
@@ -276,7 +349,9 @@ def _freeze_and_cast(
                 parameter.data = parameter.data.to(precision if half else torch.float32)
                 parameter.requires_grad_(base or is_trained_adapter(name))
         if changes and part == "llm" and _kept_apart(model, trained):
-            model.beside |= {name.removeprefix("llm.") for name in trained if name.startswith("llm.")}
+            model.beside |= {
+                name.removeprefix("llm.") for name in trained if name.startswith("llm.")
+            }
         elif changes and part != "connector":
             model.changed.add(part)
 
@@ -286,14 +361,21 @@ def _kept_apart(model: VisionLanguageModel, trained: set[str]) -> bool:
     if "llm" in model.changed or model.config.llm.name is None:
         return False
     names = {name for name in trained if name.startswith("llm.")}
-    return bool(model.config.llm.quantize) or (bool(model.config.llm.words) and names <= vocabulary_weights(model))
+    return bool(model.config.llm.quantize) or (
+        bool(model.config.llm.words) and names <= vocabulary_weights(model)
+    )
 
 
 def vocabulary_weights(model: VisionLanguageModel) -> set[str]:
     """The names of the embedding's and the head's own parameters, as rules match them."""
     language = model.llm.model
     layers = [language.get_input_embeddings(), language.get_output_embeddings()]
-    wanted = {id(parameter) for layer in layers for name, parameter in layer.named_parameters() if not is_adapter(name)}
+    wanted = {
+        id(parameter)
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if not is_adapter(name)
+    }
     return {
         f"llm.{clean(name)}"
         for name, parameter in language.named_parameters(remove_duplicate=False)
@@ -306,12 +388,19 @@ def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]
     found: set[int] = set()
     for name, layer in module.named_modules():
         own = dict(layer.named_parameters(recurse=False))
-        if all(value.dim() < 2 for value in own.values()) and any(clean(f"{part}.{name}.{key}") in trained for key in own):
+        if all(value.dim() < 2 for value in own.values()) and any(
+            clean(f"{part}.{name}.{key}") in trained for key in own
+        ):
             found |= {id(value) for value in own.values()}
     return found
 
 
-def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int], learning_rate: float) -> Tuned:
+def _collect(
+    model: VisionLanguageModel,
+    rules: Sequence[TuneRule],
+    owner: dict[str, int],
+    learning_rate: float,
+) -> Tuned:
     members: list[list[tuple[str, nn.Parameter, float]]] = [[] for _ in rules]
     totals = [0] * len(rules)
     for part, module in parts(model).items():
@@ -319,7 +408,8 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
             (
                 p
                 for p, rule in enumerate(rules)
-                if rule.how == "lora" and any(n.startswith(f"{part}.") and w == p for n, w in owner.items())
+                if rule.how == "lora"
+                and any(n.startswith(f"{part}.") and w == p for n, w in owner.items())
             ),
             0,
         )
@@ -328,7 +418,9 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
             place = lora_place if is_adapter(name) else owner[f"{part}.{clean(name)}"]
             totals[place] += count_of(parameter)
             if parameter.requires_grad:
-                members[place].append((f"{part}.{name}", parameter, _factor(rules[place], name, under)))
+                members[place].append(
+                    (f"{part}.{name}", parameter, _factor(rules[place], name, under))
+                )
     prompt = next((place for place, rule in enumerate(rules) if rule.how in KINDS), None)
     if prompt is not None and model.llm.prompt is not None:
         values = model.llm.prompt.values
@@ -341,14 +433,30 @@ def _collect(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[
         rate = rule.learning_rate or learning_rate
         factors = sorted({factor for _, _, factor in found}, reverse=True)
         for factor in factors:
-            groups.append({"params": [parameter for _, parameter, own in found if own == factor], "lr": rate * factor})
+            groups.append(
+                {
+                    "params": [parameter for _, parameter, own in found if own == factor],
+                    "lr": rate * factor,
+                }
+            )
             names.append([name for name, _, own in found if own == factor])
         trained = sum(parameter.numel() for _, parameter, _ in found)
-        table.append(TuneRow(rule.match, rule.how, rate if found else None, trained, total, _detail(rule, rate, factors)))
+        table.append(
+            TuneRow(
+                rule.match,
+                rule.how,
+                rate if found else None,
+                trained,
+                total,
+                _detail(rule, rate, factors),
+            )
+        )
     return Tuned(groups, names, table)
 
 
-def _depths(part: str, module: nn.Module, rules: Sequence[TuneRule], owner: dict[str, int]) -> dict[str, int]:
+def _depths(
+    part: str, module: nn.Module, rules: Sequence[TuneRule], owner: dict[str, int]
+) -> dict[str, int]:
     """How deep the part's parameters lie, where a rule lets its rate decay along them."""
     decayed = {place for place, rule in enumerate(rules) if rule.layer_decay is not None}
     if not any(where in decayed and name.startswith(f"{part}.") for name, where in owner.items()):
@@ -373,12 +481,16 @@ def _detail(rule: TuneRule, rate: float, factors: Sequence[float]) -> str:
     if rule.how == "last_layers":
         said.append(f"last {rule.layers}")
     if rule.layer_decay is not None and factors:
-        said.append(f"decay={rule.layer_decay:g}, from {rate * factors[0]:.2g} to {rate * factors[-1]:.2g}")
+        said.append(
+            f"decay={rule.layer_decay:g}, from {rate * factors[0]:.2g} to {rate * factors[-1]:.2g}"
+        )
     if rule.how in KINDS:
         said.append(f"{rule.tokens or TOKENS} tokens")
     if rule.how == "lora":
         said.append(f"r={rule.r or 16}, alpha={rule.lora_alpha or 2 * (rule.r or 16):g}")
-        said += [name for name in (rule.variant, rule.init) if name not in (None, "lora", "default")]
+        said += [
+            name for name in (rule.variant, rule.init) if name not in (None, "lora", "default")
+        ]
         if rule.lora_plus_ratio is not None:
             said.append(f"B at {rate * rule.lora_plus_ratio:.2g}")
     return ", ".join(said)

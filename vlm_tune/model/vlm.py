@@ -73,7 +73,12 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, config: VisionLanguageConfig, tower: VisionTower, connector: Connector, llm: LanguageModel, processor: Processor
+        self,
+        config: VisionLanguageConfig,
+        tower: VisionTower,
+        connector: Connector,
+        llm: LanguageModel,
+        processor: Processor,
     ) -> None:
         super().__init__()
         self.config = config
@@ -110,7 +115,9 @@ class VisionLanguageModel(nn.Module):
 
     def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
         embeds = self.llm.embed(batch.input_ids)
-        return instructions(batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal")
+        return instructions(
+            batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal"
+        )
 
     def _blank(self, batch: Batch) -> torch.Tensor:
         """Connected features [1, N, E] of a black image, for a batch that has none."""
@@ -119,14 +126,22 @@ class VisionLanguageModel(nn.Module):
         if batch.cached:  # other ranks don't run the tower either
             features = torch.zeros(1, *self.tower.measure(), device=first.device)
         else:
-            features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device))
-        return self.connector(features, self._text(batch, first, first)) if self.connector.needs_text else self.connector(features)
+            features = self.tower(
+                torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device)
+            )
+        return (
+            self.connector(features, self._text(batch, first, first))
+            if self.connector.needs_text
+            else self.connector(features)
+        )
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """The LLM's input [B, L, E], media joined to the text. Raises `ModelError` if slots and media differ in number."""
         connected = self.media(batch)
         if connected is None and batch.image_mask.any():
-            raise ModelError(f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}")
+            raise ModelError(
+                f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}"
+            )
         if connected is None and self.training and self._runs_blank:
             # Every rank must run the same modules, so a batch without media runs a blank one that counts nothing.
             connected = self._blank(batch)
@@ -135,7 +150,9 @@ class VisionLanguageModel(nn.Module):
     @property
     def _runs_blank(self) -> bool:
         """Whether other ranks wait for what a batch without media would leave out: its gradients, or its share of weights."""
-        found = (parameter for part in (self.tower, self.connector) for parameter in part.parameters())
+        found = (
+            parameter for part in (self.tower, self.connector) for parameter in part.parameters()
+        )
         return any(parameter.requires_grad or is_sharded(parameter) for parameter in found)
 
     def forward(self, batch: Batch, *, align: bool = False) -> TokenLoss | Alignment:
@@ -162,7 +179,12 @@ class VisionLanguageModel(nn.Module):
         """New ids of each row, up to and without the first stop id; a decoder's rows are padded on the left."""
         stops = self.processor.stop_ids
         pad = self.processor.spec.pad_id
-        return [self._up_to_stop(row) for row in self.llm.generate(self.embed(batch), batch.attention_mask, decoding, pad, stops).tolist()]
+        return [
+            self._up_to_stop(row)
+            for row in self.llm.generate(
+                self.embed(batch), batch.attention_mask, decoding, pad, stops
+            ).tolist()
+        ]
 
     def answers(
         self,
@@ -187,9 +209,14 @@ class VisionLanguageModel(nn.Module):
                 ids = self._continued(rows, [tree.leaves for tree in batch], decoding, collated)
             else:
                 ids = self.generate(
-                    collate(rows, self.processor.spec, **collated, pad_left=self.llm.layout == "causal").to(self.device), decoding
+                    collate(
+                        rows, self.processor.spec, **collated, pad_left=self.llm.layout == "causal"
+                    ).to(self.device),
+                    decoding,
                 )
-            for place, said in zip((place for tree in batch for place in tree.members), ids, strict=True):
+            for place, said in zip(
+                (place for tree in batch for place in tree.members), ids, strict=True
+            ):
                 found[place] = self.processor.decode(said)
             done += sum(len(tree.members) for tree in batch)
             if progress:
@@ -200,7 +227,12 @@ class VisionLanguageModel(nn.Module):
         """Prompts as rows, those that share an image joined where that can be; of like length together."""
         greedy = self.llm.layout == "causal" and decoding.num_beams == 1
         # What stands before every row, or reaches the LLM beside the slots, is not continued branch by branch.
-        joins = greedy and self.llm.prompt is None and self.connector.fills_slots and not self.connector.needs_text
+        joins = (
+            greedy
+            and self.llm.prompt is None
+            and self.connector.fills_slots
+            and not self.connector.needs_text
+        )
         joins = joins and isinstance(self.llm, CausalLLM) and self.llm.unjoined is None
         groups: dict[Any, list[int]] = {}
         for place, prompt in enumerate(prompts):
@@ -211,25 +243,46 @@ class VisionLanguageModel(nn.Module):
             for tree in trees([prompts[place] for place in group], JOINED_PROMPTS)
         ]
         # Joined rows and plain ones are generated by different passes.
-        return sorted(made, key=lambda tree: (tree.row.ends is None, len(tree.row.input_ids), tree.row.id))
+        return sorted(
+            made, key=lambda tree: (tree.row.ends is None, len(tree.row.input_ids), tree.row.id)
+        )
 
     @torch.inference_mode()
     def _continued(
-        self, rows: Sequence[Example], leaves: Sequence[tuple[int, ...]], decoding: Decoding, collated: dict[str, Any]
+        self,
+        rows: Sequence[Example],
+        leaves: Sequence[tuple[int, ...]],
+        decoding: Decoding,
+        collated: dict[str, Any],
     ) -> list[list[int]]:
         """The new ids of every branch of joined rows, up to and without the first stop id."""
         assert isinstance(self.llm, CausalLLM)
         batch = collate(rows, self.processor.spec, **collated).to(self.device)
         most = max(map(len, leaves))
-        ends = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in leaves], device=self.device)
-        ids = self.llm.continue_branches(self.embed(batch), batch, ends, decoding.max_new_tokens, self.processor.stop_ids).tolist()
-        return [self._up_to_stop(said) for row, own in zip(ids, leaves, strict=True) for said in row[: len(own)]]
+        ends = torch.tensor(
+            [[*row, *[row[-1]] * (most - len(row))] for row in leaves], device=self.device
+        )
+        ids = self.llm.continue_branches(
+            self.embed(batch), batch, ends, decoding.max_new_tokens, self.processor.stop_ids
+        ).tolist()
+        return [
+            self._up_to_stop(said)
+            for row, own in zip(ids, leaves, strict=True)
+            for said in row[: len(own)]
+        ]
 
     def _up_to_stop(self, ids: list[int]) -> list[int]:
         stops = self.processor.stop_ids
         return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
-    def chat(self, prompt: str | Sequence[Mapping[str, Any]], images: Any = (), *, max_new_tokens: int = 128, num_beams: int = 1) -> str:
+    def chat(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        images: Any = (),
+        *,
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+    ) -> str:
         r"""The greedy answer to one question, or with `num_beams` the likeliest of beams.
 
         Args:
@@ -243,10 +296,19 @@ class VisionLanguageModel(nn.Module):
             DataError: for turns or images that can't be used, and places and images that differ in number.
             ArgumentError: for numbers of tokens or beams that are none.
         """
-        return self.chat_batch([{"prompt": prompt, "images": images}], max_new_tokens=max_new_tokens, num_beams=num_beams)[0]
+        return self.chat_batch(
+            [{"prompt": prompt, "images": images}],
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+        )[0]
 
     def chat_batch(
-        self, requests: Sequence[str | Mapping[str, Any]], *, max_new_tokens: int = 128, num_beams: int = 1, batch_size: int = 32
+        self,
+        requests: Sequence[str | Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+        batch_size: int = 32,
     ) -> list[str]:
         """The answers to many questions, in their order: texts, or `{"prompt": ..., "image" or "images": ...}` as in `chat`.
 
@@ -256,26 +318,39 @@ class VisionLanguageModel(nn.Module):
             raise ArgumentError(f"chat_batch takes a list of requests, got {quoted(requests)}")
         decoding = Decoding(max_new_tokens, num_beams)
         check_count("batch_size", batch_size)
-        prompts = self.processor.prompts([request_conversation(number, request) for number, request in enumerate(requests, 1)])
+        prompts = self.processor.prompts(
+            [request_conversation(number, request) for number, request in enumerate(requests, 1)]
+        )
         was = self.training
         self.eval()
         try:
-            return self.answers(prompts, decoding, fetch=PixelCache(self.processor.images), batch_size=batch_size)
+            return self.answers(
+                prompts, decoding, fetch=PixelCache(self.processor.images), batch_size=batch_size
+            )
         finally:
             self.train(was)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        copied.__dict__ = {
+            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()
+        }
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ModelError("a model can't be pickled: write a folder by save_pretrained and read it by from_pretrained")
+        raise ModelError(
+            "a model can't be pickled: write a folder by save_pretrained and read it by from_pretrained"
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str | torch.dtype | None = None, base: BaseArgument = None, accept_other_base: bool = False
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        base: BaseArgument = None,
+        accept_other_base: bool = False,
     ) -> VisionLanguageModel:
         """The model of a run, a checkpoint or a merged folder, in eval mode.
 
@@ -293,7 +368,9 @@ class VisionLanguageModel(nn.Module):
         from vlm_tune.precision import dtype_of
 
         check_path("path", path)
-        return load_model(Path(path), dtype=dtype_of(dtype), base=base_choice(base, accept_other_base))
+        return load_model(
+            Path(path), dtype=dtype_of(dtype), base=base_choice(base, accept_other_base)
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` reads: all that was trained, and what its bases don't hold."""

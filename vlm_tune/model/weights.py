@@ -30,15 +30,21 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ModelError(f"{path}: not a whole safetensors file ({size:,} bytes, header of {length:,})")
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({size:,} bytes, header of {length:,})"
+            )
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            ]
             end = int(max(ends, default=0))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ModelError(f"{path}: its safetensors header can't be read") from None
     if size != 8 + length + end:
-        raise ModelError(f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file was cut or changed")
+        raise ModelError(
+            f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file was cut or changed"
+        )
     return header
 
 
@@ -65,7 +71,9 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         own = value.detach().cpu().contiguous()
         storage = own.untyped_storage()
         # Copied only where it must be: a thread that writes beside training should not keep the cores busy.
-        alone = storage.data_ptr() not in seen and storage.nbytes() == own.numel() * own.element_size()
+        alone = (
+            storage.data_ptr() not in seen and storage.nbytes() == own.numel() * own.element_size()
+        )
         seen.add(storage.data_ptr())
         written[name] = own if alone else own.clone()
     save_file(written, path, metadata={"format": "pt"})
@@ -85,7 +93,9 @@ def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.detach().cpu()
 
 
-def whole_state(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+def whole_state(
+    module: nn.Module, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, torch.Tensor]:
     """The wanted part of a module's state dict; of sharded weights every process must ask, and the first one gets them whole."""
     held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
     found = {}
@@ -121,7 +131,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
         if tensors[key].shape != wanted[key].shape
     ]
     faults = [
-        f"{word}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        f"{word}: {', '.join(found[:8])}"
+        + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         for word, found in (("missing", missing), ("unexpected", extra), ("misshapen", shapes))
         if found
     ]
@@ -149,7 +160,11 @@ def check_folder(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = [path.name for path in folder.glob("*.bin")]
-        hint = f" (found {', '.join(pickled)}: pickled weights are not loaded, convert them to safetensors)" if pickled else ""
+        hint = (
+            f" (found {', '.join(pickled)}: pickled weights are not loaded, convert them to safetensors)"
+            if pickled
+            else ""
+        )
         raise ModelError(f"{folder}: no safetensors weights{hint}")
     for file in files:
         check_safetensors(file)
@@ -160,7 +175,11 @@ def castable(module: nn.Module) -> Iterator[nn.Parameter]:
     """Floating-point parameters that may be in half precision: all but those beside batch statistics."""
     for owner in module.modules():
         if getattr(owner, "running_mean", None) is None:
-            yield from (parameter for parameter in owner.parameters(recurse=False) if parameter.dtype.is_floating_point)
+            yield from (
+                parameter
+                for parameter in owner.parameters(recurse=False)
+                if parameter.dtype.is_floating_point
+            )
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
@@ -187,7 +206,11 @@ def page_out(module: nn.Module, folder: Path) -> int:
     read. A write goes to memory and not to the file, which lasts as long as the weights. Raises `OSError` where the file
     can't be written; then nothing has changed.
     """
-    parameters = [each for each in module.parameters() if not each.requires_grad and each.is_contiguous() and each.numel()]
+    parameters = [
+        each
+        for each in module.parameters()
+        if not each.requires_grad and each.is_contiguous() and each.numel()
+    ]
     offsets: list[int] = []
     with tempfile.TemporaryFile(dir=folder) as file:
         for parameter in parameters:
@@ -199,7 +222,9 @@ def page_out(module: nn.Module, folder: Path) -> int:
             return 0
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for parameter, offset in zip(parameters, offsets, strict=True):
-        mapped = torch.frombuffer(mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset)
+        mapped = torch.frombuffer(
+            mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset
+        )
         parameter.data = mapped.view(parameter.shape)
     return len(mapping)
 
@@ -214,4 +239,6 @@ def fingerprint(module: nn.Module) -> str:
         return digest.digest()
 
     with ThreadPoolExecutor() as pool:  # Python lets go of its lock while it hashes
-        return hashlib.sha256(b"".join(pool.map(one, sorted(module.state_dict().items())))).hexdigest()
+        return hashlib.sha256(
+            b"".join(pool.map(one, sorted(module.state_dict().items())))
+        ).hexdigest()

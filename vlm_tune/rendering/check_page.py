@@ -34,23 +34,42 @@ def write_page(report: CheckReport, path: Path) -> None:
 
 
 def _levels(report: CheckReport) -> list[tuple[str, list[Finding], dict[str, int]]]:
-    return [("Errors", report.errors, report.error_counts), ("Warnings", report.warnings, report.warning_counts)]
+    return [
+        ("Errors", report.errors, report.error_counts),
+        ("Warnings", report.warnings, report.warning_counts),
+    ]
 
 
 def _header(report: CheckReport) -> str:
-    said = f"a sample: the first {report.sample:,} rows of each source" if report.sample else "all rows that the run reads"
+    said = (
+        f"a sample: the first {report.sample:,} rows of each source"
+        if report.sample
+        else "all rows that the run reads"
+    )
     rows = sum(source.rows for part in report.parts for source in part.sources)
-    figures = [("Errors", report.error_counts.total()), ("Warnings", report.warning_counts.total()), ("Rows", rows)]
-    cards = "".join(f'<div class="card"><dt>{name}</dt><dd><b>{value:,}</b></dd></div>' for name, value in figures)
+    figures = [
+        ("Errors", report.error_counts.total()),
+        ("Warnings", report.warning_counts.total()),
+        ("Rows", rows),
+    ]
+    cards = "".join(
+        f'<div class="card"><dt>{name}</dt><dd><b>{value:,}</b></dd></div>'
+        for name, value in figures
+    )
     return f'<header><h1>{escape(report.name)}</h1><p class="soft">{said}</p><dl class="figures">{cards}</dl></header>'
 
 
 def _found(title: str, findings: Sequence[Finding], counts: dict[str, int]) -> str:
     """The kinds with their counts, and what is said of sources as a whole."""
     lines = [
-        f'<tr><td>{kind}</td><td class="number">{count:,}</td><td>{escape(KINDS[kind])}</td></tr>' for kind, count in sorted(counts.items())
+        f'<tr><td>{kind}</td><td class="number">{count:,}</td><td>{escape(KINDS[kind])}</td></tr>'
+        for kind, count in sorted(counts.items())
     ]
-    whole = [f"<li>{escape(f'{_place(finding)}: {finding.message}')}</li>" for finding in findings if not finding.row]
+    whole = [
+        f"<li>{escape(f'{_place(finding)}: {finding.message}')}</li>"
+        for finding in findings
+        if not finding.row
+    ]
     listed = f'<div class="card"><ul>{"".join(whole)}</ul></div>' if whole else ""
     columns = [("", "kind"), ("number", "found"), ("", "meaning")]
     return section(title, table(columns, ["<tbody>", *lines, "</tbody>"]) + listed) if lines else ""
@@ -66,18 +85,36 @@ def _part(part: PartReport) -> str:
     columns = [
         ("", "source"),
         ("", "form"),
-        *(("number", name) for name in ("rows", "bad", "left out", "images", "tokens", "trained tokens")),
+        *(
+            ("number", name)
+            for name in ("rows", "bad", "left out", "images", "tokens", "trained tokens")
+        ),
     ]
     lines = []
     for source in part.sources:
-        figures = (source.rows, source.bad, source.left_out, source.images, source.tokens, source.supervised)
+        figures = (
+            source.rows,
+            source.bad,
+            source.left_out,
+            source.images,
+            source.tokens,
+            source.supervised,
+        )
         numbers = "".join(f'<td class="number">{figure:,}</td>' for figure in figures)
-        lines.append(f"<tr><td>{escape(source.source)}</td><td>{escape(source.form)}</td>{numbers}</tr>")
-    charts = _histogram("Tokens a row", part.lengths) + _histogram("Longer side of images, in pixels", part.image_sides)
+        lines.append(
+            f"<tr><td>{escape(source.source)}</td><td>{escape(source.form)}</td>{numbers}</tr>"
+        )
+    charts = _histogram("Tokens a row", part.lengths) + _histogram(
+        "Longer side of images, in pixels", part.image_sides
+    )
     facts = [f"{part.questions:,} question-answer pairs"] if part.questions is not None else []
     facts += [f"{part.steps:,} steps"] if part.steps is not None else []
     facts += [f"{part.ms_per_row:.2f} ms a row"] if part.ms_per_row is not None else []
-    body = table(columns, ["<tbody>", *lines, "</tbody>"]) + (f'<div class="charts">{charts}</div>' if charts else "") + _padding(part)
+    body = (
+        table(columns, ["<tbody>", *lines, "</tbody>"])
+        + (f'<div class="charts">{charts}</div>' if charts else "")
+        + _padding(part)
+    )
     return section(f"{part.stage}: {part.part}", body, ", ".join(facts))
 
 
@@ -102,7 +139,12 @@ def _padding(part: PartReport) -> str:
         + f'<td class="number">{percent(waste.padding)}</td>{_bar(waste.padding)}</tr>'
         for waste in part.padding
     ]
-    columns = [("", "batches"), ("number", "padded tokens a question"), ("number", "padding"), ("", "")]
+    columns = [
+        ("", "batches"),
+        ("number", "padded tokens a question"),
+        ("number", "padding"),
+        ("", ""),
+    ]
     return table(columns, ["<tbody>", *lines, "</tbody>"])
 
 
@@ -125,10 +167,22 @@ def _odd_rows(report: CheckReport) -> str:
     for finding in chosen:
         wanted[finding.stage, finding.part].add((finding.source, finding.row))
     read = {key: _read(parts[key], names) for key, names in wanted.items()}
-    cards = [_card(finding, read[finding.stage, finding.part].get((finding.source, finding.row))) for finding in chosen]
-    total = len({(finding.stage, finding.part, finding.source, finding.row) for finding in (*report.errors, *report.warnings)})
+    cards = [
+        _card(finding, read[finding.stage, finding.part].get((finding.source, finding.row)))
+        for finding in chosen
+    ]
+    total = len(
+        {
+            (finding.stage, finding.part, finding.source, finding.row)
+            for finding in (*report.errors, *report.warnings)
+        }
+    )
     note = f"{len(cards):,} of {total:,}" if total > len(cards) else ""
-    return section("A look at the odd rows", f'<div class="samples">{"".join(cards)}</div>', note) if cards else ""
+    return (
+        section("A look at the odd rows", f'<div class="samples">{"".join(cards)}</div>', note)
+        if cards
+        else ""
+    )
 
 
 def _chosen(findings: Sequence[Finding]) -> list[Finding]:
@@ -136,12 +190,16 @@ def _chosen(findings: Sequence[Finding]) -> list[Finding]:
     kinds: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         kinds[finding.kind].append(finding)
-    turns = [finding for finding in chain.from_iterable(zip_longest(*kinds.values())) if finding][:LOOKED_AT]
+    turns = [finding for finding in chain.from_iterable(zip_longest(*kinds.values())) if finding][
+        :LOOKED_AT
+    ]
     order = list(kinds)
     return sorted(turns, key=lambda finding: order.index(finding.kind))
 
 
-def _read(part: Part, names: set[tuple[str, int]]) -> dict[tuple[str, int], Conversation | DataError]:
+def _read(
+    part: Part, names: set[tuple[str, int]]
+) -> dict[tuple[str, int], Conversation | DataError]:
     try:
         return read_rows(part, names)
     except DataError:  # a file has changed since it was read
@@ -157,7 +215,9 @@ def _card(finding: Finding, row: Conversation | DataError | None) -> str:
         image = row.media[0] if row.media else None
     elif row is not None and isinstance(row.content, dict | list):
         turns = [("row", repr(row.content))]
-    words = "".join(f"<dt>{escape(role)}</dt><dd>{escape(_short(text))}</dd>" for role, text in turns)
+    words = "".join(
+        f"<dt>{escape(role)}</dt><dd>{escape(_short(text))}</dd>" for role, text in turns
+    )
     size = "sample long" if any(len(text) > LONG for _, text in turns) else "sample"
     said = f'<p class="soft">{escape(_place(finding))}</p><p><b>{escape(finding.kind)}</b> {escape(finding.message)}</p>'
     return f'<article class="{size}">{picture(image)}<div>{said}<dl>{words}</dl></div></article>'

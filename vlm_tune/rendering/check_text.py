@@ -22,14 +22,19 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 def show_check(console: Console, report: CheckReport) -> None:
     """Prints what a check found: rows by source and figures of each part, warnings, errors."""
     if report.sample:
-        console.print(Text(f"a sample: the first {report.sample:,} rows of each source", style="yellow"))
+        console.print(
+            Text(f"a sample: the first {report.sample:,} rows of each source", style="yellow")
+        )
     for part in report.parts:
         _show_part(console, part)
     _show_findings(console, "warnings", "yellow", report.warnings, report.warning_counts)
     _show_findings(console, "errors", "red", report.errors, report.error_counts)
     errors = report.error_counts.total()
     warnings = report.warning_counts.total()
-    verdict = Text(f"{errors:,} errors, {warnings:,} warnings, {report.seconds:.1f} s", style="bold red" if errors else "bold green")
+    verdict = Text(
+        f"{errors:,} errors, {warnings:,} warnings, {report.seconds:.1f} s",
+        style="bold red" if errors else "bold green",
+    )
     console.print(verdict)
 
 
@@ -45,14 +50,27 @@ def _show_part(console: Console, part: PartReport) -> None:
     for source in part.sources:
         bad = Text(f"{source.bad:,}", style="red" if source.bad else "")
         figures = (source.left_out, source.images, source.tokens, source.supervised)
-        table.add_row(Text(f"  {escaped(source.source)}"), source.form, f"{source.rows:,}", bad, *(f"{figure:,}" for figure in figures))
+        table.add_row(
+            Text(f"  {escaped(source.source)}"),
+            source.form,
+            f"{source.rows:,}",
+            bad,
+            *(f"{figure:,}" for figure in figures),
+        )
     console.print(table)
     lines = [("tokens a row", _bars(part.lengths))] if part.lengths else []
     lines += [("longer side", _bars(part.image_sides, " px"))] if part.image_sides else []
     for waste in part.padding:
-        lines.append((waste.name, f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question"))
+        lines.append(
+            (
+                waste.name,
+                f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question",
+            )
+        )
     if part.steps is not None:
-        lines.append(("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)"))
+        lines.append(
+            ("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)")
+        )
     if part.ms_per_row is not None:
         lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
     for name, text in lines:
@@ -66,13 +84,19 @@ def _bars(values: Histogram, unit: str = "") -> str:
     return f"{values.least:,} [{bars}] {values.most:,}{unit}, half up to {values.middle:,}"
 
 
-def _show_findings(console: Console, title: str, style: str, findings: list[Finding], counts: dict[str, int]) -> None:
+def _show_findings(
+    console: Console, title: str, style: str, findings: list[Finding], counts: dict[str, int]
+) -> None:
     """The counts of each kind with its meaning, and its first rows."""
     from vlm_tune.data_check.row_errors import KINDS
 
     for kind, count in sorted(counts.items()):
         shown = [finding for finding in findings if finding.kind == kind][:NAMED]
-        console.print(Text.assemble((f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"))
+        console.print(
+            Text.assemble(
+                (f"\n{title[:-1]} {kind}", f"bold {style}"), f" {count:,}x: {KINDS[kind]}"
+            )
+        )
         for finding in shown:
             where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
             print_line(console, f"  {finding.stage} {finding.part}: {where}: {finding.message}")
@@ -86,4 +110,7 @@ def show_exports(console: Console, exports: dict[str, str | None] | str) -> None
         print_line(console, f"exports: not known ({exports})")
         return
     for name, why_not in exports.items():
-        print_line(console, f"export --format {name}: {'possible' if why_not is None else f'not possible: {why_not}'}")
+        print_line(
+            console,
+            f"export --format {name}: {'possible' if why_not is None else f'not possible: {why_not}'}",
+        )

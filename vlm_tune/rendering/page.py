@@ -82,7 +82,15 @@ pre { margin: .75rem 0 0; overflow-x: auto; overflow-wrap: normal; font: .82rem/
 def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
     """Writes a page of the parts that are not empty."""
     head = f"<head>\n{HEAD}\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>"
-    page = "\n".join(['<!doctype html>\n<html lang="en">', head, "<body>\n<main>", *filter(None, parts), "</main>\n</body>\n</html>\n"])
+    page = "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">',
+            head,
+            "<body>\n<main>",
+            *filter(None, parts),
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
     # JSON may hold lone surrogates, which UTF-8 can't.
     path.write_text(page, encoding="utf-8", errors="replace")
 

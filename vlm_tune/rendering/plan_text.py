@@ -38,16 +38,27 @@ def show_plan(console: Console, plan: Plan) -> None:
     where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
     where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
-    where += {"none": "", "optimizer": ", optimizer offloaded", "all": ", optimizer and weights offloaded"}[plan.offload]
+    where += {
+        "none": "",
+        "optimizer": ", optimizer offloaded",
+        "all": ", optimizer and weights offloaded",
+    }[plan.offload]
     quantized = f", LLM in {plan.quantize}" if plan.quantize else ""
-    console.print(Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold"))
+    console.print(
+        Text(f"{plan.name}: {plan.precision}{quantized}, on {plan.device}, {where}", style="bold")
+    )
     for stage in plan.stages:
         _show_stage(console, stage)
         _show_time(console, plan, stage)
     if plan.allocator == "malloc":
         # Measured with glibc 2.36, as docs/plan.md says.
         why = "no C++ compiler, or addresses are limited (ulimit -v)"
-        console.print(Text(f"{why}: tensors lie where malloc puts them, and a run may take a third more", style="yellow"))
+        console.print(
+            Text(
+                f"{why}: tensors lie where malloc puts them, and a run may take a third more",
+                style="yellow",
+            )
+        )
     if plan.machine is not None and plan.machine.lacks:
         print_line(console, f"\n{plan.machine.device}: {'; '.join(plan.machine.lacks)}", "yellow")
     verdict = f"needs {gigabytes(plan.needed)} on each device"
@@ -58,9 +69,17 @@ def show_plan(console: Console, plan: Plan) -> None:
     else:
         console.print(Text(f"\n{verdict}", style="bold"))
     for advice in plan.advice:
-        mark = "fits" if plan.gpu_memory is not None and advice.needed <= plan.gpu_memory else "does not fit"
+        mark = (
+            "fits"
+            if plan.gpu_memory is not None and advice.needed <= plan.gpu_memory
+            else "does not fit"
+        )
         sets = "".join(f" --set {change}" for change in advice.changes)
-        console.print(Text(f"  {gigabytes(advice.needed):>10}  {mark:12}  {advice.text}{':' if sets else ''}{sets}"))
+        console.print(
+            Text(
+                f"  {gigabytes(advice.needed):>10}  {mark:12}  {advice.text}{':' if sets else ''}{sets}"
+            )
+        )
     console.print(Text(f"planned in {plan.seconds:.1f} s", style="dim"))
 
 
@@ -71,12 +90,27 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
         table.add_column(name, justify="left" if name == "  part" else "right")
     for part in stage.parts:
         share = f"{part.trained / max(part.total, 1):.2%}"
-        table.add_row(f"  {part.part}", f"{part.total:,}", f"{part.trained:,}", f"{part.adapters:,}", share, gigabytes(part.bytes))
+        table.add_row(
+            f"  {part.part}",
+            f"{part.total:,}",
+            f"{part.trained:,}",
+            f"{part.adapters:,}",
+            share,
+            gigabytes(part.bytes),
+        )
     total = sum(part.total for part in stage.parts)
     trained = sum(part.trained for part in stage.parts)
     adapters = sum(part.adapters for part in stage.parts)
     held = sum(part.bytes for part in stage.parts)
-    table.add_row("  all", f"{total:,}", f"{trained:,}", f"{adapters:,}", f"{trained / max(total, 1):.2%}", gigabytes(held), style="bold")
+    table.add_row(
+        "  all",
+        f"{total:,}",
+        f"{trained:,}",
+        f"{adapters:,}",
+        f"{trained / max(total, 1):.2%}",
+        gigabytes(held),
+        style="bold",
+    )
     console.print(table)
     memory = Table(box=None, pad_edge=False, header_style="dim")
     memory.add_column("  memory at the peak")
@@ -90,16 +124,29 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     console.print(memory)
     peak = stage.peak
     labels = f", {peak.labels:,} label tokens" if peak.labels != peak.length else ""
-    cache = f"{gigabytes(stage.feature_cache)} on disk" if stage.feature_cache else "on disk, size unknown" if stage.cached else "none"
+    cache = (
+        f"{gigabytes(stage.feature_cache)} on disk"
+        if stage.feature_cache
+        else "on disk, size unknown"
+        if stage.cached
+        else "none"
+    )
     for name, text in (
         ("batch", f"{peak.rows:,} rows x {peak.length:,} tokens{labels}"),
         ("known from", stage.source),
-        ("step", f"{stage.flops / 1e12:,.3g} TFLOP a device, {stage.mean.tokens:,.0f} tokens a micro-batch"),
+        (
+            "step",
+            f"{stage.flops / 1e12:,.3g} TFLOP a device, {stage.mean.tokens:,.0f} tokens a micro-batch",
+        ),
         ("feature cache", cache),
     ):
         console.print(Text(f"  {name:15}{text}"))
     if stage.host:
-        console.print(Text(f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"))
+        console.print(
+            Text(
+                f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"
+            )
+        )
     if stage.communication:
         _show_communication(console, stage.communication)
 
@@ -122,10 +169,21 @@ def _show_communication(console: Console, found: Communication) -> None:
 
     sent = found.traffic
     link = "a node's link" if found.nodes > 1 else "a device's link"
-    names = {"gradients": "gradients", "updated": "updated weights", "forward": "weights forward", "backward": "weights backward"}
-    kinds = ", ".join(f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name)))
+    names = {
+        "gradients": "gradients",
+        "updated": "updated weights",
+        "forward": "weights forward",
+        "backward": "weights backward",
+    }
+    kinds = ", ".join(
+        f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name))
+    )
     console.print(Text(f"  {'sends':15}{gigabytes(sent.total)} a step from each process: {kinds}"))
-    console.print(Text(f"  {'link':15}{found.seconds:,.3g} s a step at {found.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"))
+    console.print(
+        Text(
+            f"  {'link':15}{found.seconds:,.3g} s a step at {found.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"
+        )
+    )
     if found.computing is None or found.least is None or found.most is None:
         said = f"{GOOD:.0%} and more where a step computes for {found.good:,.3g} s or longer (--tflops gives a figure)"
     else:

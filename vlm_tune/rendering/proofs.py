@@ -15,19 +15,32 @@ def replay_lines(report: ReplayReport) -> list[str]:
     """What a replay found: what agrees, and where first what does not."""
     differs = {found.what: found for found in report.differences}
     names = {"samples": "sample ids", "loss": "losses", "norm": "gradient norms"}
-    lines = [f"stage {report.stage}, steps {report.start + 1:,} to {report.end:,} replayed in {report.seconds:.1f} s"]
+    lines = [
+        f"stage {report.stage}, steps {report.start + 1:,} to {report.end:,} replayed in {report.seconds:.1f} s"
+    ]
     for what in report.compared:
         found = differs.get(what)
-        said = "equal" if found is None else f"differ first at step {found.step:,}: the run had {found.run}, the replay {found.replay}"
+        said = (
+            "equal"
+            if found is None
+            else f"differ first at step {found.step:,}: the run had {found.run}, the replay {found.replay}"
+        )
         lines.append(f"  {names[what]}: {said}")
     for step in report.checkpoints:
         tensors = report.tensors[step]
-        first = ", ".join(tensors[:NAMED]) + (f" and {len(tensors) - NAMED} more" if len(tensors) > NAMED else "")
-        lines.append(f"  checkpoint of step {step:,}: " + (f"{len(tensors)} tensors differ: {first}" if tensors else "equal, bit for bit"))
+        first = ", ".join(tensors[:NAMED]) + (
+            f" and {len(tensors) - NAMED} more" if len(tensors) > NAMED else ""
+        )
+        lines.append(
+            f"  checkpoint of step {step:,}: "
+            + (f"{len(tensors)} tensors differ: {first}" if tensors else "equal, bit for bit")
+        )
     if not report.checkpoints:
         lines.append("  no kept checkpoint lies among these steps: weights are not compared")
     for name, (then, now) in report.environment.items():
-        lines.append(f"  {name} was {then} and is {now}" + ("" if report.agrees else ", which may be why"))
+        lines.append(
+            f"  {name} was {then} and is {now}" + ("" if report.agrees else ", which may be why")
+        )
     return [*lines, "the run agrees" if report.agrees else "the run differs"]
 
 
@@ -50,7 +63,10 @@ def merge_proof(report: MergeReport) -> str:
     checks = ["passed", "passed", "passed" if report.same_text else "ALLOWED"]
     marks = [*checks, *["note  "] * (len(lines) - len(checks))]
     return "\n".join(
-        [f"verified on {_rows(report.rows)}, computed in fp32:", *(f"  {mark}  {line}" for mark, line in zip(marks, lines, strict=True))]
+        [
+            f"verified on {_rows(report.rows)}, computed in fp32:",
+            *(f"  {mark}  {line}" for mark, line in zip(marks, lines, strict=True)),
+        ]
     )
 
 
@@ -62,6 +78,10 @@ def export_proof(report: ExportReport) -> str:
     said = f"verified on {_rows(report.rows)}, {READERS[report.format]}:\n"
     said += f"  passed  logits within {report.difference:.2g} of the model's ({report.allowed:.2g} is allowed{rounded})"
     if report.same_text is not None:
-        same = "the same as the model's" if report.same_text else "those of the rounded weights, which are not all the model's"
+        same = (
+            "the same as the model's"
+            if report.same_text
+            else "those of the rounded weights, which are not all the model's"
+        )
         said += f"\n  passed  greedy answers {same}"
     return said

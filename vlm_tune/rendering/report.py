@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
 WIDTH, HEIGHT, FONT = 302.0, 180.0, 11.0
 """A chart's size and its text's, in points."""
-INKS = {SOFT: "var(--soft)", RULE: "var(--rule)", TRAIN: "var(--train)", VALIDATION: "var(--validation)"}
+INKS = {
+    SOFT: "var(--soft)",
+    RULE: "var(--rule)",
+    TRAIN: "var(--train)",
+    VALIDATION: "var(--validation)",
+}
 
 
 def write_report(run: Path) -> Path:
@@ -74,7 +79,9 @@ def _read(path: Path) -> Any:
 def _events(path: Path) -> list[dict[str, Any]]:
     """The log's events; lines that can't be read (the last, if the run was killed) are passed over."""
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
+    ):
         try:
             events.append(json.loads(line))
         except ValueError:
@@ -121,7 +128,11 @@ def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
 
 
 def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(step, value) for step in sorted(events) if (value := _number(events[step].get(key))) is not None]
+    return [
+        (step, value)
+        for step in sorted(events)
+        if (value := _number(events[step].get(key))) is not None
+    ]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -131,19 +142,31 @@ def _duration(seconds: float) -> str:
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def _count(value: Any, unit: str = "") -> str:
     """A whole number with its unit in the plural or singular; nothing for what is no number."""
     number = _number(value)
-    return "" if number is None else f"{number:,.0f} {unit if number == 1 or not unit else unit + 's'}".rstrip()
+    return (
+        ""
+        if number is None
+        else f"{number:,.0f} {unit if number == 1 or not unit else unit + 's'}".rstrip()
+    )
 
 
 def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     """The run's name, and the headline figures."""
     facts = [] if seed is None else [f"seed {seed}"]
-    times = [moment for event in events if (moment := _number(event.get("time"))) is not None and 0 <= moment < 1e11]
+    times = [
+        moment
+        for event in events
+        if (moment := _number(event.get("time"))) is not None and 0 <= moment < 1e11
+    ]
     if times:
         facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
     figures = []
@@ -171,20 +194,33 @@ def _groups(kind: str, scores: Any) -> str:
         accuracy = _number(found.get("accuracy")) if isinstance(found, dict) else None
         if accuracy is not None:
             bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
-            numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (percent(accuracy), _count(found.get("n"))))
+            numbers = "".join(
+                f'<td class="number">{escape(text)}</td>'
+                for text in (percent(accuracy), _count(found.get("n")))
+            )
             rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
     columns = [("", kind), ("number", "accuracy"), ("number", "questions"), ("", "")]
-    return section(f"Test accuracy by {kind}", table(columns, ["<tbody>", *rows, "</tbody>"])) if rows else ""
+    return (
+        section(f"Test accuracy by {kind}", table(columns, ["<tbody>", *rows, "</tbody>"]))
+        if rows
+        else ""
+    )
 
 
 def _stage(stage: _Stage) -> str:
     """A stage's facts and its row of charts."""
-    loss, rate, speed = (_points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s"))
+    loss, rate, speed = (
+        _points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s")
+    )
     held_out, accuracy = (_points(stage.evaluate, key) for key in ("loss", "accuracy"))
     last = max([0, *stage.train, *stage.evaluate])
     planned = [stage.start.get("steps"), *(event.get("of") for event in stage.train.values())]
     steps = round(max([last, *filter(None, map(_number, planned))]))
-    facts = [_count(steps, "step"), _count(stage.start.get("questions"), "question"), _count(stage.start.get("images"), "image")]
+    facts = [
+        _count(steps, "step"),
+        _count(stage.start.get("questions"), "question"),
+        _count(stage.start.get("images"), "image"),
+    ]
     if last < steps:
         facts.append(f"the log ends at step {last:,}")
     charts = []
@@ -198,12 +234,25 @@ def _stage(stage: _Stage) -> str:
         # Of equal scores the later checkpoint is the one kept.
         step, best = max(accuracy, key=lambda point: (point[1], point[0]))
         panel = _Panel("accuracy", [], [(step, 100 * value) for step, value in accuracy])
-        charts.append(_chart("Accuracy", [("dots", f"validation, best {percent(best)} at {step:,}")], [panel], steps))
-    panels = [_Panel(kind, points, []) for kind, points in (("learning rate", rate), ("questions/s", speed)) if points]
+        charts.append(
+            _chart(
+                "Accuracy",
+                [("dots", f"validation, best {percent(best)} at {step:,}")],
+                [panel],
+                steps,
+            )
+        )
+    panels = [
+        _Panel(kind, points, [])
+        for kind, points in (("learning rate", rate), ("questions/s", speed))
+        if points
+    ]
     if panels:
         keys = [("", f"highest {max(value for _, value in rate):.3g}")] if rate else []
         if speed:
-            keys.append(("", f"mean {sum(value for _, value in speed) / len(speed):,.4g} questions/s"))
+            keys.append(
+                ("", f"mean {sum(value for _, value in speed) / len(speed):,.4g} questions/s")
+            )
         charts.append(_chart("Learning rate and speed", keys, panels, steps))
     title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
     body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -215,9 +264,13 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> str:
     for stage in stages:
         rows = _rows(stage.get("rows"))
         if len(rows) > 1:
-            together = {key: sum(_number(row.get(key)) or 0 for row in rows) for key in ("trained", "total")}
+            together = {
+                key: sum(_number(row.get(key)) or 0 for row in rows) for key in ("trained", "total")
+            }
             rows.append({"match": "together", **together})
-        head = f'<tr><th colspan="7" scope="rowgroup">{escape(str(stage.get("stage", "")))}</th></tr>'
+        head = (
+            f'<tr><th colspan="7" scope="rowgroup">{escape(str(stage.get("stage", "")))}</th></tr>'
+        )
         bodies.append(f"<tbody>{head}{''.join(map(_tuning_line, rows))}</tbody>" if rows else "")
     numbers = [("number", title) for title in ("learning rate", "trained", "of", "share")]
     columns = [("", "parameters"), ("", "how"), *numbers, ("", "detail")]
@@ -227,13 +280,19 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> str:
 def _tuning_line(row: dict[str, Any]) -> str:
     rate, trained, total = (_number(row.get(key)) for key in ("learning_rate", "trained", "total"))
     share = percent(trained / total, 2) if trained is not None and total else ""
-    match, how, detail = (f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail"))
+    match, how, detail = (
+        f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail")
+    )
     figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
     return f"<tr>{match}{how}{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
 
 
 def _notes(events: Sequence[dict[str, Any]]) -> str:
-    notes = [f"<li>{escape(str(event['text']))}</li>" for event in events if event.get("event") == "note" and event.get("text")]
+    notes = [
+        f"<li>{escape(str(event['text']))}</li>"
+        for event in events
+        if event.get("event") == "note" and event.get("text")
+    ]
     return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
 
 
@@ -249,26 +308,46 @@ def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
             counts.append(f"{column} training {sum(marks)} of {len(marks)} right")
     cards = []
     for row in rows:
-        kind = "sample long" if any(len(str(row.get(key))) > LONG for key in ("question", "expected", "before", "after")) else "sample"
+        kind = (
+            "sample long"
+            if any(
+                len(str(row.get(key))) > LONG for key in ("question", "expected", "before", "after")
+            )
+            else "sample"
+        )
         answers = f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>{_answer(row, 'before')}{_answer(row, 'after')}"
         words = f"<p>{_text(row.get('question'))}</p><dl>{answers}</dl>"
         cards.append(f'<article class="{kind}">{_picture(run, row)}<div>{words}</div></article>')
-    return section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts)) if rows else ""
+    return (
+        section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts))
+        if rows
+        else ""
+    )
 
 
 def _is_right(row: dict[str, Any], column: str) -> bool | None:
     # The metric's own rule: a second one here could contradict the accuracy above.
     given = row.get(column)
     expected = row.get("expected")
-    return None if given is None or expected is None else normalise(str(given)) == normalise(str(expected))
+    return (
+        None
+        if given is None or expected is None
+        else normalise(str(given)) == normalise(str(expected))
+    )
 
 
 def _text(value: Any) -> str:
-    return escape(str(value)) if value not in (None, "") else f'<span class="soft">{"–" if value is None else "(empty)"}</span>'
+    return (
+        escape(str(value))
+        if value not in (None, "")
+        else f'<span class="soft">{"–" if value is None else "(empty)"}</span>'
+    )
 
 
 def _answer(row: dict[str, Any], column: str) -> str:
-    name, mark = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[_is_right(row, column)]
+    name, mark = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[
+        _is_right(row, column)
+    ]
     shown = f'<span role="img" aria-label="{name}">{mark}</span>' if mark else ""
     return f'<dt>{column}</dt><dd class="{name}">{shown}{_text(row.get(column))}</dd>'
 
@@ -290,13 +369,17 @@ class _Panel:
     dots: list[tuple[int, float]]
 
 
-def _chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel], steps: int) -> str:
+def _chart(
+    title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel], steps: int
+) -> str:
     """A figure element: caption with the colour key, and the panels as inline SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     # Text stays text, in the page's font; with a fixed salt an id stands for the same shape in every chart of the page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": FONT}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": FONT}
+    ):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
@@ -304,7 +387,12 @@ def _chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel]
         axes[-1].set_xlabel("step", color=SOFT)
         figure.subplots_adjust(**_margins(axes, steps))
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
     svg = file.getvalue()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -321,10 +409,18 @@ def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:
     Counted from the labels' lengths: Matplotlib's own layouts draw everything once more to measure it, in a font that is
     not the page's.
     """
-    labels = [label for ax in axes for label in ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))]
+    labels = [
+        label
+        for ax in axes
+        for label in ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))
+    ]
     digit = 0.64 * FONT
     titled = any(ax.get_title(loc="left") for ax in axes)
-    left = digit * max(map(len, labels)) + 8 + (1.6 * FONT if any(ax.get_ylabel() for ax in axes) else 0)
+    left = (
+        digit * max(map(len, labels))
+        + 8
+        + (1.6 * FONT if any(ax.get_ylabel() for ax in axes) else 0)
+    )
     right = max(digit * len(f"{steps:,}") / 2, 6)
     top = 2 * FONT if titled else FONT
     bottom = 3.6 * FONT
@@ -342,9 +438,23 @@ def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if panel.line:
-        ax.plot(*zip(*panel.line, strict=True), color=TRAIN, linewidth=1.4, marker="o" if len(panel.line) == 1 else "", markersize=4)
+        ax.plot(
+            *zip(*panel.line, strict=True),
+            color=TRAIN,
+            linewidth=1.4,
+            marker="o" if len(panel.line) == 1 else "",
+            markersize=4,
+        )
     if panel.dots:
-        ax.plot(*zip(*panel.dots, strict=True), color=VALIDATION, linewidth=0.8, marker="o", markersize=3.5, clip_on=False, zorder=3)
+        ax.plot(
+            *zip(*panel.dots, strict=True),
+            color=VALIDATION,
+            linewidth=0.8,
+            marker="o",
+            markersize=3.5,
+            clip_on=False,
+            zorder=3,
+        )
     values = [value for _, value in (*panel.line, *panel.dots)]
     low = min(values)
     high = max(values)
@@ -355,7 +465,9 @@ def _draw(ax: Axes, panel: _Panel, steps: int) -> None:
     shape = {"accuracy": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
     if panel.kind == "accuracy":
-        ax.set_ylim(max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100))
+        ax.set_ylim(
+            max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100)
+        )
     elif panel.kind == "loss" and 0 < 20 * low < high:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))

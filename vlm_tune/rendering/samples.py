@@ -20,7 +20,12 @@ from vlm_tune.quoting import escaped
 ROWS = 200
 """Rows read for each unit that is shown: those of one image need not stand together."""
 
-STYLES = {"trained": "black on green", "prompt": "", "image": "white on blue", "target": "black on green"}
+STYLES = {
+    "trained": "black on green",
+    "prompt": "",
+    "image": "white on blue",
+    "target": "black on green",
+}
 
 
 def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
@@ -37,10 +42,17 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
         units: dict[Any, list[Example]] = {}
         for row in rows:
             for example in fit(row, processor, data.overlong).examples:
-                units.setdefault(example.media if data.group == "image" and example.media else example.id, []).append(example)
+                units.setdefault(
+                    example.media if data.group == "image" and example.media else example.id, []
+                ).append(example)
         for unit in list(units.values())[:n]:
-            joined = branch_layout(unit, data.row_length) if processor.spec.layout == "causal" else unit
-            found += [{"stage": name, "id": example.id, "tokens": _tokens(example, processor)} for example in joined[:n]]
+            joined = (
+                branch_layout(unit, data.row_length) if processor.spec.layout == "causal" else unit
+            )
+            found += [
+                {"stage": name, "id": example.id, "tokens": _tokens(example, processor)}
+                for example in joined[:n]
+            ]
     return found
 
 
@@ -54,23 +66,43 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
     trained = False
     for place, token in enumerate(example.input_ids.tolist()):
         # A branch begins where a token does not follow the one before it.
-        if place and example.positions is not None and example.positions[place] != example.positions[place - 1] + 1:
+        if (
+            place
+            and example.positions is not None
+            and example.positions[place] != example.positions[place - 1] + 1
+        ):
             branch += 1
         kind = "image" if example.image_mask[place] else "trained" if trained else "prompt"
-        out.append({"id": token, "text": "" if kind == "image" else text(token), "kind": kind, "branch": branch})
+        out.append(
+            {
+                "id": token,
+                "text": "" if kind == "image" else text(token),
+                "kind": kind,
+                "branch": branch,
+            }
+        )
         label = int(example.labels[place]) if causal else IGNORE_INDEX
-        following = place + 1 < len(example.input_ids) and (example.ends is None or place + 1 < example.ends[place])
+        following = place + 1 < len(example.input_ids) and (
+            example.ends is None or place + 1 < example.ends[place]
+        )
         trained = following and label != IGNORE_INDEX
         if label != IGNORE_INDEX and not following:
             out.append({"id": label, "text": text(label), "kind": "trained", "branch": branch})
     if not causal:
-        out += [{"id": token, "text": text(token), "kind": "target", "branch": 0} for token in example.labels.tolist()]
+        out += [
+            {"id": token, "text": text(token), "kind": "target", "branch": 0}
+            for token in example.labels.tolist()
+        ]
     return out
 
 
 def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) -> None:
     """Prints samples in color: trained tokens on green, image slots on blue."""
-    console.print(Text.assemble(("trained", STYLES["trained"]), " ", ("image slots", STYLES["image"]), " prompt"))
+    console.print(
+        Text.assemble(
+            ("trained", STYLES["trained"]), " ", ("image slots", STYLES["image"]), " prompt"
+        )
+    )
     for sample in samples:
         tokens = sample["tokens"]
         trained = sum(token["kind"] in ("trained", "target") for token in tokens)

@@ -34,7 +34,9 @@ class Display(logging.Handler):
     nothing was printed for `EVERY` seconds a thread prints how far it is. `close` ends both.
     """
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic, beats: bool = True) -> None:
+    def __init__(
+        self, console: Console, *, clock: Callable[[], float] = time.monotonic, beats: bool = True
+    ) -> None:
         """`clock` gives seconds; without `beats` no thread is started and `beat` is called by hand."""
         super().__init__(logging.INFO)
         self.console = console
@@ -123,7 +125,10 @@ class Display(logging.Handler):
             if event.get("streaming")
             else f"{event['questions']:,} question-answer pairs, {event['images']:,} images"
         )
-        self._line(f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}", "bold")
+        self._line(
+            f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}",
+            "bold",
+        )
 
     def _model(self, event: dict[str, Any]) -> None:
         self._line(f"{event['folder']}: {event['about']}")
@@ -137,7 +142,9 @@ class Display(logging.Handler):
         self.console.print(tuning_table(event["name"], event["rows"]))
 
     def _features(self, event: dict[str, Any]) -> None:
-        self._live("features", f"computing tower features: {event['done']:,} of {event['of']:,} images")
+        self._live(
+            "features", f"computing tower features: {event['done']:,} of {event['of']:,} images"
+        )
 
     def _scoring(self, event: dict[str, Any]) -> None:
         self._live("scoring", f"answering {event['done']:,} of {event['of']:,} questions")
@@ -164,14 +171,18 @@ class Display(logging.Handler):
             self._phase = "training"
             self._state = f"training, past step {event['step']:,}"
         by_source = event.get("by_source", {})
-        sources = [f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()]
+        sources = [
+            f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()
+        ]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
         score = f"validation accuracy {event['accuracy']:.2%} of {event['n']:,}{listed}, loss {event['loss']:.4f}"
         self._line(f"  step {event['step']:,}: {score}", "green")
 
     def _test(self, event: dict[str, Any]) -> None:
         self._clear()
-        self.console.print(score_table(event["accuracy"], event["n"], event["by_category"], event["by_source"]))
+        self.console.print(
+            score_table(event["accuracy"], event["n"], event["by_category"], event["by_source"])
+        )
 
     def _note(self, event: dict[str, Any]) -> None:
         self._line(event["text"], "yellow")
@@ -199,11 +210,20 @@ def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in rows:
         rate = f"{row['learning_rate']:.1e}" if row["learning_rate"] else "-"
-        table.add_row(Text(row["match"]), row["how"], rate, f"{row['trained']:,}", f"{row['total']:,}", row["detail"])
+        table.add_row(
+            Text(row["match"]),
+            row["how"],
+            rate,
+            f"{row['trained']:,}",
+            f"{row['total']:,}",
+            row["detail"],
+        )
     trained = sum(row["trained"] for row in rows)
     total = sum(row["total"] for row in rows)
     table.add_section()
-    table.add_row("all", "", "", f"{trained:,}", f"{total:,}", f"{trained / max(total, 1):.2%} trained")
+    table.add_row(
+        "all", "", "", f"{trained:,}", f"{total:,}", f"{trained / max(total, 1):.2%} trained"
+    )
     return table
 
 
@@ -218,9 +238,14 @@ def score_table(accuracy: float, n: int, by_category: Groups, by_source: Groups)
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("n", justify="right")
-    for kind, groups in (("category", by_category), ("source", by_source if len(by_source) > 1 else {})):
+    for kind, groups in (
+        ("category", by_category),
+        ("source", by_source if len(by_source) > 1 else {}),
+    ):
         for name, entry in groups.items():
-            table.add_row(kind, Text(escaped(name)), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}")
+            table.add_row(
+                kind, Text(escaped(name)), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}"
+            )
         table.add_section()
     table.add_row("all", "", f"{accuracy:.2%}", f"{n:,}")
     return table

@@ -8,7 +8,11 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError
@@ -40,7 +44,9 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if found.num_processes != launched:
-        raise TrainingError(f"{launched} processes were launched and accelerate joins {found.num_processes}")
+        raise TrainingError(
+            f"{launched} processes were launched and accelerate joins {found.num_processes}"
+        )
     if launched == 1 and os.environ.keys() >= LAUNCHED_ALONE:
         raise TrainingError(
             "`accelerate launch` was asked for several processes and started one, as it does on a CPU where its config says "

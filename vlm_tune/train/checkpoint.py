@@ -90,14 +90,21 @@ def capture_checkpoint(
     kept = _Copies(model)
     write_model = capture_model(model, kept)
     state = kept(optimizer)
-    random_state = {f"{rank}.{key}": value for rank, found in enumerate(random_states) for key, value in found.items()}
+    random_state = {
+        f"{rank}.{key}": value
+        for rank, found in enumerate(random_states)
+        for key, value in found.items()
+    }
     told = json.dumps(asdict(progress), indent=1)
 
     def write(folder: Path) -> None:
         write_model(folder)
         write_safetensors(state, folder / "trainer" / "optimizer.safetensors")
         write_safetensors(random_state, folder / "trainer" / "random.safetensors")
-        write_safetensors({key: torch.from_numpy(_small(value)) for key, value in drawn.items()}, folder / "trainer" / "epoch.safetensors")
+        write_safetensors(
+            {key: torch.from_numpy(_small(value)) for key, value in drawn.items()},
+            folder / "trainer" / "epoch.safetensors",
+        )
         (folder / "trainer" / "progress.json").write_text(told)
         (folder / "recipe.yaml").write_text(recipe_text)
 
@@ -138,7 +145,9 @@ class CheckpointWriter:
         self.stage = stage
         self.keep = keep
         self.background = background
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        )
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
@@ -151,7 +160,11 @@ class CheckpointWriter:
 
     def failed(self) -> bool:
         """Whether the last one could not be written."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        return (
+            self._pending is not None
+            and self._pending.done()
+            and self._pending.exception() is not None
+        )
 
     def wait(self) -> None:
         """Returns when all is written. Raises `TrainingError` if it could not be."""
@@ -172,8 +185,14 @@ class CheckpointWriter:
             rotate(self.stage, self.keep, best_step, step)
         except (OSError, SafetensorError, MemoryError) as error:
             older = [found.name for found in checkpoints(self.stage)]
-            kept = f"kept: {', '.join(older)}; --resume goes on from there" if older else "there is none before it"
-            raise TrainingError(f"the checkpoint {folder} could not be written ({error}); {kept}") from error
+            kept = (
+                f"kept: {', '.join(older)}; --resume goes on from there"
+                if older
+                else "there is none before it"
+            )
+            raise TrainingError(
+                f"the checkpoint {folder} could not be written ({error}); {kept}"
+            ) from error
 
 
 # --- what is in it ---------------------------------------------------------------------------------------------------
@@ -188,7 +207,9 @@ def random_state() -> dict[str, torch.Tensor]:
         "numpy": torch.from_numpy(np.array([*keys, place, gaussian], dtype=np.int64)),
         "numpy_gaussian": torch.tensor(cached, dtype=torch.float64),
         "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gaussian": torch.tensor([] if following is None else [following], dtype=torch.float64),
+        "python_gaussian": torch.tensor(
+            [] if following is None else [following], dtype=torch.float64
+        ),
     }
     return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -196,12 +217,18 @@ def random_state() -> dict[str, torch.Tensor]:
 def load_random(folder: Path, rank: int) -> None:
     """Puts a process's random state back, where the checkpoint has one of that rank."""
     saved = read_safetensors(folder / "trainer" / "random.safetensors")
-    own = {name.removeprefix(f"{rank}."): value for name, value in saved.items() if name.startswith(f"{rank}.")}
+    own = {
+        name.removeprefix(f"{rank}."): value
+        for name, value in saved.items()
+        if name.startswith(f"{rank}.")
+    }
     if not own:
         return
     torch.set_rng_state(own["cpu"])
     *keys, place, gaussian = own["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, gaussian, own["numpy_gaussian"].item()))
+    np.random.set_state(
+        ("MT19937", np.array(keys, dtype=np.uint32), place, gaussian, own["numpy_gaussian"].item())
+    )
     version, *words = own["python"].tolist()
     random.setstate((version, tuple(words), next(iter(own["python_gaussian"].tolist()), None)))
     if "cuda" in own and torch.cuda.is_available():
@@ -210,7 +237,10 @@ def load_random(folder: Path, rank: int) -> None:
 
 def read_drawn(folder: Path) -> dict[str, np.ndarray]:
     """How often the units of an epoch were drawn, as its feed gave it."""
-    return {key: value.numpy().astype(np.int64) for key, value in read_safetensors(folder / "trainer" / "epoch.safetensors").items()}
+    return {
+        key: value.numpy().astype(np.int64)
+        for key, value in read_safetensors(folder / "trainer" / "epoch.safetensors").items()
+    }
 
 
 def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:
@@ -219,7 +249,9 @@ def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tens
     known = {name for group in names for name in group}
     strangers = sorted({key.rpartition("|")[0] for key in state} - known)
     if strangers:
-        raise ModelError(f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}")
+        raise ModelError(
+            f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}"
+        )
     return state
 
 
@@ -242,13 +274,19 @@ def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | N
     return None
 
 
-def best_checkpoint(stage: Path, progress: Progress) -> tuple[tuple[Path, float] | None, list[Path]]:
+def best_checkpoint(
+    stage: Path, progress: Progress
+) -> tuple[tuple[Path, float] | None, list[Path]]:
     """The best-scored whole checkpoint with its score, the later of equal ones, and better ones that are damaged.
 
     The last step counts as whole: its weights are still in memory.
     """
     damaged: list[Path] = []
-    scored = [(entry["accuracy"], entry["step"]) for entry in progress.history if math.isfinite(entry["loss"] or 0.0)]
+    scored = [
+        (entry["accuracy"], entry["step"])
+        for entry in progress.history
+        if math.isfinite(entry["loss"] or 0.0)
+    ]
     for score, step in sorted(scored, reverse=True):
         folder = step_folder(stage, step)
         if step == progress.step or (folder.is_dir() and is_whole(folder)):

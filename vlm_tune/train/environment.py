@@ -26,7 +26,9 @@ def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
         **({} if device.type == "cuda" else {"kernels": kernels.mode}),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,

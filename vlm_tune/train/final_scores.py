@@ -26,7 +26,12 @@ from vlm_tune.train.stage import Context
 log = logging.getLogger(__name__)
 
 
-def save_and_score(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], result: dict[str, Any]) -> dict[str, Any]:
+def save_and_score(
+    context: Context,
+    model: VisionLanguageModel,
+    rows: Sequence[Conversation],
+    result: dict[str, Any],
+) -> dict[str, Any]:
     """Saves the finished model, scores it on rows of the test part, and fills the result."""
     recipe = context.recipe.resolved_stages()[-1][1]
     accelerator = context.accelerator
@@ -38,17 +43,23 @@ def save_and_score(context: Context, model: VisionLanguageModel, rows: Sequence[
         if rows:
             started = time.perf_counter()
             found = _score_rows(context, model, rows, recipe)
-            result |= {name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")}
+            result |= {
+                name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")
+            }
             result["seconds_test"] = round(time.perf_counter() - started, 2)
             context.report({"event": "test", **found.summary()})
-            lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers)
+            lines = "".join(
+                json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers
+            )
             (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
     result["seconds"] = round(result["seconds"], 2)
     result["peak_memory_mb"] = peak_memory_mb()
     return result
 
 
-def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> Scores:
+def _score_rows(
+    context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe
+) -> Scores:
     """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
     settings = recipe.evaluate
     media = distinct_media(rows)
@@ -56,7 +67,9 @@ def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Con
     def progress(done: int, of: int) -> None:
         context.report({"event": "scoring", "done": done, "of": of})
         if context.stop():
-            raise Interrupted("stopped: the model is trained, the test part is not scored yet; --resume does that")
+            raise Interrupted(
+                "stopped: the model is trained, the test part is not scored yet; --resume does that"
+            )
 
     with context.accelerator.autocast():
         note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731
@@ -73,7 +86,9 @@ def _score_rows(context: Context, model: VisionLanguageModel, rows: Sequence[Con
         )
 
 
-def write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str) -> None:
+def write_samples(
+    context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str
+) -> None:
     """Adds the model's answers to samples.json under `before` or `after`."""
     if not rows:
         return
@@ -82,10 +97,21 @@ def write_samples(context: Context, model: VisionLanguageModel, rows: Sequence[C
     entries = read_json(path, list, context.note, "the answers before training are lost") or []
     known = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
     with context.accelerator.autocast():
-        answers = score(model, rows, decoding=Decoding(recipe.evaluate.max_new_tokens), batch_size=16, loss=False).answers
+        answers = score(
+            model,
+            rows,
+            decoding=Decoding(recipe.evaluate.max_new_tokens),
+            batch_size=16,
+            loss=False,
+        ).answers
     table = []
     for answer in answers:
-        entry = known.get(answer.id) or {"id": answer.id, "image": answer.image, "question": answer.question, "expected": answer.expected}
+        entry = known.get(answer.id) or {
+            "id": answer.id,
+            "image": answer.image,
+            "question": answer.question,
+            "expected": answer.expected,
+        }
         table.append({"before": None, "after": None, **entry, column: answer.generated})
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
 

@@ -21,20 +21,38 @@ class NonFinitePolicy:
     `most` such steps in a row end the run, and so does one where the engine can leave none out (`skips`).
     """
 
-    def __init__(self, accelerator: Accelerator, report: Callable[[dict[str, Any]], None], *, most: int, skips: bool) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        report: Callable[[dict[str, Any]], None],
+        *,
+        most: int,
+        skips: bool,
+    ) -> None:
         self.accelerator = accelerator
         self.report = report
         self.most = most
         self.skips = skips
         self.in_a_row = 0
 
-    def allows(self, step: int, loss: float, norm: float | None, ids: list[str], folder: Path, *, last: bool) -> bool:
+    def allows(
+        self,
+        step: int,
+        loss: float,
+        norm: float | None,
+        ids: list[str],
+        folder: Path,
+        *,
+        last: bool,
+    ) -> bool:
         """Whether the step may be taken: if its loss and its gradient's norm are finite. The samples of others are noted in `folder`.
 
         Every process must ask. Raises `TrainingError` when too many in a row are not finite, or the `last` step is not.
         """
         # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
-        if math.isfinite(loss) and (norm is None or self.accelerator.scaler is not None or math.isfinite(norm)):
+        if math.isfinite(loss) and (
+            norm is None or self.accelerator.scaler is not None or math.isfinite(norm)
+        ):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
@@ -42,8 +60,20 @@ class NonFinitePolicy:
         path = folder / "nonfinite.jsonl"
         if self.accelerator.is_main_process:
             with path.open("a") as file:
-                file.write(json.dumps({"step": step, "loss": told(loss), "norm": norm and told(norm), "samples": samples}) + "\n")
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+                file.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "loss": told(loss),
+                            "norm": norm and told(norm),
+                            "samples": samples,
+                        }
+                    )
+                    + "\n"
+                )
+        what = (
+            f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        )
         message = f"{what} at step {step}; the batch holds {', '.join(samples[:8])}"
         if self.skips and self.in_a_row < self.most and not last:
             self.report({"event": "note", "text": f"{message}; the step is left out", "step": step})

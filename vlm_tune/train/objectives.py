@@ -53,7 +53,10 @@ class ContrastiveObjective:
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         vectors = model(batch, align=True)
-        said = [(category, tuple(row[row != IGNORE_INDEX].tolist())) for category, row in zip(batch.categories, batch.labels, strict=True)]
+        said = [
+            (category, tuple(row[row != IGNORE_INDEX].tolist()))
+            for category, row in zip(batch.categories, batch.labels, strict=True)
+        ]
         first: dict[tuple[str, tuple[int, ...]], int] = {}
         for row, caption in enumerate(said):
             if caption[1]:
@@ -64,8 +67,12 @@ class ContrastiveObjective:
             return Loss(vectors.images.sum() * 0.0, 0, 0)
         device = vectors.images.device
         targets = torch.tensor([place[said[row]] for row in rows], device=device)
-        same = torch.tensor([[said[row][0] == category for category, _ in first] for row in rows], device=device)
-        similarity = vectors.images[rows] @ vectors.captions[list(first.values())].T / self.temperature
+        same = torch.tensor(
+            [[said[row][0] == category for category, _ in first] for row in rows], device=device
+        )
+        similarity = (
+            vectors.images[rows] @ vectors.captions[list(first.values())].T / self.temperature
+        )
         similarity = similarity.masked_fill(~same, float("-inf"))
         loss = cross_entropy(similarity, targets, reduction="sum")
         return Loss(loss, len(rows), int((similarity.argmax(1) == targets).sum()))

@@ -20,7 +20,9 @@ GENERAL = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a GPU or of the process."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:

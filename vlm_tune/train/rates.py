@@ -40,7 +40,10 @@ class Rates:
 
     def work(self, costs: torch.Tensor) -> None:
         """Notes what a step costs each rank."""
-        self.largest, self.mean = self.largest + float(costs.max()), self.mean + float(costs.double().mean())
+        self.largest, self.mean = (
+            self.largest + float(costs.max()),
+            self.mean + float(costs.double().mean()),
+        )
 
     def line(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.start, 1e-9)

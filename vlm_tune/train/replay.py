@@ -90,26 +90,42 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     folder = stage_folder(run, number, name)
     progress = read_progress(start)
     section = resolve_engine(recipe.engine)
-    accelerator = accelerator_of(recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage)
+    accelerator = accelerator_of(
+        recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage
+    )
     if accelerator.num_processes != progress.processes:
-        many = f"--processes {progress.processes}" if progress.processes > 1 else "one process alone"
+        many = (
+            f"--processes {progress.processes}" if progress.processes > 1 else "one process alone"
+        )
         hint = f"the run was trained by {progress.processes} processes, this is {accelerator.num_processes}; replay it with {many}"
         raise RecipeError([Problem(str(run), hint)])
-    report = ReplayReport(name, progress.step, end, environment=_changed(run, environment(accelerator, section)))
+    report = ReplayReport(
+        name, progress.step, end, environment=_changed(run, environment(accelerator, section))
+    )
     set_seed(recipe.seed)
     with ExitStack() as stack:
         stack.callback(shut_range)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
-        context = Context(recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section)
+        context = Context(
+            recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section
+        )
         rows = read_rows(context, number, name, stage, build_processor(recipe, [], saved=start))
         differences = data_differences(run, {number: stage_fingerprint(stage, rows)}, context.note)
         if differences:
-            raise changed_data(differences, "put it back: other data can't be trained on as the run did")
-        model = restore_model(start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
+            raise changed_data(
+                differences, "put it back: other data can't be trained on as the run did"
+            )
+        model = restore_model(
+            start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
+        )
         loop = stage_loop(context, model, name, stage, rows, progress, start)
-        kept = {step_of(path): path for path in checkpoints(folder) if progress.step < step_of(path) <= end and is_whole(path)}
+        kept = {
+            step_of(path): path
+            for path in checkpoints(folder)
+            if progress.step < step_of(path) <= end and is_whole(path)
+        }
         for step, written in loop.replay(end, scratch, set(kept)):
             report.checkpoints.append(step)
             report.tensors[step] = different_tensors(kept[step], written)
@@ -133,7 +149,12 @@ def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, in
                 return number, path, done if steps is None else step_of(path) + steps
     what = f"{steps} steps" if steps else "any step"
     raise RecipeError(
-        [Problem(str(run), f"no whole checkpoint is kept that {what} were made after; train.checkpoints.keep says how many are")]
+        [
+            Problem(
+                str(run),
+                f"no whole checkpoint is kept that {what} were made after; train.checkpoints.keep says how many are",
+            )
+        ]
     )
 
 
@@ -147,14 +168,25 @@ def _changed(run: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
             continue
         if isinstance(event, dict) and event.get("event") == "environment":
             then = event
-    return {key: [then[key], value] for key, value in now.items() if key in then and then[key] != value}
+    return {
+        key: [then[key], value] for key, value in now.items() if key in then and then[key] != value
+    }
 
 
 def different_tensors(first: Path, second: Path) -> list[str]:
     """The tensors of two folders that are not the same bits, as `file|name`."""
     found = []
-    for name in sorted({str(path.relative_to(folder)) for folder in (first, second) for path in folder.rglob("*.safetensors")}):
-        one, two = (read_safetensors(folder / name) if (folder / name).is_file() else {} for folder in (first, second))
+    for name in sorted(
+        {
+            str(path.relative_to(folder))
+            for folder in (first, second)
+            for path in folder.rglob("*.safetensors")
+        }
+    ):
+        one, two = (
+            read_safetensors(folder / name) if (folder / name).is_file() else {}
+            for folder in (first, second)
+        )
         for key in sorted(one.keys() | two.keys()):
             if key not in one or key not in two or not _same_bits(one[key], two[key]):
                 found.append(f"{name}|{key}")
@@ -164,7 +196,9 @@ def different_tensors(first: Path, second: Path) -> list[str]:
 def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
     if one.dtype != two.dtype or one.shape != two.shape:
         return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8))
+    return torch.equal(
+        one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8)
+    )
 
 
 def _compare(report: ReplayReport, run: list[Step], replay: list[Step]) -> None:
@@ -172,6 +206,10 @@ def _compare(report: ReplayReport, run: list[Step], replay: list[Step]) -> None:
     pairs = [(before[step.step], step) for step in replay if step.step in before]
     for what in ("samples", "loss", "norm"):
         report.compared.append(what)
-        first = next(((one, two) for one, two in pairs if getattr(one, what) != getattr(two, what)), None)
+        first = next(
+            ((one, two) for one, two in pairs if getattr(one, what) != getattr(two, what)), None
+        )
         if first is not None:
-            report.differences.append(Difference(what, first[0].step, getattr(first[0], what), getattr(first[1], what)))
+            report.differences.append(
+                Difference(what, first[0].step, getattr(first[0], what), getattr(first[1], what))
+            )

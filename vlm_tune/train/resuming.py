@@ -46,7 +46,9 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
 
     A stage that is not in `now` is not compared.
     """
-    before = read_json(run / DATA, list, note, "whether the data is still what the run began with can't be told")
+    before = read_json(
+        run / DATA, list, note, "whether the data is still what the run began with can't be told"
+    )
     if before is None or not all(isinstance(stage, dict) for stage in before):
         return []
     try:
@@ -57,7 +59,9 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
             for line in fingerprint_differences(stage, now[number])
         ]
     except (KeyError, TypeError, AttributeError):
-        note(f"{DATA} is not as it was written: whether the data is still what the run began with can't be told")
+        note(
+            f"{DATA} is not as it was written: whether the data is still what the run began with can't be told"
+        )
         return []
 
 
@@ -78,7 +82,12 @@ def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
     """How long the stages before took."""
     total = 0.0
     for number, name in enumerate(names):
-        done = read_json(stage_folder(run, number, name) / "done.json", dict, note, f"how long stage {name} took is lost")
+        done = read_json(
+            stage_folder(run, number, name) / "done.json",
+            dict,
+            note,
+            f"how long stage {name} took is lost",
+        )
         seconds = (done or {}).get("seconds")
         total += seconds if isinstance(seconds, int | float) else 0.0
     return total
@@ -86,7 +95,11 @@ def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
 
 def damaged_only(run: Path, names: Sequence[str]) -> list[str]:
     """The checkpoints of a run none of which is whole."""
-    return [folder.name for number, name in enumerate(names) for folder in checkpoints(stage_folder(run, number, name))]
+    return [
+        folder.name
+        for number, name in enumerate(names)
+        for folder in checkpoints(stage_folder(run, number, name))
+    ]
 
 
 def forget_after(run: Path, progress: Progress) -> None:

@@ -36,7 +36,14 @@ from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress
 from vlm_tune.train.engines.registry import resolve_engine
 from vlm_tune.train.environment import environment
 from vlm_tune.train.final_scores import save_and_score, write_samples
-from vlm_tune.train.resuming import changed_data, damaged_only, data_differences, earlier_seconds, forget_after, write_data
+from vlm_tune.train.resuming import (
+    changed_data,
+    damaged_only,
+    data_differences,
+    earlier_seconds,
+    forget_after,
+    write_data,
+)
 from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.stage import Context, read_rows, train_stage
 from vlm_tune.train.stage_data import stage_fingerprint
@@ -91,10 +98,27 @@ def sft(
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        report({"event": "environment", **environment(accelerator, section), "kernels_reason": str(kernels)})
+        report(
+            {
+                "event": "environment",
+                **environment(accelerator, section),
+                "kernels_reason": str(kernels),
+            }
+        )
         for note in notes or []:
             report({"event": "note", "text": note})
-        context = Context(recipe, run, accelerator, report, stop, text, watch, section, resumed=resume, accepts=accept_changes)
+        context = Context(
+            recipe,
+            run,
+            accelerator,
+            report,
+            stop,
+            text,
+            watch,
+            section,
+            resumed=resume,
+            accepts=accept_changes,
+        )
         try:
             model, seconds, rows = _stages(context)
             result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
@@ -110,7 +134,9 @@ def sft(
     return Run(run, result, model)
 
 
-def _open(stack: ExitStack, run: Path, recipe: Recipe, text: str, *, resume: bool, **options: bool) -> list[str]:
+def _open(
+    stack: ExitStack, run: Path, recipe: Recipe, text: str, *, resume: bool, **options: bool
+) -> list[str]:
     """Takes the run's folder until the stack ends; what is to be told of it."""
     check_run(run, recipe, resume=resume, **options)
     notes = [note for note in [stack.enter_context(run_lock(run))] if note is not None]
@@ -128,7 +154,9 @@ def _file_fault(run: Path, error: OSError) -> BaseException:
         return gone
     if error.filename is None or not Path(str(error.filename)).is_relative_to(run):
         return error
-    return TrainingError(f"{error.filename}: {reason(error)}; the last checkpoint is kept: --resume goes on from there")
+    return TrainingError(
+        f"{error.filename}: {reason(error)}; the last checkpoint is kept: --resume goes on from there"
+    )
 
 
 def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[str] | None:
@@ -140,7 +168,9 @@ def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[st
             done = act()
         except VlmTuneError as error:
             failure = error
-    told = broadcast_object_list([None if failure is None else (str(failure), failure.exit_code)])[0]
+    told = broadcast_object_list([None if failure is None else (str(failure), failure.exit_code)])[
+        0
+    ]
     if failure is not None:
         raise failure
     if told is not None:
@@ -151,7 +181,14 @@ def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[st
 
 
 @contextmanager
-def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: Report | None, watch: Watch) -> Any:
+def _log(
+    run: Path,
+    accelerator: Accelerator,
+    recipe: Recipe,
+    text: str,
+    show: Report | None,
+    watch: Watch,
+) -> Any:
     """Gives a function that writes an event to log.jsonl, shows it, and passes its figures to the trackers."""
     path = run / "log.jsonl"
     trackers: Trackers | None = None
@@ -165,7 +202,11 @@ def _log(run: Path, accelerator: Accelerator, recipe: Recipe, text: str, show: R
         with path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         if trackers is not None and event["event"] in ("train", "evaluate"):
-            figures = {f"{event['event']}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
+            figures = {
+                f"{event['event']}/{key}": value
+                for key, value in event.items()
+                if isinstance(value, int | float)
+            }
             trackers.log(figures, step=event["step"])
         if show:
             show(event)
@@ -191,19 +232,26 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     texts = [] if checkpoint else scratch_texts(recipe)
     # Data first: a bad row is told before any weights are loaded.
     processor = build_processor(recipe, texts, saved=checkpoint)
-    rows = [read_rows(context, number, name, stage, processor) for number, (name, stage) in enumerate(stages)]
+    rows = [
+        read_rows(context, number, name, stage, processor)
+        for number, (name, stage) in enumerate(stages)
+    ]
     log.info("making the model")
     samples = rows[-1].samples
     progress = Progress()
     if main:
-        context.data = [stage_fingerprint(stage, own) for (_, stage), own in zip(stages, rows, strict=True)]
+        context.data = [
+            stage_fingerprint(stage, own) for (_, stage), own in zip(stages, rows, strict=True)
+        ]
     if checkpoint:
         for line in _together(context.accelerator, lambda: _changed_data(context)) or []:
             context.note(f"resumed with changed data: {line}")
         progress = read_progress(checkpoint)
         if main:
             forget_after(context.run, progress)
-        model = restore_model(checkpoint, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe))
+        model = restore_model(
+            checkpoint, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
+        )
     else:
         if main:
             write_data(context.run, context.data)
@@ -233,14 +281,18 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
     newest = last_checkpoint(context.run, names)
     if newest is None:
         damaged = ", ".join(damaged_only(context.run, names))
-        context.note(f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: the run begins anew")
+        context.note(
+            f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: the run begins anew"
+        )
         if context.accelerator.is_main_process:
             forget_after(context.run, Progress())
             keep_recipe(context.run, context.text)
         return None
     checkpoint, damaged = newest
     for folder in damaged:
-        context.note(f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}")
+        context.note(
+            f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"
+        )
     return checkpoint
 
 
@@ -248,5 +300,8 @@ def _changed_data(context: Context) -> list[str]:
     """What of the data is not as it was. Raises `DataError` if that is not accepted."""
     differences = data_differences(context.run, dict(enumerate(context.data)), context.note)
     if differences and not context.accepts:
-        raise changed_data(differences, "put it back, or go on with it by --resume --accept-changes, or start another run")
+        raise changed_data(
+            differences,
+            "put it back, or go on with it by --resume --accept-changes, or start another run",
+        )
     return differences

@@ -30,7 +30,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
                 os._exit(EXIT_INTERRUPTED)
             return
         asked = now
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopping after this step (once more to leave at once)\n")
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            b"stopping after this step (once more to leave at once)\n",
+        )
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -34,7 +34,14 @@ from vlm_tune.train.checkpoint import Progress, best_checkpoint, stage_folder, s
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
 from vlm_tune.train.resuming import read_json, write_data
-from vlm_tune.train.stage_data import StageRows, caches_features, image_cost, read_stage, stage_features, stage_feed
+from vlm_tune.train.stage_data import (
+    StageRows,
+    caches_features,
+    image_cost,
+    read_stage,
+    stage_features,
+    stage_feed,
+)
 from vlm_tune.train.trainer import Report, StageData, StageLoop
 from vlm_tune.train.watchdog import Watch
 
@@ -78,7 +85,9 @@ def _begin_work(context: Context, loop: StageLoop) -> None:
         context.note(note)
 
 
-def read_rows(context: Context, number: int, name: str, recipe: Recipe, processor: Processor) -> StageRows:
+def read_rows(
+    context: Context, number: int, name: str, recipe: Recipe, processor: Processor
+) -> StageRows:
     """What a stage reads, with its own chat format and system text."""
     data = recipe.data
     common = context.recipe.data
@@ -88,7 +97,9 @@ def read_rows(context: Context, number: int, name: str, recipe: Recipe, processo
         last=number == len(context.recipe.stages or [recipe]) - 1,
         report=lambda event: context.report({**event, "stage": number, "name": name}),
         stop=context.stop,
-        quarantine=context.run / "quarantine.jsonl" if context.accelerator.is_main_process else None,
+        quarantine=context.run / "quarantine.jsonl"
+        if context.accelerator.is_main_process
+        else None,
     )
 
 
@@ -133,7 +144,9 @@ def stage_loop(
     if on_cpu:
         trim_heap()
     cost = image_cost(model, cached=features is not None)
-    feed = stage_feed(recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost)
+    feed = stage_feed(
+        recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost
+    )
     data = StageData(feed, validation, held_out, cost)
     loop = StageLoop(
         model,
@@ -149,14 +162,22 @@ def stage_loop(
         resume_from=checkpoint,
         watch=context.watch,
     )
-    sizes = {"questions": train.questions, "images": len(train.media), "left_out": train.left_out} if train else {"streaming": True}
+    sizes = (
+        {"questions": train.questions, "images": len(train.media), "left_out": train.left_out}
+        if train
+        else {"streaming": True}
+    )
     report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
     return loop
 
 
 def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:
     exact = trained_later(context.recipe, stage)
-    return {"learning_rate": recipe.train.learning_rate, "precision": DTYPES[recipe.train.precision], "exact": exact}
+    return {
+        "learning_rate": recipe.train.learning_rate,
+        "precision": DTYPES[recipe.train.precision],
+        "exact": exact,
+    }
 
 
 def train_stage(
@@ -195,7 +216,9 @@ def train_stage(
         # A model that other engines keep as it is: the next stage draws the random numbers that it would have.
         with torch.random.fork_rng(devices=[], enabled=shares):
             base = recipe_choice(context.recipe)
-            model = restore_model(best, dtype=load_dtype(context.recipe), bare=not context.holds, base=base)
+            model = restore_model(
+                best, dtype=load_dtype(context.recipe), bare=not context.holds, base=base
+            )
             apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
         if context.holds:
             model.to(accelerator.device)
@@ -213,8 +236,15 @@ def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
     found, damaged = best_checkpoint(folder, progress)
     found = broadcast_object_list([found])[0]
     for checkpoint in damaged:
-        context.report({"event": "note", "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over"})
-    progress.best_step, progress.best_score = (progress.step, None) if found is None else (step_of(found[0]), found[1])
+        context.report(
+            {
+                "event": "note",
+                "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over",
+            }
+        )
+    progress.best_step, progress.best_score = (
+        (progress.step, None) if found is None else (step_of(found[0]), found[1])
+    )
     if found is None or progress.best_step == progress.step:
         return None
     text = f"going on with the best checkpoint, step {progress.best_step} (score {progress.best_score:.4f})"

@@ -66,7 +66,11 @@ def read_stage(
     `Interrupted` when `stop` says so.
     """
     data = recipe.data
-    names: list[PartName] = [*(() if data.streaming else ("train",)), "validation", *(("test",) if last else ())]
+    names: list[PartName] = [
+        *(() if data.streaming else ("train",)),
+        "validation",
+        *(("test",) if last else ()),
+    ]
     parts: dict[PartName, list[Prepared]] = {}
     for part in names:
         parts[part] = prepared_parts(
@@ -74,7 +78,9 @@ def read_stage(
             part,
             processor,
             recipe.seed,
-            progress=lambda rows, part=part: report({"event": "preparing", "part": part, "rows": rows}),
+            progress=lambda rows, part=part: report(
+                {"event": "preparing", "part": part, "rows": rows}
+            ),
             stop=stop,
             note=lambda text: report({"event": "note", "text": text}),
         )
@@ -85,7 +91,9 @@ def read_stage(
     (train,) = parts.get("train") or [None]
     for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
         report({"event": "note", "text": line})
-    validation, test = (part_conversations(parts.get(part, ()), part) for part in ("validation", "test"))
+    validation, test = (
+        part_conversations(parts.get(part, ()), part) for part in ("validation", "test")
+    )
     samples = _samples(recipe, processor, train, validation) if last else []
     return StageRows(processor, train, validation, test, parts, samples)
 
@@ -93,10 +101,19 @@ def read_stage(
 def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
     """What a stage reads, by part, as JSON for `fingerprint_differences`; no file is read for it."""
     parts: dict[str, Any] = {
-        part: [source for each in prepared if each.part == part for source in fingerprint_prepared(each)]
+        part: [
+            source
+            for each in prepared
+            if each.part == part
+            for source in fingerprint_prepared(each)
+        ]
         for part, prepared in rows.parts.items()
     }
-    return parts if rows.train is not None else parts | {"train": fingerprint_streams(recipe.data.train, recipe.seed)}
+    return (
+        parts
+        if rows.train is not None
+        else parts | {"train": fingerprint_streams(recipe.data.train, recipe.seed)}
+    )
 
 
 def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
@@ -120,13 +137,20 @@ def _quarantine(prepared: Prepared, path: Path) -> None:
     """Adds the rows that can't be used, those that are not there yet."""
     known = set(path.read_text("utf-8", "replace").split("\n")) if path.is_file() else set()
     names = ("source", "row", "kind", "message", "content")
-    rows = [{"part": prepared.part, **{name: record[name] for name in names}} for record in prepared.records(BAD)]
-    lines = [line for line in (json.dumps(row, ensure_ascii=False) for row in rows) if line not in known]
+    rows = [
+        {"part": prepared.part, **{name: record[name] for name in names}}
+        for record in prepared.records(BAD)
+    ]
+    lines = [
+        line for line in (json.dumps(row, ensure_ascii=False) for row in rows) if line not in known
+    ]
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(line + "\n" for line in lines))
 
 
-def _samples(recipe: Recipe, processor: Processor, train: Prepared | None, validation: Sequence[Conversation]) -> list[Conversation]:
+def _samples(
+    recipe: Recipe, processor: Processor, train: Prepared | None, validation: Sequence[Conversation]
+) -> list[Conversation]:
     """Rows of the validation part (or of train) whose answers the report shows: of as many categories as there are."""
     most = recipe.evaluate.samples
     if not most:
@@ -201,12 +225,18 @@ def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
     if cached:
         return 0.0
     language = sum(count_of(parameter) for parameter in model.llm.parameters())
-    return model.tower.measure()[0] * sum(parameter.numel() for parameter in model.tower.parameters()) / language
+    return (
+        model.tower.measure()[0]
+        * sum(parameter.numel() for parameter in model.tower.parameters())
+        / language
+    )
 
 
 def _keeps_features(recipe: Recipe, model: VisionLanguageModel) -> bool:
     """Whether features of the tower, which is frozen, may be cached."""
-    return recipe.train.cache_features and not any(parameter.requires_grad for parameter in model.tower.parameters())
+    return recipe.train.cache_features and not any(
+        parameter.requires_grad for parameter in model.tower.parameters()
+    )
 
 
 def caches_features(recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any]) -> bool:
@@ -215,7 +245,11 @@ def caches_features(recipe: Recipe, model: VisionLanguageModel, media: Sequence[
 
 
 def stage_features(
-    recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any], validation: Sequence[Conversation], report: Report
+    recipe: Recipe,
+    model: VisionLanguageModel,
+    media: Sequence[Any],
+    validation: Sequence[Conversation],
+    report: Report,
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
     """Cached features of the training and validation images, where the tower is frozen and images are not augmented."""
     if not _keeps_features(recipe, model) or not media:

@@ -34,7 +34,10 @@ def told(value: float) -> float | str:
 
 def digest(ids: Iterable[str]) -> int:
     """The sum of 48 bits of each id's sha256: that of all samples of a step however processes share them out, if theirs are added."""
-    return sum(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6]) for identity in ids) % DIGESTS
+    return (
+        sum(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6]) for identity in ids)
+        % DIGESTS
+    )
 
 
 def write_step(stage: Path, step: Step) -> None:

@@ -16,14 +16,23 @@ PATIENCE = 5
 class Trackers:
     """The recipe's trackers; `tell` is given what fails in them."""
 
-    def __init__(self, names: Sequence[str], project: str, run: Path, config: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        project: str,
+        run: Path,
+        config: dict[str, Any],
+        tell: Callable[[str], None],
+    ) -> None:
         self._tell = tell
         self._failures = Counter[str]()
         self._made: dict[str, GeneralTracker] = {}
         known = {str(getattr(found, "value", found)) for found in get_available_trackers()}
         for name in names:
             if name not in known:
-                tell(f"{name} is not installed (pip install 'vlm_tune[{name}]'); training goes on without it")
+                tell(
+                    f"{name} is not installed (pip install 'vlm_tune[{name}]'); training goes on without it"
+                )
                 continue
             self._try(name, lambda name=name: self._start(name, project, run, config))
 

@@ -32,7 +32,15 @@ from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.train.allocator import trim_heap
-from vlm_tune.train.checkpoint import CheckpointWriter, Progress, capture_checkpoint, load_random, random_state, read_drawn, read_optimizer
+from vlm_tune.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    capture_checkpoint,
+    load_random,
+    random_state,
+    read_drawn,
+    read_optimizer,
+)
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
@@ -94,7 +102,9 @@ class StageLoop:
         train = recipe.train
         self.objective = build_objective(recipe.objective)
         if train.gradient_checkpointing:
-            model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.llm.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         engine.prepare(model, tuned, train)
         if resume_from is not None:
             engine.load_optimizer_state(read_optimizer(resume_from, tuned.names))
@@ -102,8 +112,12 @@ class StageLoop:
         progress.processes = self.accelerator.num_processes
         self.position = self._begin(resume_from)
         self.watch = watch or Watch(self.accelerator, train.timeout)
-        self.writer = CheckpointWriter(folder, train.checkpoints.keep, background=train.checkpoints.background)
-        self.nonfinite = NonFinitePolicy(self.accelerator, report, most=train.max_nonfinite, skips=engine.skips)
+        self.writer = CheckpointWriter(
+            folder, train.checkpoints.keep, background=train.checkpoints.background
+        )
+        self.nonfinite = NonFinitePolicy(
+            self.accelerator, report, most=train.max_nonfinite, skips=engine.skips
+        )
         self._compiles = False
         self._attention = model.llm.model.config._attn_implementation
         self.total = train.steps or self._steps_of(train.epochs or 1)
@@ -120,7 +134,11 @@ class StageLoop:
             try:
                 self._run()
             except RuntimeError as error:
-                killed = self.data.feed.killed_worker(error) if isinstance(self.data.feed, PreparedFeed) else None
+                killed = (
+                    self.data.feed.killed_worker(error)
+                    if isinstance(self.data.feed, PreparedFeed)
+                    else None
+                )
                 raise error if killed is None else killed from error
             finally:
                 self.writer.close()
@@ -145,13 +163,24 @@ class StageLoop:
                 if self.accelerator.device.type == "cpu":
                     trim_heap()  # a compiler's small objects
                 taken = time.perf_counter() - started
-                self.report({"event": "note", "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled"})
+                self.report(
+                    {
+                        "event": "note",
+                        "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled",
+                    }
+                )
             self.progress.seconds = before + time.perf_counter() - started
             last = step == self.total
             if step % self.recipe.train.log_every == 0 or last:
-                left = (time.perf_counter() - started) / max(step - self._first_step, 1) * (self.total - step)
+                left = (
+                    (time.perf_counter() - started)
+                    / max(step - self._first_step, 1)
+                    * (self.total - step)
+                )
                 place = {"step": step, "of": self.total, **self._epochs_done()}
-                self.report({"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left})
+                self.report(
+                    {"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left}
+                )
                 rates = Rates()
             self.progress.unlogged = rates.loss, rates.count
             if self.data.validation and (self._scored(step) or last):
@@ -170,18 +199,26 @@ class StageLoop:
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
         """Around steps: the model's blocks compiled where recipe, model and engine allow it, and the other processes watched."""
-        why = why_not(self.model.llm, self.recipe.train.compile, self.total) if self.engine.compiles else ""
+        why = (
+            why_not(self.model.llm, self.recipe.train.compile, self.total)
+            if self.engine.compiles
+            else ""
+        )
         to_compile = blocks(self.model.llm, training=True) if why is None else []
         self._compiles = bool(to_compile)
         if to_compile:
-            log.info("training; the first step compiles the language model's blocks, up to a minute where that is new")
+            log.info(
+                "training; the first step compiles the language model's blocks, up to a minute where that is new"
+            )
         else:
             log.info("training")
         if why:
             self.report({"event": "note", "text": why})
         self.model.train()
         # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
-        casts = disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+        casts = disable_input_dtype_casting(
+            self.model, active=self.accelerator.mixed_precision != "no"
+        )
         with casts, self._attending(), compiled(to_compile), self.watch.guarding():
             yield
 
@@ -217,7 +254,14 @@ class StageLoop:
 
     def _captured(self, states: list[dict[str, torch.Tensor]]) -> Callable[[Path], None]:
         drawn = self.data.feed.drawn(self.position) if self.accelerator.is_main_process else {}
-        return capture_checkpoint(self.model, self.engine.optimizer_state(), self.progress, self.recipe_text, states, drawn)
+        return capture_checkpoint(
+            self.model,
+            self.engine.optimizer_state(),
+            self.progress,
+            self.recipe_text,
+            states,
+            drawn,
+        )
 
     def _scored(self, step: int) -> bool:
         """Whether the recipe asks for an evaluation at this step."""
@@ -266,7 +310,9 @@ class StageLoop:
         """Optimizer steps of that many epochs, with those that are done: at least one."""
         steps = self.progress.step - self.position.step
         for epoch in range(self.position.epoch, math.ceil(epochs)):
-            start = replace(self.position, step=0) if epoch == self.position.epoch else Position(epoch)
+            start = (
+                replace(self.position, step=0) if epoch == self.position.epoch else Position(epoch)
+            )
             part = min(epochs - epoch, 1.0)
             done = self.data.feed.share(start)
             whole = self.data.feed.steps(start) or 0
@@ -306,7 +352,9 @@ class StageLoop:
             self.writer.wait()
             windows = self.data.feed.windows(self.position)
             while self.progress.step < self.total and self.position.epoch == epoch:
-                self.watch.at(f"the batches of step {self.progress.step + 1}", (self.progress.step + 1, 0))
+                self.watch.at(
+                    f"the batches of step {self.progress.step + 1}", (self.progress.step + 1, 0)
+                )
                 start = time.perf_counter()
                 window = [batch.to(self.accelerator.device) for batch in next(windows)]
                 yield window, time.perf_counter() - start
@@ -318,7 +366,12 @@ class StageLoop:
         self.watch.at(f"step {step}, meeting the others", (step, 1))
         counts = [self.objective.count(batch) for batch in batches]
         # Rows that count nothing stand in where a process has none: how many is no matter of the order.
-        counted = (identity for batch, count in zip(batches, counts, strict=True) if count for identity in batch.ids)
+        counted = (
+            identity
+            for batch, count in zip(batches, counts, strict=True)
+            if count
+            for identity in batch.ids
+        )
         mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
         told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
         rates.work(told_all[:, 2])
@@ -343,17 +396,24 @@ class StageLoop:
         else:
             self.engine.skip()
         if accelerator.is_main_process:
-            write_step(self.folder, Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"))
+            write_step(
+                self.folder,
+                Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"),
+            )
         return factor * max(self.engine.rates)
 
     def _cost(self, batch: Batch) -> float:
         """What a batch's pass costs, in tokens."""
         images = batch.pixels if batch.features is None else batch.features
-        return batch.input_ids.numel() + self.data.image_cost * (0 if images is None else len(images))
+        return batch.input_ids.numel() + self.data.image_cost * (
+            0 if images is None else len(images)
+        )
 
     def _stopping(self) -> bool:
         """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
-        asked = torch.tensor([int(self.stop()), int(self.writer.failed())], device=self.accelerator.device)
+        asked = torch.tensor(
+            [int(self.stop()), int(self.writer.failed())], device=self.accelerator.device
+        )
         stop, failed = (int(value) for value in _summed(self.accelerator, asked))
         if failed:
             self.writer.wait()
@@ -362,7 +422,11 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         self.watch.at(f"the evaluation of step {step}", (step, 3))
-        with self.engine.inference(), eager() if self._compiles else contextlib.nullcontext(), attending(self.model.llm, self._attention):
+        with (
+            self.engine.inference(),
+            eager() if self._compiles else contextlib.nullcontext(),
+            attending(self.model.llm, self._attention),
+        ):
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         self.progress.unscored = found is None
@@ -374,7 +438,9 @@ class StageLoop:
         if better and math.isfinite(found["loss"] or 0.0) and not self.nonfinite.in_a_row:
             self.progress.best_score = found["accuracy"]
             self.progress.best_step = step
-        self.progress.history.append({"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}})
+        self.progress.history.append(
+            {"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}}
+        )
 
     def _generated(self) -> dict[str, Any] | None:
         """Scores of generated answers; None if the run is asked to stop meanwhile."""
@@ -382,7 +448,11 @@ class StageLoop:
         rows = self.data.validation[: settings.limit]
         # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
         together = self.engine.sharded
-        mine = rows if together else rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = (
+            rows
+            if together
+            else rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        )
 
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the evaluation, {done} of {of} rows")
@@ -409,13 +479,26 @@ class StageLoop:
     def _matched(self) -> dict[str, Any]:
         """Loss and accuracy of an objective that generates nothing, over the whole validation part at once."""
         self.model.eval()
-        examples = [example for row in self.data.validation[: self.recipe.evaluate.limit] for example in self.model.processor.examples(row)]
+        examples = [
+            example
+            for row in self.data.validation[: self.recipe.evaluate.limit]
+            for example in self.model.processor.examples(row)
+        ]
         stored = self.data.validation_features
-        batch = collate(examples, self.model.processor.spec, fetch=stored or self.pixels, cached=stored is not None)
+        batch = collate(
+            examples,
+            self.model.processor.spec,
+            fetch=stored or self.pixels,
+            cached=stored is not None,
+        )
         batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             loss = self.objective(self.model, batch)
-        return {"loss": float(loss.sum) / max(loss.count, 1), "accuracy": (loss.correct or 0) / max(loss.count, 1), "n": loss.count}
+        return {
+            "loss": float(loss.sum) / max(loss.count, 1),
+            "accuracy": (loss.correct or 0) / max(loss.count, 1),
+            "n": loss.count,
+        }
 
     def _save(self, step: int) -> None:
         """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""

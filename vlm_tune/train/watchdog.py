@@ -73,7 +73,9 @@ class Watch:
             threading.Thread(target=self._beat, name="watch", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         self._ended.set()
         if self._store is not None:
             self._failure = f"{kind.__name__}: {error}"[:500] if kind is not None else None
@@ -102,7 +104,11 @@ class Watch:
     def lost(self, error: BaseException) -> TrainingError | None:
         """The error that names the processes which a failed collective waited for; None if it was none."""
         text = str(error)
-        if self._store is None or not (isinstance(error, torch.distributed.DistError) or "gloo" in text.lower() or "NCCL" in text):
+        if self._store is None or not (
+            isinstance(error, torch.distributed.DistError)
+            or "gloo" in text.lower()
+            or "NCCL" in text
+        ):
             return None
         for _ in range(12):
             if self._diagnosis is not None:
@@ -112,7 +118,9 @@ class Watch:
                 return TrainingError(f"{found}; {self._kept()}")
             time.sleep(self.interval / 2)
         late = re.search(r"tim(e|ed)[ -]?out", text, re.IGNORECASE)
-        reason = self._diagnosis or (self._places() if late else "the processes could not exchange tensors")
+        reason = self._diagnosis or (
+            self._places() if late else "the processes could not exchange tensors"
+        )
         return TrainingError(f"{reason}; {self._kept()} ({text.splitlines()[0][:200]})")
 
     # --- the thread that looks ---
@@ -143,7 +151,11 @@ class Watch:
                 self._told_at = time.monotonic()
                 print(f"rank {self.rank}: {gone}", file=sys.stderr, flush=True)
         elif time.monotonic() - self._told_at > GRACE:
-            print(f"rank {self.rank}: still waiting after that, leaving; {self._kept()}", file=sys.stderr, flush=True)
+            print(
+                f"rank {self.rank}: still waiting after that, leaving; {self._kept()}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(EXIT_TRAINING)
 
     def _say(self, beat: int) -> None:
@@ -152,7 +164,11 @@ class Watch:
             self._store.set(str(self.rank), json.dumps({**self._own(), "beat": beat, **who}))
 
     def _own(self) -> dict[str, Any]:
-        return {"place": self._place, "count": self._count, "reached": [self._stage, *self._reached]}
+        return {
+            "place": self._place,
+            "count": self._count,
+            "reached": [self._stage, *self._reached],
+        }
 
     def _look(self) -> None:
         """Reads what all others said last."""
@@ -162,7 +178,11 @@ class Watch:
                 continue
             try:
                 with self._lock:
-                    said = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else _NOTHING
+                    said = (
+                        json.loads(self._store.get(str(rank)))
+                        if self._store.check([str(rank)])
+                        else _NOTHING
+                    )
             except RuntimeError:
                 said = self._seen[rank].said if rank in self._seen else _NOTHING
             before = self._seen.get(rank)
@@ -175,7 +195,11 @@ class Watch:
     # --- what is known ---
 
     def _failed(self) -> str | None:
-        told = [f"rank {rank} ended: {seen.said['failure']}" for rank, seen in sorted(self._seen.items()) if seen.said.get("failure")]
+        told = [
+            f"rank {rank} ended: {seen.said['failure']}"
+            for rank, seen in sorted(self._seen.items())
+            if seen.said.get("failure")
+        ]
         return "; ".join(told) or None
 
     def _silent(self, seconds: float) -> str | None:
@@ -189,14 +213,24 @@ class Watch:
         return "; ".join(told) or None
 
     def _others_move(self) -> bool:
-        return any(time.monotonic() - seen.moved < 0.9 * self.timeout for seen in self._seen.values())
+        return any(
+            time.monotonic() - seen.moved < 0.9 * self.timeout for seen in self._seen.values()
+        )
 
     def _places(self) -> str:
         """Who is where, the least advanced first: the others wait for those."""
         places: dict[tuple[tuple[int, ...], str], list[int]] = defaultdict(list)
-        for rank, said in sorted({**{rank: seen.said for rank, seen in self._seen.items()}, self.rank: self._own()}.items()):
+        for rank, said in sorted(
+            {
+                **{rank: seen.said for rank, seen in self._seen.items()},
+                self.rank: self._own(),
+            }.items()
+        ):
             places[tuple(said["reached"]), said["place"]].append(rank)
-        told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} at {place}" for (_, place), ranks in sorted(places.items())]
+        told = [
+            f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} at {place}"
+            for (_, place), ranks in sorted(places.items())
+        ]
         return f"no progress for {self.timeout:g} s (train.timeout), the least advanced first: {'; '.join(told)}"
 
     def _kept(self) -> str:

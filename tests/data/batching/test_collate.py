@@ -48,25 +48,41 @@ def test_padding_keeps_every_row_together_on_its_side(left: bool) -> None:
         assert batch.input_ids[number][keep].tolist() == row.input_ids.tolist()
         assert batch.labels[number][keep].tolist() == row.labels.tolist()
         assert batch.image_mask[number][keep].tolist() == row.image_mask.tolist()
-        assert (batch.labels[number][~keep] == IGNORE_INDEX).all() and not batch.image_mask[number][~keep].any()
+        assert (batch.labels[number][~keep] == IGNORE_INDEX).all() and not batch.image_mask[number][
+            ~keep
+        ].any()
         assert (batch.input_ids[number][~keep] == CAUSAL.pad_id).all()
     assert batch.ids == ["x", "y", "z"] and batch.categories == ["kind x", "kind y", "kind z"]
-    assert batch.tokens == 8 and batch.supervised == 3 and batch.questions == 3 and batch.positions is None
+    assert (
+        batch.tokens == 8
+        and batch.supervised == 3
+        and batch.questions == 3
+        and batch.positions is None
+    )
 
 
 def test_shared_images_come_once_and_the_index_follows_row_order() -> None:
-    rows = [causal("x", [5], (B, A)), causal("y", [5]), causal("z", [5], (A,)), causal("w", [5], (B,))]
+    rows = [
+        causal("x", [5], (B, A)),
+        causal("y", [5]),
+        causal("z", [5], (A,)),
+        causal("w", [5], (B,)),
+    ]
     batch = collate(rows, CAUSAL, fetch=fetch)
     assert batch.pixels is not None and batch.features is None
     assert batch.pixels[:, 0, 0, 0].tolist() == [ord("b"), ord("a")]
     assert batch.media_index.tolist() == [0, 1, 1, 0]
     assert batch.image_mask.sum() == 2 * len(batch.media_index)
     # Equal bytes are one image, whichever object they came in.
-    assert collate([causal("x", [5], (Media(b"a"),)), rows[2]], CAUSAL, fetch=fetch).media_index.tolist() == [0, 0]
+    assert collate(
+        [causal("x", [5], (Media(b"a"),)), rows[2]], CAUSAL, fetch=fetch
+    ).media_index.tolist() == [0, 0]
 
 
 def test_cached_features_take_the_place_of_pixels() -> None:
-    batch = collate([causal("x", [5], (A,))], CAUSAL, fetch=lambda media: torch.ones(2, 7), cached=True)
+    batch = collate(
+        [causal("x", [5], (A,))], CAUSAL, fetch=lambda media: torch.ones(2, 7), cached=True
+    )
     assert batch.pixels is None and batch.features is not None and batch.features.shape == (1, 2, 7)
 
 
@@ -76,7 +92,11 @@ def test_a_batch_without_images_fetches_nothing() -> None:
 
 
 def test_seq2seq_labels_have_a_width_of_their_own() -> None:
-    rows = [example("x", [5, 6, 7], [3, 1]), example("y", [8], [3, 3, 3, 1], (A,)), example("p", [8], [])]
+    rows = [
+        example("x", [5, 6, 7], [3, 1]),
+        example("y", [8], [3, 3, 3, 1], (A,)),
+        example("p", [8], []),
+    ]
     for left in (False, True):
         batch = collate(rows, SEQ2SEQ, fetch=fetch, pad_left=left)
         assert batch.labels.tolist() == [[3, 1, -100, -100], [3, 3, 3, 1], [-100] * 4]
@@ -100,7 +120,9 @@ def test_rows_padded_on_the_left_see_the_same_tokens() -> None:
 
 
 def test_packed_and_plain_rows_of_an_encoder_decoder_stand_in_one_batch() -> None:
-    packed = pack_layout([example("x", [5, 6], [3, 1]), example("y", [8], [4, 4, 1], (A,))], "seq2seq")
+    packed = pack_layout(
+        [example("x", [5, 6], [3, 1]), example("y", [8], [4, 4, 1], (A,))], "seq2seq"
+    )
     batch = collate([packed, example("z", [4], [2, 1])], SEQ2SEQ, fetch=fetch)
     assert batch.samples is not None and batch.label_samples is not None
     assert batch.samples.tolist() == [[0, 0, 1, 1, 1], [0, -1, -1, -1, -1]]

@@ -14,12 +14,21 @@ from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def row(ids: list[int], labels: list[int], *, media: tuple[Media, ...] = (IMAGE,), slots: int = 2, name: str = "r") -> Example:
+def row(
+    ids: list[int],
+    labels: list[int],
+    *,
+    media: tuple[Media, ...] = (IMAGE,),
+    slots: int = 2,
+    name: str = "r",
+) -> Example:
     """`slots` image slots, then `ids`; a label of 0 is no label."""
     return Example(
         name,
         np.array([9] * slots + ids, dtype=np.int32),
-        np.array([IGNORE_INDEX] * slots + [label or IGNORE_INDEX for label in labels], dtype=np.int32),
+        np.array(
+            [IGNORE_INDEX] * slots + [label or IGNORE_INDEX for label in labels], dtype=np.int32
+        ),
         np.array([True] * slots + [False] * len(ids)),
         media,
     )
@@ -45,7 +54,11 @@ def as_row(example: Example) -> Row:
 
 
 def test_rows_of_one_image_share_what_they_begin_with() -> None:
-    rows = [row([1, 5, 6], [0, 0, 6]), row([1, 7, 8, 9], [0, 0, 8, 9], name="s"), row([1, 7, 3], [0, 0, 4])]
+    rows = [
+        row([1, 5, 6], [0, 0, 6]),
+        row([1, 7, 8, 9], [0, 0, 8, 9], name="s"),
+        row([1, 7, 3], [0, 0, 4]),
+    ]
     (joined,) = branch_layout(rows, 99)
     assert joined.ends is not None and joined.positions is not None
     assert joined.input_ids.tolist() == [9, 9, 1, 5, 6, 7, 8, 9, 3]
@@ -78,7 +91,13 @@ def test_rows_that_share_nothing_come_back_unchanged(rows: list[Example]) -> Non
 
 def test_an_image_that_is_not_in_the_common_prefix_stays_in_its_row() -> None:
     late = [
-        Example("l", np.array([1, n, 9, 9, 5]), np.array([-100, -100, -100, -100, 5]), np.array([0, 0, 1, 1, 0], dtype=bool), (IMAGE,))
+        Example(
+            "l",
+            np.array([1, n, 9, 9, 5]),
+            np.array([-100, -100, -100, -100, 5]),
+            np.array([0, 0, 1, 1, 0], dtype=bool),
+            (IMAGE,),
+        )
         for n in (2, 3)
     ]
     assert branch_layout(late, 99) == late
@@ -88,17 +107,29 @@ texts = st.lists(st.integers(1, 3), max_size=5)
 
 
 @given(
-    st.lists(st.integers(1, 3), min_size=1, max_size=4), st.lists(st.tuples(texts, texts.filter(bool)), min_size=2, max_size=7), st.data()
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.lists(st.tuples(texts, texts.filter(bool)), min_size=2, max_size=7),
+    st.data(),
 )
 @settings(max_examples=200, deadline=None)
-def test_joined_rows_are_the_rows_they_came_from(prefix: list[int], rest: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
-    rows = [row([*prefix, *asked, *said], [0] * (len(prefix + asked) - 1) + [*said, 4]) for asked, said in rest]
+def test_joined_rows_are_the_rows_they_came_from(
+    prefix: list[int], rest: list[tuple[list[int], list[int]]], data: st.DataObject
+) -> None:
+    rows = [
+        row([*prefix, *asked, *said], [0] * (len(prefix + asked) - 1) + [*said, 4])
+        for asked, said in rest
+    ]
     limit = data.draw(st.integers(5, 60))
     joined = branch_layout(rows, limit)
-    assert sorted(found for example in joined for found in rows_in(example)) == sorted(map(as_row, rows))
+    assert sorted(found for example in joined for found in rows_in(example)) == sorted(
+        map(as_row, rows)
+    )
     assert sum(example.supervised for example in joined) == sum(r.supervised for r in rows)
     assert sum(example.questions for example in joined) == len(rows)
-    assert all(len(example.input_ids) <= max(limit, *(len(r.input_ids) for r in rows)) for example in joined)
+    assert all(
+        len(example.input_ids) <= max(limit, *(len(r.input_ids) for r in rows))
+        for example in joined
+    )
     assert sum(len(example.input_ids) for example in joined) <= sum(len(r.input_ids) for r in rows)
     packed = pack_layout(joined, "causal")
     assert sorted(rows_in(packed)) == sorted(map(as_row, rows))
@@ -107,14 +138,19 @@ def test_joined_rows_are_the_rows_they_came_from(prefix: list[int], rest: list[t
 
 def test_branches_of_a_real_format_share_system_text_image_and_first_words() -> None:
     made = processor("smollm2", "bytes", "causal")
-    rows = [made.examples(Conversation(q, turns(q, "yes", image=True)))[0] for q in ("one?", "only?", "two?")]
+    rows = [
+        made.examples(Conversation(q, turns(q, "yes", image=True)))[0]
+        for q in ("one?", "only?", "two?")
+    ]
     (joined,) = branch_layout(rows, 4096)
     assert sorted(rows_in(joined)) == sorted(map(as_row, rows))
     # "one?" and "only?" share their first letters too.
     (distinct,) = branch_layout([rows[0], rows[2]], 4096)
     one, only, two = (len(r.input_ids) for r in rows)
     prefix = one + two - len(distinct.input_ids)
-    assert prefix > IMAGE_SLOTS and len(joined.input_ids) == prefix + (one - prefix) + (two - prefix) + (only - prefix - len("on"))
+    assert prefix > IMAGE_SLOTS and len(joined.input_ids) == prefix + (one - prefix) + (
+        two - prefix
+    ) + (only - prefix - len("on"))
 
 
 def test_packed_rows_of_an_encoder_decoder_know_their_samples() -> None:

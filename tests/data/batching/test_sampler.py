@@ -21,7 +21,14 @@ def source(**options: Any) -> FileSource:
     return FileSource(kind="file", path="x", **options)
 
 
-def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None = None, of: list[int] | None = None, **options: Any) -> Plan:
+def plan(
+    lengths: list[int],
+    sizes: Sizes,
+    *,
+    sources: list[FileSource] | None = None,
+    of: list[int] | None = None,
+    **options: Any,
+) -> Plan:
     """A plan over units of these lengths, `of` which source each is."""
     sources = sources or [source()]
     made = PREPARED()
@@ -34,18 +41,30 @@ def plan(lengths: list[int], sizes: Sizes, *, sources: list[FileSource] | None =
 
 def flat(epoch: Epoch, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """The units of each micro-batch of a rank."""
-    return [[unit for row in epoch.rows(*place, rank, ranks) for unit in row] for place in epoch.places(ranks)]
+    return [
+        [unit for row in epoch.rows(*place, rank, ranks) for unit in row]
+        for place in epoch.places(ranks)
+    ]
 
 
 def steps_of(epoch: Epoch) -> list[list[int]]:
     """The units of each step."""
-    return [epoch.drawn(step + 1)[epoch.units_before(step) :].tolist() for step in range(len(epoch))]
+    return [
+        epoch.drawn(step + 1)[epoch.units_before(step) :].tolist() for step in range(len(epoch))
+    ]
 
 
 lengths_of = st.lists(st.integers(1, 90), min_size=1, max_size=80)
 
 
-@given(lengths_of, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.booleans())
+@given(
+    lengths_of,
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.booleans(),
+)
 @settings(max_examples=150, deadline=None)
 def test_every_unit_comes_once_over_all_ranks(
     lengths: list[int], size: int, accumulation: int, ranks: int, epoch: int, packing: bool
@@ -54,12 +73,21 @@ def test_every_unit_comes_once_over_all_ranks(
     sizes = Sizes(size, ranks=ranks, accumulation=accumulation)
     found = plan(lengths, sizes, packing=packing, row_length=64).epoch(epoch)
     shares = [flat(found, rank, ranks) for rank in range(ranks)]
-    assert Counter(unit for share in shares for batch in share for unit in batch) == Counter(range(len(lengths)))
-    rows = [[len(found.rows(*place, rank, ranks)) for rank in range(ranks)] for place in found.places(ranks)]
+    assert Counter(unit for share in shares for batch in share for unit in batch) == Counter(
+        range(len(lengths))
+    )
+    rows = [
+        [len(found.rows(*place, rank, ranks)) for rank in range(ranks)]
+        for place in found.places(ranks)
+    ]
     assert all(max(numbers) <= size and max(numbers) - min(numbers) <= 1 for numbers in rows)
     assert all(len(step) == size * accumulation * ranks for step in found.steps[:-1])
     # Every split of a step takes the same rows, in the same order of steps.
-    whole = steps_of(plan(lengths, Sizes(size * accumulation * ranks), packing=packing, row_length=64).epoch(epoch))
+    whole = steps_of(
+        plan(lengths, Sizes(size * accumulation * ranks), packing=packing, row_length=64).epoch(
+            epoch
+        )
+    )
     assert steps_of(found) == whole
     for other in range(1, 4):
         taken = [sorted(unit for number in range(len(found.shares(step, other))) for rank in range(other)
@@ -69,11 +97,15 @@ def test_every_unit_comes_once_over_all_ranks(
 
 @given(lengths_of, st.integers(1, 60), st.integers(1, 3), st.integers(1, 3), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_token_batches_hold_their_budget(lengths: list[int], tokens: int, accumulation: int, ranks: int, packing: bool) -> None:
+def test_token_batches_hold_their_budget(
+    lengths: list[int], tokens: int, accumulation: int, ranks: int, packing: bool
+) -> None:
     assume(len(lengths) >= ranks)
     sizes = Sizes(1, tokens, ranks, accumulation=accumulation)
     found = plan(lengths, sizes, packing=packing, row_length=64).epoch(0)
-    whole = plan(lengths, Sizes(1, tokens * accumulation * ranks), packing=packing, row_length=64).epoch(0)
+    whole = plan(
+        lengths, Sizes(1, tokens * accumulation * ranks), packing=packing, row_length=64
+    ).epoch(0)
     assert steps_of(found) == steps_of(whole)
     drawn = [unit for rank in range(ranks) for batch in flat(found, rank, ranks) for unit in batch]
     assert Counter(drawn) == Counter(range(len(lengths)))
@@ -85,12 +117,16 @@ def test_token_batches_hold_their_budget(lengths: list[int], tokens: int, accumu
 
 @given(lengths_of, st.integers(1, 6), st.integers(1, 9), st.integers(0, 5), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_another_plan_goes_on_with_what_is_left(lengths: list[int], size: int, other: int, steps: int, packing: bool) -> None:
+def test_another_plan_goes_on_with_what_is_left(
+    lengths: list[int], size: int, other: int, steps: int, packing: bool
+) -> None:
     first = plan(lengths, Sizes(size), packing=packing, row_length=64).epoch(1)
     steps = min(steps, len(first))
     drawn = np.bincount(first.drawn(steps), minlength=len(lengths))
     rest = plan(lengths, Sizes(other)).epoch(1, drawn)
-    assert Counter(first.drawn(steps).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(range(len(lengths)))
+    assert Counter(first.drawn(steps).tolist()) + Counter(
+        rest.drawn(len(rest)).tolist()
+    ) == Counter(range(len(lengths)))
     assert rest.units_before(len(rest)) == len(lengths) - first.units_before(steps)
 
 
@@ -100,7 +136,9 @@ def test_units_that_come_several_times_an_epoch_are_left_out_as_often_as_they_ca
 
     first = made(3).epoch(0)
     rest = made(2).epoch(0, np.bincount(first.drawn(2), minlength=4))
-    assert Counter(first.drawn(2).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(first.drawn(len(first)).tolist())
+    assert Counter(first.drawn(2).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(
+        first.drawn(len(first)).tolist()
+    )
 
 
 @given(lengths_of, st.integers(1, 90))
@@ -118,7 +156,9 @@ def test_packed_rows_are_full_and_never_too_long(lengths: list[int], limit: int)
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     lengths = list(range(1, 51))
     one, other = plan(lengths, Sizes(4)), plan(lengths, Sizes(4))
-    assert [flat(one.epoch(epoch), 0) for epoch in (1, 0)] == [flat(other.epoch(epoch), 0) for epoch in (1, 0)]
+    assert [flat(one.epoch(epoch), 0) for epoch in (1, 0)] == [
+        flat(other.epoch(epoch), 0) for epoch in (1, 0)
+    ]
     assert flat(one.epoch(0), 0) != flat(one.epoch(1), 0)
 
 
@@ -148,14 +188,23 @@ def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
         ([3, 0], [source(), source(count=5)], None, [3, 0]),
     ],
 )
-def test_shares_of_an_epoch(units: list[int], sources: list[FileSource], size: int | None, expected: list[int]) -> None:
+def test_shares_of_an_epoch(
+    units: list[int], sources: list[FileSource], size: int | None, expected: list[int]
+) -> None:
     assert epoch_counts(units, sources, size) == expected
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
 @settings(max_examples=80, deadline=None)
-def test_no_unit_comes_again_before_all_of_its_source_came(first: int, second: int, one: int, other: int) -> None:
-    made = plan([1] * (first + second), Sizes(4), sources=[source(count=one), source(count=other)], of=[0] * first + [1] * second)
+def test_no_unit_comes_again_before_all_of_its_source_came(
+    first: int, second: int, one: int, other: int
+) -> None:
+    made = plan(
+        [1] * (first + second),
+        Sizes(4),
+        sources=[source(count=one), source(count=other)],
+        of=[0] * first + [1] * second,
+    )
     drawn: Counter[int] = Counter()
     for epoch in range(5):
         own = Counter(unit for batch in flat(made.epoch(epoch), 0) for unit in batch)
@@ -167,7 +216,13 @@ def test_no_unit_comes_again_before_all_of_its_source_came(first: int, second: i
 
 
 def test_ratios_hold_within_an_epoch_too() -> None:
-    made = plan([1] * 4000, Sizes(8), sources=[source(weight=3.0), source(weight=1.0)], of=[0] * 2000 + [1] * 2000, epoch_size=2000)
+    made = plan(
+        [1] * 4000,
+        Sizes(8),
+        sources=[source(weight=3.0), source(weight=1.0)],
+        of=[0] * 2000 + [1] * 2000,
+        epoch_size=2000,
+    )
     batches = flat(made.epoch(0), 0)
     first = [unit < 2000 for batch in batches[: len(batches) // 2] for unit in batch]
     assert abs(np.mean(first) - 0.75) < 0.05
@@ -189,4 +244,6 @@ def test_shares_are_even(costs: list[int], ranks: int) -> None:
 
 def test_dear_rows_are_spread_over_the_ranks() -> None:
     costs = np.array([100.0] * 4 + [1.0] * 12)
-    assert [float(costs[share].sum()) for share in even_shares(np.arange(16), costs, 4)] == [103.0] * 4
+    assert [float(costs[share].sum()) for share in even_shares(np.arange(16), costs, 4)] == [
+        103.0
+    ] * 4

@@ -20,13 +20,19 @@ from vlm_tune.errors import DataError
 
 
 def talk(text: str) -> dict[str, Any]:
-    return {"id": text, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+    return {
+        "id": text,
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}],
+    }
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """Files of 30 and of 10 rows."""
-    return [write_rows(tmp_path / f"{name}.jsonl", [talk(f"{name}{n}") for n in range(rows)]) for name, rows in (("a", 30), ("b", 10))]
+    return [
+        write_rows(tmp_path / f"{name}.jsonl", [talk(f"{name}{n}") for n in range(rows)])
+        for name, rows in (("a", 30), ("b", 10))
+    ]
 
 
 def feed(
@@ -39,10 +45,21 @@ def feed(
     accumulation: int = 1,
     **options: Any,
 ) -> StreamFeed:
-    sources = [FileSource(kind="file", path=str(path), weight=weight) for path, weight in zip(files, weights, strict=False)]
+    sources = [
+        FileSource(kind="file", path=str(path), weight=weight)
+        for path, weight in zip(files, weights, strict=False)
+    ]
     data = DataSection(train=list(sources), template="chatml", streaming=True, **options)
     return StreamFeed(
-        data, sources, processor("chatml", "bytes", "causal"), fetch, size, seed=5, rank=rank, ranks=ranks, accumulation=accumulation
+        data,
+        sources,
+        processor("chatml", "bytes", "causal"),
+        fetch,
+        size,
+        seed=5,
+        rank=rank,
+        ranks=ranks,
+        accumulation=accumulation,
     )
 
 
@@ -52,7 +69,9 @@ def fetch(media: Media) -> torch.Tensor:
 
 def draw(made: StreamFeed, steps: int, first: int = 0) -> list[Batch]:
     """The micro-batches of a number of steps."""
-    return [batch for window in islice(made.windows(Position(step=first)), steps) for batch in window]
+    return [
+        batch for window in islice(made.windows(Position(step=first)), steps) for batch in window
+    ]
 
 
 def ids(batches: list[Batch]) -> list[list[str]]:
@@ -84,8 +103,12 @@ def test_batches_are_a_function_of_their_number(files: list[Path]) -> None:
 
 def test_processes_share_the_rows_of_one(files: list[Path]) -> None:
     single = ids(draw(feed(files, size=4, shuffle_buffer=8), 6))
-    shares = [ids(draw(feed(files, size=2, rank=rank, ranks=2, shuffle_buffer=8), 6)) for rank in range(2)]
-    assert [sorted(batch) for batch in single] == [sorted(one + other) for one, other in zip(*shares, strict=True)]
+    shares = [
+        ids(draw(feed(files, size=2, rank=rank, ranks=2, shuffle_buffer=8), 6)) for rank in range(2)
+    ]
+    assert [sorted(batch) for batch in single] == [
+        sorted(one + other) for one, other in zip(*shares, strict=True)
+    ]
 
 
 def test_bad_rows_leave_a_batch_smaller_and_are_counted(tmp_path: Path) -> None:
@@ -114,7 +137,11 @@ def test_packed_streams_fill_their_rows(files: list[Path]) -> None:
     plain = draw(feed(files, size=8, shuffle_buffer=8), 3)
     packed = draw(feed(files, size=8, shuffle_buffer=8, packing=True, row_length=256), 3)
     for one, other in zip(plain, packed, strict=True):
-        assert other.tokens == one.tokens and other.supervised == one.supervised and len(other.ids) < len(one.ids)
+        assert (
+            other.tokens == one.tokens
+            and other.supervised == one.supervised
+            and len(other.ids) < len(one.ids)
+        )
         assert other.ends is not None
 
 
@@ -129,9 +156,13 @@ def shards(tmp_path: Path, rank: int, ranks: int, planned: int = 2) -> StreamFee
     for file in range(6):
         write_rows(tmp_path / f"shard-{file}.jsonl", [talk(f"{file}-{row}") for row in range(5)])
     source = FileSource(kind="file", path=str(tmp_path / "shard-*.jsonl"))
-    data = DataSection(train=[source], template="chatml", streaming=True, own_shards=True, shuffle_buffer=8)
+    data = DataSection(
+        train=[source], template="chatml", streaming=True, own_shards=True, shuffle_buffer=8
+    )
     made = processor("chatml", "bytes", "causal")
-    return StreamFeed(data, [source], made, fetch, 2, seed=5, rank=rank, ranks=ranks, planned=planned)
+    return StreamFeed(
+        data, [source], made, fetch, 2, seed=5, rank=rank, ranks=ranks, planned=planned
+    )
 
 
 def test_each_process_reads_its_own_shards(tmp_path: Path) -> None:
@@ -146,33 +177,63 @@ def test_other_processes_go_on_with_the_shards_of_those_before(tmp_path: Path, r
     planned = [ids(draw(shards(tmp_path, rank, 2), 6)) for rank in range(2)]
     whole = [sorted(one + other) for one, other in zip(*planned, strict=True)]
     taken = [
-        [[name for batch in window if batch.supervised for name in ids([batch])[0]] for window in islice(made.windows(Position()), 6)]
+        [
+            [name for batch in window if batch.supervised for name in ids([batch])[0]]
+            for window in islice(made.windows(Position()), 6)
+        ]
         for made in (shards(tmp_path, rank, ranks) for rank in range(ranks))
     ]
     assert [sorted(name for own in taken for name in own[step]) for step in range(6)] == whole
 
 
-@pytest.mark.parametrize(("size", "accumulation", "ranks"), [(2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)])
-def test_the_rows_of_a_step_do_not_depend_on_how_it_is_split(files: list[Path], size: int, accumulation: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "accumulation", "ranks"), [(2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+)
+def test_the_rows_of_a_step_do_not_depend_on_how_it_is_split(
+    files: list[Path], size: int, accumulation: int, ranks: int
+) -> None:
     whole = ids(draw(feed(files, size=4, shuffle_buffer=8), 6))
-    made = [feed(files, size=size, rank=rank, ranks=ranks, shuffle_buffer=8, accumulation=accumulation) for rank in range(ranks)]
+    made = [
+        feed(files, size=size, rank=rank, ranks=ranks, shuffle_buffer=8, accumulation=accumulation)
+        for rank in range(ranks)
+    ]
     windows = [list(islice(one.windows(Position()), 6)) for one in made]
-    assert all(len(window) == accumulation and len(batch.ids) == size for own in windows for window in own for batch in window)
-    taken = [[name for own in windows for batch in ids(own[step]) for name in batch] for step in range(6)]
+    assert all(
+        len(window) == accumulation and len(batch.ids) == size
+        for own in windows
+        for window in own
+        for batch in window
+    )
+    taken = [
+        [name for own in windows for batch in ids(own[step]) for name in batch] for step in range(6)
+    ]
     assert [sorted(step) for step in taken] == [sorted(step) for step in whole]
 
 
 def test_steps_of_another_size_go_on_after_the_rows_that_were_read(files: list[Path]) -> None:
-    rows = [name for batch in ids(draw(feed(files, size=1, shuffle_buffer=8), 24)) for name in batch]
-    first, second = feed(files, size=2, accumulation=2, shuffle_buffer=8), feed(files, size=8, shuffle_buffer=8)
+    rows = [
+        name for batch in ids(draw(feed(files, size=1, shuffle_buffer=8), 24)) for name in batch
+    ]
+    first, second = (
+        feed(files, size=2, accumulation=2, shuffle_buffer=8),
+        feed(files, size=8, shuffle_buffer=8),
+    )
     position = second.resumed(Position(step=2), first.cut(), first.drawn(Position(step=2)))
-    taken = [name for window in islice(second.windows(position), 2) for batch in ids(window) for name in batch]
+    taken = [
+        name
+        for window in islice(second.windows(position), 2)
+        for batch in ids(window)
+        for name in batch
+    ]
     assert taken == rows[8:24]
     assert first.resumed(Position(step=2), first.cut(), {}) == Position(step=2)
 
 
 def test_a_source_of_few_chunks_is_shared_by_rows(files: list[Path]) -> None:
-    shares = [ids(draw(feed([files[0]], rank=rank, ranks=2, own_shards=True, weights=(1.0,)), 3)) for rank in range(2)]
+    shares = [
+        ids(draw(feed([files[0]], rank=rank, ranks=2, own_shards=True, weights=(1.0,)), 3))
+        for rank in range(2)
+    ]
     named = [{name for batch in share for name in batch} for share in shares]
     assert not named[0] & named[1]
     assert named[0] | named[1] <= {f"a{number}" for number in range(30)}

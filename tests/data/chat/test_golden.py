@@ -13,7 +13,10 @@ from tests.helpers.chat_samples import CHAT, IMAGE, LAYOUTS, processor, turns
 from vlm_tune.data.types import Conversation
 
 FOLDER = Path(__file__).parent.parent.parent / "golden" / "chat"
-ROW = Conversation("golden", turns("Is it red?", "no", "What <|im_end|></s> then?", "blue, 蓝", system="Look.", image=True))
+ROW = Conversation(
+    "golden",
+    turns("Is it red?", "no", "What <|im_end|></s> then?", "blue, 蓝", system="Look.", image=True),
+)
 
 
 def golden(name: str) -> dict[str, Any]:
@@ -39,10 +42,15 @@ def test_ids_and_masks_are_those_of_the_golden_file(name: str) -> None:
     found = golden(name)
     if os.environ.get("REGENERATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+        )
     assert found == json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_golden_file_is_of_a_shipped_format() -> None:
-    assert sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.json")) == CHAT
+    assert (
+        sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.json"))
+        == CHAT
+    )
     assert IMAGE in ROW.media

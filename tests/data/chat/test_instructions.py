@@ -16,12 +16,22 @@ from vlm_tune.resources import resource_names
 SETS = resource_names("data_templates/instructions")
 VALUES = {
     "vqa": {"question": "Q{x}%s?", "answer": "A"},
-    "multiple_choice": {"question": "Q{x}?", "choices": "A. {x}\nB. y", "letter": "A", "answer": "{x}"},
+    "multiple_choice": {
+        "question": "Q{x}?",
+        "choices": "A. {x}\nB. y",
+        "letter": "A",
+        "answer": "{x}",
+    },
     "caption": {"caption": "C{y}"},
     "classify": {"choices": "x, {y}", "label": "{y}"},
     "retrieval": {"candidates": "- {x}\n- y", "answer": "{x}"},
     "ocr": {"text": "T{0}"},
-    "translate": {"text": "{T}", "source_language": "S{s}", "target_language": "L{}", "translation": "{U}"},
+    "translate": {
+        "text": "{T}",
+        "source_language": "S{s}",
+        "target_language": "L{}",
+        "translation": "{U}",
+    },
 }
 TOLD = {
     "vqa": ["question"],
@@ -30,7 +40,14 @@ TOLD = {
     "retrieval": ["candidates"],
     "translate": ["text", "source_language", "target_language"],
 }
-ANSWERS = {"vqa": "answer", "caption": "caption", "classify": "label", "retrieval": "answer", "ocr": "text", "translate": "translation"}
+ANSWERS = {
+    "vqa": "answer",
+    "caption": "caption",
+    "classify": "label",
+    "retrieval": "answer",
+    "ocr": "text",
+    "translate": "translation",
+}
 ANSWERS |= {"multiple_choice": "letter"}
 
 
@@ -39,9 +56,16 @@ def test_every_task_has_an_english_and_a_chinese_prompt_set_of_several_phrasings
     for task in FIELDS:
         sets = [load_instructions(name, task) for name in SETS if name.split("-")[0] == task]
         assert {found.language for found in sets} == {"en", "zh"}
-        assert all(any(found.language == language and len(found.prompts) > 2 for found in sets) for language in ("en", "zh"))
+        assert all(
+            any(found.language == language and len(found.prompts) > 2 for found in sets)
+            for language in ("en", "zh")
+        )
         for found in sets:
-            chinese = [any("\u4e00" <= c <= "\u9fff" for c in prompt) for prompt in found.prompts if prompt != "{question}"]
+            chinese = [
+                any("\u4e00" <= c <= "\u9fff" for c in prompt)
+                for prompt in found.prompts
+                if prompt != "{question}"
+            ]
             assert all(is_chinese == (found.language == "zh") for is_chinese in chinese)
             assert len(set(found.prompts)) == len(found.prompts)
     assert {name.split("-")[0] for name in SETS} == set(FIELDS)
@@ -53,24 +77,37 @@ def test_a_prompt_set_fills_in_its_fields_whatever_they_hold(name: str) -> None:
     found, media, values = load_instructions(name, task), Media(b"i"), VALUES[task]
     for number in range(20):
         question, answer = found.messages(f"r{number}", ("0.0s: ", media), values, seed=0)[-2:]
-        assert question.parts[:2] == ("0.0s: ", media) and answer.text == values["answer" if name.endswith("-text") else ANSWERS[task]]
+        assert (
+            question.parts[:2] == ("0.0s: ", media)
+            and answer.text == values["answer" if name.endswith("-text") else ANSWERS[task]]
+        )
         assert all(values[field] in question.text for field in TOLD.get(task, []))
 
 
 @pytest.mark.parametrize("name", ["translate", "translate-zh"])
-@pytest.mark.parametrize("given", [(), ("text",), ("source_language",), ("text", "source_language")])
-def test_a_translation_is_asked_for_with_all_that_the_row_tells(name: str, given: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "given", [(), ("text",), ("source_language",), ("text", "source_language")]
+)
+def test_a_translation_is_asked_for_with_all_that_the_row_tells(
+    name: str, given: tuple[str, ...]
+) -> None:
     found = load_instructions(name, "translate")
-    values = {field: VALUES["translate"][field] for field in ("target_language", "translation", *given)}
+    values = {
+        field: VALUES["translate"][field] for field in ("target_language", "translation", *given)
+    }
     asked = {found.messages(str(number), (), values, seed=0)[0].text for number in range(40)}
     assert len(asked) == 2
     for text in asked:
-        assert [field for field in ("text", "source_language") if VALUES["translate"][field] in text] == list(given)
+        assert [
+            field for field in ("text", "source_language") if VALUES["translate"][field] in text
+        ] == list(given)
 
 
 def test_a_set_without_a_phrasing_for_a_row_says_which_field_the_row_lacks(tmp_path: Path) -> None:
     path = tmp_path / "set.yaml"
-    path.write_text("task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: '{translation}'\n")
+    path.write_text(
+        "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: '{translation}'\n"
+    )
     found = load_instructions(str(path), "translate")
     with pytest.raises(DataError, match="no prompt of the set does without source_language, text"):
         found.messages("r", (), {"target_language": "de", "translation": "x"}, seed=0)
@@ -80,7 +117,9 @@ def test_the_phrasing_is_a_function_of_seed_and_row_and_varies_with_both() -> No
     found = load_instructions("vqa-varied", "vqa")
 
     def phrasings(seed: int) -> list[str]:
-        return [found.messages(f"row {n}", (), VALUES["vqa"], seed=seed)[0].text for n in range(200)]
+        return [
+            found.messages(f"row {n}", (), VALUES["vqa"], seed=seed)[0].text for n in range(200)
+        ]
 
     assert phrasings(0) == phrasings(0) != phrasings(1)
     counts = [phrasings(0).count(text) for text in set(phrasings(0))]
@@ -103,16 +142,29 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_sets_that_models_were_trained_with_stay_as_they_are(name: str) -> None:
     found = load_instructions(name, name.split("-")[0])
-    assert hashlib.sha256(json.dumps([found.prompts, found.answer]).encode()).hexdigest()[:12] == SHIPPED[name]
+    assert (
+        hashlib.sha256(json.dumps([found.prompts, found.answer]).encode()).hexdigest()[:12]
+        == SHIPPED[name]
+    )
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("{picture}", r"uses \['picture'\]"), ("{question", "brace"), ("{question.__class__}", "uses"), ("{}", "uses"), ("{0}", "uses")],
+    [
+        ("{picture}", r"uses \['picture'\]"),
+        ("{question", "brace"),
+        ("{question.__class__}", "uses"),
+        ("{}", "uses"),
+        ("{0}", "uses"),
+    ],
 )
-def test_prompt_sets_with_wrong_fields_are_refused(tmp_path: Path, prompt: str, message: str) -> None:
+def test_prompt_sets_with_wrong_fields_are_refused(
+    tmp_path: Path, prompt: str, message: str
+) -> None:
     path = tmp_path / "set.yaml"
-    path.write_text(f"task: vqa\nlanguage: en\nprompts: [{json.dumps(prompt)}]\nanswer: '{{answer}}'\n")
+    path.write_text(
+        f"task: vqa\nlanguage: en\nprompts: [{json.dumps(prompt)}]\nanswer: '{{answer}}'\n"
+    )
     with pytest.raises(DataError, match=message):
         load_instructions(str(path), "vqa")
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.chat_samples import CHAT, IMAGE, KINDS, LAYOUTS, Kind, as_dicts, ends, processor, tokenizer, turns
+from tests.helpers.chat_samples import (
+    CHAT,
+    IMAGE,
+    KINDS,
+    LAYOUTS,
+    Kind,
+    as_dicts,
+    ends,
+    processor,
+    tokenizer,
+    turns,
+)
 from vlm_tune.data.chat.template import load_template, processor_jinja, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import DataError
@@ -18,16 +29,31 @@ CAUSAL = [name for name, layout in LAYOUTS if layout == "causal"]
 BENIGN = {
     "one turn": turns("What color is the shape?", "red"),
     "system": turns("Is it a circle?", "no, a triangle", system="You are helpful."),
-    "turns": turns("What color is it?", "blue", "And its shape?", "a small circle", "Is it red?\nSay yes or no.", "no"),
-    "system and turns": turns("Describe the image.", "A red circle.", "Shorter:", "circle", system="Answer in one line."),
+    "turns": turns(
+        "What color is it?",
+        "blue",
+        "And its shape?",
+        "a small circle",
+        "Is it red?\nSay yes or no.",
+        "no",
+    ),
+    "system and turns": turns(
+        "Describe the image.", "A red circle.", "Shorter:", "circle", system="Answer in one line."
+    ),
 }
 
 
-def expected_ids(name: str, kind: Kind, messages: tuple[Message, ...], *, prompt: bool = False) -> list[int]:
+def expected_ids(
+    name: str, kind: Kind, messages: tuple[Message, ...], *, prompt: bool = False
+) -> list[int]:
     tokens = tokenizer(name, kind)
     given = as_dicts(messages[:-1] if prompt else messages)
     return tokens.apply_chat_template(
-        given, chat_template=load_template(name).jinja, add_generation_prompt=prompt, tokenize=True, return_dict=False
+        given,
+        chat_template=load_template(name).jinja,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=False,
     )
 
 
@@ -43,10 +69,14 @@ def assert_same_ids(example: Example, expected: list[int]) -> None:
     """The input and the label at its end are what the chat template gives, up to what follows the last trained token."""
     own = [*example.input_ids.tolist(), int(example.labels[-1])]
     assert own == expected[: len(own)]
-    assert len(expected) - len(own) <= 2  # a line's end, perhaps with the tokenizer's space before it
+    assert (
+        len(expected) - len(own) <= 2
+    )  # a line's end, perhaps with the tokenizer's space before it
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)]
+)
 def test_ids_equal_the_tokenizers_own_chat_template(name: str, kind: Kind) -> None:
     for label, messages in BENIGN.items():
         conversation = Conversation(label, messages)
@@ -64,7 +94,9 @@ words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 
 @given(st.data(), st.sampled_from(CAUSAL), st.integers(1, 3), st.none() | words)
 @settings(max_examples=40, deadline=None)
-def test_ids_of_random_conversations_equal_the_chat_template(data: st.DataObject, name: str, pairs: int, system: str | None) -> None:
+def test_ids_of_random_conversations_equal_the_chat_template(
+    data: st.DataObject, name: str, pairs: int, system: str | None
+) -> None:
     kind = data.draw(st.sampled_from(kinds_of(name)))
     messages = turns(*(data.draw(words) for _ in range(2 * pairs)), system=system)
     (example,) = processor(name, kind, "causal").examples(Conversation("r", messages))
@@ -74,7 +106,9 @@ def test_ids_of_random_conversations_equal_the_chat_template(data: st.DataObject
 @pytest.mark.parametrize("name", CAUSAL)
 def test_answers_and_their_end_are_trained_and_nothing_else(name: str) -> None:
     tokens, end = tokenizer(name, "bytes"), ends(load_template(name), tokenizer(name, "bytes"))
-    messages = turns("first question", "zebra", "second question", "quick fox", system="system text", image=True)
+    messages = turns(
+        "first question", "zebra", "second question", "quick fox", system="system text", image=True
+    )
     (example,) = processor(name, "bytes", "causal").examples(Conversation("m", messages))
     following = example.labels[:-1] != IGNORE_INDEX
     assert (example.labels[:-1][following] == example.input_ids[1:][following]).all()
@@ -89,7 +123,12 @@ def test_answers_and_their_end_are_trained_and_nothing_else(name: str) -> None:
     assert [tokens.decode(span[:-1]).strip() for span in spans] == ["zebra", "quick fox"]
     trained = np.append(False, following)
     rest = tokens.decode(example.input_ids[~trained & ~example.image_mask].tolist())
-    assert "first question" in rest and "system text" in rest and "zebra" not in rest and "fox" not in rest
+    assert (
+        "first question" in rest
+        and "system text" in rest
+        and "zebra" not in rest
+        and "fox" not in rest
+    )
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
@@ -112,7 +151,10 @@ def test_the_recipes_system_text_stands_in_for_the_formats_and_yields_to_the_dat
 
     assert "SmolLM" in system(turns("q", "a"), None)
     assert system(turns("q", "a"), "from the recipe") == "system\nfrom the recipe"
-    assert system(turns("q", "a", system="from the data"), "from the recipe") == "system\nfrom the data"
+    assert (
+        system(turns("q", "a", system="from the data"), "from the recipe")
+        == "system\nfrom the data"
+    )
     segments = template.segments(Conversation("s", turns("q", "a")), system="")
     assert [segment.payload for segment in segments][1] == "user\nq"
 
@@ -158,7 +200,11 @@ assistant: [{text: "A: "}, {content: trained}, {control: eos, trained: true}]
         ('{text: "Q: "}, ', "{text: Q, control: eos}, ", "one of text, control, content"),
         ('{text: "Q: "}, ', "{}, ", "one of text, control, content"),
         ("{content: prompt}", "{content: trained}", "only the assistant's words are trained"),
-        ('user: [{text: "Q: "}, {content: prompt}]', "user: [{text: Q}]", "user turn has no content"),
+        (
+            'user: [{text: "Q: "}, {content: prompt}]',
+            "user: [{text: Q}]",
+            "user turn has no content",
+        ),
         ("layouts: [causal]", "layouts: []", "layouts"),
         ("layouts: [causal]", "layouts: [decoder]", "layouts"),
         ("name: mine", "name: mine\nextra: 1", "extra"),
@@ -175,7 +221,9 @@ def test_malformed_formats_are_refused(tmp_path: Path, old: str, new: str, messa
         read_template(path)
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in CAUSAL for kind in kinds_of(name)]
+)
 def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) -> None:
     """Contents as text and as lists; a format without system turns refuses them by name."""
     template = load_template(name)
@@ -183,17 +231,31 @@ def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) 
     for label, messages in BENIGN.items():
         for prompt in (False, True):
             texts = as_dicts(messages[:-1] if prompt else messages)
-            lists = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
+            lists = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in texts
+            ]
             for given_turns in (texts, lists):
-                ids = tokens.apply_chat_template(given_turns, chat_template=jinja, add_generation_prompt=prompt, return_dict=False)
+                ids = tokens.apply_chat_template(
+                    given_turns,
+                    chat_template=jinja,
+                    add_generation_prompt=prompt,
+                    return_dict=False,
+                )
                 assert ids == expected_ids(name, kind, messages, prompt=prompt), label
 
 
 def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:
     template = load_template("llama3")
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " what {{ is }} 'this'?\n"}]}]
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": " what {{ is }} 'this'?\n"}],
+        }
+    ]
     tokens = tokenizer("llama3", "llama3")
-    said = tokens.apply_chat_template(turns, chat_template=processor_jinja(template, ' Say "äöü 🙂". ', "<image>"), tokenize=False)
+    said = tokens.apply_chat_template(
+        turns, chat_template=processor_jinja(template, ' Say "äöü 🙂". ', "<image>"), tokenize=False
+    )
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert said == (
         tokens.bos_token

@@ -10,14 +10,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from tests.helpers.chat_samples import IMAGE, IMAGE_SLOTS, LAYOUTS, Kind, processor, tokenizer, turns
+from tests.helpers.chat_samples import (
+    IMAGE,
+    IMAGE_SLOTS,
+    LAYOUTS,
+    Kind,
+    processor,
+    tokenizer,
+    turns,
+)
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.chat.tokenize import TextEncoder, causal_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Message, Segment
 from vlm_tune.errors import DataError
 
-MARKS = ("<image>", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<|start_header_id|>", "<pad>", "<unk>", "<", "</")
-marked = st.lists(st.sampled_from(MARKS) | st.text("ab s/>é\n<", max_size=4), min_size=1, max_size=6).map("".join)
+MARKS = (
+    "<image>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "</s>",
+    "<s>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<pad>",
+    "<unk>",
+    "<",
+    "</",
+)
+marked = st.lists(
+    st.sampled_from(MARKS) | st.text("ab s/>é\n<", max_size=4), min_size=1, max_size=6
+).map("".join)
 user_text = marked | st.text(min_size=1, max_size=12)
 KINDS: tuple[Kind, ...] = ("bytes", "bpe", "unigram", "t5", "prepend")
 
@@ -31,28 +53,42 @@ def conversations(draw: st.DrawFn, text: st.SearchStrategy[str] = user_text) -> 
     texts = text.filter(is_text)
     pairs = draw(st.integers(1, 3))
     system = draw(st.none() | texts)
-    return Conversation("c", turns(*(draw(texts) for _ in range(2 * pairs)), system=system, image=draw(st.booleans())))
+    return Conversation(
+        "c",
+        turns(*(draw(texts) for _ in range(2 * pairs)), system=system, image=draw(st.booleans())),
+    )
 
 
 def harmless(conversation: Conversation) -> Conversation:
     """The same turns with a word for each text."""
-    messages = [replace(m, parts=tuple("a" if isinstance(part, str) else part for part in m.parts)) for m in conversation.messages]
+    messages = [
+        replace(m, parts=tuple("a" if isinstance(part, str) else part for part in m.parts))
+        for m in conversation.messages
+    ]
     return replace(conversation, messages=tuple(messages))
 
 
 def controls(example: Example, tokens: Any) -> list[list[int]]:
     """The control ids of the input and of the labels, in order; an unknown character's id is no control."""
     special = {token for token in tokens.all_special_ids if token != tokens.unk_token_id}
-    special |= {token for token, added in tokens.added_tokens_decoder.items() if added.special and token != tokens.unk_token_id}
+    special |= {
+        token
+        for token, added in tokens.added_tokens_decoder.items()
+        if added.special and token != tokens.unk_token_id
+    }
     inputs = example.input_ids[~example.image_mask]
-    return [[token for token in ids.tolist() if token in special] for ids in (inputs, example.labels)]
+    return [
+        [token for token in ids.tolist() if token in special] for ids in (inputs, example.labels)
+    ]
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @given(conversation=conversations())
 @settings(max_examples=15, deadline=None)
-def test_control_ids_occur_exactly_where_the_template_put_them(name: str, layout: Any, kind: Kind, conversation: Conversation) -> None:
+def test_control_ids_occur_exactly_where_the_template_put_them(
+    name: str, layout: Any, kind: Kind, conversation: Conversation
+) -> None:
     made, tokens = processor(name, kind, layout), tokenizer(name, kind)
     found = [controls(example, tokens) for example in made.examples(conversation)]
     assert found == [controls(example, tokens) for example in made.examples(harmless(conversation))]
@@ -64,7 +100,9 @@ def test_control_ids_occur_exactly_where_the_template_put_them(name: str, layout
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 @given(conversation=conversations())
 @settings(max_examples=25, deadline=None)
-def test_labels_are_exactly_the_trained_segments(name: str, layout: Any, conversation: Conversation) -> None:
+def test_labels_are_exactly_the_trained_segments(
+    name: str, layout: Any, conversation: Conversation
+) -> None:
     made, template = processor(name, "bytes", layout), load_template(name)
     tokens = made.tokenizer
     end = [made.encoder.control(p.control) for p in template.assistant if p.control and p.trained]
@@ -73,14 +111,20 @@ def test_labels_are_exactly_the_trained_segments(name: str, layout: Any, convers
     lead = "".join(piece.text or "" for piece in template.assistant if piece.trained)
     examples = made.examples(conversation)
     if layout == "seq2seq":
-        assert len(examples) == len(answers) and len({example.id for example in examples}) == len(answers)
+        assert len(examples) == len(answers) and len({example.id for example in examples}) == len(
+            answers
+        )
         assert [example.labels.tolist()[-1:] for example in examples] == [end] * len(answers)
-        assert [tokens.decode(example.labels[:-1].tolist()) for example in examples] == [lead + answer for answer in answers]
+        assert [tokens.decode(example.labels[:-1].tolist()) for example in examples] == [
+            lead + answer for answer in answers
+        ]
         assert [example.questions for example in examples] == [1] * len(answers)
     else:
         (example,) = examples
         trained = example.labels != IGNORE_INDEX
-        assert (example.labels[:-1][trained[:-1]] == example.input_ids[1:][trained[:-1]]).all() and trained[-1]
+        assert (
+            example.labels[:-1][trained[:-1]] == example.input_ids[1:][trained[:-1]]
+        ).all() and trained[-1]
         said, spans = example.labels[trained].tolist(), []
         while said:
             cut = said.index(end[0])
@@ -88,7 +132,9 @@ def test_labels_are_exactly_the_trained_segments(name: str, layout: Any, convers
             said = said[cut + 1 :]
         assert spans == [lead + answer for answer in answers]
         assert example.questions == len(answers)
-    assert all(example.image_mask.sum() == IMAGE_SLOTS * len(conversation.media) for example in examples)
+    assert all(
+        example.image_mask.sum() == IMAGE_SLOTS * len(conversation.media) for example in examples
+    )
     assert all(example.media == conversation.media for example in examples)
 
 
@@ -97,8 +143,14 @@ def test_seq2seq_puts_all_before_an_answer_in_the_encoder() -> None:
     decode = made.tokenizer.decode
     row = Conversation("s", turns("one?", "first", "two?", "second", system="Be brief."))
     examples = made.examples(row)
-    assert [decode(example.input_ids.tolist()) for example in examples] == ["Be brief.\none?", "Be brief.\none? first</s>two?"]
-    assert [decode(example.labels.tolist()) for example in examples] == [" first</s>", " second</s>"]
+    assert [decode(example.input_ids.tolist()) for example in examples] == [
+        "Be brief.\none?",
+        "Be brief.\none? first</s>two?",
+    ]
+    assert [decode(example.labels.tolist()) for example in examples] == [
+        " first</s>",
+        " second</s>",
+    ]
     assert [example.id for example in examples] == ["s", "s#1"]
     # Chat asks with what training put in the encoder: the earlier answer and the last question.
     for given_row in (row, replace(row, messages=row.messages[:-1])):
@@ -135,14 +187,19 @@ def test_text_inside_a_text_gets_no_prefix_of_its_own() -> None:
 
 def test_a_templates_token_that_is_no_special_one_is_kept_out_of_text_too() -> None:
     tokens = type(tokenizer("flan", "bytes"))(
-        tokenizer_object=type(tokenizer("flan", "bytes").backend_tokenizer).from_str(tokenizer("flan", "bytes").backend_tokenizer.to_str()),
+        tokenizer_object=type(tokenizer("flan", "bytes").backend_tokenizer).from_str(
+            tokenizer("flan", "bytes").backend_tokenizer.to_str()
+        ),
         pad_token="<pad>",
         eos_token="</s>",
     )
     tokens.add_tokens([AddedToken("<|turn|>", special=False)])
     encoder = TextEncoder(tokens)
     turn = encoder.control("<|turn|>")
-    assert turn not in encoder.text("a <|turn|> b") and tokens.decode(encoder.text("a <|turn|> b")) == "a <|turn|> b"
+    assert (
+        turn not in encoder.text("a <|turn|> b")
+        and tokens.decode(encoder.text("a <|turn|> b")) == "a <|turn|> b"
+    )
 
 
 def test_a_missing_control_token_names_the_token_and_the_cure() -> None:
@@ -159,5 +216,11 @@ def test_a_segment_list_of_media_only_gives_slots_only() -> None:
     made = processor("flan", "bytes", "causal")
     spec = InputSpec(2, "causal", 10, made.spec.pad_id, made.spec.eos_id)
     message = Conversation("m", (Message("user", (IMAGE, IMAGE)),))
-    (example,) = causal_layout(message, [Segment("media", IMAGE), Segment("media", IMAGE)], made.encoder, spec)
-    assert example.image_mask.tolist() == [True] * 4 and example.media == (IMAGE, IMAGE) and example.supervised == 0
+    (example,) = causal_layout(
+        message, [Segment("media", IMAGE), Segment("media", IMAGE)], made.encoder, spec
+    )
+    assert (
+        example.image_mask.tolist() == [True] * 4
+        and example.media == (IMAGE, IMAGE)
+        and example.supervised == 0
+    )

@@ -49,7 +49,13 @@ def test_each_change_is_a_function_of_its_key(name: str, size: tuple[int, int]) 
         assert torch.equal(one, augment_pixels(pixels, augment, key))
     assert torch.equal(pixels, before), "changed in place"
     distinct = len({one.contiguous().numpy().tobytes() for one in changed})
-    assert distinct >= (1 if name == "transpose" and size[0] != size[1] else 2 if name in ("flip", "transpose") else 8)
+    assert distinct >= (
+        1
+        if name == "transpose" and size[0] != size[1]
+        else 2
+        if name in ("flip", "transpose")
+        else 8
+    )
 
 
 def test_no_global_generator_is_read_or_moved() -> None:
@@ -75,16 +81,27 @@ def test_defaults_change_nothing() -> None:
 def test_flip_and_transpose() -> None:
     pixels = scene()
     assert torch.equal(augment_pixels(pixels, Augment(flip=1.0), (0, 0, 0)), pixels.flip(-1))
-    assert torch.equal(augment_pixels(pixels, Augment(transpose=1.0), (0, 0, 0)), pixels.transpose(-1, -2))
+    assert torch.equal(
+        augment_pixels(pixels, Augment(transpose=1.0), (0, 0, 0)), pixels.transpose(-1, -2)
+    )
     oblong = scene(10, 20)
     assert torch.equal(augment_pixels(oblong, Augment(transpose=1.0), (0, 0, 0)), oblong)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 1), st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
-def test_a_crop_lies_inside_keeps_its_share_and_its_aspect(height: int, width: int, smallest: float, seed: int) -> None:
+def test_a_crop_lies_inside_keeps_its_share_and_its_aspect(
+    height: int, width: int, smallest: float, seed: int
+) -> None:
     top, left, high, wide = crop_box(np.random.default_rng(seed), height, width, smallest)
-    assert top >= 0 and left >= 0 and high >= 1 and wide >= 1 and top + high <= height and left + wide <= width
+    assert (
+        top >= 0
+        and left >= 0
+        and high >= 1
+        and wide >= 1
+        and top + high <= height
+        and left + wide <= width
+    )
     assert high * wide >= smallest * height * width * (1 - 1e-9)
     # A side is rounded up by less than a pixel.
     assert wide / width <= 4 / 3 * high / height + 1 / width + 1e-9
@@ -95,14 +112,20 @@ def test_crops_reach_the_smallest_share_and_every_corner() -> None:
     boxes = [crop_box(np.random.default_rng(seed), 100, 100, 0.25) for seed in range(400)]
     shares = [high * wide / 1e4 for _, _, high, wide in boxes]
     assert min(shares) < 0.3 and max(shares) > 0.95
-    assert {top == 0 for top, *_ in boxes} == {True, False} and max(top + high for top, _, high, _ in boxes) == 100
+    assert {top == 0 for top, *_ in boxes} == {True, False} and max(
+        top + high for top, _, high, _ in boxes
+    ) == 100
 
 
 def test_a_turn_is_torchvisions_inside_and_the_edge_outside() -> None:
     pixels = scene(60, 80)
     for degrees in (-30.0, 12.0, 90.0):
-        theirs = functional.rotate(pixels, degrees, interpolation=functional.InterpolationMode.BILINEAR).int()
-        outside = functional.pad(1 - functional.rotate(torch.ones_like(pixels), degrees)[:1], [1], fill=1)
+        theirs = functional.rotate(
+            pixels, degrees, interpolation=functional.InterpolationMode.BILINEAR
+        ).int()
+        outside = functional.pad(
+            1 - functional.rotate(torch.ones_like(pixels), degrees)[:1], [1], fill=1
+        )
         # Next to what is outside, theirs mixes in black.
         inside = torch.nn.functional.max_pool2d(outside.float(), 3, 1)[0] == 0
         assert inside.sum() > 1000
@@ -118,17 +141,27 @@ def test_a_shift_moves_right_and_down_and_a_shear_slants() -> None:
     assert torch.equal(moved[:, 20:, 20:], pixels[:, :20, :60])
     assert torch.equal(moved[:, 0, 20:], pixels[:, 0, :60]), "the edge goes on"
     slanted = warp(pixels, shear=(0.5, 0.0))
-    assert abs(int(slanted[1, 30, 20]) - int(pixels[1, 30, 25])) <= 2 and abs(int(slanted[1, 10, 30]) - int(pixels[1, 10, 25])) <= 2
+    assert (
+        abs(int(slanted[1, 30, 20]) - int(pixels[1, 30, 25])) <= 2
+        and abs(int(slanted[1, 10, 30]) - int(pixels[1, 10, 25])) <= 2
+    )
 
 
 def test_colour_noise_and_hue_stay_within_what_was_asked() -> None:
     grey = torch.full((3, 64, 64), 100, dtype=torch.uint8)
-    levels = [float(augment_pixels(grey, Augment(colour=0.2), (0, 0, key)).float().mean()) for key in range(100)]
+    levels = [
+        float(augment_pixels(grey, Augment(colour=0.2), (0, 0, key)).float().mean())
+        for key in range(100)
+    ]
     assert 78 <= min(levels) < 85 and 115 < max(levels) <= 121
     noisy = augment_pixels(grey, Augment(noise=0.05), (0, 0, 0)).float()
-    assert float(noisy.std()) == pytest.approx(0.05 * 255, rel=0.05) and float(noisy.mean()) == pytest.approx(100, abs=0.5)
+    assert float(noisy.std()) == pytest.approx(0.05 * 255, rel=0.05) and float(
+        noisy.mean()
+    ) == pytest.approx(100, abs=0.5)
     white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
-    assert augment_pixels(white, Augment(noise=0.5), (0, 0, 0)).min() < 128, "clipped, not wrapped round"
+    assert augment_pixels(white, Augment(noise=0.5), (0, 0, 0)).min() < 128, (
+        "clipped, not wrapped round"
+    )
     red = torch.zeros(3, 4, 4, dtype=torch.uint8)
     red[0] = 255
     for key in range(50):
@@ -155,7 +188,9 @@ def test_every_operation_of_rand_augment_acts_and_grows_with_its_magnitude(opera
     pixels = scene()
 
     def apart(magnitude: int, negative: bool = False) -> float:
-        changed = rand_augment(pixels, RandAugment(ops=1, magnitude=magnitude), Scripted(operation, negative=negative))  # type: ignore[arg-type]
+        changed = rand_augment(
+            pixels, RandAugment(ops=1, magnitude=magnitude), Scripted(operation, negative=negative)
+        )  # type: ignore[arg-type]
         assert changed.shape == pixels.shape and changed.dtype == torch.uint8
         return float((changed.float() - pixels.float()).abs().mean())
 
@@ -175,6 +210,10 @@ def test_rand_augment_draws_every_operation_with_either_sign() -> None:
     def changed(random: Any) -> bytes:
         return rand_augment(pixels, settings, random).numpy().tobytes()
 
-    every = {changed(Scripted(operation, negative=negative)) for operation in OPERATIONS for negative in (False, True)}
+    every = {
+        changed(Scripted(operation, negative=negative))
+        for operation in OPERATIONS
+        for negative in (False, True)
+    }
     assert len(every) == 9 * 2 + 5
     assert {changed(np.random.default_rng(seed)) for seed in range(600)} == every

@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_tune.data.images.decode import FORMATS, ImageProcessor, PixelCache, best_grid, decode_image, image_size
+from vlm_tune.data.images.decode import (
+    FORMATS,
+    ImageProcessor,
+    PixelCache,
+    best_grid,
+    decode_image,
+    image_size,
+)
 from vlm_tune.data.types import Media, Slice, Tile
 from vlm_tune.errors import DataError
 
@@ -29,7 +36,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def corner(image: Image.Image) -> tuple[int, ...]:
@@ -41,7 +50,10 @@ def corner(image: Image.Image) -> tuple[int, ...]:
 MODES = {
     "1": (Image.new("1", (4, 4), 1), (255, 255, 255)),
     "L": (Image.new("L", (4, 4), 77), (77, 77, 77)),
-    "P": (Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), (10, 200, 30)),
+    "P": (
+        Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+        (10, 200, 30),
+    ),
     "LA clear": (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
     "RGBA opaque": (Image.new("RGBA", (4, 4), (1, 2, 3, 255)), (1, 2, 3)),
     "RGBA half": (Image.new("RGBA", (4, 4), (0, 0, 0, 128)), (127, 127, 127)),
@@ -64,13 +76,17 @@ def test_other_formats_modes() -> None:
     assert corner(decode_image(encoded(palette, "PNG", transparency=0))) == (255, 255, 255)
     assert corner(decode_image(encoded(Image.new("I;16", (4, 4), 0x4000), "TIFF"))) == (64, 64, 64)
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    assert corner(decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (255, 0, 0)
+    assert corner(
+        decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    ) == (255, 0, 0)
     with contextlib.suppress(DataError):  # refused is right as well; a raw error is not
         assert decode_image(encoded(Image.new("LAB", (4, 4)), "TIFF")).mode == "RGB"
 
 
 def test_exif_rotation_is_applied_once_in_all_eight_orientations() -> None:
-    upright = Image.fromarray(np.repeat(np.repeat(np.array([[0, 80], [160, 240], [40, 120]], dtype=np.uint8), 8, 0), 8, 1)).convert("RGB")
+    upright = Image.fromarray(
+        np.repeat(np.repeat(np.array([[0, 80], [160, 240], [40, 120]], dtype=np.uint8), 8, 0), 8, 1)
+    ).convert("RGB")
     # What a camera stores so that a viewer that undoes the orientation shows `upright`.
     undo = {
         1: None,
@@ -88,7 +104,9 @@ def test_exif_rotation_is_applied_once_in_all_eight_orientations() -> None:
         exif[0x0112] = orientation
         found = decode_image(encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0))
         assert found.size == upright.size, orientation
-        assert np.abs(np.asarray(found, dtype=int) - np.asarray(upright, dtype=int)).max() < 12, orientation
+        assert np.abs(np.asarray(found, dtype=int) - np.asarray(upright, dtype=int)).max() < 12, (
+            orientation
+        )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -101,13 +119,20 @@ def test_a_file_cut_at_every_tenth_is_refused_or_whole(kind: str) -> None:
         except DataError as error:
             assert "cut.img" in str(error)
         else:
-            assert np.array_equal(np.asarray(found), whole), f"{kind} cut at {tenth}0% was shown as an image"
+            assert np.array_equal(np.asarray(found), whole), (
+                f"{kind} cut at {tenth}0% was shown as an image"
+            )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@given(st.sampled_from(FORMATS), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=12))
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=12),
+)
 @settings(max_examples=150, deadline=None)
-def test_a_damaged_file_is_an_image_or_a_data_error(kind: str, changes: list[tuple[float, int]]) -> None:
+def test_a_damaged_file_is_an_image_or_a_data_error(
+    kind: str, changes: list[tuple[float, int]]
+) -> None:
     data = bytearray(encoded(picture(12, 9), kind))
     for place, value in changes:
         # Headers are where damage does most: half the changes go to the first 64 bytes.
@@ -116,13 +141,17 @@ def test_a_damaged_file_is_an_image_or_a_data_error(kind: str, changes: list[tup
         assert decode_image(bytes(data)).mode == "RGB"
 
 
-@pytest.mark.parametrize("data", [b"", b"<html><body>404</body></html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html><body>404</body></html>", b"\x89PNG\r\n\x1a\n", b"GIF89a"]
+)
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match=r"photo\.jpg"):
         decode_image(data, "photo.jpg")
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "PCX", "DDS", "SGI", "PDF", "ICNS", "IM"])
+@pytest.mark.parametrize(
+    "kind", ["EPS", "PPM", "ICO", "TGA", "PCX", "DDS", "SGI", "PDF", "ICNS", "IM"]
+)
 def test_other_formats_are_refused(kind: str) -> None:
     with pytest.raises(DataError, match="not an image of PNG"):
         decode_image(encoded(Image.new("RGB", (16, 16)), kind), "odd")
@@ -130,13 +159,23 @@ def test_other_formats_are_refused(kind: str) -> None:
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (10_001, 10_000), (1, 10_000), (10_000, 1), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(30_000, 30_000), (10_001, 10_000), (1, 10_000), (10_000, 1), (2**31 - 1, 2**31 - 1)],
+)
 def test_sizes_past_the_limits_are_refused_from_the_header(width: int, height: int) -> None:
     with pytest.raises(DataError, match="bomb"):
         decode_image(png_header(width, height), "bomb")
@@ -215,15 +254,21 @@ def test_the_best_grid_of_known_sizes(size: tuple[int, int], grid: tuple[int, in
     assert best_grid(*size, NEXT, 336) == grid
 
 
-grids_of = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9, unique=True)
+grids_of = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9, unique=True
+)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), grids_of, st.sampled_from([16, 224, 336]))
 @settings(max_examples=300, deadline=None)
-def test_the_best_grid_is_transformers_choice(width: int, height: int, grids: list[tuple[int, int]], size: int) -> None:
+def test_the_best_grid_is_transformers_choice(
+    width: int, height: int, grids: list[tuple[int, int]], size: int
+) -> None:
     from transformers.image_processing_utils import select_best_resolution
 
-    high, wide = select_best_resolution((height, width), [(rows * size, columns * size) for columns, rows in grids])
+    high, wide = select_best_resolution(
+        (height, width), [(rows * size, columns * size) for columns, rows in grids]
+    )
     assert best_grid(width, height, grids, size) == (wide // size, high // size)
 
 
@@ -232,9 +277,13 @@ def test_an_image_and_its_tiles_show_all_of_it_in_reading_order() -> None:
     processor = ImageProcessor(16, mean=(1.0, 0.0, 0.0), tiles=((2, 2), (3, 2), (1, 1)))
     whole, *tiles = processor.expand(Media(data))
     assert whole == Media(data)
-    assert [item.tile for item in tiles] == [Tile(column, row, 3, 2) for row in range(2) for column in range(3)]
+    assert [item.tile for item in tiles] == [
+        Tile(column, row, 3, 2) for row in range(2) for column in range(3)
+    ]
     assert torch.equal(processor(whole), ImageProcessor(16).pixels(picture(60, 40)))
-    rows = [torch.cat([processor(item) for item in tiles[start : start + 3]], dim=2) for start in (0, 3)]
+    rows = [
+        torch.cat([processor(item) for item in tiles[start : start + 3]], dim=2) for start in (0, 3)
+    ]
     canvas = torch.cat(rows, dim=1)
     fitted = np.asarray(picture(60, 40).resize((48, 32), Image.Resampling.BICUBIC))
     assert np.array_equal(canvas.permute(1, 2, 0).numpy(), fitted)
@@ -250,17 +299,28 @@ def test_what_an_image_leaves_of_its_grid_is_the_mean_colour() -> None:
     _, *tiles = processor.expand(Media(data))
     for item in tiles:
         pixels = processor(item).permute(1, 2, 0)
-        inner, outer = (pixels[12:], pixels[:12]) if item.tile and item.tile.row == 0 else (pixels[:4], pixels[4:])
-        assert (inner == torch.tensor([0, 0, 255])).all() and (outer == torch.tensor([255, 0, 0])).all()
+        inner, outer = (
+            (pixels[12:], pixels[:12])
+            if item.tile and item.tile.row == 0
+            else (pixels[:4], pixels[4:])
+        )
+        assert (inner == torch.tensor([0, 0, 255])).all() and (
+            outer == torch.tensor([255, 0, 0])
+        ).all()
 
 
 @pytest.mark.parametrize("size", [(199, 1), (1, 199), (1, 1), (2000, 10)])
 def test_extreme_shapes_have_tiles_of_the_towers_size(size: tuple[int, int]) -> None:
     processor = ImageProcessor(8, tiles=((4, 1), (1, 4), (2, 2)))
-    assert all(processor(item).shape == (3, 8, 8) for item in processor.expand(Media(encoded(picture(*size)))))
+    assert all(
+        processor(item).shape == (3, 8, 8)
+        for item in processor.expand(Media(encoded(picture(*size))))
+    )
 
 
-def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_image_and_its_tiles_are_decoded_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from vlm_tune.data.images import decode
 
     path, decoded = tmp_path / "a.png", []
@@ -278,12 +338,16 @@ def test_an_image_and_its_tiles_are_decoded_once(monkeypatch: pytest.MonkeyPatch
     assert len(decoded) == 1
     # A file that changed is another image.
     path.write_bytes(encoded(picture().transpose(Image.Transpose.ROTATE_180)))
-    assert not any(torch.equal(processor(item), old) for item, old in zip(items, before, strict=True))
+    assert not any(
+        torch.equal(processor(item), old) for item, old in zip(items, before, strict=True)
+    )
     assert len(decoded) == 2
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_size_is_the_shown_one_and_nothing_is_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_is_the_shown_one_and_nothing_is_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = {}
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -300,7 +364,9 @@ def test_the_size_is_the_shown_one_and_nothing_is_decoded(kind: str, tmp_path: P
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     for size, data, part in shown.values():
         assert image_size(Media(data)) == image_size(Media(part)) == size
-    assert {size for size, _, _ in shown.values()} == ({(40, 30)} if kind in ("BMP", "GIF") else {(40, 30), (30, 40)})
+    assert {size for size, _, _ in shown.values()} == (
+        {(40, 30)} if kind in ("BMP", "GIF") else {(40, 30), (30, 40)}
+    )
 
 
 def test_a_size_that_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:

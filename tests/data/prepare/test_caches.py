@@ -46,7 +46,9 @@ def remove(path: Path) -> None:
 def test_a_folder_is_intact_only_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(bytes(3_000_000))
     (tmp_path / "two").write_bytes(b"")
-    assert not is_intact(tmp_path) and file_checksum(tmp_path / "one") != file_checksum(tmp_path / "two")
+    assert not is_intact(tmp_path) and file_checksum(tmp_path / "one") != file_checksum(
+        tmp_path / "two"
+    )
     write_checksums(tmp_path)
     assert is_intact(tmp_path)
     (tmp_path / "three").touch()
@@ -54,7 +56,9 @@ def test_a_folder_is_intact_only_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, remove])
-def test_damaged_prepared_rows_are_prepared_anew(damage: Callable[[Path], None], tiny_recipe: Callable[..., str]) -> None:
+def test_damaged_prepared_rows_are_prepared_anew(
+    damage: Callable[[Path], None], tiny_recipe: Callable[..., str]
+) -> None:
     recipe, made = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
     notes: list[str] = []
 
@@ -62,16 +66,27 @@ def test_damaged_prepared_rows_are_prepared_anew(damage: Callable[[Path], None],
         return prepare(recipe.data, recipe.data.train, made, seed=0, note=notes.append)
 
     first = read()
-    expected = [(example.id, example.input_ids.tolist(), example.labels.tolist()) for example in examples_of(first)]
+    expected = [
+        (example.id, example.input_ids.tolist(), example.labels.tolist())
+        for example in examples_of(first)
+    ]
     names = sorted(path.name for path in first.folder.iterdir())
-    assert {"checksums.json", "examples.arrow", "media.arrow", "rows.arrow", "units.npz"} <= set(names)
+    assert {"checksums.json", "examples.arrow", "media.arrow", "rows.arrow", "units.npz"} <= set(
+        names
+    )
     for number, name in enumerate(names):
         if name == "media.bin":  # empty here
             continue
         damage(first.folder / name)
         again = read()
-        assert [(e.id, e.input_ids.tolist(), e.labels.tolist()) for e in examples_of(again)] == expected, name
-        assert len(notes) == number + 1 - ("media.bin" in names[:number]) and "damaged" in notes[-1] and str(first.folder) in notes[-1]
+        assert [
+            (e.id, e.input_ids.tolist(), e.labels.tolist()) for e in examples_of(again)
+        ] == expected, name
+        assert (
+            len(notes) == number + 1 - ("media.bin" in names[:number])
+            and "damaged" in notes[-1]
+            and str(first.folder) in notes[-1]
+        )
     before = len(notes)
     read()
     assert len(notes) == before
@@ -81,22 +96,36 @@ def test_a_shard_that_was_damaged_while_preparing_was_stopped_is_made_again(
     tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, made = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
-    expected = [example.input_ids.tolist() for example in examples_of(prepare(recipe.data, recipe.data.train, made, seed=0))]
+    expected = [
+        example.input_ids.tolist()
+        for example in examples_of(prepare(recipe.data, recipe.data.train, made, seed=0))
+    ]
     with monkeypatch.context() as patched:
-        patched.setattr("vlm_tune.data.prepare.run.finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            "vlm_tune.data.prepare.run.finish",
+            lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe.data, recipe.data.train, made, seed=1)
     (shard,) = cache_folder("prepared").glob("*.partial/0000-*")
     flip(shard / "examples.arrow")
     written: list[Any] = []
     plain = ShardMaker._write
-    monkeypatch.setattr(ShardMaker, "_write", lambda self, *arguments: (written.append(1), plain(self, *arguments))[1])
+    monkeypatch.setattr(
+        ShardMaker,
+        "_write",
+        lambda self, *arguments: (written.append(1), plain(self, *arguments))[1],
+    )
     again = prepare(recipe.data, recipe.data.train, made, seed=1)
-    assert [example.input_ids.tolist() for example in examples_of(again)] == expected and len(written) == 1
+    assert [example.input_ids.tolist() for example in examples_of(again)] == expected and len(
+        written
+    ) == 1
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
-def test_damaged_features_are_computed_anew(damage: Callable[[Path], None], tiny_recipe: Callable[..., str]) -> None:
+def test_damaged_features_are_computed_anew(
+    damage: Callable[[Path], None], tiny_recipe: Callable[..., str]
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe)
     media, notes = distinct_media(rows_of(recipe)), []
@@ -105,7 +134,10 @@ def test_damaged_features_are_computed_anew(damage: Callable[[Path], None], tiny
     damage(path)
     assert tower_features(model, media, note=notes.append)(media[0]).equal(expected)
     assert len(notes) == 1 and str(path) in notes[0]
-    assert tower_features(model, media, note=notes.append)(media[0]).equal(expected) and len(notes) == 1
+    assert (
+        tower_features(model, media, note=notes.append)(media[0]).equal(expected)
+        and len(notes) == 1
+    )
     assert list(cache_folder("features").glob("*.npy")) == [path]
 
 
@@ -119,7 +151,10 @@ def test_a_run_over_damaged_caches_says_so_and_goes_on(tiny_recipe: Callable[...
     folder = sft(recipe, overwrite=True).folder
     lines = (folder / "log.jsonl").read_text().splitlines()
     notes = [event["text"] for event in map(json.loads, lines) if event["event"] == "note"]
-    assert sum("prepared anew" in note for note in notes) == 2 and sum("computed anew" in note for note in notes) == 1
+    assert (
+        sum("prepared anew" in note for note in notes) == 2
+        and sum("computed anew" in note for note in notes) == 1
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_told_by_name_before_the_work(
@@ -127,17 +162,30 @@ def test_a_cache_that_cannot_be_written_is_told_by_name_before_the_work(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("vlm_tune.data.prepare.run._make_shards", lambda *arguments, **more: pytest.fail("it was begun"))
+    monkeypatch.setattr(
+        "vlm_tune.data.prepare.run._make_shards",
+        lambda *arguments, **more: pytest.fail("it was begun"),
+    )
     with pytest.raises(RecipeError, match=r"VLM_TUNE_CACHE.*can't be written"):
         sft(parsed(tiny_recipe("causal")))
 
 
-def test_a_full_disk_is_told_with_the_caches_name(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_full_disk_is_told_with_the_caches_name(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(tiny_recipe("causal"))
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         f"sys.argv = ['vlm-tune', 'check', {str(path)!r}]\nfrom vlm_tune.cli import main; main()"
     )
-    out = run(["bash", "-c", 'exec "$0" -c "$1" 2>&1', sys.executable, script], code=2, VLM_TUNE_CACHE=str(tmp_path / "cache"))
-    assert "the cache folder (VLM_TUNE_CACHE) is full" in out and str(tmp_path / "cache") in out and "Traceback" not in out
+    out = run(
+        ["bash", "-c", 'exec "$0" -c "$1" 2>&1', sys.executable, script],
+        code=2,
+        VLM_TUNE_CACHE=str(tmp_path / "cache"),
+    )
+    assert (
+        "the cache folder (VLM_TUNE_CACHE) is full" in out
+        and str(tmp_path / "cache") in out
+        and "Traceback" not in out
+    )

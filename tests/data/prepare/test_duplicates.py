@@ -30,7 +30,9 @@ def photo() -> Image.Image:
     """Matplotlib's sample photo: 512x600, 24 bit."""
     spec = importlib.util.find_spec("matplotlib")
     assert spec is not None and spec.origin is not None
-    return decode_image((Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg").read_bytes())
+    return decode_image(
+        (Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg").read_bytes()
+    )
 
 
 def drawn(shape: str, color: str, place: tuple[int, int] = (20, 20)) -> Image.Image:
@@ -43,7 +45,9 @@ def drawn(shape: str, color: str, place: tuple[int, int] = (20, 20)) -> Image.Im
     elif shape == "square":
         draw.rectangle(box, fill=color)
     else:
-        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=color)
+        draw.polygon(
+            [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=color
+        )
     return image
 
 
@@ -63,7 +67,9 @@ def test_an_inspected_image_is_known_by_its_bytes_and_its_size_as_shown() -> Non
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 100}])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_file_is_refused_though_a_jpeg_is_decoded_coarsely(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
+def test_a_cut_file_is_refused_though_a_jpeg_is_decoded_coarsely(
+    tmp_path: Path, kind: str, options: dict[str, object]
+) -> None:
     data = encoded(photo(), kind, **(options if kind == "JPEG" else {}))
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
@@ -82,7 +88,9 @@ def test_a_cut_file_is_refused_though_a_jpeg_is_decoded_coarsely(tmp_path: Path,
 
 def test_another_encoding_size_or_exposure_looks_alike() -> None:
     image = photo()
-    smaller = image.resize((round(image.width * 0.9), round(image.height * 0.9)), Image.Resampling.BICUBIC)
+    smaller = image.resize(
+        (round(image.width * 0.9), round(image.height * 0.9)), Image.Resampling.BICUBIC
+    )
     copies = [
         encoded(image),
         encoded(image, "JPEG", quality=80),
@@ -94,7 +102,11 @@ def test_another_encoding_size_or_exposure_looks_alike() -> None:
     ]
     found = look_alikes([inspect_image(Media(copy)) for copy in copies])
     assert found.tolist() == [0] * len(copies)
-    others = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image.rotate(90, expand=True), image.crop((0, 0, 256, 300))]
+    others = [
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        image.rotate(90, expand=True),
+        image.crop((0, 0, 256, 300)),
+    ]
     found = look_alikes([inspect_image(Media(encoded(one))) for one in (image, *others)])
     assert found.tolist() == [0, 1, 2, 3]
 
@@ -104,8 +116,12 @@ def test_plain_images_and_shapes_differ_by_colour_and_by_shape() -> None:
     plain = [inspect_image(Media(encoded(Image.new("RGB", (64, 64), color)))) for color in colors]
     assert len({info.dhash for info in plain}) == 1, "their hashes alone say nothing"
     assert look_alikes(plain).tolist() == list(range(len(colors)))
-    shapes = [drawn(shape, color) for shape in ("circle", "square", "triangle") for color in colors[:-1]]
-    copies = [encoded(image) for image in shapes] + [encoded(image, "JPEG", quality=80) for image in shapes]
+    shapes = [
+        drawn(shape, color) for shape in ("circle", "square", "triangle") for color in colors[:-1]
+    ]
+    copies = [encoded(image) for image in shapes] + [
+        encoded(image, "JPEG", quality=80) for image in shapes
+    ]
     found = look_alikes([inspect_image(Media(copy)) for copy in copies])
     assert found.tolist() == [*range(len(shapes)), *range(len(shapes))]
 
@@ -121,7 +137,9 @@ def test_of_easy_vqas_images_none_is_taken_for_another_colour_or_shape() -> None
         if answer not in ("yes", "no"):
             known.setdefault(image, {})[answer in ("circle", "rectangle", "triangle")] = answer
     infos = [inspect_image(Media(folder / "images" / f"{image}.png")) for image in range(4000)]
-    joined = [(image, int(first)) for image, first in enumerate(look_alikes(infos)) if image != first]
+    joined = [
+        (image, int(first)) for image, first in enumerate(look_alikes(infos)) if image != first
+    ]
     assert len(joined) < 20
     for pair in joined:
         one, other = (known.get(image, {}) for image in pair)
@@ -133,10 +151,16 @@ def by_hand(hashes: np.ndarray, thumbnails: np.ndarray, distance: int) -> list[i
     for place in range(len(hashes)):
         found = place
         for earlier in range(place):
-            if first[earlier] != earlier or bin(int(hashes[earlier]) ^ int(hashes[place])).count("1") > distance:
+            if (
+                first[earlier] != earlier
+                or bin(int(hashes[earlier]) ^ int(hashes[place])).count("1") > distance
+            ):
                 continue
             apart = thumbnails[earlier].astype(float) - thumbnails[place]
-            if np.abs(apart.mean(0)).max() <= BRIGHTNESS and np.abs(apart - apart.mean(0)).max() <= CELL:
+            if (
+                np.abs(apart.mean(0)).max() <= BRIGHTNESS
+                and np.abs(apart - apart.mean(0)).max() <= CELL
+            ):
                 found = earlier
                 break
         first.append(found)
@@ -153,7 +177,11 @@ def test_bands_find_what_comparing_all_with_all_finds(seed: int, distance: int, 
     for place in range(count):
         for bit in random.choice(64, random.integers(0, distance + 3), replace=False):
             hashes[place] ^= np.uint64(1) << np.uint64(bit)
-    thumbnails = np.repeat(random.integers(0, 40, (count, 1, 1)), 64 * 3, 1).reshape(count, 64, 3).astype(np.uint8)
+    thumbnails = (
+        np.repeat(random.integers(0, 40, (count, 1, 1)), 64 * 3, 1)
+        .reshape(count, 64, 3)
+        .astype(np.uint8)
+    )
     assert similar(hashes, thumbnails, distance).tolist() == by_hand(hashes, thumbnails, distance)
 
 

@@ -21,7 +21,9 @@ Change = Callable[[Path], None]
 
 def fingerprint(recipe: Any) -> dict[str, Any]:
     made = processor("chatml", "bytes", "causal")
-    rows = read_stage(recipe, made, last=True, report=lambda event: None, stop=lambda: False, quarantine=None)
+    rows = read_stage(
+        recipe, made, last=True, report=lambda event: None, stop=lambda: False, quarantine=None
+    )
     return json.loads(json.dumps(stage_fingerprint(recipe, rows)))
 
 
@@ -56,24 +58,43 @@ def touch(path: Path) -> None:
         (touch, None),
     ],
 )
-def test_changes_of_the_rows_are_told(change: Change, difference: str | None, tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+def test_changes_of_the_rows_are_told(
+    change: Change, difference: str | None, tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
     (color_rows.parent / "other").mkdir()
     other = write_color_rows(color_rows.parent / "other")
     recipe = parsed(tiny_recipe("causal"), data__test=[{"kind": "file", "path": str(other)}])
     before = fingerprint(recipe)
-    assert set(before) == {"train", "validation", "test"} and fingerprint_differences(before, before) == []
+    assert (
+        set(before) == {"train", "validation", "test"}
+        and fingerprint_differences(before, before) == []
+    )
     change(color_rows)
-    expected = [f"data.{part} {color_rows}: {difference}" for part in ("train", "validation")] if difference else []
+    expected = (
+        [f"data.{part} {color_rows}: {difference}" for part in ("train", "validation")]
+        if difference
+        else []
+    )
     assert fingerprint_differences(before, fingerprint(recipe)) == expected
 
 
-def test_what_the_recipe_makes_of_rows_does_not_count_and_sources_do(tiny_recipe: Callable[..., str], color_rows: Path) -> None:
+def test_what_the_recipe_makes_of_rows_does_not_count_and_sources_do(
+    tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
     text = tiny_recipe("causal")
     before = fingerprint(parsed(text))
-    other = parsed(text, data__max_length=60, data__overlong="drop", data__group="image", data__clean={"min_chars": 3})
+    other = parsed(
+        text,
+        data__max_length=60,
+        data__overlong="drop",
+        data__group="image",
+        data__clean={"min_chars": 3},
+    )
     assert fingerprint_differences(before, fingerprint(other)) == []
     two = parsed(text, data__train=[{"kind": "file", "path": str(color_rows)}] * 2)
-    assert fingerprint_differences(before, fingerprint(two)) == [f"data.train: {color_rows} was not read before"]
+    assert fingerprint_differences(before, fingerprint(two)) == [
+        f"data.train: {color_rows} was not read before"
+    ]
     stream = parsed(text, data__streaming=True)
     streamed = fingerprint(stream)
     assert fingerprint_differences(streamed, fingerprint(stream)) == []
@@ -85,4 +106,6 @@ def test_rows_that_are_the_same_up_to_a_block_are_told_so() -> None:
     old = {"train": [{"source": "a", "rows": 2500, "digest": "x", "blocks": ["1", "2", "3"]}]}
     new = {"train": [{"source": "a", "rows": 2600, "digest": "y", "blocks": ["1", "2", "4"]}]}
     assert BLOCK == 1000
-    assert fingerprint_differences(old, new) == ["data.train a: 2,500 rows, now 2,600 (the first 2,000 are the same)"]
+    assert fingerprint_differences(old, new) == [
+        "data.train a: 2,500 rows, now 2,600 (the first 2,000 are the same)"
+    ]

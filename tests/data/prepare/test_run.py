@@ -28,7 +28,13 @@ from vlm_tune.resources import cache_folder
 RED, BLUE = png((200, 30, 30)), png((30, 30, 200))
 
 
-def row(name: str, question: str = "q?", answer: str = "yes", media: Media | None = RED, category: str = "") -> Conversation:
+def row(
+    name: str,
+    question: str = "q?",
+    answer: str = "yes",
+    media: Media | None = RED,
+    category: str = "",
+) -> Conversation:
     parts = (question,) if media is None else (media, question)
     return Conversation(name, (Message("user", parts), Message("assistant", (answer,))), category)
 
@@ -39,21 +45,39 @@ def names(prepared: Prepared) -> list[list[str]]:
 
 
 def test_rows_of_an_image_are_one_unit_wherever_they_stand(tmp_path: Path) -> None:
-    rows = [row("a"), row("b", media=BLUE), row("c", "other?"), row("t", media=None), row("u", media=None)]
+    rows = [
+        row("a"),
+        row("b", media=BLUE),
+        row("c", "other?"),
+        row("t", media=None),
+        row("u", media=None),
+    ]
     plain = prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"))
     assert names(plain) == [["a"], ["b"], ["c"], ["t"], ["u"]]
-    joined = prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), group="image")
-    assert [len(unit) for unit in units_of(joined)] == [1, 1, 1, 1] and joined.unit(0)[0].questions == 2
+    joined = prepare_rows(
+        tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), group="image"
+    )
+    assert [len(unit) for unit in units_of(joined)] == [1, 1, 1, 1] and joined.unit(0)[
+        0
+    ].questions == 2
     assert joined.questions == plain.questions == 5 and len(joined.media) == len(plain.media) == 2
-    apart = prepare_rows(tmp_path / "rows.jsonl", rows, processor("flan", "bytes", "seq2seq"), group="image")
+    apart = prepare_rows(
+        tmp_path / "rows.jsonl", rows, processor("flan", "bytes", "seq2seq"), group="image"
+    )
     assert names(apart) == [["a", "c"], ["b"], ["t"], ["u"]]
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
 @pytest.mark.parametrize("group", ["none", "image"])
-def test_what_is_read_back_is_what_the_processor_made(tmp_path: Path, name: str, layout: Any, group: Any) -> None:
+def test_what_is_read_back_is_what_the_processor_made(
+    tmp_path: Path, name: str, layout: Any, group: Any
+) -> None:
     made = processor(name, "bytes", layout)
-    rows = [row("a"), row("b", "two\nlines", media=None, category="text"), Conversation("m", turns("one?", "1", "two?", "2"))]
+    rows = [
+        row("a"),
+        row("b", "two\nlines", media=None, category="text"),
+        Conversation("m", turns("one?", "1", "two?", "2")),
+    ]
     prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, group=group)
     read = list(conversations(prepared.data, prepared.data.train, 0))
     expected = [example for conversation in read for example in made.examples(conversation)]
@@ -74,8 +98,15 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
 
     url = "data:image/png;base64," + base64.b64encode(RED.read()).decode()
     part = {"type": "image_url", "image_url": {"url": url}}
-    talk = [{"role": "user", "content": [part, {"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
-    prepared = prepare_rows(tmp_path / "rows.jsonl", [{"messages": talk}, row("same bytes")], processor("chatml", "bytes", "causal"))
+    talk = [
+        {"role": "user", "content": [part, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": "a"},
+    ]
+    prepared = prepare_rows(
+        tmp_path / "rows.jsonl",
+        [{"messages": talk}, row("same bytes")],
+        processor("chatml", "bytes", "causal"),
+    )
     assert [item.read() for item in prepared.media] == [RED.read()]
     assert {example.media for example in examples_of(prepared)} == {tuple(prepared.media)}
 
@@ -84,27 +115,38 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
-def test_overlong_rows_stop_or_are_dropped_and_counted(tmp_path: Path, name: str, layout: Any) -> None:
+def test_overlong_rows_stop_or_are_dropped_and_counted(
+    tmp_path: Path, name: str, layout: Any
+) -> None:
     made = processor(name, "bytes", layout, 60)
     rows = [row("short"), row("long", "x" * 80), row("wordy", "q", "y" * 80)]
     with pytest.raises(DataError, match=r"row 2: .*data\.max_length 60 \(overlong: drop"):
         prepare_rows(tmp_path / "rows.jsonl", rows, made)
     prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
     assert names(prepared) == [["short"]] and prepared.left_out == {"overlong": 2}
-    assert "row 2: " in next(prepared.reasons(1)) and "more than data.max_length 60" in next(prepared.reasons(1))
+    assert "row 2: " in next(prepared.reasons(1)) and "more than data.max_length 60" in next(
+        prepared.reasons(1)
+    )
 
 
 def test_no_length_up_to_the_limit_is_dropped_and_none_past_it_is_cut(tmp_path: Path) -> None:
     rows = [row("r", "x" * 20)]
-    (whole,) = examples_of(prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal")))
+    (whole,) = examples_of(
+        prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"))
+    )
     for limit in range(1, len(whole.input_ids) + 3):
         made = processor("chatml", "bytes", "causal", limit)
         if limit < len(whole.input_ids):
             with pytest.raises(DataError, match="no row is left"):
                 prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
         else:
-            (example,) = examples_of(prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop"))
-            assert np.array_equal(example.input_ids, whole.input_ids) and example.image_mask.sum() == IMAGE_SLOTS
+            (example,) = examples_of(
+                prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
+            )
+            assert (
+                np.array_equal(example.input_ids, whole.input_ids)
+                and example.image_mask.sum() == IMAGE_SLOTS
+            )
 
 
 def test_a_bad_row_stops_or_is_left_out_by_name_and_never_replaced(tmp_path: Path) -> None:
@@ -113,7 +155,9 @@ def test_a_bad_row_stops_or_is_left_out_by_name_and_never_replaced(tmp_path: Pat
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: "):
         prepare_rows(tmp_path / "rows.jsonl", rows, made)
     prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, on_bad_row="skip")
-    assert names(prepared) == [["a"], ["c"]] and sum(prepared.left_out.values()) == prepared.bad == 2
+    assert (
+        names(prepared) == [["a"], ["c"]] and sum(prepared.left_out.values()) == prepared.bad == 2
+    )
     assert [reason.split(": ")[0][-5:] for reason in prepared.reasons(9)] == ["row 2", "row 3"]
     with pytest.raises(DataError, match=r"2 bad rows, more than 1 \(data\.max_bad_rows\)"):
         prepare_rows(tmp_path / "rows.jsonl", rows, made, on_bad_row="skip", max_bad_rows=1)
@@ -132,40 +176,68 @@ def test_cleaning_rules_leave_rows_out_and_count_them(tmp_path: Path) -> None:
         row("short", "?", "n", media=None),
     ]
     clean = Clean(duplicates="bytes", min_side=16, min_chars=3)
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), clean=clean)
+    prepared = prepare_rows(
+        tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), clean=clean
+    )
     assert names(prepared) == [["kept"], ["other image"]]
     assert prepared.left_out == {"duplicate": 1, "short_text": 1, "small_image": 1}
     assert any("repeats row 1 of" in reason for reason in prepared.reasons(9))
 
 
-def test_rows_in_other_languages_are_left_out_and_those_that_tell_nothing_stay(tmp_path: Path) -> None:
-    rows = [row("en", "What colour is the shape in the middle?", "It is red."), row("12", "12", "5")]
-    rows += [row("fr", "De quelle couleur est la forme au milieu ?", "Elle est rouge."), row("zh", "图像中间的形状是什么颜色?", "红色")]
+def test_rows_in_other_languages_are_left_out_and_those_that_tell_nothing_stay(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        row("en", "What colour is the shape in the middle?", "It is red."),
+        row("12", "12", "5"),
+    ]
+    rows += [
+        row("fr", "De quelle couleur est la forme au milieu ?", "Elle est rouge."),
+        row("zh", "图像中间的形状是什么颜色?", "红色"),
+    ]
     made = processor("chatml", "bytes", "causal")
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, clean=Clean(languages=["en", "zh"]))
+    prepared = prepare_rows(
+        tmp_path / "rows.jsonl", rows, made, clean=Clean(languages=["en", "zh"])
+    )
     assert names(prepared) == [["en"], ["12"], ["zh"]] and prepared.left_out == {"language": 1}
 
 
-def test_long_conversations_are_split_between_turns_each_with_system_text_and_image(tmp_path: Path) -> None:
+def test_long_conversations_are_split_between_turns_each_with_system_text_and_image(
+    tmp_path: Path,
+) -> None:
     made = processor("smollm2", "bytes", "causal", 150)
-    talk = turns(*(text for n in range(6) for text in (f"question {n}", f"answer {n}")), system="be brief")
+    talk = turns(
+        *(text for n in range(6) for text in (f"question {n}", f"answer {n}")), system="be brief"
+    )
     long = Conversation("long", (talk[0], Message("user", (RED, "question 0")), *talk[2:]))
     prepared = prepare_rows(tmp_path / "rows.jsonl", [long], made, overlong="split")
     found = examples_of(prepared)
     assert len(found) > 1 and all(len(example.input_ids) <= 150 for example in found)
-    assert all(example.image_mask.sum() == IMAGE_SLOTS and len(example.media) == 1 for example in found)
-    texts = [made.tokenizer.decode(example.input_ids[~example.image_mask].tolist()) for example in found]
+    assert all(
+        example.image_mask.sum() == IMAGE_SLOTS and len(example.media) == 1 for example in found
+    )
+    texts = [
+        made.tokenizer.decode(example.input_ids[~example.image_mask].tolist()) for example in found
+    ]
     assert all(text.count("be brief") == 1 for text in texts)
     assert [n for text in texts for n in range(6) if f"question {n}" in text] == list(range(6))
-    assert sum(example.questions for example in found) == 6 and len({example.id for example in found}) == len(found)
+    assert sum(example.questions for example in found) == 6 and len(
+        {example.id for example in found}
+    ) == len(found)
     with pytest.raises(DataError, match="no row is left"):
         prepare_rows(tmp_path / "rows.jsonl", [row("one turn", "x" * 200)], made, overlong="split")
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
-def test_questions_are_trimmed_and_answers_and_images_never(tmp_path: Path, name: str, layout: Any) -> None:
+def test_questions_are_trimmed_and_answers_and_images_never(
+    tmp_path: Path, name: str, layout: Any
+) -> None:
     made = processor(name, "bytes", layout, 80)
-    rows = [row("long", "word " * 40 + "end", "the whole answer"), row("short"), row("wordy", "q", "y" * 90)]
+    rows = [
+        row("long", "word " * 40 + "end", "the whole answer"),
+        row("short"),
+        row("wordy", "q", "y" * 90),
+    ]
     prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="trim")
     assert names(prepared) == [["long"], ["short"]] and prepared.left_out == {"overlong": 1}
     example = examples_of(prepared)[0]
@@ -185,7 +257,9 @@ def colored(number: int) -> Media:
 def test_a_split_keeps_the_rows_of_an_image_together_and_takes_its_share(tmp_path: Path) -> None:
     rows = [row(f"{n}", f"question {n}", media=colored(n // 5)) for n in range(500)]
     # A row that shows two images ties their rows together.
-    both = Conversation("both", (Message("user", (colored(3), colored(70), "q")), Message("assistant", ("a",))))
+    both = Conversation(
+        "both", (Message("user", (colored(3), colored(70), "q")), Message("assistant", ("a",)))
+    )
     made = processor("chatml", "bytes", "causal")
     split = Split(validation=0.1, test=0.2)
     prepared = prepare_rows(tmp_path / "rows.jsonl", [*rows, both], made, split=split)
@@ -193,20 +267,36 @@ def test_a_split_keeps_the_rows_of_an_image_together_and_takes_its_share(tmp_pat
     train = {example.id for example in examples_of(prepared)}
     held = {part: {row.id for row in found} for part, found in parts.items()}
     assert 40 <= len(held["validation"]) <= 60 and 90 <= len(held["test"]) <= 111
-    assert not train & held["validation"] and not train & held["test"] and not held["test"] & held["validation"]
+    assert (
+        not train & held["validation"]
+        and not train & held["test"]
+        and not held["test"] & held["validation"]
+    )
     assert len(train) + sum(map(len, held.values())) == 501
-    shown = {part: {item.read() for row in found for item in row.media} for part, found in parts.items()}
+    shown = {
+        part: {item.read() for row in found for item in row.media} for part, found in parts.items()
+    }
     shown["train"] = {item.read() for item in prepared.media}
-    assert not shown["train"] & (shown["validation"] | shown["test"]) and not shown["validation"] & shown["test"]
+    assert (
+        not shown["train"] & (shown["validation"] | shown["test"])
+        and not shown["validation"] & shown["test"]
+    )
     # The same rows in another order are divided in the same way.
     again = prepare_rows(tmp_path / "rows.jsonl", [both, *reversed(rows)], made, split=split)
-    assert {e.id.split(":")[1] for e in examples_of(again)} == {name.split(":")[1] for name in train}
+    assert {e.id.split(":")[1] for e in examples_of(again)} == {
+        name.split(":")[1] for name in train
+    }
 
 
 def test_a_stratified_split_holds_its_shares_in_every_category(tmp_path: Path) -> None:
-    rows = [row(f"{n}", f"q {n}", media=colored(n), category="rare" if n % 10 == 0 else "common") for n in range(200)]
+    rows = [
+        row(f"{n}", f"q {n}", media=colored(n), category="rare" if n % 10 == 0 else "common")
+        for n in range(200)
+    ]
     made = processor("chatml", "bytes", "causal")
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, split=Split(validation=0.2, stratify=True))
+    prepared = prepare_rows(
+        tmp_path / "rows.jsonl", rows, made, split=Split(validation=0.2, stratify=True)
+    )
     found = [row.category for row in read_part(prepared.data, "validation", made, 0)]
     assert (found.count("rare"), found.count("common")) == (4, 36)
 
@@ -227,7 +317,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return written
 
 
-def test_a_second_start_reads_nothing_and_a_change_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_reads_nothing_and_a_change_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = counted(monkeypatch)
     made = processor("chatml", "bytes", "causal")
     rows, path = [row("a"), row("b", media=BLUE)], tmp_path / "rows.jsonl"
@@ -251,7 +343,9 @@ def test_a_second_start_reads_nothing_and_a_change_is_seen(tmp_path: Path, monke
     assert again() == 1
 
 
-def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm_tune.data.sources.base.CHUNK_ROWS", 10)
     monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     written = counted(monkeypatch)
@@ -262,28 +356,44 @@ def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(tmp_path: Pat
     assert len(written) == 5
     shutil.rmtree(cache_folder("prepared"))
     written.clear()
-    data = DataSection(train=[FileSource(kind="file", path=str(path), form="messages")], template="chatml", workers=0, max_length=4096)
+    data = DataSection(
+        train=[FileSource(kind="file", path=str(path), form="messages")],
+        template="chatml",
+        workers=0,
+        max_length=4096,
+    )
     with pytest.raises(Interrupted, match="after 20 rows; they are kept"):
         prepare(data, data.train, made, seed=0, stop=lambda: len(written) == 2)
     assert names(prepare(data, data.train, made, seed=0)) == expected
     assert len(written) == 5 and len(set(written)) == 5
 
 
-def test_several_processes_prepare_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_prepare_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     made = processor("chatml", "bytes", "causal")
     rows: list[Any] = [row(f"{n}", f"q{n}", media=colored(n % 7)) for n in range(60)]
     rows[33] = {"messages": []}
     found = []
     for workers in (0, 3):
-        prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, group="image", on_bad_row="skip", workers=workers)
-        found.append([(e.id, e.input_ids.tolist(), e.labels.tolist(), e.questions) for e in examples_of(prepared)])
+        prepared = prepare_rows(
+            tmp_path / "rows.jsonl", rows, made, group="image", on_bad_row="skip", workers=workers
+        )
+        found.append(
+            [
+                (e.id, e.input_ids.tolist(), e.labels.tolist(), e.questions)
+                for e in examples_of(prepared)
+            ]
+        )
         assert prepared.bad == 1
         shutil.rmtree(cache_folder("prepared"))
     assert found[0] == found[1] and len(found[0]) == 7
 
 
-def test_a_killed_worker_is_an_error_that_names_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_an_error_that_names_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     parent, plain = os.getpid(), ShardMaker._write
 
@@ -294,8 +404,12 @@ def test_a_killed_worker_is_an_error_that_names_its_rows(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(ShardMaker, "_write", die)
     rows = [row(f"{n}") for n in range(45)]
-    with pytest.raises(DataError, match=r"rows\.jsonl: a process that prepared rows \d+ to \d+ or after was killed"):
-        prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), workers=2)
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: a process that prepared rows \d+ to \d+ or after was killed"
+    ):
+        prepare_rows(
+            tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"), workers=2
+        )
 
 
 def test_a_limit_counts_rows_as_they_stand(tmp_path: Path) -> None:
@@ -303,9 +417,14 @@ def test_a_limit_counts_rows_as_they_stand(tmp_path: Path) -> None:
     made = processor("chatml", "bytes", "causal")
     prepare_rows(path, [row("a"), {"messages": []}, row("b"), row("c")], made, on_bad_row="skip")
     source = FileSource(kind="file", path=str(path), form="messages", limit=3)
-    data = DataSection(train=[source, source], template="chatml", on_bad_row="skip", max_length=4096)
+    data = DataSection(
+        train=[source, source], template="chatml", on_bad_row="skip", max_length=4096
+    )
     assert names(prepare(data, data.train, made, seed=0)) == [["a"], ["b"]] * 2
-    assert [found.id.split(":")[1] for found in conversations(data, data.train, 0)] == ["a", "b"] * 2
+    assert [found.id.split(":")[1] for found in conversations(data, data.train, 0)] == [
+        "a",
+        "b",
+    ] * 2
 
 
 def test_prompts_past_the_limit_are_refused_by_name() -> None:
@@ -317,7 +436,10 @@ def test_prompts_past_the_limit_are_refused_by_name() -> None:
 
 def test_stop_ids_are_the_formats_end_and_the_tokenizers() -> None:
     made = processor("chatml", "bytes", "causal")
-    assert [made.tokenizer.convert_ids_to_tokens(stop) for stop in made.stop_ids] == ["<|im_end|>", "</s>"]
+    assert [made.tokenizer.convert_ids_to_tokens(stop) for stop in made.stop_ids] == [
+        "<|im_end|>",
+        "</s>",
+    ]
     made = processor("vicuna", "bytes", "causal")
     assert made.stop_ids == [made.spec.eos_id]
     answer = made.examples(Conversation("d", turns("q", " red ")))[0]
@@ -328,17 +450,29 @@ def test_sources_are_named_by_their_files_longer_where_two_are_alike() -> None:
     def file(path: str, name: str | None = None) -> FileSource:
         return FileSource(kind="file", path=path, name=name)
 
-    sources = [file("a/x.jsonl"), file("b/x.jsonl"), file("y.csv"), file("z/*.parquet"), file("w.json", "ours")]
+    sources = [
+        file("a/x.jsonl"),
+        file("b/x.jsonl"),
+        file("y.csv"),
+        file("z/*.parquet"),
+        file("w.json", "ours"),
+    ]
     assert source_names(sources) == ["a/x.jsonl", "b/x.jsonl", "y", "z/*.parquet", "ours"]
     easy = [EasyVqaSource(kind="easy_vqa", split=split) for split in ("train", "test")]
     assert source_names(easy) == ["easy_vqa:train", "easy_vqa:test"]
-    assert source_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == ["org/set", "easy_vqa"]
+    assert source_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == [
+        "org/set",
+        "easy_vqa",
+    ]
     assert source_names([file("a/x.jsonl", "all"), file("b/x.jsonl", "all")]) == ["all", "all"]
 
 
 def image_row(image: str) -> dict[str, Any]:
     """A row about an image file, as it is written."""
-    turns = [{"role": "user", "content": "<image>what color?"}, {"role": "assistant", "content": "red"}]
+    turns = [
+        {"role": "user", "content": "<image>what color?"},
+        {"role": "assistant", "content": "red"},
+    ]
     return {"messages": turns, "images": [image]}
 
 
@@ -351,14 +485,18 @@ def section_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> DataSe
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_an_image_that_was_mended_is_looked_at_again(policy: Any, damage: str, tmp_path: Path) -> None:
+def test_an_image_that_was_mended_is_looked_at_again(
+    policy: Any, damage: str, tmp_path: Path
+) -> None:
     """Neither chunks of a preparation that failed nor a finished one hold on to what was wrong with a file."""
     made = processor("chatml", "bytes", "causal")
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), (200, 10, 10)).save(image)
     Image.new("RGB", (32, 32), (10, 10, 200)).save(tmp_path / "b.png")
     whole = image.read_bytes()
-    data = section_of(tmp_path / "rows.jsonl", [image_row("a.png"), image_row("b.png")], on_bad_row=policy)
+    data = section_of(
+        tmp_path / "rows.jsonl", [image_row("a.png"), image_row("b.png")], on_bad_row=policy
+    )
     if damage == "cut":
         image.write_bytes(whole[:60])
     else:

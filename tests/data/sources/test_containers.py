@@ -36,30 +36,45 @@ def png(tmp_path: Path) -> bytes:
 
 
 def vqa(count: int) -> list[dict[str, Any]]:
-    return [{"image": "a.png", "question": f'what, "is" {n}\n蓝?', "answer": f"it's {n}"} for n in range(count)]
+    return [
+        {"image": "a.png", "question": f'what, "is" {n}\n蓝?', "answer": f"it's {n}"}
+        for n in range(count)
+    ]
 
 
 CHATS = [
-    {"images": ["a.png"], "messages": [{"role": "user", "content": f"what {n}?"}, {"role": "assistant", "content": f"蓝 {n}"}]}
+    {
+        "images": ["a.png"],
+        "messages": [
+            {"role": "user", "content": f"what {n}?"},
+            {"role": "assistant", "content": f"蓝 {n}"},
+        ],
+    }
     for n in range(12)
 ]
 
 
 @pytest.mark.parametrize("ending", FILES)
 @pytest.mark.parametrize("name", ["task", "chat"])
-def test_every_file_format_gives_the_same_conversations(tmp_path: Path, png: bytes, ending: str, name: str) -> None:
+def test_every_file_format_gives_the_same_conversations(
+    tmp_path: Path, png: bytes, ending: str, name: str
+) -> None:
     rows = vqa(12) if name == "task" else CHATS
     reference = good(read(file_source(write_rows(tmp_path / "rows.jsonl", rows))))
     source = file_source(write_rows(tmp_path / f"rows.{ending}", rows))
     found = good(read(source))
-    assert [(row.id, row.messages, row.row) for row in found] == [(row.id, row.messages, row.row) for row in reference]
+    assert [(row.id, row.messages, row.row) for row in found] == [
+        (row.id, row.messages, row.row) for row in reference
+    ]
     reader = pickle.loads(pickle.dumps(open_source(source, seed=0)))
     backwards = [list(reader.conversations(chunk)) for chunk in list(reader.chunks())[::-1]]
     assert [row for chunk in backwards[::-1] for row in chunk] == found
 
 
 @pytest.mark.parametrize("ending", FILES)
-def test_chunks_number_all_rows_in_order(tmp_path: Path, png: bytes, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_number_all_rows_in_order(
+    tmp_path: Path, png: bytes, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_csv, "CHUNK_ROWS", 4)
     monkeypatch.setattr("vlm_tune.data.sources.columnar.CHUNK_ROWS", 4)
     reader = open_source(file_source(write_rows(tmp_path / f"rows.{ending}", vqa(23))), seed=0)
@@ -67,24 +82,44 @@ def test_chunks_number_all_rows_in_order(tmp_path: Path, png: bytes, ending: str
     assert len(chunks) >= 6 and [chunk.number for chunk in chunks] == list(range(len(chunks)))
     for chunk in chunks:
         rows = good(list(reader.conversations(chunk)))
-        assert [row.row for row in rows] == list(range(chunk.first_row, chunk.first_row + chunk.rows)) and len(rows) <= 5
+        assert [row.row for row in rows] == list(
+            range(chunk.first_row, chunk.first_row + chunk.rows)
+        ) and len(rows) <= 5
     assert sum(chunk.rows for chunk in chunks) == 23
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 JUNK = st.sampled_from(
-    [b"\xff\xfe", b"\0", b"{", b'{"a": 1}', b"", b"  ", b"[1]", '"蓝"'.encode(), b"nul", b'{"a": "' + b"x" * 90 + b'"}', b"\r"]
+    [
+        b"\xff\xfe",
+        b"\0",
+        b"{",
+        b'{"a": 1}',
+        b"",
+        b"  ",
+        b"[1]",
+        '"蓝"'.encode(),
+        b"nul",
+        b'{"a": "' + b"x" * 90 + b'"}',
+        b"\r",
+    ]
 )
 
 
-@given(st.lists(JUNK, max_size=30), st.integers(1, 9), st.integers(1, 64), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(JUNK, max_size=30), st.integers(1, 9), st.integers(1, 64), st.booleans(), st.booleans()
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_fault_09_a_bad_line_is_one_row_wherever_blocks_and_chunks_end(
     tmp_path: Path, lines: list[bytes], size: int, block: int, bom: bool, cut: bool
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + b"\n".join(lines) + (b"" if cut else b"\n"))
+    path.write_bytes(
+        (b"\xef\xbb\xbf" if bom else b"") + b"\n".join(lines) + (b"" if cut else b"\n")
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("CHUNK_ROWS", size), ("BLOCK", block), ("CHUNK_BYTES", 200)):
             patch.setattr(json_csv, name, value)
@@ -107,7 +142,9 @@ def test_a_file_of_many_lines_is_scanned_in_little_memory(tmp_path: Path) -> Non
     with path.open("wb") as file:
         for _ in range(50):
             file.write(line * 10_000)
-    with path.open("r+b") as file:  # a hole of 200 MB without a newline, as a disk's fault leaves it
+    with path.open(
+        "r+b"
+    ) as file:  # a hole of 200 MB without a newline, as a disk's fault leaves it
         file.truncate(path.stat().st_size + 200_000_000)
     tracemalloc.start()
     try:
@@ -118,7 +155,9 @@ def test_a_file_of_many_lines_is_scanned_in_little_memory(tmp_path: Path) -> Non
     assert sum(rows for _, rows, _ in stretches) == 500_001 and stretches[100][0] == 200_001
 
 
-def test_a_line_longer_than_any_row_is_named_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_longer_than_any_row_is_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_csv, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(json_csv, "BLOCK", 16)
     path = tmp_path / "rows.jsonl"
@@ -126,28 +165,49 @@ def test_a_line_longer_than_any_row_is_named_and_passed_over(tmp_path: Path, mon
     ((first, _, payload),) = JsonLines().stretches(path)
     found = list(JsonLines().rows(path, first, payload))
     assert [number for number, _ in found] == [1, 2, 3, 4] and found[2][1] == {"a": 2}
-    assert all(isinstance(found[place][1], DataError) and "more than 100 bytes" in str(found[place][1]) for place in (1, 3))
+    assert all(
+        isinstance(found[place][1], DataError) and "more than 100 bytes" in str(found[place][1])
+        for place in (1, 3)
+    )
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
 
-@given(st.lists(JSON, max_size=12), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 40), st.integers(1, 4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(JSON, max_size=12),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+    st.integers(1, 40),
+    st.integers(1, 4),
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_list_is_read_in_parts_as_it_is_read_whole(
     tmp_path: Path, values: list[Any], indent: int | None, ascii_only: bool, block: int, size: int
 ) -> None:
     path = tmp_path / "rows.json"
-    path.write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        "\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only),
+        encoding="utf-8",
+        errors="surrogatepass",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_csv, "CHUNK_ROWS", size)
         patch.setattr(json_csv, "BLOCK", max(block, 8))  # the file's first block holds the bracket
         stretches = list(JsonList().stretches(path))
-        found = [row for first, _, payload in stretches[::-1] for row in JsonList().rows(path, first, payload)]
+        found = [
+            row
+            for first, _, payload in stretches[::-1]
+            for row in JsonList().rows(path, first, payload)
+        ]
     found = sorted(found, key=lambda row: row[0])
     assert [number for number, _ in found] == list(range(1, len(values) + 1))
     for (_, value), expected in zip(found, values, strict=True):
@@ -181,10 +241,16 @@ def test_a_list_that_is_none_says_where(tmp_path: Path, text: str, message: str,
 def test_one_bad_element_of_a_list_is_one_row(tmp_path: Path, png: bytes) -> None:
     good_row = json.dumps(vqa(1)[0]).encode()
     path = tmp_path / "rows.json"
-    path.write_bytes(b"[" + b", ".join([good_row, b'{"image": "\xff"}', b"5", b'{"image": "a\nb"}', good_row]) + b"]")
+    path.write_bytes(
+        b"["
+        + b", ".join([good_row, b'{"image": "\xff"}', b"5", b'{"image": "a\nb"}', good_row])
+        + b"]"
+    )
     found = read(file_source(path))
     assert [isinstance(row, DataError) for row in found] == [False, True, True, True, False]
-    assert "row 2: not JSON: 'utf-8' codec" in str(found[1]) and "a row is a JSON object, this is int" in str(found[2])
+    assert "row 2: not JSON: 'utf-8' codec" in str(
+        found[1]
+    ) and "a row is a JSON object, this is int" in str(found[2])
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -209,33 +275,59 @@ def test_fault_09_bad_records_of_a_table_are_named(tmp_path: Path, png: bytes) -
     path.write_bytes(b"\r\n".join(lines))
     found = read(file_source(path))
     assert [row.row for row in found] == list(range(1, 10))
-    assert isinstance(found[0], Conversation) and found[0].messages[0].text == 'two\r\nlines, "quoted"'
-    texts = ["2 cells, the header has 3: image, question, answer", "4 cells", "not UTF-8", "a NUL byte", "not CSV", "no text `answer`"]
+    assert (
+        isinstance(found[0], Conversation) and found[0].messages[0].text == 'two\r\nlines, "quoted"'
+    )
+    texts = [
+        "2 cells, the header has 3: image, question, answer",
+        "4 cells",
+        "not UTF-8",
+        "a NUL byte",
+        "not CSV",
+        "no text `answer`",
+    ]
     for row, text in zip(found[1:7], texts, strict=True):
         assert isinstance(row, DataError) and text in str(row)
     assert isinstance(found[7], Conversation) and found[7].messages[1].text == "good"
     assert isinstance(found[8], DataError) and "not CSV: unexpected end of data" in str(found[8])
 
 
-@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), min_size=1, max_size=20), st.integers(1, 5))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_table_is_cut_between_records_only(tmp_path: Path, cells: list[tuple[str, str]], size: int) -> None:
+@given(
+    st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), min_size=1, max_size=20),
+    st.integers(1, 5),
+)
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_table_is_cut_between_records_only(
+    tmp_path: Path, cells: list[tuple[str, str]], size: int
+) -> None:
     rows = [{"a": one, "b": other} for one, other in cells]
     assume(all("\r" not in a + b for a, b in cells))
     path = write_rows(tmp_path / "rows.csv", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_csv, "CHUNK_ROWS", size)
-        found = [row for first, _, payload in Csv().stretches(path) for row in Csv().rows(path, first, payload)]
+        found = [
+            row
+            for first, _, payload in Csv().stretches(path)
+            for row in Csv().rows(path, first, payload)
+        ]
     assert [number for number, _ in found] == list(range(1, len(rows) + 1))
     for (_, value), row in zip(found, rows, strict=True):
         nul = "\0" in row["a"] + row["b"]
-        assert isinstance(value, DataError) if nul else value == {key: text or None for key, text in row.items()}
+        assert (
+            isinstance(value, DataError)
+            if nul
+            else value == {key: text or None for key, text in row.items()}
+        )
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_row_group_is_cut_and_every_part_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_row_group_is_cut_and_every_part_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -265,18 +357,24 @@ def test_images_in_columns_are_bytes_or_paths(tmp_path: Path, png: bytes) -> Non
 
 
 def test_a_damaged_row_group_is_named_and_the_next_is_read(tmp_path: Path, png: bytes) -> None:
-    path = write_rows(tmp_path / "rows.parquet", [{**row, "question": row["question"] * 40} for row in vqa(10)])
+    path = write_rows(
+        tmp_path / "rows.parquet", [{**row, "question": row["question"] * 40} for row in vqa(10)]
+    )
     data = bytearray(path.read_bytes())
     data[20:200] = bytes(180)
     path.write_bytes(data)
     found = read(file_source(path, form="vqa"))
     # Each of the group's rows counts.
-    assert [(row.row, row.kind) for row in found[:5] if isinstance(row, DataError)] == [(row, "damaged") for row in range(1, 6)]
+    assert [(row.row, row.kind) for row in found[:5] if isinstance(row, DataError)] == [
+        (row, "damaged") for row in range(1, 6)
+    ]
     assert [row.row for row in good(found[5:])] == [6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "feather", "csv", "json", "tar"])
-def test_fault_09_whatever_bytes_are_damaged_rows_or_the_file_are_named(tmp_path: Path, png: bytes, ending: str) -> None:
+def test_fault_09_whatever_bytes_are_damaged_rows_or_the_file_are_named(
+    tmp_path: Path, png: bytes, ending: str
+) -> None:
     path = tmp_path / f"rows.{ending}"
     source: Any = web(path, form="caption") if ending == "tar" else file_source(path, form="vqa")
     if ending == "tar":
@@ -307,13 +405,16 @@ def saved(folder: Path, png: bytes, *, kind: str) -> DatasetSource:
         if kind != "turns"
         else {
             "image": datasets.Image(),
-            "conversations": datasets.Sequence({"from": datasets.Value("string"), "value": datasets.Value("string")}),
+            "conversations": datasets.Sequence(
+                {"from": datasets.Value("string"), "value": datasets.Value("string")}
+            ),
         }
     )
     turns = {"from": ["human", "gpt"], "value": ["<image>\nq?", "a"]}
     broken = b"this is no image, and nothing here decodes it"
     rows = [
-        {"image": {"bytes": png if n else broken, "path": None}} | ({"conversations": turns} if kind == "turns" else {"label": n % 2})
+        {"image": {"bytes": png if n else broken, "path": None}}
+        | ({"conversations": turns} if kind == "turns" else {"label": n % 2})
         for n in range(300)
     ]
     data = datasets.Dataset.from_list(rows, features=features)
@@ -322,25 +423,35 @@ def saved(folder: Path, png: bytes, *, kind: str) -> DatasetSource:
     elif kind == "parquet":
         (folder / "data").mkdir(parents=True)
         for shard in range(2):
-            data.shard(2, shard).to_parquet(str(folder / f"data/train-{shard:05d}-of-00002.parquet"))
+            data.shard(2, shard).to_parquet(
+                str(folder / f"data/train-{shard:05d}-of-00002.parquet")
+            )
     else:
         data.save_to_disk(str(folder))
     return DatasetSource(kind="dataset", name=str(folder))
 
 
 @pytest.mark.parametrize("kind", ["disk", "dict", "parquet", "turns"])
-def test_a_data_set_is_read_without_decoding(tmp_path: Path, png: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_read_without_decoding(
+    tmp_path: Path, png: bytes, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = saved(tmp_path / "set", png, kind=kind)
     found = good(read(source))
-    assert len(found) == 300 and found[5].media == (Media(png),) and found[5].source == str(tmp_path / "set")
+    assert (
+        len(found) == 300
+        and found[5].media == (Media(png),)
+        and found[5].source == str(tmp_path / "set")
+    )
     assert [row.row for row in found] == list(range(1, 301)) and found[5].id == "set/train:6:6"
     if kind == "turns":
         assert found[5].messages[0].parts == (Media(png), "q?")
     else:
-        assert {row.messages[1].text for row in found} == {"cat", "dog"} and all("cat, dog" in row.messages[0].text for row in found)
+        assert {row.messages[1].text for row in found} == {"cat", "dog"} and all(
+            "cat, dog" in row.messages[0].text for row in found
+        )
     reader = open_source(source, seed=0)
     assert reader.form == ("llava" if kind == "turns" else "classify")
     state = pickle.dumps(reader)
@@ -349,7 +460,9 @@ def test_a_data_set_is_read_without_decoding(tmp_path: Path, png: bytes, kind: s
     assert reader.fingerprint() == open_source(source, seed=0).fingerprint()
 
 
-def test_a_data_set_is_streamed_shard_by_shard(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_streamed_shard_by_shard(
+    tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -357,11 +470,21 @@ def test_a_data_set_is_streamed_shard_by_shard(tmp_path: Path, png: bytes, monke
     found = good(read(source, streaming=True))
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     whole = good(read(source))
-    assert [(row.media, row.category) for row in found] == [(row.media, row.category) for row in whole]
-    assert len({row.id for row in found}) == 300 and found[0].source.endswith("set, shard 0") and found[-1].row == 150
+    assert [(row.media, row.category) for row in found] == [
+        (row.media, row.category) for row in whole
+    ]
+    assert (
+        len({row.id for row in found}) == 300
+        and found[0].source.endswith("set, shard 0")
+        and found[-1].row == 150
+    )
     reader = pickle.loads(pickle.dumps(open_source(source, seed=0, streaming=True)))
     chunks = list(reader.chunks())
-    assert len(chunks) == 2 and chunks[0].rows == sys.maxsize and good(list(reader.conversations(chunks[1]))) == found[150:]
+    assert (
+        len(chunks) == 2
+        and chunks[0].rows == sys.maxsize
+        and good(list(reader.conversations(chunks[1]))) == found[150:]
+    )
 
 
 def test_a_data_set_that_is_not_there_says_so(tmp_path: Path, png: bytes) -> None:
@@ -382,9 +505,13 @@ def web(path: Path | str, **options: Any) -> WebDatasetSource:
 
 
 def test_images_of_a_shard_stay_in_it(tmp_path: Path, png: bytes) -> None:
-    path = write_shard(tmp_path / "s.tar", [{"png": png, "txt": f"caption {n}".encode()} for n in range(5)])
+    path = write_shard(
+        tmp_path / "s.tar", [{"png": png, "txt": f"caption {n}".encode()} for n in range(5)]
+    )
     found = good(read(web(path)))
-    assert [row.id for row in found] == [f"s:{n:04d}:{n + 1}" for n in range(5)] and [row.row for row in found] == [1, 2, 3, 4, 5]
+    assert [row.id for row in found] == [f"s:{n:04d}:{n + 1}" for n in range(5)] and [
+        row.row for row in found
+    ] == [1, 2, 3, 4, 5]
     for number, row in enumerate(found):
         (media,) = row.media
         assert isinstance(media.source, Slice) and media.source.path == path and media.read() == png
@@ -415,18 +542,35 @@ def test_a_shards_json_brings_fields_and_the_order_of_images(tmp_path: Path, png
     ]
     found = read(web(write_shard(tmp_path / "s.tar", samples), form="llava"))
     rows = good(found[:3])
-    offsets = [[media.source.offset for media in row.media if isinstance(media.source, Slice)] for row in rows]
-    assert offsets[0][0] > offsets[0][1] and offsets[1] == sorted(offsets[1]) and offsets[2] == sorted(offsets[2])
+    offsets = [
+        [media.source.offset for media in row.media if isinstance(media.source, Slice)]
+        for row in rows
+    ]
+    assert (
+        offsets[0][0] > offsets[0][1]
+        and offsets[1] == sorted(offsets[1])
+        and offsets[2] == sorted(offsets[2])
+    )
     assert [row.id for row in rows] == ["s:x:1", "s:0001:2", "s:0002:3"]
-    for row, text in zip(found[3:], ["0003.json: not JSON", "0004.json holds a list", "0005.txt: 'utf-8'"], strict=True):
+    for row, text in zip(
+        found[3:],
+        ["0003.json: not JSON", "0004.json holds a list", "0005.txt: 'utf-8'"],
+        strict=True,
+    ):
         assert isinstance(row, DataError) and text in str(row)
 
 
-def test_shards_are_read_from_the_middle_and_by_pattern(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_from_the_middle_and_by_pattern(
+    tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webdataset, "CHUNK_ROWS", 3)
     long = "a rather long folder name that a plain header has no place for " * 3
     for name in ("a", "b"):
-        with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT if name == "a" else tarfile.GNU_FORMAT) as archive:
+        with tarfile.open(
+            tmp_path / f"{name}.tar",
+            "w",
+            format=tarfile.PAX_FORMAT if name == "a" else tarfile.GNU_FORMAT,
+        ) as archive:
             for number in range(8):
                 for member_name, content in (
                     (f"{long}/{number}.png", png),
@@ -440,13 +584,17 @@ def test_shards_are_read_from_the_middle_and_by_pattern(tmp_path: Path, png: byt
     chunks = list(reader.chunks())
     assert [chunk.rows for chunk in chunks] == [3, 3, 2, 3, 3, 2]
     found = [good(list(reader.conversations(chunk))) for chunk in chunks[::-1]]
-    assert [row.messages[1].text for chunk in found[::-1] for row in chunk] == [f"c{n}" for n in range(8)] * 2
+    assert [row.messages[1].text for chunk in found[::-1] for row in chunk] == [
+        f"c{n}" for n in range(8)
+    ] * 2
     assert all(row.media[0].read() == png for chunk in found for row in chunk)
     assert found[0][0].source == str(tmp_path / "b.tar") and found[0][0].row == 7
 
 
 @pytest.mark.parametrize("mode", ["", ":gz"])
-def test_a_cut_or_damaged_shard_says_so_at_every_place(tmp_path: Path, png: bytes, mode: str) -> None:
+def test_a_cut_or_damaged_shard_says_so_at_every_place(
+    tmp_path: Path, png: bytes, mode: str
+) -> None:
     path = tmp_path / ("s.tar.gz" if mode else "s.tar")
     write_shard(path, [{"png": png, "txt": b"c"} for _ in range(4)], "w" + mode)
     data = path.read_bytes()
@@ -459,7 +607,11 @@ def test_a_cut_or_damaged_shard_says_so_at_every_place(tmp_path: Path, png: byte
     if not mode:
         path.write_bytes(data[:2048] + b"\xff" * 512 + data[2560:])  # a header in the middle
         *rows, last = read(web(path))
-        assert len(good(rows)) == 1 and isinstance(last, DataError) and "a header is damaged" in str(last)
+        assert (
+            len(good(rows)) == 1
+            and isinstance(last, DataError)
+            and "a header is damaged" in str(last)
+        )
 
 
 def test_a_container_names_what_can_not_be_opened(tmp_path: Path) -> None:

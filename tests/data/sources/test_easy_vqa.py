@@ -23,19 +23,30 @@ def test_train_validation_and_test_share_no_image_and_lose_no_row() -> None:
     splits = {split: easy(split) for split in ("train", "validation", "test")}
     images = {split: {row.media[0] for row in rows} for split, rows in splits.items()}
     assert len(images["validation"]) == 200
-    assert not images["train"] & images["validation"] and not images["test"] & (images["train"] | images["validation"])
-    assert len(splits["train"]) + len(splits["validation"]) == len(easy("train", validation_images=0))
+    assert not images["train"] & images["validation"] and not images["test"] & (
+        images["train"] | images["validation"]
+    )
+    assert len(splits["train"]) + len(splits["validation"]) == len(
+        easy("train", validation_images=0)
+    )
     for split, rows in splits.items():
         assert len({row.id for row in rows}) == len(rows)
         assert all(row.media[0].source.is_file() for row in rows[:: len(rows) // 20])  # type: ignore[union-attr]
-        assert [row.row for row in rows] == list(range(1, len(rows) + 1)) and {row.source for row in rows} == {f"easy_vqa/{split}"}
+        assert [row.row for row in rows] == list(range(1, len(rows) + 1)) and {
+            row.source for row in rows
+        } == {f"easy_vqa/{split}"}
         assert {row.category for row in rows} == {"yes/no", "color", "shape"}
     with pytest.raises(DataError, match="leaves none"):
         easy("train", validation_images=10_000_000)
 
 
 def test_answer_types() -> None:
-    assert [answer_type(answer) for answer in ("yes", "no", "teal", "circle")] == ["yes/no", "yes/no", "color", "shape"]
+    assert [answer_type(answer) for answer in ("yes", "no", "teal", "circle")] == [
+        "yes/no",
+        "yes/no",
+        "color",
+        "shape",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +65,9 @@ def test_answer_types() -> None:
         ("does the image contain a circle?", "yes", {"shape": "circle"}),
     ],
 )
-def test_what_a_question_and_its_answer_reveal(question: str, answer: str, known: dict[str, str]) -> None:
+def test_what_a_question_and_its_answer_reveal(
+    question: str, answer: str, known: dict[str, str]
+) -> None:
     assert revealed([(0, question, answer, 7)]) == ({7: known} if known else {})
 
 
@@ -75,7 +88,11 @@ def test_what_the_train_split_reveals_agrees_with_all_of_an_images_answers() -> 
             named = [word for word in words if word in names]
             if answer in ("yes", "no") and named and known:
                 denied = "not" in words or "no" in words
-                assert (named[0] == known) == ((answer == "yes") != denied), (question, answer, known)
+                assert (named[0] == known) == ((answer == "yes") != denied), (
+                    question,
+                    answer,
+                    known,
+                )
                 told += 1
     assert told > 1000
 
@@ -92,12 +109,18 @@ def test_captions_say_what_is_revealed_and_only_for_their_split() -> None:
 
 def test_chunks_are_read_alone_and_the_fingerprint_follows_what_is_read() -> None:
     def opened(seed: int = 0, **options: Any) -> Any:
-        return open_source(EasyVqaSource(kind="easy_vqa", **{"split": "validation", **options}), seed=seed)
+        return open_source(
+            EasyVqaSource(kind="easy_vqa", **{"split": "validation", **options}), seed=seed
+        )
 
     reader = pickle.loads(pickle.dumps(opened(split="test")))
     last = list(reader.chunks())[-1]
     assert list(reader.conversations(last)) == easy("test")[last.first_row - 1 :]
-    prints = [opened().fingerprint(), opened(1).fingerprint(), opened(task="caption", instructions="caption").fingerprint()]
+    prints = [
+        opened().fingerprint(),
+        opened(1).fingerprint(),
+        opened(task="caption", instructions="caption").fingerprint(),
+    ]
     prints += [
         opened(validation_images=100).fingerprint(),
         opened(split="train").fingerprint(),

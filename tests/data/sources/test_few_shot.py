@@ -22,7 +22,14 @@ def path(tmp_path: Path) -> Path:
     rows = []
     for number in range(12):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        rows += [{"image": f"{number}.png", "question": f"what is {number}.{n}?", "answer": f"it is {number}.{n}"} for n in range(4)]
+        rows += [
+            {
+                "image": f"{number}.png",
+                "question": f"what is {number}.{n}?",
+                "answer": f"it is {number}.{n}",
+            }
+            for n in range(4)
+        ]
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
@@ -30,8 +37,14 @@ def path(tmp_path: Path) -> Path:
 def test_examples_have_other_images_and_carry_no_loss(path: Path, count: int) -> None:
     plain = good(read(file_source(path)))
     for row, bare in zip(good(read(file_source(path, shots=count))), plain, strict=True):
-        assert row.messages[-2:] == bare.messages and row.id == bare.id and len(row.messages) == 2 * count + 2
-        assert [message.trained for message in row.messages if message.role == "assistant"] == [False] * count + [True]
+        assert (
+            row.messages[-2:] == bare.messages
+            and row.id == bare.id
+            and len(row.messages) == 2 * count + 2
+        )
+        assert [message.trained for message in row.messages if message.role == "assistant"] == [
+            False
+        ] * count + [True]
         assert bare.media[0] not in row.media[:-1] and len(row.media) == count + 1
         asked = [message.parts[-1] for message in row.messages if message.role == "user"]
         assert len(set(asked)) == count + 1
@@ -46,10 +59,14 @@ def test_examples_are_drawn_by_seed_and_row_and_vary(path: Path) -> None:
     assert one == same != other
     first = [row.messages[0].parts for row in one]
     assert len(set(first)) > 12
-    assert one[0].messages[0].text == "what is 1.0?", "stable over versions: a changed draw changes every run"
+    assert one[0].messages[0].text == "what is 1.0?", (
+        "stable over versions: a changed draw changes every run"
+    )
 
 
-def test_examples_do_not_depend_on_which_chunk_a_worker_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_do_not_depend_on_which_chunk_a_worker_reads(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = good(read(file_source(path, shots=2)))
     monkeypatch.setattr(json_csv, "CHUNK_ROWS", 5)
     for chunk in open_source(file_source(path), seed=0).chunks():
@@ -57,7 +74,9 @@ def test_examples_do_not_depend_on_which_chunk_a_worker_reads(path: Path, monkey
         assert rows == whole[chunk.first_row - 1 : chunk.first_row - 1 + len(rows)]
 
 
-def test_the_pool_is_the_first_rows_that_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_is_the_first_rows_that_can_be_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(few_shot, "POOL_ROWS", 9)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(["{", *lines]))
@@ -67,19 +86,45 @@ def test_the_pool_is_the_first_rows_that_can_be_used(path: Path, monkeypatch: py
 
 
 def test_too_few_other_images_is_an_error_of_the_row(path: Path) -> None:
-    path.write_text("\n".join(path.read_text().splitlines()[:6]))  # four questions about one image, two about another
+    path.write_text(
+        "\n".join(path.read_text().splitlines()[:6])
+    )  # four questions about one image, two about another
     found = read(file_source(path, shots=3))
     assert [isinstance(row, DataError) for row in found] == [True] * 4 + [False] * 2
-    assert "shots: 3 needs as many rows with other images" in str(found[0]) and "there are 2" in str(found[0]) and "row 1" in str(found[0])
+    assert (
+        "shots: 3 needs as many rows with other images" in str(found[0])
+        and "there are 2" in str(found[0])
+        and "row 1" in str(found[0])
+    )
 
 
-def test_examples_of_conversations_are_their_first_answers_after_the_rows_system_text(path: Path) -> None:
+def test_examples_of_conversations_are_their_first_answers_after_the_rows_system_text(
+    path: Path,
+) -> None:
     def row(number: int) -> dict[str, Any]:
-        turns = [{"from": "human", "value": f"<image>q{number}"}, {"from": "gpt", "value": f"a{number}"}]
-        return {"image": f"{number}.png", "conversations": [{"from": "system", "value": f"s{number}"}, *turns, *later]}
+        turns = [
+            {"from": "human", "value": f"<image>q{number}"},
+            {"from": "gpt", "value": f"a{number}"},
+        ]
+        return {
+            "image": f"{number}.png",
+            "conversations": [{"from": "system", "value": f"s{number}"}, *turns, *later],
+        }
 
     later = [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
     path.write_text("\n".join(json.dumps(row(number)) for number in range(2)))
     first, second = good(read(file_source(path, shots=1)))
-    assert [message.text for message in first.messages] == ["s0", "q1", "a1", "q0", "a0", "sure?", "yes"]
-    assert [message.trained for message in second.messages if message.role == "assistant"] == [False, True, True]
+    assert [message.text for message in first.messages] == [
+        "s0",
+        "q1",
+        "a1",
+        "q0",
+        "a0",
+        "sure?",
+        "yes",
+    ]
+    assert [message.trained for message in second.messages if message.role == "assistant"] == [
+        False,
+        True,
+        True,
+    ]

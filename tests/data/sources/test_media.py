@@ -38,13 +38,24 @@ def finder(tmp_path: Path) -> MediaFinder:
     return MediaFinder(ImageFolder(tmp_path), frames=3)
 
 
-def test_an_image_is_a_path_a_data_url_bytes_or_a_part_of_a_file(tmp_path: Path, finder: MediaFinder) -> None:
+def test_an_image_is_a_path_a_data_url_bytes_or_a_part_of_a_file(
+    tmp_path: Path, finder: MediaFinder
+) -> None:
     data = png()
     code = base64.b64encode(data).decode()
-    assert finder.image("a.png") == finder.image({"path": "a.png"}) == finder.image({"bytes": None, "path": "a.png"})
+    assert (
+        finder.image("a.png")
+        == finder.image({"path": "a.png"})
+        == finder.image({"bytes": None, "path": "a.png"})
+    )
     assert finder.image("a.png").source == tmp_path / "a.png"
     wrapped = "\n".join(code[place : place + 20] for place in range(0, len(code), 20))
-    same = [data, bytearray(data), {"bytes": data, "path": "elsewhere/x.png"}, f"data:image/png;base64,{code}"]
+    same = [
+        data,
+        bytearray(data),
+        {"bytes": data, "path": "elsewhere/x.png"},
+        f"data:image/png;base64,{code}",
+    ]
     same += [f"DATA:image/png;BASE64,{wrapped}", {"url": f"data:;base64,{code}"}]
     assert {finder.image(value) for value in same} == {Media(data)}
     assert finder.image(Slice(tmp_path / "a.png", 0, len(data))).read() == data
@@ -53,7 +64,10 @@ def test_an_image_is_a_path_a_data_url_bytes_or_a_part_of_a_file(tmp_path: Path,
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("https://example.org/a.png", "is a URL, and nothing is fetched: download it and give its path"),
+        (
+            "https://example.org/a.png",
+            "is a URL, and nothing is fetched: download it and give its path",
+        ),
         ({"url": "HTTP://example.org/a.png"}, "is a URL"),
         ("data:image/png;base64,!!!", "bad base64"),
         ("data:image/png;base64,AAA", "bad base64"),
@@ -81,7 +95,9 @@ def test_a_path_needs_a_root() -> None:
     assert MediaFinder(None).image(b"x") == Media(b"x")
 
 
-def test_remembered_folders_do_not_let_a_path_out_and_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_folders_do_not_let_a_path_out_and_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(media, "REMEMBERED", 10)
     root = tmp_path / "root"
     for folder in range(30):
@@ -106,7 +122,11 @@ def test_remembered_folders_do_not_let_a_path_out_and_are_bounded(tmp_path: Path
 @given(st.integers(1, 500), st.integers(1, 40))
 def test_frames_are_evenly_spaced(total: int, count: int) -> None:
     places = evenly_spaced(total, count)
-    assert len(places) == min(total, count) and places == sorted(set(places)) and 0 <= places[0] <= places[-1] < total
+    assert (
+        len(places) == min(total, count)
+        and places == sorted(set(places))
+        and 0 <= places[0] <= places[-1] < total
+    )
     if 1 < count < total:
         gaps = np.diff(places)
         assert (places[0], places[-1]) == (0, total - 1) and gaps.max() - gaps.min() <= 1
@@ -120,13 +140,17 @@ def frame_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_a_folder_of_frames_is_a_video_in_the_order_of_its_numbers(tmp_path: Path, finder: MediaFinder) -> None:
+def test_a_folder_of_frames_is_a_video_in_the_order_of_its_numbers(
+    tmp_path: Path, finder: MediaFinder
+) -> None:
     folder = frame_folder(tmp_path / "clip", 21)
     chosen = [Media(folder / f"frame_{number}.png") for number in (0, 10, 20)]
     assert finder.video("clip") == tuple(chosen) == video_parts(folder, suffix="", frames=3)
     timed = MediaFinder(ImageFolder(tmp_path), frames=3, fps=4.0).video("clip")
     assert timed == ("0.0s: ", chosen[0], "2.5s: ", chosen[1], "5.0s: ", chosen[2])
-    assert finder.video([f"clip/frame_{number}.png" for number in range(2)]) == tuple(Media(folder / f"frame_{n}.png") for n in (0, 1))
+    assert finder.video([f"clip/frame_{number}.png" for number in range(2)]) == tuple(
+        Media(folder / f"frame_{n}.png") for n in (0, 1)
+    )
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="the video 'empty' has no frames"):
         finder.video("empty")
@@ -140,13 +164,17 @@ def test_a_folder_of_frames_is_a_video_in_the_order_of_its_numbers(tmp_path: Pat
         finder.video("clip")
 
 
-def clip(path: Path, frames: int = 25, rate: int = 5, codec: str = "mpeg4", gap: int = 7, start: int = 0) -> Path:
+def clip(
+    path: Path, frames: int = 25, rate: int = 5, codec: str = "mpeg4", gap: int = 7, start: int = 0
+) -> Path:
     """A video whose n-th frame is of the grey 10 n, with a key frame every `gap` frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", gap
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * number, dtype=np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((64, 64, 3), 10 * number, dtype=np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = number + start, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -170,12 +198,20 @@ def greys(parts: tuple[str | Media, ...]) -> list[int]:
         ("v.mov", "mpeg4", 7),
     ],
 )
-def test_a_video_files_frames_are_the_ones_at_their_times(tmp_path: Path, finder: MediaFinder, name: str, codec: str, gap: int) -> None:
+def test_a_video_files_frames_are_the_ones_at_their_times(
+    tmp_path: Path, finder: MediaFinder, name: str, codec: str, gap: int
+) -> None:
     path = clip(tmp_path / name, codec=codec, gap=gap)
     parts = finder.video(name)
-    assert [part for part in parts if isinstance(part, str)] == ["0.0s: ", "2.4s: ", "4.8s: "] and greys(parts) == [0, 12, 24]
+    assert [part for part in parts if isinstance(part, str)] == [
+        "0.0s: ",
+        "2.4s: ",
+        "4.8s: ",
+    ] and greys(parts) == [0, 12, 24]
     for count in (1, 2, 8, 25, 99):
-        assert greys(MediaFinder(finder.images, frames=count).video(name)) == evenly_spaced(25, count)
+        assert greys(MediaFinder(finder.images, frames=count).video(name)) == evenly_spaced(
+            25, count
+        )
     assert greys(finder.video(str(path))) == [0, 12, 24]
     assert greys(finder.video({"bytes": path.read_bytes(), "path": name})) == [0, 12, 24]
     if name not in ("v.webm",):
@@ -185,15 +221,23 @@ def test_a_video_files_frames_are_the_ones_at_their_times(tmp_path: Path, finder
 def test_a_videos_times_start_at_its_first_frame(tmp_path: Path, finder: MediaFinder) -> None:
     clip(tmp_path / "late.mkv", start=500)
     parts = finder.video("late.mkv")
-    assert [part for part in parts if isinstance(part, str)] == ["0.0s: ", "2.4s: ", "4.8s: "] and greys(parts) == [0, 12, 24]
+    assert [part for part in parts if isinstance(part, str)] == [
+        "0.0s: ",
+        "2.4s: ",
+        "4.8s: ",
+    ] and greys(parts) == [0, 12, 24]
 
 
-def test_a_video_that_is_none_says_why(tmp_path: Path, finder: MediaFinder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_is_none_says_why(
+    tmp_path: Path, finder: MediaFinder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = clip(tmp_path / "v.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.mp4").write_bytes(b"")
     # A playlist would have FFmpeg open what it lists, here a file outside the root.
-    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/v.mp4\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text(
+        f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/v.mp4\n#EXT-X-ENDLIST\n"
+    )
     (tmp_path / "list.m3u8").write_text((tmp_path / "list.mp4").read_text())
     for name in ("cut.mp4", "empty.mp4", "list.mp4"):
         with pytest.raises(DataError, match="the video can't be decoded"):
@@ -221,17 +265,41 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "grey"}
     text = {"type": "text", "text": "What happens?"}
     rows = [
-        {"videos": ["v.mp4"], "conversations": [{"from": "human", "value": "<video>What happens?"}, {"from": "gpt", "value": "grey"}]},
-        {"videos": ["v.mp4"], "messages": [{"role": "user", "content": [{"type": "video"}, text]}, answer]},
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}, text]}, answer]},
-        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v.mp4"}}, text]}, answer]},
+        {
+            "videos": ["v.mp4"],
+            "conversations": [
+                {"from": "human", "value": "<video>What happens?"},
+                {"from": "gpt", "value": "grey"},
+            ],
+        },
+        {
+            "videos": ["v.mp4"],
+            "messages": [{"role": "user", "content": [{"type": "video"}, text]}, answer],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "video", "video": "v.mp4"}, text]},
+                answer,
+            ]
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "video_url", "video_url": {"url": "v.mp4"}}, text],
+                },
+                answer,
+            ]
+        },
         {"videos": ["v.mp4"], "messages": [{"role": "user", "content": "What happens?"}, answer]},
         {"video": "v.mp4", "question": "What happens?", "answer": "grey"},
         {"video": "v.mp4", "instruction": "What happens?", "output": "grey"},
     ]
     found = []
     for number, row in enumerate(rows):
-        (one,) = good(read(file_source(write_rows(tmp_path / f"{number}.jsonl", [row]), video_frames=2)))
+        (one,) = good(
+            read(file_source(write_rows(tmp_path / f"{number}.jsonl", [row]), video_frames=2))
+        )
         found.append([(message.role, message.parts) for message in one.messages])
     assert all(messages == found[0] for messages in found)
     shown = [part if isinstance(part, str) else "image" for part in found[0][0][1]]
@@ -243,7 +311,12 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
         "What happens?",
     ]
     # Where a row has no video, <video> is a word.
-    plain = {"conversations": [{"from": "human", "value": "What is <video> in HTML?"}, {"from": "gpt", "value": "a tag"}]}
+    plain = {
+        "conversations": [
+            {"from": "human", "value": "What is <video> in HTML?"},
+            {"from": "gpt", "value": "a tag"},
+        ]
+    }
     (one,) = good(read(file_source(write_rows(tmp_path / "plain.jsonl", [plain]))))
     assert one.messages[0].parts == ("What is <video> in HTML?",)
     for text_of_question, message in (
@@ -251,13 +324,21 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
         ("no mark", "1 video and 0 <video> marks"),
     ):
         turns = [{"from": "human", "value": text_of_question}, {"from": "gpt", "value": "a"}]
-        (bad,) = read(file_source(write_rows(tmp_path / "bad.jsonl", [{"videos": ["v.mp4"], "conversations": turns}])))
+        (bad,) = read(
+            file_source(
+                write_rows(tmp_path / "bad.jsonl", [{"videos": ["v.mp4"], "conversations": turns}])
+            )
+        )
         assert isinstance(bad, DataError) and message in str(bad)
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_a_video_in_a_shard(tmp_path: Path, ending: str) -> None:
     data = clip(tmp_path / "v.mkv").read_bytes()
-    path = write_shard(tmp_path / f"s.{ending}", [{"mkv": data, "txt": b"it gets lighter"}], "w:gz" if ending.endswith("gz") else "w")
+    path = write_shard(
+        tmp_path / f"s.{ending}",
+        [{"mkv": data, "txt": b"it gets lighter"}],
+        "w:gz" if ending.endswith("gz") else "w",
+    )
     (row,) = read(WebDatasetSource(kind="webdataset", path=str(path), video_frames=3))
     assert isinstance(row, Conversation) and greys(row.messages[0].parts[:-1]) == [0, 12, 24]

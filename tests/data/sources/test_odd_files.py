@@ -65,8 +65,12 @@ def test_gzip_is_read_as_the_file_in_it(folder: Path, ending: str) -> None:
     reader = open_source(file_source(packed, image_root=str(folder)), seed=0)
     chunks = list(reader.chunks())
     assert len(chunks) == 3
-    found = [row for chunk in (chunks[2], chunks[0], chunks[1]) for row in reader.conversations(chunk)]
-    assert [row.messages for row in good(found[500:] + found[:500])] == [row.messages for row in expected]
+    found = [
+        row for chunk in (chunks[2], chunks[0], chunks[1]) for row in reader.conversations(chunk)
+    ]
+    assert [row.messages for row in good(found[500:] + found[:500])] == [
+        row.messages for row in expected
+    ]
     assert {row.id for row in good(found)} == {row.id for row in expected}
     # Its name need not say so.
     named = folder / f"named.{ending}"
@@ -96,7 +100,9 @@ def test_a_damaged_gzip_is_no_short_file(folder: Path, damage: str) -> None:
         lambda rows: {"other": [{"x": 1}], "data": rows},
     ],
 )
-def test_a_list_of_rows_inside_an_object_is_read(folder: Path, wrap: Callable[[Any], Any], indent: int | None) -> None:
+def test_a_list_of_rows_inside_an_object_is_read(
+    folder: Path, wrap: Callable[[Any], Any], indent: int | None
+) -> None:
     path = folder / "rows.json"
     path.write_text(json.dumps(wrap(ROWS), indent=indent, ensure_ascii=False))
     found = good(read(file_source(path)))
@@ -106,9 +112,21 @@ def test_a_list_of_rows_inside_an_object_is_read(folder: Path, wrap: Callable[[A
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("one.json", json.dumps(VQA, indent=1).encode(), "is one row over several lines, not one a line and no list: put it in [ ]"),
-        ("two.json", json.dumps({"a": [VQA], "b": [VQA]}, indent=1).encode(), "holds several lists of objects: a, b"),
-        ("none.json", json.dumps({"a": 1, "b": [1]}, indent=1).encode(), "holds one JSON object (a, b) and no list of rows"),
+        (
+            "one.json",
+            json.dumps(VQA, indent=1).encode(),
+            "is one row over several lines, not one a line and no list: put it in [ ]",
+        ),
+        (
+            "two.json",
+            json.dumps({"a": [VQA], "b": [VQA]}, indent=1).encode(),
+            "holds several lists of objects: a, b",
+        ),
+        (
+            "none.json",
+            json.dumps({"a": 1, "b": [1]}, indent=1).encode(),
+            "holds one JSON object (a, b) and no list of rows",
+        ),
         ("cut.json", json.dumps({"data": [VQA] * 5}, indent=1).encode()[:-40], "not JSON: "),
         ("rows.jsonl", b"PK\x03\x04rest", "is a zip archive: unpack it"),
         ("rows.json", b"PAR1rest", "is a Parquet file: name it .parquet"),
@@ -117,7 +135,9 @@ def test_a_list_of_rows_inside_an_object_is_read(folder: Path, wrap: Callable[[A
         ("rows.parquet.gz", b"x", "the ending '.gz' is none of .json"),
     ],
 )
-def test_a_file_that_holds_no_rows_says_what_it_is(folder: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_holds_no_rows_says_what_it_is(
+    folder: Path, name: str, content: bytes, message: str
+) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read(file_source(folder / name))
@@ -127,7 +147,9 @@ def test_a_file_that_holds_no_rows_says_what_it_is(folder: Path, name: str, cont
 def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     lines(folder / "rows.jsonl", [VQA])
-    assert good(read(file_source("~/rows.jsonl", image_root="~")))[0].media[0].name == str(folder / "a.png")
+    assert good(read(file_source("~/rows.jsonl", image_root="~")))[0].media[0].name == str(
+        folder / "a.png"
+    )
     assert len(good(read(file_source("~/*.jsonl")))) == 1
     (folder / "classes" / "red").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "classes" / "red" / "1.png")
@@ -138,7 +160,10 @@ def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(folder / "b.avif")
-    shard = write_shard(folder / "s.tar", [{"avif": (folder / "b.avif").read_bytes(), "json": b'{"caption": "red"}'}])
+    shard = write_shard(
+        folder / "s.tar",
+        [{"avif": (folder / "b.avif").read_bytes(), "json": b'{"caption": "red"}'}],
+    )
     (row,) = good(read(WebDatasetSource(kind="webdataset", path=str(shard))))
     assert len(row.media) == 1
     from vlm_tune.data.images.decode import decode_image
@@ -156,8 +181,14 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ({"foo": 1, "bar": 2}, "the image is an object without `bytes`, `path` or `url`: a mapping with foo, bar"),
-        ("x" * 240_000, f"the image '{'x' * QUOTED}'... (240,000 characters) is no path: File name too long"),
+        (
+            {"foo": 1, "bar": 2},
+            "the image is an object without `bytes`, `path` or `url`: a mapping with foo, bar",
+        ),
+        (
+            "x" * 240_000,
+            f"the image '{'x' * QUOTED}'... (240,000 characters) is no path: File name too long",
+        ),
         ("/9j/" + "A" * 299, "the image is bad base64"),
         (5, "the image is a path, a data URL or bytes, got 5"),
         ({"bytes": {"a": 1}}, "the image is a path, a data URL or bytes, got a mapping with a"),
@@ -184,15 +215,23 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
     [
         (None, "turn 1: `content` is text or a list of parts, got nothing (null)"),
         ([None], "turn 1: a part is an object with a `type`, got nothing (null)"),
-        ([{"type": "text", "text": None}], "turn 1: a part of type text has a `text` and nothing else, got nothing (null)"),
+        (
+            [{"type": "text", "text": None}],
+            "turn 1: a part of type text has a `text` and nothing else, got nothing (null)",
+        ),
         ([{"type": "text", "text": "a", "image": "a.png"}], "got `image` beside it"),
-        ([{"type": "image", "text": "a", "image": "a.png"}], "turn 1: a part of type image with a `text`"),
+        (
+            [{"type": "image", "text": "a", "image": "a.png"}],
+            "turn 1: a part of type image with a `text`",
+        ),
         ([{"text": "a"}], "a part is of type text, image, image_url or video, got nothing (null)"),
         ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),
     ],
 )
 def test_an_odd_content_is_named_in_few_words(folder: Path, content: Any, message: str) -> None:
-    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+    row = {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    }
     (found,) = read(file_source(lines(folder / "rows.jsonl", [row])))
     assert isinstance(found, DataError) and message in found.message and len(found.message) < 300
 
@@ -212,9 +251,26 @@ def spoilt(field: str) -> dict[str, Any]:
     return {**VQA, field: f"x{HALF}"}
 
 
-@pytest.mark.parametrize("field", ["id", "category", "question", "answer", "image", "unused", "key", "tools", "role", "content", "system"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "id",
+        "category",
+        "question",
+        "answer",
+        "image",
+        "unused",
+        "key",
+        "tools",
+        "role",
+        "content",
+        "system",
+    ],
+)
 @pytest.mark.parametrize("policy", ["fail", "skip", "quarantine"])
-def test_half_a_character_anywhere_is_a_row_error_or_passes(folder: Path, tiny_recipe: Callable[..., str], field: str, policy: str) -> None:
+def test_half_a_character_anywhere_is_a_row_error_or_passes(
+    folder: Path, tiny_recipe: Callable[..., str], field: str, policy: str
+) -> None:
     good_row = MESSAGES if field in ("role", "content") else VQA
     path = lines(folder / "rows.jsonl", [good_row, spoilt(field), *[good_row] * 3])
     recipe = recipe_on(tiny_recipe, f"{{kind: file, path: {path}}}", f"  on_bad_row: {policy}\n")
@@ -223,7 +279,11 @@ def test_half_a_character_anywhere_is_a_row_error_or_passes(folder: Path, tiny_r
     report = vlm_tune.check(recipe)
     show_check(console, report)
     json.dumps(report.summary(), ensure_ascii=False).encode()
-    findings = [finding for finding in (*report.errors, *report.warnings) if finding.row == 2 and finding.kind != "duplicate"]
+    findings = [
+        finding
+        for finding in (*report.errors, *report.warnings)
+        if finding.row == 2 and finding.kind != "duplicate"
+    ]
     assert bool(findings) is not passes and (not findings or findings[0].message.isprintable())
     processor = build_processor(recipe, scratch_texts(recipe) if policy != "fail" or passes else [])
     if policy == "fail" and not passes:
@@ -237,37 +297,55 @@ def test_half_a_character_anywhere_is_a_row_error_or_passes(folder: Path, tiny_r
         assert json.loads(record["content"])
 
 
-def test_names_of_files_that_are_no_text_are_read(folder: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_names_of_files_that_are_no_text_are_read(
+    folder: Path, tiny_recipe: Callable[..., str]
+) -> None:
     odd = os.fsdecode(b"odd\xff.png")
     (folder / "a.png").rename(folder / odd)
     data = folder / os.fsdecode(b"rows\xff")
     data.mkdir()
-    lines(data / os.fsdecode(b"r\xfe.jsonl"), [{**VQA, "image": odd}, {**VQA, "answer": None}, {**VQA, "image": odd}])
+    lines(
+        data / os.fsdecode(b"r\xfe.jsonl"),
+        [{**VQA, "image": odd}, {**VQA, "answer": None}, {**VQA, "image": odd}],
+    )
     source = f"{{kind: file, path: '{folder}/rows*/*.jsonl', image_root: '{folder}'}}"
     recipe = recipe_on(tiny_recipe, source, "  on_bad_row: skip\n")
-    prepared = prepare(recipe.data, recipe.data.train, build_processor(recipe, scratch_texts(recipe)), seed=0)
+    prepared = prepare(
+        recipe.data, recipe.data.train, build_processor(recipe, scratch_texts(recipe)), seed=0
+    )
     assert len(prepared) == 2 and prepared.bad == 1 and prepared.media[0].source == folder / odd
     assert "odd\\udcff.png" in prepared.media[0].name
     report = vlm_tune.check(recipe)
     json.dumps(report.summary(), ensure_ascii=False).encode()
-    assert next(each for each in report.warnings if each.row).source.endswith("rows\\udcff/r\\udcfe.jsonl")
+    assert next(each for each in report.warnings if each.row).source.endswith(
+        "rows\\udcff/r\\udcfe.jsonl"
+    )
 
 
 def test_class_folders_and_members_of_shards_with_odd_names(folder: Path) -> None:
     classes = folder / "classes"
     (classes / os.fsdecode(b"red\xff")).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(classes / os.fsdecode(b"red\xff") / "1.png")
-    with pytest.raises(DataError, match=r"the class folder 'red\\udcff' has a name that is no text; rename it"):
+    with pytest.raises(
+        DataError, match=r"the class folder 'red\\udcff' has a name that is no text; rename it"
+    ):
         read(FolderSource(kind="folder", path=str(classes)))
     (classes / os.fsdecode(b"red\xff")).rename(classes / "red")
     (classes / "red" / "1.png").rename(classes / "red" / os.fsdecode(b"1\xff.png"))
     (row,) = good(read(FolderSource(kind="folder", path=str(classes))))
-    assert row.id == "classes/red/1\\udcff.png" and isinstance(row.media[0].source, Path) and row.media[0].source.is_file()
+    assert (
+        row.id == "classes/red/1\\udcff.png"
+        and isinstance(row.media[0].source, Path)
+        and row.media[0].source.is_file()
+    )
     shard = folder / "s.tar"
     import tarfile
 
     with tarfile.open(shard, "w", encoding="utf-8", errors="surrogateescape") as archive:
-        for name, content in ((b"x\xff.json", b'{"caption": "red"}'), (b"x\xff.png", (row.media[0].source).read_bytes())):
+        for name, content in (
+            (b"x\xff.json", b'{"caption": "red"}'),
+            (b"x\xff.png", (row.media[0].source).read_bytes()),
+        ):
             member = tarfile.TarInfo(os.fsdecode(name))
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -286,7 +364,9 @@ def odd_table(path: Path) -> Path:
     table = pa.table(
         {
             "image": ["a.png"] * 4,
-            "question": pa.array([b"q1?", b"q2\xff?", b"q3?", b"q4?"], pa.binary()).view(pa.string()),
+            "question": pa.array([b"q1?", b"q2\xff?", b"q3?", b"q4?"], pa.binary()).view(
+                pa.string()
+            ),
             "answer": ["a", "b", "c", "d"],
             "day": pa.array([1, 2, 10**9, 4], pa.int32()).view(pa.date32()),
             "stamp": pa.array([1, 2, 2**60, 4], pa.int64()).view(pa.timestamp("ms")),
@@ -300,14 +380,24 @@ def odd_table(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "feather"])
-def test_a_cell_that_can_not_be_read_is_its_rows_fault_only_where_it_is_used(folder: Path, ending: str) -> None:
+def test_a_cell_that_can_not_be_read_is_its_rows_fault_only_where_it_is_used(
+    folder: Path, ending: str
+) -> None:
     path = odd_table(folder / f"rows.{ending}")
     found = read(file_source(path))
     assert [isinstance(row, Conversation) for row in found] == [True, False, True, True]
-    assert isinstance(found[1], DataError) and found[1].kind == "text" and "`question`: 'utf-8' codec can't decode" in found[1].message
+    assert (
+        isinstance(found[1], DataError)
+        and found[1].kind == "text"
+        and "`question`: 'utf-8' codec can't decode" in found[1].message
+    )
     for column in ("day", "stamp"):
         found = read(file_source(path, columns={"category": column}, form="vqa"))
-        assert isinstance(found[2], DataError) and found[2].row == 3 and "`category`: " in found[2].message
+        assert (
+            isinstance(found[2], DataError)
+            and found[2].row == 3
+            and "`category`: " in found[2].message
+        )
     day = datetime.date(1970, 1, 2)
     assert day in {cell for row in odd_rows(path) for cell in row.values()}
 
@@ -316,21 +406,40 @@ def odd_rows(path: Path) -> list[dict[str, Any]]:
     from vlm_tune.data.sources.columnar import ArrowFile, Parquet
 
     kind = Parquet() if path.suffix == ".parquet" else ArrowFile()
-    return [row for first, _, payload in kind.stretches(path) for _, row in kind.rows(path, first, payload)]
+    return [
+        row
+        for first, _, payload in kind.stretches(path)
+        for _, row in kind.rows(path, first, payload)
+    ]
 
 
-def test_a_damaged_row_group_counts_as_all_of_its_rows(folder: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_a_damaged_row_group_counts_as_all_of_its_rows(
+    folder: Path, tiny_recipe: Callable[..., str]
+) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     path = folder / "rows.parquet"
     rows = [{**VQA, "question": f"what is {number}?"} for number in range(800)]
-    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=100, compression="none", use_dictionary=False)
+    parquet.write_table(
+        pa.Table.from_pylist(rows),
+        path,
+        row_group_size=100,
+        compression="none",
+        use_dictionary=False,
+    )
     data = bytearray(path.read_bytes())
     data[20:200] = bytes(180)
     path.write_bytes(data)
-    recipe = recipe_on(tiny_recipe, f"{{kind: file, path: {path}, form: vqa}}", "  on_bad_row: skip\n  max_bad_rows: 99\n")
-    processor = build_processor(recipe, [row for row in read(file_source(path, form="vqa")) if isinstance(row, Conversation)])
+    recipe = recipe_on(
+        tiny_recipe,
+        f"{{kind: file, path: {path}, form: vqa}}",
+        "  on_bad_row: skip\n  max_bad_rows: 99\n",
+    )
+    processor = build_processor(
+        recipe,
+        [row for row in read(file_source(path, form="vqa")) if isinstance(row, Conversation)],
+    )
     with pytest.raises(DataError, match="100 bad rows, more than 99"):
         prepare(recipe.data, recipe.data.train, processor, seed=0)
 
@@ -340,11 +449,19 @@ def test_a_damaged_row_group_counts_as_all_of_its_rows(folder: Path, tiny_recipe
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202eback\r"
 
 
-def test_show_and_check_print_no_control_characters_of_rows(folder: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_show_and_check_print_no_control_characters_of_rows(
+    folder: Path, tiny_recipe: Callable[..., str]
+) -> None:
     row = {**VQA, "id": HOSTILE, "category": HOSTILE, "question": HOSTILE, "answer": HOSTILE}
-    bad = [{**row, "image": HOSTILE}, {**VQA, "answer": [HOSTILE]}, {"messages": HOSTILE, **VQA, "tools": {HOSTILE: 1}}]
+    bad = [
+        {**row, "image": HOSTILE},
+        {**VQA, "answer": [HOSTILE]},
+        {"messages": HOSTILE, **VQA, "tools": {HOSTILE: 1}},
+    ]
     path = lines(folder / "rows.jsonl", [row, *bad])
-    recipe = recipe_on(tiny_recipe, f"{{kind: file, path: {path}, form: vqa}}", "  on_bad_row: skip\n")
+    recipe = recipe_on(
+        tiny_recipe, f"{{kind: file, path: {path}, form: vqa}}", "  on_bad_row: skip\n"
+    )
     for ids in (False, True):
         out = io.StringIO()
         show_samples(Console(file=out, width=200), sample_tokens(recipe, 1), ids=ids)
@@ -352,4 +469,6 @@ def test_show_and_check_print_no_control_characters_of_rows(folder: Path, tiny_r
         assert all(character.isprintable() or character == "\n" for character in out.getvalue())
     out = io.StringIO()
     show_check(Console(file=out, width=200), vlm_tune.check(recipe))
-    assert "owned" in out.getvalue() and all(character.isprintable() or character == "\n" for character in out.getvalue())
+    assert "owned" in out.getvalue() and all(
+        character.isprintable() or character == "\n" for character in out.getvalue()
+    )

@@ -25,15 +25,27 @@ from vlm_tune.errors import DataError
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    return [{"id": f"q{n}", "image": "ab"[n % 2] + ".png", "question": f"what is {n}?", "answer": f"it is {n}"} for n in range(5000)]
+    return [
+        {
+            "id": f"q{n}",
+            "image": "ab"[n % 2] + ".png",
+            "question": f"what is {n}?",
+            "answer": f"it is {n}",
+        }
+        for n in range(5000)
+    ]
 
 
-def test_chunks_read_in_another_process_are_what_reading_all_gives(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_chunks_read_in_another_process_are_what_reading_all_gives(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
     reader = open_source(file_source(write_rows(tmp_path / "rows.jsonl", rows), shots=1), seed=3)
     expected = good(list(read_all([reader])))
     assert [row.row for row in expected] == list(range(1, 5001)) and reader.form == "vqa"
     chunks = list(reader.chunks())
-    assert [chunk.number for chunk in chunks] == [0, 1, 2] and sum(chunk.rows for chunk in chunks) == 5000
+    assert [chunk.number for chunk in chunks] == [0, 1, 2] and sum(
+        chunk.rows for chunk in chunks
+    ) == 5000
     assert len(pickle.dumps(chunks)) < 500
     (tmp_path / "work.pkl").write_bytes(pickle.dumps((reader, chunks[::-1])))
     # In a fresh process, last chunk first, with nothing heavy loaded.
@@ -51,7 +63,9 @@ def test_chunks_read_in_another_process_are_what_reading_all_gives(tmp_path: Pat
     assert [row for chunk in found[::-1] for row in chunk] == expected
 
 
-def test_opening_and_taking_some_rows_reads_no_further(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_opening_and_taking_some_rows_reads_no_further(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
     found = read_all([open_source(file_source(path), seed=0)])
     assert isinstance(next(found), Conversation)
@@ -61,22 +75,41 @@ def test_opening_and_taking_some_rows_reads_no_further(tmp_path: Path, rows: lis
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows[:5])
-    data = DataSection(train=[file_source(path, limit=2), file_source(path, limit=2)], template="chatml")
+    data = DataSection(
+        train=[file_source(path, limit=2), file_source(path, limit=2)], template="chatml"
+    )
     assert [row.id for row in conversations(data, data.train, 0)] == ["rows:q0:1", "rows:q1:2"] * 2
 
 
-def test_the_fingerprint_changes_with_the_rows_and_with_what_shapes_them(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_the_fingerprint_changes_with_the_rows_and_with_what_shapes_them(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows[:5])
 
     def fingerprint(seed: int = 0, **options: Any) -> str:
         return open_source(file_source(path, **options), seed=seed).fingerprint()
 
     first = fingerprint()
-    assert first == fingerprint() == fingerprint(limit=3) == fingerprint(weight=2.0) == fingerprint(template="vicuna")
+    assert (
+        first
+        == fingerprint()
+        == fingerprint(limit=3)
+        == fingerprint(weight=2.0)
+        == fingerprint(template="vicuna")
+    )
     own = tmp_path / "own.yaml"
     own.write_text("task: vqa\nlanguage: en\nprompts: ['{question}']\nanswer: '{answer}'\n")
-    others = [fingerprint(1), fingerprint(shots=1), fingerprint(instructions="vqa-zh"), fingerprint(image_root=str(tmp_path / "x"))]
-    others += [fingerprint(instructions=str(own)), fingerprint(columns={"category": "id"}), fingerprint(video_frames=2)]
+    others = [
+        fingerprint(1),
+        fingerprint(shots=1),
+        fingerprint(instructions="vqa-zh"),
+        fingerprint(image_root=str(tmp_path / "x")),
+    ]
+    others += [
+        fingerprint(instructions=str(own)),
+        fingerprint(columns={"category": "id"}),
+        fingerprint(video_frames=2),
+    ]
     own.write_text(own.read_text().replace("'{question}'", "'{question} Say.'"))
     others += [fingerprint(instructions=str(own))]
     write_rows(path, rows[:6])
@@ -84,7 +117,9 @@ def test_the_fingerprint_changes_with_the_rows_and_with_what_shapes_them(tmp_pat
     assert len({first, *others}) == len(others) + 1
 
 
-def test_a_pattern_reads_its_files_in_order_and_names_them(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_a_pattern_reads_its_files_in_order_and_names_them(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
     for place, kind in (("x/part-2.jsonl", 0), ("x/part-10.parquet", 1), ("y/part-2.csv", 2)):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         write_rows(tmp_path / place, rows[kind * 2 : kind * 2 + 2])
@@ -94,8 +129,12 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(tmp_path: Path, rows:
     found = read(source)
     places = [(row.source, row.row) for row in found]
     names = ["x/part-10.parquet"] * 2 + ["x/part-2.jsonl"] * 3 + ["y/part-2.csv"] * 2
-    assert places == [(str(tmp_path / name), row) for name, row in zip(names, [1, 2, 1, 2, 3, 1, 2], strict=True)]
-    assert isinstance(found[4], DataError) and str(found[4]).startswith(f"{tmp_path}/x/part-2.jsonl, row 3: not JSON")
+    assert places == [
+        (str(tmp_path / name), row) for name, row in zip(names, [1, 2, 1, 2, 3, 1, 2], strict=True)
+    ]
+    assert isinstance(found[4], DataError) and str(found[4]).startswith(
+        f"{tmp_path}/x/part-2.jsonl, row 3: not JSON"
+    )
     assert [row.id for row in found if isinstance(row, Conversation)][-1] == "y/part-2:q5:2"
     chunks = list(open_source(source, seed=0).chunks())
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
@@ -118,18 +157,29 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(tmp_path: Path, rows:
         ("twice.csv", "a column comes twice"),
     ],
 )
-def test_a_source_that_is_none_says_why(tmp_path: Path, rows: list[dict[str, Any]], name: str, message: str) -> None:
-    for made, text in {"shard.tar": "x", "empty.jsonl": "", "empty.csv": "", "twice.csv": "a,b,a\n1,2,3\n"}.items():
+def test_a_source_that_is_none_says_why(
+    tmp_path: Path, rows: list[dict[str, Any]], name: str, message: str
+) -> None:
+    for made, text in {
+        "shard.tar": "x",
+        "empty.jsonl": "",
+        "empty.csv": "",
+        "twice.csv": "a,b,a\n1,2,3\n",
+    }.items():
         (tmp_path / made).write_text(text)
     for made in ("broken.parquet", "broken.arrow", "broken.feather"):
         data = write_rows(tmp_path / made, rows[:50]).read_bytes()
-        (tmp_path / made).write_bytes(data[: len(data) // 2] if made != "broken.arrow" else b"not arrow at all")
+        (tmp_path / made).write_bytes(
+            data[: len(data) // 2] if made != "broken.arrow" else b"not arrow at all"
+        )
     with pytest.raises(DataError, match=message):
         open_source(file_source(tmp_path / name), seed=0)
 
 
 def test_every_kind_of_source_has_a_reader() -> None:
-    kinds = json.loads(json.dumps(DataSection.model_json_schema()))["properties"]["train"]["items"]["discriminator"]["mapping"]
+    kinds = json.loads(json.dumps(DataSection.model_json_schema()))["properties"]["train"]["items"][
+        "discriminator"
+    ]["mapping"]
     assert set(kinds) == set(SOURCES)
 
 
@@ -145,13 +195,20 @@ def test_a_folder_a_class_is_a_classification(tmp_path: Path) -> None:
     found = read(source)
     assert [row.row for row in found] == [1, 2, 3, 4]
     bad = found.pop()
-    assert isinstance(bad, DataError) and "lies outside the image root" in str(bad) and "row 4" in str(bad)
+    assert (
+        isinstance(bad, DataError)
+        and "lies outside the image root" in str(bad)
+        and "row 4" in str(bad)
+    )
     assert [(row.id, row.category, row.messages[-1].text) for row in good(found)] == [
         ("animals/cat/1.jpg", "cat", "cat"),
         ("animals/cat/2.png", "cat", "cat"),
         ("animals/dog/deep/x.png", "dog", "dog"),
     ]
-    assert all("cat, dog" in row.messages[0].text and row.media[0].source == root / row.id[8:] for row in good(found))
+    assert all(
+        "cat, dog" in row.messages[0].text and row.media[0].source == root / row.id[8:]
+        for row in good(found)
+    )
     reader = open_source(source, seed=0)
     assert reader.form == "classify" and len(list(reader.chunks())) == 2
     before = reader.fingerprint()

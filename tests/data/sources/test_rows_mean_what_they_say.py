@@ -45,7 +45,9 @@ def message_of(folder: Path, row: dict[str, Any], **options: Any) -> str:
     return found.message
 
 
-def prepared_of(tiny_recipe: Callable[..., str], rows: Path, source: str, more: str = "") -> tuple[Prepared, Any]:
+def prepared_of(
+    tiny_recipe: Callable[..., str], rows: Path, source: str, more: str = ""
+) -> tuple[Prepared, Any]:
     """The source's rows as a run of a tiny decoder would read them, and the tokenizer."""
     text = tiny_recipe("causal")
     head, _, rest = text.partition("data:\n")
@@ -61,7 +63,9 @@ def as_trained(prepared: Prepared, processor: Any) -> list[tuple[str, str]]:
     for number in range(len(prepared.store)):
         example = prepared.store[number]
         shown = ""
-        for token, slot in zip(example.input_ids.tolist(), example.image_mask.tolist(), strict=True):
+        for token, slot in zip(
+            example.input_ids.tolist(), example.image_mask.tolist(), strict=True
+        ):
             shown += "[i]" if slot else processor.tokenizer.decode([token])
         while "[i][i]" in shown:
             shown = shown.replace("[i][i]", "[i]")
@@ -85,16 +89,27 @@ D1 = {
 }
 
 
-def test_marks_put_images_where_they_stand_in_the_tokens_of_a_run(folder: Path, tiny_recipe: Callable[..., str]) -> None:
-    second = {"prompt": r"a \<image> in words, and <image>\nhere?".replace(r"\n", "\n"), "completion": "red", "images": ["2.png"]}
-    texts = {"texts": [{"user": "see <image>", "assistant": "green", "source": "x"}], "images": ["2.png"]}
+def test_marks_put_images_where_they_stand_in_the_tokens_of_a_run(
+    folder: Path, tiny_recipe: Callable[..., str]
+) -> None:
+    second = {
+        "prompt": r"a \<image> in words, and <image>\nhere?".replace(r"\n", "\n"),
+        "completion": "red",
+        "images": ["2.png"],
+    }
+    texts = {
+        "texts": [{"user": "see <image>", "assistant": "green", "source": "x"}],
+        "images": ["2.png"],
+    }
     source = "{{kind: file, path: {path}}}"
     for row, shown in (
         (D1, ["user\nhello", "user\n[i]what color?", "user\nand [i]?"]),
         (second, ["user\na <image> in words, and [i]here?"]),
         (texts, ["user\nsee [i]<"]),
     ):
-        prepared, processor = prepared_of(tiny_recipe, write_rows(folder / "rows.jsonl", [row, row]), source)
+        prepared, processor = prepared_of(
+            tiny_recipe, write_rows(folder / "rows.jsonl", [row, row]), source
+        )
         for text, _ in as_trained(prepared, processor):
             assert all(piece in text for piece in shown), text
         assert [Path(str(media.source)).name for media in prepared.store[0].media] == row["images"]
@@ -102,30 +117,58 @@ def test_marks_put_images_where_they_stand_in_the_tokens_of_a_run(folder: Path, 
 
 @pytest.mark.parametrize("images", [[], ["0.png"], ["0.png", "1.png", "2.png"]])
 @pytest.mark.parametrize("parts", [False, True])
-def test_marks_and_images_that_differ_in_number_are_an_error_naming_both(folder: Path, images: list[str], parts: bool) -> None:
+def test_marks_and_images_that_differ_in_number_are_an_error_naming_both(
+    folder: Path, images: list[str], parts: bool
+) -> None:
     content: Any = "<image> and <image>?"
     if parts:
         content = [{"type": "image"}, {"type": "text", "text": "and <image>?"}]
     for row in (
         {"messages": [turn("user", content), turn("assistant", "a")], "images": images},
-        {"prompt": [turn("user", content)], "completion": [turn("assistant", "a")], "images": images},
+        {
+            "prompt": [turn("user", content)],
+            "completion": [turn("assistant", "a")],
+            "images": images,
+        },
         {"prompt": "<image> and <image>?", "completion": "a", "images": images},
         {"instruction": "<image> and <image>?", "output": "a", "images": images},
         {"texts": [{"user": "<image> and <image>?", "assistant": "a"}], "images": images},
-        {"conversations": [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "a"}], "images": images},
+        {
+            "conversations": [
+                {"from": "human", "value": "<image> and <image>?"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "images": images,
+        },
     ):
         number = f"{len(images)} image{'' if len(images) == 1 else 's'} and 2 <image> marks or parts in the questions"
         found = only(folder, row)
-        assert isinstance(found, DataError) and found.kind == "image_count" and number in found.message
+        assert (
+            isinstance(found, DataError) and found.kind == "image_count" and number in found.message
+        )
         assert (r"(\<image> is the text itself)" in found.message) == (len(images) < 2)
 
 
 def test_a_mark_of_a_system_text_takes_an_image_and_one_in_an_answer_is_text(folder: Path) -> None:
-    row = {"messages": [turn("system", "like <image>"), turn("user", "what?"), turn("assistant", "a <image>")], "images": ["0.png"]}
+    row = {
+        "messages": [
+            turn("system", "like <image>"),
+            turn("user", "what?"),
+            turn("assistant", "a <image>"),
+        ],
+        "images": ["0.png"],
+    }
     found = only(folder, row)
     assert isinstance(found, Conversation)
-    assert [message.parts for message in found.messages] == [("like ", Media(folder / "0.png")), ("what?",), ("a <image>",)]
-    row = {"messages": [turn("user", "what?"), turn("assistant", "<image> it is")], "images": ["0.png"]}
+    assert [message.parts for message in found.messages] == [
+        ("like ", Media(folder / "0.png")),
+        ("what?",),
+        ("a <image>",),
+    ]
+    row = {
+        "messages": [turn("user", "what?"), turn("assistant", "<image> it is")],
+        "images": ["0.png"],
+    }
     assert "turn 2: a mark in an answer, and none in the questions" in message_of(folder, row)
     row["messages"][0]["content"] = "<image>what?"
     assert isinstance(only(folder, row), Conversation)
@@ -135,30 +178,61 @@ def test_marks_in_task_rows_and_in_a_prompt_set_place_images(folder: Path) -> No
     row = {"images": ["0.png", "1.png"], "question": "Is <image> like <image>?", "answer": "no"}
     found = only(folder, row)
     assert isinstance(found, Conversation)
-    assert found.messages[0].parts == ("Is ", Media(folder / "0.png"), " like ", Media(folder / "1.png"), "?")
+    assert found.messages[0].parts == (
+        "Is ",
+        Media(folder / "0.png"),
+        " like ",
+        Media(folder / "1.png"),
+        "?",
+    )
     own = folder / "own.yaml"
-    own.write_text("task: vqa\nlanguage: en\nprompts: ['{question}\n\n  <image>']\nanswer: '{answer}'\n")
-    found = only(folder, {"image": "0.png", "question": "What?", "answer": "red"}, instructions=str(own))
-    assert isinstance(found, Conversation) and found.messages[0].parts == ("What?\n", Media(folder / "0.png"))
+    own.write_text(
+        "task: vqa\nlanguage: en\nprompts: ['{question}\n\n  <image>']\nanswer: '{answer}'\n"
+    )
+    found = only(
+        folder, {"image": "0.png", "question": "What?", "answer": "red"}, instructions=str(own)
+    )
+    assert isinstance(found, Conversation) and found.messages[0].parts == (
+        "What?\n",
+        Media(folder / "0.png"),
+    )
 
 
 def test_numbered_parts_are_checked(folder: Path) -> None:
     def row(*indices: Any) -> dict[str, Any]:
-        parts = [{"type": "image"} if index is None else {"type": "image", "index": index} for index in indices]
-        return {"messages": [turn("user", [*parts, {"type": "text", "text": "?"}]), turn("assistant", "a")], "images": ["0.png", "1.png"]}
+        parts = [
+            {"type": "image"} if index is None else {"type": "image", "index": index}
+            for index in indices
+        ]
+        return {
+            "messages": [
+                turn("user", [*parts, {"type": "text", "text": "?"}]),
+                turn("assistant", "a"),
+            ],
+            "images": ["0.png", "1.png"],
+        }
 
     found = only(folder, row(1, 0, 1))
-    assert isinstance(found, Conversation) and [Path(str(media.source)).name for media in found.media] == ["1.png", "0.png", "1.png"]
+    assert isinstance(found, Conversation) and [
+        Path(str(media.source)).name for media in found.media
+    ] == ["1.png", "0.png", "1.png"]
     assert "`index` is 2, and the row has 2 images" in message_of(folder, row(2))
     assert "`index` is true" in message_of(folder, row(True))
     assert "2 images, and no part has the `index` 1" in message_of(folder, row(0))
-    assert "some image parts have an `index`, and other places have none" in message_of(folder, row(0, None))
+    assert "some image parts have an `index`, and other places have none" in message_of(
+        folder, row(0, None)
+    )
 
 
 # --- what nothing here renders ---------------------------------------------------------------------------------------
 
 CALL = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
-TURNS = [turn("user", "what?"), turn("assistant", "let me look"), turn("user", "result: 5"), turn("assistant", "five")]
+TURNS = [
+    turn("user", "what?"),
+    turn("assistant", "let me look"),
+    turn("user", "result: 5"),
+    turn("assistant", "five"),
+]
 
 
 @pytest.mark.parametrize(
@@ -174,63 +248,112 @@ TURNS = [turn("user", "what?"), turn("assistant", "let me look"), turn("user", "
         ("loss_scale", 0.5),
     ],
 )
-def test_a_turn_with_something_that_nothing_renders_is_refused_by_its_name(folder: Path, name: str, value: Any) -> None:
+def test_a_turn_with_something_that_nothing_renders_is_refused_by_its_name(
+    folder: Path, name: str, value: Any
+) -> None:
     turns = [TURNS[0], {**TURNS[1], name: value}, *TURNS[2:]]
     assert f"messages, turn 2: `{name}` is not supported" in message_of(folder, {"messages": turns})
     row = {"prompt": turns[:3], "completion": turns[3:]}
     assert f"prompt, turn 2: `{name}` is not supported" in message_of(folder, row)
-    speakers = [{"from": "human" if each["role"] == "user" else "gpt", "value": each["content"]} for each in turns]
+    speakers = [
+        {"from": "human" if each["role"] == "user" else "gpt", "value": each["content"]}
+        for each in turns
+    ]
     speakers[1][name] = value
-    assert f"conversations, turn 2: `{name}` is not supported" in message_of(folder, {"conversations": speakers})
+    assert f"conversations, turn 2: `{name}` is not supported" in message_of(
+        folder, {"conversations": speakers}
+    )
     assert isinstance(only(folder, {"messages": turns}, ignore=[name]), Conversation)
     for empty in (None, "", [], {}, "[]"):
-        assert isinstance(only(folder, {"messages": [TURNS[0], {**TURNS[1], name: empty}, *TURNS[2:]]}), Conversation)
+        assert isinstance(
+            only(folder, {"messages": [TURNS[0], {**TURNS[1], name: empty}, *TURNS[2:]]}),
+            Conversation,
+        )
 
 
 @pytest.mark.parametrize("field", sorted(UNSUPPORTED))
-def test_tools_and_their_like_beside_the_turns_are_refused_unless_empty(folder: Path, field: str) -> None:
+def test_tools_and_their_like_beside_the_turns_are_refused_unless_empty(
+    folder: Path, field: str
+) -> None:
     for empty in (None, "", [], "[]", {}, "null", [None]):
         assert isinstance(only(folder, {"messages": TURNS, field: empty}), Conversation)
-    for row in ({"messages": TURNS}, {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}):
+    for row in (
+        {"messages": TURNS},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+    ):
         found = only(folder, {**row, field: CALL})
-        assert isinstance(found, DataError) and found.kind == "unsupported" and f"`{field}` is not supported" in found.message
+        assert (
+            isinstance(found, DataError)
+            and found.kind == "unsupported"
+            and f"`{field}` is not supported" in found.message
+        )
         assert isinstance(only(folder, {**row, field: CALL}, ignore=[field]), Conversation)
 
 
 def test_results_of_tools_and_parts_that_nothing_reads_are_refused(folder: Path) -> None:
     for role in ("tool", "function"):
         found = only(folder, {"messages": [TURNS[0], turn(role, "5"), TURNS[3]]})
-        assert isinstance(found, DataError) and found.kind == "unsupported" and f"turn 2: the role '{role}'" in found.message
+        assert (
+            isinstance(found, DataError)
+            and found.kind == "unsupported"
+            and f"turn 2: the role '{role}'" in found.message
+        )
     for kind in ("tool_use", "input_audio", "thinking"):
         found = only(folder, {"messages": [turn("user", [{"type": kind, "text": "x"}]), TURNS[3]]})
-        assert isinstance(found, DataError) and found.kind == "unsupported" and f"got '{kind}'" in found.message
+        assert (
+            isinstance(found, DataError)
+            and found.kind == "unsupported"
+            and f"got '{kind}'" in found.message
+        )
 
 
 def test_loss_of_a_turn_is_read_as_train_is(folder: Path) -> None:
-    for value, trained in ((False, False), (0, False), (0.0, False), (True, True), (1, True), (None, True)):
+    for value, trained in (
+        (False, False),
+        (0, False),
+        (0.0, False),
+        (True, True),
+        (1, True),
+        (None, True),
+    ):
         found = only(folder, {"messages": [TURNS[0], turn("assistant", "a", loss=value)]})
         assert isinstance(found, Conversation) and found.messages[1].trained is trained
-    assert "`loss` is 0 or 1, got 0.5" in message_of(folder, {"messages": [TURNS[0], turn("assistant", "a", loss=0.5)]})
+    assert "`loss` is 0 or 1, got 0.5" in message_of(
+        folder, {"messages": [TURNS[0], turn("assistant", "a", loss=0.5)]}
+    )
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
 
-MOON = {"image": "0.png", "question": "Which is bigger?", "choices": ["the sun", "the moon"], "answer": 0}
+MOON = {
+    "image": "0.png",
+    "question": "Which is bigger?",
+    "choices": ["the sun", "the moon"],
+    "answer": 0,
+}
 
 
-@pytest.mark.parametrize(("prompts", "answer"), [("multiple_choice", "A"), ("multiple_choice-text", "the sun")])
+@pytest.mark.parametrize(
+    ("prompts", "answer"), [("multiple_choice", "A"), ("multiple_choice-text", "the sun")]
+)
 def test_choices_are_shown_and_answered_in_the_tokens_of_a_run(
     folder: Path, tiny_recipe: Callable[..., str], prompts: str, answer: str
 ) -> None:
     rows = write_rows(folder / "rows.jsonl", [{**MOON, "id": str(number)} for number in range(4)])
-    prepared, processor = prepared_of(tiny_recipe, rows, f"{{{{kind: file, path: {{path}}, instructions: {prompts}}}}}")
+    prepared, processor = prepared_of(
+        tiny_recipe, rows, f"{{{{kind: file, path: {{path}}, instructions: {prompts}}}}}"
+    )
     for shown, trained in as_trained(prepared, processor):
         assert "Which is bigger?" in shown and "A. the sun\nB. the moon" in shown
         assert trained.startswith(answer) and trained.removeprefix(answer).startswith("<")
 
 
 def test_choices_are_shuffled_by_seed_and_row_and_the_answer_goes_along(folder: Path) -> None:
-    rows = [{**MOON, "choices": ["a1", "b2", "c3", "d4"], "answer": "c3", "id": str(number)} for number in range(40)]
+    rows = [
+        {**MOON, "choices": ["a1", "b2", "c3", "d4"], "answer": "c3", "id": str(number)}
+        for number in range(40)
+    ]
     path = write_rows(folder / "rows.jsonl", rows)
 
     def lines(seed: int, **options: Any) -> list[tuple[str, str]]:
@@ -238,7 +361,9 @@ def test_choices_are_shuffled_by_seed_and_row_and_the_answer_goes_along(folder: 
         return [(row.messages[0].text, row.messages[1].text) for row in found]
 
     plain, first = lines(0), lines(0, shuffle_choices=True)
-    assert {answer for _, answer in plain} == {"C"} and {answer for _, answer in first} == set("ABCD")
+    assert {answer for _, answer in plain} == {"C"} and {answer for _, answer in first} == set(
+        "ABCD"
+    )
     assert first == lines(0, shuffle_choices=True) != lines(1, shuffle_choices=True)
     assert all(f"{answer}. c3" in question for question, answer in first)
     texts = lines(0, shuffle_choices=True, instructions="multiple_choice-text")
@@ -246,18 +371,30 @@ def test_choices_are_shuffled_by_seed_and_row_and_the_answer_goes_along(folder: 
 
 
 AMBIGUOUS = {
-    "a number that is a text and a place": ({"choices": [1, 2, 3], "answer": 1}, {"index": "B", "text": "A", "index_from_1": "A"}),
+    "a number that is a text and a place": (
+        {"choices": [1, 2, 3], "answer": 1},
+        {"index": "B", "text": "A", "index_from_1": "A"},
+    ),
     "as text": ({"choices": ["10", "0", "1"], "answer": "1"}, {"index": "B", "text": "C"}),
-    "a letter that is a text": ({"choices": ["B", "A"], "answer": "A"}, {"letter": "A", "text": "B"}),
+    "a letter that is a text": (
+        {"choices": ["B", "A"], "answer": "A"},
+        {"letter": "A", "text": "B"},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(folder: Path, name: str) -> None:
+def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(
+    folder: Path, name: str
+) -> None:
     more, answers = AMBIGUOUS[name]
     row = {**MOON, **more}
     found = only(folder, row)
-    assert isinstance(found, DataError) and found.kind == "ambiguous" and "`answer_is`" in found.message
+    assert (
+        isinstance(found, DataError)
+        and found.kind == "ambiguous"
+        and "`answer_is`" in found.message
+    )
     for how, answer in answers.items():
         told = only(folder, row, answer_is=how)
         assert isinstance(told, Conversation) and told.messages[1].text == answer
@@ -282,11 +419,16 @@ def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(folder: Pa
         ({"choices": ["x", None]}, "no text `choices`"),
         ({"choices": ["x", float("nan")]}, "`choices` is nan, which is no value"),
         ({"choices": ["x"]}, "`choices` has 1 choices"),
-        ({"choices": ["x", "y"], "options": ["x", "y"]}, "several lists of choices: choices, options"),
+        (
+            {"choices": ["x", "y"], "options": ["x", "y"]},
+            "several lists of choices: choices, options",
+        ),
         ({"label": 1}, "both `answer` and `label`"),
     ],
 )
-def test_choices_that_make_no_question_are_errors(folder: Path, more: dict[str, Any], message: str) -> None:
+def test_choices_that_make_no_question_are_errors(
+    folder: Path, more: dict[str, Any], message: str
+) -> None:
     assert message in message_of(folder, {**MOON, **more}, form="multiple_choice")
 
 
@@ -296,7 +438,10 @@ def test_choices_as_tables_on_the_hub_keep_them(folder: Path) -> None:
     assert "B. it's 7" in found.messages[0].text and found.messages[1].text == "B"
     row["options"] = "['$6', open('x')]"
     (bad,) = read(file_source(write_rows(folder / "rows.csv", [row]), form="multiple_choice"))
-    assert isinstance(bad, DataError) and "`options` is a list, and its text is not JSON" in bad.message
+    assert (
+        isinstance(bad, DataError)
+        and "`options` is a list, and its text is not JSON" in bad.message
+    )
 
 
 # --- fields that carry meaning ---------------------------------------------------------------------------------------
@@ -307,34 +452,64 @@ TASK_ROWS = {
     "ocr": {"image": "0.png", "text": "red"},
     "classify": {"image": "0.png", "label": "x", "choices": ["x", "y"]},
     "messages": {"messages": TURNS},
-    "llava": {"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}], "image": "0.png"},
+    "llava": {
+        "conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}],
+        "image": "0.png",
+    },
     "alpaca": {"instruction": "q", "output": "a"},
 }
 
 
 @pytest.mark.parametrize("form", TASK_ROWS)
 def test_a_field_that_carries_meaning_and_is_not_read_is_an_error(folder: Path, form: str) -> None:
-    row = {**TASK_ROWS[form], "split": "train", "source": "web", "score": 0.5, "width": 640, "url": "http://x"}
+    row = {
+        **TASK_ROWS[form],
+        "split": "train",
+        "source": "web",
+        "score": 0.5,
+        "width": 640,
+        "url": "http://x",
+    }
     assert isinstance(only(folder, row, form=form), Conversation)
     for field in sorted(MEANT - USED[form]):
         found = only(folder, {**row, field: ["p", "q"]}, form=form)
-        assert isinstance(found, DataError) and found.kind in ("unused_field", "unsupported") and f"`{field}`" in found.message
+        assert (
+            isinstance(found, DataError)
+            and found.kind in ("unused_field", "unsupported")
+            and f"`{field}`" in found.message
+        )
         assert "`ignore`" in found.message
-        assert isinstance(only(folder, {**row, field: ["p", "q"]}, form=form, ignore=[field]), Conversation)
+        assert isinstance(
+            only(folder, {**row, field: ["p", "q"]}, form=form, ignore=[field]), Conversation
+        )
     assert isinstance(only(folder, {**row, "weight": 1.0}, form=form), Conversation)
 
 
 def test_a_detected_task_does_not_drop_a_question(folder: Path) -> None:
     row = {"image": "0.png", "caption": "red", "question": "what?"}
     found = only(folder, row)
-    assert isinstance(found, DataError) and "`question` ('what?') is not read by the caption form" in found.message
+    assert (
+        isinstance(found, DataError)
+        and "`question` ('what?') is not read by the caption form" in found.message
+    )
     assert isinstance(only(folder, row, form="caption"), Conversation)
     row = {"image": "0.png", "question": "what?", "answer": "a", "A": "x", "B": "y"}
-    assert "`A, B` ('x') is not read by the vqa form: `form: multiple_choice` reads it" in message_of(folder, row, form="vqa")
+    assert (
+        "`A, B` ('x') is not read by the vqa form: `form: multiple_choice` reads it"
+        in message_of(folder, row, form="vqa")
+    )
 
 
 def test_empty_is_no_reason_to_refuse_a_row(folder: Path) -> None:
-    for more in ({"images": []}, {"images": None}, {"images": ""}, {"videos": []}, {"tools": "[]"}, {"choices": []}, {"label": ""}):
+    for more in (
+        {"images": []},
+        {"images": None},
+        {"images": ""},
+        {"videos": []},
+        {"tools": "[]"},
+        {"choices": []},
+        {"label": ""},
+    ):
         found = only(folder, {**TASK_ROWS["vqa"], **more})
         assert isinstance(found, Conversation) and len(found.media) == 1
     found = only(folder, {**TASK_ROWS["messages"], "image": ""})
@@ -348,36 +523,81 @@ def test_empty_is_no_reason_to_refuse_a_row(folder: Path) -> None:
 # --- missing values --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "null", '""', '" "', '"\\u200b"', '"\\ufeff"', '"\\u0007"', '"\\u0301"'])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "null",
+        '""',
+        '" "',
+        '"\\u200b"',
+        '"\\ufeff"',
+        '"\\u0007"',
+        '"\\u0301"',
+    ],
+)
 def test_no_answer_is_never_taught(folder: Path, value: str) -> None:
     path = folder / "rows.jsonl"
     path.write_text(f'{{"image": "0.png", "question": "q?", "answer": {value}}}\n')
     (found,) = read(file_source(path, form="vqa"))
     assert isinstance(found, DataError) and "`answer`" in found.message
-    path.write_text(f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": {value}}}]}}\n')
+    path.write_text(
+        f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": {value}}}]}}\n'
+    )
     (found,) = read(file_source(path, form="messages"))
     assert isinstance(found, DataError) and found.kind in ("field", "empty_answer")
 
 
-@pytest.mark.parametrize("text", ["a", "0", "-", "…", "é", "\u200bno", "是", "😀", "👨‍👩‍👧", "\u0301a", "$", "\ufffd"])
+@pytest.mark.parametrize(
+    "text", ["a", "0", "-", "…", "é", "\u200bno", "是", "😀", "👨‍👩‍👧", "\u0301a", "$", "\ufffd"]
+)
 def test_what_can_be_seen_is_an_answer(text: str) -> None:
     assert is_legible(text)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\ufeff", "\x00\x1b", "\u202e", "\u3164", "\u2800", "\u00ad", "\u0301"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n\t",
+        "\u200b",
+        "\ufeff",
+        "\x00\x1b",
+        "\u202e",
+        "\u3164",
+        "\u2800",
+        "\u00ad",
+        "\u0301",
+    ],
+)
 def test_what_can_not_be_seen_is_none(text: str) -> None:
     assert not is_legible(text)
 
 
-def test_cells_that_are_no_value_are_missing_and_those_that_may_be_are_asked_about(folder: Path) -> None:
+def test_cells_that_are_no_value_are_missing_and_those_that_may_be_are_asked_about(
+    folder: Path,
+) -> None:
     answers = ["red", "nan", "NaN", "null", "", "#N/A", "<NA>", "None", "NA", "none", "na"]
     path = folder / "rows.csv"
-    path.write_text("image,question,answer\n" + "".join(f"0.png,q?,{answer}\n" for answer in answers))
+    path.write_text(
+        "image,question,answer\n" + "".join(f"0.png,q?,{answer}\n" for answer in answers)
+    )
     found = read(file_source(path))
     kinds = [row.kind if isinstance(row, DataError) else row.messages[-1].text for row in found]
     assert kinds == ["red", *["missing_field"] * 6, "ambiguous", "ambiguous", "none", "na"]
-    assert "`answer` is 'None', a text or a missing value: say which with the source's `null_values`" in str(found[7])
-    told = [isinstance(row, DataError) for row in read(file_source(path, null_values=["", "nan", "NaN", "null", "#N/A", "<NA>", "NA"]))]
+    assert (
+        "`answer` is 'None', a text or a missing value: say which with the source's `null_values`"
+        in str(found[7])
+    )
+    told = [
+        isinstance(row, DataError)
+        for row in read(
+            file_source(path, null_values=["", "nan", "NaN", "null", "#N/A", "<NA>", "NA"])
+        )
+    ]
     assert told == [False, *[True] * 6, False, True, False, False]
     # In JSON a text is a text, unless the recipe says otherwise.
     row = {"image": "0.png", "question": "q?", "answer": "NA"}
@@ -385,19 +605,33 @@ def test_cells_that_are_no_value_are_missing_and_those_that_may_be_are_asked_abo
     assert "no text `answer`" in message_of(folder, row, null_values=["NA"], form="vqa")
 
 
-def test_a_check_names_the_rows_and_a_run_does_not_train_on_them(folder: Path, tiny_recipe: Callable[..., str]) -> None:
+def test_a_check_names_the_rows_and_a_run_does_not_train_on_them(
+    folder: Path, tiny_recipe: Callable[..., str]
+) -> None:
     rows = [TASK_ROWS["vqa"]] * 6
     path = folder / "rows.jsonl"
-    bad = [MOON, {**TASK_ROWS["vqa"], "answer": "\u200b"}, {**TASK_ROWS["vqa"], "tools": CALL}, {**TASK_ROWS["vqa"], "answer": "\ufeff"}]
+    bad = [
+        MOON,
+        {**TASK_ROWS["vqa"], "answer": "\u200b"},
+        {**TASK_ROWS["vqa"], "tools": CALL},
+        {**TASK_ROWS["vqa"], "answer": "\ufeff"},
+    ]
     lines = [*rows, *bad]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"image": "0.png", "question": "q?", "answer": NaN}\n')
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in lines)
+        + '{"image": "0.png", "question": "q?", "answer": NaN}\n'
+    )
     text = tiny_recipe("causal")
     head, _, rest = text.partition("data:\n")
     recipe = parsed(
         f"{head}data:\n  train: [{{kind: file, path: {path}, form: vqa}}]\n  on_bad_row: skip\n{rest[rest.index('  template:') :]}"
     )
     report = vlm_tune.check(recipe)
-    assert [(finding.row, finding.kind) for finding in sorted(report.warnings, key=lambda one: one.row) if 6 < finding.row < 12] == [
+    assert [
+        (finding.row, finding.kind)
+        for finding in sorted(report.warnings, key=lambda one: one.row)
+        if 6 < finding.row < 12
+    ] == [
         (7, "unused_field"),
         (8, "missing_field"),
         (9, "unsupported"),

@@ -48,47 +48,100 @@ THEN = [{"type": "text", "text": "then "}, {"type": "text", "text": "What differ
 PLACED = [{"type": "image"}, THEN[0], {"type": "image"}, THEN[1]]
 NUMBERED = [{"type": "image", "index": 1}, THEN[0], {"type": "image", "index": 0}, THEN[1]]
 OWN = [{"type": "image", "image": "a.png"}, THEN[0], {"type": "image", "path": "b.png"}, THEN[1]]
-URLS = [{"type": "image_url", "image_url": {"url": "a.png"}}, THEN[0], {"type": "image_url", "image_url": "b.png"}, THEN[1]]
-NULLS = [{"text": None, **part} if part["type"] == "image" else {"image": None, **part} for part in PLACED]  # as Arrow keeps parts
+URLS = [
+    {"type": "image_url", "image_url": {"url": "a.png"}},
+    THEN[0],
+    {"type": "image_url", "image_url": "b.png"},
+    THEN[1],
+]
+NULLS = [
+    {"text": None, **part} if part["type"] == "image" else {"image": None, **part}
+    for part in PLACED
+]  # as Arrow keeps parts
 REST = [
     turn("assistant", ANSWER),
     turn("user", "Sure?"),
     turn("assistant", [{"type": "text", "text": "Y"}, {"type": "text", "text": "es."}]),
 ]
 SYSTEM, IMAGES = turn("system", "Be brief."), ["a.png", "b.png"]
-COLUMNS = {"from": ["human", "gpt", "human", "gpt"], "value": [turn["value"] for turn in MARKED]}  # as old data sets keep turns
+COLUMNS = {
+    "from": ["human", "gpt", "human", "gpt"],
+    "value": [turn["value"] for turn in MARKED],
+}  # as old data sets keep turns
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("llava", {"image": IMAGES, "conversations": [said("system", "Be brief."), *MARKED]}),
     "sharegpt": ("sharegpt", {"images": IMAGES, "system": "Be brief.", "conversations": MARKED}),
-    "sharegpt in columns": ("sharegpt", {"images": IMAGES, "system": "Be brief.", "conversations": COLUMNS}),
-    "sharegpt under messages": ("sharegpt", {"images": IMAGES, "system": "Be brief.", "messages": MARKED}),
+    "sharegpt in columns": (
+        "sharegpt",
+        {"images": IMAGES, "system": "Be brief.", "conversations": COLUMNS},
+    ),
+    "sharegpt under messages": (
+        "sharegpt",
+        {"images": IMAGES, "system": "Be brief.", "messages": MARKED},
+    ),
     "messages": ("messages", {"images": IMAGES, "messages": [SYSTEM, turn("user", PLACED), *REST]}),
-    "messages from arrow": ("messages", {"images": IMAGES, "messages": [SYSTEM, turn("user", NULLS), *REST]}),
+    "messages from arrow": (
+        "messages",
+        {"images": IMAGES, "messages": [SYSTEM, turn("user", NULLS), *REST]},
+    ),
     "messages, own images": ("messages", {"messages": [SYSTEM, turn("user", OWN), *REST]}),
-    "messages, urls": ("messages", {"system": "Be brief.", "messages": [turn("user", URLS), *REST]}),
-    "messages under conversations": ("messages", {"images": IMAGES, "conversations": [SYSTEM, turn("user", PLACED), *REST]}),
-    "prompt_completion": ("prompt_completion", {"images": IMAGES, "prompt": [SYSTEM, turn("user", PLACED)], "completion": REST}),
-    "messages, marks": ("messages", {"images": IMAGES, "messages": [SYSTEM, turn("user", QUESTION), *REST]}),
+    "messages, urls": (
+        "messages",
+        {"system": "Be brief.", "messages": [turn("user", URLS), *REST]},
+    ),
+    "messages under conversations": (
+        "messages",
+        {"images": IMAGES, "conversations": [SYSTEM, turn("user", PLACED), *REST]},
+    ),
+    "prompt_completion": (
+        "prompt_completion",
+        {"images": IMAGES, "prompt": [SYSTEM, turn("user", PLACED)], "completion": REST},
+    ),
+    "messages, marks": (
+        "messages",
+        {"images": IMAGES, "messages": [SYSTEM, turn("user", QUESTION), *REST]},
+    ),
     "messages, marks in a part": (
         "messages",
-        {"images": IMAGES, "messages": [SYSTEM, turn("user", [{"type": "text", "text": QUESTION}]), *REST]},
+        {
+            "images": IMAGES,
+            "messages": [SYSTEM, turn("user", [{"type": "text", "text": QUESTION}]), *REST],
+        },
     ),
-    "messages, numbered parts": ("messages", {"images": IMAGES[::-1], "messages": [SYSTEM, turn("user", NUMBERED), *REST]}),
+    "messages, numbered parts": (
+        "messages",
+        {"images": IMAGES[::-1], "messages": [SYSTEM, turn("user", NUMBERED), *REST]},
+    ),
     "prompt_completion, marks": (
         "prompt_completion",
         {"images": IMAGES, "prompt": [SYSTEM, turn("user", QUESTION)], "completion": REST},
     ),
     "cauldron": (
         "cauldron",
-        {"images": IMAGES, "system": "Be brief.", "texts": [pair(QUESTION, ANSWER), pair("Sure?", "Yes.")]},
+        {
+            "images": IMAGES,
+            "system": "Be brief.",
+            "texts": [pair(QUESTION, ANSWER), pair("Sure?", "Yes.")],
+        },
     ),
     "cauldron in columns": (
         "cauldron",
-        {"images": IMAGES, "system": "Be brief.", "texts": {"user": [QUESTION, "Sure?"], "assistant": [ANSWER, "Yes."]}},
+        {
+            "images": IMAGES,
+            "system": "Be brief.",
+            "texts": {"user": [QUESTION, "Sure?"], "assistant": [ANSWER, "Yes."]},
+        },
     ),
     "alpaca": (
         "alpaca",
-        {"images": IMAGES, "system": "Be brief.", "history": [[QUESTION, ANSWER]], "instruction": "Sure?", "input": "", "output": "Yes."},
+        {
+            "images": IMAGES,
+            "system": "Be brief.",
+            "history": [[QUESTION, ANSWER]],
+            "instruction": "Sure?",
+            "input": "",
+            "output": "Yes.",
+        },
     ),
 }
 
@@ -97,15 +150,24 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_sample_is_the_same_conversation_in_every_form(folder: Path, name: str) -> None:
     reference = good(read(file_source(write_rows(folder / "llava.jsonl", [SAME["llava"][1]]))))[0]
     assert reference.media == (Media(folder / "a.png"), Media(folder / "b.png"))
-    assert reference.messages[1].parts == (Media(folder / "a.png"), "then ", Media(folder / "b.png"), "What differs?")
+    assert reference.messages[1].parts == (
+        Media(folder / "a.png"),
+        "then ",
+        Media(folder / "b.png"),
+        "What differs?",
+    )
     form, row = SAME[name]
     source = file_source(write_rows(folder / "rows.jsonl", [row]))
     assert open_source(source, seed=0).form == form
     (found,) = good(read(source))
-    assert [(m.role, m.text, m.trained) for m in found.messages] == [(m.role, m.text, m.trained) for m in reference.messages]
+    assert [(m.role, m.text, m.trained) for m in found.messages] == [
+        (m.role, m.text, m.trained) for m in reference.messages
+    ]
     assert found.media == reference.media and found.messages[:4] == reference.messages[:4]
     assert (found.id, found.source, found.row) == ("rows:1:1", str(folder / "rows.jsonl"), 1)
-    assert good(read(file_source(folder / "rows.jsonl", form=form, columns=renames(form, row)))) == [found]
+    assert good(
+        read(file_source(folder / "rows.jsonl", form=form, columns=renames(form, row)))
+    ) == [found]
 
 
 def renames(form: str, row: dict[str, Any]) -> dict[str, str]:
@@ -115,7 +177,9 @@ def renames(form: str, row: dict[str, Any]) -> dict[str, str]:
     return {own: other} if form in ("messages", "sharegpt") and own not in row else {}
 
 
-@pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("vicuna", "causal"), ("flan", "seq2seq")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("chatml", "causal"), ("vicuna", "causal"), ("flan", "seq2seq")]
+)
 def test_the_same_conversations_are_the_same_examples(folder: Path, name: str, layout: Any) -> None:
     made = processor(name, "bytes", layout)
     examples = []
@@ -123,26 +187,68 @@ def test_the_same_conversations_are_the_same_examples(folder: Path, name: str, l
         (row,) = good(read(file_source(write_rows(folder / "rows.jsonl", [SAME[form][1]]))))
         examples.append(made.examples(row))
     for pairs in zip(*examples, strict=True):
-        ids = [(one.input_ids.tolist(), one.labels.tolist(), one.image_mask.tolist(), one.media) for one in pairs]
+        ids = [
+            (one.input_ids.tolist(), one.labels.tolist(), one.image_mask.tolist(), one.media)
+            for one in pairs
+        ]
         assert ids[0] == ids[1] == ids[2]
     assert len(examples[0]) == (1 if layout == "causal" else 2)
 
 
 TASKS: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "vqa": ("vqa", {"image": "a.png", "question": "what color?", "answer": "red"}, "what color?", "red"),
-    "vqa, answers": ("vqa", {"image": "a.png", "question": "q?", "answers": ["blue", "red", "red"]}, "q?", "red"),
-    "vqa, VQAv2": ("vqa", {"image": "a.png", "question": "q?", "answers": [{"answer": "2"}, {"answer": "3"}, {"answer": "2"}]}, "q?", "2"),
-    "vqa, a number": ("vqa", {"image": "a.png", "question": "how many?", "answer": 3}, "how many?", "3"),
+    "vqa": (
+        "vqa",
+        {"image": "a.png", "question": "what color?", "answer": "red"},
+        "what color?",
+        "red",
+    ),
+    "vqa, answers": (
+        "vqa",
+        {"image": "a.png", "question": "q?", "answers": ["blue", "red", "red"]},
+        "q?",
+        "red",
+    ),
+    "vqa, VQAv2": (
+        "vqa",
+        {
+            "image": "a.png",
+            "question": "q?",
+            "answers": [{"answer": "2"}, {"answer": "3"}, {"answer": "2"}],
+        },
+        "q?",
+        "2",
+    ),
+    "vqa, a number": (
+        "vqa",
+        {"image": "a.png", "question": "how many?", "answer": 3},
+        "how many?",
+        "3",
+    ),
     "vqa, true": ("vqa", {"image": "a.png", "question": "is it?", "answer": True}, "is it?", "yes"),
-    "vqa, context": ("vqa", {"image": "a.png", "context": "It is noon.", "question": "q?", "answer": "a"}, "It is noon.\nq?", "a"),
+    "vqa, context": (
+        "vqa",
+        {"image": "a.png", "context": "It is noon.", "question": "q?", "answer": "a"},
+        "It is noon.\nq?",
+        "a",
+    ),
     "choices": (
         "multiple_choice",
         {"image": "a.png", "question": "Which?", "choices": ["the sun", "the moon"], "answer": 1},
         "A. the sun\nB. the moon",
         "B",
     ),
-    "choices, letter": ("multiple_choice", {"image": "a.png", "question": "Q?", "options": ["x", "y"], "answer": "(b)"}, "B. y", "B"),
-    "choices, text": ("multiple_choice", {"image": "a.png", "question": "Q?", "candidates": ["x", "y"], "answer": "x"}, "A. x", "A"),
+    "choices, letter": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Q?", "options": ["x", "y"], "answer": "(b)"},
+        "B. y",
+        "B",
+    ),
+    "choices, text": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Q?", "candidates": ["x", "y"], "answer": "x"},
+        "A. x",
+        "A",
+    ),
     "choices, columns": (
         "multiple_choice",
         {"image": "a.png", "question": "Q?", "A": "x", "B": "y", "C": "", "answer": "B"},
@@ -151,22 +257,68 @@ TASKS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "choices, labels": (
         "multiple_choice",
-        {"image": "a.png", "question": "Q?", "choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answer": "1"},
+        {
+            "image": "a.png",
+            "question": "Q?",
+            "choices": {"label": ["1", "2"], "text": ["x", "y"]},
+            "answer": "1",
+        },
         "A. x",
         "A",
     ),
-    "choices, true": ("multiple_choice", {"image": "a.png", "question": "Q?", "choices": ["Yes", "No"], "answer": False}, "B. No", "B"),
+    "choices, true": (
+        "multiple_choice",
+        {"image": "a.png", "question": "Q?", "choices": ["Yes", "No"], "answer": False},
+        "B. No",
+        "B",
+    ),
     "caption": ("caption", {"image": "a.png", "caption": "a red square"}, "", "a red square"),
-    "captions": ("caption", {"image": "a.png", "caption": ["a red square", "red"]}, "", "a red square"),
-    "classify": ("classify", {"image": "a.png", "label": "cat", "choices": ["dog", "cat"]}, "dog, cat", "cat"),
-    "classify, place": ("classify", {"image": "a.png", "label": 1, "choices": ["dog", "cat"]}, "dog, cat", "cat"),
-    "retrieval": ("retrieval", {"image": "a.png", "candidates": ["a cat", "a dog"], "answer": "a dog"}, "- a cat\n- a dog", "a dog"),
-    "retrieval, place": ("retrieval", {"image": "a.png", "candidates": ["a cat", "a dog"], "answer": 0}, "- a cat\n- a dog", "a cat"),
+    "captions": (
+        "caption",
+        {"image": "a.png", "caption": ["a red square", "red"]},
+        "",
+        "a red square",
+    ),
+    "classify": (
+        "classify",
+        {"image": "a.png", "label": "cat", "choices": ["dog", "cat"]},
+        "dog, cat",
+        "cat",
+    ),
+    "classify, place": (
+        "classify",
+        {"image": "a.png", "label": 1, "choices": ["dog", "cat"]},
+        "dog, cat",
+        "cat",
+    ),
+    "retrieval": (
+        "retrieval",
+        {"image": "a.png", "candidates": ["a cat", "a dog"], "answer": "a dog"},
+        "- a cat\n- a dog",
+        "a dog",
+    ),
+    "retrieval, place": (
+        "retrieval",
+        {"image": "a.png", "candidates": ["a cat", "a dog"], "answer": 0},
+        "- a cat\n- a dog",
+        "a cat",
+    ),
     "ocr": ("ocr", {"image": "a.png", "text": "EXIT\nleft"}, "", "EXIT\nleft"),
-    "translate": ("translate", {"image": "a.png", "target_language": "English", "translation": "Exit"}, "English", "Exit"),
+    "translate": (
+        "translate",
+        {"image": "a.png", "target_language": "English", "translation": "Exit"},
+        "English",
+        "Exit",
+    ),
     "translate a text": (
         "translate",
-        {"image": "a.png", "text": "Ausgang", "source_language": "German", "target_language": "English", "translation": "Exit"},
+        {
+            "image": "a.png",
+            "text": "Ausgang",
+            "source_language": "German",
+            "target_language": "English",
+            "translation": "Exit",
+        },
         "Ausgang",
         "Exit",
     ),
@@ -181,39 +333,93 @@ def test_a_task_row_is_detected_and_asked_in_its_prompt_set(folder: Path, name: 
     assert reader.form == form
     for found in good(read(source)):
         assert [message.role for message in found.messages] == ["user", "assistant"]
-        assert found.messages[0].parts[0] == Media(folder / "a.png") and asked in found.messages[0].text
-        assert found.messages[1].text == answer and found.category == (answer if form == "classify" else "")
+        assert (
+            found.messages[0].parts[0] == Media(folder / "a.png")
+            and asked in found.messages[0].text
+        )
+        assert found.messages[1].text == answer and found.category == (
+            answer if form == "classify" else ""
+        )
     renamed = {f"their {key}": value for key, value in row.items()}
     told = {key: f"their {key}" for key in row}
     (folder / "theirs").mkdir()
-    theirs = file_source(write_rows(folder / "theirs" / "rows.jsonl", [renamed, renamed]), columns=told, image_root=str(folder))
-    assert [row.messages for row in good(read(theirs))] == [row.messages for row in good(read(source))]
+    theirs = file_source(
+        write_rows(folder / "theirs" / "rows.jsonl", [renamed, renamed]),
+        columns=told,
+        image_root=str(folder),
+    )
+    assert [row.messages for row in good(read(theirs))] == [
+        row.messages for row in good(read(source))
+    ]
     chinese = good(read(file_source(folder / "rows.jsonl", instructions=f"{form}-zh")))
     assert any("\u4e00" <= character <= "\u9fff" for character in chinese[0].messages[0].text)
 
 
 BAD = {
     "no answer": ({"image": "a.png", "question": "q?", "answer": ""}, "vqa", "no text `answer`"),
-    "answer None": ({"image": "a.png", "question": "q?", "answer": None}, "vqa", "no text `answer`"),
-    "answer a list": ({"image": "a.png", "question": "q?", "answer": ["red"]}, "vqa", "no text `answer`, got a list of 1"),
+    "answer None": (
+        {"image": "a.png", "question": "q?", "answer": None},
+        "vqa",
+        "no text `answer`",
+    ),
+    "answer a list": (
+        {"image": "a.png", "question": "q?", "answer": ["red"]},
+        "vqa",
+        "no text `answer`, got a list of 1",
+    ),
     "no image": ({"question": "q?", "answer": "a"}, "vqa", "no image"),
     "image None": ({"question": "q?", "answer": "a", "image": None}, "vqa", "no image"),
-    "image and images": ({"question": "q?", "answer": "a", "image": "a.png", "images": ["a.png"]}, "vqa", "both `image` and `images`"),
+    "image and images": (
+        {"question": "q?", "answer": "a", "image": "a.png", "images": ["a.png"]},
+        "vqa",
+        "both `image` and `images`",
+    ),
     "label unknown": (
         {"image": "a.png", "label": "cow", "choices": ["a", "b"]},
         "classify",
         "'cow' is none of the 2 choices by text",
     ),
-    "label out of range": ({"image": "a.png", "label": 2, "choices": ["a", "b"]}, "classify", "`label` 2 is none"),
-    "label true": ({"image": "a.png", "label": True, "choices": ["a", "b"]}, "classify", "`label` true is none"),
+    "label out of range": (
+        {"image": "a.png", "label": 2, "choices": ["a", "b"]},
+        "classify",
+        "`label` 2 is none",
+    ),
+    "label true": (
+        {"image": "a.png", "label": True, "choices": ["a", "b"]},
+        "classify",
+        "`label` true is none",
+    ),
     "no choices": ({"image": "a.png", "label": "a"}, "classify", "no list `choices`"),
-    "answer not a candidate": ({"image": "a.png", "candidates": ["a"], "answer": "b"}, "retrieval", "none of the 1 candidates"),
-    "no language": ({"image": "a.png", "translation": "b"}, "translate", "no text `target_language`"),
-    "audio": ({"audios": ["x.wav"], "messages": [turn("user", "q"), turn("assistant", "a")]}, "messages", "audio"),
-    "tools": ({"tools": "[...]", "conversations": MARKED, "image": IMAGES}, "sharegpt", "`tools` is not supported"),
-    "unknown speaker": ({"conversations": [said("bot", "hi")]}, "llava", "from 'bot' is none of human, user"),
+    "answer not a candidate": (
+        {"image": "a.png", "candidates": ["a"], "answer": "b"},
+        "retrieval",
+        "none of the 1 candidates",
+    ),
+    "no language": (
+        {"image": "a.png", "translation": "b"},
+        "translate",
+        "no text `target_language`",
+    ),
+    "audio": (
+        {"audios": ["x.wav"], "messages": [turn("user", "q"), turn("assistant", "a")]},
+        "messages",
+        "audio",
+    ),
+    "tools": (
+        {"tools": "[...]", "conversations": MARKED, "image": IMAGES},
+        "sharegpt",
+        "`tools` is not supported",
+    ),
+    "unknown speaker": (
+        {"conversations": [said("bot", "hi")]},
+        "llava",
+        "from 'bot' is none of human, user",
+    ),
     "two systems": (
-        {"system": "a", "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")]},
+        {
+            "system": "a",
+            "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")],
+        },
         "sharegpt",
         "a system turn",
     ),
@@ -227,13 +433,21 @@ BAD = {
         "alpaca",
         "2 images and 1 <image> mark or part in the questions",
     ),
-    "weight of a half": ({"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]}, "messages", "`weight` is 0 or 1, got 0.5"),
+    "weight of a half": (
+        {"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]},
+        "messages",
+        "`weight` is 0 or 1, got 0.5",
+    ),
     "train maybe": (
         {"messages": [turn("user", "q"), turn("assistant", "a", train="no")]},
         "messages",
         "true or false, got 'no'",
     ),
-    "history of texts": ({"instruction": "q", "output": "a", "history": ["qa"]}, "alpaca", "a list of [question, answer]"),
+    "history of texts": (
+        {"instruction": "q", "output": "a", "history": ["qa"]},
+        "alpaca",
+        "a list of [question, answer]",
+    ),
     "no completion": ({"prompt": "q", "completion": ""}, "prompt_completion", "an empty answer"),
 }
 
@@ -242,34 +456,64 @@ BAD = {
 def test_a_row_that_lacks_something_says_what(folder: Path, name: str) -> None:
     row, form, message = BAD[name]
     (found,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), form=form))
-    assert isinstance(found, DataError) and message in str(found) and "rows.jsonl, row 1" in str(found)
+    assert (
+        isinstance(found, DataError) and message in str(found) and "rows.jsonl, row 1" in str(found)
+    )
 
 
 def test_answers_without_weight_are_context(folder: Path) -> None:
-    turns = [turn("user", "q"), turn("assistant", "a", weight=0), turn("user", "q"), turn("assistant", "b", weight=1)]
-    turns += [turn("user", "q"), turn("assistant", "c", train=False), turn("user", "q"), turn("assistant", "d", train=True, weight=None)]
+    turns = [
+        turn("user", "q"),
+        turn("assistant", "a", weight=0),
+        turn("user", "q"),
+        turn("assistant", "b", weight=1),
+    ]
+    turns += [
+        turn("user", "q"),
+        turn("assistant", "c", train=False),
+        turn("user", "q"),
+        turn("assistant", "d", train=True, weight=None),
+    ]
     marked = [said("human", "q"), said("gpt", "a", weight=0), said("human", "q"), said("gpt", "b")]
-    prompt = {"prompt": [turn("user", "q"), turn("assistant", "a"), turn("user", "r")], "completion": [turn("assistant", "b")]}
-    for row, expected in (({"messages": turns}, "0101"), ({"conversations": marked}, "01"), (prompt, "01")):
+    prompt = {
+        "prompt": [turn("user", "q"), turn("assistant", "a"), turn("user", "r")],
+        "completion": [turn("assistant", "b")],
+    }
+    for row, expected in (
+        ({"messages": turns}, "0101"),
+        ({"conversations": marked}, "01"),
+        (prompt, "01"),
+    ):
         (found,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
-        assert "".join(str(int(m.trained)) for m in found.messages if m.role == "assistant") == expected
+        assert (
+            "".join(str(int(m.trained)) for m in found.messages if m.role == "assistant")
+            == expected
+        )
 
 
 def test_images_without_a_place_come_first_in_the_first_question(folder: Path) -> None:
     rows = [
-        {"images": ["a.png"], "messages": [turn("system", "s"), turn("user", "what?"), turn("assistant", "red")]},
+        {
+            "images": ["a.png"],
+            "messages": [turn("system", "s"), turn("user", "what?"), turn("assistant", "red")],
+        },
         {"image": "a.png", "prompt": "what?", "completion": "red"},
         {"images": ["a.png"], "instruction": "what?", "output": "red"},
     ]
     for row in rows:
         (found,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
-        assert next(m for m in found.messages if m.role == "user").parts == (Media(folder / "a.png"), "what?")
+        assert next(m for m in found.messages if m.role == "user").parts == (
+            Media(folder / "a.png"),
+            "what?",
+        )
 
 
 def test_an_id_names_its_row_and_a_category_is_kept(folder: Path) -> None:
     row = {**TASKS["vqa"][1], "kind": "color"}
     rows = [{**row, "id": "x"}, {**row, "id": 7}, {**row, "id": None}, {**row, "id": ["odd"]}]
-    found = good(read(file_source(write_rows(folder / "rows.jsonl", rows), columns={"category": "kind"})))
+    found = good(
+        read(file_source(write_rows(folder / "rows.jsonl", rows), columns={"category": "kind"}))
+    )
     assert [row.id for row in found] == ["rows:x:1", "rows:7:2", "rows:3:3", "rows:4:4"]
     assert {row.category for row in found} == {"color"}
 
@@ -281,32 +525,50 @@ def test_every_form_has_its_needs_written_down() -> None:
     assert set(NEEDS) == set(Form.__args__)  # type: ignore[attr-defined]
 
 
-SAMPLES = {name: row for name, (_, row) in SAME.items()} | {name: row for name, (_, row, *_) in TASKS.items()}
+SAMPLES = {name: row for name, (_, row) in SAME.items()} | {
+    name: row for name, (_, row, *_) in TASKS.items()
+}
 FORM_OF = {name: form for name, (form, *_) in (SAME | TASKS).items()}  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "q", "response": "r"}, "can't tell the rows' form: the rows have query, response; tell it with `form`"),
+        (
+            {"query": "q", "response": "r"},
+            "can't tell the rows' form: the rows have query, response; tell it with `form`",
+        ),
         ({"image": "a.png", "question": "q", "answer": "a", "text": "t"}, "may be ocr or vqa"),
-        ({"image": "a.png", "question": "q", "answer": "a", "candidates": ["a"], "text": "t"}, "may be multiple_choice or ocr"),
-        ({"question": "q", "answer": "a", "instruction": "q", "output": "a"}, "may be alpaca or vqa"),
+        (
+            {"image": "a.png", "question": "q", "answer": "a", "candidates": ["a"], "text": "t"},
+            "may be multiple_choice or ocr",
+        ),
+        (
+            {"question": "q", "answer": "a", "instruction": "q", "output": "a"},
+            "may be alpaca or vqa",
+        ),
         ({"question": None, "answer": None}, "the rows have no fields"),
     ],
 )
-def test_rows_of_no_form_or_of_two_list_what_was_seen(folder: Path, row: dict[str, Any], message: str) -> None:
+def test_rows_of_no_form_or_of_two_list_what_was_seen(
+    folder: Path, row: dict[str, Any], message: str
+) -> None:
     path = write_rows(folder / "rows.jsonl", [row] * 3)
     with pytest.raises(DataError) as caught:
         open_source(file_source(path), seed=0)
     assert (
         message in str(caught.value)
         and str(path) in str(caught.value)
-        and (": question, answer or answers" in str(caught.value) or ": question, choices or options" in str(caught.value))
+        and (
+            ": question, answer or answers" in str(caught.value)
+            or ": question, choices or options" in str(caught.value)
+        )
     )
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(["llava", "messages", "alpaca", "vqa", "ocr"], 2)))
+@pytest.mark.parametrize(
+    ("one", "other"), list(itertools.combinations(["llava", "messages", "alpaca", "vqa", "ocr"], 2))
+)
 def test_a_file_of_two_forms_is_refused_until_told(folder: Path, one: str, other: str) -> None:
     path = write_rows(folder / "rows.jsonl", [SAMPLES[one], SAMPLES[other]])
     with pytest.raises(DataError, match=f"may be {' or '.join(sorted([one, other]))}"):
@@ -318,8 +580,14 @@ def test_a_file_of_two_forms_is_refused_until_told(folder: Path, one: str, other
 def test_text_only_rows_do_not_make_a_sharegpt_file_ambiguous(folder: Path) -> None:
     plain = {"conversations": MARKED[2:]}
     path = write_rows(folder / "rows.jsonl", [plain, SAMPLES["sharegpt"], plain])
-    assert open_source(file_source(path), seed=0).form == "sharegpt" and len(good(read(file_source(path)))) == 3
-    assert open_source(file_source(write_rows(folder / "plain.jsonl", [plain])), seed=0).form == "llava"
+    assert (
+        open_source(file_source(path), seed=0).form == "sharegpt"
+        and len(good(read(file_source(path)))) == 3
+    )
+    assert (
+        open_source(file_source(write_rows(folder / "plain.jsonl", [plain])), seed=0).form
+        == "llava"
+    )
 
 
 def test_unreadable_first_rows_do_not_hide_the_form(folder: Path) -> None:
@@ -337,13 +605,19 @@ def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> N
     path = write_rows(folder / "rows.jsonl", [row, {"pic": "a.png", "query": "q?", "repyl": "a"}])
     first, second = read(file_source(path, form="vqa", columns=told))
     assert isinstance(first, Conversation)
-    assert isinstance(second, DataError) and "no text `answer` (columns: the row has no reply)" in str(second)
+    assert isinstance(
+        second, DataError
+    ) and "no text `answer` (columns: the row has no reply)" in str(second)
     with pytest.raises(DataError, match=r"no form has a field 'questoin'; did you mean question\?"):
         open_source(file_source(path, columns={"questoin": "query"}), seed=0)
-    with pytest.raises(DataError, match="instructions are for rows of a task; messages rows bring their own words"):
+    with pytest.raises(
+        DataError, match="instructions are for rows of a task; messages rows bring their own words"
+    ):
         open_source(file_source(path, form="messages", instructions="vqa"), seed=0)
     # Two fields exchange their names.
-    path = write_rows(folder / "rows.jsonl", [{"image": "a.png", "question": "red", "answer": "what?"}])
+    path = write_rows(
+        folder / "rows.jsonl", [{"image": "a.png", "question": "red", "answer": "what?"}]
+    )
     (found,) = good(read(file_source(path, columns={"question": "answer", "answer": "question"})))
     assert (found.messages[0].text, found.messages[1].text) == ("what?", "red")
 
@@ -352,15 +626,48 @@ def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> N
 
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(b"x").decode()
 WORDS = st.sampled_from(
-    ["user", "assistant", "human", "gpt", "system", "text", "image", "video", "a.png", IMAGE_URL, "<image>", "[1", "[]"]
+    [
+        "user",
+        "assistant",
+        "human",
+        "gpt",
+        "system",
+        "text",
+        "image",
+        "video",
+        "a.png",
+        IMAGE_URL,
+        "<image>",
+        "[1",
+        "[]",
+    ]
 )
-KEYS = ["role", "content", "from", "value", "type", "text", "image", "path", "url", "bytes", "weight", "train", "answer"]
+KEYS = [
+    "role",
+    "content",
+    "from",
+    "value",
+    "type",
+    "text",
+    "image",
+    "path",
+    "url",
+    "bytes",
+    "weight",
+    "train",
+    "answer",
+]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | WORDS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
     max_leaves=10,
 )
-FIELD_NAMES = sorted({key for row in SAMPLES.values() for key in row} | {"id", "category", "video", "videos", "tools", "audio"})
+FIELD_NAMES = sorted(
+    {key for row in SAMPLES.values() for key in row}
+    | {"id", "category", "video", "videos", "tools", "audio"}
+)
 
 
 @st.composite
@@ -368,7 +675,9 @@ def spoilt(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     """A good row of some form, some of whose fields (or fields of its turns) hold anything."""
     name = draw(st.sampled_from(sorted(SAMPLES)))
     row = json.loads(json.dumps(SAMPLES[name]))
-    for field in draw(st.lists(st.sampled_from([*row, *row, *FIELD_NAMES]), min_size=1, max_size=3)):
+    for field in draw(
+        st.lists(st.sampled_from([*row, *row, *FIELD_NAMES]), min_size=1, max_size=3)
+    ):
         value = row.get(field)
         if isinstance(value, list) and value and draw(st.booleans()):
             place = draw(st.integers(0, len(value) - 1))
@@ -382,8 +691,12 @@ def spoilt(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 
 @given(spoilt())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_fault_09_a_spoilt_row_is_a_conversation_or_a_named_error(tmp_path: Path, sample: tuple[str, dict[str, Any]]) -> None:
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_fault_09_a_spoilt_row_is_a_conversation_or_a_named_error(
+    tmp_path: Path, sample: tuple[str, dict[str, Any]]
+) -> None:
     form, row = sample
     if not (tmp_path / "a.png").exists():
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

@@ -29,27 +29,45 @@ DECODERS = {
     "mistral": ("mistral", "sliding_window: 128"),
     "qwen2": ("qwen2", "tie_word_embeddings: true"),
     "qwen3": ("qwen3", "head_dim: 24"),
-    "gemma 3": ("gemma3_text", "head_dim: 24, query_pre_attn_scalar: 24, sliding_window: 24, tie_word_embeddings: true"),
+    "gemma 3": (
+        "gemma3_text",
+        "head_dim: 24, query_pre_attn_scalar: 24, sliding_window: 24, tie_word_embeddings: true",
+    ),
 }
 
 
 def decoder_text(make: Callable[..., str], decoder: str) -> str:
     kind, extra = DECODERS[decoder]
-    text = llava_text(make).replace("model_type: llama", f"model_type: {kind}").replace("hidden_size: 32,", f"hidden_size: 32, {extra},")
+    text = (
+        llava_text(make)
+        .replace("model_type: llama", f"model_type: {kind}")
+        .replace("hidden_size: 32,", f"hidden_size: 32, {extra},")
+    )
     # Every sixth of its layers has no window.
-    return text.replace("num_hidden_layers: 2", "num_hidden_layers: 7") if decoder == "gemma 3" else text
+    return (
+        text.replace("num_hidden_layers: 2", "num_hidden_layers: 7")
+        if decoder == "gemma 3"
+        else text
+    )
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_every_decoder_gives_the_same_logits(decoder: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_every_decoder_gives_the_same_logits(
+    decoder: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     photos(tmp_path)
     run, _ = saved_model(decoder_text(tiny_recipe, decoder), tmp_path / "saved")
     report = export(run, tmp_path / "gguf", format="gguf", dtype="fp32")
     assert report.difference is not None and report.difference <= 1e-5 and report.same_text
-    assert {path.name for path in (tmp_path / "gguf").glob("*.gguf")} == {"model-f32.gguf", "mmproj-f32.gguf"}
+    assert {path.name for path in (tmp_path / "gguf").glob("*.gguf")} == {
+        "model-f32.gguf",
+        "mmproj-f32.gguf",
+    }
     fields = read_fields(tmp_path / "gguf" / "model-f32.gguf")
     name = fields["general.architecture"]
-    assert name == {"tied llama 3": "llama", "mistral": "llama", "gemma 3": "gemma3"}.get(decoder, decoder)
+    assert name == {"tied llama 3": "llama", "mistral": "llama", "gemma 3": "gemma3"}.get(
+        decoder, decoder
+    )
     # What is read back here is what transformers' reader leaves out, or takes from its own defaults.
     assert fields[f"{name}.context_length"] == (128 if decoder == "mistral" else 256)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "gguf" / "model-f32.gguf").tensors}
@@ -58,7 +76,9 @@ def test_every_decoder_gives_the_same_logits(decoder: str, tiny_recipe: Callable
 
 
 @pytest.mark.parametrize("tower", ["open_clip", "clip", "clip larger images", "siglip"])
-def test_every_tower_gives_the_same_logits(tower: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_every_tower_gives_the_same_logits(
+    tower: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     text = with_tower(llava_text(tiny_recipe), tower_text(tmp_path, tower))
     photos(tmp_path)
     run, _ = saved_model(text, tmp_path / "saved")
@@ -66,13 +86,19 @@ def test_every_tower_gives_the_same_logits(tower: str, tiny_recipe: Callable[...
     assert report.difference is not None and report.difference <= 1e-5 and report.same_text
     fields = read_fields(tmp_path / "gguf" / "mmproj-f32.gguf")
     # The keys without which llama.cpp's clip.cpp does not load a file, or computes something else.
-    assert fields["general.architecture"] == "clip" and fields["clip.projector_type"] == "mlp" and fields["clip.has_vision_encoder"]
+    assert (
+        fields["general.architecture"] == "clip"
+        and fields["clip.projector_type"] == "mlp"
+        and fields["clip.has_vision_encoder"]
+    )
     assert fields["clip.vision.feature_layer"] == [fields["clip.vision.block_count"]]
     assert fields["clip.vision.image_size"] == {"clip larger images": 64}.get(tower, 32)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "q8_0"])
-def test_adapters_are_merged_and_tensors_stored_in_the_type_asked_for(dtype: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_adapters_are_merged_and_tensors_stored_in_the_type_asked_for(
+    dtype: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """With the connector's LayerNorm, which mmproj has a place for."""
     text = llava_text(tiny_recipe, "{kind: mlp, norm: true}")
     run, _ = saved_model(text, tmp_path / "saved", lora=True, sharpen=1.0)
@@ -80,7 +106,10 @@ def test_adapters_are_merged_and_tensors_stored_in_the_type_asked_for(dtype: str
     assert report.merged == ["llm"] and report.difference is not None
     assert 1e-5 < report.difference < 0.1 if dtype == "q8_0" else report.difference <= 1e-5
     kind = {"bf16": "bf16", "fp16": "f16", "q8_0": "q8_0"}[dtype]
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "gguf" / f"model-{kind}.gguf").tensors}
+    kinds = {
+        tensor.name: tensor.tensor_type.name
+        for tensor in GGUFReader(tmp_path / "gguf" / f"model-{kind}.gguf").tensors
+    }
     assert kinds["blk.0.attn_q.weight"] == kind.upper() and kinds["blk.0.attn_norm.weight"] == "F32"
     assert kinds["blk.0.ffn_down.weight"] == kind.upper()
     mmproj = next((tmp_path / "gguf").glob("mmproj-*.gguf"))
@@ -89,14 +118,21 @@ def test_adapters_are_merged_and_tensors_stored_in_the_type_asked_for(dtype: str
     assert kinds["mm.0.weight"] == {"fp16": "F16"}.get(dtype, "BF16")
 
 
-def test_queries_and_keys_are_in_llama_cpp_order(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_queries_and_keys_are_in_llama_cpp_order(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """Rows i and i + d/2 of a head become neighbours, as its rotary embedding turns them."""
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     export(run, tmp_path / "gguf", format="gguf", dtype="fp32", verify=False)
     own: Any = load_model(run, dtype=torch.float32).llm.model
     found = read_tensors(tmp_path / "gguf" / "model-f32.gguf")
-    query, key = (getattr(own.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj"))
-    for rows, stored in ((query, found["blk.0.attn_q.weight"]), (key, found["blk.0.attn_k.weight"])):
+    query, key = (
+        getattr(own.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj")
+    )
+    for rows, stored in (
+        (query, found["blk.0.attn_q.weight"]),
+        (key, found["blk.0.attn_k.weight"]),
+    ):
         for head in range(len(rows) // 16):
             order = [16 * head + half * 8 + i for i in range(8) for half in (0, 1)]
             assert torch.equal(stored[16 * head : 16 * head + 16], rows[order])
@@ -107,20 +143,44 @@ def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_
     text = llava_text(tiny_recipe)
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
     run, _ = saved_model(with_llm(text, llm, "causal"), tmp_path / "saved")
-    said = cli("export", str(run), "--format", "gguf", "--output", str(tmp_path / "gguf"), "--dtype", "fp32")
+    said = cli(
+        "export",
+        str(run),
+        "--format",
+        "gguf",
+        "--output",
+        str(tmp_path / "gguf"),
+        "--dtype",
+        "fp32",
+    )
     assert "gguf of" in said and "passed  logits within" in said
     assert "note: llama.cpp versions with its issue 25814" in said
-    assert "note: llama.cpp pads images to squares, this model was trained with resize: crop" in said
+    assert (
+        "note: llama.cpp pads images to squares, this model was trained with resize: crop" in said
+    )
     fields = read_fields(tmp_path / "gguf" / "model-f32.gguf")
     own = load_model(run).processor
     tokenizer = read_tokenizer(fields)
-    for words in ("What's in it?  12345 äöü\n\n\tend", "<|im_start|>user\nhi<|im_end|>\n", "日本 \u200d 🙂"):
-        assert tokenizer.encode(words, add_special_tokens=False) == own.tokenizer.encode(words, add_special_tokens=False)
-    assert len(fields["tokenizer.ggml.tokens"]) == 512 and fields["tokenizer.ggml.token_type"][-1] == 5
+    for words in (
+        "What's in it?  12345 äöü\n\n\tend",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "日本 \u200d 🙂",
+    ):
+        assert tokenizer.encode(words, add_special_tokens=False) == own.tokenizer.encode(
+            words, add_special_tokens=False
+        )
+    assert (
+        len(fields["tokenizer.ggml.tokens"]) == 512 and fields["tokenizer.ggml.token_type"][-1] == 5
+    )
     assert fields["tokenizer.ggml.token_type"][own.encoder.control("<|im_end|>")] == 3
-    assert fields["tokenizer.ggml.eos_token_id"] == own.stop_ids[0] and fields["tokenizer.ggml.eot_token_id"] == own.stop_ids[1]
+    assert (
+        fields["tokenizer.ggml.eos_token_id"] == own.stop_ids[0]
+        and fields["tokenizer.ggml.eot_token_id"] == own.stop_ids[1]
+    )
     assert fields["tokenizer.ggml.pre"] == "gpt-2" and not fields["tokenizer.ggml.add_bos_token"]
-    shown = tokenizer.apply_chat_template([{"role": "user", "content": f"{MARKER}what?"}], tokenize=False, add_generation_prompt=True)
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{MARKER}what?"}], tokenize=False, add_generation_prompt=True
+    )
     assert shown.endswith(f"<|im_start|>user\n{MARKER}what?<|im_end|>\n<|im_start|>assistant\n")
     report = json.loads((tmp_path / "gguf" / "export.json").read_text())
     assert report["same_text"] and any("tanh" in note for note in report["notes"])
@@ -141,7 +201,9 @@ def test_a_gemma_3_that_llama_cpp_takes_for_another_is_refused() -> None:
         "the rotary base 10000 in its windows": {"rope_local_base_freq": 20_000.0},
     }
     for said, changed in others.items():
-        assert decoder_reasons(Gemma3TextConfig(**{**shape, **changed})) == [f"its language model is not a Gemma 3 with {said}"]
+        assert decoder_reasons(Gemma3TextConfig(**{**shape, **changed})) == [
+            f"its language model is not a Gemma 3 with {said}"
+        ]
 
 
 def test_splits_are_recognised_by_what_they_do() -> None:
@@ -153,10 +215,21 @@ def test_splits_are_recognised_by_what_they_do() -> None:
     def steps(part: Any) -> Any:
         return _steps(json.loads(part.__getstate__()))
 
-    whole = pre_tokenizers.Sequence([split(Regex(llama3), "isolated"), byte_level(add_prefix_space=False, use_regex=False)])
+    whole = pre_tokenizers.Sequence(
+        [split(Regex(llama3), "isolated"), byte_level(add_prefix_space=False, use_regex=False)]
+    )
     assert steps(whole) == SPLITS["llama-bpe"][0]
     assert steps(byte_level(add_prefix_space=False)) == SPLITS["gpt-2"][0]
-    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)])
+    digits = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+    )
     assert steps(digits) == SPLITS["smollm"][0]
     assert steps(byte_level(add_prefix_space=True)) is None
-    assert steps(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), byte_level(add_prefix_space=False)])) is None
+    assert (
+        steps(
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Whitespace(), byte_level(add_prefix_space=False)]
+            )
+        )
+        is None
+    )

@@ -42,22 +42,34 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("command", ["sft", "eval", "chat", "merge", "verify-run", "plan", "check"])
-def test_another_value_ends_every_command_with_2(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_value_ends_every_command_with_2(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VLM_TUNE_KERNELS", "fast")
     monkeypatch.setattr(sys, "argv", ["vlm-tune", command, "nothing", "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
     problems = json.loads(capsys.readouterr().out)["problems"]
-    assert problems == [{"where": "VLM_TUNE_KERNELS", "message": "'fast' is none of auto, reference, emulate"}]
+    assert problems == [
+        {"where": "VLM_TUNE_KERNELS", "message": "'fast' is none of auto, reference, emulate"}
+    ]
 
 
-def test_another_value_is_an_error_from_python(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_value_is_an_error_from_python(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     built(recipe).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("VLM_TUNE_KERNELS", "fast")
-    for call in (lambda: sft(recipe), lambda: VisionLanguageModel.from_pretrained(tmp_path / "model"), native.has_kernels):
-        with pytest.raises(RecipeError, match="VLM_TUNE_KERNELS: 'fast' is none of auto, reference, emulate"):
+    for call in (
+        lambda: sft(recipe),
+        lambda: VisionLanguageModel.from_pretrained(tmp_path / "model"),
+        native.has_kernels,
+    ):
+        with pytest.raises(
+            RecipeError, match="VLM_TUNE_KERNELS: 'fast' is none of auto, reference, emulate"
+        ):
             call()
     assert not (tmp_path / "run").exists()
 
@@ -73,13 +85,19 @@ def test_a_run_by_the_kernels_and_one_by_plain_torch_learn_alike_and_say_which(
         if mode == "reference":
             monkeypatch.setenv("VLM_TUNE_KERNELS", mode)
             monkeypatch.setattr(native, "kernels", never)
-        text = with_tune(tiny_recipe("causal", precision="bf16", output=mode), LORA_TUNE).replace("hidden_size: 32", WIDE)
+        text = with_tune(tiny_recipe("causal", precision="bf16", output=mode), LORA_TUNE).replace(
+            "hidden_size: 32", WIDE
+        )
         before = interval_attention.runs()
         sft(parsed(text))
         calls[mode] = interval_attention.runs() - before
-        events = [json.loads(line) for line in (tmp_path / mode / "log.jsonl").read_text().splitlines()]
+        events = [
+            json.loads(line) for line in (tmp_path / mode / "log.jsonl").read_text().splitlines()
+        ]
         (environment,) = [event for event in events if event["event"] == "environment"]
-        assert environment["kernels"] == mode and environment["kernels_reason"] == str(native.kernel_status())
+        assert environment["kernels"] == mode and environment["kernels_reason"] == str(
+            native.kernel_status()
+        )
         losses[mode] = [event["loss"] for event in events if event["event"] == "train"][-1]
     assert calls[kernels] > 0
     assert losses[kernels] == pytest.approx(losses["reference"], rel=0.02)
@@ -99,7 +117,9 @@ def test_what_computes_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("VLM_TUNE_KERNELS", "auto")
         for portable in (True, False):
             monkeypatch.setattr(native, "prefers_portable", lambda portable=portable: portable)
-            assert native.kernel_status().mode == ("amx" if amx else "portable" if portable else "reference")
+            assert native.kernel_status().mode == (
+                "amx" if amx else "portable" if portable else "reference"
+            )
     monkeypatch.setattr(native, "has_amx", lambda: True)
     assert native.kernel_status().mode == "amx"
     for name, value, reason in (
@@ -126,7 +146,9 @@ def test_a_compiler_that_fails_is_one_line_and_plain_torch(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho 'In file included from here:' >&2\necho 'gated.cpp:3:1: error: no such thing' >&2\nexit 1\n")
+    broken.write_text(
+        "#!/bin/sh\necho 'In file included from here:' >&2\necho 'gated.cpp:3:1: error: no such thing' >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setattr(native, "has_amx", lambda: True)
@@ -134,8 +156,14 @@ def test_a_compiler_that_fails_is_one_line_and_plain_torch(
     with caplog.at_level(logging.WARNING):
         assert native.library(native.KERNELS) is None and native.library(native.KERNELS) is None
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "the kernels can't be compiled or loaded: gated.cpp:3:1: error: no such thing; the run goes on without"
-    assert native.kernel_status().mode == "reference" and "no such thing" in native.kernel_status().reason
+    assert (
+        line
+        == "the kernels can't be compiled or loaded: gated.cpp:3:1: error: no such thing; the run goes on without"
+    )
+    assert (
+        native.kernel_status().mode == "reference"
+        and "no such thing" in native.kernel_status().reason
+    )
     monkeypatch.setenv("VLM_TUNE_KERNELS", "emulate")
     with pytest.raises(RecipeError, match="no such thing"):
         native.library(native.KERNELS)
@@ -191,7 +219,11 @@ def test_parts_are_told_apart(kernels: str, fresh: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("fault", ["another user's", "others may write", "a link"])
 def test_a_library_that_may_be_another_user_s_is_compiled_anew(
-    fault: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str,
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = part()
     before = found.stat().st_ino
@@ -206,14 +238,23 @@ def test_a_library_that_may_be_another_user_s_is_compiled_anew(
         native.load.cache_clear()
         with caplog.at_level(logging.WARNING):
             assert native.library("allocator") is not None
-    reasons = {"another user's": "belongs to user", "others may write": "others may write", "a link": "symbolic links"}
-    assert any("allocator-" in record.getMessage() and reasons[fault] in record.getMessage() for record in caplog.records)
+    reasons = {
+        "another user's": "belongs to user",
+        "others may write": "others may write",
+        "a link": "symbolic links",
+    }
+    assert any(
+        "allocator-" in record.getMessage() and reasons[fault] in record.getMessage()
+        for record in caplog.records
+    )
     if os.getuid() == 0 or fault != "another user's":
         assert not found.is_symlink() and found.stat().st_ino != before and mode(found) == 0o755
 
 
 @needs_compiler
-def test_a_folder_of_another_user_is_left_alone(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_another_user_is_left_alone(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     found = part()
     give_away(fresh, monkeypatch)
     native.load.cache_clear()

@@ -42,10 +42,14 @@ def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
     kind: str, backend: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T5 is traced and differentiated as for the compiler, but not compiled: its five graphs would take minutes."""
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
+    )
     text = with_tune(tiny_recipe(kind), LORA_TUNE)
     model = ready(text)
-    examples = [example for row in rows_of(parsed(text)) for example in model.processor.examples(row)]
+    examples = [
+        example for row in rows_of(parsed(text)) for example in model.processor.examples(row)
+    ]
     batches = [batch_of(model, examples[:size]) for size in (2, 3, 5)]
     wanted = [loss_and_gradients(model, [batch]) for batch in batches]
     counters.clear()

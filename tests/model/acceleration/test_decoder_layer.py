@@ -36,9 +36,24 @@ def decoder(
 ) -> Any:
     """A decoder of two layers with LoRA on all that is linear or some of it, and weights that say something."""
     torch.manual_seed(rank)
-    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = AutoConfig.for_model(
-        kind, **{**sizes, "head_dim": 32, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings}
+        kind,
+        **{
+            **sizes,
+            "head_dim": 32,
+            "vocab_size": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **settings,
+        },
     )
     config.sliding_window = None
     model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -47,7 +62,14 @@ def decoder(
         if parameter.dim() == 1:
             parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, rank_pattern=ranks or {}, init_lora_weights=False), model
+        LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            rank_pattern=ranks or {},
+            init_lora_weights=False,
+        ),
+        model,
     )
     for module in model.modules():
         if isinstance(module, PeftLinear):
@@ -88,13 +110,20 @@ def run(model: Any, x: Tensor, ends: Tensor, positions: Tensor) -> Tensor:
         mask: Tensor = ends[:, None, None]
     else:
         token = torch.arange(LENGTH)
-        seen = (token[None, None, :] <= token[None, :, None]) & (token[None, :, None] < ends[:, None, :])
+        seen = (token[None, None, :] <= token[None, :, None]) & (
+            token[None, :, None] < ends[:, None, :]
+        )
         mask = torch.where(seen[:, None], 0.0, -1e30).to(x.dtype)
-    return model.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    return model.model(
+        inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
+    return float(
+        (found.detach().double() - wanted.detach().double()).norm()
+        / wanted.detach().double().norm()
+    )
 
 
 class Counted:
@@ -143,12 +172,25 @@ def test_outputs_and_gradients_are_those_of_transformers_and_peft(
     found, wanted = run(model, rows, *rest), run(exact, doubles, *rest)
     found.backward(flow)
     wanted.backward(flow.double())
-    assert counted.count("decoder") == (4 if checkpointing else 2) and counted.count("decoder_backward") == 2
+    assert (
+        counted.count("decoder") == (4 if checkpointing else 2)
+        and counted.count("decoder_backward") == 2
+    )
     assert relative(found, wanted) < 3 * BF16
-    assert rows.grad is not None and doubles.grad is not None and relative(rows.grad, doubles.grad) < 4 * BF16
-    for (name, own), (_, other) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+    assert (
+        rows.grad is not None
+        and doubles.grad is not None
+        and relative(rows.grad, doubles.grad) < 4 * BF16
+    )
+    for (name, own), (_, other) in zip(
+        model.named_parameters(), exact.named_parameters(), strict=True
+    ):
         if own.requires_grad:
-            assert own.grad is not None and own.grad.dtype == own.dtype and relative(own.grad, other.grad) < 6 * BF16, name
+            assert (
+                own.grad is not None
+                and own.grad.dtype == own.dtype
+                and relative(own.grad, other.grad) < 6 * BF16
+            ), name
         else:
             assert own.grad is None
     with torch.no_grad():
@@ -165,8 +207,16 @@ def test_weights_in_four_bits_are_unpacked_for_a_pass(counted: list[str]) -> Non
     for layer, other in zip(model.modules(), exact.modules(), strict=True):
         if isinstance(layer, LoraLinear):
             base: Any = layer.base_layer
-            packed = Linear4bit(base.in_features, base.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            packed.weight = Params4bit(base.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+            packed = Linear4bit(
+                base.in_features,
+                base.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            packed.weight = Params4bit(
+                base.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
+            )
             layer.base_layer = packed.to("cpu")
             state: Any = packed.weight.quant_state
             other.base_layer.weight.data = dequantize_4bit(packed.weight.data, state).double()
@@ -191,7 +241,9 @@ def test_where_nothing_flows_further_the_gradients_are_the_same(counted: list[st
     for leaf in (x, x.clone().requires_grad_()):
         model.zero_grad()
         run(model, leaf, *rest).float().pow(2).sum().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+        grads.append(
+            [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+        )
     assert len(counted) == 8
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
@@ -258,8 +310,13 @@ def moved(layer: Any) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize(("change", "runs"), [(trained_norm, 1), (hooked, 1), (hooked_within, 1), (disabled, 1), (merged, 1), (moved, 2)])
-def test_a_layer_that_was_changed_after_a_run_computes_what_it_is_now(change: Callable[[Any], None], runs: int, counted: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "runs"),
+    [(trained_norm, 1), (hooked, 1), (hooked_within, 1), (disabled, 1), (merged, 1), (moved, 2)],
+)
+def test_a_layer_that_was_changed_after_a_run_computes_what_it_is_now(
+    change: Callable[[Any], None], runs: int, counted: list[str]
+) -> None:
     model, (x, *rest) = quick(decoder()), given()
     run(model, x, *rest)
     counted.clear()

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, one_hot
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.model.acceleration.head import by_kernel, head_loss, losses
@@ -23,7 +29,9 @@ needs_kernel = pytest.mark.usefixtures("kernels")
 BF16 = 2**-8
 
 
-def given(positions: int, width: int, vocabulary: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def given(
+    positions: int, width: int, vocabulary: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, a weight whose logits are about as large as `scale`, and targets, some of them nearly sure."""
     torch.manual_seed(positions + width)
     hidden = torch.randn(positions, width).bfloat16()
@@ -65,7 +73,9 @@ def off(found: Tensor, wanted: Tensor) -> float:
         (5, 32, 5000, 8),
     ],
 )
-def test_losses_and_gradients_are_those_of_the_formula(positions: int, width: int, vocabulary: int, scale: float, threads: int) -> None:
+def test_losses_and_gradients_are_those_of_the_formula(
+    positions: int, width: int, vocabulary: int, scale: float, threads: int
+) -> None:
     hidden, weight, targets = given(positions, width, vocabulary, scale)
     wanted, of_hidden = exact(hidden, weight, targets)
     before = torch.get_num_threads()
@@ -150,8 +160,14 @@ def test_the_summed_loss_flows_back_as_that_of_the_layers() -> None:
             layers = token_loss(lambda rows: head(rows).float(), leaves[1], targets, head)
         (found / 50).backward()
         (layers / 50).backward()
-        assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(float(wanted.sum()), rel=1e-5)
-        errors = [off(leaf.grad.double() * 50, of_hidden) for leaf in leaves if leaf.grad is not None and leaf.grad.dtype == kind]
+        assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(
+            float(wanted.sum()), rel=1e-5
+        )
+        errors = [
+            off(leaf.grad.double() * 50, of_hidden)
+            for leaf in leaves
+            if leaf.grad is not None and leaf.grad.dtype == kind
+        ]
         assert len(errors) == 2 and errors[0] < max(errors[1], 2 * BF16)
 
 
@@ -166,7 +182,15 @@ def test_only_a_frozen_head_that_is_nothing_else_is_the_kernel_s() -> None:
     hooked.register_forward_hook(lambda *_: None)
     assert by_kernel(hidden, head())
     assert not by_kernel(hidden.float(), head())
-    for wrong in (head().requires_grad_(), head(48), head(4096), head(bias=True), head().float(), hooked, other):
+    for wrong in (
+        head().requires_grad_(),
+        head(48),
+        head(4096),
+        head(bias=True),
+        head().float(),
+        hooked,
+        other,
+    ):
         assert not by_kernel(hidden, wrong)
 
 
@@ -199,15 +223,33 @@ def decoder(config: Any, **more: Any) -> LanguageModel:
 
 def t5(tied: bool) -> LanguageModel:
     torch.manual_seed(0)
-    sizes = {"d_model": 64, "d_ff": 96, "d_kv": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "vocab_size": 60}
-    more: dict[str, Any] = {"dropout_rate": 0, "decoder_start_token_id": 0, "tie_word_embeddings": tied}
+    sizes = {
+        "d_model": 64,
+        "d_ff": 96,
+        "d_kv": 32,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 60,
+    }
+    more: dict[str, Any] = {
+        "dropout_rate": 0,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": tied,
+    }
     return Seq2SeqLLM(T5ForConditionalGeneration(T5Config(**sizes, **more)))
 
 
 @needs_kernel
 @pytest.mark.parametrize("kind", ["llama", "tied llama", "t5", "tied t5"])
-def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = t5(kind.startswith("tied")) if kind.endswith("t5") else decoder(LlamaConfig, tie_word_embeddings=kind.startswith("tied"))
+def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = (
+        t5(kind.startswith("tied"))
+        if kind.endswith("t5")
+        else decoder(LlamaConfig, tie_word_embeddings=kind.startswith("tied"))
+    )
     llm.requires_grad_(False)
     fast, plain = copy.deepcopy(llm).bfloat16(), llm
     rows, losses_of, gradients = batch(), [], []
@@ -223,7 +265,9 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(kin
         found = model(embeds, rows)
         found.sum.backward()
         with torch.no_grad():
-            assert float(model(embeds, rows).sum) == pytest.approx(float(found.sum.detach()), rel=BF16)
+            assert float(model(embeds, rows).sum) == pytest.approx(
+                float(found.sum.detach()), rel=BF16
+            )
         assert embeds.grad is not None and found.count == int((rows.labels != IGNORE_INDEX).sum())
         losses_of.append(float(found.sum.detach()))
         gradients.append(embeds.grad.double())
@@ -234,7 +278,9 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(kin
 
 
 @needs_kernel
-def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def never(*_: Any) -> Tensor:
         raise AssertionError
 

@@ -26,7 +26,13 @@ from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration import interval_attention
-from vlm_tune.model.acceleration.interval_attention import Branches, attend, attending, attends, usable
+from vlm_tune.model.acceleration.interval_attention import (
+    Branches,
+    attend,
+    attending,
+    attends,
+    usable,
+)
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.masks import additive, tree_mask
 
@@ -49,41 +55,85 @@ def ends_of(rows: int, length: int) -> torch.Tensor:
     return ends
 
 
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """[B, L, H, D] by products and a softmax over the whole of [L, L]."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-    weights = softmax(scores.masked_fill(~tree_mask(ends), -1e30), -1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = softmax(
+        scores.masked_fill(~tree_mask(ends), -1e30),
+        -1,
+        dtype=torch.promote_types(query.dtype, torch.float32),
+    )
     return (weights.to(query.dtype) @ value).transpose(1, 2)
 
 
 @pytest.mark.parametrize(
     ("heads", "groups", "length", "width"),
-    [(4, 2, 37, 64), (3, 3, 128, 32), (9, 3, 133, 64), (2, 1, 200, 96), (2, 2, 5, 128), (2, 2, 64, 256)],
+    [
+        (4, 2, 37, 64),
+        (3, 3, 128, 32),
+        (9, 3, 133, 64),
+        (2, 1, 200, 96),
+        (2, 2, 5, 128),
+        (2, 2, 64, 256),
+    ],
 )
-def test_outputs_and_gradients_are_as_near_as_plain_products(heads: int, groups: int, length: int, width: int) -> None:
+def test_outputs_and_gradients_are_as_near_as_plain_products(
+    heads: int, groups: int, length: int, width: int
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(2, length, count, width, generator=generator).bfloat16() for count in (heads, groups, groups, heads)]
+    drawn = [
+        torch.randn(2, length, count, width, generator=generator).bfloat16()
+        for count in (heads, groups, groups, heads)
+    ]
     ends = ends_of(2, length)
     found: dict[str, list[torch.Tensor]] = {}
-    for name, dtype in (("true", torch.float64), ("plain", torch.bfloat16), ("ours", torch.bfloat16)):
+    for name, dtype in (
+        ("true", torch.float64),
+        ("plain", torch.bfloat16),
+        ("ours", torch.bfloat16),
+    ):
         inputs = [each.to(dtype).transpose(1, 2).detach().requires_grad_() for each in drawn[:3]]
         query, key, value = inputs
-        out = attend(query, key, value, ends, width**-0.5)[0] if name == "ours" else plain(query, key, value, ends)
+        out = (
+            attend(query, key, value, ends, width**-0.5)[0]
+            if name == "ours"
+            else plain(query, key, value, ends)
+        )
         # What stands at padding is nobody's.
         real = (ends > 0)[:, :, None, None]
         (out * real).backward(drawn[3].to(dtype))
-        found[name] = [(out * real).double(), *(each.grad.double() for each in inputs if each.grad is not None)]
+        found[name] = [
+            (out * real).double(),
+            *(each.grad.double() for each in inputs if each.grad is not None),
+        ]
     for true, theirs, ours in zip(*found.values(), strict=True):
-        assert float((ours - true).norm()) <= 1.4 * float((theirs - true).norm()) < 0.02 * float(true.norm())
+        assert (
+            float((ours - true).norm())
+            <= 1.4 * float((theirs - true).norm())
+            < 0.02 * float(true.norm())
+        )
 
 
-@pytest.mark.parametrize(("length", "width", "dtype"), [(40, 32, torch.float32), (133, 24, torch.float64), (300, 16, torch.float32)])
-def test_in_fp32_it_is_what_plain_products_give(length: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("length", "width", "dtype"),
+    [(40, 32, torch.float32), (133, 24, torch.float64), (300, 16, torch.float32)],
+)
+def test_in_fp32_it_is_what_plain_products_give(
+    length: int, width: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(2, length, count, width, generator=generator, dtype=dtype).transpose(1, 2) for count in (6, 2, 2)]
-    flow, ends = torch.randn(2, length, 6, width, generator=generator, dtype=dtype), ends_of(2, length)
+    drawn = [
+        torch.randn(2, length, count, width, generator=generator, dtype=dtype).transpose(1, 2)
+        for count in (6, 2, 2)
+    ]
+    flow, ends = (
+        torch.randn(2, length, 6, width, generator=generator, dtype=dtype),
+        ends_of(2, length),
+    )
     real, found = (ends > 0)[:, :, None, None], []
     for form in (plain, lambda *given: attend(*given, width**-0.5)[0]):
         inputs = [each.detach().clone().requires_grad_() for each in drawn]
@@ -97,9 +147,13 @@ def test_in_fp32_it_is_what_plain_products_give(length: int, width: int, dtype: 
 def test_nothing_of_queries_times_keys_is_kept_for_the_backward_pass() -> None:
     kept: list[torch.Tensor] = []
     query, key, value = (torch.randn(2, count, 500, 16, requires_grad=True) for count in (4, 2, 2))
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         out = attend(query, key, value, ends_of(2, 500), 0.25)[0]
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept
+    }
     assert sum(held.values()) <= sum(each.nbytes for each in (query, key, value, out)) + 2 * 500 * 8
 
 
@@ -107,43 +161,73 @@ def test_nothing_of_queries_times_keys_is_kept_for_the_backward_pass() -> None:
 def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int) -> None:
     """Four tokens after each branch, of which half go on from the third on, against one attention over all keys with a mask."""
     generator = torch.Generator().manual_seed(2)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+
     rows, heads, groups, length, width = 2, 6, 2, 11, 32
-    kept = [(draw(rows, groups, length, width), draw(rows, groups, length, width)) for _ in range(2)]
+    kept = [
+        (draw(rows, groups, length, width), draw(rows, groups, length, width)) for _ in range(2)
+    ]
     seen = torch.rand(rows, branches, length, generator=generator) < 0.7
     seen[..., 0] = True
     grown, whole = Branches(kept, seen), [kept[0], kept[1]]
     for token in range(4):
         if token == 2:
-            places = torch.stack([torch.randperm(branches, generator=generator)[: branches // 2] for _ in range(rows)])
+            places = torch.stack(
+                [
+                    torch.randperm(branches, generator=generator)[: branches // 2]
+                    for _ in range(rows)
+                ]
+            )
             branches //= 2
             grown.keep(places)
             seen = seen[torch.arange(rows)[:, None], places]
         seen = torch.cat([seen, torch.eye(branches, dtype=torch.bool).expand(rows, -1, -1)], -1)
         for layer in range(2):
-            query, key, value = draw(rows, heads, branches, width), *(draw(rows, groups, branches, width) for _ in range(2))
+            query, key, value = (
+                draw(rows, heads, branches, width),
+                *(draw(rows, groups, branches, width) for _ in range(2)),
+            )
             found = grown.attend(query, key, value, width**-0.5)
-            whole[layer] = tuple(torch.cat([before, new], 2) for before, new in zip(whole[layer], (key, value), strict=True))  # type: ignore[assignment]
-            keys, values = (each.double().repeat_interleave(heads // groups, 1) for each in whole[layer])
-            scores = (query.double() @ keys.transpose(2, 3) * width**-0.5).masked_fill(~seen[:, None], -torch.inf)
+            whole[layer] = tuple(
+                torch.cat([before, new], 2)
+                for before, new in zip(whole[layer], (key, value), strict=True)
+            )  # type: ignore[assignment]
+            keys, values = (
+                each.double().repeat_interleave(heads // groups, 1) for each in whole[layer]
+            )
+            scores = (query.double() @ keys.transpose(2, 3) * width**-0.5).masked_fill(
+                ~seen[:, None], -torch.inf
+            )
             wanted = (scores.softmax(-1) @ values).transpose(1, 2)
             assert float((found - wanted).norm() / wanted.norm()) < 1e-2
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
-    query, key, value = (torch.randn(1, 2, 40, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(1, 2, 40, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
     ends = torch.full((1, 40), 40, dtype=torch.int32)
     ends[0, :] = torch.where(torch.arange(40) < 20, 20, 0)
     out = attend(query, key, value, ends, 1.0)[0]
     out.sum().backward()
     assert bool((out[:, 20:] == 0).all()) and bool(out[:, :20].any())
     for gradient in (query.grad, key.grad, value.grad):
-        assert gradient is not None and bool((gradient[:, :, 20:] == 0).all()) and bool(gradient.isfinite().all())
+        assert (
+            gradient is not None
+            and bool((gradient[:, :, 20:] == 0).all())
+            and bool(gradient.isfinite().all())
+        )
 
 
 @pytest.mark.parametrize("group", ["none", "image"])
-def test_a_decoder_gives_the_same_loss_and_gradients_by_it(group: str, tiny_recipe: Callable[..., str]) -> None:
-    text = with_tune(tiny_recipe("causal", precision="bf16"), LORA_TUNE).replace("hidden_size: 32", WIDE)
+def test_a_decoder_gives_the_same_loss_and_gradients_by_it(
+    group: str, tiny_recipe: Callable[..., str]
+) -> None:
+    text = with_tune(tiny_recipe("causal", precision="bf16"), LORA_TUNE).replace(
+        "hidden_size: 32", WIDE
+    )
     recipe = parsed(text, data__group=group)
     model = built(recipe)
     tuned_by(model, recipe)
@@ -159,10 +243,14 @@ def test_a_decoder_gives_the_same_loss_and_gradients_by_it(group: str, tiny_reci
     assert not attends(model.llm)
     assert abs(float(loss - expected)) <= 2e-2 * abs(float(expected))
     for name, gradient in wanted.items():
-        assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()) + 1e-4, name
+        assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()) + 1e-4, (
+            name
+        )
 
 
-def test_training_attends_by_it(tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_attends_by_it(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken: list[tuple[int, ...]] = []
     real = interval_attention.attend
 
@@ -185,7 +273,11 @@ def test_training_attends_by_it(tiny_recipe: Callable[..., str], tmp_path: Path,
 def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str]) -> None:
     llm = built(parsed(tiny_recipe("causal").replace("hidden_size: 32", WIDE))).llm
     assert usable(llm)
-    for name, value in (("sliding_window", 16), ("attention_dropout", 0.1), ("layer_types", ["sliding_attention"])):
+    for name, value in (
+        ("sliding_window", 16),
+        ("attention_dropout", 0.1),
+        ("layer_types", ["sliding_attention"]),
+    ):
         before = getattr(llm.model.config, name, None)
         setattr(llm.model.config, name, value)
         assert not usable(llm), name
@@ -195,7 +287,22 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt2", "opt", "gpt_neox", "olmo2", "granite", "cohere", "mixtral"],
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "phi",
+        "phi3",
+        "gpt2",
+        "opt",
+        "gpt_neox",
+        "olmo2",
+        "granite",
+        "cohere",
+        "mixtral",
+    ],
 )
 def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
     torch.manual_seed(0)
@@ -217,7 +324,10 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
         given = embeds.to(model.dtype)
         with torch.no_grad():
             return model.base_model(
-                inputs_embeds=given, attention_mask=mask, position_ids=positions[None].expand(2, -1), use_cache=False
+                inputs_embeds=given,
+                attention_mask=mask,
+                position_ids=positions[None].expand(2, -1),
+                use_cache=False,
             ).last_hidden_state.float()
 
     true = hidden(additive(tree_mask(ends), torch.float32))
@@ -227,15 +337,32 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
     with attending(llm):
         ours = hidden(ends.int()[:, None, None])
     assert interval_attention.runs() == before + 2
-    assert float((ours - true).norm()) <= 1.2 * float((theirs - true).norm()) < 0.02 * float(true.norm())
+    assert (
+        float((ours - true).norm())
+        <= 1.2 * float((theirs - true).norm())
+        < 0.02 * float(true.norm())
+    )
 
 
-def test_a_decoder_that_takes_another_attention_is_refused(tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_takes_another_attention_is_refused(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe)
-    batch = batch_of(model, examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0)))
+    batch = batch_of(
+        model, examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0))
+    )
     functions = interval_attention.ALL_ATTENTION_FUNCTIONS
     other = functions["sdpa"]
-    monkeypatch.setitem(functions._global_mapping, interval_attention.NAME, lambda *given, **rest: other(*given[:4], None))
-    with attending(model.llm), pytest.raises(ModelError, match="LlamaForCausalLM does not attend by the function it is given"):
+    monkeypatch.setitem(
+        functions._global_mapping,
+        interval_attention.NAME,
+        lambda *given, **rest: other(*given[:4], None),
+    )
+    with (
+        attending(model.llm),
+        pytest.raises(
+            ModelError, match="LlamaForCausalLM does not attend by the function it is given"
+        ),
+    ):
         model(batch)

@@ -52,13 +52,26 @@ def plain_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step(model: Any, recipe: Recipe) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of all training rows."""
-    return loss_and_gradients(model, [batch_of(model, [example for row in rows_of(recipe) for example in model.processor.examples(row)])])
+    return loss_and_gradients(
+        model,
+        [
+            batch_of(
+                model,
+                [example for row in rows_of(recipe) for example in model.processor.examples(row)],
+            )
+        ],
+    )
 
 
-def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_near(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float
+) -> None:
     """Asserts the same names, and the largest relative error (by norm) of all."""
     assert found.keys() == wanted.keys()
-    errors = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)) for name in wanted}
+    errors = {
+        name: float((found[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12))
+        for name in wanted
+    }
     assert max(errors.values()) <= tolerance, max(errors.items(), key=lambda item: item[1])
 
 
@@ -76,7 +89,9 @@ class Reader(nn.Module):
         return torch.cat([self.q(x), self.k(x).sin(), self.v(x)], -1)
 
 
-def reader(inputs: int, outputs: tuple[int, ...], *, bias: bool = False, custom: bool = True, **config: Any) -> Reader:
+def reader(
+    inputs: int, outputs: tuple[int, ...], *, bias: bool = False, custom: bool = True, **config: Any
+) -> Reader:
     torch.manual_seed(1)
     model = Reader(inputs, outputs, bias=bias)
     chosen = LoraConfig(target_modules=["q", "k", "v"], init_lora_weights=False, **config)
@@ -93,7 +108,10 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = x.detach().clone().requires_grad_()
     output = model(x)
     output.to(torch.promote_types(output.dtype, torch.float32)).square().sum().backward()
-    found = {"output": output.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+    found = {
+        "output": output.detach(),
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
     return found | ({"x": x.grad} if x.grad is not None else {})
 
 
@@ -108,14 +126,27 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     needs=st.booleans(),
 )
 def test_layers_and_merged_projections_equal_peft(
-    inputs: int, outputs: tuple[int, ...], rank: int, ranks: dict[str, int], bias: bool, shape: list[int], needs: bool
+    inputs: int,
+    outputs: tuple[int, ...],
+    rank: int,
+    ranks: dict[str, int],
+    bias: bool,
+    shape: list[int],
+    needs: bool,
 ) -> None:
     # In double precision, for a gradient of few numbers may be what two large ones leave of each other.
     options: dict[str, Any] = {"bias": bias, "r": rank, "lora_alpha": 5, "rank_pattern": ranks}
-    x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2)).double().requires_grad_(needs)
+    x = (
+        torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
+        .double()
+        .requires_grad_(needs)
+    )
     wanted = gradients(reader(inputs, outputs, custom=False, **options).double(), x)
     assert ("x" in wanted) == needs
-    single, merged = reader(inputs, outputs, **options).double(), reader(inputs, outputs, **options).double()
+    single, merged = (
+        reader(inputs, outputs, **options).double(),
+        reader(inputs, outputs, **options).double(),
+    )
     assert fuse(merged) == 1
     assert_near(gradients(single, x), wanted, 1e-6)
     assert_near(gradients(merged, x), wanted, 1e-6)
@@ -125,7 +156,10 @@ def test_layers_and_merged_projections_equal_peft(
 def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None:
     """Frozen weights in bf16, factors in fp32, computed under autocast: both are compared with the same in fp32."""
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
-    models = [reader(48, (48, 16, 16), r=4, lora_alpha=8, custom=custom) for custom in (False, True, False)]
+    models = [
+        reader(48, (48, 16, 16), r=4, lora_alpha=8, custom=custom)
+        for custom in (False, True, False)
+    ]
     for model in models:
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
@@ -136,19 +170,28 @@ def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None
     wanted = gradients(exact.float(), x.float().detach().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         theirs, found = gradients(peft, x), gradients(ours, x)
-    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in theirs.items()}
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in theirs.items()
+    }
     for name, value in wanted.items():
-        error, allowed = float((found[name].float() - value).norm()), float((theirs[name].float() - value).norm())
+        error, allowed = (
+            float((found[name].float() - value).norm()),
+            float((theirs[name].float() - value).norm()),
+        )
         assert error <= 1.5 * allowed, name
         assert allowed <= 0.05 * float(value.norm())
 
 
 @pytest.mark.parametrize("config", [{"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_is_not_plain_lora_takes_pefts_path(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_plain_lora_takes_pefts_path(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*arguments: Any) -> Any:
         raise AssertionError("the fused pass ran")
 
-    model, plain = (reader(8, (8, 8, 8), bias=True, custom=custom, r=2, **config) for custom in (True, False))
+    model, plain = (
+        reader(8, (8, 8, 8), bias=True, custom=custom, r=2, **config) for custom in (True, False)
+    )
     monkeypatch.setattr(lora_layers, "_project", refused)
     assert fuse(model.train()) == 0
     x = torch.randn(5, 8)
@@ -170,7 +213,13 @@ def test_trained_weights_and_switched_off_or_merged_adapters_take_pefts_path() -
     layers: list[Any] = [model.q, model.k, model.v]
     for layer in layers:
         layer.enable_adapters(False)
-    base = torch.cat([layer.base_layer(x) if layer is not model.k else layer.base_layer(x).sin() for layer in layers], -1)
+    base = torch.cat(
+        [
+            layer.base_layer(x) if layer is not model.k else layer.base_layer(x).sin()
+            for layer in layers
+        ],
+        -1,
+    )
     assert largest(model(x).detach(), base.detach()) <= 1e-6
     for layer in layers:
         layer.enable_adapters(True)
@@ -216,7 +265,9 @@ def test_the_compiled_pass_is_the_same() -> None:
         if merged:
             fuse(model)
         compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-        found = {name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x).items()}
+        found = {
+            name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x).items()
+        }
         assert_near(found, wanted, 1e-5)
 
 
@@ -231,7 +282,11 @@ TUNES = {
 
 
 def tune(name: str, kind: str) -> str:
-    return TUNES[name] if kind == "seq2seq" else TUNES[name].replace("[q, v, wi_1]", "[q_proj, v_proj, up_proj]")
+    return (
+        TUNES[name]
+        if kind == "seq2seq"
+        else TUNES[name].replace("[q, v, wi_1]", "[q_proj, v_proj, up_proj]")
+    )
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -242,9 +297,15 @@ def test_loss_and_gradients_equal_plain_peft(
     recipe = parsed(with_tune(tiny_recipe(kind), tune(tuned, kind)))
     single, merged = ready(recipe), ready(recipe, merged=True)
     found = [step(model, recipe) for model in (single, merged)]
-    merged.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    merged.llm.model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     found.append(step(merged, recipe))
-    assert not any(layer.siblings and layer.siblings.held for layer in merged.modules() if isinstance(layer, LoraLinear))
+    assert not any(
+        layer.siblings and layer.siblings.held
+        for layer in merged.modules()
+        if isinstance(layer, LoraLinear)
+    )
     plain_peft(monkeypatch)
     loss, wanted = step(ready(recipe), recipe)
     assert any("lora_B" in name for name in wanted)
@@ -253,7 +314,9 @@ def test_loss_and_gradients_equal_plain_peft(
         assert_near(gradients_, wanted, 1e-5)
 
 
-def test_the_query_of_cross_attention_is_not_merged_with_keys_and_values(tiny_recipe: Callable[..., str]) -> None:
+def test_the_query_of_cross_attention_is_not_merged_with_keys_and_values(
+    tiny_recipe: Callable[..., str],
+) -> None:
     model = ready(parsed(with_tune(tiny_recipe("seq2seq"), LORA_TUNE)), merged=True)
     attention: Any = parts(model)["llm"].get_submodule("decoder.block.0.layer.1.EncDecAttention")
     assert attention.q.siblings is None
@@ -263,7 +326,9 @@ def test_the_query_of_cross_attention_is_not_merged_with_keys_and_values(tiny_re
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_what_is_saved_is_the_same_with_merged_projections(kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_what_is_saved_is_the_same_with_merged_projections(
+    kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = parsed(with_tune(tiny_recipe(kind), LORA_TUNE))
     plain, merged = ready(recipe), ready(recipe, merged=True)
     plain.save_pretrained(tmp_path / "plain")

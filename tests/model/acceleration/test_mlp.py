@@ -11,7 +11,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, OPTConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from vlm_tune.kernels.cpu import native
 from vlm_tune.model.acceleration import mlp as feedforward
@@ -27,22 +34,34 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
-def given(rows: int, width: int, inner: int, ranks: tuple[int, int, int]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def given(
+    rows: int, width: int, inner: int, ranks: tuple[int, int, int]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """x, the weights of gate, up and down, and A and B of each."""
     torch.manual_seed(rows + width)
     sizes = [(width, inner), (width, inner), (inner, width)]
     weights = [(torch.randn(outputs, inputs) / inputs**0.5).bfloat16() for inputs, outputs in sizes]
-    downs = [torch.randn(rank, inputs) / inputs**0.5 for rank, (inputs, _) in zip(ranks, sizes, strict=True)]
-    ups = [torch.randn(outputs, rank) * 0.3 for rank, (_, outputs) in zip(ranks, sizes, strict=True)]
+    downs = [
+        torch.randn(rank, inputs) / inputs**0.5
+        for rank, (inputs, _) in zip(ranks, sizes, strict=True)
+    ]
+    ups = [
+        torch.randn(outputs, rank) * 0.3 for rank, (_, outputs) in zip(ranks, sizes, strict=True)
+    ]
     return torch.randn(rows, width).bfloat16(), weights, downs, ups
 
 
 SCALES = [2.0, 1.5, 0.5]
 
 
-def formula(x: Tensor, weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], activation: int) -> Tensor:
+def formula(
+    x: Tensor, weights: list[Tensor], downs: list[Tensor], ups: list[Tensor], activation: int
+) -> Tensor:
     def layer(place: int, x: Tensor) -> Tensor:
-        return x @ weights[place].double().t() + SCALES[place] * (x @ downs[place].t()) @ ups[place].t()
+        return (
+            x @ weights[place].double().t()
+            + SCALES[place] * (x @ downs[place].t()) @ ups[place].t()
+        )
 
     return layer(2, ACTIVATIONS[activation](layer(0, x)) * layer(1, x))
 
@@ -68,9 +87,14 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     wanted = formula(exact, weights, *leaves, activation)
     wanted.backward(flow.double())
     found, *kept = gated(x, weights, "", activation, downs, ups, SCALES, True)
-    assert torch.equal(found, gated(x, weights, "", activation, downs, ups, SCALES, False)[0]) or rows < 2 * feedforward.FEW
+    assert (
+        torch.equal(found, gated(x, weights, "", activation, downs, ups, SCALES, False)[0])
+        or rows < 2 * feedforward.FEW
+    )
     assert relative(found, wanted) < 2 * BF16
-    of_x, of_downs, of_ups = gated_backward(flow, x, kept, weights, "", activation, downs, ups, SCALES, True)
+    of_x, of_downs, of_ups = gated_backward(
+        flow, x, kept, weights, "", activation, downs, ups, SCALES, True
+    )
     assert exact.grad is not None and relative(of_x, exact.grad) < 2 * BF16
     for flat, group in ((of_downs, leaves[0]), (of_ups, leaves[1])):
         parts = flat.split([each.numel() for each in group])
@@ -78,13 +102,17 @@ def test_outputs_and_gradients_are_those_of_the_formula(
             if each.numel():
                 assert each.grad is not None and relative(part, each.grad.flatten()) < 3 * BF16
     none, *same = gated_backward(flow, x, kept, weights, "", activation, downs, ups, SCALES, False)
-    assert none.shape == (0, width) and torch.equal(same[0], of_downs) and torch.equal(same[1], of_ups)
+    assert (
+        none.shape == (0, width) and torch.equal(same[0], of_downs) and torch.equal(same[1], of_ups)
+    )
 
 
 def test_a_row_is_computed_alike_wherever_it_stands() -> None:
     x, weights, downs, ups = given(500, 64, 96, (4, 4, 4))
     whole = gated(x, weights, "", 0, downs, ups, SCALES, True)[0]
-    assert torch.equal(gated(x[131:402], weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402])
+    assert torch.equal(
+        gated(x[131:402], weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402]
+    )
 
 
 @pytest.mark.parametrize("activation", [0, 1])
@@ -97,15 +125,30 @@ def test_far_numbers_neither_overflow_nor_vanish(activation: int) -> None:
     weights = [torch.zeros(inner, width), torch.zeros(inner, width), torch.eye(width)]
     weights[0][:, 0], weights[1][:, 1] = 1, 1
     empty = [torch.empty(0, 32)] * 3, [torch.empty(32, 0)] * 3
-    found = gated(x.bfloat16(), [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True)[0]
-    wanted = (silu, lambda g: gelu(g, approximate="tanh"))[activation](x[:, :1].bfloat16().float()).expand(-1, 32)
+    found = gated(
+        x.bfloat16(), [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True
+    )[0]
+    wanted = (silu, lambda g: gelu(g, approximate="tanh"))[activation](
+        x[:, :1].bfloat16().float()
+    ).expand(-1, 32)
     torch.testing.assert_close(found.float(), wanted, rtol=2 * BF16, atol=1e-30)
 
 
 def decoder(config: Any, **changed: Any) -> nn.Module:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**sizes | changed)).bfloat16().requires_grad_(False).eval()
+    return (
+        AutoModelForCausalLM.from_config(config(**sizes | changed))
+        .bfloat16()
+        .requires_grad_(False)
+        .eval()
+    )
 
 
 def test_modules_are_known_by_what_they_compute() -> None:
@@ -119,7 +162,14 @@ def test_modules_are_known_by_what_they_compute() -> None:
     assert gate(decoder(GemmaConfig, intermediate_size=96, num_key_value_heads=1, head_dim=32)) == 2
     assert gate(decoder(LlamaConfig, intermediate_size=96, hidden_act="relu")) == 0
     assert gate(decoder(OPTConfig, ffn_dim=96, word_embed_proj_dim=64)) == 0
-    small = {"d_model": 64, "d_ff": 96, "d_kv": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    small = {
+        "d_model": 64,
+        "d_ff": 96,
+        "d_kv": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 64,
+    }
     assert gate(T5ForConditionalGeneration(T5Config(**small, feed_forward_proj="gated-gelu"))) == 2
     assert gate(T5ForConditionalGeneration(T5Config(**small))) == 0
 
@@ -142,7 +192,10 @@ def mlp(change: Callable[[Any], None] = lambda module: None, rank: int = 4) -> t
     """A Llama's feed-forward module with LoRA that runs by the operator, and the same with PEFT's layers."""
     plain = decoder(LlamaConfig, intermediate_size=96)
     if rank:
-        found: Any = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"]), plain)
+        found: Any = inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"]),
+            plain,
+        )
         for name, parameter in found.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
@@ -166,12 +219,20 @@ def test_a_module_gives_what_transformers_and_peft_give(rank: int, counted: list
     x, flow = torch.randn(4, 40, 64).bfloat16(), torch.randn(4, 40, 64).bfloat16()
     exact = copy.deepcopy(plain).double()
     found = {}
-    for name, module, kind in (("fast", fast, torch.bfloat16), ("plain", plain, torch.bfloat16), ("exact", exact, torch.float64)):
+    for name, module, kind in (
+        ("fast", fast, torch.bfloat16),
+        ("plain", plain, torch.bfloat16),
+        ("exact", exact, torch.float64),
+    ):
         leaf = x.clone().to(kind).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             out = module(leaf)
         out.backward(flow.to(out.dtype))
-        found[name] = [out.detach(), leaf.grad, *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)]
+        found[name] = [
+            out.detach(),
+            leaf.grad,
+            *(parameter.grad for parameter in module.parameters() if parameter.requires_grad),
+        ]
     assert counted == ["gated", "gated_backward"] and len(found["fast"]) == 2 + 2 * 3 * bool(rank)
     for fast_one, plain_one, exact_one in zip(*found.values(), strict=True):
         assert relative(fast_one, exact_one) < max(1.5 * relative(plain_one, exact_one), BF16)
@@ -188,7 +249,9 @@ def test_what_the_operator_does_not_compute_runs_as_before(counted: list[str]) -
         module.gate_proj.base_layer.register_forward_hook(lambda *_: None)
 
     def biased(module: Any) -> None:
-        module.down_proj.base_layer.bias = nn.Parameter(torch.ones(64, dtype=torch.bfloat16), requires_grad=False)
+        module.down_proj.base_layer.bias = nn.Parameter(
+            torch.ones(64, dtype=torch.bfloat16), requires_grad=False
+        )
 
     torch.manual_seed(2)
     x = torch.randn(4, 40, 64).bfloat16()
@@ -207,7 +270,13 @@ def test_in_fp32_a_module_gives_what_transformers_and_peft_give(counted: list[st
         leaf = x.clone().requires_grad_()
         out = module(leaf)
         out.square().sum().backward()
-        found.append([out, leaf.grad, *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)])
+        found.append(
+            [
+                out,
+                leaf.grad,
+                *(parameter.grad for parameter in module.parameters() if parameter.requires_grad),
+            ]
+        )
     assert counted == ["gated", "gated_backward"]
     for ours, theirs in zip(*found, strict=True):
         assert relative(ours, theirs.double()) < 1e-5
@@ -225,7 +294,9 @@ def test_of_what_lies_between_gate_and_up_alone_are_kept() -> None:
         module(x)
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     ranks = 3 * 4
-    assert sum(size for place, size in kept.items() if place not in weights) <= 2 * 160 * (64 + 2 * 96 + ranks)
+    assert sum(size for place, size in kept.items() if place not in weights) <= 2 * 160 * (
+        64 + 2 * 96 + ranks
+    )
 
 
 def test_few_rows_without_gradients_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +309,14 @@ def test_few_rows_without_gradients_go_layer_by_layer(monkeypatch: pytest.Monkey
 
 def test_dropout_in_training_keeps_a_module_as_it_is(counted: list[str]) -> None:
     config = T5Config(
-        d_model=64, d_ff=96, d_kv=32, num_layers=1, num_heads=2, vocab_size=64, feed_forward_proj="gated-gelu", dropout_rate=0.5
+        d_model=64,
+        d_ff=96,
+        d_kv=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=64,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.5,
     )
     model: Any = T5ForConditionalGeneration(config).bfloat16().requires_grad_(False)
     gate(model)
@@ -259,4 +337,6 @@ def test_modules_of_one_class_are_compiled_once() -> None:
         for layer in model.model.layers:
             layer.mlp.compile(fullgraph=True, backend="eager", dynamic=True)
         first, second = (layer.mlp for layer in model.model.layers)
-        assert torch.equal(first(x), type(first).forward(first, x)) and torch.equal(second(x), type(second).forward(second, x))
+        assert torch.equal(first(x), type(first).forward(first, x)) and torch.equal(
+            second(x), type(second).forward(second, x)
+        )

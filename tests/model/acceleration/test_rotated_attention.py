@@ -27,15 +27,22 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
 
 
-def reference(buffer: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, heads: int, groups: int, scale: float) -> tuple[Tensor, Tensor]:
+def reference(
+    buffer: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, heads: int, groups: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, D] and the logs of the sums [B, H, L]."""
     query, key, value = parts(buffer, heads, groups, cos.shape[-1])
     query, key = rotated(query, cos, sin), rotated(key, cos, sin)
-    query, key, value = (each.transpose(1, 2).repeat_interleave(heads // each.shape[2], 1) for each in (query, key, value))
+    query, key, value = (
+        each.transpose(1, 2).repeat_interleave(heads // each.shape[2], 1)
+        for each in (query, key, value)
+    )
     places = torch.arange(ends.shape[1])
     seen = (places <= places[:, None]) & (places[:, None] < ends[:, None, None])
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
-    return (softmax(scores.clamp(min=-1e30), -1) * seen @ value).transpose(1, 2), scores.logsumexp(-1)
+    return (softmax(scores.clamp(min=-1e30), -1) * seen @ value).transpose(1, 2), scores.logsumexp(
+        -1
+    )
 
 
 def strides(by_head: list[Tensor], by_token: list[Tensor]) -> Any:
@@ -48,9 +55,12 @@ def strides(by_head: list[Tensor], by_token: list[Tensor]) -> Any:
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("rows", "heads", "groups", "length", "width"), [(3, 9, 3, 133, 64), (1, 4, 1, 37, 32), (3, 2, 2, 16, 128), (1, 10, 2, 611, 96)]
+    ("rows", "heads", "groups", "length", "width"),
+    [(3, 9, 3, 133, 64), (1, 4, 1, 37, 32), (3, 2, 2, 16, 128), (1, 10, 2, 611, 96)],
 )
-def test_rotated_parts_of_a_merged_buffer(rows: int, heads: int, groups: int, length: int, width: int) -> None:
+def test_rotated_parts_of_a_merged_buffer(
+    rows: int, heads: int, groups: int, length: int, width: int
+) -> None:
     library, generator = native.library(native.KERNELS), torch.Generator().manual_seed(length)
     assert library is not None
     buffer = torch.randn(rows, length, (heads + 2 * groups) * width, generator=generator).bfloat16()
@@ -62,23 +72,42 @@ def test_rotated_parts_of_a_merged_buffer(rows: int, heads: int, groups: int, le
         ends[:, start : start + 11] = min(start + 11, length)
     # Three tokens that nobody sees, and that see nothing, at the end of the last row.
     ends[-1] = torch.where(torch.arange(length) < length - 3, ends[-1].clamp(max=length - 3), 0)
-    flow, scale = torch.randn(rows, length, heads, width, generator=generator).bfloat16(), width**-0.5
-    shape, given = (ctypes.c_int64 * 5)(rows, heads, groups, length, width), parts(buffer, heads, groups, width)
+    flow, scale = (
+        torch.randn(rows, length, heads, width, generator=generator).bfloat16(),
+        width**-0.5,
+    )
+    shape, given = (
+        (ctypes.c_int64 * 5)(rows, heads, groups, length, width),
+        parts(buffer, heads, groups, width),
+    )
     out, logs = torch.full_like(flow, torch.nan), torch.full((rows, heads, length), torch.nan)
-    library.attend(shape, ctypes.c_float(scale), strides(given, []), *pointers(*given, cos, sin, ends, out, logs))
+    library.attend(
+        shape,
+        ctypes.c_float(scale),
+        strides(given, []),
+        *pointers(*given, cos, sin, ends, out, logs),
+    )
     merged = torch.full_like(buffer, torch.nan)
     found = parts(merged, heads, groups, width)
     library.attend_backward(
-        shape, ctypes.c_float(scale), strides([flow, *given, out], found), *pointers(flow, *given, cos, sin, out, logs, ends, *found)
+        shape,
+        ctypes.c_float(scale),
+        strides([flow, *given, out], found),
+        *pointers(flow, *given, cos, sin, out, logs, ends, *found),
     )
     true_buffer = buffer.float().requires_grad_()
-    true_out, true_logs = reference(true_buffer, cos.float(), sin.float(), ends, heads, groups, scale)
+    true_out, true_logs = reference(
+        true_buffer, cos.float(), sin.float(), ends, heads, groups, scale
+    )
     true_out.backward(flow.float())
     assert true_buffer.grad is not None
     true_out, true_logs = true_out.detach(), true_logs.detach()
     assert float((out - true_out).norm()) < 6e-3 * float(true_out.norm())
     seen = true_logs.isfinite()
-    assert bool((logs[~seen] == torch.inf).all()) and float((logs - true_logs)[seen].abs().max()) < 0.05
+    assert (
+        bool((logs[~seen] == torch.inf).all())
+        and float((logs - true_logs)[seen].abs().max()) < 0.05
+    )
     for mine, true in zip(found, parts(true_buffer.grad, heads, groups, width), strict=True):
         assert float((mine - true).norm()) < 1e-2 * float(true.norm())
 
@@ -89,12 +118,29 @@ def test_rotation_inside_is_rotation_before() -> None:
     library, generator = native.library(native.KERNELS), torch.Generator().manual_seed(0)
     assert library is not None
     rows, heads, length, width = 3, 3, 45, 64
-    given = [torch.randn(rows, length, heads, width, generator=generator).bfloat16() for _ in range(3)]
+    given = [
+        torch.randn(rows, length, heads, width, generator=generator).bfloat16() for _ in range(3)
+    ]
     cos, sin = (torch.rand(rows, length, width, generator=generator).bfloat16() for _ in range(2))
-    turned = [rotated(each.double(), cos.double(), sin.double()).bfloat16() for each in given[:2]] + given[2:]
-    ends, shape = torch.full((rows, length), length, dtype=torch.int32), (ctypes.c_int64 * 5)(rows, heads, heads, length, width)
+    turned = [
+        rotated(each.double(), cos.double(), sin.double()).bfloat16() for each in given[:2]
+    ] + given[2:]
+    ends, shape = (
+        torch.full((rows, length), length, dtype=torch.int32),
+        (ctypes.c_int64 * 5)(rows, heads, heads, length, width),
+    )
     outs = [torch.empty_like(given[0]) for _ in range(2)]
     logs = torch.empty(rows, heads, length)
-    library.attend(shape, ctypes.c_float(0.1), strides(given, []), *pointers(*given, cos, sin, ends, outs[0], logs))
-    library.attend(shape, ctypes.c_float(0.1), strides(turned, []), *pointers(*turned, None, None, ends, outs[1], logs))
+    library.attend(
+        shape,
+        ctypes.c_float(0.1),
+        strides(given, []),
+        *pointers(*given, cos, sin, ends, outs[0], logs),
+    )
+    library.attend(
+        shape,
+        ctypes.c_float(0.1),
+        strides(turned, []),
+        *pointers(*turned, None, None, ends, outs[1], logs),
+    )
     assert float((outs[0] - outs[1]).float().norm()) < 1e-3 * float(outs[1].float().norm())

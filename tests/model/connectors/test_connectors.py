@@ -57,7 +57,9 @@ def text_rows(model: VisionLanguageModel) -> list[Example]:
     return [
         example
         for question, answer in rows
-        for example in model.processor.examples(Conversation(question, (Message("user", (question,)), Message("assistant", (answer,)))))
+        for example in model.processor.examples(
+            Conversation(question, (Message("user", (question,)), Message("assistant", (answer,))))
+        )
     ]
 
 
@@ -106,7 +108,9 @@ def test_a_saved_model_is_the_same(kind: str, llm: str, tiny_recipe: Tiny, tmp_p
     ],
 )
 @torch.no_grad()
-def test_a_frozen_tower_of_random_weights_is_saved(tower: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_a_frozen_tower_of_random_weights_is_saved(
+    tower: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     """No name gives them again."""
     recipe = parsed(with_tower(tiny_recipe("causal"), tower))
     model = built(recipe).eval()
@@ -120,7 +124,9 @@ def test_a_frozen_tower_of_random_weights_is_saved(tower: str, tiny_recipe: Tiny
 
 @every_kind
 @both_llms
-def test_a_batch_without_media_reaches_every_trained_parameter_and_changes_nothing(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+def test_a_batch_without_media_reaches_every_trained_parameter_and_changes_nothing(
+    kind: str, llm: str, tiny_recipe: Tiny
+) -> None:
     """Else a rank without images would leave the others waiting for its gradients."""
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe))
@@ -132,28 +138,44 @@ def test_a_batch_without_media_reaches_every_trained_parameter_and_changes_nothi
     assert any(name.startswith("connector.") for name, _ in trained)
     missing = [name for name, p in trained if p.grad is None]
     assert missing == []
-    assert float(found.sum.detach()) == pytest.approx(float(model.eval()(batch).sum.detach()), rel=1e-6)
+    assert float(found.sum.detach()) == pytest.approx(
+        float(model.eval()(batch).sum.detach()), rel=1e-6
+    )
 
 
 @every_kind
 @both_llms
-def test_a_batch_with_media_reaches_every_trained_parameter(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+def test_a_batch_with_media_reaches_every_trained_parameter(
+    kind: str, llm: str, tiny_recipe: Tiny
+) -> None:
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe))
     tuned_by(model, recipe)
     found: Any = model.train()(batch_of(model, examples_of(model, recipe)))
     found.sum.backward()
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    idle = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     # A key's bias moves all scores of a query alike, and softmax does not see that.
     assert [name for name in idle if not name.endswith("key.bias")] == []
 
 
 @every_kind
-def test_a_step_on_cached_features_is_the_same(kind: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"train__steps": 1, "train__log_every": 1, "train__max_grad_norm": None}
+def test_a_step_on_cached_features_is_the_same(
+    kind: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "train__steps": 1,
+        "train__log_every": 1,
+        "train__max_grad_norm": None,
+    }
     recipe = parsed(with_connector(tiny_recipe("causal"), kind), **changes)
     loss, gradients = one_step(recipe, tmp_path / "plain", prepare_model=stirred)
-    cached_loss, cached_gradients = one_step(recipe, tmp_path / "cached", cached=True, prepare_model=stirred)
+    cached_loss, cached_gradients = one_step(
+        recipe, tmp_path / "cached", cached=True, prepare_model=stirred
+    )
     assert cached_loss == pytest.approx(loss, rel=1e-5)
     assert_close(cached_gradients, gradients, relative=1e-4)
 
@@ -161,25 +183,37 @@ def test_a_step_on_cached_features_is_the_same(kind: str, tiny_recipe: Tiny, tmp
 @every_kind
 @both_llms
 @torch.no_grad()
-def test_a_batch_generates_as_its_rows_do_one_by_one(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+def test_a_batch_generates_as_its_rows_do_one_by_one(
+    kind: str, llm: str, tiny_recipe: Tiny
+) -> None:
     """Rows with one image, two and none, padded on the left for a decoder; greedy and with beams."""
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe)).eval()
     rows = rows_of(recipe)
     two = Conversation(
-        "two", (Message("user", (rows[0].media[0], "then", rows[4].media[0], "what changed?")), Message("assistant", ("no",)))
+        "two",
+        (
+            Message("user", (rows[0].media[0], "then", rows[4].media[0], "what changed?")),
+            Message("assistant", ("no",)),
+        ),
     )
-    none = Conversation("none", (Message("user", ("what is it about, then?",)), Message("assistant", ("no",))))
+    none = Conversation(
+        "none", (Message("user", ("what is it about, then?",)), Message("assistant", ("no",)))
+    )
     prompts = model.processor.prompts([rows[0], two, none, rows[3]])
     for beams in (1, 3):
         decoding = Decoding(5, beams)
         together = model.answers(prompts, decoding, fetch=model.processor.images)
-        assert together == [model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts]
+        assert together == [
+            model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts
+        ]
 
 
 @every_kind
 @both_llms
-def test_a_lora_run_in_bf16_trains_saves_and_answers(kind: str, llm: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_a_lora_run_in_bf16_trains_saves_and_answers(
+    kind: str, llm: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     """Frozen weights in bf16 beside a connector in fp32, cached features in bf16, and then everything in bf16."""
     text = with_tune(with_connector(tiny_recipe(llm, precision="bf16"), kind))
     events: list[dict[str, Any]] = []
@@ -205,17 +239,27 @@ def test_a_lora_run_in_bf16_trains_saves_and_answers(kind: str, llm: str, tiny_r
 @torch.no_grad()
 @pytest.mark.parametrize("kind", READS_TEXT)
 @both_llms
-def test_features_depend_on_the_question_and_not_on_the_answer(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+def test_features_depend_on_the_question_and_not_on_the_answer(
+    kind: str, llm: str, tiny_recipe: Tiny
+) -> None:
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe)).eval()
     media = rows_of(recipe)[0].media
 
     def connected(question: str, *rest: str, prompt: bool = False) -> torch.Tensor:
         turns = [Message("user", (*media, question))]
-        turns += [Message("user" if place % 2 else "assistant", (text,)) for place, text in enumerate(rest)]
+        turns += [
+            Message("user" if place % 2 else "assistant", (text,))
+            for place, text in enumerate(rest)
+        ]
         row = Conversation("row", tuple(turns))
         chosen = [model.processor.prompt(row)] if prompt else model.processor.examples(row)[:1]
-        batch = collate(chosen, model.processor.spec, fetch=model.processor.images, pad_left=prompt and llm == "causal")
+        batch = collate(
+            chosen,
+            model.processor.spec,
+            fetch=model.processor.images,
+            pad_left=prompt and llm == "causal",
+        )
         found = model.media(batch)
         assert found is not None
         return found
@@ -241,7 +285,9 @@ def test_packed_samples_read_their_own_instruction(kind: str, tiny_recipe: Tiny)
     assert largest(found, expected) <= 1e-5
 
 
-def test_questions_that_share_an_image_are_refused_where_the_connector_reads_them(tiny_recipe: Tiny) -> None:
+def test_questions_that_share_an_image_are_refused_where_the_connector_reads_them(
+    tiny_recipe: Tiny,
+) -> None:
     text = with_connector(tiny_recipe("causal"), "qformer-text")
     with pytest.raises(RecipeError, match=r"data\.group: none"):
         parsed(text, data__group="image")
@@ -253,13 +299,23 @@ def test_questions_that_share_an_image_are_refused_where_the_connector_reads_the
 
 @torch.no_grad()
 def test_a_long_instruction_is_read_from_its_end(tiny_recipe: Tiny) -> None:
-    recipe = parsed(with_connector(tiny_recipe("seq2seq"), "qformer-text").replace("max_text: 64", "max_text: 4"))
+    recipe = parsed(
+        with_connector(tiny_recipe("seq2seq"), "qformer-text").replace(
+            "max_text: 64", "max_text: 4"
+        )
+    )
     model = stirred(built(recipe)).eval()
     media = rows_of(recipe)[0].media
     found = []
-    for question in ("one of many words here?", "quite another beginning here?", "one of many words here!"):
+    for question in (
+        "one of many words here?",
+        "quite another beginning here?",
+        "one of many words here!",
+    ):
         rows = (Message("user", (*media, question)), Message("assistant", ("no",)))
-        found.append(model.media(batch_of(model, model.processor.examples(Conversation("row", rows)))))
+        found.append(
+            model.media(batch_of(model, model.processor.examples(Conversation("row", rows))))
+        )
     assert largest(found[0], found[1]) <= 1e-6
     assert largest(found[0], found[2]) > 1e-5
 
@@ -269,13 +325,23 @@ def test_a_long_instruction_is_read_from_its_end(tiny_recipe: Tiny) -> None:
 
 def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_recipe: Tiny) -> None:
     pair = "{kind: pair, towers: [{kind: timm, name: resnet18}, {kind: open_clip, name: ViT-B-32}]}"
-    text = with_connector(tiny_recipe("causal"), "cross_attention").replace(f"tower: {TOWER}", f"tower: {pair}")
+    text = with_connector(tiny_recipe("causal"), "cross_attention").replace(
+        f"tower: {TOWER}", f"tower: {pair}"
+    )
     recipe = parsed(text)
     assert parsed(dump_recipe(recipe)) == recipe
     for right, wrong, message in (
         ("latents: 3", "latent: 3", r"recipe:6:\d+: unknown key 'latent'; did you mean latents\?"),
-        ("kind: resampler", "kind: cross_attention", r"recipe:6:\d+: model\.connector\.base: 'cross_attention' is none of linear, mlp"),
-        ("open_clip, name: ViT-B-32", "open_clip", r"recipe:5:\d+: give exactly one of model\.tower\.towers\.1\.name and"),
+        (
+            "kind: resampler",
+            "kind: cross_attention",
+            r"recipe:6:\d+: model\.connector\.base: 'cross_attention' is none of linear, mlp",
+        ),
+        (
+            "open_clip, name: ViT-B-32",
+            "open_clip",
+            r"recipe:5:\d+: give exactly one of model\.tower\.towers\.1\.name and",
+        ),
     ):
         assert right in text
         with pytest.raises(RecipeError, match=message):
@@ -288,8 +354,16 @@ def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_re
 @pytest.mark.parametrize(
     ("config", "tokens", "message"),
     [
-        (PixelShuffleConnector(kind="pixel_shuffle"), 17, "square grid of tokens, the tower gives 17"),
-        (PixelShuffleConnector(kind="pixel_shuffle", factor=3), 16, "by 3 does not divide the tower's grid of 4 x 4"),
+        (
+            PixelShuffleConnector(kind="pixel_shuffle"),
+            17,
+            "square grid of tokens, the tower gives 17",
+        ),
+        (
+            PixelShuffleConnector(kind="pixel_shuffle", factor=3),
+            16,
+            "by 3 does not divide the tower's grid of 4 x 4",
+        ),
         (AvgPoolConnector(kind="avg_pool", grid=2), 5, "square grid of tokens, the tower gives 5"),
         (AvgPoolConnector(kind="avg_pool", grid=5), 16, "larger grid of 5 x 5"),
     ],

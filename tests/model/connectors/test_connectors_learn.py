@@ -14,7 +14,9 @@ from vlm_tune.api import sft
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("llm", ["causal", "seq2seq"])
-def test_eight_image_questions_are_learnt_word_for_word(kind: str, llm: str, tiny_recipe: Tiny, color_rows: Path) -> None:
+def test_eight_image_questions_are_learnt_word_for_word(
+    kind: str, llm: str, tiny_recipe: Tiny, color_rows: Path
+) -> None:
     """Greedy answers, all right; the same question of four images has four answers, so they must be looked at."""
     recipe = parsed(
         with_connector(tiny_recipe(llm), kind),

@@ -39,7 +39,9 @@ from vlm_tune.model.vlm import VisionLanguageModel
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 
 
-def model_of(llm: str, tiny_recipe: Tiny, *, open_gates: bool = True, **changes: Any) -> tuple[VisionLanguageModel, Any]:
+def model_of(
+    llm: str, tiny_recipe: Tiny, *, open_gates: bool = True, **changes: Any
+) -> tuple[VisionLanguageModel, Any]:
     recipe = parsed(with_connector(tiny_recipe(llm), "cross_attention"), **changes)
     model = built(recipe)
     if open_gates:
@@ -66,7 +68,9 @@ def test_it_starts_as_the_text_model(llm: str, tiny_recipe: Tiny) -> None:
     batch = batch_of(model, examples_of(model, recipe))
     embeds = model.embed(batch)
     connector: Any = model.connector
-    assert torch.equal(embeds[batch.image_mask], connector.marker.expand(len(batch.media_index), -1))
+    assert torch.equal(
+        embeds[batch.image_mask], connector.marker.expand(len(batch.media_index), -1)
+    )
     found = model.llm.supervised_logits(embeds, batch)
     opened, _ = model_of(llm, tiny_recipe)
     changed = opened.llm.supervised_logits(opened.embed(batch), batch)
@@ -89,23 +93,40 @@ def test_open_gates_show_the_image(llm: str, tiny_recipe: Tiny) -> None:
 
 def seen_by(batch: Batch, images: Any, tokens: int) -> torch.Tensor:
     connector: Any = build_connector(
-        CrossAttentionConnector(kind="cross_attention", images=images, heads=1, base=LinearConnector(kind="linear")), 4, 4
+        CrossAttentionConnector(
+            kind="cross_attention", images=images, heads=1, base=LinearConnector(kind="linear")
+        ),
+        4,
+        4,
     )
-    connector.join(torch.zeros(*batch.input_ids.shape, 4), connector(torch.randn(len(batch.media_index), tokens, 4)), batch)
+    connector.join(
+        torch.zeros(*batch.input_ids.shape, 4),
+        connector(torch.randn(len(batch.media_index), tokens, 4)),
+        batch,
+    )
     return connector.seen.mask
 
 
 @given(
-    rows=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=6, max_size=6), min_size=1, max_size=3),
+    rows=st.lists(
+        st.lists(st.tuples(st.booleans(), st.booleans()), min_size=6, max_size=6),
+        min_size=1,
+        max_size=3,
+    ),
     images=st.sampled_from(["last", "all"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_token_sees_the_last_images_before_it_in_its_own_sample(rows: list[list[tuple[bool, bool]]], images: str) -> None:
+def test_a_token_sees_the_last_images_before_it_in_its_own_sample(
+    rows: list[list[tuple[bool, bool]]], images: str
+) -> None:
     """Each place: is it an image, and does a new packed sample begin."""
     slots = torch.tensor([[image for image, _ in row] for row in rows])
     assume(bool(slots.any()))
     samples = torch.tensor([[begins for _, begins in row] for row in rows]).long().cumsum(1)
-    ids, media = torch.zeros_like(slots, dtype=torch.long), torch.zeros(int(slots.sum()), dtype=torch.long)
+    ids, media = (
+        torch.zeros_like(slots, dtype=torch.long),
+        torch.zeros(int(slots.sum()), dtype=torch.long),
+    )
     batch: Any = Batch(["row"] * len(rows), ids, torch.ones_like(slots), slots, ids, media)
     for packed in (False, True):
         if packed:
@@ -117,7 +138,9 @@ def test_a_token_sees_the_last_images_before_it_in_its_own_sample(rows: list[lis
                 earlier = [k for k, place in enumerate(places) if place <= token]
                 if images == "last":
                     earlier = [k for k in earlier if all(row[places[k] : places[earlier[-1]] + 1])]
-                wanted = [k for k in earlier if not packed or samples[r, places[k]] == samples[r, token]]
+                wanted = [
+                    k for k in earlier if not packed or samples[r, places[k]] == samples[r, token]
+                ]
                 expected = [number // 2 in wanted for number in range(mask.shape[2])]
                 assert mask[r, token].tolist() == expected
 
@@ -133,7 +156,9 @@ def test_generation_with_a_cache_says_what_the_whole_pass_says(tiny_recipe: Tiny
             so_far = replace(
                 prompt,
                 input_ids=np.append(prompt.input_ids, said).astype(np.int32),
-                labels=np.append(np.full(len(prompt.labels) + len(said) - 1, -100), 0).astype(np.int32),
+                labels=np.append(np.full(len(prompt.labels) + len(said) - 1, -100), 0).astype(
+                    np.int32
+                ),
                 image_mask=np.append(prompt.image_mask, [False] * len(said)),
             )
             batch = batch_of(model, [so_far])
@@ -143,11 +168,15 @@ def test_generation_with_a_cache_says_what_the_whole_pass_says(tiny_recipe: Tiny
 
 
 def test_beams_look_at_the_image_of_their_own_row() -> None:
-    seen = Seen(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[False], [True]], [[False], [False]]]))
+    seen = Seen(
+        torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[False], [True]], [[False], [False]]])
+    )
     media, mask = seen.for_states(6, 1)
     assert media.flatten().tolist() == [1, 1, 1, 2, 2, 2]
     assert mask.flatten().tolist() == [True] * 3 + [False] * 3
-    with pytest.raises(ModelError, match="3 rows reach the cross-attention blocks, the batch has 2"):
+    with pytest.raises(
+        ModelError, match="3 rows reach the cross-attention blocks, the batch has 2"
+    ):
         seen.for_states(3, 1)
 
 
@@ -167,10 +196,15 @@ def test_branches_are_the_rows_one_by_one(tiny_recipe: Tiny) -> None:
 def test_gradients_with_checkpointing_are_the_same(llm: str, tiny_recipe: Tiny) -> None:
     model, recipe = model_of(llm, tiny_recipe)
     tuned_by(model, recipe)
-    batches = [batch_of(model, examples_of(model, recipe)[:2]), batch_of(model, examples_of(model, recipe)[2:])]
+    batches = [
+        batch_of(model, examples_of(model, recipe)[:2]),
+        batch_of(model, examples_of(model, recipe)[2:]),
+    ]
     model.train()
     loss, gradients = loss_and_gradients(model, batches)
-    model.llm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.llm.model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     again, checkpointed = loss_and_gradients(model, batches)
     assert float(loss) == pytest.approx(float(again), rel=1e-6)
     assert_close(gradients, checkpointed)
@@ -178,13 +212,19 @@ def test_gradients_with_checkpointing_are_the_same(llm: str, tiny_recipe: Tiny) 
 
 def test_blocks_train_between_quantised_layers(tiny_recipe: Tiny, tmp_path: Path) -> None:
     text = with_connector(tiny_recipe("causal"), "cross_attention")
-    folder = save_llm(tmp_path / "llama", "causal", rows_of(parsed(text)), hidden_size=64, intermediate_size=64)
+    folder = save_llm(
+        tmp_path / "llama", "causal", rows_of(parsed(text)), hidden_size=64, intermediate_size=64
+    )
     recipe = parsed(with_tune(with_llm(text, folder, "causal", ", quantize: nf4")))
     model = built(recipe)
     tuned_by(model, recipe)
     found: Any = model.train()(batch_of(model, examples_of(model, recipe)))
     found.sum.backward()
-    gates = {name: parameter.grad for name, parameter in model.connector.named_parameters() if name.endswith("gate")}
+    gates = {
+        name: parameter.grad
+        for name, parameter in model.connector.named_parameters()
+        if name.endswith("gate")
+    }
     assert len(gates) == 4
     assert all(grad is not None and grad.abs() > 0 for grad in gates.values())
 
@@ -192,12 +232,23 @@ def test_blocks_train_between_quantised_layers(tiny_recipe: Tiny, tmp_path: Path
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "qwen2", "gemma", "phi", "mistral"])
 @torch.no_grad()
 def test_blocks_go_into_every_decoder(model_type: str, tiny_recipe: Tiny) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
     if model_type == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
     if model_type == "opt":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 32}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+        }
     scratch = {"model_type": model_type, "vocab_size": 400, "config": sizes}
     model, recipe = model_of("causal", tiny_recipe, model__llm__scratch=scratch)
     batch = batch_of(model, examples_of(model, recipe)[:1])

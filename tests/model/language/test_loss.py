@@ -21,7 +21,9 @@ from vlm_tune.model.language.loss import token_loss
     hidden_trained=st.booleans(),
     scale=st.sampled_from([1.0, 0.25]),
 )
-def test_chunks_give_the_loss_and_gradients_of_the_whole(count: int, chunk: int, trained: bool, hidden_trained: bool, scale: float) -> None:
+def test_chunks_give_the_loss_and_gradients_of_the_whole(
+    count: int, chunk: int, trained: bool, hidden_trained: bool, scale: float
+) -> None:
     torch.manual_seed(0)
     head = nn.Linear(6, 11).double().requires_grad_(trained)
     hidden = torch.randn(count, 6).double().requires_grad_(hidden_trained)
@@ -32,7 +34,10 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(count: int, chunk: int,
             tensor.grad = None
         if loss.requires_grad:
             (loss * scale).backward()
-        return [None if tensor.grad is None else tensor.grad.clone() for tensor in (hidden, *head.parameters())]
+        return [
+            None if tensor.grad is None else tensor.grad.clone()
+            for tensor in (hidden, *head.parameters())
+        ]
 
     plain = cross_entropy(head(hidden), targets, reduction="sum")
     wanted = gradients(plain)

@@ -46,11 +46,18 @@ train:"""
 
 
 def applied(model: Any, how: str, tokens: int = 5, precision: torch.dtype = torch.float32) -> Any:
-    return apply_rules(model, [TuneRule(match="llm.*", how=how, tokens=tokens), FROZEN], learning_rate=1e-3, precision=precision)  # type: ignore[arg-type]
+    return apply_rules(
+        model,
+        [TuneRule(match="llm.*", how=how, tokens=tokens), FROZEN],
+        learning_rate=1e-3,
+        precision=precision,
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def named(tiny_recipe: Callable[..., str], tmp_path: Path) -> Callable[[str], tuple[Any, Any, Path]]:
+def named(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> Callable[[str], tuple[Any, Any, Path]]:
     """A model over a saved tiny Llama or T5, its recipe, and the folder of the language model."""
 
     def make(kind: str) -> tuple[Any, Any, Path]:
@@ -64,11 +71,20 @@ def named(tiny_recipe: Callable[..., str], tmp_path: Path) -> Callable[[str], tu
 
 def move(model: Any) -> None:
     generator = torch.Generator().manual_seed(5)
-    model.llm.prompt.values.data += 0.3 * torch.randn(model.llm.prompt.values.shape, generator=generator)
+    model.llm.prompt.values.data += 0.3 * torch.randn(
+        model.llm.prompt.values.shape, generator=generator
+    )
 
 
 def text_batch(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Batch:
-    return Batch(["a"] * len(ids), ids, mask, torch.zeros_like(mask), labels, torch.zeros(0, dtype=torch.int64))
+    return Batch(
+        ["a"] * len(ids),
+        ids,
+        mask,
+        torch.zeros_like(mask),
+        labels,
+        torch.zeros(0, dtype=torch.int64),
+    )
 
 
 def greedy(plain: Any, ids: torch.Tensor, kind: str, steps: int) -> torch.Tensor:
@@ -79,13 +95,19 @@ def greedy(plain: Any, ids: torch.Tensor, kind: str, steps: int) -> torch.Tensor
     """
     out = torch.zeros(len(ids), 1, dtype=torch.int64) if kind == "seq2seq" else ids
     for _ in range(steps):
-        inputs = {"input_ids": ids, "decoder_input_ids": out} if kind == "seq2seq" else {"input_ids": out}
+        inputs = (
+            {"input_ids": ids, "decoder_input_ids": out}
+            if kind == "seq2seq"
+            else {"input_ids": out}
+        )
         out = torch.cat([out, plain(**inputs).logits[:, -1:].argmax(-1)], 1)
     return out[:, -steps:]
 
 
 @EACH
-def test_logits_and_generation_are_plain_pefts(how: str, kind: str, named: Any, tmp_path: Path) -> None:
+def test_logits_and_generation_are_plain_pefts(
+    how: str, kind: str, named: Any, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -95,15 +117,21 @@ def test_logits_and_generation_are_plain_pefts(how: str, kind: str, named: Any, 
     model.eval().save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "llm").exists()
     factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
-    plain: Any = PeftModel.from_pretrained(factory.from_pretrained(folder), str(tmp_path / "saved" / "prompt")).eval()
+    plain: Any = PeftModel.from_pretrained(
+        factory.from_pretrained(folder), str(tmp_path / "saved" / "prompt")
+    ).eval()
     ids = torch.tensor([[5, 60, 70, 80, 90, 7], [8, 40, 41, 42, 43, 1]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = text_batch(ids, mask, ids)
     more = {"labels": ids} if kind == "seq2seq" else {}
     with torch.no_grad():
         ours = model.llm.supervised_logits(model.llm.embed(ids), batch)
-        theirs = plain(input_ids=ids, attention_mask=mask.long(), **more).logits[:, -6:].flatten(0, 1)
-        base = plain.get_base_model()(input_ids=ids, attention_mask=mask.long(), **more).logits.flatten(0, 1)
+        theirs = (
+            plain(input_ids=ids, attention_mask=mask.long(), **more).logits[:, -6:].flatten(0, 1)
+        )
+        base = plain.get_base_model()(
+            input_ids=ids, attention_mask=mask.long(), **more
+        ).logits.flatten(0, 1)
         said = model.llm.generate(model.llm.embed(ids), mask, Decoding(8), 0, [999])
         expected = greedy(plain, ids, kind, 8)
     assert largest(ours, theirs) <= 1e-5
@@ -144,24 +172,36 @@ def test_batched_and_left_padded_rows_are_rows_one_by_one(how: str, kind: str, n
     assert len({len(prompt.input_ids) for prompt in prompts}) > 1
     for decoding in (Decoding(8), Decoding(8, 3)):
         together = model.answers(prompts, decoding, fetch=model.processor.images)
-        alone = [model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts]
+        alone = [
+            model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts
+        ]
         assert together == alone
         assert any(together)
 
 
 @pytest.mark.parametrize("how", ["prompt", "prefix"])
 @pytest.mark.parametrize("join", ["padded", "branches", "packed"])
-def test_joined_rows_give_the_losses_and_gradients_of_rows_one_by_one(join: str, how: str, named: Any) -> None:
+def test_joined_rows_give_the_losses_and_gradients_of_rows_one_by_one(
+    join: str, how: str, named: Any
+) -> None:
     model, recipe, _ = named("causal")
     applied(model, how)
     move(model)
     model.connector.requires_grad_(True)
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     if join == "branches":
-        together = [example for place in range(0, len(rows), 2) for example in branch_layout(rows[place : place + 2], 512)]
+        together = [
+            example
+            for place in range(0, len(rows), 2)
+            for example in branch_layout(rows[place : place + 2], 512)
+        ]
         assert len(together) == 4
     else:
-        together = rows if join == "padded" else [pack_layout(rows[:3], "causal"), pack_layout(rows[3:], "causal")]
+        together = (
+            rows
+            if join == "padded"
+            else [pack_layout(rows[:3], "causal"), pack_layout(rows[3:], "causal")]
+        )
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
     joined, found = loss_and_gradients(model, [batch_of(model, together)])
     assert float(expected["llm.prompt.values"].abs().max()) > 1e-4
@@ -184,7 +224,12 @@ def test_virtual_tokens_stay_for_the_next_stage(named: Any) -> None:
     move(model)
     rows = rows_of(recipe)
     before, _ = observe(model, rows)
-    tuned = apply_rules(model, [TuneRule(match="connector.*", how="full"), FROZEN], learning_rate=1e-3, precision=torch.float32)
+    tuned = apply_rules(
+        model,
+        [TuneRule(match="connector.*", how="full"), FROZEN],
+        learning_rate=1e-3,
+        precision=torch.float32,
+    )
     assert_same_outputs(observe(model, rows)[0], before)
     assert not model.llm.prompt.values.requires_grad
     assert not any("prompt" in name for names in tuned.names for name in names)
@@ -198,7 +243,11 @@ def test_a_prompt_and_lora_go_together_and_lora_merges_under_it(named: Any, tmp_
     from vlm_tune.model.lora import merge_adapter
 
     model, recipe, _ = named("causal")
-    rules = [TuneRule(match="llm.model.embed_tokens.*", how="prompt"), TuneRule(match="llm.*", how="lora", r=4, variant="dora"), FROZEN]
+    rules = [
+        TuneRule(match="llm.model.embed_tokens.*", how="prompt"),
+        TuneRule(match="llm.*", how="lora", r=4, variant="dora"),
+        FROZEN,
+    ]
     tuned = apply_rules(model, rules, learning_rate=1e-3, precision=torch.float32)
     assert (tuned.table[0].trained, tuned.table[0].detail) == (20 * 32, "20 tokens")
     move(model)
@@ -208,18 +257,35 @@ def test_a_prompt_and_lora_go_together_and_lora_merges_under_it(named: Any, tmp_
     logits, _ = observe(model, rows_of(recipe))
     merge_adapter(model, "llm")
     model.save_pretrained(tmp_path / "merged")
-    assert largest(observe(load_model(tmp_path / "merged", dtype=torch.float32), rows_of(recipe))[0], logits) <= 1e-4
+    assert (
+        largest(
+            observe(load_model(tmp_path / "merged", dtype=torch.float32), rows_of(recipe))[0],
+            logits,
+        )
+        <= 1e-4
+    )
 
 
 @pytest.mark.slow
 @EACH
-def test_a_run_resumes_bit_for_bit_and_learns(how: str, kind: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit_and_learns(
+    how: str, kind: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     def recipe(output: str) -> Any:
         text = with_tune(tiny_recipe(kind, output=output, precision="bf16"), TUNE.format(how=how))
-        return parsed(text, train__log_every=1, train__steps=6, evaluate__every=2, train__checkpoints={"keep": 10})
+        return parsed(
+            text,
+            train__log_every=1,
+            train__steps=6,
+            evaluate__every=2,
+            train__checkpoints={"keep": 10},
+        )
 
     losses: list[float] = []
-    sft(recipe("whole"), show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None)
+    sft(
+        recipe("whole"),
+        show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None,
+    )
     assert losses[-1] < losses[0]
     interrupted(lambda show: sft(recipe("parts"), show=show), stage=0, step=3)
     sft(recipe("parts"), resume=True)
@@ -231,15 +297,32 @@ def test_a_run_resumes_bit_for_bit_and_learns(how: str, kind: str, tiny_recipe: 
     ("kind", "how", "changes", "said"),
     [
         ("seq2seq", "prefix", {"data__packing": True}, "takes no packed rows"),
-        ("causal", "prefix", {"train__gradient_checkpointing": True}, "where it checkpoints gradients"),
+        (
+            "causal",
+            "prefix",
+            {"train__gradient_checkpointing": True},
+            "where it checkpoints gradients",
+        ),
         ("seq2seq", "prompt", {"data__packing": True}, "takes no packed rows"),
-        ("causal", "prompt", {"model__connector": {"kind": "cross_attention", "every": 1}}, "the cross_attention connector does not know"),
+        (
+            "causal",
+            "prompt",
+            {"model__connector": {"kind": "cross_attention", "every": 1}},
+            "the cross_attention connector does not know",
+        ),
         ("causal", "prompt", {"tune__2__match": "*"}, "takes a rule for llm"),
         ("causal", "prompt", {"tune__2__r": 4}, "r belongs to how: lora, this rule is how: prompt"),
-        ("causal", "prompt", {"tune__1__tokens": 4}, "tokens belongs to how: prompt or prefix, this rule is how: full"),
+        (
+            "causal",
+            "prompt",
+            {"tune__1__tokens": 4},
+            "tokens belongs to how: prompt or prefix, this rule is how: full",
+        ),
     ],
 )
-def test_what_virtual_tokens_do_not_go_with(kind: str, how: str, changes: dict[str, Any], said: str, tiny_recipe: Any) -> None:
+def test_what_virtual_tokens_do_not_go_with(
+    kind: str, how: str, changes: dict[str, Any], said: str, tiny_recipe: Any
+) -> None:
     with pytest.raises(RecipeError) as caught:
         parsed(with_tune(tiny_recipe(kind), TUNE.format(how=how)), **changes)
     assert any(said in problem.message for problem in caught.value.problems)
@@ -253,6 +336,9 @@ def test_what_is_no_prompt_is_refused(how: str, kind: str, named: Any, tmp_path:
     model, _, _ = named(kind)
     applied(model, how)
     write_prompt(model.llm.prompt.config, model.llm.prompt.values, tmp_path / "prompt")
-    write_safetensors({"prompt_embeddings": model.llm.prompt.values[:3]}, tmp_path / "prompt" / "adapter_model.safetensors")
+    write_safetensors(
+        {"prompt_embeddings": model.llm.prompt.values[:3]},
+        tmp_path / "prompt" / "adapter_model.safetensors",
+    )
     with pytest.raises(ModelError, match="does not fit its config"):
         read_prompt(tmp_path / "prompt")

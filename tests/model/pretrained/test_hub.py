@@ -32,16 +32,29 @@ def test_a_hub_that_does_not_answer() -> None:
     # Nothing listens on that port, so that every request fails at once: tried again, they would take minutes.
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     result = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}, capture_output=True, text=True, timeout=400
+        [sys.executable, "-c", CODE],
+        env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 3, result.stderr
-    assert all("http://127.0.0.1:9 can't be reached; name a local folder, or try again with a network" in line for line in lines), lines
+    assert all(
+        "http://127.0.0.1:9 can't be reached; name a local folder, or try again with a network"
+        in line
+        for line in lines
+    ), lines
     assert "Retrying" not in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-style", "llava-1.5-7b-qlora", "instructblip-flan-t5-xl-lora", "flan-t5-clip-vqa"])
-def test_shipped_recipes_bring_their_models_configs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["llava-1.5-style", "llava-1.5-7b-qlora", "instructblip-flan-t5-xl-lora", "flan-t5-clip-vqa"],
+)
+def test_shipped_recipes_bring_their_models_configs(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without hub and cache the models of shipped recipes are known by shape."""
     from huggingface_hub import constants
 

@@ -45,7 +45,9 @@ def command(*arguments: str) -> str:
 
 def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
     with torch.no_grad():
-        batch = batch_of(model.eval(), [example for row in rows for example in model.processor.examples(row)])
+        batch = batch_of(
+            model.eval(), [example for row in rows for example in model.processor.examples(row)]
+        )
         return model.llm.supervised_logits(model.embed(batch), batch)
 
 
@@ -65,7 +67,9 @@ def instructblip(tiny_recipe: Tiny, tmp_path: Path) -> str:
     return with_tune(with_pretrained(text, tmp_path / "blip", "blip2"), LORA_TUNE)
 
 
-def test_a_llava_is_trained_merged_and_exported_by_the_command_line(llava: str, tmp_path: Path) -> None:
+def test_a_llava_is_trained_merged_and_exported_by_the_command_line(
+    llava: str, tmp_path: Path
+) -> None:
     """All that is written is a LLaVA again, with the trained model's logits; the merged folder needs no original."""
     from transformers import LlavaForConditionalGeneration
 
@@ -82,17 +86,26 @@ def test_a_llava_is_trained_merged_and_exported_by_the_command_line(llava: str, 
     export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
     merge(tmp_path / "run", tmp_path / "merged", dtype="fp32")
     (tmp_path / "llava").rename(tmp_path / "gone")
-    assert largest(logits_of(load_model(tmp_path / "merged", dtype=torch.float32), rows), expected) <= 1e-4
+    assert (
+        largest(logits_of(load_model(tmp_path / "merged", dtype=torch.float32), rows), expected)
+        <= 1e-4
+    )
     theirs: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "exported").eval()
-    batch = batch_of(trained, [example for row in rows for example in trained.processor.examples(row)])
+    batch = batch_of(
+        trained, [example for row in rows for example in trained.processor.examples(row)]
+    )
     assert batch.pixels is not None
     with torch.no_grad():
         logits = theirs(
             input_ids=batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id),
-            pixel_values=(batch.pixels.float() * trained.tower.scale - trained.tower.offset)[batch.media_index],
+            pixel_values=(batch.pixels.float() * trained.tower.scale - trained.tower.offset)[
+                batch.media_index
+            ],
             attention_mask=batch.attention_mask.long(),
         ).logits
-    assert largest(logits[batch.labels != -100], expected) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert largest(logits[batch.labels != -100], expected) <= 1e-5 * max(
+        1.0, float(expected.abs().max())
+    )
 
 
 def test_an_exported_llava_is_a_start_again(llava: str, tmp_path: Path) -> None:
@@ -117,12 +130,17 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert (tmp_path / "merged" / "connector_tokenizer" / "tokenizer.json").is_file()
     assert largest(logits_of(merged, rows), expected) <= 1e-4
-    said = [model.chat("what color is it?", images=[tmp_path / "red.png"]) for model in (merged, trained)]
+    said = [
+        model.chat("what color is it?", images=[tmp_path / "red.png"])
+        for model in (merged, trained)
+    ]
     assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("kind", ["llava", "instructblip"])
-def test_quantised_loading_and_the_plan(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_quantised_loading_and_the_plan(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The LLM inside is packed, nothing else; the plan has the same parameters and reads no weights."""
     text = request.getfixturevalue(kind).replace("model: {", "model: {llm: {quantize: nf4}, ")
     recipe = parsed(text)
@@ -132,16 +150,28 @@ def test_quantised_loading_and_the_plan(kind: str, request: pytest.FixtureReques
         file.unlink()
     found = plan(recipe)
     (stage,) = found.stages
-    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [(row.match, row.trained, row.total) for row in tuned.table]
+    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
+        (row.match, row.trained, row.total) for row in tuned.table
+    ]
     assert found.quantize == "nf4"
     bare, _ = bare_model(recipe)
     tokens = model.processor.spec.tokens_per_image
-    assert tokens == bare.processor.spec.tokens_per_image == build_processor(recipe, []).spec.tokens_per_image
+    assert (
+        tokens
+        == bare.processor.spec.tokens_per_image
+        == build_processor(recipe, []).spec.tokens_per_image
+    )
 
 
 def test_what_the_recipe_says_of_tower_and_llm_is_used(llava: str) -> None:
-    model = built(parsed(llava.replace("model: {", "model: {tower: {resize: squash, image_size: 48}, ")))
-    assert (model.tower.image_size, model.processor.images.resize, model.processor.spec.tokens_per_image) == (48, "squash", 9)
+    model = built(
+        parsed(llava.replace("model: {", "model: {tower: {resize: squash, image_size: 48}, "))
+    )
+    assert (
+        model.tower.image_size,
+        model.processor.images.resize,
+        model.processor.spec.tokens_per_image,
+    ) == (48, "squash", 9)
 
 
 def test_a_projector_beside_a_plain_language_model(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -154,7 +184,10 @@ def test_a_projector_beside_a_plain_language_model(tiny_recipe: Tiny, tmp_path: 
     save_llava_original(tmp_path / "original", theirs, tmp_path / "llava", tower=False)
     projector = theirs.model.multi_modal_projector.state_dict()
     names = {"linear_1": "0", "linear_2": "2"}
-    save_file({f"model.mm_projector.{names[key[:8]]}{key[8:]}": v for key, v in projector.items()}, tmp_path / "mm_projector.safetensors")
+    save_file(
+        {f"model.mm_projector.{names[key[:8]]}{key[8:]}": v for key, v in projector.items()},
+        tmp_path / "mm_projector.safetensors",
+    )
     whole = built(parsed(with_pretrained(text, tmp_path / "original", "vicuna")))
     parts = f"""{{
       tower: {{kind: transformers, name: {tmp_path / "original" / "clip"}, layer: -2, resize: pad}},
@@ -165,7 +198,9 @@ def test_a_projector_beside_a_plain_language_model(tiny_recipe: Tiny, tmp_path: 
     assert_same_outputs(logits_of(model, rows), logits_of(whole, rows))
 
 
-def test_instructions_are_read_by_the_connectors_own_tokenizer(instructblip: str, tmp_path: Path) -> None:
+def test_instructions_are_read_by_the_connectors_own_tokenizer(
+    instructblip: str, tmp_path: Path
+) -> None:
     """The same in a padded batch, and as one; case and spaces are BERT's to drop."""
     recipe = parsed(instructblip)
     model = built(recipe).eval()

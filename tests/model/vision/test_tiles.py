@@ -27,7 +27,9 @@ LLMS = {
 TOKENS = 4
 
 
-def recipe_text(kind: str = "causal", tiles: str = "[[2, 1], [1, 2], [2, 2]]", more: str = "") -> str:
+def recipe_text(
+    kind: str = "causal", tiles: str = "[[2, 1], [1, 2], [2, 2]]", more: str = ""
+) -> str:
     return f"""
 name: tiny
 output: nowhere
@@ -48,12 +50,16 @@ train: {{steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}}
 
 def photo(width: int, height: int, seed: int = 0) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(stream, "PNG")
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ).save(stream, "PNG")
     return stream.getvalue()
 
 
 def conversation(name: str, *media: Media) -> Conversation:
-    return Conversation(name, (Message("user", (*media, "what is it?")), Message("assistant", ("a thing",))))
+    return Conversation(
+        name, (Message("user", (*media, "what is it?")), Message("assistant", ("a thing",)))
+    )
 
 
 @pytest.fixture
@@ -61,7 +67,12 @@ def rows(tmp_path: Path) -> list[Conversation]:
     """A wide image by file, a high one by bytes, two in one row, and a row without any."""
     (tmp_path / "wide.png").write_bytes(photo(64, 30))
     wide, high = Media(tmp_path / "wide.png"), Media(photo(30, 64, 1))
-    return [conversation("wide", wide), conversation("high", high), conversation("both", wide, high), conversation("none")]
+    return [
+        conversation("wide", wide),
+        conversation("high", high),
+        conversation("both", wide, high),
+        conversation("none"),
+    ]
 
 
 def built(rows: list[Conversation], kind: str = "causal", **options: Any) -> VisionLanguageModel:
@@ -76,9 +87,15 @@ def test_every_tile_has_its_slots_after_its_image(kind: str, rows: list[Conversa
     for row, tiles in zip(rows, (2, 2, 4, 0), strict=True):
         for tiled, whole in zip(processor.examples(row), plain.examples(row), strict=True):
             assert len(tiled.input_ids) == len(whole.input_ids) + tiles * TOKENS
-            assert tiled.image_mask.sum() == whole.image_mask.sum() + tiles * TOKENS == len(tiled.media) * TOKENS
+            assert (
+                tiled.image_mask.sum()
+                == whole.image_mask.sum() + tiles * TOKENS
+                == len(tiled.media) * TOKENS
+            )
             # Words and labels are what they are without tiles.
-            assert np.array_equal(tiled.input_ids[~tiled.image_mask], whole.input_ids[~whole.image_mask])
+            assert np.array_equal(
+                tiled.input_ids[~tiled.image_mask], whole.input_ids[~whole.image_mask]
+            )
             assert (tiled.labels[tiled.labels >= 0] == whole.labels[whole.labels >= 0]).all()
     found = processor.prompt(rows[2]).media
     assert [(item.source, item.tile and (item.tile.column, item.tile.row)) for item in found] == [
@@ -91,7 +108,9 @@ def test_every_tile_has_its_slots_after_its_image(kind: str, rows: list[Conversa
 def test_cached_features_of_tiles_are_the_towers(kind: str, rows: list[Conversation]) -> None:
     model = built(rows, kind)
     # As evaluation asks: by the conversations' images, which name no tile.
-    features = tower_features(model, list(dict.fromkeys(item for row in rows for item in row.media)))
+    features = tower_features(
+        model, list(dict.fromkeys(item for row in rows for item in row.media))
+    )
     examples = [example for row in rows for example in model.processor.examples(row)]
     spec = model.processor.spec
     with torch.inference_mode():
@@ -114,16 +133,27 @@ def test_every_tile_counts_and_their_order_too(rows: list[Conversation]) -> None
         return float(found.sum)
 
     whole, left, right = (model.processor.images(item) for item in example.media)
-    losses = [loss([whole, left, right]), loss([whole, right, left]), loss([whole, left, left]), loss([left, left, right])]
+    losses = [
+        loss([whole, left, right]),
+        loss([whole, right, left]),
+        loss([whole, left, left]),
+        loss([left, left, right]),
+    ]
     assert len({round(value, 6) for value in losses}) == 4
 
 
 @pytest.mark.parametrize("kind", LLMS)
-def test_a_saved_model_tiles_as_the_trained_one(kind: str, rows: list[Conversation], tmp_path: Path) -> None:
+def test_a_saved_model_tiles_as_the_trained_one(
+    kind: str, rows: list[Conversation], tmp_path: Path
+) -> None:
     model = built(rows, kind)
     model.save_pretrained(tmp_path / "model")
     again = VisionLanguageModel.from_pretrained(tmp_path / "model")
-    assert again.processor.images == model.processor.images and again.processor.images.tiles == ((2, 1), (1, 2), (2, 2))
+    assert again.processor.images == model.processor.images and again.processor.images.tiles == (
+        (2, 1),
+        (1, 2),
+        (2, 2),
+    )
     one, other = model.processor.prompt(rows[2]), again.processor.prompt(rows[2])
     assert one.media == other.media and np.array_equal(one.input_ids, other.input_ids)
     asked = ("what is it?", [rows[0].media[0].source])
@@ -132,14 +162,21 @@ def test_a_saved_model_tiles_as_the_trained_one(kind: str, rows: list[Conversati
 
 def test_an_image_without_a_readable_header_is_named_with_its_row(rows: list[Conversation]) -> None:
     processor = built(rows).processor
-    bad = Conversation("r", conversation("r", Media(b"<html>")).messages, source="rows.jsonl", row=7)
+    bad = Conversation(
+        "r", conversation("r", Media(b"<html>")).messages, source="rows.jsonl", row=7
+    )
     with pytest.raises(DataError, match=r"rows\.jsonl, row 7: <bytes>: not an image"):
         processor.examples(bad)
 
 
-@pytest.mark.parametrize("change", ["crop: 0.5", "flip: 0.5", "transpose: 1.0", "shift: 0.1", "rotation: 5.0", "rand_augment: {}"])
+@pytest.mark.parametrize(
+    "change",
+    ["crop: 0.5", "flip: 0.5", "transpose: 1.0", "shift: 0.1", "rotation: 5.0", "rand_augment: {}"],
+)
 def test_changes_that_would_move_each_tile_by_itself_are_refused(change: str) -> None:
-    parse_recipe(recipe_text(more="  augment: {crop: 1.0, flip: 0.0, colour: 0.1, hue: 0.1, noise: 0.1}"))
+    parse_recipe(
+        recipe_text(more="  augment: {crop: 1.0, flip: 0.0, colour: 0.1, hue: 0.1, noise: 0.1}")
+    )
     parse_recipe(recipe_text(tiles="[]", more=f"  augment: {{{change}}}"))
     with pytest.raises(RecipeError, match="tiles are cut first"):
         parse_recipe(recipe_text(more=f"  augment: {{{change}}}"))

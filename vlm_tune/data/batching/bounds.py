@@ -16,13 +16,19 @@ def unkept_bounds(recipe: Recipe, prepared: Prepared) -> list[str]:
     units = "images with their rows" if data.group == "image" else "rows"
     longest, total = prepared.unit_lengths.T
     if data.packing:
-        bounds.append(("data.row_length", data.row_length, total, units, "stands alone in a row of its own"))
+        bounds.append(
+            ("data.row_length", data.row_length, total, units, "stands alone in a row of its own")
+        )
     elif data.group == "image" and prepared.layout == "causal":
         lengths = prepared.store.lengths
-        bounds.append(("data.row_length", data.row_length, lengths, "rows", "is trained on as it is"))
+        bounds.append(
+            ("data.row_length", data.row_length, lengths, "rows", "is trained on as it is")
+        )
     if most_tokens is not None:
         padded = total if data.packing else longest * np.diff(prepared.starts)
-        bounds.append(("train.batch_tokens", most_tokens, padded, units, "is a micro-batch of its own"))
+        bounds.append(
+            ("train.batch_tokens", most_tokens, padded, units, "is a micro-batch of its own")
+        )
     lines = []
     if data.packing and most_tokens is not None and data.row_length > most_tokens:
         text = f"a packed row may have data.row_length {data.row_length:,} tokens, more than train.batch_tokens {most_tokens:,}"
@@ -31,7 +37,9 @@ def unkept_bounds(recipe: Recipe, prepared: Prepared) -> list[str]:
         over = int((sizes > bound).sum())
         if over:
             most = int(sizes.max())
-            lines.append(f"{over:,} of {len(sizes):,} {what} are over {name} {bound:,}, the longest {most:,} tokens: each {fate}")
+            lines.append(
+                f"{over:,} of {len(sizes):,} {what} are over {name} {bound:,}, the longest {most:,} tokens: each {fate}"
+            )
     return lines
 
 

@@ -45,7 +45,9 @@ def collate(
     inputs = [slice(length - size, length) if pad_left else slice(0, size) for size in sizes]
     outputs = inputs if causal else [slice(0, len(example.labels)) for example in examples]
 
-    def padded(values: Sequence[np.ndarray | int], places: Sequence[slice], across: int, fill: int | bool) -> torch.Tensor:
+    def padded(
+        values: Sequence[np.ndarray | int], places: Sequence[slice], across: int, fill: int | bool
+    ) -> torch.Tensor:
         found = np.full((rows, across), fill, dtype=bool if isinstance(fill, bool) else np.int64)
         for row, (value, place) in enumerate(zip(values, places, strict=True)):
             found[row, place] = value
@@ -54,12 +56,28 @@ def collate(
     joined: dict[str, torch.Tensor] = {}
     if any(example.ends is not None for example in examples):
         shift = [place.start for place in inputs]
-        positions = [np.arange(size) if e.positions is None else e.positions for e, size in zip(examples, sizes, strict=True)]
-        ends = [(size if e.ends is None else e.ends) + start for e, size, start in zip(examples, sizes, shift, strict=True)]
-        joined |= {"positions": padded(positions, inputs, length, 0), "ends": padded(ends, inputs, length, 0)}
+        positions = [
+            np.arange(size) if e.positions is None else e.positions
+            for e, size in zip(examples, sizes, strict=True)
+        ]
+        ends = [
+            (size if e.ends is None else e.ends) + start
+            for e, size, start in zip(examples, sizes, shift, strict=True)
+        ]
+        joined |= {
+            "positions": padded(positions, inputs, length, 0),
+            "ends": padded(ends, inputs, length, 0),
+        }
     if any(example.samples is not None for example in examples):
-        joined["samples"] = padded([0 if e.samples is None else e.samples for e in examples], inputs, length, -1)
-        joined["label_samples"] = padded([0 if e.label_samples is None else e.label_samples for e in examples], outputs, width, -1)
+        joined["samples"] = padded(
+            [0 if e.samples is None else e.samples for e in examples], inputs, length, -1
+        )
+        joined["label_samples"] = padded(
+            [0 if e.label_samples is None else e.label_samples for e in examples],
+            outputs,
+            width,
+            -1,
+        )
     index, stacked = _media(examples, owners or [""] * rows, fetch, fetch_for)
     return Batch(
         ids=[example.id for example in examples],
@@ -78,14 +96,21 @@ def collate(
 
 
 def _media(
-    examples: Sequence[Example], owners: Sequence[str], fetch: Fetch | None, fetch_for: FetchFor | None
+    examples: Sequence[Example],
+    owners: Sequence[str],
+    fetch: Fetch | None,
+    fetch_for: FetchFor | None,
 ) -> tuple[list[int], torch.Tensor | None]:
     """The place of each row's media among those that are distinct, by owner too, and what these are, stacked."""
     import torch
 
     distinct: dict[tuple[Media, str], int] = {}
     shown = zip(examples, owners, strict=True)
-    index = [distinct.setdefault((media, owner), len(distinct)) for example, owner in shown for media in example.media]
+    index = [
+        distinct.setdefault((media, owner), len(distinct))
+        for example, owner in shown
+        for media in example.media
+    ]
     if fetch_for:
         items = [fetch_for(media, owner) for media, owner in distinct]
     else:

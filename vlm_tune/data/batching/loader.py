@@ -60,7 +60,9 @@ class Feed(Protocol):
         """What `resumed` needs beside a position, as arrays to keep in a checkpoint."""
         ...
 
-    def resumed(self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> Position:
+    def resumed(
+        self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
+    ) -> Position:
         """A checkpoint's position in the present plan: the same under an equal cut, else one that goes on with what is left."""
         ...
 
@@ -126,12 +128,22 @@ class PreparedFeed:
 
     def drawn(self, position: Position) -> dict[str, np.ndarray]:
         """How often each unit was drawn in the position's epoch, in all and before the present plan, source by source."""
-        before = np.zeros(len(self.prepared), dtype=np.int64) if position.before is None else position.before
-        drawn = before + np.bincount(self._epoch(position).drawn(position.step), minlength=len(before))
+        before = (
+            np.zeros(len(self.prepared), dtype=np.int64)
+            if position.before is None
+            else position.before
+        )
+        drawn = before + np.bincount(
+            self._epoch(position).drawn(position.step), minlength=len(before)
+        )
         order = np.concatenate(self.plan.by_source)
-        return {"drawn": drawn[order]} | ({} if position.before is None else {"before": before[order]})
+        return {"drawn": drawn[order]} | (
+            {} if position.before is None else {"before": before[order]}
+        )
 
-    def resumed(self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> Position:
+    def resumed(
+        self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
+    ) -> Position:
         """A checkpoint's position in the present plan; what was drawn of sources that are there no longer is forgotten."""
         if cut == self.cut():
             if "before" not in drawn:
@@ -141,7 +153,12 @@ class PreparedFeed:
             return replace(position, before=before)
         before = np.zeros(len(self.prepared), dtype=np.int64)
         sizes = [size for _, size in cut["sources"]]
-        earlier = [(name, part) for (name, _), part in zip(cut["sources"], np.split(drawn["drawn"], np.cumsum(sizes)[:-1]), strict=True)]
+        earlier = [
+            (name, part)
+            for (name, _), part in zip(
+                cut["sources"], np.split(drawn["drawn"], np.cumsum(sizes)[:-1]), strict=True
+            )
+        ]
         for (name, _), units in zip(self.cut()["sources"], self.plan.by_source, strict=True):
             place = next((place for place, (other, _) in enumerate(earlier) if other == name), None)
             if place is not None:
@@ -162,7 +179,9 @@ class PreparedFeed:
             row = next(share for share in epoch.shares(step, self.ranks)[number] if len(share))
             ((unit, *_), *_) = epoch.units_of(row[:1])
             return self._collate([[blank(self.prepared.unit(unit))]], position.epoch)
-        return self._collate([[self.prepared.unit(unit) for unit in row] for row in rows], position.epoch)
+        return self._collate(
+            [[self.prepared.unit(unit) for unit in row] for row in rows], position.epoch
+        )
 
     def _rows(self, position: Position, place: Place) -> Rows:
         """The rows of a micro-batch of this process."""
@@ -174,7 +193,12 @@ class PreparedFeed:
         if self.augment is None:
             return collate(examples, self.spec, fetch=self.fetch, cached=self.cached)
         owners = [row[0][0].id for row, found in zip(rows, made, strict=True) for _ in found]
-        return collate(examples, self.spec, fetch_for=Augmented(self.fetch, self.augment, self.plan.seed, epoch), owners=owners)
+        return collate(
+            examples,
+            self.spec,
+            fetch_for=Augmented(self.fetch, self.augment, self.plan.seed, epoch),
+            owners=owners,
+        )
 
     def windows(self, position: Position) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from the position; made ahead by worker processes where there are any."""
@@ -191,7 +215,11 @@ class PreparedFeed:
 
     def rows_of(self, position: Position, place: Place) -> list[str]:
         """The rows that a micro-batch of this process is made of, as their samples' ids."""
-        return [unit[0].id for row in self._rows(position, place) for unit in map(self.prepared.unit, row)]
+        return [
+            unit[0].id
+            for row in self._rows(position, place)
+            for unit in map(self.prepared.unit, row)
+        ]
 
     def killed_worker(self, error: RuntimeError) -> DataError | None:
         """The error that names the rows a killed loader process was at; None if `error` tells of something else."""
@@ -202,10 +230,14 @@ class PreparedFeed:
         place = self.loading.place
         pids = self.loading.pids
         said = re.search(r"pid\D*(\d+)", str(error))
-        worker = pids.index(int(said[1])) if said and int(said[1]) in pids else place % max(len(pids), 1)
+        worker = (
+            pids.index(int(said[1])) if said and int(said[1]) in pids else place % max(len(pids), 1)
+        )
         # Batches are dealt out in turns: it was at the first one of its own that is still to come.
         turns = range(place, len(numbers)) if pids else range(0)
-        number = next((numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place])
+        number = next(
+            (numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place]
+        )
         return DataError(
             f"a loader process was killed ({str(error).splitlines()[0]}) at step {number[0] + 1} of epoch {position.epoch + 1} or soon "
             f"after: {', '.join(self.rows_of(position, number)[:8])}. train.loader_workers: 0 shows whether a row does it; "
@@ -226,7 +258,9 @@ class Augmented:
 
     def __call__(self, media: Media, sample: str) -> torch.Tensor:
         """uint8[3, H, W]."""
-        return augment_pixels(self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode())))
+        return augment_pixels(
+            self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode()))
+        )
 
 
 def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iterator[Batch]:
@@ -252,15 +286,24 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
     feed.loading = Loading(position, numbers, 0, [])
     batches = iter(loader)
     for place in range(len(numbers)):
-        feed.loading = Loading(position, numbers, place, [worker.pid for worker in batches._workers])
+        feed.loading = Loading(
+            position, numbers, place, [worker.pid for worker in batches._workers]
+        )
         yield next(batches)
 
 
 def joined(units: list[Group], layout: str) -> list[Example]:
     """The examples of one row: those of a unit as they are, those of several units packed into one."""
-    return units[0] if len(units) == 1 else [pack_layout([example for unit in units for example in unit], layout)]
+    return (
+        units[0]
+        if len(units) == 1
+        else [pack_layout([example for unit in units for example in unit], layout)]
+    )
 
 
 def blank(unit: Group) -> Group:
     """A unit that counts nothing."""
-    return [replace(example, labels=np.full_like(example.labels, IGNORE_INDEX), questions=0) for example in unit]
+    return [
+        replace(example, labels=np.full_like(example.labels, IGNORE_INDEX), questions=0)
+        for example in unit
+    ]

@@ -31,20 +31,36 @@ def branch_layout(examples: Sequence[Example], row_length: int) -> list[Example]
 
 def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
     """As `branch_layout`, with the places of the rows in the trees."""
-    alone = [Tree(example, (place,), (len(example.input_ids) - 1,)) for place, example in enumerate(examples)]
+    alone = [
+        Tree(example, (place,), (len(example.input_ids) - 1,))
+        for place, example in enumerate(examples)
+    ]
     first = examples[0]
     media = int(first.image_mask.nonzero()[0][-1]) + 1 if first.image_mask.any() else 0
-    if len(examples) < 2 or any(example.media != first.media or example.ends is not None for example in examples):
+    if len(examples) < 2 or any(
+        example.media != first.media or example.ends is not None for example in examples
+    ):
         return alone
     shareable = [_before_first_label(example) for example in examples]
-    if any(_shared(first, example, min(shareable[0], own)) < max(media, 1) for example, own in zip(examples, shareable, strict=True)):
+    if any(
+        _shared(first, example, min(shareable[0], own)) < max(media, 1)
+        for example, own in zip(examples, shareable, strict=True)
+    ):
         return alone
     found: list[Tree] = []
     members: list[tuple[int, int]] = []
     length = 0
-    for place in sorted(range(len(examples)), key=lambda k: examples[k].input_ids[: shareable[k]].tolist()):
+    for place in sorted(
+        range(len(examples)), key=lambda k: examples[k].input_ids[: shareable[k]].tolist()
+    ):
         example = examples[place]
-        common = _shared(examples[members[-1][0]], example, min(shareable[place], shareable[members[-1][0]])) if members else 0
+        common = (
+            _shared(
+                examples[members[-1][0]], example, min(shareable[place], shareable[members[-1][0]])
+            )
+            if members
+            else 0
+        )
         if members and length + len(example.input_ids) - common > row_length:
             found.append(_tree(examples, members))
             members = []
@@ -74,7 +90,10 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
     places = tuple(place for place, _ in members)
     if len(members) == 1:
         return Tree(first, places, (len(first.input_ids) - 1,))
-    rests = [(examples[place], common, len(examples[place].input_ids) - common) for place, common in members]
+    rests = [
+        (examples[place], common, len(examples[place].input_ids) - common)
+        for place, common in members
+    ]
     starts = np.cumsum([0, *(rest for _, _, rest in rests)])
     ends = np.empty(starts[-1], dtype=np.int32)
     # A row's token at depth d is seen to the end of the last row that shares more than d tokens with it.
@@ -82,7 +101,10 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
     for number, (example, common, _) in enumerate(rests):
         while open_at and open_at[-1][0] >= common:
             ends[open_at.pop()[1]] = starts[number]
-        open_at += [(depth, int(starts[number]) + depth - common) for depth in range(common, len(example.input_ids))]
+        open_at += [
+            (depth, int(starts[number]) + depth - common)
+            for depth in range(common, len(example.input_ids))
+        ]
     for _, index in open_at:
         ends[index] = starts[-1]
 
@@ -94,7 +116,9 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
         input_ids=joined("input_ids"),
         labels=joined("labels"),
         image_mask=joined("image_mask"),
-        positions=np.concatenate([np.arange(common, common + rest) for _, common, rest in rests]).astype(np.int32),
+        positions=np.concatenate(
+            [np.arange(common, common + rest) for _, common, rest in rests]
+        ).astype(np.int32),
         ends=ends,
         questions=sum(example.questions for example, _, _ in rests),
     )
@@ -124,13 +148,22 @@ def pack_layout(examples: Sequence[Example], layout: str) -> Example:
         questions=sum(example.questions for example in examples),
     )
     if layout == "seq2seq":
-        return replace(packed, samples=numbered(lengths), label_samples=numbered([len(example.labels) for example in examples]))
+        return replace(
+            packed,
+            samples=numbered(lengths),
+            label_samples=numbered([len(example.labels) for example in examples]),
+        )
     starts = np.cumsum([0, *lengths[:-1]])
     seen_to = [
-        start + (length if example.ends is None else example.ends) for example, start, length in zip(examples, starts, lengths, strict=True)
+        start + (length if example.ends is None else example.ends)
+        for example, start, length in zip(examples, starts, lengths, strict=True)
     ]
     return replace(
         packed,
-        positions=np.concatenate([np.arange(len(e.input_ids)) if e.positions is None else e.positions for e in examples]).astype(np.int32),
-        ends=np.concatenate([np.broadcast_to(end, length) for end, length in zip(seen_to, lengths, strict=True)]).astype(np.int32),
+        positions=np.concatenate(
+            [np.arange(len(e.input_ids)) if e.positions is None else e.positions for e in examples]
+        ).astype(np.int32),
+        ends=np.concatenate(
+            [np.broadcast_to(end, length) for end, length in zip(seen_to, lengths, strict=True)]
+        ).astype(np.int32),
     )

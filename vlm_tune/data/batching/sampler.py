@@ -51,17 +51,27 @@ class Sizes:
     @classmethod
     def of(cls, train: TrainSection, ranks: int = 1, image_cost: float = 0.0) -> Sizes:
         """The sizes that a recipe's train section asks for."""
-        return cls(train.batch_size, train.batch_tokens, ranks, image_cost, train.gradient_accumulation)
+        return cls(
+            train.batch_size, train.batch_tokens, ranks, image_cost, train.gradient_accumulation
+        )
 
     @property
     def step_rows(self) -> int | None:
         """Rows of a step; None where tokens are counted."""
-        return None if self.batch_tokens is not None else self.batch_size * self.accumulation * self.ranks
+        return (
+            None
+            if self.batch_tokens is not None
+            else self.batch_size * self.accumulation * self.ranks
+        )
 
     @property
     def step_tokens(self) -> int | None:
         """Padded tokens of a step; None where rows are counted."""
-        return None if self.batch_tokens is None else self.batch_tokens * self.accumulation * self.ranks
+        return (
+            None
+            if self.batch_tokens is None
+            else self.batch_tokens * self.accumulation * self.ranks
+        )
 
 
 def planned_steps(train: TrainSection, epoch_steps: int) -> int:
@@ -73,7 +83,13 @@ class Epoch:
     """One epoch: rows (`units` from `starts`), and which of them every optimizer step takes."""
 
     def __init__(
-        self, units: np.ndarray, starts: np.ndarray, longest: np.ndarray, costs: np.ndarray, steps: list[np.ndarray], sizes: Sizes
+        self,
+        units: np.ndarray,
+        starts: np.ndarray,
+        longest: np.ndarray,
+        costs: np.ndarray,
+        steps: list[np.ndarray],
+        sizes: Sizes,
     ) -> None:
         self.units = units
         self.starts = starts
@@ -84,7 +100,11 @@ class Epoch:
         self._last: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
         rows = np.array([len(step) for step in steps], dtype=np.int64)
         per_row = np.diff(starts)
-        taken = np.add.reduceat(per_row[np.concatenate(steps)], np.cumsum(rows) - rows) if len(steps) else rows
+        taken = (
+            np.add.reduceat(per_row[np.concatenate(steps)], np.cumsum(rows) - rows)
+            if len(steps)
+            else rows
+        )
         self._units_before = np.concatenate([[0], np.cumsum(taken)])
 
     def __len__(self) -> int:
@@ -116,11 +136,17 @@ class Epoch:
 
     def units_of(self, rows: np.ndarray) -> Rows:
         """The units of rows."""
-        return [self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in rows.tolist()]
+        return [
+            self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in rows.tolist()
+        ]
 
     def places(self, ranks: int, first: int = 0) -> list[tuple[int, int]]:
         """(step, number) of every micro-batch from a step on."""
-        return [(step, number) for step in range(first, len(self)) for number in range(len(self.shares(step, ranks)))]
+        return [
+            (step, number)
+            for step in range(first, len(self))
+            for number in range(len(self.shares(step, ranks)))
+        ]
 
     def drawn(self, steps: int) -> np.ndarray:
         """The units of the first `steps` steps; one that was drawn twice comes twice."""
@@ -153,11 +179,19 @@ class Plan:
         self.seed = seed
         self.lengths = prepared.unit_lengths
         self.unit_costs = prepared.unit_costs(sizes.image_cost)
-        self.by_source = [np.flatnonzero(prepared.unit_sources == number) for number in range(len(prepared.sources))]
-        self.counts = epoch_counts([len(units) for units in self.by_source], prepared.sources, data.epoch_size)
+        self.by_source = [
+            np.flatnonzero(prepared.unit_sources == number)
+            for number in range(len(prepared.sources))
+        ]
+        self.counts = epoch_counts(
+            [len(units) for units in self.by_source], prepared.sources, data.epoch_size
+        )
         if 0 < sum(self.counts) < sizes.ranks:
             units = f"{sum(self.counts)} {'images with their rows' if data.group == 'image' else 'rows'} an epoch"
-            raise DataError(f"{units} for {sizes.ranks} processes: some would train on nothing; start fewer", source="data.train")
+            raise DataError(
+                f"{units} for {sizes.ranks} processes: some would train on nothing; start fewer",
+                source="data.train",
+            )
         self._last: tuple[int, np.ndarray | None, Epoch] | None = None
 
     def epoch(self, epoch: int, before: np.ndarray | None = None) -> Epoch:
@@ -208,8 +242,14 @@ class Plan:
         if self.data.packing and len(units):
             units, starts = self._packed(units)
             alone = np.diff(starts) == 1
-            longest = np.where(alone, self.lengths[units[starts[:-1]], 0], np.add.reduceat(self.lengths[units, 1], starts[:-1]))
-        costs = np.add.reduceat(self.unit_costs[units], starts[:-1]) if len(longest) else np.empty(0)
+            longest = np.where(
+                alone,
+                self.lengths[units[starts[:-1]], 0],
+                np.add.reduceat(self.lengths[units, 1], starts[:-1]),
+            )
+        costs = (
+            np.add.reduceat(self.unit_costs[units], starts[:-1]) if len(longest) else np.empty(0)
+        )
         size = self.sizes.step_rows
         tokens = self.sizes.step_tokens
         if size is not None:
@@ -243,7 +283,9 @@ class Plan:
         return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
-def epoch_counts(units: Sequence[int], sources: Sequence[Source], epoch_size: int | None) -> list[int]:
+def epoch_counts(
+    units: Sequence[int], sources: Sequence[Source], epoch_size: int | None
+) -> list[int]:
     """How many units of each source make an epoch.
 
     All of a source that has neither count nor weight. Sources with weights share `epoch_size` by them, to the unit; if
@@ -256,7 +298,9 @@ def epoch_counts(units: Sequence[int], sources: Sequence[Source], epoch_size: in
     if not weighted:
         return counts
     shares = weights[weighted] / weights[weighted].sum()
-    size = epoch_size or int(min(units[place] / share for place, share in zip(weighted, shares, strict=True)))
+    size = epoch_size or int(
+        min(units[place] / share for place, share in zip(weighted, shares, strict=True))
+    )
     exact = shares * size
     found = np.floor(exact).astype(int)
     for place in np.argsort(-(exact - found), kind="stable")[: size - int(found.sum())]:
@@ -317,7 +361,9 @@ def _budgeted(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.nda
     return parts
 
 
-def _token_shares(rows: np.ndarray, lengths: np.ndarray, costs: np.ndarray, tokens: int, ranks: int) -> list[list[np.ndarray]]:
+def _token_shares(
+    rows: np.ndarray, lengths: np.ndarray, costs: np.ndarray, tokens: int, ranks: int
+) -> list[list[np.ndarray]]:
     """A step's rows as micro-batches of at most `tokens` padded tokens, those of like cost side by side on the ranks."""
     parts = _budgeted(rows, lengths, tokens)
 
@@ -326,7 +372,11 @@ def _token_shares(rows: np.ndarray, lengths: np.ndarray, costs: np.ndarray, toke
 
     while len(parts) % ranks:
         # A rank without rows would wait for the others: the dearest part that can be halved makes two.
-        place = max((place for place, part in enumerate(parts) if len(part) > 1), key=lambda place: cost(parts[place]), default=None)
+        place = max(
+            (place for place, part in enumerate(parts) if len(part) > 1),
+            key=lambda place: cost(parts[place]),
+            default=None,
+        )
         if place is None:
             parts.append(np.empty(0, dtype=np.int64))
         else:

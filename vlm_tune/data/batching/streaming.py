@@ -37,7 +37,9 @@ Share = tuple[int, int]
 """Which of how many processes' own rows."""
 
 
-def passes(reader: SourceReader, limit: int | None, share: Share = (0, 1)) -> Iterator[Conversation | DataError]:
+def passes(
+    reader: SourceReader, limit: int | None, share: Share = (0, 1)
+) -> Iterator[Conversation | DataError]:
     """A source's rows over and over, or the share of one of several. Raises `DataError` if it has none."""
     while True:
         rows = 0
@@ -45,25 +47,39 @@ def passes(reader: SourceReader, limit: int | None, share: Share = (0, 1)) -> It
             rows += 1
             yield row
         if not rows:
-            raise DataError(f"no rows{f' for process {share[0]} of {share[1]}' if share[1] > 1 else ''}", source=reader.name)
+            raise DataError(
+                f"no rows{f' for process {share[0]} of {share[1]}' if share[1] > 1 else ''}",
+                source=reader.name,
+            )
 
 
-def _shared(reader: SourceReader, limit: int | None, share: Share) -> Iterator[Conversation | DataError]:
+def _shared(
+    reader: SourceReader, limit: int | None, share: Share
+) -> Iterator[Conversation | DataError]:
     """One process's share of a source: every n-th chunk (shards, stretches of files); every n-th row of a source of few chunks."""
     number, of = share
     if limit is not None or len(list(islice(reader.chunks(), of))) < of:
         return islice(read_all([reader]), number, limit, of)
-    return (row for chunk in reader.chunks() if chunk.number % of == number for row in reader.conversations(chunk))
+    return (
+        row
+        for chunk in reader.chunks()
+        if chunk.number % of == number
+        for row in reader.conversations(chunk)
+    )
 
 
-def mixed(readers: Sequence[SourceReader], sources: Sequence[Source], seed: int, share: Share = (0, 1)) -> Iterator[Row]:
+def mixed(
+    readers: Sequence[SourceReader], sources: Sequence[Source], seed: int, share: Share = (0, 1)
+) -> Iterator[Row]:
     """Rows of the sources, or a share of each, without an end, drawn by their weights (or counts, or evenly), ratios to the row.
 
     Every source is owed its share of each row drawn; the one that is owed most comes next.
     """
     shares = [source.weight or float(source.count or 1) for source in sources]
     total = sum(shares)
-    streams = [passes(reader, source.limit, share) for reader, source in zip(readers, sources, strict=True)]
+    streams = [
+        passes(reader, source.limit, share) for reader, source in zip(readers, sources, strict=True)
+    ]
     # Where two are owed the same, a drawn order decides.
     order = random.Random(seed).sample(range(len(sources)), len(sources))
     owed = [0.0] * len(sources)
@@ -108,8 +124,12 @@ class StreamFeed:
 
     def __post_init__(self) -> None:
         self.planned = self.planned or self.ranks
-        self.readers = [open_source(source, seed=self.seed, streaming=True) for source in self.sources]
-        self.processors = [self.processor.variant(source.template, source.system) for source in self.sources]
+        self.readers = [
+            open_source(source, seed=self.seed, streaming=True) for source in self.sources
+        ]
+        self.processors = [
+            self.processor.variant(source.template, source.system) for source in self.sources
+        ]
         self._last: Group | None = None
 
     @property
@@ -120,8 +140,16 @@ class StreamFeed:
     def cut(self) -> dict[str, Any]:
         """What the order of rows and the rows of each step depend on."""
         own = {"own_shards": self.planned} if self.data.own_shards else {}
-        order = {"seed": self.seed, "rows": self.step_rows, "shuffle_buffer": self.data.shuffle_buffer, **own}
-        sources = [source.model_dump_json(exclude={"template", "system"}, exclude_defaults=True) for source in self.sources]
+        order = {
+            "seed": self.seed,
+            "rows": self.step_rows,
+            "shuffle_buffer": self.data.shuffle_buffer,
+            **own,
+        }
+        sources = [
+            source.model_dump_json(exclude={"template", "system"}, exclude_defaults=True)
+            for source in self.sources
+        ]
         return {**order, "sources": [[source, None] for source in sources]}
 
     def steps(self, position: Position) -> None:
@@ -136,7 +164,9 @@ class StreamFeed:
         """Nothing: a position says how many rows were read."""
         return {}
 
-    def resumed(self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> Position:
+    def resumed(
+        self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
+    ) -> Position:
         """A checkpoint's position in the present plan: after as many rows, whatever their order is now."""
         if cut == self.cut():
             return position
@@ -158,7 +188,9 @@ class StreamFeed:
                 continue
             rows = list(chain.from_iterable(drawn))
             number = -(-len(rows) // (self.batch_size * self.ranks))
-            yield [self._batch(part[self.rank :: self.ranks], step) for part in _parts(rows, number)]
+            yield [
+                self._batch(part[self.rank :: self.ranks], step) for part in _parts(rows, number)
+            ]
 
     def _streams(self, planned: int) -> tuple[list[Share], int]:
         """The shares of the rows that this process draws, and in how many all rows are shared."""
@@ -185,7 +217,9 @@ class StreamFeed:
             groups = [blank(self._last)]
         spec = self.processor.spec
         if self.data.packing:
-            groups = [[pack_layout(row, spec.layout)] for row in _filled(groups, self.data.row_length)]
+            groups = [
+                [pack_layout(row, spec.layout)] for row in _filled(groups, self.data.row_length)
+            ]
         examples = [example for group in groups for example in group]
 
         def fetch(media: Media) -> torch.Tensor:
@@ -194,9 +228,13 @@ class StreamFeed:
         if self.data.augment is None:
             return collate(examples, spec, fetch=fetch)
         changed = Augmented(fetch, self.data.augment, self.seed, step)
-        return collate(examples, spec, fetch_for=changed, owners=[example.id for example in examples])
+        return collate(
+            examples, spec, fetch_for=changed, owners=[example.id for example in examples]
+        )
 
-    def _usable(self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]) -> Group:
+    def _usable(
+        self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]
+    ) -> Group:
         """A row's examples, their images decoded; none if it can't be used."""
         try:
             if isinstance(row, DataError):
@@ -204,19 +242,26 @@ class StreamFeed:
             try:
                 fitted = fit(row, self.processors[number], self.data.overlong)
                 if fitted.overlong and self.data.overlong == "fail":
-                    raise DataError(f"more than data.max_length {self.processor.spec.max_length} tokens", kind="overlong")
+                    raise DataError(
+                        f"more than data.max_length {self.processor.spec.max_length} tokens",
+                        kind="overlong",
+                    )
                 for example in fitted.examples:
                     for media in example.media:
                         self._pixels(media, pixels)
             except DataError as error:
-                raise DataError(error.message, source=row.source, row=row.row, kind=error.kind) from None
+                raise DataError(
+                    error.message, source=row.source, row=row.row, kind=error.kind
+                ) from None
             return fitted.examples
         except DataError as error:
             self.bad += 1
             if self.data.on_bad_row == "fail" or error.kind == "overlong":
                 raise
             if self.bad > self.data.max_bad_rows:
-                raise DataError(f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); the last: {error}") from None
+                raise DataError(
+                    f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); the last: {error}"
+                ) from None
             self.report(error)
             return []
 
@@ -226,7 +271,9 @@ class StreamFeed:
         return pixels[media]
 
 
-def usable_rows(data: DataSection, sources: Sequence[Source], processor: Processor, seed: int, most: int) -> list[Conversation]:
+def usable_rows(
+    data: DataSection, sources: Sequence[Source], processor: Processor, seed: int, most: int
+) -> list[Conversation]:
     """The first conversations of streamed sources that can be read, decoded and asked, among the first `most` rows."""
     readers = [open_source(source, seed=seed, streaming=True) for source in sources]
     processors = [processor.variant(source.template, source.system) for source in sources]
@@ -254,7 +301,10 @@ def _parts(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
 def _filled(groups: Sequence[Group], limit: int) -> list[Group]:
     """The examples of all groups in rows of at most `limit` tokens, the longest first, each where it fits first."""
     rows: list[tuple[int, Group]] = []
-    for example in sorted((example for group in groups for example in group), key=lambda example: -len(example.input_ids)):
+    for example in sorted(
+        (example for group in groups for example in group),
+        key=lambda example: -len(example.input_ids),
+    ):
         size = len(example.input_ids)
         for place, (used, row) in enumerate(rows):
             if used + size <= limit:

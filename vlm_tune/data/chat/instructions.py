@@ -47,12 +47,16 @@ class Instructions(BaseModel):
         Raises `DataError` if no phrasing does with the fields that the row has.
         """
         prompts = self._fitting(values)
-        draw = hashlib.blake2b(f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        draw = hashlib.blake2b(
+            f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8
+        ).digest()
         prompt = prompts[int.from_bytes(draw, "big") % len(prompts)]
         # format_map reads each field once, so braces inside a question are left as they are.
         return prompt.format_map(values), self.answer.format_map(values)
 
-    def messages(self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int) -> list[Message]:
+    def messages(
+        self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int
+    ) -> list[Message]:
         """The row as a user turn, its media first, and an assistant turn; raises as `texts`."""
         question, answer = self.texts(row_id, values, seed=seed)
         return self.turns((*media, question), answer)
@@ -68,8 +72,14 @@ class Instructions(BaseModel):
         used = [fields_of(prompt) & optional for prompt in self.prompts]
         most = max((len(fields) for fields in used if fields <= values.keys()), default=None)
         if most is None:
-            raise DataError(f"no prompt of the set does without {', '.join(sorted(optional - values.keys()))}")
-        return [prompt for prompt, fields in zip(self.prompts, used, strict=True) if fields <= values.keys() and len(fields) == most]
+            raise DataError(
+                f"no prompt of the set does without {', '.join(sorted(optional - values.keys()))}"
+            )
+        return [
+            prompt
+            for prompt, fields in zip(self.prompts, used, strict=True)
+            if fields <= values.keys() and len(fields) == most
+        ]
 
 
 def fields_of(text: str) -> set[str]:
@@ -94,12 +104,20 @@ def load_instructions(name: str, task: str) -> Instructions:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataError(faults, source=str(path)) from None
     if found.task != task:
-        raise DataError(f"is a prompt set for {found.task}, the source gives {task} rows", source=str(path))
+        raise DataError(
+            f"is a prompt set for {found.task}, the source gives {task} rows", source=str(path)
+        )
     for text in [*found.prompts, found.answer]:
         try:
             unknown = fields_of(text) - FIELDS[task]
         except ValueError as error:
-            raise DataError(f"{quoted(text)}: {error} (a brace of the text itself is written twice)", source=str(path)) from None
+            raise DataError(
+                f"{quoted(text)}: {error} (a brace of the text itself is written twice)",
+                source=str(path),
+            ) from None
         if unknown:
-            raise DataError(f"{quoted(text)} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}", source=str(path))
+            raise DataError(
+                f"{quoted(text)} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}",
+                source=str(path),
+            )
     return found

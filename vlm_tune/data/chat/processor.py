@@ -56,17 +56,28 @@ class Processor:
 
     def variant(self, template: str | None, system: str | None) -> Processor:
         """This processor with another chat format or system text, where they are given."""
-        changes: dict[str, Any] = {"template": load_template(template)} if template is not None else {}
+        changes: dict[str, Any] = (
+            {"template": load_template(template)} if template is not None else {}
+        )
         changes |= {"system": system} if system is not None else {}
         return replace(self, **changes) if changes else self
 
     def fingerprint(self) -> str:
         """Changes when the examples it makes do."""
-        parts = (self.encoder.described(), self.template.model_dump_json(), self.spec, self.system, self.images.tiles, self.images.size)
+        parts = (
+            self.encoder.described(),
+            self.template.model_dump_json(),
+            self.spec,
+            self.system,
+            self.images.tiles,
+            self.images.size,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
-        segments = self.template.segments(self._tiled(conversation), prompt_only=prompt_only, system=self.system)
+        segments = self.template.segments(
+            self._tiled(conversation), prompt_only=prompt_only, system=self.system
+        )
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
 
     def _tiled(self, conversation: Conversation) -> Conversation:
@@ -78,20 +89,33 @@ class Processor:
                 replace(
                     message,
                     parts=tuple(
-                        item for part in message.parts for item in (self.images.expand(part) if isinstance(part, Media) else (part,))
+                        item
+                        for part in message.parts
+                        for item in (
+                            self.images.expand(part) if isinstance(part, Media) else (part,)
+                        )
                     ),
                 )
                 for message in conversation.messages
             )
         except DataError as error:
-            raise DataError(error.message, source=conversation.source, row=conversation.row or conversation.id, kind=error.kind) from None
+            raise DataError(
+                error.message,
+                source=conversation.source,
+                row=conversation.row or conversation.id,
+                kind=error.kind,
+            ) from None
         return replace(conversation, messages=messages)
 
     def examples(self, conversation: Conversation) -> list[Example]:
         """Examples to train on. Raises `DataError` if none of a row's tokens is supervised."""
         found = self._lay_out(conversation, prompt_only=False)
         if any(example.supervised == 0 for example in found):
-            raise DataError("no token of it is supervised, it would train nothing", row=conversation.id, kind="unsupervised")
+            raise DataError(
+                "no token of it is supervised, it would train nothing",
+                row=conversation.id,
+                kind="unsupervised",
+            )
         return found
 
     def prompt(self, conversation: Conversation) -> Example:
@@ -103,13 +127,18 @@ class Processor:
         found = [self.prompt(conversation) for conversation in conversations]
         for example in found:
             if len(example.input_ids) > self.spec.max_length:
-                raise DataError(f"{len(example.input_ids)} tokens, more than {self.spec.max_length}", row=example.id)
+                raise DataError(
+                    f"{len(example.input_ids)} tokens, more than {self.spec.max_length}",
+                    row=example.id,
+                )
         return found
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's trained end tokens and the tokenizer's own."""
-        ends = [piece.control for piece in self.template.assistant if piece.control and piece.trained]
+        ends = [
+            piece.control for piece in self.template.assistant if piece.control and piece.trained
+        ]
         return list(dict.fromkeys([*(self.encoder.control(end) for end in ends), self.spec.eos_id]))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -41,7 +41,10 @@ def request_conversation(number: int, request: Any) -> Conversation:
         raise DataError(f"request {number}: {error.message}", kind=error.kind) from None
     labels = (f"request {number}: image {place}" for place in count(1))
     for place, message in enumerate(messages):
-        parts = (part if isinstance(part, str) else replace(part, label=next(labels)) for part in message.parts)
+        parts = (
+            part if isinstance(part, str) else replace(part, label=next(labels))
+            for part in message.parts
+        )
         messages[place] = replace(message, parts=tuple(parts))
     return Conversation(f"request {number}", tuple(messages), row=number)
 
@@ -50,7 +53,9 @@ def _messages(request: Any) -> list[Message]:
     if isinstance(request, str):
         request = {"prompt": request}
     if not isinstance(request, Mapping):
-        raise DataError(f'a request is a text or {{"prompt": ..., "images": [...]}}, got {quoted(request)}')
+        raise DataError(
+            f'a request is a text or {{"prompt": ..., "images": [...]}}, got {quoted(request)}'
+        )
     _known(request, KEYS)
     if "prompt" not in request:
         raise DataError("a request has a `prompt`")
@@ -76,7 +81,10 @@ def _messages(request: Any) -> list[Message]:
         messages[first] = Message("user", (*media, *messages[first].parts))
     elif places[0] != len(media):
         advice = r"; \<image> is the text itself" if places[0] > len(media) else ""
-        raise DataError(f"{len(media)} images and {places[0]} <image> marks or parts for them{advice}", kind="image_count")
+        raise DataError(
+            f"{len(media)} images and {places[0]} <image> marks or parts for them{advice}",
+            kind="image_count",
+        )
     return messages
 
 
@@ -96,7 +104,9 @@ def _listed(images: Any) -> list[Any]:
 
 def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message:
     if not isinstance(turn, Mapping):
-        raise DataError(f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}")
+        raise DataError(
+            f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}"
+        )
     try:
         _known(turn, TURN_KEYS)
         role = turn.get("role")
@@ -106,7 +116,9 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
         if isinstance(content, str):
             return Message(role, tuple(_marked(role, content, take)))
         if isinstance(content, list | tuple):
-            return Message(role, tuple(part for given in content for part in _part(role, given, take)))
+            return Message(
+                role, tuple(part for given in content for part in _part(role, given, take))
+            )
         raise DataError(f"`content` is a text or a list of parts, got {quoted(content)}")
     except DataError as error:
         raise DataError(f"turn {place}: {error.message}", kind=error.kind) from None
@@ -115,7 +127,10 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
 def _marked(role: str, text: str, take: Callable[[], Media | None]) -> Iterator[str | Media]:
     """A text with its marks taking images; what the assistant says has none."""
     if SURROGATE.search(text):
-        raise DataError(f"the text {quoted(text)} holds half a surrogate pair, which is no character", kind="text")
+        raise DataError(
+            f"the text {quoted(text)} holds half a surrogate pair, which is no character",
+            kind="text",
+        )
     for place, piece in enumerate([text] if role == "assistant" else split_marks(text)):
         found = take() if place % 2 else piece
         if found:
@@ -129,10 +144,19 @@ def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[st
         yield from _marked(role, part["text"], take)
         return
     if kind not in ("image", "image_url"):
-        raise DataError(f"a part is of type text, image or image_url, got {quoted(part if kind is None else kind)}")
+        raise DataError(
+            f"a part is of type text, image or image_url, got {quoted(part if kind is None else kind)}"
+        )
     if role == "assistant":
         raise DataError("an answer has no image")
-    given = next((part[name] for name in ("image", "image_url", "path", "url", "bytes") if part.get(name) is not None), None)
+    given = next(
+        (
+            part[name]
+            for name in ("image", "image_url", "path", "url", "bytes")
+            if part.get(name) is not None
+        ),
+        None,
+    )
     found = take() if given is None else image_media(given)
     if found:
         yield found
@@ -144,13 +168,18 @@ def image_media(image: Any) -> Media:
     Raises `DataError` for anything else; what is in a file is decoded later.
     """
     if isinstance(image, Mapping):
-        image = next((image[name] for name in ("url", "path", "bytes") if image.get(name) is not None), None)
+        image = next(
+            (image[name] for name in ("url", "path", "bytes") if image.get(name) is not None), None
+        )
     if isinstance(image, bytes | bytearray | memoryview):
         return Media(bytes(image))
     if isinstance(image, str) and image[:5].lower() == "data:":
         return Media(data_url(image))
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        raise DataError(f"the image {quoted(image)} is a URL, and nothing is fetched: download it and give its path", kind="unsupported")
+        raise DataError(
+            f"the image {quoted(image)} is a URL, and nothing is fetched: download it and give its path",
+            kind="unsupported",
+        )
     if isinstance(image, str | Path):
         return Media(_file(image))
     if hasattr(image, "read"):
@@ -180,8 +209,14 @@ def _of_array(array: Any) -> Any:
     values = np.asarray(array)
     if values.dtype != np.uint8:
         raise DataError(f"an image's array is uint8 from 0 to 255, got {values.dtype}")
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
-        raise DataError(f"an image's array is [H, W], [H, W, 3] or [H, W, 4], got {list(values.shape)}")
+    if (
+        values.ndim not in (2, 3)
+        or (values.ndim == 3 and values.shape[2] not in (3, 4))
+        or 0 in values.shape
+    ):
+        raise DataError(
+            f"an image's array is [H, W], [H, W, 3] or [H, W, 4], got {list(values.shape)}"
+        )
     return Image.fromarray(values)
 
 
@@ -194,6 +229,11 @@ def _encoded(image: Any) -> Media:
     buffer = io.BytesIO()
     try:
         upright(image).save(buffer, format="PNG" if image.mode in PLAIN_MODES else "TIFF")
-    except (OSError, ValueError) as error:  # a cut file that was opened, and modes of neither format
-        raise DataError(f"the PIL image of mode {image.mode} can't be read: {error}", kind="image_unreadable") from None
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a cut file that was opened, and modes of neither format
+        raise DataError(
+            f"the PIL image of mode {image.mode} can't be read: {error}", kind="image_unreadable"
+        ) from None
     return Media(buffer.getvalue())

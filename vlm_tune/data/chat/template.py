@@ -50,9 +50,15 @@ class ChatTemplate(BaseModel):
     def control_tokens(self) -> list[str]:
         """Control tokens by their written form, those that stand for the tokenizer's own left out."""
         pieces = [*self.start, *self.system, *self.user, *self.assistant]
-        return list(dict.fromkeys(p.control for p in pieces if p.control and p.control not in ("bos", "eos")))
+        return list(
+            dict.fromkeys(
+                p.control for p in pieces if p.control and p.control not in ("bos", "eos")
+            )
+        )
 
-    def segments(self, conversation: Conversation, *, prompt_only: bool = False, system: str | None = None) -> list[Segment]:
+    def segments(
+        self, conversation: Conversation, *, prompt_only: bool = False, system: str | None = None
+    ) -> list[Segment]:
         """The conversation's segments in order, adjacent text of one kind joined.
 
         With `prompt_only` the last turn is opened for the model to answer: everything up to its trained content.
@@ -74,7 +80,12 @@ class ChatTemplate(BaseModel):
                     kind="role",
                 )
             if message.role == "system" and not self.system:
-                raise DataError(f"the {self.name} format has no system turn", source="conversation", row=conversation.id, kind="template")
+                raise DataError(
+                    f"the {self.name} format has no system turn",
+                    source="conversation",
+                    row=conversation.id,
+                    kind="template",
+                )
             pieces: list[Piece] = getattr(self, message.role)
             out += [s for piece in pieces for s in self._piece(piece, message)]
         if prompt_only:
@@ -97,7 +108,11 @@ class ChatTemplate(BaseModel):
         if self.strip:
             parts = _stripped(parts)
         return [
-            Segment("media", part, False) if isinstance(part, Media) else Segment("text", part, trained) for part in parts if part != ""
+            Segment("media", part, False)
+            if isinstance(part, Media)
+            else Segment("text", part, trained)
+            for part in parts
+            if part != ""
         ]
 
 
@@ -142,12 +157,19 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
     ]
     if system:
         words = system.strip() if template.strip else system
-        lines += ["{%- if messages[0]['role'] != 'system' -%}", _written(template.system, _quoted(words)), "{%- endif -%}"]
+        lines += [
+            "{%- if messages[0]['role'] != 'system' -%}",
+            _written(template.system, _quoted(words)),
+            "{%- endif -%}",
+        ]
     lines.append("{%- for message in messages -%}")
     for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
         pieces = getattr(template, role)
         refusal = f"{{{{- raise_exception({_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
-        lines += [f"{{%- {word} message['role'] == '{role}' -%}}", _written(pieces, "content(message)") if pieces else refusal]
+        lines += [
+            f"{{%- {word} message['role'] == '{role}' -%}}",
+            _written(pieces, "content(message)") if pieces else refusal,
+        ]
     opened: list[Piece] = []
     for piece in template.assistant:
         if piece.content or piece.trained:
@@ -164,7 +186,11 @@ def _written(pieces: list[Piece], content: str) -> str:
     def written(piece: Piece) -> str:
         if piece.content:
             return content
-        return f"{piece.control}_token" if piece.control in ("bos", "eos") else _quoted(piece.text or piece.control or "")
+        return (
+            f"{piece.control}_token"
+            if piece.control in ("bos", "eos")
+            else _quoted(piece.text or piece.control or "")
+        )
 
     parts = [written(piece) for piece in pieces]
     return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""
@@ -183,7 +209,8 @@ def load_template(name: str) -> ChatTemplate:
     path = find_resource("data_templates/chat", name)
     if path is None:
         raise DataError(
-            f"no chat format {quoted(name)}; there are {', '.join(resource_names('data_templates/chat'))}", source="data.template"
+            f"no chat format {quoted(name)}; there are {', '.join(resource_names('data_templates/chat'))}",
+            source="data.template",
         )
     return read_template(path)
 
@@ -200,16 +227,34 @@ def read_template(path: Path) -> ChatTemplate:
     for role in ("start", "system", "user", "assistant"):
         for piece in getattr(template, role):
             if sum(value is not None for value in (piece.text, piece.control, piece.content)) != 1:
-                raise DataError(f"each piece of {role} is one of text, control, content", source=str(path))
+                raise DataError(
+                    f"each piece of {role} is one of text, control, content", source=str(path)
+                )
             if (piece.content == "trained" or piece.trained) and role != "assistant":
-                raise DataError(f"{role} has a trained piece; only the assistant's words are trained", source=str(path))
+                raise DataError(
+                    f"{role} has a trained piece; only the assistant's words are trained",
+                    source=str(path),
+                )
     if not any(piece.content == "trained" for piece in template.assistant):
-        raise DataError("the assistant turn has no `content: trained`, so nothing would train", source=str(path))
+        raise DataError(
+            "the assistant turn has no `content: trained`, so nothing would train", source=str(path)
+        )
     if not any(piece.control and piece.trained for piece in template.assistant):
-        raise DataError("the assistant turn has no trained end token, so answers would never end", source=str(path))
+        raise DataError(
+            "the assistant turn has no trained end token, so answers would never end",
+            source=str(path),
+        )
     if not any(piece.content for piece in template.user):
         raise DataError("the user turn has no content", source=str(path))
-    bos = [piece for role in ("system", "user", "assistant") for piece in getattr(template, role) if piece.control == "bos"]
+    bos = [
+        piece
+        for role in ("system", "user", "assistant")
+        for piece in getattr(template, role)
+        if piece.control == "bos"
+    ]
     if bos or sum(piece.control == "bos" for piece in template.start) > 1:
-        raise DataError("the start token stands in a turn or twice: a conversation would begin more than once", source=str(path))
+        raise DataError(
+            "the start token stands in a turn or twice: a conversation would begin more than once",
+            source=str(path),
+        )
     return template

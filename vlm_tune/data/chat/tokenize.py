@@ -38,20 +38,33 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise DataError("needs a fast tokenizer (tokenizer.json)", source=str(tokenizer.name_or_path))
+            raise DataError(
+                "needs a fast tokenizer (tokenizer.json)", source=str(tokenizer.name_or_path)
+            )
         described = json.loads(backend.to_str())
         for token in described["added_tokens"]:
             token["special"] &= token["content"] not in words
         self._opening = _plain(type(backend), described)
-        without = {**described, **{part: _without_prefix(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+        without = {
+            **described,
+            **{
+                part: _without_prefix(described.get(part))
+                for part in ("normalizer", "pre_tokenizer")
+            },
+        }
         self._inner = self._opening if without == described else _plain(type(backend), without)
         # Some tokenizers put a space before every text, some before the string's first only; one with a control
         # token before it shows which.
-        opened, inner = (plain.encode("a", add_special_tokens=False).ids for plain in (self._opening, self._inner))
+        opened, inner = (
+            plain.encode("a", add_special_tokens=False).ids
+            for plain in (self._opening, self._inner)
+        )
         probe = backend.encode(f"{tokenizer.eos_token or ''}a", add_special_tokens=False).ids
         self._prefix_after_control = opened != inner and probe[-len(opened) :] == opened
         # T5's splits at white space first, so that its spaces are nothing but the prefixes of the words.
-        self._spaces_are_prefixes = self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
+        self._spaces_are_prefixes = (
+            self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
+        )
         special: set[Any] = {token["id"] for token in described["added_tokens"] if token["special"]}
         ordinary = [tokenizer.unk_token_id, *map(tokenizer.convert_tokens_to_ids, words)]
         self._controls = special.union(tokenizer.all_special_ids).difference(ordinary)
@@ -91,15 +104,26 @@ class TextEncoder:
             head = text[: space.start()]
             rest = text[space.start() :]
             return (self._encode(head, False) if head else []) + self._encode(rest, True)
-        encoding = (self._opening if opening else self._inner).encode(text, add_special_tokens=False)
-        found = [place for token, place in zip(encoding.ids, encoding.offsets, strict=True) if token in self._controls]
+        encoding = (self._opening if opening else self._inner).encode(
+            text, add_special_tokens=False
+        )
+        found = [
+            place
+            for token, place in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self._controls
+        ]
         if not found:
             return encoding.ids
         # A vocabulary that lists its control tokens among the pieces (Unigram: T5) finds them in plain text; cut after
         # their first character they are ordinary pieces.
         if len(text) == 1:
             return [] if self._unknown is None else [self._unknown]
-        cuts = {cut for start, end in found for cut in ((start + 1,) if end - start > 1 else (start, end)) if 0 < cut < len(text)}
+        cuts = {
+            cut
+            for start, end in found
+            for cut in ((start + 1,) if end - start > 1 else (start, end))
+            if 0 < cut < len(text)
+        }
         pieces = pairwise([0, *sorted(cuts), len(text)])
         return [token for a, b in pieces for token in self._encode(text[a:b], opening and a == 0)]
 
@@ -130,7 +154,9 @@ class TextEncoder:
     def controls_in(self, text: str) -> list[str]:
         """The control tokens and media marks whose written form stands in a text, where they are plain text."""
         if self._names is None:
-            names = {name for token in self._controls if (name := self._opening.id_to_token(token))} | set(MEDIA_MARKS)
+            names = {
+                name for token in self._controls if (name := self._opening.id_to_token(token))
+            } | set(MEDIA_MARKS)
             self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         return list(dict.fromkeys(self._names.findall(text)))
 
@@ -165,7 +191,14 @@ def _without_prefix(part: Any) -> Any:
     return None if part["type"] == "Prepend" else part
 
 
-def _example(conversation: Conversation, number: int, ids: list[int], labels: list[int], slots: list[bool], media: list[Media]) -> Example:
+def _example(
+    conversation: Conversation,
+    number: int,
+    ids: list[int],
+    labels: list[int],
+    slots: list[bool],
+    media: list[Media],
+) -> Example:
     return Example(
         id=conversation.id if number == 0 else f"{conversation.id}#{number}",
         input_ids=np.asarray(ids, dtype=np.int32),
@@ -176,7 +209,9 @@ def _example(conversation: Conversation, number: int, ids: list[int], labels: li
     )
 
 
-def causal_layout(conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec) -> list[Example]:
+def causal_layout(
+    conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec
+) -> list[Example]:
     """One example: every token that predicts something in the input, and as its label the trained token that follows it.
 
     The only place where labels shift. What comes after the last position that predicts a trained token is left out:
@@ -195,15 +230,24 @@ def causal_layout(conversation: Conversation, segments: Sequence[Segment], encod
         turns += segment.trained and (index == 0 or not segments[index - 1].trained)
         if isinstance(segment.payload, Media):
             media.append(segment.payload)
-    labels = [token if own else IGNORE_INDEX for token, own in zip(ids[1:], trained[1:], strict=True)]
+    labels = [
+        token if own else IGNORE_INDEX for token, own in zip(ids[1:], trained[1:], strict=True)
+    ]
     while labels and labels[-1] == IGNORE_INDEX and turns:
         labels.pop()
     kept = len(labels) if labels and turns else len(ids)
     labels += [IGNORE_INDEX] * (kept - len(labels))
-    return [replace(_example(conversation, 0, ids[:kept], labels, slots[:kept], media), questions=max(turns, 1))]
+    return [
+        replace(
+            _example(conversation, 0, ids[:kept], labels, slots[:kept], media),
+            questions=max(turns, 1),
+        )
+    ]
 
 
-def seq2seq_layout(conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec) -> list[Example]:
+def seq2seq_layout(
+    conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec
+) -> list[Example]:
     """One example for each run of trained segments: all before it in the encoder, the run and the end token as labels.
 
     A conversation without a trained run (a prompt) gives one example with no labels.
@@ -227,7 +271,11 @@ def seq2seq_layout(conversation: Conversation, segments: Sequence[Segment], enco
         new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         if segment.trained:
             # What the decoder writes first begins a string of its own.
-            labels += encoder.answer(str(segment.payload)) if not labels and segment.kind == "text" else new
+            labels += (
+                encoder.answer(str(segment.payload))
+                if not labels and segment.kind == "text"
+                else new
+            )
             said += new
             continue
         if labels:

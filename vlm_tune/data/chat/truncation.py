@@ -30,7 +30,9 @@ class Fitted:
     longest: int
 
 
-def fit(conversation: Conversation, processor: Processor, how: Literal["fail", "drop", "split", "trim"]) -> Fitted:
+def fit(
+    conversation: Conversation, processor: Processor, how: Literal["fail", "drop", "split", "trim"]
+) -> Fitted:
     """A conversation's examples, those over `max_length` left out, split or trimmed as `how` says."""
     limit = processor.spec.max_length
     examples = processor.examples(conversation)
@@ -46,7 +48,11 @@ def fit(conversation: Conversation, processor: Processor, how: Literal["fail", "
             examples = processor.examples(conversation)
             if all(length(example) <= limit for example in examples):
                 break
-    return Fitted([e for e in examples if length(e) <= limit], [e for e in examples if length(e) > limit], longest)
+    return Fitted(
+        [e for e in examples if length(e) <= limit],
+        [e for e in examples if length(e) > limit],
+        longest,
+    )
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
@@ -74,7 +80,13 @@ def _split(conversation: Conversation, processor: Processor) -> tuple[list[Examp
             named = replace(example, id=f"{conversation.id}#{piece}" if piece else conversation.id)
             (kept if length(example) <= limit else long).append(named)
             piece += 1
-        seen += tuple(part for pair in pairs[:taken] for message in pair for part in message.parts if isinstance(part, Media))
+        seen += tuple(
+            part
+            for pair in pairs[:taken]
+            for message in pair
+            for part in message.parts
+            if isinstance(part, Media)
+        )
         pairs = pairs[taken:]
     return kept, long
 
@@ -87,7 +99,11 @@ def _turns(conversation: Conversation) -> Iterator[tuple[Message, ...]]:
 
 
 def _examples(
-    conversation: Conversation, system: tuple[Message, ...], seen: tuple[Media, ...], pairs: list[tuple[Message, ...]], processor: Processor
+    conversation: Conversation,
+    system: tuple[Message, ...],
+    seen: tuple[Media, ...],
+    pairs: list[tuple[Message, ...]],
+    processor: Processor,
 ) -> list[Example]:
     first, *rest = [message for pair in pairs for message in pair]
     first = replace(first, parts=(*seen, *first.parts))
@@ -106,7 +122,10 @@ def _trimmed(conversation: Conversation, processor: Processor, excess: int) -> C
         for part, value in enumerate(message.parts)
         if message.role == "user" and isinstance(value, str)
     ]
-    sizes = {place: len(processor.encoder.text(str(messages[place[0]].parts[place[1]]))) for place in places}
+    sizes = {
+        place: len(processor.encoder.text(str(messages[place[0]].parts[place[1]])))
+        for place in places
+    }
     while excess > 0 and any(size > 1 for size in sizes.values()):
         place = max(sizes, key=lambda known: sizes[known])
         others = sorted(sizes.values())[-2] if len(sizes) > 1 else 1
@@ -116,5 +135,7 @@ def _trimmed(conversation: Conversation, processor: Processor, excess: int) -> C
         excess -= sizes[place] - keep
         sizes[place] = keep
         parts = messages[number].parts
-        messages[number] = replace(messages[number], parts=(*parts[:part], text, *parts[part + 1 :]))
+        messages[number] = replace(
+            messages[number], parts=(*parts[:part], text, *parts[part + 1 :])
+        )
     return replace(conversation, messages=tuple(messages))

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 STRONGEST = 30
 """RandAugment's largest magnitude."""
 OPERATIONS = (
-    *("identity", "shear_x", "shear_y", "shift_x", "shift_y", "turn", "brightness", "saturation", "contrast", "sharpness"),
+    *(
+        "identity",
+        "shear_x",
+        "shear_y",
+        "shift_x",
+        "shift_y",
+        "turn",
+        "brightness",
+        "saturation",
+        "contrast",
+        "sharpness",
+    ),
     *("posterize", "solarize", "autocontrast", "equalize"),
 )
 """RandAugment's operations."""
@@ -23,7 +34,9 @@ ASPECT = 4 / 3
 """The most that a random crop stretches one side against the other."""
 
 
-def crop_box(random: np.random.Generator, height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
+def crop_box(
+    random: np.random.Generator, height: int, width: int, smallest: float
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop that keeps at least the share `smallest` of the area."""
     share = random.uniform(smallest, 1)
     # A stretch past 1 / share would need more than a whole side.
@@ -31,11 +44,20 @@ def crop_box(random: np.random.Generator, height: int, width: int, smallest: flo
     stretch = math.exp(random.uniform(-most, most))
     high = min(math.ceil(height * math.sqrt(share / stretch)), height)
     wide = min(math.ceil(width * math.sqrt(share * stretch)), width)
-    return int(random.integers(0, height - high + 1)), int(random.integers(0, width - wide + 1)), high, wide
+    return (
+        int(random.integers(0, height - high + 1)),
+        int(random.integers(0, width - wide + 1)),
+        high,
+        wide,
+    )
 
 
 def warp(
-    pixels: torch.Tensor, *, turn: float = 0.0, shift: tuple[float, float] = (0.0, 0.0), shear: tuple[float, float] = (0.0, 0.0)
+    pixels: torch.Tensor,
+    *,
+    turn: float = 0.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+    shear: tuple[float, float] = (0.0, 0.0),
 ) -> torch.Tensor:
     """uint8[3, H, W] turned about its middle (degrees, counter-clockwise), shifted (x, y: shares of the sides) and sheared.
 
@@ -51,12 +73,18 @@ def warp(
     back = np.array([[1, shear[0]], [shear[1], 1]]) @ np.array([[cos, -sin], [sin, cos]])
     back *= np.array([[1, height / width], [width / height, 1]])
     matrix = np.concatenate([back, [[-2 * shift[0]], [-2 * shift[1]]]], axis=1)
-    grid = affine_grid(torch.from_numpy(matrix).float()[None], [1, 3, height, width], align_corners=False)
-    moved = grid_sample(pixels[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    grid = affine_grid(
+        torch.from_numpy(matrix).float()[None], [1, 3, height, width], align_corners=False
+    )
+    moved = grid_sample(
+        pixels[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )[0]
     return moved.round().clamp(0, 255).to(torch.uint8)
 
 
-def rand_augment(pixels: torch.Tensor, settings: RandAugment, random: np.random.Generator) -> torch.Tensor:
+def rand_augment(
+    pixels: torch.Tensor, settings: RandAugment, random: np.random.Generator
+) -> torch.Tensor:
     """RandAugment (https://arxiv.org/abs/1909.13719): operations drawn evenly, with torchvision's list and strengths.
 
     What an operation moves in from outside the image is its edge, where torchvision puts black.
@@ -101,4 +129,6 @@ def noisy(pixels: torch.Tensor, deviation: float, random: np.random.Generator) -
     import torch
 
     noise = random.standard_normal(tuple(pixels.shape), dtype=np.float32)
-    return (pixels + 255 * deviation * torch.from_numpy(noise)).round().clamp(0, 255).to(torch.uint8)
+    return (
+        (pixels + 255 * deviation * torch.from_numpy(noise)).round().clamp(0, 255).to(torch.uint8)
+    )

@@ -29,7 +29,17 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 ORIENTATION = 0x0112
 """The EXIF tag of how a camera was held; 5 to 8 exchange width and height."""
-DAMAGED = (OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, EOFError, RuntimeError, struct.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+)
 """What Pillow raises for damaged files (RuntimeError: AVIF)."""
 
 
@@ -41,16 +51,26 @@ def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(
+                data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS
+            ) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise DataError(f"{name}: {width}x{height} is more than {MAX_PIXELS:,} pixels", kind="image_unreadable")
+                    raise DataError(
+                        f"{name}: {width}x{height} is more than {MAX_PIXELS:,} pixels",
+                        kind="image_unreadable",
+                    )
                 if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise DataError(f"{name}: {width}x{height}, sides of over {MAX_ASPECT} to 1", kind="image_unreadable")
+                    raise DataError(
+                        f"{name}: {width}x{height}, sides of over {MAX_ASPECT} to 1",
+                        kind="image_unreadable",
+                    )
                 yield image
     except UnidentifiedImageError:
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        raise DataError(f"{name}: not an image of {', '.join(FORMATS)} ({size} bytes)", kind="image_unreadable") from None
+        raise DataError(
+            f"{name}: not an image of {', '.join(FORMATS)} ({size} bytes)", kind="image_unreadable"
+        ) from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: can't be decoded: {error}", kind="image_unreadable") from None
 
@@ -84,7 +104,12 @@ def upright(image: Image) -> Image:
     """The image, decoded and turned as its EXIF data says; unlike Pillow's own way it needs no more of them than the one tag."""
     from PIL.Image import Transpose
 
-    methods = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
+    methods = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+    )
     methods += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
     image.load()  # which turns a TIFF, and then says so
     orientation = _orientation(image)
@@ -109,7 +134,9 @@ def encoded_bytes(media: Media) -> bytes:
     try:
         return media.read()
     except OSError as error:
-        raise DataError(f"{media.name}: can't be read: {error.strerror or error}", kind="image_unreadable") from None
+        raise DataError(
+            f"{media.name}: can't be read: {error.strerror or error}", kind="image_unreadable"
+        ) from None
 
 
 def image_size(media: Media) -> tuple[int, int]:
@@ -125,7 +152,9 @@ def image_size(media: Media) -> tuple[int, int]:
 # --- preprocessing ---------------------------------------------------------------------------------------------------
 
 
-def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]], size: int) -> tuple[int, int]:
+def best_grid(
+    width: int, height: int, grids: Sequence[tuple[int, int]], size: int
+) -> tuple[int, int]:
     """The grid (columns, rows) of size x size tiles that shows most of an image's pixels; of equals, the least padding.
 
     This is the rule of LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside
@@ -172,7 +201,14 @@ class ImageProcessor:
         columns, rows = best_grid(*image_size(media), self.tiles, self.size)
         if columns * rows == 1:
             return (media,)
-        return (media, *(replace(media, tile=Tile(column, row, columns, rows)) for row in range(rows) for column in range(columns)))
+        return (
+            media,
+            *(
+                replace(media, tile=Tile(column, row, columns, rows))
+                for row in range(rows)
+                for column in range(columns)
+            ),
+        )
 
     def __call__(self, media: Media) -> torch.Tensor:
         """uint8[3, size, size]. Raises `DataError` for what can't be read or decoded."""
@@ -220,7 +256,10 @@ class ImageProcessor:
         wide = grid[0] * self.size
         high = grid[1] * self.size
         scale = min(wide / image.width, high / image.height)
-        fitted = min(math.ceil(image.width * scale), wide), min(math.ceil(image.height * scale), high)
+        fitted = (
+            min(math.ceil(image.width * scale), wide),
+            min(math.ceil(image.height * scale), high),
+        )
         return self._centred(image.resize(fitted, Resampling.BICUBIC), (wide, high))
 
     def _centred(self, image: Image, size: tuple[int, int]) -> Image:
@@ -250,7 +289,9 @@ def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...])
     random = np.random.default_rng(key)
     height, width = pixels.shape[-2:]
     if augment.crop < 1:
-        pixels = functional.resized_crop(pixels, *crop_box(random, height, width, augment.crop), [height, width], antialias=True)
+        pixels = functional.resized_crop(
+            pixels, *crop_box(random, height, width, augment.crop), [height, width], antialias=True
+        )
     if random.random() < augment.flip:
         pixels = functional.horizontal_flip(pixels)
     if random.random() < augment.transpose and height == width:

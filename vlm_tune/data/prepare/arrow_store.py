@@ -51,7 +51,11 @@ def _lists(values: Sequence[np.ndarray | Sequence[int]]) -> pa.ListArray:
     import pyarrow as pa
 
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int64).astype(np.int32)
-    flat = np.concatenate([np.asarray(value, dtype=np.int32) for value in values]) if len(values) else np.empty(0, np.int32)
+    flat = (
+        np.concatenate([np.asarray(value, dtype=np.int32) for value in values])
+        if len(values)
+        else np.empty(0, np.int32)
+    )
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, pa.int32()))
 
 
@@ -74,13 +78,17 @@ def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.Recor
         "labels": _lists([example.labels for example in examples]),
         "slots": _lists([_slots(example.image_mask) for example in examples]),
         "media": _lists(media),
-        "positions": _lists([nothing if example.positions is None else example.positions for example in examples]),
+        "positions": _lists(
+            [nothing if example.positions is None else example.positions for example in examples]
+        ),
         "ends": _lists([nothing if example.ends is None else example.ends for example in examples]),
     }
     return pa.RecordBatch.from_pydict(columns)
 
 
-def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema | None = None) -> None:
+def write_batches(
+    path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema | None = None
+) -> None:
     """Writes an Arrow file; with no batches, an empty one of `schema`."""
     import pyarrow as pa
 
@@ -172,7 +180,11 @@ class ExampleStore:
         return columns.list("media", row)
 
     def _every(self, value: Any) -> np.ndarray:
-        found = [value(self._locate(first)[0]) for first, batch in zip(self._first, self._batches, strict=False) if batch.num_rows]
+        found = [
+            value(self._locate(first)[0])
+            for first, batch in zip(self._first, self._batches, strict=False)
+            if batch.num_rows
+        ]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     @cached_property
@@ -215,7 +227,11 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
         if isinstance(source, Path):
             return os.fsencode(source), -1, -1
         # The blob's name alone: the folder may be moved as a whole.
-        return os.fsencode(BLOB if source.path == folder / BLOB else source.path), source.offset, source.size
+        return (
+            os.fsencode(BLOB if source.path == folder / BLOB else source.path),
+            source.offset,
+            source.size,
+        )
 
     places = [place(row.media) for row in rows]
     tiles = [row.media.tile for row in rows]
@@ -224,7 +240,12 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             "path": pa.array([path for path, _, _ in places], pa.binary()),
             "offset": pa.array([offset for _, offset, _ in places], pa.int64()),
             "size": pa.array([size for _, _, size in places], pa.int64()),
-            "tile": _lists([() if tile is None else (tile.column, tile.row, tile.columns, tile.rows) for tile in tiles]),
+            "tile": _lists(
+                [
+                    () if tile is None else (tile.column, tile.row, tile.columns, tile.rows)
+                    for tile in tiles
+                ]
+            ),
             "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
             "width": pa.array([row.info.width for row in rows], pa.int32()),
             "height": pa.array([row.info.height for row in rows], pa.int32()),
@@ -246,4 +267,7 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         return Media(source, tile=Tile(*row["tile"]) if row["tile"] else None)
 
     names = [field.name for field in fields(ImageInfo)]
-    return [MediaRow(media(row), ImageInfo(**{name: row[name] for name in names})) for row in batch.to_pylist()]
+    return [
+        MediaRow(media(row), ImageInfo(**{name: row[name] for name in names}))
+        for row in batch.to_pylist()
+    ]

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.data.prepare.arrow_store import ExampleStore, MediaRow, arrow_indices, media_rows, numpy_view, read_batches
+from vlm_tune.data.prepare.arrow_store import (
+    ExampleStore,
+    MediaRow,
+    arrow_indices,
+    media_rows,
+    numpy_view,
+    read_batches,
+)
 from vlm_tune.data.prepare.job import Job, source_names
 from vlm_tune.data.prepare.merge_shards import PARTS, joined_rows
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK, content_hash, files_changed
@@ -39,7 +46,11 @@ class Prepared:
         self.layout = job.layout
         self.part = job.part
         self.readers = job.readers
-        self.media_rows: list[MediaRow] = [row for batch in read_batches(folder / "media.arrow") for row in media_rows(batch, folder)]
+        self.media_rows: list[MediaRow] = [
+            row
+            for batch in read_batches(folder / "media.arrow")
+            for row in media_rows(batch, folder)
+        ]
         self.store = ExampleStore(folder / "examples.arrow", [row.media for row in self.media_rows])
         units = np.load(folder / "units.npz")
         self.starts: np.ndarray = units["starts"]
@@ -66,14 +77,18 @@ class Prepared:
             return np.empty((0, 2), dtype=np.int64)
         lengths = self.store.lengths.astype(np.int64)
         first = self.starts[:-1]
-        return np.column_stack([np.maximum.reduceat(lengths, first), np.add.reduceat(lengths, first)])
+        return np.column_stack(
+            [np.maximum.reduceat(lengths, first), np.add.reduceat(lengths, first)]
+        )
 
     def unit_costs(self, image_cost: float) -> np.ndarray:
         """What each unit's pass costs, in input tokens, where an image costs as much as `image_cost` of them: float64[len(self)]."""
         tokens = self.unit_lengths[:, 1].astype(np.float64)
         if not image_cost or not len(self):
             return tokens
-        return tokens + image_cost * np.add.reduceat(self.store.media_counts.astype(np.float64), self.starts[:-1])
+        return tokens + image_cost * np.add.reduceat(
+            self.store.media_counts.astype(np.float64), self.starts[:-1]
+        )
 
     @property
     def questions(self) -> int:
@@ -85,7 +100,9 @@ class Prepared:
         """Every distinct media item that examples show."""
         shown = np.zeros(len(self.media_rows), dtype=bool)
         shown[self.store.shown] = True
-        return [row.media for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used]
+        return [
+            row.media for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used
+        ]
 
     # --- rows ---
 
@@ -97,7 +114,9 @@ class Prepared:
     @property
     def joins(self) -> bool:
         """Whether rows of an image are joined to one example, or examples are packed."""
-        return self.data.packing or int(self.column("examples")[self.places(self.part)].sum()) > len(self.store.lengths)
+        return self.data.packing or int(
+            self.column("examples")[self.places(self.part)].sum()
+        ) > len(self.store.lengths)
 
     @property
     def longest(self) -> int:
@@ -116,7 +135,9 @@ class Prepared:
         for batch in self.row_batches:
             start, end = np.searchsorted(places, [first, first + batch.num_rows])
             if end > start:
-                found += batch.column(name).take(arrow_indices(places[start:end] - first)).to_pylist()
+                found += (
+                    batch.column(name).take(arrow_indices(places[start:end] - first)).to_pylist()
+                )
             first += batch.num_rows
         return found
 
@@ -124,15 +145,22 @@ class Prepared:
     def shown(self) -> tuple[np.ndarray, np.ndarray]:
         """The media numbers of all rows, and from where in them each row's own are: int32[all], int64[rows + 1]."""
         listed = [batch.column("images") for batch in self.row_batches]
-        flat = [numpy_view(column.values)[column.offsets[0].as_py() : column.offsets[-1].as_py()] for column in listed]
+        flat = [
+            numpy_view(column.values)[column.offsets[0].as_py() : column.offsets[-1].as_py()]
+            for column in listed
+        ]
         sizes = [np.diff(numpy_view(column.offsets)) for column in listed]
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes) if sizes else [])]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes) if sizes else [])]).astype(
+            np.int64
+        )
         return np.concatenate(flat) if flat else np.empty(0, dtype=np.int32), offsets
 
     def records(self, *statuses: int) -> Iterator[dict[str, Any]]:
         """The records of rows with one of the statuses."""
         for batch in self.row_batches:
-            for place in np.flatnonzero(np.isin(numpy_view(batch.column("status")), statuses)).tolist():
+            for place in np.flatnonzero(
+                np.isin(numpy_view(batch.column("status")), statuses)
+            ).tolist():
                 yield {name: batch.column(name)[place].as_py() for name in batch.schema.names}
 
     @cached_property
@@ -143,7 +171,9 @@ class Prepared:
     @property
     def left_out(self) -> dict[str, int]:
         """How many rows are not trained on, by kind; `overlong` counts examples."""
-        found = Counter(record["kind"] for record in self.records(BAD, LEFT_OUT) if record["kind"] != "overlong")
+        found = Counter(
+            record["kind"] for record in self.records(BAD, LEFT_OUT) if record["kind"] != "overlong"
+        )
         overlong = int(self.column("overlong").sum())
         return dict(sorted(found.items())) | ({"overlong": overlong} if overlong else {})
 
@@ -174,7 +204,9 @@ class Prepared:
         return self.column("prompt")[places] <= self.data.max_length
 
     def _held_out(self, part: str) -> np.ndarray:
-        return np.flatnonzero((self.column("status") == OK) & (self.column("part") == PARTS.index(part)))
+        return np.flatnonzero(
+            (self.column("status") == OK) & (self.column("part") == PARTS.index(part))
+        )
 
     def conversations(self, places: np.ndarray) -> Iterator[Conversation]:
         """The rows at ascending places, read again from their sources; images that came inside rows are read from here.
@@ -183,7 +215,9 @@ class Prepared:
         """
         digests = dict(zip(places.tolist(), self.values("digest", places), strict=True))
         starts = np.searchsorted(self.column("number"), np.arange(len(self.sources) + 1)).tolist()
-        for reader, name, first, end in zip(self.readers, source_names(self.sources), starts, starts[1:], strict=False):
+        for reader, name, first, end in zip(
+            self.readers, source_names(self.sources), starts, starts[1:], strict=False
+        ):
             wanted = {place for place in digests if first <= place < end}
             for place, row in enumerate(read_all([reader]) if wanted else (), first):
                 if place not in wanted:
@@ -200,7 +234,10 @@ class Prepared:
         """The row, each image that it brought as bytes in place of where it is stored."""
         if not any(isinstance(item.source, bytes) for item in row.media):
             return row
-        messages = [replace(message, parts=tuple(map(self._stored, message.parts))) for message in row.messages]
+        messages = [
+            replace(message, parts=tuple(map(self._stored, message.parts)))
+            for message in row.messages
+        ]
         return replace(row, messages=tuple(messages))
 
     def _stored(self, part: str | Media) -> str | Media:
@@ -222,7 +259,11 @@ class Prepared:
         if not share or not len(usable) or (rows and abs(rows - wanted) <= max(wanted / 2, 1)):
             return None
         shown, offsets = self.shown
-        groups = joined_rows(usable.tolist(), lambda row: shown[offsets[row] : offsets[row + 1]], len(self.media_rows))
+        groups = joined_rows(
+            usable.tolist(),
+            lambda row: shown[offsets[row] : offsets[row + 1]],
+            len(self.media_rows),
+        )
         message = (
             f"{part} holds out {rows:,} of {len(usable):,} usable rows, far from its share of {share:g} ({wanted:,.1f} rows): rows that "
             f"share an image stay together, which makes {len(groups):,} groups, the largest of {max(map(len, groups)):,} rows"
@@ -246,12 +287,16 @@ class Prepared:
                 message = f"{self.bad} bad rows, more than {data.max_bad_rows} (data.max_bad_rows); the first: {message}"
             # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
             if data.on_bad_row == "fail" or capped or overlong:
-                raise DataError(message, source=record["source"], row=record["row"], kind=record["kind"])
+                raise DataError(
+                    message, source=record["source"], row=record["row"], kind=record["kind"]
+                )
         if not len(self.places(self.part)):
             rows = len(self.column("status"))
             what = "train on" if self.part == "train" else "score"
             first = next(self.reasons(1), "")
-            message = f"no row is left to {what}, of {rows:,}" + (f"; the first: {first}" if first else "")
+            message = f"no row is left to {what}, of {rows:,}" + (
+                f"; the first: {first}" if first else ""
+            )
             raise DataError(message, source=f"data.{self.part}")
         for part in PARTS[1:]:
             if problem := self.split_problem(part):

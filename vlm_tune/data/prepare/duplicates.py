@@ -57,7 +57,14 @@ def inspect_image(media: Media) -> ImageInfo:
         image = as_rgb(header)
     if image.size != draft:
         width, height = height, width
-    return ImageInfo(hashlib.sha256(data).digest()[:16], width, height, kind, _difference_hash(image), _thumbnail(image))
+    return ImageInfo(
+        hashlib.sha256(data).digest()[:16],
+        width,
+        height,
+        kind,
+        _difference_hash(image),
+        _thumbnail(image),
+    )
 
 
 def _difference_hash(image: Image) -> int:
@@ -79,7 +86,9 @@ def look_alikes(images: Sequence[ImageInfo], distance: int = 3) -> np.ndarray:
     As `similar`, for inspected images.
     """
     hashes = np.array([image.dhash for image in images], dtype=np.uint64)
-    thumbnails = np.frombuffer(b"".join(image.thumbnail for image in images), dtype=np.uint8).reshape(-1, SIDE * SIDE, 3)
+    thumbnails = np.frombuffer(
+        b"".join(image.thumbnail for image in images), dtype=np.uint8
+    ).reshape(-1, SIDE * SIDE, 3)
     return similar(hashes, thumbnails, distance)
 
 
@@ -94,9 +103,13 @@ def similar(hashes: np.ndarray, thumbnails: np.ndarray, distance: int = 3) -> np
     first = np.arange(count)
     if not count:
         return first
-    bands = [_Band(hashes, bits) for bits in np.array_split(np.arange(64, dtype=np.uint64), distance + 1)]
+    bands = [
+        _Band(hashes, bits) for bits in np.array_split(np.arange(64, dtype=np.uint64), distance + 1)
+    ]
     # Most images share no band with an earlier one.
-    for place in np.flatnonzero(np.any([band.place > band.start for band in bands], axis=0)).tolist():
+    for place in np.flatnonzero(
+        np.any([band.place > band.start for band in bands], axis=0)
+    ).tolist():
         near = np.concatenate([band.earlier(place) for band in bands])
         near = near[first[near] == near]
         near = near[np.bitwise_count(hashes[near] ^ hashes[place]) <= distance]

@@ -29,7 +29,14 @@ def fingerprint_prepared(prepared: Prepared) -> list[dict[str, Any]]:
     for number, reader in enumerate(prepared.readers):
         rows = keys[numbers == number]
         blocks = [_digest(rows[start : start + BLOCK], 4) for start in range(0, len(rows), BLOCK)]
-        sources.append({"source": reader.name, "rows": len(rows), "digest": _digest(rows, 16), "blocks": blocks})
+        sources.append(
+            {
+                "source": reader.name,
+                "rows": len(rows),
+                "digest": _digest(rows, 16),
+                "blocks": blocks,
+            }
+        )
     return sources
 
 
@@ -51,8 +58,12 @@ def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -
                 differences.append(f"{where}: was {old['source']}")
             elif _content(old) != _content(new):
                 differences.append(f"{where}: {_row_differences(old, new)}")
-        differences += [f"data.{part}: {source['source']} is no longer read" for source in then[len(since) :]]
-        differences += [f"data.{part}: {source['source']} was not read before" for source in since[len(then) :]]
+        differences += [
+            f"data.{part}: {source['source']} is no longer read" for source in then[len(since) :]
+        ]
+        differences += [
+            f"data.{part}: {source['source']} was not read before" for source in since[len(then) :]
+        ]
     return differences
 
 

@@ -53,15 +53,27 @@ class Job:
         """Names the folder of the result."""
         options = self.data.model_dump(mode="json", include=KEY_PARTS)
         parts = [f"{FORMAT} {self.seed} {self.scored} {json.dumps(options, sort_keys=True)}"]
-        for source, reader, processor in zip(self.sources, self.readers, self.processors, strict=True):
-            unused = {"weight", "count"} if isinstance(source, DatasetSource) else {"weight", "count", "name"}
-            parts += [source.model_dump_json(exclude=unused), reader.fingerprint(), processor.fingerprint()]
+        for source, reader, processor in zip(
+            self.sources, self.readers, self.processors, strict=True
+        ):
+            unused = (
+                {"weight", "count"}
+                if isinstance(source, DatasetSource)
+                else {"weight", "count", "name"}
+            )
+            parts += [
+                source.model_dump_json(exclude=unused),
+                reader.fingerprint(),
+                processor.fingerprint(),
+            ]
         if self.parts is not None:
             parts.append(hashlib.sha256(self.parts.tobytes()).hexdigest())
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def plan_job(data: DataSection, sources: Sequence[Source], processor: Processor, *, seed: int, part: PartName) -> Job:
+def plan_job(
+    data: DataSection, sources: Sequence[Source], processor: Processor, *, seed: int, part: PartName
+) -> Job:
     """A job for sources of a part. Raises `DataError` for a source or template that can't be opened."""
     readers = [open_source(source, seed=seed) for source in sources]
     bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
@@ -74,9 +86,12 @@ def source_names(sources: Sequence[Source]) -> list[str]:
     options = [source.model_dump() for source in sources]
     names = [each.get("name") or _path_name(each.get("path", each["kind"])) for each in options]
     longer = [
-        f"{name}:{each['split']}" if "split" in each else each["name"] or each["path"] for each, name in zip(options, names, strict=True)
+        f"{name}:{each['split']}" if "split" in each else each["name"] or each["path"]
+        for each, name in zip(options, names, strict=True)
     ]
-    return [name if names.count(name) == 1 else other for name, other in zip(names, longer, strict=True)]
+    return [
+        name if names.count(name) == 1 else other for name, other in zip(names, longer, strict=True)
+    ]
 
 
 def _path_name(path: str) -> str:
@@ -89,4 +104,6 @@ def part_section(data: DataSection, part: PartName) -> DataSection:
     if part == "train":
         return data
     overlong = "fail" if data.overlong == "fail" else "drop"
-    return data.model_copy(update={"split": None, "group": "none", "clean": Clean(), "overlong": overlong})
+    return data.model_copy(
+        update={"split": None, "group": "none", "clean": Clean(), "overlong": overlong}
+    )

@@ -13,7 +13,10 @@ def language_of(text: str) -> str | None:
     try:
         import py3langid
     except ImportError:
-        raise DataError("clean.languages needs the `language` extra: pip install 'vlm_tune[language]'", source="data.clean") from None
+        raise DataError(
+            "clean.languages needs the `language` extra: pip install 'vlm_tune[language]'",
+            source="data.clean",
+        ) from None
     code, score = py3langid.classify(text)
     # The library's score of a text in which no feature of its model occurs is the least float.
     return str(code) if score > -1e30 else None

@@ -49,7 +49,11 @@ def finish(partial: Path, folder: Path, job: Job) -> None:
     temporary = folder.with_suffix(f".tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    shards = [(number, partial / name) for number, names in enumerate(json.loads((partial / "shards.json").read_text())) for name in names]
+    shards = [
+        (number, partial / name)
+        for number, names in enumerate(json.loads((partial / "shards.json").read_text()))
+        for name in names
+    ]
     media = _Media(temporary, folder)
     rows = _Rows(shards, job.sources, media)
     if data.clean.duplicates != "keep":
@@ -69,10 +73,15 @@ def finish(partial: Path, folder: Path, job: Job) -> None:
     if grouped:
         store = ExampleStore(plain, [row.media for row in media.rows])
         units = _units(store)
-        counts = _write_units(store, units, temporary / "examples.arrow", job.layout, data.row_length)
+        counts = _write_units(
+            store, units, temporary / "examples.arrow", job.layout, data.row_length
+        )
         unit_source = unit_source[np.array([unit[0] for unit in units], dtype=np.int64)]
         plain.unlink()
-    write_stamps(temporary, {path: stamp for _, shard in shards for path, stamp in read_stamps(shard).items()})
+    write_stamps(
+        temporary,
+        {path: stamp for _, shard in shards for path, stamp in read_stamps(shard).items()},
+    )
     np.savez(temporary / "units.npz", starts=np.cumsum([0, *counts]), source=unit_source)
     write_checksums(temporary)
     temporary.rename(folder)
@@ -91,7 +100,9 @@ class _Media:
 
     def numbers(self, shard: Path) -> np.ndarray:
         """The numbers here of a shard's items."""
-        own = [row for batch in read_batches(shard / "media.arrow") for row in media_rows(batch, shard)]
+        own = [
+            row for batch in read_batches(shard / "media.arrow") for row in media_rows(batch, shard)
+        ]
         return np.array([self._add(row, shard) for row in own], dtype=np.int32)
 
     def _add(self, row: MediaRow, shard: Path) -> int:
@@ -114,7 +125,9 @@ class _Media:
 class _Rows:
     """What the shards found of every row, as arrays over all rows; the first `limit` of each source."""
 
-    def __init__(self, shards: Sequence[tuple[int, Path]], sources: Sequence[Source], media: _Media) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[int, Path]], sources: Sequence[Source], media: _Media
+    ) -> None:
         taken: Counter[int] = Counter()
         self._batches: list[pa.RecordBatch] = []
         self.media_numbers: list[np.ndarray] = []
@@ -139,7 +152,9 @@ class _Rows:
         self._shown = np.concatenate(shown)
         self._shown_from = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
         self.source = np.concatenate(source) if source else np.empty(0, np.int16)
-        self.status, self.text, self.examples = (self._column(name).copy() for name in ("status", "text", "examples"))
+        self.status, self.text, self.examples = (
+            self._column(name).copy() for name in ("status", "text", "examples")
+        )
         self.part = np.zeros(len(self.source), dtype=np.int8)
         self.twin = np.full(len(self.source), -1, dtype=np.int64)
 
@@ -183,14 +198,21 @@ class _Rows:
                     f"repeats row {self._row(twin)}" if twin >= 0 else old
                     for twin, old in zip(twins, columns["message"].to_pylist(), strict=True)
                 ]
-                kinds = ["duplicate" if twin >= 0 else old for twin, old in zip(twins, columns["kind"].to_pylist(), strict=True)]
-                columns |= {"message": pa.array(repeated, pa.string()), "kind": pa.array(kinds, pa.string())}
+                kinds = [
+                    "duplicate" if twin >= 0 else old
+                    for twin, old in zip(twins, columns["kind"].to_pylist(), strict=True)
+                ]
+                columns |= {
+                    "message": pa.array(repeated, pa.string()),
+                    "kind": pa.array(kinds, pa.string()),
+                }
             columns["status"] = pa.array(self.status[start:end], pa.int8())
             columns["part"] = pa.array(self.part[start:end], pa.int8())
             columns["number"] = pa.array(self.source[start:end], pa.int16())
             own = self._shown_from[start : end + 1]
             columns["images"] = pa.ListArray.from_arrays(
-                pa.array(own - own[0], pa.int32()), pa.array(self._shown[own[0] : own[-1]], pa.int32())
+                pa.array(own - own[0], pa.int32()),
+                pa.array(self._shown[own[0] : own[-1]], pa.int32()),
             )
             yield pa.RecordBatch.from_pydict(columns)
 
@@ -226,7 +248,9 @@ def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -
     categories = rows.categories() if split.stratify else None
     strata: dict[str, list[list[int]]] = defaultdict(list)
     for members in families:
-        stratum = Counter(categories[row] for row in members).most_common(1)[0][0] if categories else ""
+        stratum = (
+            Counter(categories[row] for row in members).most_common(1)[0][0] if categories else ""
+        )
         strata[stratum].append(members)
     for stratum in strata.values():
         stratum.sort(key=lambda members: _draw(rows, media, members, seed))
@@ -248,7 +272,9 @@ def _hold_out_as(rows: _Rows, parts: np.ndarray) -> None:
     rows.part[:] = np.where(rows.status == OK, parts, 0)
 
 
-def joined_rows(rows: Sequence[int], images_of: Callable[[int], np.ndarray], images: int) -> list[list[int]]:
+def joined_rows(
+    rows: Sequence[int], images_of: Callable[[int], np.ndarray], images: int
+) -> list[list[int]]:
     """Rows in groups: those that share one of the `images`, directly or through other rows, together."""
     parent = list(range(images))
 
@@ -271,7 +297,9 @@ def joined_rows(rows: Sequence[int], images_of: Callable[[int], np.ndarray], ima
 
 
 def _draw(rows: _Rows, media: Sequence[MediaRow], members: Sequence[int], seed: int) -> bytes:
-    shown = min((media[image].info.sha256 for row in members for image in rows.images(row)), default=b"")
+    shown = min(
+        (media[image].info.sha256 for row in members for image in rows.images(row)), default=b""
+    )
     named = shown or min(int(rows.text[row]) for row in members).to_bytes(8, "little")
     return hashlib.blake2b(seed.to_bytes(8, "little") + named, digest_size=16).digest()
 
@@ -279,11 +307,15 @@ def _draw(rows: _Rows, media: Sequence[MediaRow], members: Sequence[int], seed: 
 # --- examples --------------------------------------------------------------------------------------------------------
 
 
-def _kept_examples(shards: Sequence[tuple[int, Path]], rows: _Rows, media: _Media) -> Iterator[pa.RecordBatch]:
+def _kept_examples(
+    shards: Sequence[tuple[int, Path]], rows: _Rows, media: _Media
+) -> Iterator[pa.RecordBatch]:
     """The shards' examples of kept rows, their media by the common numbers."""
     import pyarrow as pa
 
-    for (_, shard), numbers, (start, end) in zip(shards, rows.media_numbers, rows.spans(), strict=True):
+    for (_, shard), numbers, (start, end) in zip(
+        shards, rows.media_numbers, rows.spans(), strict=True
+    ):
         (batch,) = read_batches(shard / "examples.arrow")
         counts = rows.examples[start:end]
         chosen = np.flatnonzero(np.repeat(rows.kept[start:end], counts))
@@ -292,7 +324,9 @@ def _kept_examples(shards: Sequence[tuple[int, Path]], rows: _Rows, media: _Medi
         if not batch.num_rows:
             continue
         listed = batch.column("media")
-        renamed = pa.ListArray.from_arrays(listed.offsets, pa.array(numbers[listed.values.to_numpy()], pa.int32()))
+        renamed = pa.ListArray.from_arrays(
+            listed.offsets, pa.array(numbers[listed.values.to_numpy()], pa.int32())
+        )
         yield batch.set_column(batch.schema.get_field_index("media"), "media", renamed)
 
 
@@ -305,7 +339,9 @@ def _units(store: ExampleStore) -> list[list[int]]:
     return list(found.values())
 
 
-def _write_units(store: ExampleStore, units: Sequence[Sequence[int]], path: Path, layout: str, row_length: int) -> list[int]:
+def _write_units(
+    store: ExampleStore, units: Sequence[Sequence[int]], path: Path, layout: str, row_length: int
+) -> list[int]:
     """Writes the units' examples one after the other, a decoder's joined; how many examples each unit has."""
     counts: list[int] = []
 

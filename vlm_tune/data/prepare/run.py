@@ -69,9 +69,19 @@ def prepare(
     """
     job = plan_job(data, sources, processor, seed=seed, part=part)
     if any(isinstance(source, RowsSource) and source.shots for source in sources):
-        alone = [source.model_copy(update={"shots": 0}) if isinstance(source, RowsSource) else source for source in sources]
+        alone = [
+            source.model_copy(update={"shots": 0}) if isinstance(source, RowsSource) else source
+            for source in sources
+        ]
         single = data.model_copy(update={"group": "none", "overlong": "drop"})
-        options = {"seed": seed, "part": part, "lenient": lenient, "progress": progress, "stop": stop, "note": note}
+        options = {
+            "seed": seed,
+            "part": part,
+            "lenient": lenient,
+            "progress": progress,
+            "stop": stop,
+            "note": note,
+        }
         job = _with_shots(job, prepare(single, alone, processor, **options))
     folder = cache_folder("prepared") / job.key
     prepared = _opened(folder, job)
@@ -131,7 +141,14 @@ def _locked(folder: Path) -> Iterator[None]:
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress | None, stop: Callable[[], bool] | None) -> None:
+def _make_shards(
+    job: Job,
+    partial: Path,
+    *,
+    lenient: bool,
+    progress: Progress | None,
+    stop: Callable[[], bool] | None,
+) -> None:
     """Fills `partial` with the shards of every source, and lists them in shards.json."""
     partial.mkdir(parents=True, exist_ok=True)
     maker = ShardMaker(job.readers, job.processors, job.data, partial, scored=job.scored)
@@ -141,7 +158,9 @@ def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress |
     for number, source in enumerate(job.sources):
         shards: list[str] = []
         own = 0
-        for shard in _work(maker, number, _chunks(job.readers[number], source.limit), job.data.workers):
+        for shard in _work(
+            maker, number, _chunks(job.readers[number], source.limit), job.data.workers
+        ):
             if shard.bad and (fail or (shard.bad[2] == "overlong" and not lenient)):
                 name, row, kind, message = shard.bad
                 advice = " (overlong: drop, split or trim)" if kind == "overlong" else ""
@@ -152,7 +171,9 @@ def _make_shards(job: Job, partial: Path, *, lenient: bool, progress: Progress |
             if progress:
                 progress(rows)
             if stop and stop():
-                raise Interrupted(f"stopped while preparing, after {rows:,} rows; they are kept for the next start")
+                raise Interrupted(
+                    f"stopped while preparing, after {rows:,} rows; they are kept for the next start"
+                )
             if source.limit is not None and own >= source.limit:
                 break
         listed.append(shards)
@@ -185,7 +206,9 @@ def _in_worker(source: int, chunk: Chunk) -> ShardSummary:
     return _maker(source, chunk)
 
 
-def _work(maker: ShardMaker, source: int, chunks: Iterator[Chunk], workers: int | None) -> Iterator[ShardSummary]:
+def _work(
+    maker: ShardMaker, source: int, chunks: Iterator[Chunk], workers: int | None
+) -> Iterator[ShardSummary]:
     """The shards of `chunks` in order, made by several processes where there is more than one chunk."""
     first = list(islice(chunks, 2))
     chunks = chain(first, chunks)
@@ -195,7 +218,9 @@ def _work(maker: ShardMaker, source: int, chunks: Iterator[Chunk], workers: int 
             yield maker(source, chunk)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(maker,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(maker,)
+    )
     waiting: deque[tuple[Chunk, Future[ShardSummary]]] = deque()
     try:
         for chunk in chunks:
@@ -221,7 +246,9 @@ def _work(maker: ShardMaker, source: int, chunks: Iterator[Chunk], workers: int 
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 
-def conversations(data: DataSection, sources: Sequence[Source], seed: int) -> Iterator[Conversation]:
+def conversations(
+    data: DataSection, sources: Sequence[Source], seed: int
+) -> Iterator[Conversation]:
     """The good conversations of sources in order, one by one; bad rows as the policy tells.
 
     Raises `DataError` at the first bad row with `on_bad_row: fail`, and for more of them than `max_bad_rows`.
@@ -236,17 +263,25 @@ def conversations(data: DataSection, sources: Sequence[Source], seed: int) -> It
                 raise row
             bad += 1
             if bad > data.max_bad_rows:
-                raise DataError(f"more than {data.max_bad_rows} bad rows (data.max_bad_rows); the last: {row}")
+                raise DataError(
+                    f"more than {data.max_bad_rows} bad rows (data.max_bad_rows); the last: {row}"
+                )
 
 
 def scratch_texts(recipe: Recipe) -> list[Conversation]:
     """The training conversations of every stage, where the recipe's tokenizer is trained on them; else none."""
     if not recipe.scratch:
         return []
-    return [row for _, stage in recipe.resolved_stages() for row in conversations(stage.data, stage.data.train, stage.seed)]
+    return [
+        row
+        for _, stage in recipe.resolved_stages()
+        for row in conversations(stage.data, stage.data.train, stage.seed)
+    ]
 
 
-def read_part(data: DataSection, part: PartName, processor: Processor, seed: int) -> list[Conversation]:
+def read_part(
+    data: DataSection, part: PartName, processor: Processor, seed: int
+) -> list[Conversation]:
     """The usable conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it.
 
     Raises `DataError` as `prepare`.
@@ -259,9 +294,15 @@ def part_conversations(parts: Sequence[Prepared], part: PartName) -> list[Conver
     return [row for prepared in parts for row in prepared.conversations(prepared.places(part))]
 
 
-def prepared_parts(data: DataSection, part: PartName, processor: Processor, seed: int, **options: Any) -> list[Prepared]:
+def prepared_parts(
+    data: DataSection, part: PartName, processor: Processor, seed: int, **options: Any
+) -> list[Prepared]:
     """What holds the rows of a part: of its own sources, and of those it is held out of; `options` are `prepare`'s."""
     sources: list[tuple[PartName, Sequence[Source]]] = [(part, getattr(data, part))]
     if part != "train" and data.split is not None and getattr(data.split, part):
         sources.append(("train", data.train))
-    return [prepare(data, each, processor, seed=seed, part=name, **options) for name, each in sources if each]
+    return [
+        prepare(data, each, processor, seed=seed, part=name, **options)
+        for name, each in sources
+        if each
+    ]

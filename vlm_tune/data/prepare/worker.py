@@ -16,7 +16,13 @@ import numpy as np
 from vlm_tune.config.data import DataSection
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import Fitted, fit, length
-from vlm_tune.data.prepare.arrow_store import BLOB, MediaRow, example_batch, media_batch, write_batches
+from vlm_tune.data.prepare.arrow_store import (
+    BLOB,
+    MediaRow,
+    example_batch,
+    media_batch,
+    write_batches,
+)
 from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_image
 from vlm_tune.data.prepare.language import language_of
 from vlm_tune.data.sources.base import Chunk, SourceReader
@@ -83,20 +89,28 @@ class ShardSummary:
 
 def text_hash(conversation: Conversation) -> int:
     """64 bits of the roles and texts of a conversation, white space and letter case aside; images are not in it."""
-    turns = "\0".join(f"{message.role}\1{' '.join(message.text.casefold().split())}" for message in conversation.messages)
+    turns = "\0".join(
+        f"{message.role}\1{' '.join(message.text.casefold().split())}"
+        for message in conversation.messages
+    )
     return _hash(turns)
 
 
 def content_hash(conversation: Conversation) -> int:
     """64 bits of the roles, the exact texts, and which turns are trained; images are not in it, nor worked examples."""
     conversation = conversation.without_shots()
-    turns = [(m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts]) for m in conversation.messages]
+    turns = [
+        (m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts])
+        for m in conversation.messages
+    ]
     return _hash(json.dumps(turns))
 
 
 def _hash(text: str) -> int:
     """64 bits of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+    )
 
 
 class ShardMaker:
@@ -150,17 +164,28 @@ class ShardMaker:
         write_stamps(temporary, media.stamps)
         write_checksums(temporary)
 
-    def _row(self, found: Conversation | DataError, source: int, media: _MediaTable, number: int) -> tuple[RowRecord, list[Example]]:
+    def _row(
+        self, found: Conversation | DataError, source: int, media: _MediaTable, number: int
+    ) -> tuple[RowRecord, list[Example]]:
         if isinstance(found, DataError):
             row = found.row if isinstance(found.row, int) else number
             # What could not be read at all has no content but the error.
             read = found.content is not None and not isinstance(found.content, Exception)
             content = _content(found.content) if read else ""
-            record = RowRecord(row, found.source, status=BAD, kind=found.kind, message=found.message, content=content)
+            record = RowRecord(
+                row,
+                found.source,
+                status=BAD,
+                kind=found.kind,
+                message=found.message,
+                content=content,
+            )
             record.digest = _hash(content or found.message)
             return record, []
         alone = found.without_shots()
-        record = RowRecord(found.row, found.source, found.id, category=found.category, text=text_hash(alone))
+        record = RowRecord(
+            found.row, found.source, found.id, category=found.category, text=text_hash(alone)
+        )
         record.digest = content_hash(found)
         record.controls = self._controls(alone, self.processors[source])
         try:
@@ -187,7 +212,9 @@ class ShardMaker:
         record.tokens = sum(len(example.input_ids) for example in made)
         record.supervised = sum(example.supervised for example in made)
         if long:
-            size = f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
+            size = (
+                f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
+            )
             record.kind = "overlong"
             record.message = f"{size} tokens, more than data.max_length {self.data.max_length}"
             if self.data.overlong == "fail":
@@ -201,7 +228,9 @@ class ShardMaker:
                 media.add(item, self._look(replace(item, tile=None)))
         return record, made
 
-    def _fitted(self, conversation: Conversation, processor: Processor, record: RowRecord) -> Fitted:
+    def _fitted(
+        self, conversation: Conversation, processor: Processor, record: RowRecord
+    ) -> Fitted:
         """A row's examples as they are trained on, or all of a row that is scored if its prompt is not too long."""
         if self.scored:
             examples = processor.examples(conversation)
@@ -216,7 +245,11 @@ class ShardMaker:
 
     def _controls(self, conversation: Conversation, processor: Processor) -> str:
         """Control tokens, and marks of media, that stand in the texts: the model sees plain text there."""
-        found = {name: message.role for message in conversation.messages for name in processor.encoder.controls_in(message.text)}
+        found = {
+            name: message.role
+            for message in conversation.messages
+            for name in processor.encoder.controls_in(message.text)
+        }
         return ", ".join(f"{name} in the {role}'s text" for name, role in found.items())
 
     def _look(self, item: Media) -> ImageInfo:
@@ -232,13 +265,18 @@ class ShardMaker:
             raise known
         return known
 
-    def _unwanted(self, conversation: Conversation, images: Sequence[MediaRow]) -> tuple[str, str] | None:
+    def _unwanted(
+        self, conversation: Conversation, images: Sequence[MediaRow]
+    ) -> tuple[str, str] | None:
         """Why the cleaning rules leave a row out; None if they don't."""
         clean = self.data.clean
         if clean.min_side is not None:
             for image in images:
                 if min(image.info.width, image.info.height) < clean.min_side:
-                    return "small_image", f"{image.media.name}: {image.info.width}x{image.info.height}, a side under {clean.min_side}"
+                    return (
+                        "small_image",
+                        f"{image.media.name}: {image.info.width}x{image.info.height}, a side under {clean.min_side}",
+                    )
         size = sum(len(message.text) for message in conversation.messages)
         if clean.min_chars is not None and size < clean.min_chars:
             return "short_text", f"{size} characters, under {clean.min_chars}"
@@ -351,7 +389,10 @@ def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
             "prompt": column("prompt", pa.int32),
             "digest": column("digest", pa.uint64),
             "images": column("images", lambda: pa.list_(pa.int32())),
-            **{name: column(name, pa.string) for name in ("source", "id", "kind", "message", "category", "controls", "content")},
+            **{
+                name: column(name, pa.string)
+                for name in ("source", "id", "kind", "message", "category", "controls", "content")
+            },
         }
     )
 
@@ -364,6 +405,9 @@ def summary(folder: Path) -> ShardSummary:
     bad = np.flatnonzero(rows.column("status").to_numpy() == BAD)
     first = None
     if len(bad):
-        row = {name: rows.column(name)[int(bad[0])].as_py() for name in ("source", "row", "kind", "message")}
+        row = {
+            name: rows.column(name)[int(bad[0])].as_py()
+            for name in ("source", "row", "kind", "message")
+        }
         first = (row["source"], row["row"], row["kind"], row["message"])
     return ShardSummary(folder, rows.num_rows, first)

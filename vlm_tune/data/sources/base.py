@@ -89,7 +89,9 @@ class Container(Protocol):
 
 def digest(*parts: object) -> str:
     """A short hash of the parts' texts."""
-    return hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        "\0".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=16
+    ).hexdigest()
 
 
 def files_digest(files: Iterable[Path]) -> str:
@@ -111,9 +113,14 @@ def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
     turns = [message for message in messages if message.role != "system"]
     for message in messages:
         if message.role not in ROLES:
-            raise DataError(f"the role {quoted(message.role)} is none of {', '.join(ROLES)}", kind="role")
+            raise DataError(
+                f"the role {quoted(message.role)} is none of {', '.join(ROLES)}", kind="role"
+            )
         if SURROGATE.search(message.text):
-            raise DataError(f"the {message.role}'s text holds half a surrogate pair, which is no character", kind="text")
+            raise DataError(
+                f"the {message.role}'s text holds half a surrogate pair, which is no character",
+                kind="text",
+            )
     if any(message.role == "system" for message in messages[1:]):
         raise DataError("a system turn that is not the first", kind="turns")
     if not turns:
@@ -121,13 +128,20 @@ def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
     for number, message in enumerate(turns):
         expected = "user" if number % 2 == 0 else "assistant"
         if message.role != expected:
-            raise DataError(f"turn {number + 1} is the {message.role}'s, expected the {expected}'s", kind="turns")
+            raise DataError(
+                f"turn {number + 1} is the {message.role}'s, expected the {expected}'s",
+                kind="turns",
+            )
         if message.role == "assistant" and not is_legible(message.text):
             unseen = f", nothing but {quoted(message.text)}" if message.text else ""
             raise DataError(f"turn {number + 1}: an empty answer{unseen}", kind="empty_answer")
         if message.role == "assistant" and any(isinstance(part, Media) for part in message.parts):
             raise DataError(f"turn {number + 1}: an image in an answer", kind="image_count")
-        if message.role == "user" and not is_legible(message.text) and not any(isinstance(part, Media) for part in message.parts):
+        if (
+            message.role == "user"
+            and not is_legible(message.text)
+            and not any(isinstance(part, Media) for part in message.parts)
+        ):
             raise DataError(f"turn {number + 1}: an empty question", kind="empty_question")
     if turns[-1].role != "assistant":
         raise DataError("no answer to the last question", kind="turns")

@@ -30,11 +30,31 @@ NAMES = {
 
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
 
-LISTS = ("conversations", "messages", "texts", "images", "videos", "answers", "candidates", "choices", "options", "history")
+LISTS = (
+    "conversations",
+    "messages",
+    "texts",
+    "images",
+    "videos",
+    "answers",
+    "candidates",
+    "choices",
+    "options",
+    "history",
+)
 """Fields that hold lists; tables keep them as JSON text where a column can't."""
 
 UNSUPPORTED_IN_TURNS = (
-    *("tool_calls", "tool_call_id", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "refusal"),
+    *(
+        "tool_calls",
+        "tool_call_id",
+        "function_call",
+        "tools",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+        "refusal",
+    ),
     *("name", "audio", "audios", "image", "images", "video", "videos", "loss_scale", "mask"),
 )
 """Fields of a turn that carry meaning, and that nothing here renders."""
@@ -66,7 +86,10 @@ class RowMedia:
         """The image or video of a number from 0. Raises `DataError` if there is none."""
         items = self.items[kind]
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(items):
-            raise DataError(f"a part's `index` is {quoted(number)}, and the row has {counted(len(items), kind)}", kind="image_count")
+            raise DataError(
+                f"a part's `index` is {quoted(number)}, and the row has {counted(len(items), kind)}",
+                kind="image_count",
+            )
         self._named[kind].add(number)
         return items[number]
 
@@ -81,16 +104,25 @@ class RowMedia:
             named = self._named[kind]
             if named:
                 if places:
-                    raise DataError(f"some {kind} parts have an `index`, and other places have none", kind="image_count")
+                    raise DataError(
+                        f"some {kind} parts have an `index`, and other places have none",
+                        kind="image_count",
+                    )
                 unseen = [str(number) for number in range(len(items)) if number not in named]
                 if unseen:
-                    raise DataError(f"{counted(len(items), kind)}, and no part has the `index` {', '.join(unseen)}", kind="image_count")
+                    raise DataError(
+                        f"{counted(len(items), kind)}, and no part has the `index` {', '.join(unseen)}",
+                        kind="image_count",
+                    )
             elif places == 0 and not always:
                 left += [part for parts in items for part in parts]
             elif places != len(items):
                 advice = f" (\\<{kind}> is the text itself)" if places > len(items) else ""
                 marks = counted(places, f"<{kind}> mark or part")
-                raise DataError(f"{counted(len(items), kind)} and {marks} in the questions{advice}", kind="image_count")
+                raise DataError(
+                    f"{counted(len(items), kind)} and {marks} in the questions{advice}",
+                    kind="image_count",
+                )
         return tuple(left)
 
 
@@ -145,12 +177,22 @@ def with_media(messages: list[Message], media: RowMedia, *, always: bool = False
     if not first:
         return messages
     for place, message in enumerate(messages, 1):
-        if message.role == "assistant" and len(split_marks(message.text, video=bool(media.items["video"]))) > 1:
-            raise DataError(f"turn {place}: a mark in an answer, and none in the questions: an answer has no images", kind="image_count")
+        if (
+            message.role == "assistant"
+            and len(split_marks(message.text, video=bool(media.items["video"]))) > 1
+        ):
+            raise DataError(
+                f"turn {place}: a mark in an answer, and none in the questions: an answer has no images",
+                kind="image_count",
+            )
     place = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     if place is None:
         raise DataError("images and no question", kind="turns")
-    return [*messages[:place], Message("user", (*first, *messages[place].parts)), *messages[place + 1 :]]
+    return [
+        *messages[:place],
+        Message("user", (*first, *messages[place].parts)),
+        *messages[place + 1 :],
+    ]
 
 
 def _turns(row: Row, name: str) -> Sequence[Row]:
@@ -164,11 +206,16 @@ def _turns(row: Row, name: str) -> Sequence[Row]:
         raise DataError(f"no list `{name}`", kind="missing_field")
     for place, turn in enumerate(found, 1):
         if not isinstance(turn, Mapping):
-            raise DataError(f"{name}, turn {place}: a turn is an object, got {quoted(turn)}", kind="field")
+            raise DataError(
+                f"{name}, turn {place}: a turn is an object, got {quoted(turn)}", kind="field"
+            )
         for field in UNSUPPORTED_IN_TURNS:
             if not is_empty(turn.get(field)):
                 advice = "take it out, write it into the text, or name it in the source's `ignore`"
-                raise DataError(f"{name}, turn {place}: `{field}` is not supported ({advice})", kind="unsupported")
+                raise DataError(
+                    f"{name}, turn {place}: `{field}` is not supported ({advice})",
+                    kind="unsupported",
+                )
     return found
 
 
@@ -178,7 +225,9 @@ def _trained(turn: Row, place: int) -> bool:
     train = turn.get("train")
     loss = turn.get("loss")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"turn {place}: `train` is true or false, got {quoted(train)}", kind="field")
+        raise DataError(
+            f"turn {place}: `train` is true or false, got {quoted(train)}", kind="field"
+        )
     for name, value in (("weight", weight), ("loss", loss)):
         if value is not None and not (isinstance(value, int | float) and value in (0, 1)):
             raise DataError(f"turn {place}: `{name}` is 0 or 1, got {quoted(value)}", kind="field")
@@ -206,11 +255,19 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
     messages = []
     for place, turn in enumerate(_turns(row, "conversations"), 1):
         if not isinstance(turn.get("value"), str):
-            raise DataError(f"turn {place}: no text `value`, got {quoted(turn.get('value'))}", kind="missing_field")
+            raise DataError(
+                f"turn {place}: no text `value`, got {quoted(turn.get('value'))}",
+                kind="missing_field",
+            )
         role = NAMES.get(str(turn.get("from")))
         if role is None:
-            raise DataError(f"turn {place}: from {quoted(turn.get('from'))} is none of {', '.join(NAMES)}", kind="role")
-        messages.append(Message(role, _text_parts(turn["value"], role, media), _trained(turn, place)))
+            raise DataError(
+                f"turn {place}: from {quoted(turn.get('from'))} is none of {', '.join(NAMES)}",
+                kind="role",
+            )
+        messages.append(
+            Message(role, _text_parts(turn["value"], role, media), _trained(turn, place))
+        )
     return with_system(row, with_media(messages, media, always=True))
 
 
@@ -237,7 +294,9 @@ def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
         if isinstance(value, str):
             messages.append(Message(role, _text_parts(value, role, media)))
         else:
-            messages += _messages(_turns(row, name), media, after=len(messages), context=name == "prompt")
+            messages += _messages(
+                _turns(row, name), media, after=len(messages), context=name == "prompt"
+            )
     return with_system(row, with_media(messages, media))
 
 
@@ -248,8 +307,17 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
     for place, turn in enumerate(_turns(row, "texts"), 1):
         for role in ("user", "assistant"):
             if not isinstance(turn.get(role), str):
-                raise DataError(f"texts, turn {place}: no text `{role}`, got {quoted(turn.get(role))}", kind="missing_field")
-            messages.append(Message(role, _text_parts(turn[role], role, media), role == "user" or _trained(turn, place)))
+                raise DataError(
+                    f"texts, turn {place}: no text `{role}`, got {quoted(turn.get(role))}",
+                    kind="missing_field",
+                )
+            messages.append(
+                Message(
+                    role,
+                    _text_parts(turn[role], role, media),
+                    role == "user" or _trained(turn, place),
+                )
+            )
     return with_system(row, with_media(messages, media))
 
 
@@ -257,7 +325,9 @@ def alpaca(row: Row, finder: MediaFinder) -> list[Message]:
     """`instruction`, `input` and `output`, after `history`, pairs of a question and its answer."""
     media = RowMedia(row, finder)
     history = [] if is_empty(row.get("history")) else row["history"]
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise DataError("`history` is a list of [question, answer]", kind="field")
     instruction = row.get("instruction")
     more = row.get("input")
@@ -288,7 +358,9 @@ CHAT_FORMS: dict[str, Callable[[Row, MediaFinder], list[Message]]] = {
 # --- role/content turns ----------------------------------------------------------------------------------------------
 
 
-def _messages(turns: Sequence[Row], media: RowMedia, *, after: int = 0, context: bool = False) -> list[Message]:
+def _messages(
+    turns: Sequence[Row], media: RowMedia, *, after: int = 0, context: bool = False
+) -> list[Message]:
     messages = []
     for place, turn in enumerate(turns, after + 1):
         if not isinstance(turn.get("role"), str):
@@ -296,14 +368,22 @@ def _messages(turns: Sequence[Row], media: RowMedia, *, after: int = 0, context:
         role = turn["role"]
         content = turn.get("content")
         if role in TOOL_ROLES:
-            raise DataError(f"turn {place}: the role {quoted(role)}: tools are not supported", kind="unsupported")
+            raise DataError(
+                f"turn {place}: the role {quoted(role)}: tools are not supported",
+                kind="unsupported",
+            )
         trained = _trained(turn, place) and not (context and role == "assistant")
         if isinstance(content, str):
             parts = _text_parts(content, role, media)
         elif isinstance(content, list):
-            parts = tuple(part for given in content for part in _content_part(place, role, given, media))
+            parts = tuple(
+                part for given in content for part in _content_part(place, role, given, media)
+            )
         else:
-            raise DataError(f"turn {place}: `content` is text or a list of parts, got {quoted(content)}", kind="field")
+            raise DataError(
+                f"turn {place}: `content` is text or a list of parts, got {quoted(content)}",
+                kind="field",
+            )
         messages.append(Message(role, parts, trained))
     return messages
 
@@ -311,22 +391,32 @@ def _messages(turns: Sequence[Row], media: RowMedia, *, after: int = 0, context:
 def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator[str | Media]:
     """One part of a content: text, an image or a video, its own or the row's next."""
     if not isinstance(part, Mapping):
-        raise DataError(f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field")
+        raise DataError(
+            f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field"
+        )
     kind = part.get("type")
     text = part.get("text")
     own = {name: part[name] for name in OWN_MEDIA if not is_empty(part.get(name))}
     if kind == "text":
         if not isinstance(text, str) or own:
             got = f"`{next(iter(own))}` beside it" if own else quoted(text)
-            raise DataError(f"turn {place}: a part of type text has a `text` and nothing else, got {got}", kind="field")
+            raise DataError(
+                f"turn {place}: a part of type text has a `text` and nothing else, got {got}",
+                kind="field",
+            )
         yield from _text_parts(text, role, media)
         return
     if kind not in ("image", "image_url", "video", "video_url"):
         unsupported = isinstance(kind, str)
-        message = f"turn {place}: a part is of type text, image, image_url or video, got {quoted(kind)}"
+        message = (
+            f"turn {place}: a part is of type text, image, image_url or video, got {quoted(kind)}"
+        )
         raise DataError(message, kind="unsupported" if unsupported else "field")
     if not is_empty(text):
-        raise DataError(f"turn {place}: a part of type {kind} with a `text`: write it as a part of its own", kind="field")
+        raise DataError(
+            f"turn {place}: a part of type {kind} with a `text`: write it as a part of its own",
+            kind="field",
+        )
     modality = kind.removesuffix("_url")
     names = (modality, f"{modality}_url", "path", "url", "bytes")
     source = next((own[name] for name in names if name in own), None)

@@ -30,10 +30,19 @@ class ClassFolders:
         self._root = Path(home(config.path))
         if not self._root.is_dir():
             raise DataError("no such folder", source=self.name)
-        self._classes = sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir() and not entry.name.startswith("."))
-        unreadable = next((name for name in self._classes if SURROGATE.search(name) or not is_legible(name)), None)
+        self._classes = sorted(
+            entry.name
+            for entry in os.scandir(self._root)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        unreadable = next(
+            (name for name in self._classes if SURROGATE.search(name) or not is_legible(name)), None
+        )
         if unreadable is not None:
-            raise DataError(f"the class folder {quoted(unreadable)} has a name that is no text; rename it", source=self.name)
+            raise DataError(
+                f"the class folder {quoted(unreadable)} has a name that is no text; rename it",
+                source=self.name,
+            )
         if not self._classes:
             raise DataError("holds no folders; a class is a folder of images", source=self.name)
         self._instructions = load_instructions(config.instructions, self.form)
@@ -51,7 +60,10 @@ class ClassFolders:
         for place, name in enumerate(self._classes):
             images = len(_images(self._root / name))
             if not images:
-                raise DataError(f"the class {quoted(name)} has no image ({', '.join(IMAGE_SUFFIXES)})", source=self.name)
+                raise DataError(
+                    f"the class {quoted(name)} has no image ({', '.join(IMAGE_SUFFIXES)})",
+                    source=self.name,
+                )
             for start in range(0, images, CHUNK_ROWS):
                 count = min(CHUNK_ROWS, images - start)
                 yield Chunk(number, first, count, (place, start))
@@ -71,7 +83,9 @@ class ClassFolders:
             inner = path.relative_to(self._root).as_posix()
             row_id = escaped(f"{self._root.name}/{inner}")
             try:
-                messages = self._instructions.messages(row_id, (folder.find(inner),), values, seed=self._seed)
+                messages = self._instructions.messages(
+                    row_id, (folder.find(inner),), values, seed=self._seed
+                )
                 yield Conversation(row_id, checked(messages), label, self.name, row)
             except DataError as error:
                 yield DataError(error.message, source=self.name, row=row, kind=error.kind)
@@ -79,4 +93,8 @@ class ClassFolders:
 
 def _images(folder: Path) -> list[Path]:
     """The images under a class's folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )

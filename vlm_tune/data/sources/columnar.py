@@ -57,15 +57,23 @@ def python_rows(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, An
     try:
         return batch.to_pylist()
     except (ValueError, ArithmeticError):
-        columns = {name: [_cell(value) for value in batch.column(place)] for place, name in enumerate(batch.schema.names)}
-        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        columns = {
+            name: [_cell(value) for value in batch.column(place)]
+            for place, name in enumerate(batch.schema.names)
+        }
+        return [
+            dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+        ]
 
 
 def _cell(value: Any) -> Any:
     try:
         return value.as_py()
     except (ValueError, ArithmeticError) as error:
-        return DataError(cut(str(error), SHOWN), kind="text" if isinstance(error, UnicodeDecodeError) else "field")
+        return DataError(
+            cut(str(error), SHOWN),
+            kind="text" if isinstance(error, UnicodeDecodeError) else "field",
+        )
 
 
 class Parquet:
@@ -86,7 +94,9 @@ class Parquet:
                 yield first, count, (group, start, count)
                 first += count
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int, int]
+    ) -> Iterator[tuple[int, Any]]:
         """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
         from pyarrow import parquet
 
@@ -122,7 +132,9 @@ class ArrowFile:
         except _damage() as error:
             raise DataError(_broken(error), source=str(path)) from None
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int, int]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int, int]
+    ) -> Iterator[tuple[int, Any]]:
         """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
         place, start, count = payload
         number = first_row
@@ -162,7 +174,9 @@ def _batch_sizes(path: Path) -> Iterator[int]:
             yield from (batch.num_rows for batch in pyarrow.ipc.open_stream(mapped))
         else:
             reader = pyarrow.ipc.open_file(mapped)
-            yield from (reader.get_batch(place).num_rows for place in range(reader.num_record_batches))
+            yield from (
+                reader.get_batch(place).num_rows for place in range(reader.num_record_batches)
+            )
 
 
 def _batch(path: Path, place: int) -> pyarrow.RecordBatch:
@@ -215,7 +229,9 @@ class DatasetRows:
     def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
         """The chunk's rows; a class's number is replaced by its name."""
         source = f"{self.name}, shard {chunk.payload}" if self._streaming else self.name
-        label = f"{Path(self.name).name}/{self._version[2]}" + (f"/{chunk.payload}" if self._streaming else "")
+        label = f"{Path(self.name).name}/{self._version[2]}" + (
+            f"/{chunk.payload}" if self._streaming else ""
+        )
         number = chunk.first_row
         try:
             for table in self._tables(chunk):
@@ -241,7 +257,11 @@ class DatasetRows:
     def _named(self, row: dict[str, Any]) -> dict[str, Any]:
         for column, names in self._classes.items():
             place = row.get(column)
-            row[column] = ClassName(names[place]) if isinstance(place, int) and 0 <= place < len(names) else None
+            row[column] = (
+                ClassName(names[place])
+                if isinstance(place, int) and 0 <= place < len(names)
+                else None
+            )
         if self._label in self._classes and self._label not in self._ignored:
             row.setdefault("choices", [ClassName(name) for name in self._classes[self._label]])
         return row
@@ -265,17 +285,27 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
-                    raise DataError(f"no split {quoted(config.split)}; there are {', '.join(map(str, data))}")
+                    raise DataError(
+                        f"no split {quoted(config.split)}; there are {', '.join(map(str, data))}"
+                    )
                 data = data[config.split]
             return data
-        return datasets.load_dataset(name, config.config, split=config.split, revision=config.revision, streaming=streaming)
+        return datasets.load_dataset(
+            name, config.config, split=config.split, revision=config.revision, streaming=streaming
+        )
     except DataError as error:
         raise DataError(error.message, source=config.name) from None
     except Exception as error:
         # The library's loaders raise errors of many kinds; all of them mean that there is no such data set here.
-        raise DataError(f"can't be loaded: {type(error).__name__}: {error}", source=config.name) from None
+        raise DataError(
+            f"can't be loaded: {type(error).__name__}: {error}", source=config.name
+        ) from None
 
 
 def _class_names(features: Any) -> dict[str, list[str]]:
     """The names of the columns that hold a class's number."""
-    return {column: feature.names for column, feature in (features or {}).items() if type(feature).__name__ == "ClassLabel"}
+    return {
+        column: feature.names
+        for column, feature in (features or {}).items()
+        if type(feature).__name__ == "ClassLabel"
+    }

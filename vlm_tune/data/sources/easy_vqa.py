@@ -34,12 +34,18 @@ def part_folder(split: str) -> Path:
 def questions(split: str, validation_images: int) -> list[tuple[int, str, str, int]]:
     """The split's (row, question, answer, image) in file order."""
     folder = part_folder(split)
-    rows = [(row, *fields) for row, fields in enumerate(json.loads((folder / "questions.json").read_text()))]
+    rows = [
+        (row, *fields)
+        for row, fields in enumerate(json.loads((folder / "questions.json").read_text()))
+    ]
     if split == "test":
         return rows
     images = sorted({image for _, _, _, image in rows})
     if validation_images >= len(images):
-        raise DataError(f"validation_images leaves none of the {len(images)} images to train on", source="easy_vqa")
+        raise DataError(
+            f"validation_images leaves none of the {len(images)} images to train on",
+            source="easy_vqa",
+        )
     held_out = set(images[len(images) - validation_images :])
     return [row for row in rows if (row[3] in held_out) == (split == "validation")]
 
@@ -75,7 +81,9 @@ class EasyVqa:
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
         """The chunk's rows in order."""
         start = chunk.first_row - 1
-        for row, (row_id, image, values, category) in enumerate(self._rows()[start : start + chunk.rows], chunk.first_row):
+        for row, (row_id, image, values, category) in enumerate(
+            self._rows()[start : start + chunk.rows], chunk.first_row
+        ):
             messages = self._instructions.messages(row_id, (Media(image),), values, seed=self._seed)
             yield Conversation(row_id, tuple(messages), category, self.name, row)
 
@@ -84,17 +92,29 @@ class EasyVqa:
 
 
 @lru_cache(maxsize=4)
-def _rows(split: str, validation_images: int, task: str) -> list[tuple[str, Path, dict[str, str], str]]:
+def _rows(
+    split: str, validation_images: int, task: str
+) -> list[tuple[str, Path, dict[str, str], str]]:
     """(id, image file, the task's fields, category) of each row, read once a process."""
     images = part_folder(split) / "images"
     rows = questions(split, validation_images)
     if task == "vqa":
         return [
-            (f"easy_vqa/{split}:{row}", images / f"{image}.png", {"question": question, "answer": answer}, answer_type(answer))
+            (
+                f"easy_vqa/{split}:{row}",
+                images / f"{image}.png",
+                {"question": question, "answer": answer},
+                answer_type(answer),
+            )
             for row, question, answer, image in rows
         ]
     return [
-        (f"easy_vqa/{split}/caption:{image}:{kind}", images / f"{image}.png", {"caption": caption}, kind)
+        (
+            f"easy_vqa/{split}/caption:{image}:{kind}",
+            images / f"{image}.png",
+            {"caption": caption},
+            kind,
+        )
         for image, captions in revealed(rows).items()
         for kind, caption in captions.items()
     ]

@@ -32,7 +32,11 @@ class Shots:
             return
         first = islice(rows, max(self._places, default=-1) + 1)
         wanted = set(self._places)
-        self._pool = [row for place, row in enumerate(first) if place in wanted and isinstance(row, Conversation)]
+        self._pool = [
+            row
+            for place, row in enumerate(first)
+            if place in wanted and isinstance(row, Conversation)
+        ]
 
     def before(self, row: Conversation) -> Conversation | DataError:
         """The row after its examples; a `DataError` if too few rows have another image than the row's."""
@@ -43,7 +47,10 @@ class Shots:
         chosen = set[int]()
         turns: list[Message] = []
         for number in range(self.count):
-            draw = hashlib.blake2b(f"{self.seed}:shot {number}:{row.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            draw = hashlib.blake2b(
+                f"{self.seed}:shot {number}:{row.id}".encode("utf-8", "surrogatepass"),
+                digest_size=8,
+            ).digest()
             start = int.from_bytes(draw, "big")
             for step in range(len(pool)):
                 place = (start + step) % len(pool)

@@ -37,19 +37,46 @@ FIELDS = EVERY_FORM.union(*USED.values()) - set(LETTERS)
 MEANT = {
     *CHOICES,
     *("label", "labels", "weight", "weights", "sample_weight", "loss_weight"),
-    *("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *(
+        "tools",
+        "functions",
+        "tool_calls",
+        "function_call",
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+    ),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
     *("audio", "audios", "objects", "bbox", "bboxes", "documents"),
 }
 """Fields that change what a row teaches: a form that has no use for one refuses the row."""
 
 MEANT_IN_TASKS = {
-    *("question", "answer", "answers", "instruction", "prompt", "completion", "messages", "conversations"),
+    *(
+        "question",
+        "answer",
+        "answers",
+        "instruction",
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+    ),
     *("context", "passage", "hint", "history", "input", "output"),
 }
 """The same, for rows of a task whose form was detected: with `form` the recipe says that they are not meant."""
 
-UNSUPPORTED = {"tools", "functions", "tool_calls", "function_call", "audio", "audios", "reasoning_content", "reasoning", "thinking"}
+UNSUPPORTED = {
+    "tools",
+    "functions",
+    "tool_calls",
+    "function_call",
+    "audio",
+    "audios",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}
 """Of these, what no chat format and no model here has a place for."""
 
 
@@ -91,7 +118,9 @@ def refuse_unused(row: Mapping[str, Any], form: str, *, task: bool, detected: bo
             continue
         if name in UNSUPPORTED:
             message = f"`{name}` is not supported: no model or chat format here has a place for it"
-            raise DataError(f"{message} (take it out, or name it in the source's `ignore`)", kind="unsupported")
+            raise DataError(
+                f"{message} (take it out, or name it in the source's `ignore`)", kind="unsupported"
+            )
         raise DataError(_unused(name, value, form), kind="unused_field")
     letters = [] if "A" in used else lettered(row)
     if letters and task:
@@ -110,6 +139,11 @@ def without(row: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        return [{key: inner for key, inner in turn.items() if key not in ignored} if isinstance(turn, dict) else turn for turn in value]
+        return [
+            {key: inner for key, inner in turn.items() if key not in ignored}
+            if isinstance(turn, dict)
+            else turn
+            for turn in value
+        ]
 
     return {name: plain(value) for name, value in row.items() if name not in ignored}

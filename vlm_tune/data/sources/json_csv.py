@@ -15,7 +15,13 @@ from typing import Any, Protocol
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, StoredRow, files_digest
 from vlm_tune.data.sources.fields import FIELDS
 from vlm_tune.data.sources.legible import SURROGATE
-from vlm_tune.data.sources.stored_files import BLOCK, MAX_ROW_BYTES, check_text, reading, scan_object
+from vlm_tune.data.sources.stored_files import (
+    BLOCK,
+    MAX_ROW_BYTES,
+    check_text,
+    reading,
+    scan_object,
+)
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home, is_file, is_folder
 from vlm_tune.quoting import escaped
@@ -96,7 +102,10 @@ def find_files(pattern: str) -> list[Path]:
     files = [path for path in found if is_file(path)]
     if not files:
         where = "" if path.is_absolute() else f" (from {Path.cwd()})"
-        raise DataError(("no file fits this pattern" if glob.has_magic(pattern) else "no such file") + where, source=pattern)
+        raise DataError(
+            ("no file fits this pattern" if glob.has_magic(pattern) else "no such file") + where,
+            source=pattern,
+        )
     return files
 
 
@@ -135,7 +144,9 @@ class JsonLines:
         if offset > start:
             yield first, lines + (last != b"\n"), (start, offset)
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int]
+    ) -> Iterator[tuple[int, Any]]:
         """Each line's object; one that can't be read is a `DataError`, and the next line is read all the same."""
         start, stop = payload
         with reading(path) as file:
@@ -149,9 +160,20 @@ class JsonLines:
                 if number == 1:
                     line = line.removeprefix(BOM)
                 if too_long:
-                    yield number, DataError(f"a line of more than {MAX_ROW_BYTES:,} bytes", kind="not_json")
+                    yield (
+                        number,
+                        DataError(f"a line of more than {MAX_ROW_BYTES:,} bytes", kind="not_json"),
+                    )
                 elif line.strip():
-                    yield number, json_value(line, cut="" if line.endswith(b"\n") else " (the file's last line, perhaps cut)")
+                    yield (
+                        number,
+                        json_value(
+                            line,
+                            cut=""
+                            if line.endswith(b"\n")
+                            else " (the file's last line, perhaps cut)",
+                        ),
+                    )
                 number += 1
 
 
@@ -182,11 +204,16 @@ class JsonList:
                     start = stop
                     count = 0
         except DataError as error:
-            raise DataError(f"not a JSON list: {error.message} (after element {first + count - 1})", source=str(path)) from None
+            raise DataError(
+                f"not a JSON list: {error.message} (after element {first + count - 1})",
+                source=str(path),
+            ) from None
         if count:
             yield first, count, (start, stop)
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int]
+    ) -> Iterator[tuple[int, Any]]:
         """The elements."""
         elements = list_elements(path, *payload, inside=self.start is not None)
         for number, (_, element) in enumerate(elements, first_row):
@@ -197,7 +224,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _AFTER = re.compile(r"[ \t\r\n]*([,\]])")
 
 
-def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bool = False) -> Iterator[tuple[int, str]]:
+def list_elements(
+    path: Path, start: int, stop: int | None = None, *, inside: bool = False
+) -> Iterator[tuple[int, str]]:
     """(offset behind it, text) of each element of a JSON list whose elements begin at byte `start`.
 
     `inside` an object, more may stand behind the list.
@@ -224,13 +253,19 @@ def list_elements(path: Path, start: int, stop: int | None = None, *, inside: bo
                     _, end = decode(text, begin)
                     closing = _AFTER.match(text, end)
                 except ValueError as error:
-                    fault = f"{error.args[0].split(':')[0]} at byte {offset + getattr(error, 'pos', 0)}"
+                    fault = (
+                        f"{error.args[0].split(':')[0]} at byte {offset + getattr(error, 'pos', 0)}"
+                    )
                     end = begin
                 except RecursionError:
                     raise DataError("nested too deeply") from None
             if closing is None:
                 # Perhaps the element goes on behind what is read; twice as much each time keeps retries cheap.
-                more = file.read(max(BLOCK, len(text) - place)) if len(text) - place <= MAX_ROW_BYTES else b""
+                more = (
+                    file.read(max(BLOCK, len(text) - place))
+                    if len(text) - place <= MAX_ROW_BYTES
+                    else b""
+                )
                 if not more:
                     raise DataError(fault)
                 text = text[place:] + more.decode("latin-1")
@@ -304,7 +339,9 @@ class Csv:
         if count:
             yield first, count, (start, stop)
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int]
+    ) -> Iterator[tuple[int, Any]]:
         """Each record's cells by column; one that can't be read is a `DataError`."""
         start, stop = payload
         with reading(path) as file:
@@ -318,11 +355,16 @@ class Csv:
         if isinstance(record, csv.Error):
             return DataError(f"not CSV: {record}", kind="not_csv")
         if len(record) != len(header):
-            return DataError(f"{len(record)} cells, the header has {len(header)}: {', '.join(header)}", kind="not_csv")
+            return DataError(
+                f"{len(record)} cells, the header has {len(header)}: {', '.join(header)}",
+                kind="not_csv",
+            )
         if any("\0" in cell for cell in record):
             return DataError("a NUL byte", kind="not_csv")
         if any(map(SURROGATE.search, record)):
-            columns = [name for name, cell in zip(header, record, strict=True) if SURROGATE.search(cell)]
+            columns = [
+                name for name, cell in zip(header, record, strict=True) if SURROGATE.search(cell)
+            ]
             return DataError(f"not UTF-8: {', '.join(columns)}", kind="not_csv")
         return {name: cell or None for name, cell in zip(header, record, strict=True)}
 
@@ -385,12 +427,21 @@ def json_format(path: Path) -> FileFormat:
         return JsonLines()
     if "data" not in rows and FIELDS & (rows or lists).keys():
         if not one_line:
-            raise DataError("is one row over several lines, not one a line and no list: put it in [ ]", source=str(path))
+            raise DataError(
+                "is one row over several lines, not one a line and no list: put it in [ ]",
+                source=str(path),
+            )
         return JsonLines()
     if len(rows) > 1 and "data" not in rows:
-        raise DataError(f"holds several lists of objects: {', '.join(rows)}; make a file of the one that is meant", source=str(path))
+        raise DataError(
+            f"holds several lists of objects: {', '.join(rows)}; make a file of the one that is meant",
+            source=str(path),
+        )
     if not rows:
-        raise DataError(f"holds one JSON object ({', '.join(lists) or 'empty'}) and no list of rows", source=str(path))
+        raise DataError(
+            f"holds one JSON object ({', '.join(lists) or 'empty'}) and no list of rows",
+            source=str(path),
+        )
     return JsonList(rows.get("data", next(iter(rows.values()))))
 
 

@@ -12,7 +12,23 @@ UNSEEN = {"Cc", "Cf", "Co", "Cs", "Mn", "Me", "Zl", "Zp", "Zs"}
 """Categories of characters that show nothing by themselves: controls, formats, private use, marks, spaces."""
 
 NULLS = frozenset(
-    ["", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "<NA>", "#N/A", "#NA", "#N/A N/A", "1.#IND", "1.#QNAN", "-1.#IND", "-1.#QNAN"]
+    [
+        "",
+        "nan",
+        "NaN",
+        "-nan",
+        "-NaN",
+        "null",
+        "NULL",
+        "<NA>",
+        "#N/A",
+        "#NA",
+        "#N/A N/A",
+        "1.#IND",
+        "1.#QNAN",
+        "-1.#IND",
+        "-1.#QNAN",
+    ]
 )
 """Cells of CSV and TSV files that are no value, unless the source says which are (`null_values`)."""
 MAYBE_NULLS = frozenset(["NA", "N/A", "n/a", "None"])

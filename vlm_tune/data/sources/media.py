@@ -16,7 +16,9 @@ from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import cut, quoted
 
-BASE64_IMAGE = re.compile(r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII)
+BASE64_IMAGE = re.compile(
+    r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII
+)
 """Base64 text of a PNG, JPEG, GIF, WebP, TIFF or AVIF file, by how these begin; no path of 200 such characters does."""
 REMEMBERED = 4096
 """How many resolved folders an image root remembers."""
@@ -36,20 +38,36 @@ class ImageFolder:
     def path(self, name: Any, what: str, *, folder: bool = False) -> Path:
         """The file (or, with `folder`, the file or folder) called `name`; raises as `find`."""
         if not isinstance(name, str) or not name:
-            raise DataError(f"the {what} is a path relative to {self.root}, got {quoted(name)}", kind="image_missing")
+            raise DataError(
+                f"the {what} is a path relative to {self.root}, got {quoted(name)}",
+                kind="image_missing",
+            )
         try:
             path, mode = self._resolved(name)
         except FileNotFoundError:
             missing = self.root / name
-            raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=missing) from None
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, links in a circle
+            raise DataError(
+                f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=missing
+            ) from None
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # too long, a NUL byte, links in a circle
             why = getattr(error, "strerror", None) or cut(str(error))
-            raise DataError(f"the {what} {quoted(name)} is no path: {why}", kind="image_missing") from None
+            raise DataError(
+                f"the {what} {quoted(name)} is no path: {why}", kind="image_missing"
+            ) from None
         if path is None:
-            raise DataError(f"the {what} {quoted(name)} lies outside the image root {self.root}", kind="image_outside")
+            raise DataError(
+                f"the {what} {quoted(name)} lies outside the image root {self.root}",
+                kind="image_outside",
+            )
         if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
             return path
-        raise DataError(f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=path)
+        raise DataError(
+            f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=path
+        )
 
     def _resolved(self, name: str) -> tuple[Path | None, int]:
         """The path without links, None outside the root, and what it is.
@@ -84,12 +102,19 @@ class MediaFinder:
     def image(self, value: Any) -> Media:
         """An image: a path, a data URL, bytes, {"bytes", "path"}, or a part of a file. Raises `DataError` for anything else."""
         found = self._source(value, "image")
-        return Media(found if not isinstance(found, str) else self._root("image").path(found, "image"))
+        return Media(
+            found if not isinstance(found, str) else self._root("image").path(found, "image")
+        )
 
     def video(self, value: Any) -> tuple[str | Media, ...]:
         """A video's images with their times: a folder of frames, a list of frames, or a video file as for `image`."""
         if isinstance(value, list):
-            return frame_parts([self.image(frame) for frame in value], frames=self.frames, fps=self.fps, name="of listed frames")
+            return frame_parts(
+                [self.image(frame) for frame in value],
+                frames=self.frames,
+                fps=self.fps,
+                name="of listed frames",
+            )
         found = self._source(value, "video")
         if isinstance(found, str):
             root = self._root("video")
@@ -102,14 +127,19 @@ class MediaFinder:
                 return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
             except DataError as error:
                 raise DataError(error.message, kind=error.kind, file=path) from None
-        return video_parts(found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps)
+        return video_parts(
+            found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps
+        )
 
     def _source(self, value: Any, what: str) -> str | bytes | Slice:
         """A path's text, or where the bytes are."""
         if isinstance(value, Mapping):
             keys = [name for name in ("bytes", "path", "url") if value.get(name) not in (None, "")]
             if not keys:
-                raise DataError(f"the {what} is an object without `bytes`, `path` or `url`: {quoted(value)}", kind="field")
+                raise DataError(
+                    f"the {what} is an object without `bytes`, `path` or `url`: {quoted(value)}",
+                    kind="field",
+                )
             value = value[keys[0]]
         if isinstance(value, bytes | bytearray | memoryview):
             if not len(value):
@@ -119,17 +149,23 @@ class MediaFinder:
             return data_url(value, what)
         if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
             raise DataError(
-                f"the {what} {quoted(value)} is a URL, and nothing is fetched: download it and give its path", kind="unsupported"
+                f"the {what} {quoted(value)} is a URL, and nothing is fetched: download it and give its path",
+                kind="unsupported",
             )
         if isinstance(value, str) and BASE64_IMAGE.match(value):
             return base64_bytes(value, what)
         if isinstance(value, str | Slice):
             return value
-        raise DataError(f"the {what} is a path, a data URL or bytes, got {quoted(value)}", kind="field")
+        raise DataError(
+            f"the {what} is a path, a data URL or bytes, got {quoted(value)}", kind="field"
+        )
 
     def _root(self, what: str) -> ImageFolder:
         if self.images is None:
-            raise DataError(f"the {what} is a path, and the source has no folder: set image_root", kind="image_missing")
+            raise DataError(
+                f"the {what} is a path, and the source has no folder: set image_root",
+                kind="image_missing",
+            )
         return self.images
 
 
@@ -138,7 +174,11 @@ def _video_suffix(value: Any, found: bytes | Slice) -> str:
     named = value.get("path") if isinstance(value, Mapping) else None
     if isinstance(named, str):
         return Path(named).suffix
-    start = found[:16] if isinstance(found, bytes) else Slice(found.path, found.offset, min(found.size, 16)).read_bytes()
+    start = (
+        found[:16]
+        if isinstance(found, bytes)
+        else Slice(found.path, found.offset, min(found.size, 16)).read_bytes()
+    )
     if start[4:8] == b"ftyp":
         return ".mp4"
     if start.startswith(b"\x1a\x45\xdf\xa3"):
@@ -152,7 +192,10 @@ def data_url(text: str, what: str = "image") -> bytes:
     """The bytes of a base64 data URL. Raises `DataError` for another encoding and for bad base64."""
     head, comma, body = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise DataError(f"the {what}'s data URL is not base64: it begins {quoted(text[:40])}", kind="image_unreadable")
+        raise DataError(
+            f"the {what}'s data URL is not base64: it begins {quoted(text[:40])}",
+            kind="image_unreadable",
+        )
     data = base64_bytes(body, f"{what}'s data URL")
     if not data:
         raise DataError(f"the {what}'s data URL is empty", kind="image_unreadable")

@@ -11,7 +11,14 @@ from typing import Any
 from vlm_tune.config.data import DatasetSource, RowsSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
-from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, RowMedia, decoded_lists, marked_parts, with_media, with_system
+from vlm_tune.data.sources.chat_schemas import (
+    CHAT_FORMS,
+    RowMedia,
+    decoded_lists,
+    marked_parts,
+    with_media,
+    with_system,
+)
 from vlm_tune.data.sources.few_shot import Shots
 from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, without
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
@@ -42,16 +49,31 @@ class RowsReader:
         if config.form == "auto":
             self.form, self._columns = detect_form(self._stored(), config.columns, self.name)
         if config.instructions and self.form in CHAT_FORMS:
-            raise DataError(f"instructions are for rows of a task; {self.form} rows bring their own words", source=self.name)
-        self._instructions = load_instructions(config.instructions or self.form, self.form) if self.form in TASK_FORMS else None
+            raise DataError(
+                f"instructions are for rows of a task; {self.form} rows bring their own words",
+                source=self.name,
+            )
+        self._instructions = (
+            load_instructions(config.instructions or self.form, self.form)
+            if self.form in TASK_FORMS
+            else None
+        )
         self._finders: dict[Path | None, MediaFinder] = {}
         self._shot_places: Sequence[int] | None = None
         self._shots = Shots(config.shots, seed)
-        self._options = TaskOptions((config.booleans[0], config.booleans[1]), config.answer_is, seed if config.shuffle_choices else None)
+        self._options = TaskOptions(
+            (config.booleans[0], config.booleans[1]),
+            config.answer_is,
+            seed if config.shuffle_choices else None,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker fills its own caches."""
-        return {**vars(self), "_finders": {}, "_shots": Shots(self._config.shots, self._seed, self._shot_places)}
+        return {
+            **vars(self),
+            "_finders": {},
+            "_shots": Shots(self._config.shots, self._seed, self._shot_places),
+        }
 
     def with_shots_from(self, places: Sequence[int]) -> RowsReader:
         """This reader, its worked examples drawn from the rows at `places` (from 0) alone."""
@@ -68,7 +90,15 @@ class RowsReader:
         prompts = self._instructions.model_dump_json() if self._instructions else ""
         drawn = self._seed if self._instructions or self._config.shots else ""
         shots = "" if self._shot_places is None else list(self._shot_places)
-        return digest(self._container.fingerprint(), self.form, sorted(self._columns.items()), options, prompts, drawn, shots)
+        return digest(
+            self._container.fingerprint(),
+            self.form,
+            sorted(self._columns.items()),
+            options,
+            prompts,
+            drawn,
+            shots,
+        )
 
     def chunks(self) -> Iterator[Chunk]:
         """The container's chunks."""
@@ -93,7 +123,10 @@ class RowsReader:
                 value = without(value, self._config.ignore) if self._config.ignore else value
                 nulls = self._nulls(stored)
                 if nulls:
-                    value = {name: None if isinstance(cell, str) and cell.strip() in nulls else cell for name, cell in value.items()}
+                    value = {
+                        name: None if isinstance(cell, str) and cell.strip() in nulls else cell
+                        for name, cell in value.items()
+                    }
             yield stored if value is stored.value else replace(stored, value=value)
 
     def _nulls(self, stored: StoredRow) -> Collection[str]:
@@ -107,16 +140,27 @@ class RowsReader:
             row = self._fields(stored)
             row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
-            messages = self._task(row_id, row, finder) if self._instructions else CHAT_FORMS[self.form](row, finder)
+            messages = (
+                self._task(row_id, row, finder)
+                if self._instructions
+                else CHAT_FORMS[self.form](row, finder)
+            )
             category = row.get("category")
             if category is None and self.form == "classify":
                 category = messages[-1].text
             category = str(category) if isinstance(category, str | int) else ""
             if SURROGATE.search(category):
-                raise DataError(f"`category` {quoted(category)} holds half a surrogate pair, which is no character", kind="text")
+                raise DataError(
+                    f"`category` {quoted(category)} holds half a surrogate pair, which is no character",
+                    kind="text",
+                )
             return Conversation(row_id, checked(messages), category, stored.source, stored.number)
         except DataError as error:
-            missing = [name for name in self._columns.values() if isinstance(stored.value, dict) and name not in stored.value]
+            missing = [
+                name
+                for name in self._columns.values()
+                if isinstance(stored.value, dict) and name not in stored.value
+            ]
             hint = f" (columns: the row has no {', '.join(missing)})" if missing else ""
             return DataError(
                 error.message + hint,
@@ -135,11 +179,23 @@ class RowsReader:
             value = row[name]
             if isinstance(value, DataError):
                 raise DataError(f"`{name}`: {value.message}", kind=value.kind)
-            if stored.untyped and self._config.null_values is None and isinstance(value, str) and value.strip() in MAYBE_NULLS:
+            if (
+                stored.untyped
+                and self._config.null_values is None
+                and isinstance(value, str)
+                and value.strip() in MAYBE_NULLS
+            ):
                 message = f"`{name}` is {quoted(value)}, a text or a missing value: say which with the source's `null_values`"
                 raise DataError(message, kind="ambiguous")
-        row = decoded_lists({name: value for name, value in row.items() if not isinstance(value, DataError)})
-        refuse_unused(row, self.form, task=self._instructions is not None, detected=self._config.form == "auto")
+        row = decoded_lists(
+            {name: value for name, value in row.items() if not isinstance(value, DataError)}
+        )
+        refuse_unused(
+            row,
+            self.form,
+            task=self._instructions is not None,
+            detected=self._config.form == "auto",
+        )
         return row
 
     @staticmethod
@@ -148,7 +204,10 @@ class RowsReader:
         if not isinstance(given, str | int):
             return stored.number
         if isinstance(given, str) and SURROGATE.search(given):
-            raise DataError(f"`id` {quoted(given)} holds half a surrogate pair, which is no character", kind="text")
+            raise DataError(
+                f"`id` {quoted(given)} holds half a surrogate pair, which is no character",
+                kind="text",
+            )
         return given
 
     def _task(self, row_id: str, row: dict[str, Any], finder: MediaFinder) -> list[Message]:
@@ -159,7 +218,9 @@ class RowsReader:
         if not any(media.items.values()):
             raise DataError("no image", kind="image_count")
         question, answer = self._instructions.texts(row_id, values, seed=self._seed)
-        messages = with_media(self._instructions.turns(marked_parts(question, media), answer), media)
+        messages = with_media(
+            self._instructions.turns(marked_parts(question, media), answer), media
+        )
         return with_system(row, messages)
 
     def _finder(self, folder: Path | None) -> MediaFinder:
@@ -168,5 +229,7 @@ class RowsReader:
         found = self._finders.get(root)
         if found is None:
             images = ImageFolder(root) if root else None
-            found = self._finders[root] = MediaFinder(images, self._config.video_frames, self._config.video_fps)
+            found = self._finders[root] = MediaFinder(
+                images, self._config.video_frames, self._config.video_fps
+            )
         return found

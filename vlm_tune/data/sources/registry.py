@@ -12,7 +12,14 @@ from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.class_folders import ClassFolders
 from vlm_tune.data.sources.columnar import ArrowFile, DatasetRows, Parquet
 from vlm_tune.data.sources.easy_vqa import EasyVqa
-from vlm_tune.data.sources.json_csv import FileFormat, FileRows, csv_format, find_files, json_format, unpacked_name
+from vlm_tune.data.sources.json_csv import (
+    FileFormat,
+    FileRows,
+    csv_format,
+    find_files,
+    json_format,
+    unpacked_name,
+)
 from vlm_tune.data.sources.records import RowsReader
 from vlm_tune.data.sources.unanswered import QuestionRows
 from vlm_tune.data.sources.webdataset import TarShard
@@ -96,14 +103,20 @@ def open_source(config: Source, *, seed: int, streaming: bool = False) -> Source
     return SOURCES[getattr(config, "kind")](config, seed, streaming)  # noqa: B009
 
 
-def read_path(path: str, *, seed: int, unanswered: bool = False) -> tuple[list[Conversation], set[tuple[str, int]]]:
+def read_path(
+    path: str, *, seed: int, unanswered: bool = False
+) -> tuple[list[Conversation], set[tuple[str, int]]]:
     """All rows of a file, a pattern of files, or tar shards, in the form that their first rows have.
 
     With `unanswered` rows may lack their last answer: these have a placeholder, and their (source, row) are returned too.
     Raises `DataError` for the first row that can't be used.
     """
     tarred = path.endswith(SHARDS)
-    config = WebDatasetSource(kind="webdataset", path=path) if tarred else FileSource(kind="file", path=path)
+    config = (
+        WebDatasetSource(kind="webdataset", path=path)
+        if tarred
+        else FileSource(kind="file", path=path)
+    )
     container = shard_rows(config) if isinstance(config, WebDatasetSource) else file_rows(config)
     questions = QuestionRows(container)
     reader = RowsReader(questions if unanswered else container, config, seed=seed)

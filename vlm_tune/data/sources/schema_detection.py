@@ -41,7 +41,9 @@ def check_columns(columns: Mapping[str, str], name: str) -> None:
     for ours in columns:
         if ours not in FIELDS and ours not in set(LETTERS):
             near = get_close_matches(ours, FIELDS, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
+            )
             raise DataError(f"columns: no form has a field {quoted(ours)}{hint}", source=name)
 
 
@@ -52,7 +54,9 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return {name: value for name, value in row.items() if name not in taken} | ours
 
 
-def detect_form(rows: Iterable[StoredRow], columns: Mapping[str, str], name: str) -> tuple[str, dict[str, str]]:
+def detect_form(
+    rows: Iterable[StoredRow], columns: Mapping[str, str], name: str
+) -> tuple[str, dict[str, str]]:
     """The form that the first rows have, and `columns` with the one that the form's turns are under.
 
     Raises `DataError` that lists what was seen where the rows fit no form, or more than one.
@@ -79,10 +83,14 @@ def detect_form(rows: Iterable[StoredRow], columns: Mapping[str, str], name: str
     if not votes:
         raise DataError(f"can't tell the rows' form: {told} ({needs})", source=name)
     # A text-only row of a ShareGPT file looks like a text-only row of a LLaVA file; they are read alike.
-    forms = {form for form, _ in votes} - ({"llava"} if ("sharegpt", "conversations") in votes else set())
+    forms = {form for form, _ in votes} - (
+        {"llava"} if ("sharegpt", "conversations") in votes else set()
+    )
     if len(forms) > 1:
         fitting = "; ".join(f"{form}: {NEEDS[form]}" for form in sorted(forms))
-        raise DataError(f"the rows' form may be {' or '.join(sorted(forms))} ({fitting}): {told}", source=name)
+        raise DataError(
+            f"the rows' form may be {' or '.join(sorted(forms))} ({fitting}): {told}", source=name
+        )
     (form,) = forms
     field = "messages" if form == "messages" else "conversations"
     turns = next((own for found, own in votes if found == form and own), field)
@@ -105,7 +113,14 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
     for field in ("conversations", "messages"):
         keys = _turn_keys(row.get(field))
         if {"from", "value"} <= keys:
-            found.add(("sharegpt" if has & {"images", "videos", "video", "system", "tools"} else "llava", field))
+            found.add(
+                (
+                    "sharegpt"
+                    if has & {"images", "videos", "video", "system", "tools"}
+                    else "llava",
+                    field,
+                )
+            )
         elif {"role", "content"} <= keys:
             found.add(("messages", field))
     if {"user", "assistant"} <= _turn_keys(row.get("texts")):

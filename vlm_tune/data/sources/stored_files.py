@@ -50,7 +50,9 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         yield file  # type: ignore[misc]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         file.close()
-        raise DataError(f"the gzip file is cut or damaged: {error}", source=str(path), kind="damaged") from None
+        raise DataError(
+            f"the gzip file is cut or damaged: {error}", source=str(path), kind="damaged"
+        ) from None
     else:
         _idle.clear()
         _idle[key] = file
@@ -103,7 +105,9 @@ class JsonScan:
             except ValueError as error:
                 if whole or size > MAX_ROW_BYTES:
                     place = offset + getattr(error, "pos", 0)
-                    raise DataError(f"{str(error.args[0]).split(':')[0]} at byte {place:,}") from None
+                    raise DataError(
+                        f"{str(error.args[0]).split(':')[0]} at byte {place:,}"
+                    ) from None
             size *= 4
 
     def expect(self, offset: int, wanted: str) -> tuple[str, int]:
@@ -144,7 +148,9 @@ def _scanned(path: Path, changed: int) -> tuple[dict[str, int], int]:
                 place = _list_end(scan, value_place + 1)
             else:
                 _, place = scan.value(value_place)
-            fields[str(name).encode("latin-1", "replace").decode("utf-8", "replace")] = value_place + 1 if inner == "{" else -1
+            fields[str(name).encode("latin-1", "replace").decode("utf-8", "replace")] = (
+                value_place + 1 if inner == "{" else -1
+            )
             separator, place = scan.expect(place, ",}")
             if separator == "}":
                 return fields, place

@@ -62,7 +62,10 @@ def _plain(value: Any, field: str, options: TaskOptions) -> str:
 def _texts(row: Row, field: str, options: TaskOptions) -> list[str]:
     values = row.get(field)
     if not isinstance(values, list) or not values:
-        raise DataError(f"no list `{field}`" + ("" if values is None else f", got {quoted(values)}"), kind="missing_field")
+        raise DataError(
+            f"no list `{field}`" + ("" if values is None else f", got {quoted(values)}"),
+            kind="missing_field",
+        )
     return [_plain(value, field, options) for value in values]
 
 
@@ -87,10 +90,15 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
         raise DataError(f"several lists of choices: {', '.join([*fields, *letters])}", kind="field")
     if letters:
         if letters != list(LETTERS[: len(letters)]):
-            raise DataError(f"choices {', '.join(letters)}: a letter between them is empty", kind="missing_field")
+            raise DataError(
+                f"choices {', '.join(letters)}: a letter between them is empty",
+                kind="missing_field",
+            )
         return Choices(", ".join(letters), [_text(row, letter, options) for letter in letters])
     if not fields:
-        raise DataError(f"no list of choices ({', '.join(CHOICES)}, or columns A, B, ...)", kind="missing_field")
+        raise DataError(
+            f"no list of choices ({', '.join(CHOICES)}, or columns A, B, ...)", kind="missing_field"
+        )
     (field,) = fields
     value = row[field]
     labels = None
@@ -104,7 +112,9 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
     if not isinstance(value, list) or (labels is not None and len(labels) != len(value)):
         raise DataError(f"`{field}` is a list of choices, got {quoted(row[field])}", kind="field")
     if not 2 <= len(value) <= len(LETTERS):
-        raise DataError(f"`{field}` has {len(value)} choices; a question has 2 to {len(LETTERS)}", kind="field")
+        raise DataError(
+            f"`{field}` has {len(value)} choices; a question has 2 to {len(LETTERS)}", kind="field"
+        )
     return Choices(field, [_plain(text, field, options) for text in value], labels)
 
 
@@ -119,7 +129,11 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
     readings = _readings(value, choices, options)
     wanted = options.answer_is
     if wanted != "auto":
-        readings = {how: places for how, places in readings.items() if how == wanted or (wanted == "letter" and how == "label")}
+        readings = {
+            how: places
+            for how, places in readings.items()
+            if how == wanted or (wanted == "letter" and how == "label")
+        }
     elif isinstance(value, ClassName):
         readings = {"text": readings["text"]}
     elif readings["label"]:
@@ -133,12 +147,18 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
     count = len(choices.texts)
     if not places:
         auto = "text, letter or place from 0" if choices.letters else "text or place from 0"
-        what = {"auto": auto, "index": "place from 0", "index_from_1": "place from 1"}.get(wanted, wanted)
+        what = {"auto": auto, "index": "place from 0", "index_from_1": "place from 1"}.get(
+            wanted, wanted
+        )
         called = choices.field if choices.field in CHOICES else "choices"
         message = f"`{field}` {quoted(value)} is none of the {count} {called} by {what}"
-        raise DataError(f"{message} (the source's `answer_is` says what an answer is)", kind="field")
+        raise DataError(
+            f"{message} (the source's `answer_is` says what an answer is)", kind="field"
+        )
     if len(places) > 1:
-        ways = ", ".join(f"choice {place + 1} by its {how}" for how, found in readings.items() for place in found)
+        ways = ", ".join(
+            f"choice {place + 1} by its {how}" for how, found in readings.items() for place in found
+        )
         raise DataError(
             f"`{field}` {quoted(value)} may be {ways}: say what it is with the source's `answer_is` (index, index_from_1, letter or text)",
             kind="ambiguous",
@@ -154,7 +174,9 @@ def _readings(value: Any, choices: Choices, options: TaskOptions) -> dict[str, l
         number = int(value)
     if text is not None and re.fullmatch(r"[0-9]{1,9}", text):
         number = int(text)
-    spelled = {text} if text is not None else {str(value), str(number)} if number is not None else set()
+    spelled = (
+        {text} if text is not None else {str(value), str(number)} if number is not None else set()
+    )
     if isinstance(value, bool):
         spelled = {options.booleans[value], str(value)}
     stripped = [choice.strip() for choice in choices.texts]
@@ -165,7 +187,8 @@ def _readings(value: Any, choices: Choices, options: TaskOptions) -> dict[str, l
     place = LETTERS.index(letter[1].upper()) if letter else count
     return {
         "label": [place for place, label in enumerate(choices.labels or []) if label in spelled],
-        "text": exact or [place for place, choice in enumerate(stripped) if choice.casefold() in folded],
+        "text": exact
+        or [place for place, choice in enumerate(stripped) if choice.casefold() in folded],
         "letter": [place] if place < count and choices.labels is None else [],
         "index": [number] if number is not None and 0 <= number < count else [],
         "index_from_1": [number - 1] if number is not None and 1 <= number <= count else [],
@@ -176,7 +199,10 @@ def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
     """The order in which choices are shown: as they stand, or drawn from (seed, row id)."""
     order = list(range(count))
     if options.shuffle_seed is not None:
-        draw = hashlib.blake2b(f"{options.shuffle_seed}:choices:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        draw = hashlib.blake2b(
+            f"{options.shuffle_seed}:choices:{row_id}".encode("utf-8", "surrogatepass"),
+            digest_size=8,
+        ).digest()
         random.Random(int.from_bytes(draw, "big")).shuffle(order)
     return order
 
@@ -192,26 +218,42 @@ def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     answers = row["answers"]
     if not isinstance(answers, list):
         raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
-    texts = [_plain(given.get("answer") if isinstance(given, Mapping) else given, "answers", options) for given in answers]
+    texts = [
+        _plain(given.get("answer") if isinstance(given, Mapping) else given, "answers", options)
+        for given in answers
+    ]
     return {"question": question, "answer": Counter(texts).most_common(1)[0][0]}
 
 
 def _question(row: Row, options: TaskOptions) -> str:
     question = _text(row, "question", options)
-    return question if is_empty(row.get("context")) else f"{_text(row, 'context', options)}\n{question}"
+    return (
+        question
+        if is_empty(row.get("context"))
+        else f"{_text(row, 'context', options)}\n{question}"
+    )
 
 
 def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`question`, its choices and `answer` (or `label`); the choices are shown with letters, a line each."""
-    fields = [name for name in ("answer", "label") if not is_empty(row.get(name)) or isinstance(row.get(name), bool)]
+    fields = [
+        name
+        for name in ("answer", "label")
+        if not is_empty(row.get(name)) or isinstance(row.get(name), bool)
+    ]
     if len(fields) > 1:
         raise DataError("both `answer` and `label`", kind="field")
     choices = _question_choices(row, options)
     chosen = _chosen(row, fields[0] if fields else "answer", choices, options)
     if sum(text.strip() == choices.texts[chosen].strip() for text in choices.texts) > 1:
-        raise DataError(f"the right choice {quoted(choices.texts[chosen])} comes twice in `{choices.field}`", kind="ambiguous")
+        raise DataError(
+            f"the right choice {quoted(choices.texts[chosen])} comes twice in `{choices.field}`",
+            kind="ambiguous",
+        )
     order = _order(len(choices.texts), row_id, options)
-    lines = [f"{letter}. {choices.texts[place]}" for letter, place in zip(LETTERS, order, strict=False)]
+    lines = [
+        f"{letter}. {choices.texts[place]}" for letter, place in zip(LETTERS, order, strict=False)
+    ]
     return {
         "question": _question(row, options),
         "choices": "\n".join(lines),
@@ -223,14 +265,22 @@ def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, st
 def caption(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`caption`; of a list of captions, the first."""
     value = row.get("caption")
-    return {"caption": _plain(value[0] if isinstance(value, list) and value else value, "caption", options)}
+    return {
+        "caption": _plain(
+            value[0] if isinstance(value, list) and value else value, "caption", options
+        )
+    }
 
 
-def _one_of(row: Row, field: str, listed: str, row_id: str, options: TaskOptions) -> tuple[str, Sequence[str]]:
+def _one_of(
+    row: Row, field: str, listed: str, row_id: str, options: TaskOptions
+) -> tuple[str, Sequence[str]]:
     """The choice that a field names, and all of them in the order in which they are shown."""
     choices = Choices(listed, _texts(row, listed, options), letters=False)
     chosen = _chosen(row, field, choices, options)
-    return choices.texts[chosen], [choices.texts[place] for place in _order(len(choices.texts), row_id, options)]
+    return choices.texts[chosen], [
+        choices.texts[place] for place in _order(len(choices.texts), row_id, options)
+    ]
 
 
 def classify(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
@@ -253,7 +303,11 @@ def ocr(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
 def translate(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     """`translation` into `target_language`, of the image's text or of `text`; `source_language` where known."""
     values = {field: _text(row, field, options) for field in ("target_language", "translation")}
-    return values | {field: _text(row, field, options) for field in ("text", "source_language") if row.get(field) not in (None, "")}
+    return values | {
+        field: _text(row, field, options)
+        for field in ("text", "source_language")
+        if row.get(field) not in (None, "")
+    }
 
 
 TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], dict[str, str]]] = {

@@ -51,19 +51,37 @@ def _missing(stored: StoredRow) -> dict[str, Any]:
     if not isinstance(stored.value, dict):
         return {}
     try:
-        row = decoded_lists({name: value for name, value in stored.value.items() if not isinstance(value, DataError)})
+        row = decoded_lists(
+            {
+                name: value
+                for name, value in stored.value.items()
+                if not isinstance(value, DataError)
+            }
+        )
     except DataError:  # the reader says so again, with the row's place
         return {}
     if stored.untyped:
-        row = {name: None if isinstance(value, str) and value.strip() in NULLS else value for name, value in row.items()}
+        row = {
+            name: None if isinstance(value, str) and value.strip() in NULLS else value
+            for name, value in row.items()
+        }
     for name, speaker, text, answers in (
         ("messages", "role", "content", ("assistant",)),
         ("conversations", "role", "content", ("assistant",)),
         ("conversations", "from", "value", ("gpt", "assistant", "function_call")),
     ):
         turns = row.get(name)
-        if isinstance(turns, list) and turns and isinstance(last := turns[-1], Mapping) and speaker in last:
-            return {} if last[speaker] in answers else {name: [*turns, {speaker: answers[0], text: PLACEHOLDER}]}
+        if (
+            isinstance(turns, list)
+            and turns
+            and isinstance(last := turns[-1], Mapping)
+            and speaker in last
+        ):
+            return (
+                {}
+                if last[speaker] in answers
+                else {name: [*turns, {speaker: answers[0], text: PLACEHOLDER}]}
+            )
     texts = row.get("texts")
     if isinstance(texts, list) and texts and isinstance(texts[-1], Mapping) and "user" in texts[-1]:
         whole = not is_empty(texts[-1].get("assistant"))
@@ -74,12 +92,23 @@ def _missing(stored: StoredRow) -> dict[str, Any]:
 def _missing_field(row: Mapping[str, Any]) -> dict[str, Any]:
     """As `_missing`, of a row of a task: the field that its question wants."""
     has = {name for name, value in row.items() if not is_empty(value)}
-    choices = next((row[name] for name in ("choices", "options", "candidates") if isinstance(row.get(name), list) and row[name]), None)
+    choices = next(
+        (
+            row[name]
+            for name in ("choices", "options", "candidates")
+            if isinstance(row.get(name), list) and row[name]
+        ),
+        None,
+    )
     if "question" in has:
         if has & {"answer", "answers", "label"}:
             return {}
         return {"answer": choices[0] if choices else "A" if lettered(row) else PLACEHOLDER}
-    for question, answer in (("prompt", "completion"), ("instruction", "output"), ("target_language", "translation")):
+    for question, answer in (
+        ("prompt", "completion"),
+        ("instruction", "output"),
+        ("target_language", "translation"),
+    ):
         if question in has:
             return {} if answer in has else {answer: PLACEHOLDER}
     if "candidates" in has:

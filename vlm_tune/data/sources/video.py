@@ -29,14 +29,18 @@ DEMUXERS = {
 JPEG_QUALITY = 92
 
 
-def video_parts(video: Path | Slice | bytes, *, suffix: str, frames: int, fps: float | None = None) -> tuple[str | Media, ...]:
+def video_parts(
+    video: Path | Slice | bytes, *, suffix: str, frames: int, fps: float | None = None
+) -> tuple[str | Media, ...]:
     """`frames` evenly spaced images of a video, each after its time ("0.0s: ") where that is known.
 
     `video` is a folder of frames (times as `fps` tells) or an encoded file whose `suffix` says how it is packed. Raises
     `DataError` for a folder without images, a file that can't be decoded, and if PyAV is not installed.
     """
     if isinstance(video, Path) and video.is_dir():
-        return frame_parts([Media(path) for path in frame_files(video)], frames=frames, fps=fps, name=str(video))
+        return frame_parts(
+            [Media(path) for path in frame_files(video)], frames=frames, fps=fps, name=str(video)
+        )
     parts: list[str | Media] = []
     origin = video if isinstance(video, Path) else None
     for time, data in _decoded(video, suffix, frames):
@@ -44,7 +48,9 @@ def video_parts(video: Path | Slice | bytes, *, suffix: str, frames: int, fps: f
     return tuple(parts)
 
 
-def frame_parts(images: Sequence[Media], *, frames: int, fps: float | None, name: str) -> tuple[str | Media, ...]:
+def frame_parts(
+    images: Sequence[Media], *, frames: int, fps: float | None, name: str
+) -> tuple[str | Media, ...]:
     """As `video_parts`, of a video whose images are all there, in order."""
     if not images:
         raise DataError(f"the video {name} has no frames", kind="video_unreadable")
@@ -56,7 +62,9 @@ def frame_parts(images: Sequence[Media], *, frames: int, fps: float | None, name
 
 def frame_files(folder: Path) -> list[Path]:
     """A folder's images in the order of the numbers in their names."""
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+    return sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural
+    )
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -75,10 +83,15 @@ def time_text(seconds: float | None) -> list[str]:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sorts frame_2 before frame_10."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"([0-9]+)", path.name)]
+    return [
+        (int(piece), "") if piece.isdigit() else (-1, piece)
+        for piece in re.split(r"([0-9]+)", path.name)
+    ]
 
 
-def _decoded(video: Path | Slice | bytes, suffix: str, frames: int) -> Iterator[tuple[float, bytes]]:
+def _decoded(
+    video: Path | Slice | bytes, suffix: str, frames: int
+) -> Iterator[tuple[float, bytes]]:
     """(seconds, JPEG) of evenly spaced frames."""
     try:
         import av
@@ -88,16 +101,24 @@ def _decoded(video: Path | Slice | bytes, suffix: str, frames: int) -> Iterator[
     demuxer = DEMUXERS.get(suffix.lower())
     if demuxer is None:
         raise DataError(
-            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {quoted(suffix or 'no ending')}", kind="unsupported"
+            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {quoted(suffix or 'no ending')}",
+            kind="unsupported",
         )
     try:
-        opened: Any = video.open("rb") if isinstance(video, Path) else io.BytesIO(video if isinstance(video, bytes) else video.read_bytes())
+        opened: Any = (
+            video.open("rb")
+            if isinstance(video, Path)
+            else io.BytesIO(video if isinstance(video, bytes) else video.read_bytes())
+        )
         with opened, av.open(opened, format=demuxer, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise DataError("the video file has no picture", kind="video_unreadable")
             stream = container.streams.video[0]
             if stream.width * stream.height > MAX_PIXELS:
-                raise DataError(f"the video's {stream.width}x{stream.height} is more than {MAX_PIXELS:,} pixels", kind="video_unreadable")
+                raise DataError(
+                    f"the video's {stream.width}x{stream.height} is more than {MAX_PIXELS:,} pixels",
+                    kind="video_unreadable",
+                )
             yield from _frames(container, stream, frames)
     except (OSError, ValueError, FFmpegError) as error:
         raise DataError(f"the video can't be decoded: {error}", kind="video_unreadable") from None
@@ -105,7 +126,11 @@ def _decoded(video: Path | Slice | bytes, suffix: str, frames: int) -> Iterator[
 
 def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, bytes]]:
     """The chosen frames: times come from the packets, so only stretches from a key frame to a chosen frame are decoded."""
-    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and packet.pts is not None]
+    packets = [
+        (packet.pts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size and packet.pts is not None
+    ]
     times = sorted(pts for pts, _ in packets)
     keys = sorted(pts for pts, is_key in packets if is_key) or times[:1]
     if not times:
@@ -118,9 +143,13 @@ def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, b
         if reached is None or key > reached:
             container.seek(key, stream=stream, backward=True)
             decoding = container.decode(stream)
-        frame = next((frame for frame in decoding if frame.pts is not None and frame.pts >= wanted), None)
+        frame = next(
+            (frame for frame in decoding if frame.pts is not None and frame.pts >= wanted), None
+        )
         if frame is None:
-            raise DataError(f"the video ends before frame {place + 1} of {len(times)}", kind="video_unreadable")
+            raise DataError(
+                f"the video ends before frame {place + 1} of {len(times)}", kind="video_unreadable"
+            )
         reached = frame.pts
         encoded = io.BytesIO()
         frame.to_image().save(encoded, "JPEG", quality=JPEG_QUALITY)

@@ -18,7 +18,14 @@ from vlm_tune.errors import DataError
 from vlm_tune.quoting import escaped, quoted
 
 PICKLES = {"pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib"}
-TEXTS = {"txt": "caption", "caption": "caption", "cls": "label", "question": "question", "answer": "answer", "ocr": "text"}
+TEXTS = {
+    "txt": "caption",
+    "caption": "caption",
+    "cls": "label",
+    "question": "question",
+    "answer": "answer",
+    "ocr": "text",
+}
 """Which field a member's text is, by its ending; `json` members bring their own fields."""
 
 
@@ -51,7 +58,9 @@ class TarShard:
         if count:
             yield first, count, (start, None)
 
-    def rows(self, path: Path, first_row: int, payload: tuple[int, int | None]) -> Iterator[tuple[int, Any]]:
+    def rows(
+        self, path: Path, first_row: int, payload: tuple[int, int | None]
+    ) -> Iterator[tuple[int, Any]]:
         """Each sample's fields; one with a link, a pickle or a path that leads out is a `DataError`."""
         start, stop = payload
         for number, sample in enumerate(_samples(path, start), first_row):
@@ -71,7 +80,9 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
     try:
         with path.open("rb") as file:
             file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:*" if _is_compressed(path) else "r:") as archive:
+            with tarfile.open(
+                fileobj=file, mode="r:*" if _is_compressed(path) else "r:"
+            ) as archive:
                 while (member := archive.next()) is not None:
                     vars(archive)["members"].clear()  # it would keep every header
                     reached = member.offset
@@ -96,19 +107,34 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
     except (tarfile.TarError, EOFError, OSError, zlib.error, DataError) as error:
         if sample is not None:
             yield sample
-        yield _Sample("", reached, fault=DataError(f"the shard is damaged near byte {reached}: {error}", kind="damaged"))
+        yield _Sample(
+            "",
+            reached,
+            fault=DataError(f"the shard is damaged near byte {reached}: {error}", kind="damaged"),
+        )
 
 
 def _refused(member: tarfile.TarInfo) -> DataError | None:
     """Why a member is not read, if it is not: nothing is ever unpacked, but a shard that tries is not to be trusted."""
-    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
-        return DataError(f"the member {quoted(member.name)} leads out of the archive", kind="unsafe")
+    if (
+        member.name.startswith(("/", "\\"))
+        or re.match(r"[A-Za-z]:", member.name)
+        or ".." in re.split(r"[/\\]", member.name)
+    ):
+        return DataError(
+            f"the member {quoted(member.name)} leads out of the archive", kind="unsafe"
+        )
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        return DataError(f"the member {quoted(member.name)} is a link or no plain file", kind="unsafe")
+        return DataError(
+            f"the member {quoted(member.name)} is a link or no plain file", kind="unsafe"
+        )
     if PICKLES.intersection(member.name.lower().rpartition("/")[2].split(".")[1:]):
-        return DataError(f"the member {quoted(member.name)} is a pickle, which could run code when read", kind="unsafe")
+        return DataError(
+            f"the member {quoted(member.name)} is a pickle, which could run code when read",
+            kind="unsafe",
+        )
     return None
 
 
@@ -116,7 +142,9 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> S
     if not _is_compressed(path):
         return Slice(path, member.offset_data, member.size)
     if member.size > MAX_ROW_BYTES:
-        raise DataError(f"the member {quoted(member.name)} has {member.size:,} bytes", kind="damaged")
+        raise DataError(
+            f"the member {quoted(member.name)} has {member.size:,} bytes", kind="damaged"
+        )
     stream = archive.extractfile(member)
     assert stream is not None  # a plain file
     return stream.read()
@@ -133,7 +161,9 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 
 def _fields(sample: _Sample) -> dict[str, Any] | DataError:
     """A row: the JSON member's fields, texts by their ending, images and videos."""
-    row: dict[str, Any] = {"id": escaped(sample.key.strip("/."))}  # a member's name may hold bytes that are no text
+    row: dict[str, Any] = {
+        "id": escaped(sample.key.strip("/."))
+    }  # a member's name may hold bytes that are no text
     images = {}
     videos = {}
     for ending, content in sample.members.items():
@@ -141,13 +171,20 @@ def _fields(sample: _Sample) -> dict[str, Any] | DataError:
         if f".{kind}" in IMAGE_SUFFIXES:
             images[sample.names[ending]] = content
         elif f".{kind}" in DEMUXERS:
-            videos[sample.names[ending]] = content if isinstance(content, Slice) else {"bytes": content, "path": sample.names[ending]}
+            videos[sample.names[ending]] = (
+                content
+                if isinstance(content, Slice)
+                else {"bytes": content, "path": sample.names[ending]}
+            )
         elif kind == "json":
             value = json_value(_read(content))
             if isinstance(value, DataError):
                 return DataError(f"{sample.names[ending]}: {value.message}", kind="not_json")
             if not isinstance(value, dict):
-                return DataError(f"{sample.names[ending]} holds a {type(value).__name__}, not an object", kind="not_json")
+                return DataError(
+                    f"{sample.names[ending]} holds a {type(value).__name__}, not an object",
+                    kind="not_json",
+                )
             row |= value
         elif kind in TEXTS:
             try:
@@ -165,8 +202,14 @@ def _place(row: dict[str, Any], kind: str, members: dict[str, Any]) -> None:
         return
     named = row.pop(f"{kind}s", None) or row.pop(kind, None) or []
     by_base = {name.rpartition("/")[2]: content for name, content in members.items()}
-    wanted = [str(name).rpartition("/")[2] for name in (named if isinstance(named, list) else [named])]
-    found = [by_base[name] for name in wanted] if wanted and all(name in by_base for name in wanted) else list(members.values())
+    wanted = [
+        str(name).rpartition("/")[2] for name in (named if isinstance(named, list) else [named])
+    ]
+    found = (
+        [by_base[name] for name in wanted]
+        if wanted and all(name in by_base for name in wanted)
+        else list(members.values())
+    )
     row.pop(kind, None)
     row[kind if len(found) == 1 else f"{kind}s"] = found[0] if len(found) == 1 else found
 

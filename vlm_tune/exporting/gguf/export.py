@@ -15,11 +15,25 @@ import torch
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.gguf.language import FAMILIES, ROPE_FACTORS, decoder_reasons, decoder_tensors, describe_decoder
+from vlm_tune.exporting.gguf.language import (
+    FAMILIES,
+    ROPE_FACTORS,
+    decoder_reasons,
+    decoder_tensors,
+    describe_decoder,
+)
 from vlm_tune.exporting.gguf.mmproj import Mmproj, mmproj_notes, mmproj_reasons, write_mmproj
 from vlm_tune.exporting.gguf.sentencepiece import described_of, pieces_notes
 from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer, tokenizer_reasons
-from vlm_tune.exporting.gguf.writer import TYPES, WIDTHS, as_stored, check_gguf, read_fields, read_tensors, write_gguf
+from vlm_tune.exporting.gguf.writer import (
+    TYPES,
+    WIDTHS,
+    as_stored,
+    check_gguf,
+    read_fields,
+    read_tensors,
+    write_gguf,
+)
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.exporting.merge import check_output, observe
 from vlm_tune.exporting.source import (
@@ -48,7 +62,9 @@ from vlm_tune.version import __version__
 HELD = "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP ViT without its class token"
 
 
-def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice) -> ExportReport:
+def export_gguf(
+    path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice
+) -> ExportReport:
     """Writes `model-TYPE.gguf` and `mmproj-TYPE.gguf`, a card and a report; see `export`."""
     check_gguf()
     source = find_model(path)
@@ -56,7 +72,9 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base:
     text = check_target(source, config)
     check_output(output, path)
     parameters = count_parameters(text, config)
-    check_room(parameters, output, WIDTHS[dtype or config.precision], copies=2)  # the model, and the one read back
+    check_room(
+        parameters, output, WIDTHS[dtype or config.precision], copies=2
+    )  # the model, and the one read back
     model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype, base)
     dtype = dtype or model.config.precision
     precision = model.config.precision
@@ -64,9 +82,13 @@ def export_gguf(path: Path, output: Path, dtype: str | None, verify: bool, base:
     cast_parameters(model, DTYPES[precision])
 
     def write(folder: Path) -> tuple[ExportReport, str]:
-        files = Files(folder / f"model-{TYPES[dtype]}.gguf", folder / f"mmproj-{TYPES[precision]}.gguf")
+        files = Files(
+            folder / f"model-{TYPES[dtype]}.gguf", folder / f"mmproj-{TYPES[precision]}.gguf"
+        )
         write_files(files, model, dtype)
-        report = ExportReport(str(output), "gguf", dtype, merged, parameters, None, None, notes_of(model))
+        report = ExportReport(
+            str(output), "gguf", dtype, merged, parameters, None, None, notes_of(model)
+        )
         if expected is not None:
             found = verify_gguf(files, model, expected, dtype)
             report = replace(report, **asdict(found), rows=len(expected.rows))
@@ -81,7 +103,11 @@ def check_target(source: Path, config: VisionLanguageConfig) -> Any:
     text = text_config(source, config) if config.llm.kind == "causal" else None
     reasons = gguf_reasons(config, text)
     if text is not None and not reasons:
-        reasons = tokenizer_reasons(load_tokenizer(config.llm, source), text.vocab_size, ChatTemplate.model_validate(config.template))
+        reasons = tokenizer_reasons(
+            load_tokenizer(config.llm, source),
+            text.vocab_size,
+            ChatTemplate.model_validate(config.template),
+        )
     if reasons:
         raise ModelError(f"this model can't be exported as GGUF: {'; '.join(reasons)}. {HELD}")
     return text
@@ -89,7 +115,9 @@ def check_target(source: Path, config: VisionLanguageConfig) -> Any:
 
 def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     """Why a model can't be GGUF, its tokenizer apart, given its LLM's transformers config (None for an encoder-decoder)."""
-    language = ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
+    language = (
+        ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
+    )
     return [*mmproj_reasons(config), *language]
 
 
@@ -132,7 +160,9 @@ class Verified:
     allowed: float
 
 
-def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dtype: str) -> Verified:
+def verify_gguf(
+    files: Files, model: VisionLanguageModel, expected: Expected, dtype: str
+) -> Verified:
     """Compares the files with the model: token ids, logits, and greedy text.
 
     The language model is opened by transformers, the mmproj file computed as llama.cpp does, the tokenizer made from
@@ -156,7 +186,10 @@ def verify_gguf(files: Files, model: VisionLanguageModel, expected: Expected, dt
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
     check_answers(stored, found, texts, allowed)
     moved = _largest(reader.logits(expected.rows, approximate), found)
-    notes = [*notes_of(model), f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}"]
+    notes = [
+        *notes_of(model),
+        f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}",
+    ]
     return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
 
 
@@ -178,33 +211,57 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]
     if config.model_type == "gemma3_text":
         config.query_pre_attn_scalar = (
-            config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+            config.hidden_size // config.num_attention_heads
+            if config.num_hidden_layers == 62
+            else config.head_dim
         )
     with redirect_stderr(StringIO()):  # its progress bar has no switch
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
+            path.parent,
+            gguf_file=name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     theirs, info = found
-    faults = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    faults = [
+        str(key)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[kind]
+    ]
     if faults:
-        raise ModelError(f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written")
+        raise ModelError(
+            f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written"
+        )
     factors = read_tensors(path, only=ROPE_FACTORS).get(ROPE_FACTORS)
     if factors is not None:
         theirs.base_model.rotary_emb.inv_freq /= factors
     return theirs.eval(), fields
 
 
-def _check_texts(fields: dict[str, Any], model: VisionLanguageModel, rows: Sequence[Conversation]) -> None:
+def _check_texts(
+    fields: dict[str, Any], model: VisionLanguageModel, rows: Sequence[Conversation]
+) -> None:
     """Raises `ModelError` if the file's tokenizer and chat template give other ids than the model was trained with."""
     tokenizer = read_tokenizer(fields)
     for row in rows:
-        turns = [{"role": turn.role, "content": [_part(part) for part in turn.parts]} for turn in row.messages]
+        turns = [
+            {"role": turn.role, "content": [_part(part) for part in turn.parts]}
+            for turn in row.messages
+        ]
         pieces = tokenizer.apply_chat_template(turns, tokenize=False).split(MARKER)
         found = tokenizer.encode(pieces[0], add_special_tokens=False)
         for piece in pieces[1:]:
-            found += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(piece, add_special_tokens=False)
+            found += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(
+                piece, add_special_tokens=False
+            )
         (example,) = model.processor.examples(row)
-        ids = torch.from_numpy(example.input_ids).long().masked_fill(torch.from_numpy(example.image_mask), -1).tolist()
+        ids = (
+            torch.from_numpy(example.input_ids)
+            .long()
+            .masked_fill(torch.from_numpy(example.image_mask), -1)
+            .tolist()
+        )
         check_ids(row, [*ids, int(example.labels[-1])], found[: len(ids) + 1])
 
 
@@ -227,13 +284,21 @@ class Reader:
         for row in rows:
             (example,) = self.model.processor.examples(row)
             supervised = torch.from_numpy(example.labels).to(self.model.device) != IGNORE_INDEX
-            found.append(self.theirs(inputs_embeds=self._embeds(example, row, mmproj)).logits[0, supervised].float())
+            found.append(
+                self.theirs(inputs_embeds=self._embeds(example, row, mmproj))
+                .logits[0, supervised]
+                .float()
+            )
         return torch.cat(found)
 
     @torch.inference_mode()
     def texts(self, rows: Sequence[Conversation], mmproj: Mmproj) -> list[str]:
         """Greedy answers."""
-        stops = [self.fields[key] for kind in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{kind}_token_id") in self.fields]
+        stops = [
+            self.fields[key]
+            for kind in ("eos", "eot", "eom")
+            if (key := f"tokenizer.ggml.{kind}_token_id") in self.fields
+        ]
         pad = self.fields["tokenizer.ggml.padding_token_id"]
         found = []
         for row in rows:
@@ -250,7 +315,10 @@ class Reader:
         return found
 
     def _embeds(self, example: Example, row: Conversation, mmproj: Mmproj) -> torch.Tensor:
-        ids, mask = (torch.from_numpy(one).to(self.model.device) for one in (example.input_ids, example.image_mask))
+        ids, mask = (
+            torch.from_numpy(one).to(self.model.device)
+            for one in (example.input_ids, example.image_mask)
+        )
         embeds = self.theirs.get_input_embeddings()(ids.long())
         if row.media:
             pixels = torch.stack([self.model.processor.images(media) for media in row.media])
@@ -265,7 +333,11 @@ def model_card(path: Path, model: VisionLanguageModel, files: Files, report: Exp
     """The README of an exported folder: its files, how to use them, its recipe and scores where they are known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
-    proof = "not verified" if report.difference is None else f"logits within {report.difference:.2g} of the model's"
+    proof = (
+        "not verified"
+        if report.difference is None
+        else f"logits within {report.difference:.2g} of the model's"
+    )
     lines = [
         "---",
         "library_name: gguf",

@@ -14,7 +14,13 @@ from vlm_tune.exporting.gguf.tokenizer import describe_tokenizer
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
 """llama.cpp's architecture for each model type of transformers that is exported."""
 ROPES = ("default", "llama3")
 ROTATED_IN_PAIRS = ("llama",)
@@ -33,7 +39,9 @@ def decoder_reasons(text: Any) -> list[str]:
         reasons.append(f"its language model's activation is {text.hidden_act}, not silu")
     rope = text.rope_parameters["rope_type"]
     if rope not in ROPES:
-        reasons.append(f"its language model's rotary embedding is scaled by {rope}, not {' or '.join(ROPES)}")
+        reasons.append(
+            f"its language model's rotary embedding is scaled by {rope}, not {' or '.join(ROPES)}"
+        )
     biases = [name for name in ("attention_bias", "mlp_bias") if getattr(text, name, None)]
     if biases:
         reasons.append(f"its language model has biases ({', '.join(biases)})")
@@ -42,22 +50,34 @@ def decoder_reasons(text: Any) -> list[str]:
 
 def _gemma_reasons(text: Any) -> list[str]:
     """Why a Gemma 3 isn't what llama.cpp takes every Gemma 3 for, beside what the file says."""
-    every_sixth = ["full_attention" if place % 6 == 5 else "sliding_attention" for place in range(text.num_hidden_layers)]
+    every_sixth = [
+        "full_attention" if place % 6 == 5 else "sliding_attention"
+        for place in range(text.num_hidden_layers)
+    ]
     local = text.rope_parameters["sliding_attention"]
     full = text.rope_parameters["full_attention"]
     # The largest, of 62 layers, scales scores by another width than a head's.
-    width = text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62 else _head_dim(text)
+    width = (
+        text.hidden_size // text.num_attention_heads
+        if text.num_hidden_layers == 62
+        else _head_dim(text)
+    )
     fixed = {
         "every sixth layer with full attention": text.layer_types == every_sixth,
         "no attention to what follows": not text.use_bidirectional_attention,
         "the activation gelu_pytorch_tanh": text.hidden_activation == "gelu_pytorch_tanh",
-        "the rotary base 10000 in its windows": local["rope_theta"] == 10_000 and local["rope_type"] == "default",
+        "the rotary base 10000 in its windows": local["rope_theta"] == 10_000
+        and local["rope_type"] == "default",
         "no scaled rotary embedding": full["rope_type"] == "default",
         f"query_pre_attn_scalar {width}": text.query_pre_attn_scalar == width,
         "no soft caps": not (text.attn_logit_softcapping or text.final_logit_softcapping),
         "no biases": not text.attention_bias,
     }
-    return [f"its language model is not a Gemma 3 with {name}" for name, holds in fixed.items() if not holds]
+    return [
+        f"its language model is not a Gemma 3 with {name}"
+        for name, holds in fixed.items()
+        if not holds
+    ]
 
 
 def _head_dim(text: Any) -> int:
@@ -71,7 +91,12 @@ def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: 
     writer.add_name(f"{text.model_type} in a vision-language model")
     writer.add_block_count(text.num_hidden_layers)
     # llama.cpp looks through no window in the other architectures: within one it computes the same.
-    writer.add_context_length(min(text.max_position_embeddings, window if window and not gemma else text.max_position_embeddings))
+    writer.add_context_length(
+        min(
+            text.max_position_embeddings,
+            window if window and not gemma else text.max_position_embeddings,
+        )
+    )
     if gemma:
         writer.add_sliding_window(text.sliding_window)
     writer.add_embedding_length(text.hidden_size)
@@ -82,7 +107,9 @@ def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: 
     writer.add_value_length(_head_dim(text))
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_rope_dimension_count(_head_dim(text))
-    writer.add_rope_freq_base((text.rope_parameters["full_attention"] if gemma else text.rope_parameters)["rope_theta"])
+    writer.add_rope_freq_base(
+        (text.rope_parameters["full_attention"] if gemma else text.rope_parameters)["rope_theta"]
+    )
     writer.add_vocab_size(rows)
     describe_tokenizer(writer, processor, rows)
 
@@ -96,7 +123,9 @@ def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     text = language.config
     name = FAMILIES[text.model_type]
-    names = get_tensor_name_map(next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == name), text.num_hidden_layers)
+    names = get_tensor_name_map(
+        next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == name), text.num_hidden_layers
+    )
     head = language.get_output_embeddings().weight
     embedding = language.get_input_embeddings().weight
     tied = head is embedding or torch.equal(head, embedding)

@@ -50,9 +50,13 @@ def mmproj_notes(model: VisionLanguageModel) -> list[str]:
             "wrong place, and see images wrongly; SigLIP towers have none"
         )
     if images.resize != "pad":
-        notes.append(f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images")
+        notes.append(
+            f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images"
+        )
     elif tuple(int(255 * value) for value in images.mean) != PAD:
-        notes.append(f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own; give it square images")
+        notes.append(
+            f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own; give it square images"
+        )
     return notes
 
 
@@ -60,12 +64,18 @@ def write_mmproj(path: Path, model: VisionLanguageModel, dtype: str) -> None:
     """Writes the tower and the connector. Raises `ModelError` for an activation, a norm or a width that llama.cpp has not."""
     vision, state = vision_weights(model.tower)
     if vision.hidden_act not in ACTIVATIONS:
-        raise ModelError(f"llama.cpp has no {vision.hidden_act} for a tower, only {', '.join(ACTIVATIONS)}")
+        raise ModelError(
+            f"llama.cpp has no {vision.hidden_act} for a tower, only {', '.join(ACTIVATIONS)}"
+        )
     if vision.hidden_size == vision.intermediate_size:
-        raise ModelError("llama.cpp would swap the two layers of the tower's MLPs, which are equally wide")
+        raise ModelError(
+            "llama.cpp would swap the two layers of the tower's MLPs, which are equally wide"
+        )
     norm: Any = model.connector.norm
     if getattr(norm, "eps", vision.layer_norm_eps) != vision.layer_norm_eps:
-        raise ModelError(f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's {vision.layer_norm_eps}")
+        raise ModelError(
+            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's {vision.layer_norm_eps}"
+        )
 
     def describe(writer: GGUFWriter) -> None:
         writer.add_type("mmproj")
@@ -87,17 +97,23 @@ def write_mmproj(path: Path, model: VisionLanguageModel, dtype: str) -> None:
         # Without it llama.cpp leaves out the last of the blocks.
         writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
 
-    write_gguf(path, "clip", describe, _tensors(vision.num_hidden_layers, state, model.connector), dtype)
+    write_gguf(
+        path, "clip", describe, _tensors(vision.num_hidden_layers, state, model.connector), dtype
+    )
 
 
-def _tensors(blocks: int, state: dict[str, torch.Tensor], connector: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    blocks: int, state: dict[str, torch.Tensor], connector: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     for key, tensor in state.items():
         if key.startswith("post_layernorm") or key.endswith("position_ids"):
             continue  # no feature passes the tower's last norm
-        found = names.get_name(f"vision_tower.vision_model.{key}", try_suffixes=(".weight", ".bias"))
+        found = names.get_name(
+            f"vision_tower.vision_model.{key}", try_suffixes=(".weight", ".bias")
+        )
         if found is None:
             raise ModelError(f"mmproj has no place for the tower's {key}")
         yield found, tensor
@@ -120,14 +136,25 @@ class Mmproj:
         self.fields = read_fields(path)
         self.tensors = read_tensors(path)
         self.exact = exact
-        self.vision = {key.removeprefix("clip.vision."): value for key, value in self.fields.items() if key.startswith("clip.vision.")}
+        self.vision = {
+            key.removeprefix("clip.vision."): value
+            for key, value in self.fields.items()
+            if key.startswith("clip.vision.")
+        }
 
     @torch.inference_mode()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Connected features [M, N, E] of uint8 pixels [M, 3, S, S]."""
-        mean, std = (torch.tensor(self.vision[f"image_{kind}"])[:, None, None] for kind in ("mean", "std"))
+        mean, std = (
+            torch.tensor(self.vision[f"image_{kind}"])[:, None, None] for kind in ("mean", "std")
+        )
         kernel = self.tensors["v.patch_embd.weight"]
-        found = conv2d((pixels / 255 - mean) / std, kernel, self.tensors.get("v.patch_embd.bias"), stride=self.vision["patch_size"])
+        found = conv2d(
+            (pixels / 255 - mean) / std,
+            kernel,
+            self.tensors.get("v.patch_embd.bias"),
+            stride=self.vision["patch_size"],
+        )
         hidden = found.flatten(2).transpose(1, 2)
         first = self.tensors.get("v.class_embd")
         if first is not None:
@@ -143,8 +170,13 @@ class Mmproj:
     def _block(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         heads = self.vision["attention.head_count"]
         normed = self._norm(f"{name}.ln1", hidden)
-        q, k, v = (self._linear(f"{name}.attn_{one}", normed).unflatten(-1, (heads, -1)).transpose(1, 2) for one in "qkv")
-        hidden = hidden + self._linear(f"{name}.attn_out", scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            self._linear(f"{name}.attn_{one}", normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for one in "qkv"
+        )
+        hidden = hidden + self._linear(
+            f"{name}.attn_out", scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         inner = self._linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", hidden))
         return hidden + self._linear(f"{name}.ffn_down", self._activation(inner))
 
@@ -157,7 +189,13 @@ class Mmproj:
         weight = self.tensors.get(f"{name}.weight")
         if weight is None:
             return hidden
-        return layer_norm(hidden, weight.shape, weight, self.tensors[f"{name}.bias"], self.vision["attention.layer_norm_epsilon"])
+        return layer_norm(
+            hidden,
+            weight.shape,
+            weight,
+            self.tensors[f"{name}.bias"],
+            self.vision["attention.layer_norm_epsilon"],
+        )
 
     def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))

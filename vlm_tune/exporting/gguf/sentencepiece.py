@@ -31,9 +31,13 @@ def pieces_reasons(tokenizer: Any, opens_with_text: bool) -> list[str]:
     model = described["model"]
     reasons = [] if tokenizer.unk_token_id is not None else ["its tokenizer has no unknown token"]
     if opening is None:
-        reasons.append("its tokenizer changes texts, or splits them, otherwise than SentencePiece with spaces as they are")
+        reasons.append(
+            "its tokenizer changes texts, or splits them, otherwise than SentencePiece with spaces as they are"
+        )
     if opening == "string" and opens_with_text:
-        reasons.append("its tokenizer puts a space before a string's first text alone, and its chat format begins with text")
+        reasons.append(
+            "its tokenizer puts a space before a string's first text alone, and its chat format begins with text"
+        )
     if not model["vocab"].keys() >= {*BYTES}:
         reasons.append("its tokenizer has no piece for each of the 256 bytes")
     if model.get("ignore_merges") or merge_scores(described) is None:
@@ -43,8 +47,14 @@ def pieces_reasons(tokenizer: Any, opens_with_text: bool) -> list[str]:
 
 def pieces_notes(described: dict[str, Any]) -> list[str]:
     """What llama.cpp does otherwise with a text."""
-    if is_pieces(described) and _part(described, "normalizer") == [] and opening_of(described) == "section":
-        return ["llama.cpp puts a space also before a text that begins with one, right after an image or a control token"]
+    if (
+        is_pieces(described)
+        and _part(described, "normalizer") == []
+        and opening_of(described) == "section"
+    ):
+        return [
+            "llama.cpp puts a space also before a text that begins with one, right after an image or a control token"
+        ]
     return []
 
 
@@ -53,7 +63,9 @@ def _part(described: dict[str, Any], name: str) -> list[dict[str, Any]]:
     part = described[name]
     if part is None:
         return []
-    return part.get("normalizers", part.get("pretokenizers")) if part["type"] == "Sequence" else [part]
+    return (
+        part.get("normalizers", part.get("pretokenizers")) if part["type"] == "Sequence" else [part]
+    )
 
 
 def opening_of(described: dict[str, Any]) -> Opening | None:
@@ -64,12 +76,17 @@ def opening_of(described: dict[str, Any]) -> Opening | None:
     if [step["type"] for step in split] == ["Metaspace"] and not normal:
         (step,) = split
         # Pieces with a space inside are not found where words are split.
-        if step["replacement"] != SPACE or (step.get("split", True) and any(SPACE in token[1:] for token in described["model"]["vocab"])):
+        if step["replacement"] != SPACE or (
+            step.get("split", True)
+            and any(SPACE in token[1:] for token in described["model"]["vocab"])
+        ):
             return None
         found: dict[str, Opening] = {"never": "nothing", "first": "string", "always": "section"}
         return found[step["prepend_scheme"]]
     # With every space replaced, a split at spaces does nothing.
-    if split and [(step["type"], step.get("pattern")) for step in split] != [("Split", {"String": " "})]:
+    if split and [(step["type"], step.get("pattern")) for step in split] != [
+        ("Split", {"String": " "})
+    ]:
         return None
     if normal == [written]:
         return "nothing"
@@ -81,7 +98,10 @@ def merge_scores(described: dict[str, Any]) -> dict[str, float] | None:
 
     It is where all merges that make a piece stand together, and none is missing of those that pieces allow.
     """
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in described["model"]["merges"]]
+    pairs = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in described["model"]["merges"]
+    ]
     found: dict[str, float] = {}
     last = ""
     for left, right in pairs:
@@ -89,13 +109,21 @@ def merge_scores(described: dict[str, Any]) -> dict[str, float] | None:
             return None
         last = left + right
         found.setdefault(last, -float(len(found)))
-    known = described["model"]["vocab"].keys() - {added["content"] for added in described["added_tokens"]}
+    known = described["model"]["vocab"].keys() - {
+        added["content"] for added in described["added_tokens"]
+    }
     possible = ((token[:cut], token[cut:]) for token in known for cut in range(1, len(token)))
     merged = set(pairs)
-    return found if all(pair in merged for pair in possible if pair[0] in known and pair[1] in known) else None
+    return (
+        found
+        if all(pair in merged for pair in possible if pair[0] in known and pair[1] in known)
+        else None
+    )
 
 
-def describe_pieces(writer: GGUFWriter, described: dict[str, Any], unknown: int, tokens: list[str], types: list[Any]) -> None:
+def describe_pieces(
+    writer: GGUFWriter, described: dict[str, Any], unknown: int, tokens: list[str], types: list[Any]
+) -> None:
     """Adds the scores of `tokens`, and where spaces are put; bytes and the unknown token get their names and `types`, in place."""
     from gguf import TokenType
 
@@ -110,7 +138,11 @@ def describe_pieces(writer: GGUFWriter, described: dict[str, Any], unknown: int,
         # llama.cpp looks for these in the text as it was written.
         if types[added["id"]] == TokenType.USER_DEFINED and added["normalized"]:
             tokens[added["id"]] = added["content"].replace(SPACE, " ")
-    alone = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL and token not in scores]
+    alone = [
+        token
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == TokenType.NORMAL and token not in scores
+    ]
     scores |= {token: -float(len(scores) + place) for place, token in enumerate(alone)}
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -136,15 +168,27 @@ class PieceTokenizer:
         model.normalizer_spec.remove_extra_whitespaces = False
         for token, kind, score in zip(tokens, types, fields["tokenizer.ggml.scores"], strict=True):
             # GGUF numbers types as SentencePiece does. What a user defined llama.cpp finds first, and merges what is left.
-            model.pieces.add(piece=token.replace(" ", SPACE), type=1 if kind == 4 else kind, score=score)
+            model.pieces.add(
+                piece=token.replace(" ", SPACE), type=1 if kind == 4 else kind, score=score
+            )
         self._pieces: Any = SentencePieceProcessor(model_proto=model.SerializeToString())
-        self._whole = {token: number for number, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (2, 3, 4)}
-        self._names = re.compile("|".join(map(re.escape, sorted(self._whole, key=len, reverse=True))))
+        self._whole = {
+            token: number
+            for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (2, 3, 4)
+        }
+        self._names = re.compile(
+            "|".join(map(re.escape, sorted(self._whole, key=len, reverse=True)))
+        )
         self._space = " " if fields["tokenizer.ggml.add_space_prefix"] else ""
         named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-        own: dict[str, Any] = {f"{name}_token": tokens[number] for name, number in named.items() if number is not None}
+        own: dict[str, Any] = {
+            f"{name}_token": tokens[number] for name, number in named.items() if number is not None
+        }
         self._shown = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.BPE()), chat_template=fields["tokenizer.chat_template"], **own
+            tokenizer_object=Tokenizer(models.BPE()),
+            chat_template=fields["tokenizer.chat_template"],
+            **own,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, processor_jinja
-from vlm_tune.exporting.gguf.sentencepiece import PieceTokenizer, describe_pieces, described_of, is_pieces, pieces_reasons
+from vlm_tune.exporting.gguf.sentencepiece import (
+    PieceTokenizer,
+    describe_pieces,
+    described_of,
+    is_pieces,
+    pieces_reasons,
+)
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -54,14 +60,24 @@ def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list
     kind = described["model"]["type"]
     if is_pieces(described):
         first = template.start[:1] or [*template.system[:1], *template.user[:1]]
-        reasons = pieces_reasons(tokenizer, opens_with_text=any(piece.control is None for piece in first))
-    elif kind == "BPE" and _name(described) is not None and (described["normalizer"] or {}).get("type") in NORMALIZERS:
+        reasons = pieces_reasons(
+            tokenizer, opens_with_text=any(piece.control is None for piece in first)
+        )
+    elif (
+        kind == "BPE"
+        and _name(described) is not None
+        and (described["normalizer"] or {}).get("type") in NORMALIZERS
+    ):
         reasons = []
     else:
         known = f"the byte-level BPE that llama.cpp splits as it does ({', '.join(SPLITS)})"
         reasons = [f"its tokenizer ({kind}) is neither SentencePiece's BPE with bytes nor {known}"]
     most = max(tokenizer.get_vocab().values()) + 1
-    return [*reasons, f"its tokenizer has {most} tokens, the embedding {rows} rows"] if most > rows else reasons
+    return (
+        [*reasons, f"its tokenizer has {most} tokens, the embedding {rows} rows"]
+        if most > rows
+        else reasons
+    )
 
 
 def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> None:
@@ -78,22 +94,37 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
     for added in described["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    for number in {*map(processor.encoder.control, processor.template.control_tokens), *processor.stop_ids}:
+    for number in {
+        *map(processor.encoder.control, processor.template.control_tokens),
+        *processor.stop_ids,
+    }:
         types[number] = TokenType.CONTROL
     if is_pieces(described):
         describe_pieces(writer, described, tokenizer.unk_token_id, tokens, types)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(str(_name(described)))
-        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]])
+        writer.add_token_merges(
+            [
+                merge if isinstance(merge, str) else " ".join(merge)
+                for merge in described["model"]["merges"]
+            ]
+        )
         writer.add_add_space_prefix(False)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # Each of these ends an answer in llama.cpp.
-    for add, number in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), processor.stop_ids, strict=False):
+    for add, number in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id),
+        processor.stop_ids,
+        strict=False,
+    ):
         add(number)
     writer.add_pad_token_id(processor.spec.pad_id)
-    for add, number in ((writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_unk_token_id, tokenizer.unk_token_id)):
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    ):
         if number is not None:
             add(number)
     writer.add_add_bos_token(any(piece.control == "bos" for piece in processor.template.start))
@@ -112,7 +143,11 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
     types = fields["tokenizer.ggml.token_type"]
     steps, whole = SPLITS[fields["tokenizer.ggml.pre"]]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges, ignore_merges=whole))
+    backend = Tokenizer(
+        models.BPE(
+            {token: number for number, token in enumerate(tokens)}, merges, ignore_merges=whole
+        )
+    )
     made = {
         "bytes": lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex),
         "digits": lambda single: pre_tokenizers.Digits(individual_digits=single),
@@ -120,8 +155,16 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
     }
     backend.pre_tokenizer = pre_tokenizers.Sequence([made[kind](value) for kind, value in steps])  # type: ignore[assignment]
     for kind, special in ((3, True), (4, False)):
-        found = [AddedToken(token, normalized=False, special=special) for token, one in zip(tokens, types, strict=True) if one == kind]
+        found = [
+            AddedToken(token, normalized=False, special=special)
+            for token, one in zip(tokens, types, strict=True)
+            if one == kind
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(found)
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    own: dict[str, Any] = {f"{name}_token": tokens[number] for name, number in named.items() if number is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **own)
+    own: dict[str, Any] = {
+        f"{name}_token": tokens[number] for name, number in named.items() if number is not None
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **own
+    )

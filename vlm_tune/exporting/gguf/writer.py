@@ -56,7 +56,11 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, architecture: str, describe: Callable[[GGUFWriter], None], tensors: Iterable[tuple[str, torch.Tensor]], dtype: str
+    path: Path,
+    architecture: str,
+    describe: Callable[[GGUFWriter], None],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: str,
 ) -> None:
     """Writes a file of tensors in `dtype` with the metadata that `describe` adds."""
     import numpy as np
@@ -65,7 +69,9 @@ def write_gguf(
 
     writer = GGUFWriter(path, architecture)
     describe(writer)
-    writer.add_file_type(LlamaFileType[f"{'ALL' if dtype == 'fp32' else 'MOSTLY'}_{TYPES[dtype].upper()}"])
+    writer.add_file_type(
+        LlamaFileType[f"{'ALL' if dtype == 'fp32' else 'MOSTLY'}_{TYPES[dtype].upper()}"]
+    )
     writer.add_quantization_version(2)
     found = [(name, tensor, tensor_type(name, tensor, dtype)) for name, tensor in tensors]
     for name, tensor, kind in found:
@@ -93,7 +99,9 @@ def read_tensors(path: Path, only: str | None = None) -> dict[str, torch.Tensor]
     from gguf import GGUFReader, quants
 
     return {
-        tensor.name: torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        tensor.name: torch.from_numpy(
+            quants.dequantize(tensor.data, tensor.tensor_type).copy()
+        ).float()
         for tensor in GGUFReader(path).tensors
         if only in (None, tensor.name)
     }

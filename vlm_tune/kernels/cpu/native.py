@@ -33,7 +33,10 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.resources import KERNELS_VARIABLE, cache_folder, kernel_choice
 
 KERNELS = "kernels"
-PARTS = {KERNELS: ("gated", "tree_attention", "low_rank", "head", "decoder"), "allocator": ("allocator",)}
+PARTS = {
+    KERNELS: ("gated", "tree_attention", "low_rank", "head", "decoder"),
+    "allocator": ("allocator",),
+}
 """The files that each part is made of."""
 
 SIZES = {KERNELS: ("decoder_room", "decoder_scratch")}
@@ -70,7 +73,14 @@ class KernelStatus:
 
 def compiler() -> str | None:
     """The C++ compiler that torch's own compiler would take too."""
-    return next((found for name in (os.environ.get("CXX", "c++"), "g++", "clang++") if (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 @functools.cache
@@ -102,7 +112,9 @@ def kernel_status() -> KernelStatus:
     if choice == "reference":
         return KernelStatus(choice, "reference", f"{KERNELS_VARIABLE}=reference")
     if emulated is None:
-        reason = f"the kernels are for x86-64, and this is {platform.machine() or 'another machine'}"
+        reason = (
+            f"the kernels are for x86-64, and this is {platform.machine() or 'another machine'}"
+        )
     elif compiler() is None:
         reason = "the kernels need a C++ compiler, and none was found (c++, g++, clang++, $CXX)"
     elif (failure := _failures.get((KERNELS, _mode(choice)))) is not None:
@@ -131,7 +143,10 @@ def _mode(choice: str) -> Mode:
 def code(name: str) -> bytes:
     """All that a part is made of."""
     folder = Path(__file__).parent
-    return b"".join(path.read_bytes() for path in (*(folder / f"{file}.cpp" for file in PARTS[name]), *sorted(folder.glob("*.h"))))
+    return b"".join(
+        path.read_bytes()
+        for path in (*(folder / f"{file}.cpp" for file in PARTS[name]), *sorted(folder.glob("*.h")))
+    )
 
 
 def options(name: str, mode: Mode) -> list[str]:
@@ -144,9 +159,18 @@ def options(name: str, mode: Mode) -> list[str]:
         return [*always, "-march=sapphirerapids"]
     before = ["-include", str(Path(__file__).with_name("emulation.h")), "-Wno-psabi"]
     if mode == "avx512":
-        return [*always, "-march=x86-64-v4", *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []), *before]
+        return [
+            *always,
+            "-march=x86-64-v4",
+            *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []),
+            *before,
+        ]
     # What a CPU with AVX2 has beside it is all of that level.
-    return [*always, "-march=x86-64-v3" if torch.cpu._is_avx2_supported() else "-march=x86-64", *before]
+    return [
+        *always,
+        "-march=x86-64-v3" if torch.cpu._is_avx2_supported() else "-march=x86-64",
+        *before,
+    ]
 
 
 _failures: dict[tuple[str, Mode], str] = {}
@@ -175,7 +199,9 @@ def load(name: str, mode: Mode) -> ctypes.CDLL | None:
     if cxx is None or (name == KERNELS and mode == "reference"):
         return None
     given = options(name, mode)
-    key = hashlib.sha256(code(name) + f"{torch.__version__} {cxx} {given}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(code(name) + f"{torch.__version__} {cxx} {given}".encode()).hexdigest()[
+        :16
+    ]
     file = f"{name}-{mode}-{key}.so" if name == KERNELS else f"{name}-{key}.so"
     try:
         found = _load(cxx, name, given, file)
@@ -266,7 +292,9 @@ def _open(path: Path) -> ctypes.CDLL | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, error.strerror)
+        logging.getLogger(__name__).warning(
+            "%s is not used, and compiled anew: %s", path, error.strerror
+        )
         return None
     reason = why_not_trusted(os.fstat(descriptor))
     if reason:
@@ -298,7 +326,10 @@ def _compile(cxx: str, name: str, given: list[str], path: Path) -> None:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         compile_one = [cxx, *given, "-c", f"-I{root}/include"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(_run, [*compile_one, str(source), "-o", to]) for source, to in zip(sources, objects, strict=True)]
+            jobs = [
+                pool.submit(_run, [*compile_one, str(source), "-o", to])
+                for source, to in zip(sources, objects, strict=True)
+            ]
             for job in jobs:
                 job.result()
         # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
@@ -315,7 +346,9 @@ def _in_one_line(error: OSError | subprocess.SubprocessError) -> str:
     """What went wrong: the compiler's first error, or what the system says."""
     output = getattr(error, "stderr", None) or b""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else str(error))
+    first = next(
+        (line for line in lines if "error" in line.lower()), lines[-1] if lines else str(error)
+    )
     return first[:300]
 
 

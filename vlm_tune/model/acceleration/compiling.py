@@ -38,7 +38,9 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
     """Why the blocks are not compiled: empty where that is no news, None where they are."""
     if asked is False:
         return ""
-    if asked == "auto" and (steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE):
+    if asked == "auto" and (
+        steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE
+    ):
         return ""
     device = next(llm.parameters()).device.type
     if device == "cpu" and compiler() is None:
@@ -52,7 +54,11 @@ def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
     """Those that a compiler is given: in training none that is one kernel, for there it would find nothing to do."""
     found = [llm.model.get_submodule(name) for name in block_names(llm.model)]
     quick = training and usable(llm)
-    return [block for block in found if not (quick and isinstance(block, DecoderLayer) and block.is_ready())]
+    return [
+        block
+        for block in found
+        if not (quick and isinstance(block, DecoderLayer) and block.is_ready())
+    ]
 
 
 @contextlib.contextmanager
@@ -77,9 +83,15 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
             block._compiled_call_impl = None  # type: ignore[assignment]
 
 
-def reading(llm: LanguageModel, asked: bool | str, questions: int) -> contextlib.AbstractContextManager[None]:
+def reading(
+    llm: LanguageModel, asked: bool | str, questions: int
+) -> contextlib.AbstractContextManager[None]:
     """Within, the blocks run compiled while they read so many questions, where `asked` and the model allow it."""
-    if asked is False or (asked == "auto" and questions < MANY) or why_not(llm, asked, LONG) is not None:
+    if (
+        asked is False
+        or (asked == "auto" and questions < MANY)
+        or why_not(llm, asked, LONG) is not None
+    ):
         return contextlib.nullcontext()
     ready = usable(llm) and not any(is_sharded(parameter) for parameter in llm.parameters())
     return compiled(blocks(llm, training=False)) if ready else contextlib.nullcontext()

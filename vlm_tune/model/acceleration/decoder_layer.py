@@ -37,10 +37,17 @@ def join(model: nn.Module) -> int:
     """Lets the decoder layers of a language model run by the kernels where they can; how many there are."""
     found = 0
     for module in list(model.modules()):
-        if isinstance(module, DecoderLayer) or not {"self_attn", "mlp", *NORMS} <= module._modules.keys():
+        if (
+            isinstance(module, DecoderLayer)
+            or not {"self_attn", "mlp", *NORMS} <= module._modules.keys()
+        ):
             continue
         layer: Any = module
-        if isinstance(layer.mlp, GatedModule) and set(layer.self_attn._modules) == set(PROJECTIONS) and _is_formula(layer):
+        if (
+            isinstance(layer.mlp, GatedModule)
+            and set(layer.self_attn._modules) == set(PROJECTIONS)
+            and _is_formula(layer)
+        ):
             module.__class__ = _joined_class(type(module))
             found += 1
     return found
@@ -66,13 +73,17 @@ def _is_formula(layer: Any) -> bool:
             torch.manual_seed(0)
             small: Any = type(layer)(config, layer.self_attn.layer_idx).float()
             for parameter in small.parameters():
-                parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 1.0))
+                parameter.copy_(
+                    torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 1.0)
+                )
             x = torch.randn(2, length, heads * width)
             cos = torch.randn(2, length, width)
             sin = torch.randn(2, length, width)
             mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
             answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
-            return isinstance(answer, Tensor) and torch.allclose(answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3)
+            return isinstance(answer, Tensor) and torch.allclose(
+                answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3
+            )
     except Exception:
         # Whatever a class of layers can't do with so small a config: it is none of these.
         return False
@@ -82,7 +93,10 @@ def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups
     attention = layer.self_attn
     first, second = (getattr(layer, name) for name in NORMS)
     normed = rms_norm(x, x.shape[-1:], first.weight, first.variance_epsilon)
-    query, key, value = (getattr(attention, name)(normed).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for name in PROJECTIONS[:3])
+    query, key, value = (
+        getattr(attention, name)(normed).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+        for name in PROJECTIONS[:3]
+    )
     query = turned(query, cos, sin)
     key = turned(key, cos, sin).repeat_interleave(heads // groups, 1)
     value = value.repeat_interleave(heads // groups, 1)
@@ -97,7 +111,18 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
 
 
-SIZES = ("width", "heads", "groups", "head_width", "inner", "activation", "ranks", "ranks_out", "ranks_gated", "ranks_down")
+SIZES = (
+    "width",
+    "heads",
+    "groups",
+    "head_width",
+    "inner",
+    "activation",
+    "ranks",
+    "ranks_out",
+    "ranks_gated",
+    "ranks_down",
+)
 STRIDES = ("merged_stride", "out_stride", "gate_stride", "up_stride", "down_stride")
 POINTERS = (
     "merged",
@@ -136,19 +161,45 @@ class Prepared:
         self.outer = operands([outer], x.dtype)
         self.gated = gated_operands(layer.mlp.layers())
         parts = self.inner, self.outer, self.gated
-        self.adapted = [*(down for of in parts for down in of.downs), *(up for of in parts for up in of.ups)]
+        self.adapted = [
+            *(down for of in parts for down in of.downs),
+            *(up for of in parts for up in of.ups),
+        ]
         self.numbers = sum(each.numel() for each in self.adapted)
-        self.held = [Adapters(of.downs, of.ups, of.scales) for of in parts], first.weight, second.weight
+        self.held = (
+            [Adapters(of.downs, of.ups, of.scales) for of in parts],
+            first.weight,
+            second.weight,
+        )
         inner, outer, gated = self.held[0]
         heads = self.outer.downs[0].shape[1] // attention.head_dim
         groups = len(self.inner.ups[1]) // attention.head_dim
         down = gated.downs[2]
-        shape = (x.shape[-1], heads, groups, attention.head_dim, down.shape[1], layer.mlp.activation)
+        shape = (
+            x.shape[-1],
+            heads,
+            groups,
+            attention.head_dim,
+            down.shape[1],
+            layer.mlp.activation,
+        )
         ranks = inner.rank, outer.rank, gated.rank - len(down), len(down)
         made = (ctypes.addressof(each.array) for each in (inner, outer, gated))
-        lie = [native.address(each) for each in (self.inner.bias, self.outer.bias, first.weight, second.weight)]
+        lie = [
+            native.address(each)
+            for each in (self.inner.bias, self.outer.bias, first.weight, second.weight)
+        ]
         epsilons = first.variance_epsilon, second.variance_epsilon
-        self.structure = _Decoder(*shape, *ranks, *[0] * len(STRIDES), *[None] * 5, *lie, *made, *epsilons, attention.scaling)
+        self.structure = _Decoder(
+            *shape,
+            *ranks,
+            *[0] * len(STRIDES),
+            *[None] * 5,
+            *lie,
+            *made,
+            *epsilons,
+            attention.scaling,
+        )
         self.address = ctypes.c_void_p(ctypes.addressof(self.structure))
         self.weights: list[Tensor] = []
         if not self.inner.packing:
@@ -198,10 +249,18 @@ class DecoderLayer(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         tables = kwargs.get("position_embeddings")
         mask = kwargs.get("attention_mask")
-        if args or tables is None or mask is None or kwargs.get(cache_name()) is not None or kwargs.get("output_attentions"):
+        if (
+            args
+            or tables is None
+            or mask is None
+            or kwargs.get(cache_name()) is not None
+            or kwargs.get("output_attentions")
+        ):
             return super().forward(hidden_states, *args, **kwargs)
         # Tables of some of a head's numbers turn only those.
-        prepared = self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None
+        prepared = (
+            self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None
+        )
         if prepared is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.contiguous()
@@ -216,23 +275,37 @@ class DecoderLayer(nn.Module):
         """Whether what the layer is made of is what the kernels compute."""
         norms: list[Any] = [self._modules[name] for name in NORMS]
         layers = self.projections()
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (self.self_attn, self.mlp, *norms, *layers)):
+        if any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in (self.self_attn, self.mlp, *norms, *layers)
+        ):
             return False
         if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):
             return False
         # Heads of other widths are attended to in blocks, outside of the kernels.
-        if self.self_attn.head_dim % 32 or not all(isinstance(layer, LoraLinear) for layer in layers) or not native.has_kernels():
+        if (
+            self.self_attn.head_dim % 32
+            or not all(isinstance(layer, LoraLinear) for layer in layers)
+            or not native.has_kernels()
+        ):
             return False
         merged = layers[0].siblings
         outputs = [layer.base_layer.out_features for layer in layers]
         # A plan's weights have shapes alone, and are not merged.
-        whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (merged is not None and merged.layers == layers[:3])
+        whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (
+            merged is not None and merged.layers == layers[:3]
+        )
         return whole and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
 
     def _prepare(self, x: Tensor) -> Prepared | None:
         """What the kernel takes; None where it does not compute what the layer does now."""
         attention = self.self_attn
-        if attention.config._attn_implementation != NAME or x.dtype != torch.bfloat16 or x.device.type != "cpu" or is_generating():
+        if (
+            attention.config._attn_implementation != NAME
+            or x.dtype != torch.bfloat16
+            or x.device.type != "cpu"
+            or is_generating()
+        ):
             return None
         if compute_dtype(x) != torch.bfloat16:
             return None
@@ -251,20 +324,36 @@ class DecoderLayer(nn.Module):
         if not self.is_ready() or not mlp.is_quick(x, gated):
             return False
         merged = attention.q_proj.siblings
-        if not all(layer.is_plain(x) for layer in self.projections()) or not (merged is None or merged.together(x)):
+        if not all(layer.is_plain(x) for layer in self.projections()) or not (
+            merged is None or merged.together(x)
+        ):
             return False
         # What is kept of masters of another type would not be what an optimizer changes.
-        layers: list[Any] = [layer for layer in (*attention._modules.values(), *gated) if isinstance(layer, LoraLinear)]
+        layers: list[Any] = [
+            layer
+            for layer in (*attention._modules.values(), *gated)
+            if isinstance(layer, LoraLinear)
+        ]
         packings = {layer.packed.packing if layer.packed else "" for layer in layers}
-        adapters = [part[layer.name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
-        return len(packings) == 1 and all(each.dtype == torch.float32 and each.is_contiguous() for each in adapters)
+        adapters = [
+            part[layer.name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)
+        ]
+        return len(packings) == 1 and all(
+            each.dtype == torch.float32 and each.is_contiguous() for each in adapters
+        )
 
     def _state(self) -> list[Any]:
         """All that can change what the layer computes: hooks, adapters, what trains, and where weights lie."""
         attention = self.self_attn._modules
         mlp = self.mlp._modules
         found: list[Any] = []
-        for module in (self.self_attn, self.mlp, *(self._modules[name] for name in NORMS), *attention.values(), *mlp.values()):
+        for module in (
+            self.self_attn,
+            self.mlp,
+            *(self._modules[name] for name in NORMS),
+            *attention.values(),
+            *mlp.values(),
+        ):
             own: Any = module.__dict__
             found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
             if "base_layer" in own["_modules"]:
@@ -308,15 +397,21 @@ class _Layer(torch.autograd.Function):
     """A layer's output [B, L, E] of bf16 x [B, L, E], rotary tables, where tokens cease to be seen, and all A and B of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, of: Prepared, *_: Tensor
+    ) -> Tensor:
         rows, length = x.shape[:2]
         kernels = native.kernels()
         keep = any(ctx.needs_input_grad)
         with of.placed(x):
             out = torch.empty_like(x)
-            kept = x.new_empty(kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8)
+            kept = x.new_empty(
+                kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8
+            )
             if not isinstance(x, FakeTensor):
-                kernels.decoder(of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept))
+                kernels.decoder(
+                    of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept)
+                )
         if keep:
             ctx.of = of
             ctx.save_for_backward(x, cos, sin, ends, kept)
@@ -333,9 +428,15 @@ class _Layer(torch.autograd.Function):
         with of.placed(x):
             out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             found = x.new_empty(of.numbers, dtype=torch.float32)
-            scratch = x.new_empty(kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8)
+            scratch = x.new_empty(
+                kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8
+            )
             if not isinstance(x, FakeTensor):
                 kernels.decoder_backward(
-                    of.address, rows, length, TOGETHER, *native.pointers(flow, x, cos, sin, ends, kept, scratch, out, found)
+                    of.address,
+                    rows,
+                    length,
+                    TOGETHER,
+                    *native.pointers(flow, x, cos, sin, ends, kept, scratch, out, found),
                 )
         return out, None, None, None, None, *_unflatten_dense_tensors(found, of.adapted)

@@ -27,7 +27,11 @@ LARGE = 2048
 
 def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
     """Whether the loss of hidden states [S, E] under a head is the kernel's: a frozen bf16 weight and nothing else."""
-    if hidden.device.type != "cpu" or compute_dtype(hidden) != torch.bfloat16 or type(head) is not nn.Linear:
+    if (
+        hidden.device.type != "cpu"
+        or compute_dtype(hidden) != torch.bfloat16
+        or type(head) is not nn.Linear
+    ):
         return False
     weight = head.weight
     return (
@@ -36,7 +40,9 @@ def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
         and not weight.requires_grad
         and weight.device == hidden.device
         and weight.stride(1) == 1
-        and not hasattr(weight, "ds_id")  # ZeRO-3 gathers a sharded weight only for the module that owns it
+        and not hasattr(
+            weight, "ds_id"
+        )  # ZeRO-3 gathers a sharded weight only for the module that owns it
         and not (head._forward_hooks or head._forward_pre_hooks)
         and weight.shape[1] % 32 == 0
         and weight.shape[1] <= LARGE
@@ -46,7 +52,9 @@ def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy (fp32 scalar) of hidden states [S, E] under a bf16 weight [V, E] against targets int64[S]; S may be 0."""
-    return losses(hidden.to(torch.bfloat16), weight, targets, torch.is_grad_enabled() and hidden.requires_grad)[0].sum()
+    return losses(
+        hidden.to(torch.bfloat16), weight, targets, torch.is_grad_enabled() and hidden.requires_grad
+    )[0].sum()
 
 
 def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -68,9 +76,13 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
     if len(rows):
         low, high = (int(each) for each in targets.aminmax())
         if low < 0 or high >= len(weight):
-            raise IndexError(f"targets from {low} to {high} are not all of a vocabulary of {len(weight)}")
+            raise IndexError(
+                f"targets from {low} to {high} are not all of a vocabulary of {len(weight)}"
+            )
         shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
-        native.kernels().head(shape, *native.pointers(rows, weight, targets, found, gradient if keep else None))
+        native.kernels().head(
+            shape, *native.pointers(rows, weight, targets, found, gradient if keep else None)
+        )
     return found, gradient
 
 

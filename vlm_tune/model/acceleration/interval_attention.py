@@ -50,7 +50,9 @@ UNSUPPORTED = (
 def _plain(config: Any) -> bool:
     """Whether attention is softmax(q k) v and nothing else."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not any(getattr(config, name, None) for name in UNSUPPORTED)
+    return kinds == {"full_attention"} and not any(
+        getattr(config, name, None) for name in UNSUPPORTED
+    )
 
 
 def usable(llm: LanguageModel) -> bool:
@@ -59,14 +61,21 @@ def usable(llm: LanguageModel) -> bool:
         return False
     config = llm.model.config
     # A plan's model has shapes alone.
-    if next(llm.parameters()).device.type not in ("cpu", "meta") or not llm.model._supports_attention_backend:
+    if (
+        next(llm.parameters()).device.type not in ("cpu", "meta")
+        or not llm.model._supports_attention_backend
+    ):
         return False
     return _plain(config) and config.get_text_config() is config
 
 
 def _by_kernel(query: Tensor) -> bool:
     """Whether attention of a query [B, H, L, D] is the kernel's to compute."""
-    return query.dtype == torch.bfloat16 and query.shape[-1] % 32 == 0 and native.library(native.KERNELS) is not None
+    return (
+        query.dtype == torch.bfloat16
+        and query.shape[-1] % 32 == 0
+        and native.library(native.KERNELS) is not None
+    )
 
 
 @contextmanager
@@ -103,7 +112,11 @@ class Branches:
         rows = torch.arange(len(places), device=places.device)[:, None]
         self.seen = self.seen[rows, places]
         self.own = [
-            [(key[rows, :, places].transpose(1, 2), value[rows, :, places].transpose(1, 2)) for key, value in own] for own in self.own
+            [
+                (key[rows, :, places].transpose(1, 2), value[rows, :, places].transpose(1, 2))
+                for key, value in own
+            ]
+            for own in self.own
         ]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -118,7 +131,9 @@ class Branches:
         query = _rows(query)
         out = query.new_empty(rows, branches, heads, width)
         grown = [each for pair in own for each in pair]
-        shape = (ctypes.c_int64 * 7)(rows, heads, key.shape[1], keys.shape[2], width, branches, len(own))
+        shape = (ctypes.c_int64 * 7)(
+            rows, heads, key.shape[1], keys.shape[2], width, branches, len(own)
+        )
         native.kernels().grow_branches(
             shape,
             ctypes.c_float(scale),
@@ -195,14 +210,18 @@ def _shape(query: Tensor, key: Tensor) -> Any:
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
 PARTS = (Path(__file__), Path(block_attention.__file__))
-KERNEL = hashlib.sha256(native.code(native.KERNELS) + b"".join(part.read_bytes() for part in PARTS)).hexdigest()[:8]
+KERNEL = hashlib.sha256(
+    native.code(native.KERNELS) + b"".join(part.read_bytes() for part in PARTS)
+).hexdigest()[:8]
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the outputs [B, L, H, D] and fp32 logs [B, H, L] of a query [B, H, L, D]; blocks keep no logs."""
     rows, heads, length, width = query.shape
     logged = length if _by_kernel(query) else 0
-    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, logged, dtype=torch.float32)
+    return query.new_empty(rows, length, heads, width), query.new_empty(
+        rows, heads, logged, dtype=torch.float32
+    )
 
 
 def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +232,9 @@ def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op(f"vlm_tune::attend_{KERNEL}", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention outputs [B, L, H, D] of query [B, H, L, D], key and value [B, G, L, D], and the kernel's fp32 [B, H, L] logs of their sums.
 
     Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
@@ -241,13 +262,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     return _outputs(query)
 
 
 @torch.library.custom_op(f"vlm_tune::attend_backward_{KERNEL}", mutates_args=())
 def attend_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    ends: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
     query = _rows(query)
@@ -269,7 +299,14 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, ends: Tensor, scale: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    ends: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(query, key)
 
@@ -290,7 +327,13 @@ attend.register_autograd(_backward, setup_context=_save)
 
 
 def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **_: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it, with int32[B, 1, 1, L] for a mask."""
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling

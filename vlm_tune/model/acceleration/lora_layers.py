@@ -18,7 +18,12 @@ from torch import nn
 
 from vlm_tune.kernels.lora_linear import by_kernel, project, wide_rank
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+)
 """Names of layers that read the same input, as Llama's family and T5's call them."""
 
 CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention"}
@@ -58,13 +63,22 @@ class LoraLinear(Linear):
     def _holds_codes(self) -> bool:
         """Whether `packed` still is what the layer holds: a move of the model makes other codes."""
         packed = self.packed
-        return packed is not None and (torch.compiler.is_compiling() or packed.codes.data_ptr() == self.base_layer.weight.data_ptr())
+        return packed is not None and (
+            torch.compiler.is_compiling()
+            or packed.codes.data_ptr() == self.base_layer.weight.data_ptr()
+        )
 
     def is_plain(self, x: torch.Tensor) -> bool:
         """Whether what it computes of x now is a frozen weight with plain LoRA and nothing else."""
         base = self.base_layer
         active = self.active_adapters
-        if self.disable_adapters or self.merged or self.lora_variant or len(active) != 1 or active[0] not in self.lora_A:
+        if (
+            self.disable_adapters
+            or self.merged
+            or self.lora_variant
+            or len(active) != 1
+            or active[0] not in self.lora_A
+        ):
             return False
         weight = base.weight
         bias = base.bias
@@ -74,7 +88,9 @@ class LoraLinear(Linear):
             and not (self.training and isinstance(self.lora_dropout[active[0]], nn.Dropout))
             and self.lora_B[active[0]].bias is None
             and weight.device == x.device
-            and not hasattr(weight, "ds_id")  # ZeRO-3 gathers a sharded weight only for the module that owns it
+            and not hasattr(
+                weight, "ds_id"
+            )  # ZeRO-3 gathers a sharded weight only for the module that owns it
             and not (base._forward_hooks or base._forward_pre_hooks)
         )
 
@@ -98,7 +114,9 @@ class Siblings:
         width = weights[0].shape[1]
         matrix: torch.Tensor = weights[0].new_zeros(rows, width + wide_rank(ranks))
         self.matrix = matrix
-        for weight, place in zip(weights, matrix[:, :width].split([len(weight) for weight in weights]), strict=True):
+        for weight, place in zip(
+            weights, matrix[:, :width].split([len(weight) for weight in weights]), strict=True
+        ):
             place.copy_(weight.data)
             weight.data = place
 
@@ -121,7 +139,11 @@ class Siblings:
         """Whether the weights still are views into the matrix (a move or cast of the model parts them) and all layers are plain."""
         if self.layers[0].packed is not None:
             return all(layer.is_plain(x) for layer in self.layers)
-        if self.matrix is None or self.matrix.dtype != compute_dtype(x) or not all(layer.is_plain(x) for layer in self.layers):
+        if (
+            self.matrix is None
+            or self.matrix.dtype != compute_dtype(x)
+            or not all(layer.is_plain(x) for layer in self.layers)
+        ):
             return False
         if torch.compiler.is_compiling():
             return True
@@ -163,7 +185,11 @@ def _packed(base: Any) -> Packed | None:
     state = getattr(base.weight, "quant_state", None)
     if state is None or state.nested or state.quant_type not in ("nf4", "fp4"):
         return None
-    return Packed(base.weight.data.as_subclass(torch.Tensor), state.absmax, f"{state.quant_type}:{state.blocksize}")
+    return Packed(
+        base.weight.data.as_subclass(torch.Tensor),
+        state.absmax,
+        f"{state.quant_type}:{state.blocksize}",
+    )
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:
@@ -199,19 +225,28 @@ class Operands:
     scales: list[float]
 
 
-def operands(layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Tensor | None = None) -> Operands:
+def operands(
+    layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Tensor | None = None
+) -> Operands:
     """Those of layers that compute in `dtype`; `matrix` holds the frozen weights of several and room for B."""
     names = [layer.name for layer in layers]
     bases = [layer.base_layer for layer in layers]
     biases = [base.bias.to(dtype) for base in bases if base.bias is not None]
     if layers[0].packed is not None:
-        weights = [tensor for layer in layers if layer.packed for tensor in (layer.packed.codes, layer.packed.scales)]
+        weights = [
+            tensor
+            for layer in layers
+            if layer.packed
+            for tensor in (layer.packed.codes, layer.packed.scales)
+        ]
     else:
         weights = [bases[0].weight.to(dtype) if matrix is None else matrix]
     return Operands(
         weights,
         layers[0].packed.packing if layers[0].packed else "",
-        wide_rank(sum(layer.r[name] for layer, name in zip(layers, names, strict=True))) if len(layers) > 1 else 0,
+        wide_rank(sum(layer.r[name] for layer, name in zip(layers, names, strict=True)))
+        if len(layers) > 1
+        else 0,
         (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None,
         _weights([layer.lora_A[name] for layer, name in zip(layers, names, strict=True)]),
         _weights([layer.lora_B[name] for layer, name in zip(layers, names, strict=True)]),
@@ -223,14 +258,18 @@ def _weights(layers: Sequence[Any]) -> list[torch.Tensor]:
     return [layer.weight for layer in layers]
 
 
-def _project(x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def _project(
+    x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
     dtype = compute_dtype(x)
     outputs = [layer.base_layer.out_features for layer in layers]
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     of = operands(layers, dtype, matrix)
     quick = by_kernel(rows, outputs)
-    out, _ = project(rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales)
+    out, _ = project(
+        rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales
+    )
     # A 4-bit layer answers in the type that it was asked in.
     out = out.to(x.dtype) if of.packing else out
     return out.view(*x.shape[:-1], out.shape[-1]).split(outputs, -1)

@@ -27,7 +27,9 @@ from vlm_tune.model.acceleration.lora_layers import LoraLinear, Operands, comput
 
 # A compiler's cache knows an operator by its name alone, so what it does is part of that.
 PARTS = (Path(__file__), Path(gated_mlp.__file__))
-SOURCE = hashlib.sha256(b"".join(part.read_bytes() for part in PARTS) + native.code(native.KERNELS)).hexdigest()[:8]
+SOURCE = hashlib.sha256(
+    b"".join(part.read_bytes() for part in PARTS) + native.code(native.KERNELS)
+).hexdigest()[:8]
 
 NAMES = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("wi_0", "wi_1", "wo", "act"))
 """What Llama's family and T5's call the three layers and the activation."""
@@ -44,7 +46,9 @@ def gate(model: nn.Module) -> int:
     found = 0
     for module in model.modules():
         for *names, act in NAMES:
-            if isinstance(module, GatedModule) or not all(name in module._modules for name in (*names, act)):
+            if isinstance(module, GatedModule) or not all(
+                name in module._modules for name in (*names, act)
+            ):
                 continue
             number = _activation(type(module), (*names, act), module._modules[act])
             if number is not None:
@@ -58,7 +62,8 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
     with torch.device("cpu"), torch.no_grad():
         # No numbers are drawn: a recipe's seed gives the same model with it as without.
         layers: list[Any] = [
-            skip_init(nn.Linear, *shape, bias=False, device="cpu", dtype=torch.float32) for shape in ((3, 5), (3, 5), (5, 3))
+            skip_init(nn.Linear, *shape, bias=False, device="cpu", dtype=torch.float32)
+            for shape in ((3, 5), (3, 5), (5, 3))
         ]
         x = torch.linspace(-4, 4, 12, dtype=torch.float32).view(4, 3)
         for layer in layers:
@@ -74,7 +79,14 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
             wanted = [layers[2](f(layers[0](x)) * layers[1](x)) for f in ACTIVATIONS]
         except (AttributeError, TypeError, RuntimeError):
             return None
-        return next((number for number, found in enumerate(wanted) if torch.allclose(answer, found, rtol=1e-5, atol=1e-5)), None)
+        return next(
+            (
+                number
+                for number, found in enumerate(wanted)
+                if torch.allclose(answer, found, rtol=1e-5, atol=1e-5)
+            ),
+            None,
+        )
 
 
 class GatedModule(nn.Module):
@@ -92,11 +104,15 @@ class GatedModule(nn.Module):
         if not self.is_plain(x, layers):
             return super().forward(x)
         of = gated_operands(layers)
-        keep = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in (*of.downs, *of.ups)))
+        keep = torch.is_grad_enabled() and (
+            x.requires_grad or any(tensor.requires_grad for tensor in (*of.downs, *of.ups))
+        )
         if not (keep or self.is_quick(x, layers)):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        return gated(rows, of.weights, of.packing, self.activation, of.downs, of.ups, of.scales, keep)[0].view(x.shape)
+        return gated(
+            rows, of.weights, of.packing, self.activation, of.downs, of.ups, of.scales, keep
+        )[0].view(x.shape)
 
     def layers(self) -> list[Any]:
         """Gate, up and down."""
@@ -107,8 +123,12 @@ class GatedModule(nn.Module):
         if not self.is_plain(x, layers):
             return False
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
-        together = (isinstance(layers[0], LoraLinear) and layers[0].packed) or bases[0].weight.stride() == bases[1].weight.stride()
-        return bool(together) and _by_kernel(compute_dtype(x), bases[0].in_features, bases[0].out_features)
+        together = (isinstance(layers[0], LoraLinear) and layers[0].packed) or bases[
+            0
+        ].weight.stride() == bases[1].weight.stride()
+        return bool(together) and _by_kernel(
+            compute_dtype(x), bases[0].in_features, bases[0].out_features
+        )
 
     def is_plain(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the operator computes what the module does of x now."""
@@ -117,12 +137,18 @@ class GatedModule(nn.Module):
         dropout = self._modules.get("dropout")
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
             return False
-        if not all(layer.is_plain(x) if isinstance(layer, LoraLinear) else _frozen(layer, x) for layer in layers):
+        if not all(
+            layer.is_plain(x) if isinstance(layer, LoraLinear) else _frozen(layer, x)
+            for layer in layers
+        ):
             return False
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
             return False
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
-        packings = {layer.packed.packing if isinstance(layer, LoraLinear) and layer.packed else "" for layer in layers}
+        packings = {
+            layer.packed.packing if isinstance(layer, LoraLinear) and layer.packed else ""
+            for layer in layers
+        }
         return (
             len(packings) == 1
             and (packings != {""} or {base.weight.dtype for base in bases} == {compute_dtype(x)})
@@ -132,16 +158,28 @@ class GatedModule(nn.Module):
 
 def _by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
     """Whether gated parts of these sizes are the kernel's to compute in this type."""
-    return dtype == torch.bfloat16 and not (inner % 32 or width % 32) and width + 2 * inner <= LARGE and native.has_kernels()
+    return (
+        dtype == torch.bfloat16
+        and not (inner % 32 or width % 32)
+        and width + 2 * inner <= LARGE
+        and native.has_kernels()
+    )
 
 
 def gated_operands(layers: Sequence[Any]) -> Operands:
     """What gate, up and down compute with, each with LoRA or without, then of no ranks."""
     lora = [isinstance(layer, LoraLinear) for layer in layers]
-    bases = [layer.base_layer if with_lora else layer for layer, with_lora in zip(layers, lora, strict=True)]
-    packed = [layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)]
+    bases = [
+        layer.base_layer if with_lora else layer
+        for layer, with_lora in zip(layers, lora, strict=True)
+    ]
+    packed = [
+        layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)
+    ]
     packing = packed[0].packing if packed[0] else ""
-    weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [base.weight for base in bases]
+    weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [
+        base.weight for base in bases
+    ]
     downs = []
     ups = []
     scales = []
@@ -155,7 +193,11 @@ def gated_operands(layers: Sequence[Any]) -> Operands:
 
 @functools.cache
 def _gated_class(kind: type[nn.Module], names: tuple[str, ...], activation: int) -> type[nn.Module]:
-    return type(kind.__name__, (GatedModule, kind), {"layer_names": names, "activation": activation, "__module__": __name__})
+    return type(
+        kind.__name__,
+        (GatedModule, kind),
+        {"layer_names": names, "activation": activation, "__module__": __name__},
+    )
 
 
 def _frozen(layer: Any, x: Tensor) -> bool:
@@ -168,7 +210,13 @@ def _frozen(layer: Any, x: Tensor) -> bool:
     )
 
 
-def gated_weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor], downs: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def gated_weights(
+    weights: Sequence[Tensor],
+    packing: str,
+    ups: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    like: Tensor,
+) -> list[Tensor]:
     """Gate and up [F, H] and down [H, F]: as they are given, or unpacked for this pass."""
     if not packing:
         return list(weights)
@@ -180,7 +228,14 @@ def gated_weights(weights: Sequence[Tensor], packing: str, ups: Sequence[Tensor]
 
 
 def _shape(rows: Tensor, weights: Sequence[Tensor], activation: int, *strides: int) -> Any:
-    return sizes(*rows.shape, len(weights[0]), activation, rows.stride(0), *(weight.stride(0) for weight in weights), *strides)
+    return sizes(
+        *rows.shape,
+        len(weights[0]),
+        activation,
+        rows.stride(0),
+        *(weight.stride(0) for weight in weights),
+        *strides,
+    )
 
 
 @torch.library.custom_op(f"vlm_tune::gated_{SOURCE}", mutates_args=())
@@ -205,16 +260,26 @@ def gated(
     kept = _kept(rows, downs, ups, keep)
     few = not keep and len(rows) < FEW * torch.get_num_threads()
     if few or not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
-        return gated_rows(rows, matrices, activation, downs, ups, scales, kept if keep else None), *kept
+        return gated_rows(
+            rows, matrices, activation, downs, ups, scales, kept if keep else None
+        ), *kept
     adapters = Adapters(downs, ups, scales)
     out = rows.new_empty(rows.shape)
     held = kept if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
-    native.kernels().gated(shape, adapters.array, *native.pointers(rows, None), NO_NORM, *native.pointers(None, *matrices, out, *held))
+    native.kernels().gated(
+        shape,
+        adapters.array,
+        *native.pointers(rows, None),
+        NO_NORM,
+        *native.pointers(None, *matrices, out, *held),
+    )
     return out, *kept
 
 
-def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(
+    rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     count = rows.shape[0] if keep else 0
     # Only the kernel, which computes in bf16, writes blocks of 32 rows.
     blocks = (count + 31) // 32 * 32 if rows.dtype == torch.bfloat16 else count
@@ -227,7 +292,14 @@ def _kept(rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bo
 
 @gated.register_fake
 def _(
-    rows: Tensor, weights: Any, packing: str, activation: int, downs: Any, ups: Any, scales: Any, keep: bool
+    rows: Tensor,
+    weights: Any,
+    packing: str,
+    activation: int,
+    downs: Any,
+    ups: Any,
+    scales: Any,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows.new_empty(rows.shape), *_kept(rows, downs, ups, keep)
 
@@ -257,12 +329,16 @@ def gated_backward(
     native.kernels().gated_backward(
         _shape(rows, matrices, activation, gradient.stride(0)),
         adapters.array,
-        *native.pointers(gradient, rows, None, None, *matrices, *kept, found[0] if needs_x else None, *found[1:]),
+        *native.pointers(
+            gradient, rows, None, None, *matrices, *kept, found[0] if needs_x else None, *found[1:]
+        ),
     )
     return found
 
 
-def _gradients(gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], needs_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    gradient: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return (
         gradient.new_empty(gradient.shape[0] if needs_x else 0, gradient.shape[1]),
@@ -302,8 +378,12 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     downs = rest[3 + ctx.count : 6 + ctx.count]
     ups = rest[6 + ctx.count :]
     needs_x = ctx.needs_input_grad[0]
-    x, *found = gated_backward(gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x)
-    of_downs, of_ups = (by_layer(flat, layers) for flat, layers in zip(found, (downs, ups), strict=True))
+    x, *found = gated_backward(
+        gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x
+    )
+    of_downs, of_ups = (
+        by_layer(flat, layers) for flat, layers in zip(found, (downs, ups), strict=True)
+    )
     return x if needs_x else None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
 
 

@@ -42,7 +42,9 @@ class Seen:
             raise ModelError(
                 f"{rows} rows reach the cross-attention blocks, the batch has {len(self.media)}; the LLM's input comes from `embed`"
             )
-        mask = self.mask if length == self.mask.shape[1] else self.mask[:, -1:].expand(-1, length, -1)
+        mask = (
+            self.mask if length == self.mask.shape[1] else self.mask[:, -1:].expand(-1, length, -1)
+        )
         if beams == 1:
             return self.media, mask
         return self.media.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0)
@@ -99,22 +101,31 @@ class CrossAttention(Connector):
         layers = text_layers(llm)
         every = self.config.every
         if every > len(layers):
-            raise ModelError(f"model.connector.every is {every}, and the LLM has {len(layers)} layers")
+            raise ModelError(
+                f"model.connector.every is {every}, and the LLM has {len(layers)} layers"
+            )
         for place, layer in enumerate(layers[every - 1 :: every]):
             self.blocks.append(GatedBlock(self.width, self.config.heads, self.config.head_width))
             layer.register_forward_pre_hook(partial(self._before_layer, place), with_kwargs=True)
 
-    def _before_layer(self, place: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    def _before_layer(
+        self, place: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[Any, Any]:
         if args:
             return (self.blocks[place](args[0], self.seen), *args[1:]), named
-        return args, {**named, "hidden_states": self.blocks[place](named["hidden_states"], self.seen)}
+        return args, {
+            **named,
+            "hidden_states": self.blocks[place](named["hidden_states"], self.seen),
+        }
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[M, N, D] to [M, 1 + N', E]: the marker, and what the blocks look at."""
         media = self.base(features)
         return torch.cat([self.marker.to(media.dtype).expand(len(media), 1, -1), media], dim=1)
 
-    def join(self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def join(
+        self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
         """embeds [B, L, E] with markers in the slots; the media stay until the next batch, since checkpointing reads them again."""
         if connected is None:
             self.seen = None
@@ -122,7 +133,9 @@ class CrossAttention(Connector):
         media = connected[:, 1:]
         rows = len(embeds)
         if not len(batch.media_index):
-            blind = torch.zeros(*embeds.shape[:2], media.shape[1], dtype=torch.bool, device=embeds.device)
+            blind = torch.zeros(
+                *embeds.shape[:2], media.shape[1], dtype=torch.bool, device=embeds.device
+            )
             self.seen = Seen(media.expand(rows, -1, -1), blind)
             return embeds + 0.0 * connected.sum().to(embeds.dtype)
         row, column = places(batch, 1)
@@ -133,7 +146,9 @@ class CrossAttention(Connector):
         self.seen = Seen(shelf.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
         return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
 
-    def _visible(self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int) -> torch.Tensor:
+    def _visible(
+        self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int
+    ) -> torch.Tensor:
         """bool[B, L, K]: which of its row's images, standing at (row, column) and counted by `number`, a token sees."""
         slots = batch.image_mask
         mask = slots.cumsum(1)[..., None] > torch.arange(most, device=slots.device)
@@ -144,7 +159,9 @@ class CrossAttention(Connector):
             keys.append(begins.cumsum(1))  # the number of the last run of images
         for key in keys:
             if key is not None:  # tokens see images that have the same
-                held = key.new_full((len(slots), most), -1).index_put((row, number), key[row, column])
+                held = key.new_full((len(slots), most), -1).index_put(
+                    (row, number), key[row, column]
+                )
                 mask = mask & (key[..., None] == held[:, None])
         return mask
 
@@ -153,8 +170,14 @@ def text_layers(llm: LanguageModel) -> nn.ModuleList:
     """The layers that the input goes through: a decoder's, or an encoder-decoder's encoder's. Raises `ModelError` if unknown."""
     root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.body
     count = llm.model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    stacks = (
+        module
+        for module in root.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    )
     found = next(stacks, None)
     if found is None:
-        raise ModelError(f"the layers of {type(llm.model).__name__} were not found, so none can look at images")
+        raise ModelError(
+            f"the layers of {type(llm.model).__name__} were not found, so none can look at images"
+        )
     return found

@@ -81,12 +81,20 @@ class Bilinear(nn.Module):
         super().__init__()
         inner = config.rank or width
         self.factors = config.factors
-        self.image, self.text = nn.Linear(width, inner * self.factors), nn.Linear(width, inner * self.factors)
+        self.image, self.text = (
+            nn.Linear(width, inner * self.factors),
+            nn.Linear(width, inner * self.factors),
+        )
         self.out = nn.Linear(inner, width)
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[M, N', E] of image [M, N', E] and words [M, T, E]."""
-        forms = (self.image(image) * self.text(mean(words, mask))).unflatten(-1, (-1, self.factors)).sum(-1).float()
+        forms = (
+            (self.image(image) * self.text(mean(words, mask)))
+            .unflatten(-1, (-1, self.factors))
+            .sum(-1)
+            .float()
+        )
         # The root's slope has no bound at zero: a small number keeps it finite.
         rooted = normalize(forms.sign() * ((forms.abs() + 1e-6).sqrt() - 1e-3), dim=-1)
         return image + self.out(rooted.to(image.dtype))
@@ -98,7 +106,13 @@ def mean(words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (words * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
 
 
-FUSIONS: dict[str, type[nn.Module]] = {"concat": Concat, "attention": Attend, "gate": Gate, "product": Product, "bilinear": Bilinear}
+FUSIONS: dict[str, type[nn.Module]] = {
+    "concat": Concat,
+    "attention": Attend,
+    "gate": Gate,
+    "product": Product,
+    "bilinear": Bilinear,
+}
 
 
 class Fusion(Connector):

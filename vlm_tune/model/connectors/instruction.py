@@ -51,7 +51,10 @@ class Reader:
 
     def __call__(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """ids int64[M, T'] and mask bool[M, T'] of each instruction, at the left."""
-        rows = [self._read(tuple(ids[mask].tolist())) for ids, mask in zip(text.ids.cpu(), text.mask.cpu(), strict=True)]
+        rows = [
+            self._read(tuple(ids[mask].tolist()))
+            for ids, mask in zip(text.ids.cpu(), text.mask.cpu(), strict=True)
+        ]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.zeros(len(rows), max(int(lengths.max()), 1), dtype=torch.int64)
         for place, row in enumerate(rows):
@@ -68,12 +71,21 @@ def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     slots = batch.image_mask.nonzero()
     media = len(batch.media_index)
     if len(slots) != media * tokens:
-        raise ModelError(f"{len(slots)} image slots and {media * tokens} image features in {', '.join(batch.ids)}")
+        raise ModelError(
+            f"{len(slots)} image slots and {media * tokens} image features in {', '.join(batch.ids)}"
+        )
     starts = slots[::tokens]
     return starts[:, 0], starts[:, 1]
 
 
-def instructions(batch: Batch, embeds: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, answers_inside: bool) -> Text:
+def instructions(
+    batch: Batch,
+    embeds: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    answers_inside: bool,
+) -> Text:
     """The text of the samples in which places stand, given the rows' embeds [B, L, E].
 
     Where the answers are inside the rows (a decoder's), it is the text up to the position that predicts its first trained token: the
@@ -81,13 +93,19 @@ def instructions(batch: Batch, embeds: torch.Tensor, rows: torch.Tensor, columns
     Raises `ModelError` for branched rows, whose questions share one image.
     """
     if batch.branched:
-        raise ModelError("data.group: a text-conditioned connector reads an image once a question: set data.group: none")
+        raise ModelError(
+            "data.group: a text-conditioned connector reads an image once a question: set data.group: none"
+        )
     mask = batch.attention_mask[rows] & ~batch.image_mask[rows]
     samples = batch.packed
     if samples is not None:
         mask &= samples[rows] == samples[rows, columns][:, None]
     if answers_inside:
-        own = batch.attention_mask[rows] if samples is None else samples[rows] == samples[rows, columns][:, None]
+        own = (
+            batch.attention_mask[rows]
+            if samples is None
+            else samples[rows] == samples[rows, columns][:, None]
+        )
         labelled = ((batch.labels[rows] != IGNORE_INDEX) & own).long()
         # The position that predicts the answer's first token is the question's last.
         mask &= labelled.cumsum(1) == labelled

@@ -15,10 +15,20 @@ from vlm_tune.errors import ModelError
 class Attention(nn.Module):
     """Queries [B, Q, D] attend to a context [B, K, C] with `heads` heads of `head_width` (D / heads where not given)."""
 
-    def __init__(self, width: int, context_width: int, heads: int, *, head_width: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        *,
+        head_width: int | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         if head_width is None and width % heads:
-            raise ModelError(f"model.connector.heads: {heads} attention heads don't divide a width of {width}")
+            raise ModelError(
+                f"model.connector.heads: {heads} attention heads don't divide a width of {width}"
+            )
         self.heads = heads
         inner = heads * (head_width or width // heads)
         self.query = nn.Linear(width, inner, bias=bias)
@@ -26,7 +36,9 @@ class Attention(nn.Module):
         self.value = nn.Linear(context_width, inner, bias=bias)
         self.out = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, queries: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[B, Q, D]; mask bool[B, Q or 1, K] is true where a query sees the context, and a query that sees none of it gets zeros."""
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -36,10 +48,16 @@ class Attention(nn.Module):
             attended = scaled_dot_product_attention(query, key, value)
         else:
             blind = ~mask.any(-1, keepdim=True)[:, None]  # softmax over nothing is not a number
-            attended = scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None] | blind).masked_fill(blind, 0.0)
+            attended = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask[:, None] | blind
+            ).masked_fill(blind, 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def feed_forward(width: int, *, activation: type[nn.Module] = nn.GELU, bias: bool = True) -> nn.Sequential:
+def feed_forward(
+    width: int, *, activation: type[nn.Module] = nn.GELU, bias: bool = True
+) -> nn.Sequential:
     """Two linear layers with a hidden width of four times the outer one."""
-    return nn.Sequential(nn.Linear(width, 4 * width, bias=bias), activation(), nn.Linear(4 * width, width, bias=bias))
+    return nn.Sequential(
+        nn.Linear(width, 4 * width, bias=bias), activation(), nn.Linear(4 * width, width, bias=bias)
+    )

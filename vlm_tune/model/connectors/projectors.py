@@ -13,7 +13,13 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vlm_tune.config.model import AvgPoolConnector, LinearConnector, MlpConnector, PixelShuffleConnector, Projector
+from vlm_tune.config.model import (
+    AvgPoolConnector,
+    LinearConnector,
+    MlpConnector,
+    PixelShuffleConnector,
+    Projector,
+)
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
@@ -42,7 +48,9 @@ class Connector(nn.Module):
     def attach(self, llm: LanguageModel) -> None:
         """Puts into the LLM what the connector has there: nothing, for those that only fill slots."""
 
-    def join(self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def join(
+        self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
         """The LLM's input [B, L, E]: embeds with connected [M, N', E] in the slots. Raises `ModelError` as `splice`.
 
         For a batch without media, connected is None or a blank image's, which must be used and count nothing.
@@ -54,7 +62,9 @@ class Connector(nn.Module):
         return splice(embeds, connected, batch.image_mask, batch.ids)
 
 
-def splice(embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
+def splice(
+    embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]
+) -> torch.Tensor:
     """embeds [B, L, E] with features [M, N', E] in the slots of image_mask bool[B, L], in row order.
 
     Raises `ModelError` with both counts and the sample ids if slots and features differ in number.
@@ -130,7 +140,9 @@ class PixelShuffle(Connector):
         """A factor² of the tower's."""
         side = square(tower_tokens, "pixel_shuffle")
         if side % self.factor:
-            raise ModelError(f"a pixel shuffle by {self.factor} does not divide the tower's grid of {side} x {side}; set model.tower.grid")
+            raise ModelError(
+                f"a pixel shuffle by {self.factor} does not divide the tower's grid of {side} x {side}; set model.tower.grid"
+            )
         return (side // self.factor) ** 2
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -160,5 +172,7 @@ class AvgPool(Connector):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[M, N, D] to [M, grid², E]."""
         side = math.isqrt(features.shape[1])
-        pooled = adaptive_avg_pool2d(self.norm(features).transpose(1, 2).unflatten(2, (side, side)), self.grid)
+        pooled = adaptive_avg_pool2d(
+            self.norm(features).transpose(1, 2).unflatten(2, (side, side)), self.grid
+        )
         return self.layers(pooled.flatten(2).transpose(1, 2))

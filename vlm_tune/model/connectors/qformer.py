@@ -24,14 +24,18 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.attention = Attention(width, width, heads, bias=True)
         self.attention_norm = nn.LayerNorm(width, eps=EPSILON)
-        self.cross = None if feature_width is None else Attention(width, feature_width, heads, bias=True)
+        self.cross = (
+            None if feature_width is None else Attention(width, feature_width, heads, bias=True)
+        )
         self.cross_norm = None if feature_width is None else nn.LayerNorm(width, eps=EPSILON)
         self.feed = feed_forward(width)
         self.feed_norm = nn.LayerNorm(width, eps=EPSILON)
         self.text_feed = feed_forward(width) if text else None
         self.text_norm = nn.LayerNorm(width, eps=EPSILON) if text else None
 
-    def forward(self, states: torch.Tensor, queries: int, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, states: torch.Tensor, queries: int, features: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """New states [M, Q + T, W], or [M, Q, W] from a layer without a feed-forward for text; mask bool[M, 1, Q + T]."""
         states = self.attention_norm(states + self.attention(states, states, mask))
         asked = states[:, :queries]
@@ -59,7 +63,11 @@ class QFormer(Connector):
         self.entry = entry(config, width)
         self.queries = nn.Parameter(0.02 * torch.randn(config.queries, inner))
         self.norm = nn.LayerNorm(inner, eps=EPSILON)
-        own = nn.Embedding(config.vocab_size, inner) if config.vocab_size else nn.Linear(llm_width, inner)
+        own = (
+            nn.Embedding(config.vocab_size, inner)
+            if config.vocab_size
+            else nn.Linear(llm_width, inner)
+        )
         self.words = own if config.text else None
         self.positions = nn.Embedding(config.max_text, inner) if config.text else None
         # Nobody reads the text's states after the last layer: it has no feed-forward for them.

@@ -25,7 +25,9 @@ class ResamplerLayer(nn.Module):
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """New latents [M, latents, D], given features [M, N, D]."""
         normed = self.latents_norm(latents)
-        latents = latents + self.attention(normed, torch.cat([self.context_norm(features), normed], dim=1))
+        latents = latents + self.attention(
+            normed, torch.cat([self.context_norm(features), normed], dim=1)
+        )
         return latents + self.feed(self.feed_norm(latents))
 
 
@@ -36,7 +38,9 @@ class Resampler(Connector):
         super().__init__()
         self.entry = entry(config, width)
         self.latents = nn.Parameter(torch.randn(config.latents, width))
-        self.layers = nn.ModuleList(ResamplerLayer(width, config.heads, config.head_width) for _ in range(config.depth))
+        self.layers = nn.ModuleList(
+            ResamplerLayer(width, config.heads, config.head_width) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, llm_width)
 

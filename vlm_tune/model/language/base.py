@@ -23,12 +23,22 @@ from vlm_tune.model.acceleration.decoder_layer import join
 from vlm_tune.model.acceleration.head import by_kernel, head_loss
 from vlm_tune.model.acceleration.mlp import gate
 from vlm_tune.model.language.decoding import Decoding, plain_generation
-from vlm_tune.model.language.logits import FAULTS, embedding_factor, first_line, head_rule, own_logits
+from vlm_tune.model.language.logits import (
+    FAULTS,
+    embedding_factor,
+    first_line,
+    head_rule,
+    own_logits,
+)
 from vlm_tune.model.language.loss import token_loss
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted
 
-Read = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[torch.Tensor], None]]
+Read = tuple[
+    torch.Tensor,
+    Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    Callable[[torch.Tensor], None],
+]
 """Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
 what leaves only the branches at places [B, K'] to grow on."""
 PROBED = 6
@@ -58,7 +68,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.rule = head_rule(model, self.bodies, self.head)
-        self.factor = 1.0 if self.layout == "seq2seq" else embedding_factor(self.body, model.get_input_embeddings())
+        self.factor = (
+            1.0
+            if self.layout == "seq2seq"
+            else embedding_factor(self.body, model.get_input_embeddings())
+        )
         gate(model)
         join(model)
         self.prompt: VirtualTokens | None = None
@@ -104,11 +118,17 @@ class LanguageModel(nn.Module):
         """The decoding with as many new tokens after `length` others as there are positions for, one at least."""
         if self.longest is None or length + decoding.max_new_tokens <= self.longest + 1:
             return decoding
-        return replace(decoding, max_new_tokens=self.longest - length + 1)  # the last one is read by nobody
+        return replace(
+            decoding, max_new_tokens=self.longest - length + 1
+        )  # the last one is read by nobody
 
-    def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompted(
+        self, embeds: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
-        return embeds if self.prompt is None else self.prompt.before(embeds), pad(mask, (self.virtual, 0), value=True)
+        return embeds if self.prompt is None else self.prompt.before(embeds), pad(
+            mask, (self.virtual, 0), value=True
+        )
 
     @property
     def width(self) -> int:
@@ -129,7 +149,9 @@ class LanguageModel(nn.Module):
     @property
     def body(self) -> Any:
         """What makes hidden states of embeddings; transformers misnames it in Llama4ForCausalLM."""
-        return self.model.base_model if self.model.base_model is not self.model else self.model.model
+        return (
+            self.model.base_model if self.model.base_model is not self.model else self.model.model
+        )
 
     def kept(self, input_ids: torch.Tensor) -> Any:
         """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
@@ -146,8 +168,14 @@ class LanguageModel(nn.Module):
         head: Any = self.head
         scale = None if self.rule is None else self.rule.scale
         if scale is not None and not self.whole_head and by_kernel(hidden, head):
-            return TokenLoss(head_loss(hidden if scale == 1 else hidden * scale, head.weight, targets), len(targets))
-        return TokenLoss(token_loss(self.logits, hidden, targets, self.head_parts(), whole=self.whole_head), len(targets))
+            return TokenLoss(
+                head_loss(hidden if scale == 1 else hidden * scale, head.weight, targets),
+                len(targets),
+            )
+        return TokenLoss(
+            token_loss(self.logits, hidden, targets, self.head_parts(), whole=self.whole_head),
+            len(targets),
+        )
 
     def head_parts(self) -> nn.ModuleList:
         """The modules that `logits` calls: the head, and all beside the bodies where the model does more than a rule holds."""
@@ -155,7 +183,11 @@ class LanguageModel(nn.Module):
             return nn.ModuleList([self.head])
         bodies = [*self.bodies, *([self.model.get_encoder()] if self.layout == "seq2seq" else [])]
         inside = {id(module) for body in bodies for module in body.modules()}
-        outside = [module for module in self.model.modules() if inside.isdisjoint(map(id, module.modules()))]
+        outside = [
+            module
+            for module in self.model.modules()
+            if inside.isdisjoint(map(id, module.modules()))
+        ]
         return nn.ModuleList([self.head, *outside])
 
     @torch.no_grad()
@@ -168,12 +200,18 @@ class LanguageModel(nn.Module):
         name = type(self.model).__name__
         if self.dropped:
             told = ", ".join(f"{key} {quoted(value)}" for key, value in self.dropped.items())
-            logging.getLogger("vlm_tune").warning("%s: left out of its generation config, for answers follow its logits: %s", name, told)
+            logging.getLogger("vlm_tune").warning(
+                "%s: left out of its generation config, for answers follow its logits: %s",
+                name,
+                told,
+            )
         rows = self.model.get_input_embeddings().num_embeddings
         ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
         ids[1, -1] = rows // 5
         mask = torch.ones_like(ids, dtype=torch.bool)
-        batch = Batch(["a", "b"], ids, mask, torch.zeros_like(mask), ids, torch.zeros(0, dtype=torch.int64))
+        batch = Batch(
+            ["a", "b"], ids, mask, torch.zeros_like(mask), ids, torch.zeros(0, dtype=torch.int64)
+        )
         was = self.training
         self.eval()
         try:
@@ -185,14 +223,21 @@ class LanguageModel(nn.Module):
             ) from None
         finally:
             self.train(was)
-        allowed = (1e-4 if theirs.dtype == torch.float32 else 3e-2) * max(float(theirs.abs().max()), 1.0)
+        allowed = (1e-4 if theirs.dtype == torch.float32 else 3e-2) * max(
+            float(theirs.abs().max()), 1.0
+        )
         difference = float((ours - theirs.float()).abs().max())
         if not difference <= allowed:
             raise ModelError(
                 f"a {name} can't be trained here: called with embeddings its logits are others than with ids, by {difference:.3g}"
             )
-        if self.layout == "causal" and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed:
-            raise ModelError(f"a {name} is no decoder as it is configured: its tokens see what comes after them (is_decoder: false?)")
+        if (
+            self.layout == "causal"
+            and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed
+        ):
+            raise ModelError(
+                f"a {name} is no decoder as it is configured: its tokens see what comes after them (is_decoder: false?)"
+            )
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         """Logits [B, T, V] of the model's own forward pass of a batch of text."""
@@ -208,10 +253,19 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32[S, V] of hidden states [S, E], as the transformers model makes them."""
-        return own_logits(self.model, self.bodies, hidden).float() if self.rule is None else self.rule.logits(self.head, hidden)
+        return (
+            own_logits(self.model, self.bodies, hidden).float()
+            if self.rule is None
+            else self.rule.logits(self.head, hidden)
+        )
 
     def generate(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoding: Decoding,
+        pad_id: int,
+        stop_ids: list[int],
     ) -> torch.Tensor:
         """New ids [B, at most max_new_tokens]; decoders want their rows padded on the left."""
         raise NotImplementedError

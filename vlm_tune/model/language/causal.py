@@ -13,7 +13,15 @@ from torch.nn.functional import pad
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
-from vlm_tune.model.acceleration.interval_attention import Branches, attending, attends, growing, keeping, runs, usable
+from vlm_tune.model.acceleration.interval_attention import (
+    Branches,
+    attending,
+    attends,
+    growing,
+    keeping,
+    runs,
+    usable,
+)
 from vlm_tune.model.language.base import LanguageModel, Read
 from vlm_tune.model.language.decoding import Decoding, largest
 from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
@@ -32,10 +40,19 @@ class CausalLLM(LanguageModel):
     def bodies(self) -> list[nn.Module]:
         # Bart's decoder stands in a wrapper, whose decoder is called.
         inner = self.model.get_decoder()
-        return [self.body, *(module for module in self.body.modules() if module is inner and inner is not self.body)]
+        return [
+            self.body,
+            *(
+                module
+                for module in self.body.modules()
+                if module is inner and inner is not self.body
+            ),
+        ]
 
     def theirs(self, batch: Batch) -> torch.Tensor:
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+        return self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        ).logits
 
     @cached_property
     def unjoined(self) -> str | None:
@@ -48,24 +65,37 @@ class CausalLLM(LanguageModel):
         ends = batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         # The positions of joined rows begin anew with each of them.
-        self.check_length(virtual + (length if positions is None or self.longest is None else int(positions.max()) + 1))
+        self.check_length(
+            virtual
+            + (length if positions is None or self.longest is None else int(positions.max()) + 1)
+        )
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         if ends is not None:
             self.check_joined()
         if virtual and ends is not None:
             # Every sample of a joined row sees the virtual tokens, and its own tokens come after them.
-            ends = pad(torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length)
+            ends = pad(
+                torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length
+            )
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
         own = None if positions is None else positions[:, -embeds.shape[1] :]
         before = runs()
         if attends(self):
-            seen: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[:, None, None]
+            seen: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[
+                :, None, None
+            ]
         elif ends is None or positions is None or own is None:
             seen = mask.long()
         else:
-            seen = layer_masks(self.model.config, tree_mask(ends)[:, :, -embeds.shape[1] :], own, positions, embeds.dtype)
+            seen = layer_masks(
+                self.model.config,
+                tree_mask(ends)[:, :, -embeds.shape[1] :],
+                own,
+                positions,
+                embeds.dtype,
+            )
         output = self.body(
             inputs_embeds=embeds,
             attention_mask=seen,
@@ -74,26 +104,40 @@ class CausalLLM(LanguageModel):
             **{cache_name(): cache},
         )
         if attends(self) and runs() == before and not isinstance(embeds, FakeTensor):
-            raise ModelError(f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it")
+            raise ModelError(
+                f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it"
+            )
         hidden = output.last_hidden_state[:, -length:]
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
 
     def generate(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoding: Decoding,
+        pad_id: int,
+        stop_ids: list[int],
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
         self.check_length(mask.shape[1])
         options = self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers wants the whole input beside a cache, and drops what the cache stands for.
-            options[cache_name()] = self.prompt.cache(len(embeds) * decoding.num_beams, embeds.dtype)
+            options[cache_name()] = self.prompt.cache(
+                len(embeds) * decoding.num_beams, embeds.dtype
+            )
             embeds = pad(embeds, (0, 0, self.virtual, 0))
         with torch.compiler.set_stance("force_eager"):
             return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def continue_branches(
-        self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, max_new_tokens: int, stop_ids: list[int]
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        leaves: torch.Tensor,
+        max_new_tokens: int,
+        stop_ids: list[int],
     ) -> torch.Tensor:
         """New ids [B, K, at most max_new_tokens], greedy, after each of the tokens `leaves` int64[B, K] of a row of branches.
 
@@ -119,7 +163,11 @@ class CausalLLM(LanguageModel):
         place = torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
         for step in range(max_new_tokens):
             # As they are where neither a wider type nor a soft cap moves the largest.
-            said = largest(self.head(hidden) if rising else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
+            said = largest(
+                self.head(hidden)
+                if rising
+                else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+            )
             found[..., step].scatter_(1, place, torch.where(ended, stops[0], said))
             ended = ended | torch.isin(said, stops)
             left = int((~ended).sum(1).max())
@@ -129,16 +177,27 @@ class CausalLLM(LanguageModel):
             if left < SPARED * ended.shape[1]:
                 order = ended.int().argsort(dim=1, stable=True)[:, :left]
                 keep(order)
-                place, said, ended, positions = (each.gather(1, order) for each in (place, said, ended, positions))
+                place, said, ended, positions = (
+                    each.gather(1, order) for each in (place, said, ended, positions)
+                )
             hidden = grow(self.embed(said), positions)
         return found
 
-    def _read(self, embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> Read:
+    def _read(
+        self,
+        embeds: torch.Tensor,
+        ends: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> Read:
         """Reads rows by the kernel. Compiled blocks run in every call: a graph knows neither a cache nor what is kept."""
 
         def run(embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             # A size of 1 would be a graph of its own.
-            with attending(self), torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"):
+            with (
+                attending(self),
+                torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"),
+            ):
                 return self._hidden(embeds, ends.int()[:, None, None], positions, None)
 
         with keeping() as kept:
@@ -151,17 +210,25 @@ class CausalLLM(LanguageModel):
 
         return hidden, grow, branches.keep
 
-    def _read_masked(self, embeds: torch.Tensor, seen: torch.Tensor, held: torch.Tensor, visible: torch.Tensor) -> Read:
+    def _read_masked(
+        self, embeds: torch.Tensor, seen: torch.Tensor, held: torch.Tensor, visible: torch.Tensor
+    ) -> Read:
         """Reads rows by the attention that transformers chose, given masks and a cache; `held` [B, L] are positions."""
         from transformers import DynamicCache
 
         config = self.model.config
-        cache = DynamicCache()  # of no config, so it keeps all: what a window leaves out differs by branch
-        hidden = self._hidden(embeds, layer_masks(config, seen, held, held, embeds.dtype), held, cache)
+        cache = (
+            DynamicCache()
+        )  # of no config, so it keeps all: what a window leaves out differs by branch
+        hidden = self._hidden(
+            embeds, layer_masks(config, seen, held, held, embeds.dtype), held, cache
+        )
 
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             nonlocal visible, held
-            own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(len(visible), -1, -1)
+            own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(
+                len(visible), -1, -1
+            )
             visible = torch.cat([visible, own], -1)
             held = torch.cat([held, positions], -1)
             mask = layer_masks(config, visible[:, None], positions, held, embeds.dtype)
@@ -175,7 +242,11 @@ class CausalLLM(LanguageModel):
 
         return hidden, grow, keep
 
-    def _hidden(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _hidden(
+        self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
         """Hidden states [B, S, E] of tokens that follow those in the cache, given the mask or masks of what they see."""
         options = {cache_name(): cache, "use_cache": cache is not None}
-        return self.body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **options).last_hidden_state
+        return self.body(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **options
+        ).last_hidden_state

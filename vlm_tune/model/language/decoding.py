@@ -71,6 +71,12 @@ def plain_generation(model: Any) -> dict[str, Any]:
     if given is None:
         return {}
     ids = {name: getattr(given, name, None) for name in IDS}
-    model.generation_config = GenerationConfig(**{name: value for name, value in ids.items() if value is not None})
+    model.generation_config = GenerationConfig(
+        **{name: value for name, value in ids.items() if value is not None}
+    )
     changed = given.to_diff_dict().items()
-    return {name: value for name, value in changed if name not in (*IDS, *SAMPLED) and value is not None and value is not False}
+    return {
+        name: value
+        for name, value in changed
+        if name not in (*IDS, *SAMPLED) and value is not None and value is not False
+    }

@@ -18,7 +18,15 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 
-FAULTS = (TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError, AssertionError)
+FAULTS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    LookupError,
+    NotImplementedError,
+    AssertionError,
+)
 """What the forward pass of an architecture raises that can't be called with hidden states alone."""
 PROBED = 3
 """Positions of a probe."""
@@ -115,7 +123,9 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
     width = getattr(head, "in_features", weight.shape[1])
     hidden = torch.linspace(-2, 3, PROBED * width, device="cpu").view(PROBED, width)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    given = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (cap or 1.0)
+    given = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (
+        cap or 1.0
+    )
 
     def note(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         seen.append(x)
@@ -137,7 +147,9 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
     if before is None or found.shape != given[0].shape:
         return None
     capped = HeadRule(before, cap=float(cap)) if cap else None
-    if capped is not None and torch.allclose(capped.logits(nn.Identity(), given[0] / before), found, rtol=1e-5, atol=1e-6):
+    if capped is not None and torch.allclose(
+        capped.logits(nn.Identity(), given[0] / before), found, rtol=1e-5, atol=1e-6
+    ):
         return capped
     after = _factor(found, given[0])
     return None if after is None else HeadRule(before, after)
@@ -155,12 +167,18 @@ def embedding_factor(body: Any, embedding: Any) -> float:
 
     1 where it is the same for both, or can't be told without weights; `LanguageModel.check` compares the whole.
     """
-    given = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device="cpu").view(1, PROBED, -1)
+    given = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device="cpu").view(
+        1, PROBED, -1
+    )
     ids = torch.arange(PROBED, device="cpu")[None]
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.shape == given.shape and value.is_floating_point():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == given.shape
+                and value.is_floating_point()
+            ):
                 raise _Reached(value)
 
     def reached(**inputs: torch.Tensor) -> torch.Tensor | None:
@@ -179,7 +197,12 @@ def embedding_factor(body: Any, embedding: Any) -> float:
             stack.callback(layer.register_forward_pre_hook(stop, with_kwargs=True).remove)
         of_ids = reached(input_ids=ids)
         of_embeds = reached(inputs_embeds=given.clone())
-    if of_ids is None or of_embeds is None or of_ids.device.type != "cpu" or of_embeds.device.type != "cpu":
+    if (
+        of_ids is None
+        or of_embeds is None
+        or of_ids.device.type != "cpu"
+        or of_embeds.device.type != "cpu"
+    ):
         return 1.0
     return _factor(of_ids, of_embeds) or 1.0
 

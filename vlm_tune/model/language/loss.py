@@ -20,7 +20,14 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """fp32 logits [S, V] of hidden states [S, E]."""
 
 
-def token_loss(logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Module, *, whole: bool = False) -> torch.Tensor:
+def token_loss(
+    logits: Logits,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: torch.nn.Module,
+    *,
+    whole: bool = False,
+) -> torch.Tensor:
     """The summed cross-entropy (fp32 scalar) of hidden states [S, E] against targets int64[S]; S may be 0.
 
     `head` is the module that `logits` calls, whose trained parameters get their gradient too. With `whole` it is called
@@ -32,7 +39,10 @@ def token_loss(logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, head
     chunk = max(CHUNK_BYTES // (4 * rows), 1)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
-        losses = [cross_entropy(logits(part), said, reduction="sum") for part, said in _parts(hidden, targets, chunk)]
+        losses = [
+            cross_entropy(logits(part), said, reduction="sum")
+            for part, said in _parts(hidden, targets, chunk)
+        ]
         return torch.stack(losses).sum()
     return _TokenLoss.apply(logits, hidden, targets, chunk, *trained)
 
@@ -44,7 +54,14 @@ def _parts(hidden: torch.Tensor, targets: torch.Tensor, chunk: int) -> Any:
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Logits, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        logits: Logits,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden: list[torch.Tensor] = []
         of_trained: Sequence[torch.Tensor] = [torch.zeros_like(parameter) for parameter in trained]
@@ -55,8 +72,12 @@ class _TokenLoss(torch.autograd.Function):
             # The gradient, softmax less one at the target, is written over the logarithms that give the loss.
             logs = scores.detach().log_softmax(-1)
             total -= logs.gather(1, said[:, None]).sum()
-            gradient = logs.exp_().scatter_add_(1, said[:, None], logs.new_full((len(said), 1), -1.0))
-            found, *rest = torch.autograd.grad(scores, [part, *trained], gradient, materialize_grads=True)
+            gradient = logs.exp_().scatter_add_(
+                1, said[:, None], logs.new_full((len(said), 1), -1.0)
+            )
+            found, *rest = torch.autograd.grad(
+                scores, [part, *trained], gradient, materialize_grads=True
+            )
             del scores, logs, gradient
             of_hidden.append(found)
             for kept, added in zip(of_trained, rest, strict=True):
@@ -68,4 +89,10 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         scale = gradients[0]
         hidden, *trained = ctx.saved_tensors
-        return None, hidden * scale.to(hidden.dtype), None, None, *(each * scale.to(each.dtype) for each in trained)
+        return (
+            None,
+            hidden * scale.to(hidden.dtype),
+            None,
+            None,
+            *(each * scale.to(each.dtype) for each in trained),
+        )

@@ -35,7 +35,16 @@ def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def layer_kinds(config: Any) -> set[str]:
     """The kinds of a decoder's layers, by what they see, from its transformers config."""
     kinds = getattr(config, "layer_types", None)
-    return set(kinds) if kinds else {next((kind for kind, size in WINDOWS.items() if getattr(config, size, None)), "full_attention")}
+    return (
+        set(kinds)
+        if kinds
+        else {
+            next(
+                (kind for kind, size in WINDOWS.items() if getattr(config, size, None)),
+                "full_attention",
+            )
+        }
+    )
 
 
 def joining_reason(model: Any, body: Any) -> str | None:
@@ -46,7 +55,9 @@ def joining_reason(model: Any, body: Any) -> str | None:
         return f"its layers carry a state from token to token, or choose what they see ({', '.join(odd) or 'recurrent'})"
     if "local" in getattr(config, "attention_layers", ()):
         return "its local layers count tokens by their place in the row"
-    if "position_ids" not in inspect.signature(body.forward).parameters or getattr(config, "alibi", False):
+    if "position_ids" not in inspect.signature(body.forward).parameters or getattr(
+        config, "alibi", False
+    ):
         return "it counts distances by tokens' places in the row, and takes no positions"
     return None
 
@@ -74,6 +85,8 @@ def layer_masks(
         if kind == "sliding_attention":
             near = seen & (rows[:, None, :, None] - columns[:, None, None, :] < text.sliding_window)
         elif kind == "chunked_attention":
-            near = seen & same_sample(rows // text.attention_chunk_size, columns // text.attention_chunk_size)
+            near = seen & same_sample(
+                rows // text.attention_chunk_size, columns // text.attention_chunk_size
+            )
         found[kind] = additive(near, dtype)
     return found if len(found) > 1 else next(iter(found.values()))

@@ -28,9 +28,13 @@ class Seq2SeqLLM(LanguageModel):
         return [self.model.get_decoder()]
 
     def kept(self, input_ids: torch.Tensor) -> Any:
-        return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True)[cache_name()].self_attention_cache
+        return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True)[
+            cache_name()
+        ].self_attention_cache
 
-    def prompted(self, embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompted(
+        self, embeds: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # A prefix stands before what the decoder writes.
         if isinstance(self.prompt, SoftPrompt):
             return super().prompted(embeds, mask)
@@ -38,7 +42,10 @@ class Seq2SeqLLM(LanguageModel):
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            labels=batch.labels,
+            use_cache=False,
         ).logits
 
     @cached_property
@@ -49,7 +56,9 @@ class Seq2SeqLLM(LanguageModel):
         """What the decoder reads, int64[B, T], to write labels [B, T]: its start token, then the labels but the last."""
         start = getattr(self.model.config, "decoder_start_token_id", None)
         if start is None:
-            raise ModelError(f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)")
+            raise ModelError(
+                f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)"
+            )
         if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
             return self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         inputs = pad(labels[:, :-1], (1, 0), value=start)
@@ -70,17 +79,23 @@ class Seq2SeqLLM(LanguageModel):
         if batch.samples is not None and batch.label_samples is not None:
             self.check_joined()
             if self.virtual:
-                raise ModelError("virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)")
+                raise ModelError(
+                    "virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)"
+                )
             own = batch.samples
             said = batch.label_samples
             # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
             # a sample are what they would be without its neighbours.
             inputs[:, 1:][said[:, 1:] != said[:, :-1]] = self.model.config.decoder_start_token_id
-            earlier = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool, device=said.device).tril()
+            earlier = torch.ones(
+                said.shape[1], said.shape[1], dtype=torch.bool, device=said.device
+            ).tril()
             mask = additive(same_sample(own, own), embeds.dtype)
             seen = additive(same_sample(said, own), embeds.dtype)
             order = additive(same_sample(said, said) & earlier, embeds.dtype)
-        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        encoded = self.model.get_encoder()(
+            inputs_embeds=embeds, attention_mask=mask
+        ).last_hidden_state
         hidden = self.model.get_decoder()(
             input_ids=inputs,
             attention_mask=order,
@@ -93,7 +108,12 @@ class Seq2SeqLLM(LanguageModel):
         return hidden[supervised], batch.labels[supervised]
 
     def generate(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor, decoding: Decoding, pad_id: int, stop_ids: list[int]
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoding: Decoding,
+        pad_id: int,
+        stop_ids: list[int],
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
         self.check_length(mask.shape[1])
@@ -104,6 +124,8 @@ class Seq2SeqLLM(LanguageModel):
             # transformers wants the whole output so far beside a cache, and drops what the cache stands for.
             first += self.virtual
             options[cache_name()] = self._prefix(len(embeds) * decoding.num_beams, embeds.dtype)
-            options["decoder_input_ids"] = mask.new_full((len(embeds), first), self.model.config.decoder_start_token_id, dtype=torch.int64)
+            options["decoder_input_ids"] = mask.new_full(
+                (len(embeds), first), self.model.config.decoder_start_token_id, dtype=torch.int64
+            )
         ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **options)
         return ids[:, first:]

@@ -70,9 +70,13 @@ class KeyValuePrefix(VirtualTokens):
         from transformers import DynamicCache
 
         heads = self.config.num_attention_heads
-        values = self.values.to(dtype).view(self.tokens, -1, 2, heads, self.config.token_dim // heads)
+        values = self.values.to(dtype).view(
+            self.tokens, -1, 2, heads, self.config.token_dim // heads
+        )
         found = DynamicCache()
-        for number, (keys, held) in enumerate(values.permute(1, 2, 3, 0, 4)):  # [layers, 2, H, n, D]
+        for number, (keys, held) in enumerate(
+            values.permute(1, 2, 3, 0, 4)
+        ):  # [layers, 2, H, n, D]
             found.update(keys.expand(rows, -1, -1, -1), held.expand(rows, -1, -1, -1), number)
         return found
 
@@ -97,18 +101,32 @@ def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> V
     with torch.no_grad():
         embeds = llm.embed(drawn)
         if how == "prompt":
-            heads = {"num_transformer_submodules": 1, "num_attention_heads": text.num_attention_heads}
+            heads = {
+                "num_transformer_submodules": 1,
+                "num_attention_heads": text.num_attention_heads,
+            }
             return SoftPrompt(PromptTuningConfig(**common, **heads, token_dim=llm.width), embeds[0])
         was = llm.training
         layers = llm.eval().kept(drawn).layers
         llm.train(was)
-    if len({(layer.keys.shape, layer.values.shape) for layer in layers}) != 1 or layers[0].keys.shape != layers[0].values.shape:
-        raise ModelError(f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt")
+    if (
+        len({(layer.keys.shape, layer.values.shape) for layer in layers}) != 1
+        or layers[0].keys.shape != layers[0].values.shape
+    ):
+        raise ModelError(
+            f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt"
+        )
     heads = layers[0].keys.shape[1]
     width = layers[0].keys.shape[3]
-    held = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])  # [layers, 2, H, n, D]
+    held = torch.stack(
+        [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
+    )  # [layers, 2, H, n, D]
     both = 2 if llm.layout == "seq2seq" else 1
-    shape = {"num_layers": both * len(layers), "num_transformer_submodules": both, "num_attention_heads": heads}
+    shape = {
+        "num_layers": both * len(layers),
+        "num_transformer_submodules": both,
+        "num_attention_heads": heads,
+    }
     config = PrefixTuningConfig(**{**common, **shape}, token_dim=heads * width)
     return KeyValuePrefix(config, held.permute(3, 0, 1, 2, 4).flatten(1))
 
@@ -157,5 +175,7 @@ def read_prompt(folder: Path) -> VirtualTokens:
     expected = {KEY: [config.num_virtual_tokens, width]}
     found = {name: list(value.shape) for name, value in tensors.items()}
     if found != expected:
-        raise ModelError(f"{folder}: the prompt does not fit its config: {found}, expected {expected}")
+        raise ModelError(
+            f"{folder}: the prompt does not fit its config: {found}, expected {expected}"
+        )
     return kind(config, _taken_in(config, tensors[KEY]))

@@ -55,7 +55,9 @@ def start_connector(connector: nn.Module, config: AnyConnector) -> None:
     if isinstance(config, FusionConnector | CrossAttentionConnector):
         start_connector(connector.base, config.base)  # type: ignore[arg-type]
     elif config.weights is not None:
-        load_into(connector, _renamed(connector, _read(config.weights), config.weights), config.weights)
+        load_into(
+            connector, _renamed(connector, _read(config.weights), config.weights), config.weights
+        )
 
 
 def _read(weights: str) -> Tensors:
@@ -64,7 +66,10 @@ def _read(weights: str) -> Tensors:
     if is_file(path) or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         if path.suffix != ".safetensors":
             raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
-        return {key.rpartition("mm_projector.")[2]: value for key, value in read_safetensors(path).items()}
+        return {
+            key.rpartition("mm_projector.")[2]: value
+            for key, value in read_safetensors(path).items()
+        }
     vlm = find_vlm(weights)
     if vlm is None:
         raise ModelError(
@@ -78,10 +83,21 @@ def _renamed(connector: nn.Module, found: Tensors, name: str) -> Tensors:
     """Tensors under the connector's own names, where their names are a kind's of another library."""
     if found.keys() == connector.state_dict().keys():
         return found
-    other = next((kind for key, kind in (("query_tokens", QFormer), ("linear_1.weight", None)) if key in found), Mlp)
+    other = next(
+        (
+            kind
+            for key, kind in (("query_tokens", QFormer), ("linear_1.weight", None))
+            if key in found
+        ),
+        Mlp,
+    )
     if (other is QFormer) != isinstance(connector, QFormer):
-        held, wanted = ("a Q-Former", "a projector") if other is QFormer else ("a projector", "a Q-Former")
-        raise ModelError(f"{name} holds {held}, and model.connector.kind is {type(connector).__name__.lower()}: expected {wanted}")
+        held, wanted = (
+            ("a Q-Former", "a projector") if other is QFormer else ("a projector", "a Q-Former")
+        )
+        raise ModelError(
+            f"{name} holds {held}, and model.connector.kind is {type(connector).__name__.lower()}: expected {wanted}"
+        )
     if isinstance(connector, QFormer):
         return _qformer(connector, found)
     if other is None and isinstance(connector, Linear):
@@ -89,7 +105,10 @@ def _renamed(connector: nn.Module, found: Tensors, name: str) -> Tensors:
     if other is None:
         names = {"linear_1.": "layers.0.", "linear_2.": "layers.2."}
         return {names.get(key[:9], key[:9]) + key[9:]: value for key, value in found.items()}
-    return {f"{'linear' if isinstance(connector, Linear) else 'layers'}.{key}": value for key, value in found.items()}
+    return {
+        f"{'linear' if isinstance(connector, Linear) else 'layers'}.{key}": value
+        for key, value in found.items()
+    }
 
 
 def _product(found: Tensors) -> Tensors:
@@ -120,7 +139,9 @@ def _qformer(connector: QFormer, found: Tensors) -> Tensors:
     # What the last layer makes of the text is read by nobody: ours has no weights for it.
     last = f"qformer.encoder.layer.{len(connector.layers) - 1}."
     unread = (f"{last}intermediate.", f"{last}output.") if connector.needs_text else ()
-    return named | {key: value for key, value in left.items() if not (unread and key.startswith(unread))}
+    return named | {
+        key: value for key, value in left.items() if not (unread and key.startswith(unread))
+    }
 
 
 def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
@@ -136,7 +157,9 @@ def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
     inside = folder is None and find_vlm(name) is not None
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder or name), trust_remote_code=False, **({"subfolder": QFORMER_TOKENIZER} if inside else {})
+            str(folder or name),
+            trust_remote_code=False,
+            **({"subfolder": QFORMER_TOKENIZER} if inside else {}),
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -92,7 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder is a model folder of ours. Raises `ModelError` for a config.json that can't be read."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == OURS
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get(
+        "model_type"
+    ) == OURS
 
 
 def unmerged(folder: Path) -> list[str]:
@@ -125,10 +127,16 @@ def check_base(name: str, key: str) -> None:
             f"{key}: {quoted(name)} is a PEFT adapter over {quoted(base)}, not a whole model, and training would replace it; "
             "merge it first (PEFT's merge_and_unload, then save_pretrained) and name the merged folder, or name the base"
         )
-    if (folder / "recipe.yaml").is_file() and any((folder / part).is_dir() for part in ("model", "stages")):
-        raise ModelError(f"{key}: {quoted(name)} is a run of vlm_tune; {_folder_to_take(folder / 'model', name, key)}")
+    if (folder / "recipe.yaml").is_file() and any(
+        (folder / part).is_dir() for part in ("model", "stages")
+    ):
+        raise ModelError(
+            f"{key}: {quoted(name)} is a run of vlm_tune; {_folder_to_take(folder / 'model', name, key)}"
+        )
     if is_ours(folder):
-        raise ModelError(f"{key}: {quoted(name)} is a model of vlm_tune with all its parts; {_folder_to_take(folder, name, key)}")
+        raise ModelError(
+            f"{key}: {quoted(name)} is a model of vlm_tune with all its parts; {_folder_to_take(folder, name, key)}"
+        )
     if folder.name == "llm" and is_ours(folder.parent) and unmerged(folder.parent):
         beside = ", ".join(unmerged(folder.parent))
         raise ModelError(

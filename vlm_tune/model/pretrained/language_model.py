@@ -27,12 +27,16 @@ def make_room(language: Any, rows: int) -> None:
         return
     language.resize_token_embeddings(rows, mean_resizing=False)
     for layer in {language.get_input_embeddings(), language.get_output_embeddings()}:
-        layer.weight.data[before:] = layer.weight.data[:before].float().mean(0).to(layer.weight.dtype)
+        layer.weight.data[before:] = (
+            layer.weight.data[:before].float().mean(0).to(layer.weight.dtype)
+        )
         if getattr(layer, "bias", None) is not None:
             layer.bias.data[before:] = layer.bias.data[:before].float().mean().to(layer.bias.dtype)
 
 
-def bare_llm(llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None) -> Any:
+def bare_llm(
+    llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None
+) -> Any:
     """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -62,15 +66,23 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
     vlm = find_vlm(str(llm.name)) if folder is None else None
     if vlm is not None:
         return language_config(vlm)
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    options: dict[str, Any] = (
+        {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    )
     try:
-        return AutoConfig.from_pretrained(str(folder or config_source(str(llm.name))), trust_remote_code=False, **options)
+        return AutoConfig.from_pretrained(
+            str(folder or config_source(str(llm.name))), trust_remote_code=False, **options
+        )
     except (OSError, ValueError, TypeError) as error:  # the last for JSON that is no object
         name = str(folder or llm.name)
-        raise ModelError(f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}"
+        ) from None
 
 
-def scratch_llm(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None) -> Any:
+def scratch_llm(
+    llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None
+) -> Any:
     """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -86,11 +98,17 @@ def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) 
     """transformers' config of an LLM of random weights."""
     from transformers import AutoConfig
 
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
     if llm.kind == "seq2seq":
         ids["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
-        return AutoConfig.for_model(scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config})
+        return AutoConfig.for_model(
+            scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config}
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model.llm.scratch: {error}") from None
 
@@ -100,7 +118,9 @@ def _attention(kind: str | None = None) -> dict[str, Any]:
     return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
 
 
-def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True) -> Any:
+def load_llm(
+    llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True
+) -> Any:
     """The transformers model of a name or a folder, quantised as `llm.quantize` says unless told not to.
 
     Raises `ModelError` for names and files that don't exist, cut files, missing or unexpected tensors.
@@ -126,7 +146,9 @@ def load_llm(llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quanti
             return model
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
-            return _loaded(factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)})
+            return _loaded(
+                factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)}
+            )
     options["use_safetensors"] = True
     vlm = find_vlm(name) if folder is None else None
     if vlm is not None:
@@ -141,19 +163,31 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
     """A whole language model, or the one inside a vision-language model."""
     try:
         model, info = factory.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+            name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"can't load the language model {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"can't load the language model {quoted(name)}: {load_reason(name, error)}"
+        ) from None
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model")
+        raise ModelError(
+            f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model"
+        )
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
         # It is a language model now: saved under its own names, not under those it was found by.
         del model._weight_conversions
     faults = [
         f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
-        for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys"))
+        for word, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("misshapen", "mismatched_keys"),
+        )
         if info.get(key)
     ]
     if faults:

@@ -23,12 +23,18 @@ def add_words(tokenizer: Any, llm: Llm) -> Any:
 
     for words, special in ((llm.added_tokens, False), (llm.added_special_tokens, True)):
         present = tokenizer.added_tokens_encoder
-        new: Any = [AddedToken(word, special=special, normalized=False) for word in words if word not in present]
+        new: Any = [
+            AddedToken(word, special=special, normalized=False)
+            for word in words
+            if word not in present
+        ]
         tokenizer.add_tokens(new, special_tokens=special)
     return tokenizer
 
 
-def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, template: ChatTemplate) -> Any:
+def train_tokenizer(
+    conversations: Iterable[Conversation], vocab_size: int, template: ChatTemplate
+) -> Any:
     """A byte-level BPE tokenizer trained on the conversations' text; the template's control tokens are in it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -43,9 +49,13 @@ def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int, temp
         show_progress=False,
     )
     # The distinct texts, sorted: the vocabulary depends on what is said, not on the order of rows.
-    texts = sorted({str(s.payload) for c in conversations for s in template.segments(c) if s.kind == "text"})
+    texts = sorted(
+        {str(s.payload) for c in conversations for s in template.segments(c) if s.kind == "text"}
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
+    )
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
@@ -57,12 +67,18 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
 
     if folder is None:
         check_base(str(llm.name), "model.llm.name")
-    options: dict[str, Any] = {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    options: dict[str, Any] = (
+        {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
+    )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder or llm.name), trust_remote_code=False, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder or llm.name), trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         name = str(folder or llm.name)
-        raise ModelError(f"model.llm.name: no tokenizer in {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"model.llm.name: no tokenizer in {quoted(name)}: {load_reason(name, error)}"
+        ) from None
     tokenizer.chat_template = None
     return add_words(tokenizer, llm)
 
@@ -70,4 +86,8 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
 def pin_tokenizer(folder: Path) -> None:
     """Makes transformers read a folder's tokenizer.json as it is; a model's own class would make it anew, and Llama's loses `legacy`."""
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2
+        )
+    )

@@ -30,7 +30,14 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import check_parts
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
-from vlm_tune.model.pretrained.hub import check_base, config_source, is_ours, load_reason, read_json, unmerged
+from vlm_tune.model.pretrained.hub import (
+    check_base,
+    config_source,
+    is_ours,
+    load_reason,
+    read_json,
+    unmerged,
+)
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
@@ -52,20 +59,34 @@ class Layout:
     language: Mapping[str, str]
 
 
-BLIP = Layout(r"^vision_model\.", r"^(?=qformer\.|query_tokens$|language_projection\.)", {r"^language_model\.": ""})
+BLIP = Layout(
+    r"^vision_model\.",
+    r"^(?=qformer\.|query_tokens$|language_projection\.)",
+    {r"^language_model\.": ""},
+)
 LAYOUTS = {
     "llava": Layout(
         r"^(?:model\.)?vision_tower\.(?:vision_model\.)?",
         r"^(?:model\.)?multi_modal_projector\.",
-        {r"^language_model\.lm_head\.": "lm_head.", r"^(?:model\.)?language_model\.(?:{base}\.)?": "{base}."},
+        {
+            r"^language_model\.lm_head\.": "lm_head.",
+            r"^(?:model\.)?language_model\.(?:{base}\.)?": "{base}.",
+        },
     ),
-    "llava_original": Layout(r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", r"^model\.mm_projector\.", {}),
+    "llava_original": Layout(
+        r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", r"^model\.mm_projector\.", {}
+    ),
     "blip-2": BLIP,
     "instructblip": BLIP,
 }
 """By kind."""
 
-ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ORIGINAL_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
 """The LLaVA repository's model types, and transformers' of the language model inside."""
 
 
@@ -84,7 +105,9 @@ class Vlm:
 
     def foreign(self, tensor: str) -> bool:
         """Whether a tensor is the tower's or the connector's, and no concern of the LLM."""
-        return any(re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector))
+        return any(
+            re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector)
+        )
 
 
 def own_folder(recipe: Recipe) -> Path | None:
@@ -112,7 +135,9 @@ def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
     try:
         section = ModelSection.model_validate(read_json(folder / "config.json").get("model"))
     except ValidationError as error:
-        raise ModelError(f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})") from None
+        raise ModelError(
+            f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})"
+        ) from None
     section = moved(folder, section, AS_SAVED)
     llm = section.llm.model_copy(update=asked.llm.model_dump())
     if (folder / "llm").is_dir():
@@ -189,8 +214,16 @@ def _llava(vlm: Vlm) -> Found:
         _refuse(vlm, f"a projector with {act} (projector_hidden_act)", "gelu")
     has_class = vision.model_type == "clip_vision_model"
     if not has_class and strategy == "default":
-        _refuse(vlm, "all patches but the first of a tower without a class token (vision_feature_select_strategy)", "full")
-    connector = LinearConnector(kind="linear", weights=vlm.name) if act == "linear" else MlpConnector(kind="mlp", weights=vlm.name)
+        _refuse(
+            vlm,
+            "all patches but the first of a tower without a class token (vision_feature_select_strategy)",
+            "full",
+        )
+    connector = (
+        LinearConnector(kind="linear", weights=vlm.name)
+        if act == "linear"
+        else MlpConnector(kind="mlp", weights=vlm.name)
+    )
     tower = TransformersTower(
         kind="transformers",
         name=vlm.name,
@@ -216,11 +249,17 @@ def _llava_original(vlm: Vlm) -> Found:
     if shape not in ("square", "pad"):
         _refuse(vlm, f"images of image_aspect_ratio {shape}", "LLaVA-1.5's square or pad")
     if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
-        _refuse(vlm, "tokens around an image (mm_use_im_start_end, mm_use_im_patch_token)", "none, as in LLaVA-1.5")
+        _refuse(
+            vlm,
+            "tokens around an image (mm_use_im_start_end, mm_use_im_patch_token)",
+            "none, as in LLaVA-1.5",
+        )
     tower = TransformersTower(
         kind="transformers",
         name=str(config["mm_vision_tower"]),
-        weights=vlm.name if any(re.match(vlm.layout.tower, key) for key in _tensor_names(vlm)) else None,
+        weights=vlm.name
+        if any(re.match(vlm.layout.tower, key) for key in _tensor_names(vlm))
+        else None,
         layer=int(config.get("mm_vision_select_layer", -2)),
         class_token=config.get("mm_vision_select_feature", "patch") == "cls_patch",
         resize="pad" if shape == "pad" else "crop",
@@ -235,14 +274,30 @@ def _blip(vlm: Vlm) -> Found:
     whole = _transformers_config(vlm)
     former = whole.qformer_config
     text = vlm.kind == "instructblip"
-    expected = {"hidden_act": "gelu", "intermediate_size": 4 * former.hidden_size, "layer_norm_eps": 1e-12}
+    expected = {
+        "hidden_act": "gelu",
+        "intermediate_size": 4 * former.hidden_size,
+        "layer_norm_eps": 1e-12,
+    }
     expected |= {"use_qformer_text_input": False} if vlm.kind == "blip-2" else {}
     for key, value in expected.items():
         if getattr(former, key, value) != value:
             _refuse(vlm, f"a Q-Former whose {key} is {getattr(former, key)}", str(value))
     if not whole.text_config.is_encoder_decoder:
-        _refuse(vlm, f"a decoder ({whole.text_config.model_type}) as its language model", "Flan-T5 or another encoder-decoder")
-    own = {"tokenizer": vlm.name, "vocab_size": former.vocab_size, "max_text": former.max_position_embeddings} if text else {}
+        _refuse(
+            vlm,
+            f"a decoder ({whole.text_config.model_type}) as its language model",
+            "Flan-T5 or another encoder-decoder",
+        )
+    own = (
+        {
+            "tokenizer": vlm.name,
+            "vocab_size": former.vocab_size,
+            "max_text": former.max_position_embeddings,
+        }
+        if text
+        else {}
+    )
     connector = QFormerConnector(
         kind="qformer",
         queries=whole.num_query_tokens,
@@ -266,7 +321,12 @@ def _blip(vlm: Vlm) -> Found:
     return tower, connector, "seq2seq"
 
 
-SECTIONS = {"llava": _llava, "llava_original": _llava_original, "blip-2": _blip, "instructblip": _blip}
+SECTIONS = {
+    "llava": _llava,
+    "llava_original": _llava_original,
+    "blip-2": _blip,
+    "instructblip": _blip,
+}
 """By kind."""
 
 
@@ -274,7 +334,9 @@ SECTIONS = {"llava": _llava, "llava_original": _llava_original, "blip-2": _blip,
 
 
 def _refuse(vlm: Vlm, found: str, expected: str) -> None:
-    raise ModelError(f"model.pretrained: {quoted(vlm.name)} has {found}, which can't be taken over; expected {expected}")
+    raise ModelError(
+        f"model.pretrained: {quoted(vlm.name)} has {found}, which can't be taken over; expected {expected}"
+    )
 
 
 def _transformers_config(vlm: Vlm) -> Any:
@@ -283,7 +345,9 @@ def _transformers_config(vlm: Vlm) -> Any:
     try:
         return AutoConfig.from_pretrained(config_source(vlm.name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.pretrained: can't read the config of {quoted(vlm.name)}: {load_reason(vlm.name, error)}") from None
+        raise ModelError(
+            f"model.pretrained: can't read the config of {quoted(vlm.name)}: {load_reason(vlm.name, error)}"
+        ) from None
 
 
 def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
@@ -291,11 +355,19 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
     from transformers import AutoImageProcessor
 
     try:
-        found: Any = AutoImageProcessor.from_pretrained(config_source(vlm.name), backend="pil", trust_remote_code=False)
+        found: Any = AutoImageProcessor.from_pretrained(
+            config_source(vlm.name), backend="pil", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {error}") from None
+        raise ModelError(
+            f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {error}"
+        ) from None
     if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
-        _refuse(vlm, "an image processor that does not resize, rescale and normalise, or not bicubically", "resample: 3")
+        _refuse(
+            vlm,
+            "an image processor that does not resize, rescale and normalise, or not bicubically",
+            "resample: 3",
+        )
     if abs(found.rescale_factor * 255 - 1) > 1e-6:
         _refuse(vlm, f"pixels scaled by {found.rescale_factor}", "1/255")
     size = found.size
@@ -310,7 +382,11 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
         how = "squash"
         sides = {size.height, size.width}
     if len(sides) != 1 or None in sides:
-        _refuse(vlm, f"an image processor with size {dict(size)} and crop_size {dict(crop or {})}", "one square size")
+        _refuse(
+            vlm,
+            f"an image processor with size {dict(size)} and crop_size {dict(crop or {})}",
+            "one square size",
+        )
     own = sides.pop()
     return {"resize": how} | ({} if own == side else {"image_size": own})
 
@@ -322,8 +398,14 @@ def language_config(vlm: Vlm) -> Any:
     from transformers import AutoConfig
 
     kind = ORIGINAL_TYPES[vlm.config["model_type"]]
-    known = {*AutoConfig.for_model(kind).to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "transformers_version"}
-    return AutoConfig.for_model(kind, **{key: value for key, value in vlm.config.items() if key in known})
+    known = {*AutoConfig.for_model(kind).to_dict(), "rope_theta", "rope_scaling"} - {
+        "model_type",
+        "architectures",
+        "transformers_version",
+    }
+    return AutoConfig.for_model(
+        kind, **{key: value for key, value in vlm.config.items() if key in known}
+    )
 
 
 def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
@@ -332,7 +414,10 @@ def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
 
     mapping: Any = AutoModelForCausalLM._model_mapping
     base = mapping[type(config)].base_model_prefix if type(config) in mapping else ""
-    return {old.replace("{base}", base): new.replace("{base}", base) for old, new in vlm.layout.language.items()}
+    return {
+        old.replace("{base}", base): new.replace("{base}", base)
+        for old, new in vlm.layout.language.items()
+    }
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -373,6 +458,14 @@ def _files(name: str) -> list[Path]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return check_folder(Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"])))
+        return check_folder(
+            Path(
+                snapshot_download(
+                    name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]
+                )
+            )
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"can't fetch the weights of {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"can't fetch the weights of {quoted(name)}: {load_reason(name, error)}"
+        ) from None

@@ -32,14 +32,22 @@ class VisionTower(nn.Module):
     rebuild: dict[str, Any]
     measured: tuple[int, int] | None = None
 
-    def __init__(self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.grid = config.grid
         self.image_size = image_size
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("offset", torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "offset",
+            torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1),
+            persistent=False,
+        )
 
     def maps(self, pixels: torch.Tensor) -> Found:
         """What is found in normalised pixels float[B, 3, H, W]."""
@@ -48,7 +56,9 @@ class VisionTower(nn.Module):
     def found(self, pixels: torch.Tensor) -> Found:
         """What is found in pixels [B, 3, H, W] of 0 to 255, pooled to the tower's grid."""
         dtype = next(self.parameters()).dtype
-        maps, first = self.maps((pixels.float() * self.scale - self.offset).to(dtype, memory_format=torch.channels_last))
+        maps, first = self.maps(
+            (pixels.float() * self.scale - self.offset).to(dtype, memory_format=torch.channels_last)
+        )
         return [pool(one, self.grid) for one in maps], first
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -63,7 +73,9 @@ class VisionTower(nn.Module):
             return self.measured
         parameter = next(self.parameters())
         was = self.training
-        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device)
+        blank = torch.zeros(
+            1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device
+        )
         with torch.no_grad():
             _, tokens, width = self.eval()(blank).shape
         self.train(was)
@@ -73,11 +85,19 @@ class VisionTower(nn.Module):
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
     """A feature map [B, C, h, w] as [B, C, grid, grid]; as it is where no grid is given."""
-    return features if grid is None or features.shape[-2:] == (grid, grid) else adaptive_avg_pool2d(features, grid)
+    return (
+        features
+        if grid is None or features.shape[-2:] == (grid, grid)
+        else adaptive_avg_pool2d(features, grid)
+    )
 
 
 def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """Pixels [B, 3, S, S] of 0 to 255 as [B, 3, size, size], bicubic."""
     if pixels.shape[-1] == size:
         return pixels
-    return interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+    return (
+        interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+        .round()
+        .clamp(0, 255)
+    )

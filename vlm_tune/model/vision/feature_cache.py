@@ -52,7 +52,9 @@ def tower_features(
     """
     tower = model.tower
     processor = model.processor.images
-    key = hashlib.sha256(f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode())
+    key = hashlib.sha256(
+        f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode()
+    )
     media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
     digests = _digests(media)
     distinct = list(dict.fromkeys(digests))
@@ -64,7 +66,9 @@ def tower_features(
     path = _cached(folder, name, note)
     if path is None:
         first = dict(zip(digests, media, strict=True))
-        path = _compute(model, [first[digest] for digest in sorted(distinct)], folder, name, progress)
+        path = _compute(
+            model, [first[digest] for digest in sorted(distinct)], folder, name, progress
+        )
         trim_cache(folder, path)
     with contextlib.suppress(OSError):  # the cache may be another's, to read only
         os.utime(path)
@@ -88,12 +92,19 @@ def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path
 
 def _digests(media: Sequence[Media]) -> list[str]:
     """What each item is known by: its image's bytes, read once, and the place of a tile in it."""
-    whole = {source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest() for source in dict.fromkeys(item.source for item in media)}
+    whole = {
+        source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest()
+        for source in dict.fromkeys(item.source for item in media)
+    }
     return [whole[item.source] + (f":{item.tile}" if item.tile else "") for item in media]
 
 
 def _compute(
-    model: VisionLanguageModel, media: Sequence[Media], folder: Path, name: str, progress: Callable[[int, int], None] | None
+    model: VisionLanguageModel,
+    media: Sequence[Media],
+    folder: Path,
+    name: str,
+    progress: Callable[[int, int], None] | None,
 ) -> Path:
     """Writes the features of `media` as one array [images, N, D]; the file, named by its checksum."""
     check_cache(folder)
@@ -102,17 +113,29 @@ def _compute(
     tokens, width = tower.measure()
     dtype = next(tower.parameters()).dtype
     # numpy has no bfloat16: its bits are kept as int16.
-    stored = np.int16 if dtype == torch.bfloat16 else np.float16 if dtype == torch.float16 else np.float32
+    stored = (
+        np.int16
+        if dtype == torch.bfloat16
+        else np.float16
+        if dtype == torch.float16
+        else np.float32
+    )
     temporary = folder / f"{name}.tmp-{os.getpid()}.npy"
     was = tower.training
     tower.eval()
     try:
         with cache_room(folder):
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width))
+            array = np.lib.format.open_memmap(
+                temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width)
+            )
             _reserve(temporary)
         for start in range(0, len(media), BATCH):
-            pixels = torch.stack([model.processor.images(item) for item in media[start : start + BATCH]])
-            with torch.autocast(model.device.type, enabled=False):  # the same features wherever they are asked for
+            pixels = torch.stack(
+                [model.processor.images(item) for item in media[start : start + BATCH]]
+            )
+            with torch.autocast(
+                model.device.type, enabled=False
+            ):  # the same features wherever they are asked for
                 features = tower(pixels.to(model.device)).cpu()
             bits = features.view(torch.int16) if dtype == torch.bfloat16 else features
             array[start : start + len(pixels)] = bits.numpy()

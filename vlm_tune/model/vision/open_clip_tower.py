@@ -32,8 +32,16 @@ class OpenClipVision(VisionTower):
             model = _pretrained_open_clip(config)
             visual: Any = model.visual
             preprocess = open_clip.get_model_preprocess_cfg(model)
-            source |= {"quick_gelu": _uses_quick_gelu(visual), "mean": preprocess["mean"], "std": preprocess["std"]}
-        size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
+            source |= {
+                "quick_gelu": _uses_quick_gelu(visual),
+                "mean": preprocess["mean"],
+                "std": preprocess["std"],
+            }
+        size = (
+            visual.image_size[0]
+            if isinstance(visual.image_size, tuple | list)
+            else visual.image_size
+        )
         super().__init__(config, int(size), source["mean"], source["std"])
         self.rebuild = source
         self.visual: Any = visual
@@ -46,7 +54,9 @@ class OpenClipVision(VisionTower):
         if hasattr(visual, "trunk"):
             trunk = visual.trunk
             if not hasattr(trunk, "prune_intermediate_layers"):
-                raise ModelError(f"model.tower.layer: timm's {type(trunk).__name__}, which this tower is, gives no intermediate features")
+                raise ModelError(
+                    f"model.tower.layer: timm's {type(trunk).__name__}, which this tower is, gives no intermediate features"
+                )
             try:
                 trunk.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
             except AssertionError:
@@ -56,7 +66,9 @@ class OpenClipVision(VisionTower):
         elif hasattr(visual, "transformer"):
             blocks = visual.transformer.resblocks
             if -layer > len(blocks):
-                raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}")
+                raise ModelError(
+                    f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}"
+                )
             visual.transformer.resblocks = blocks[: len(blocks) + layer + 1]
             visual.ln_post = nn.Identity()
             visual.proj = None
@@ -65,15 +77,21 @@ class OpenClipVision(VisionTower):
             has_class = True
         else:
             if layer != -1:
-                raise ModelError("model.tower.layer: a ModifiedResNet tower gives its last feature map only, layer -1")
+                raise ModelError(
+                    "model.tower.layer: a ModifiedResNet tower gives its last feature map only, layer -1"
+                )
             visual.attnpool = nn.Identity()
             has_class = False
         if self.class_token and not has_class:
             raise ModelError("model.tower.class_token: this tower has none")
 
     def maps(self, pixels: torch.Tensor) -> Found:
-        found = self.visual.forward_intermediates(pixels, indices=1, intermediates_only=True, output_extra_tokens=self.class_token)
-        return found["image_intermediates"], found["image_intermediates_prefix"][0][:, :1] if self.class_token else None
+        found = self.visual.forward_intermediates(
+            pixels, indices=1, intermediates_only=True, output_extra_tokens=self.class_token
+        )
+        return found["image_intermediates"], found["image_intermediates_prefix"][0][
+            :, :1
+        ] if self.class_token else None
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
@@ -88,10 +106,19 @@ def open_clip_config(name: str) -> dict[str, Any]:
     try:
         known = open_clip.get_model_config(name)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}"
+        ) from None
     if known is None:
-        raise ModelError(f"model.tower.name: open_clip has no model {quoted(name)} (open_clip.list_models() lists them)")
-    return {"vision_cfg": known["vision_cfg"], "quick_gelu": known.get("quick_gelu", False), "mean": CLIP_MEAN, "std": CLIP_STD}
+        raise ModelError(
+            f"model.tower.name: open_clip has no model {quoted(name)} (open_clip.list_models() lists them)"
+        )
+    return {
+        "vision_cfg": known["vision_cfg"],
+        "quick_gelu": known.get("quick_gelu", False),
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+    }
 
 
 def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
@@ -103,7 +130,9 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
         vision["image_size"] = image_size
     text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     try:
-        visual: Any = open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text, quick_gelu=source["quick_gelu"]).visual  # type: ignore[arg-type]
+        visual: Any = open_clip.CLIP(
+            embed_dim=64, vision_cfg=vision, text_cfg=text, quick_gelu=source["quick_gelu"]
+        ).visual  # type: ignore[arg-type]
         if image_size is not None and hasattr(visual, "set_input_size"):
             visual.set_input_size(image_size)
         return visual
@@ -127,10 +156,14 @@ def _pretrained_open_clip(config: OpenClipTower) -> Any:
             raise ModelError(f"{file}: pickled weights are not loaded, convert them to safetensors")
         check_safetensors(file)
     try:
-        return open_clip.create_model(str(config.name), pretrained=config.pretrained, force_image_size=config.image_size)
+        return open_clip.create_model(
+            str(config.name), pretrained=config.pretrained, force_image_size=config.image_size
+        )
     except (RuntimeError, OSError, ValueError) as error:
         reason = load_reason(str(config.pretrained or config.name), error)
-        raise ModelError(f"can't load the tower {config.name} with pretrained: {config.pretrained}: {reason}") from None
+        raise ModelError(
+            f"can't load the tower {config.name} with pretrained: {config.pretrained}: {reason}"
+        ) from None
 
 
 def _uses_quick_gelu(visual: nn.Module) -> bool:

@@ -20,13 +20,24 @@ class PairVision(VisionTower):
 
     def __init__(self, config: PairTower, rebuild: dict[str, Any] | None) -> None:
         sources = rebuild["towers"] if rebuild else [None, None]
-        towers = [build_tower(part, source) for part, source in zip(config.towers, sources, strict=True)]
+        towers = [
+            build_tower(part, source) for part, source in zip(config.towers, sources, strict=True)
+        ]
         odd = [part.resize for part in config.towers if part.resize not in ("crop", config.resize)]
         if odd:
-            raise ModelError(f"two towers see one image: set model.tower.resize: {odd[0]} for the pair, not for one of them")
+            raise ModelError(
+                f"two towers see one image: set model.tower.resize: {odd[0]} for the pair, not for one of them"
+            )
         if len({getattr(part, "class_token", False) for part in config.towers}) > 1:
-            raise ModelError("model.tower.towers: two towers side by side need class_token in both or in none")
-        super().__init__(config, config.image_size or max(tower.image_size for tower in towers), towers[0].mean, towers[0].std)
+            raise ModelError(
+                "model.tower.towers: two towers side by side need class_token in both or in none"
+            )
+        super().__init__(
+            config,
+            config.image_size or max(tower.image_size for tower in towers),
+            towers[0].mean,
+            towers[0].std,
+        )
         self.towers = nn.ModuleList(towers)
         self.rebuild = {"towers": [tower.rebuild for tower in towers]}
 
@@ -34,7 +45,9 @@ class PairVision(VisionTower):
         every = [tower.found(resized(pixels, tower.image_size)) for tower in self.towers]  # type: ignore[operator, arg-type]
         grid = self.grid or min(one.shape[-1] for maps, _ in every for one in maps)
         first = [token for _, token in every if token is not None]
-        return [pool(one, grid) for maps, _ in every for one in maps], torch.cat(first, dim=2) if first else None
+        return [pool(one, grid) for maps, _ in every for one in maps], torch.cat(
+            first, dim=2
+        ) if first else None
 
 
 def architecture(config: AnyTower) -> dict[str, Any] | None:

@@ -25,9 +25,13 @@ class TimmVision(VisionTower):
         if own:
             hub_answers()
         try:
-            trunk: Any = timm.create_model(config.name, pretrained=own, features_only=True, out_indices=tuple(config.stages))
+            trunk: Any = timm.create_model(
+                config.name, pretrained=own, features_only=True, out_indices=tuple(config.stages)
+            )
         except (RuntimeError, AssertionError, IndexError) as error:
-            raise ModelError(f"model.tower.name: {error or f'{config.name} has no stages {config.stages}'}") from None
+            raise ModelError(
+                f"model.tower.name: {error or f'{config.name} has no stages {config.stages}'}"
+            ) from None
         known: Any = timm.get_pretrained_cfg(config.name)
         mean, std = (known.mean, known.std) if known else (CLIP_MEAN, CLIP_STD)
         usual = known.input_size[-1] if known else 224
@@ -41,7 +45,9 @@ class TimmVision(VisionTower):
         self.whole = getattr(trunk, "model", None)
         if known and known.fixed_input_size and self.image_size != usual:
             if not hasattr(self.whole, "set_input_size"):
-                raise ModelError(f"timm's {config.name} takes images of {usual} pixels only; leave out model.tower.image_size")
+                raise ModelError(
+                    f"timm's {config.name} takes images of {usual} pixels only; leave out model.tower.image_size"
+                )
             self.whole.set_input_size(img_size=self.image_size)  # type: ignore[union-attr]
         if config.class_token and getattr(self.whole, "cls_token", None) is None:
             raise ModelError(f"model.tower.class_token: timm's {config.name} has none")
@@ -49,9 +55,14 @@ class TimmVision(VisionTower):
     def maps(self, pixels: torch.Tensor) -> Found:
         if self.class_token:
             found = self.whole.forward_intermediates(  # type: ignore[union-attr]
-                pixels, indices=self.trunk.out_indices, intermediates_only=True, return_prefix_tokens=True
+                pixels,
+                indices=self.trunk.out_indices,
+                intermediates_only=True,
+                return_prefix_tokens=True,
             )
-            return [one for one, _ in found], torch.cat([prefix[:, :1] for _, prefix in found], dim=2)
+            return [one for one, _ in found], torch.cat(
+                [prefix[:, :1] for _, prefix in found], dim=2
+            )
         found = self.trunk(pixels)
         if str(getattr(self.trunk, "output_fmt", "NCHW")).endswith("NHWC"):
             found = [one.permute(0, 3, 1, 2) for one in found]
@@ -67,4 +78,8 @@ def _load_backbone(trunk: nn.Module, file: Path) -> None:
 
     given = {plain(name): value for name, value in read_safetensors(file).items()}
     # A backbone has no classifier: its file may hold more, but nothing that the backbone needs may be missing.
-    load_into(trunk, {name: given[plain(name)] for name in trunk.state_dict() if plain(name) in given}, file)
+    load_into(
+        trunk,
+        {name: given[plain(name)] for name in trunk.state_dict() if plain(name) in given},
+        file,
+    )

@@ -13,7 +13,14 @@ from vlm_tune.config.model import TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors
-from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Found, VisionTower
+from vlm_tune.model.vision.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Found,
+    VisionTower,
+)
 from vlm_tune.model.weights import check_folder, load_into
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
@@ -40,21 +47,53 @@ class Family:
 
 FAMILIES = {
     "clip_vision_model": Family(
-        "CLIPVisionConfig", "CLIPVisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+        "CLIPVisionConfig",
+        "CLIPVisionModel",
+        "layers",
+        "post_layernorm",
+        CLIP_MEAN,
+        CLIP_STD,
+        asks_to_interpolate=True,
     ),
     # SigLIP 2 of fixed resolution is stored as this type too.
     "siglip_vision_model": Family(
-        "SiglipVisionConfig", "SiglipVisionModel", "layers", "post_layernorm", HALF, HALF, class_token=False, asks_to_interpolate=True
+        "SiglipVisionConfig",
+        "SiglipVisionModel",
+        "layers",
+        "post_layernorm",
+        HALF,
+        HALF,
+        class_token=False,
+        asks_to_interpolate=True,
     ),
     "blip_2_vision_model": Family(
-        "Blip2VisionConfig", "Blip2VisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+        "Blip2VisionConfig",
+        "Blip2VisionModel",
+        "layers",
+        "post_layernorm",
+        CLIP_MEAN,
+        CLIP_STD,
+        asks_to_interpolate=True,
     ),
     "instructblip_vision_model": Family(
-        "InstructBlipVisionConfig", "InstructBlipVisionModel", "layers", "post_layernorm", CLIP_MEAN, CLIP_STD, asks_to_interpolate=True
+        "InstructBlipVisionConfig",
+        "InstructBlipVisionModel",
+        "layers",
+        "post_layernorm",
+        CLIP_MEAN,
+        CLIP_STD,
+        asks_to_interpolate=True,
     ),
-    "dinov2": Family("Dinov2Config", "Dinov2Model", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2": Family(
+        "Dinov2Config", "Dinov2Model", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD
+    ),
     "dinov2_with_registers": Family(
-        "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", "layer", "layernorm", IMAGENET_MEAN, IMAGENET_STD
+        "Dinov2WithRegistersConfig",
+        "Dinov2WithRegistersModel",
+        "layer",
+        "layernorm",
+        IMAGENET_MEAN,
+        IMAGENET_STD,
     ),
 }
 """By transformers' model_type."""
@@ -70,15 +109,26 @@ class TransformersVision(VisionTower):
         vision = dict(source["vision_config"])
         family = FAMILIES[vision["model_type"]]
         if rebuild:
-            model: Any = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+            model: Any = getattr(transformers, family.model)(
+                getattr(transformers, family.config)(**vision)
+            )
         else:
             model = _pretrained_vision(config, family, vision)
-        super().__init__(config, config.image_size or vision["image_size"], source.get("mean", family.mean), source.get("std", family.std))
+        super().__init__(
+            config,
+            config.image_size or vision["image_size"],
+            source.get("mean", family.mean),
+            source.get("std", family.std),
+        )
         if config.class_token and not family.class_token:
-            raise ModelError(f"model.tower.class_token: a tower of type {vision['model_type']} has none")
+            raise ModelError(
+                f"model.tower.class_token: a tower of type {vision['model_type']} has none"
+            )
         blocks = getattr(model.encoder, family.blocks)
         if -config.layer > len(blocks):
-            raise ModelError(f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {config.layer}")
+            raise ModelError(
+                f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {config.layer}"
+            )
         setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
@@ -99,8 +149,12 @@ class TransformersVision(VisionTower):
 
     def maps(self, pixels: torch.Tensor) -> Found:
         hidden = self.norm(self.model(pixel_values=pixels, **self.options).last_hidden_state)
-        patches = hidden[:, hidden.shape[1] - self.side**2 :]  # class token and registers come first
-        return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[:, :1] if self.class_token else None
+        patches = hidden[
+            :, hidden.shape[1] - self.side**2 :
+        ]  # class token and registers come first
+        return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[
+            :, :1
+        ] if self.class_token else None
 
 
 def _drop_unused(model: Any) -> None:
@@ -125,16 +179,23 @@ def transformers_config(name: str) -> dict[str, Any]:
     try:
         whole: Any = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}"
+        ) from None
     vision = getattr(whole, "vision_config", whole)
     family = FAMILIES.get(vision.model_type)
     if family is None:
-        raise ModelError(f"the tower {quoted(name)} is of type {vision.model_type}; known are {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"the tower {quoted(name)} is of type {vision.model_type}; known are {', '.join(FAMILIES)}"
+        )
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(config_source(name))
     except OSError:
         pixels = {}
-    scale = {"mean": pixels.get("image_mean") or family.mean, "std": pixels.get("image_std") or family.std}
+    scale = {
+        "mean": pixels.get("image_mean") or family.mean,
+        "std": pixels.get("image_std") or family.std,
+    }
     return {"vision_config": vision.to_dict(), **{key: list(value) for key, value in scale.items()}}
 
 
@@ -149,16 +210,24 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
         load_into(found, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
         return found
     if config.weights is not None:
-        raise ModelError(f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)")
+        raise ModelError(
+            f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)"
+        )
     if is_folder(name):
         check_folder(Path(name))
     factory: Any = getattr(transformers, family.model)
     try:
-        model, info = factory.from_pretrained(name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, info = factory.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}") from None
+        raise ModelError(
+            f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}"
+        ) from None
     # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
     unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unfit:
-        raise ModelError(f"the weights in {quoted(name)} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}")
+        raise ModelError(
+            f"the weights in {quoted(name)} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}"
+        )
     return model

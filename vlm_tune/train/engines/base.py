@@ -58,13 +58,21 @@ class Engine:
         fuse(model)
 
     def _adamw(self, groups: list[dict[str, Any]], train: TrainSection) -> torch.optim.AdamW:
-        return torch.optim.AdamW(groups, betas=(train.betas[0], train.betas[1]), weight_decay=train.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            groups,
+            betas=(train.betas[0], train.betas[1]),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Around a forward and backward pass; gradients are exchanged with the last of a step."""
         alone = last or self.accelerator.num_processes == 1
-        with self.accelerator.autocast(), contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model):
+        with (
+            self.accelerator.autocast(),
+            contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model),
+        ):
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -79,7 +87,9 @@ class Engine:
         self._set_rates(factor)
         self.accelerator.unscale_gradients()
         parameters = self._parameters()
-        found = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        found = torch.nn.utils.get_total_norm(
+            [each.grad for each in parameters if each.grad is not None]
+        )
         norm = float(found)
         # A gradient that is short enough need not be gone through once more.
         if not norm <= self.max_grad_norm:
@@ -128,7 +138,9 @@ class Engine:
         kept = by_parameter(state)
         for name, parameter in self._named():
             if name in kept:
-                inner.state[parameter] = {key: self._share(parameter, key, value) for key, value in kept[name].items()}
+                inner.state[parameter] = {
+                    key: self._share(parameter, key, value) for key, value in kept[name].items()
+                }
 
     def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
         if key == "step":
@@ -172,7 +184,9 @@ def fill(parameter: nn.Parameter, device: torch.device) -> None:
     """Gives a parameter the first rank's value on every rank; those that hold none yet take memory for it now."""
     if parameter.is_meta:
         empty = torch.empty_like(parameter, device=device, memory_format=torch.contiguous_format)
-        torch.utils.swap_tensors(parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        torch.utils.swap_tensors(
+            parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        )
     else:
         parameter.data = parameter.data.to(device).contiguous()
     dist.broadcast(parameter.data, 0)
@@ -203,4 +217,6 @@ class Filled(nn.Module):
 
 def shards(section: AnyEngine) -> bool:
     """Whether an engine's processes hold only shares of the weights."""
-    return isinstance(section, FsdpEngine) or (isinstance(section, DeepSpeedEngine) and section.stage == 3)
+    return isinstance(section, FsdpEngine) or (
+        isinstance(section, DeepSpeedEngine) and section.stage == 3
+    )

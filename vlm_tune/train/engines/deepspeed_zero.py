@@ -18,7 +18,15 @@ from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import fuse
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vlm import VisionLanguageModel
-from vlm_tune.train.engines.base import MOMENTS, Engine, Filled, State, by_parameter, fill_buffers, shards
+from vlm_tune.train.engines.base import (
+    MOMENTS,
+    Engine,
+    Filled,
+    State,
+    by_parameter,
+    fill_buffers,
+    shards,
+)
 
 
 class DeepSpeed(Engine):
@@ -48,16 +56,22 @@ class DeepSpeed(Engine):
         self.inner = model
         self.names = tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
-        config = self._config(train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"]))
+        config = self._config(
+            train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"])
+        )
         if self.sharded:
             fill_buffers(model, self.accelerator.device)
-            deepspeed.zero.Init(module=Filled(model, self.accelerator.device), config_dict_or_path=config)
+            deepspeed.zero.Init(
+                module=Filled(model, self.accelerator.device), config_dict_or_path=config
+            )
             # It is gathered as it runs, equally often on every rank.
             model.llm.whole_head = True
         for parameter in model.parameters():
             # It sends the bytes as they lie in memory, which a channels-last weight's are not in order.
             parameter.data = parameter.data.contiguous()
-        self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._adamw(tuned.groups, train), config=config)
+        self.model, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=self._adamw(tuned.groups, train), config=config
+        )
         if self.section.stage:
             self._start_state()
         if not self.sharded:
@@ -67,8 +81,14 @@ class DeepSpeed(Engine):
         """DeepSpeed's configuration for so many numbers to train; the recipe's own keys win."""
         section = self.section
         # By default it takes two gigabytes to exchange gradients in, however few there are; this is enough for any link.
-        zero: dict[str, Any] = {"stage": section.stage, "reduce_bucket_size": min(trained, BUCKET // 4)}
-        zero |= {f"offload_{'param' if what == 'parameters' else what}": {"device": "cpu"} for what in section.offload}
+        zero: dict[str, Any] = {
+            "stage": section.stage,
+            "reduce_bucket_size": min(trained, BUCKET // 4),
+        }
+        zero |= {
+            f"offload_{'param' if what == 'parameters' else what}": {"device": "cpu"}
+            for what in section.offload
+        }
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -78,7 +98,11 @@ class DeepSpeed(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             # Weights are in their types already; nothing is sent in fewer digits than it has.
-            "torch_autocast": {"enabled": train.precision != "fp32", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            "torch_autocast": {
+                "enabled": train.precision != "fp32",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
             "steps_per_print": 10**9,
             **{key: value for key, value in section.config.items() if key != "zero_optimization"},
         }
@@ -99,10 +123,17 @@ class DeepSpeed(Engine):
 
     def _start_state(self) -> None:
         """Gives the optimizer its state before the first step: DeepSpeed ties parameters to what the first group's step made."""
-        flat = self.optimizer.fp32_partitioned_groups_flat if self.sharded else self.optimizer.single_partition_of_fp32_groups
+        flat = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if self.sharded
+            else self.optimizer.single_partition_of_fp32_groups
+        )
         for share in flat:
             moments = {key: torch.zeros_like(share, requires_grad=False) for key in MOMENTS}
-            self.optimizer.optimizer.state[share] = {"step": torch.zeros((), device=share.device), **moments}
+            self.optimizer.optimizer.state[share] = {
+                "step": torch.zeros((), device=share.device),
+                **moments,
+            }
 
     def optimizer_state(self) -> State:
         if self.section.stage == 0:
@@ -115,7 +146,11 @@ class DeepSpeed(Engine):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if self.accelerator.is_main_process:
                 state[f"{name}|step"] = step.cpu()
-                state |= {f"{name}|{key}": value.cpu() for key, value in moments.items() if value is not None}
+                state |= {
+                    f"{name}|{key}": value.cpu()
+                    for key, value in moments.items()
+                    if value is not None
+                }
         return state
 
     def load_optimizer_state(self, state: State) -> None:
@@ -137,8 +172,12 @@ class DeepSpeed(Engine):
                     continue
                 # The last rank's share is padded, which setting the whole value does not allow for.
                 size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-                padded = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
-                safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.accelerator.process_index, size), key)
+                padded = nn.functional.pad(
+                    value.flatten(), (0, size * self.accelerator.num_processes - value.numel())
+                )
+                safe_set_local_optimizer_state(
+                    parameter, padded.narrow(0, size * self.accelerator.process_index, size), key
+                )
 
     def release(self) -> None:
         self.model.destroy()

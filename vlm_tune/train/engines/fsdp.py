@@ -42,7 +42,9 @@ class Fsdp(Engine):
         self.max_grad_norm = train.max_grad_norm or math.inf
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (self.accelerator.num_processes,)),
-            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.section.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
+            if self.section.offload
+            else OffloadPolicy(),
         }
         fill_buffers(model, device)
         model.llm.whole_head = True
@@ -78,7 +80,9 @@ class Fsdp(Engine):
             return value
         held: Any = parameter
         device = held.to_local().device
-        return distribute_tensor(value.to(device), held.device_mesh, held.placements, src_data_rank=None)
+        return distribute_tensor(
+            value.to(device), held.device_mesh, held.placements, src_data_rank=None
+        )
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

@@ -26,23 +26,44 @@ def resolve_engine(section: AnyEngine) -> AnyEngine:
     if isinstance(section, AutoEngine):
         return named or DdpEngine(kind="ddp")
     if named is not None and named.kind != section.kind:
-        raise RecipeError([Problem("engine", f"the recipe says {section.kind} and the accelerate config {named.kind}; drop one of them")])
+        raise RecipeError(
+            [
+                Problem(
+                    "engine",
+                    f"the recipe says {section.kind} and the accelerate config {named.kind}; drop one of them",
+                )
+            ]
+        )
     return section
 
 
 def _configured() -> AnyEngine | None:
     """The engine of `accelerate launch`'s config; None where it names none."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return FsdpEngine(kind="fsdp", offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
+        return FsdpEngine(
+            kind="fsdp", offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
     from accelerate.utils import DeepSpeedPlugin
 
     config = DeepSpeedPlugin().deepspeed_config
-    zero = {key: value for key, value in config["zero_optimization"].items() if value not in (None, "auto")}
-    places = {what: zero.pop(key, None) or {} for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))}
+    zero = {
+        key: value
+        for key, value in config["zero_optimization"].items()
+        if value not in (None, "auto")
+    }
+    places = {
+        what: zero.pop(key, None) or {}
+        for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
+    }
     offload = [what for what, place in places.items() if place.get("device") == "cpu"]
-    found = {"kind": "deepspeed", "stage": zero.pop("stage", 2), "offload": offload, "config": {"zero_optimization": zero}}
+    found = {
+        "kind": "deepspeed",
+        "stage": zero.pop("stage", 2),
+        "offload": offload,
+        "config": {"zero_optimization": zero},
+    }
     return DeepSpeedEngine.model_validate(found)
 
 
@@ -56,4 +77,8 @@ def build_engine(section: AnyEngine, accelerator: Accelerator) -> Engine:
         # A process alone: the engines want a group all the same.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    return DeepSpeed(accelerator, section) if isinstance(section, DeepSpeedEngine) else Fsdp(accelerator, section)
+    return (
+        DeepSpeed(accelerator, section)
+        if isinstance(section, DeepSpeedEngine)
+        else Fsdp(accelerator, section)
+    )
