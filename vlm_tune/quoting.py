@@ -8,6 +8,9 @@ from typing import Any
 QUOTED = 200
 """Characters of a value that a message shows."""
 
+REASON = 300
+"""Characters of a library's error that a message shows."""
+
 
 def escaped(text: str) -> str:
     r"""Returns `text` with every character that does not print (control, format, lone surrogate) as `\x1b` or `\u202e`.
@@ -27,6 +30,15 @@ def cut(text: str, limit: int = QUOTED) -> str:
     if len(text) <= limit:
         return escaped(text)
     return f"{escaped(text[:limit])}... ({len(text):,} characters)"
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what a library's error says in one line, cut to what a message can take.
+
+    Its type where it says nothing.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return cut("; ".join(lines), REASON) if lines else type(error).__name__
 
 
 def quoted(value: Any, limit: int = QUOTED) -> str:

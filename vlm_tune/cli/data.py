@@ -23,7 +23,7 @@ from vlm_tune.cli.options import (
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
 from vlm_tune.paths import check_writable, writing
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 
 def show(
@@ -147,7 +147,7 @@ def _exports(recipe: Recipe) -> dict[str, str | None] | str:
     except (
         ModelError
     ) as error:  # a config that is not on this machine: the rest of what is told does not need it
-        return str(error).splitlines()[0]
+        return reason_of(error)
 
 
 def schema() -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.yaml_source import Located, Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.quoting import cut, quoted
+from vlm_tune.quoting import cut, quoted, reason_of
 
 OLD_NAMES = {
     "torch_dtype": "train.precision (bf16 | fp16 | fp32)",
@@ -313,5 +313,7 @@ def flow_value(name: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        message = f"expected a text, number, list or mapping, got {quoted(value)} ({error})"
+        message = (
+            f"expected a text, number, list or mapping, got {quoted(value)} ({reason_of(error)})"
+        )
         raise RecipeError([Problem(f"overrides[{quoted(name)}]", message)]) from None

@@ -19,6 +19,7 @@ from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.quoting import reason_of
 
 IMAGE_TOKEN = "<image>"
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -235,7 +236,7 @@ def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype
                 {key: _cast(value, dtype) for key, value in state.items()}, strict=True, assign=True
             )
         except RuntimeError as error:
-            raise ModelError(f"the weights don't fit LLaVA's {name}: {error}") from None
+            raise ModelError(f"the weights don't fit LLaVA's {name}: {reason_of(error)}") from None
     llava.tie_weights()
     stops = model.processor.stop_ids
     tokenizer = model.processor.tokenizer

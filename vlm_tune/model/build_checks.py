@@ -19,7 +19,7 @@ from torch import nn
 from vlm_tune.config.model import ModelSection, OpenClipTower, PairTower, Scratch
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError, Problem, RecipeError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import REASON, cut, quoted
 
 LARGEST = 2**31 - 1
 LAYERS = 2048
@@ -73,6 +73,9 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
                 f"transformers has no model type {quoted(scratch.model_type)}{hint}",
             )
         ]
+    wrong_kind = _kind_fault(scratch.model_type, kind)
+    if wrong_kind is not None:
+        return [((*at, "model_type"), wrong_kind)]
     default: Any = CONFIG_MAPPING[scratch.model_type]()
     values = default.to_dict()
     values |= {
@@ -108,8 +111,28 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
         line = [line for line in str(error).strip().splitlines() if line.strip()] or [
             type(error).__name__
         ]
-        fault = f"no {scratch.model_type} can be built from it: {line[-1].strip()}"
+        fault = f"no {scratch.model_type} can be built from it: {cut(line[-1].strip(), REASON)}"
     return [((*at, "config"), fault)] if fault else []
+
+
+def _kind_fault(model_type: str, kind: str) -> str | None:
+    """Why transformers has no such model of a kind; None where it has one."""
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+
+    models = {
+        "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
+        "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }
+    config = CONFIG_MAPPING[model_type]
+    if config in models[kind]:
+        return None
+    other = [name for name, mapping in models.items() if config in mapping]
+    hint = f"; it has one of kind {other[0]}" if other else ""
+    return f"transformers has no language model of kind {kind} and type {quoted(model_type)}{hint}"
 
 
 def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:

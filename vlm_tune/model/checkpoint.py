@@ -70,6 +70,7 @@ from vlm_tune.model.weights import (
 )
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
+from vlm_tune.quoting import reason_of
 from vlm_tune.run_folder import MANIFEST, strangers
 
 TEMPORARY = ".tmp-"
@@ -322,7 +323,7 @@ def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConf
         config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
     except ValidationError as error:
         raise ModelError(
-            f"{folder}: config.json is not a vlm_tune model's ({str(error).splitlines()[0]})"
+            f"{folder}: config.json is not a vlm_tune model's ({reason_of(error)})"
         ) from None
     return config.model_copy(update={"model": moved(folder, config.model, base)})
 
@@ -438,12 +439,14 @@ def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
             str(folder / PISSA if (folder / PISSA).is_dir() else folder)
         )
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder}: no LoRA adapter ({error})") from None
+        raise ModelError(f"{folder}: no LoRA adapter ({reason_of(error)})") from None
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     try:
         attach_adapter(model, part, config, fresh=False)
     except ValueError as error:
-        raise ModelError(f"{folder}: the adapter fits no layer of the {part}: {error}") from None
+        raise ModelError(
+            f"{folder}: the adapter fits no layer of the {part}: {reason_of(error)}"
+        ) from None
     try:
         load_adapter_state(parts(model)[part], tensors)
     except ModelError as error:

@@ -18,6 +18,7 @@ from torch import nn
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import whole_state
+from vlm_tune.quoting import reason_of
 
 PREFIX = "base_model.model."
 TRAINED = "default"
@@ -128,7 +129,7 @@ def merge_adapter(model: VisionLanguageModel, part: str) -> None:
     try:
         model.adapters.pop(part).merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"merging the {part}'s adapter: {error}") from None
+        raise ModelError(f"merging the {part}'s adapter: {reason_of(error)}") from None
     model.changed.add(part)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.paths import is_file, shown_path
+from vlm_tune.quoting import reason_of
 
 MAX_HEADER = 100_000_000
 
@@ -57,7 +58,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {reason_of(error)}") from None
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from vlm_tune.errors import ModelError, TrainingError
 from vlm_tune.model.checkpoint import capture_model, commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
+from vlm_tune.quoting import reason_of
 
 
 @dataclass
@@ -191,7 +192,7 @@ class CheckpointWriter:
                 else "there is none before it"
             )
             raise TrainingError(
-                f"the checkpoint {folder} could not be written ({error}); {kept}"
+                f"the checkpoint {folder} could not be written ({reason_of(error)}); {kept}"
             ) from error
 
 

@@ -9,6 +9,7 @@ import torch
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError, VlmTuneError
+from vlm_tune.quoting import reason_of
 
 NAMED = 3
 """Changes that the message names."""
@@ -31,7 +32,7 @@ def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    said = f"out of memory ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}); "
+    said = f"out of memory ({reason_of(error)}); "
     kept = "Finished checkpoints are kept: --resume --accept-changes goes on with the changes"
     return TrainingError(f"{said}{_by_plan(recipe)}. {kept}")
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from vlm_tune.data.prepare.fingerprints import fingerprint_differences
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import reason_of
 from vlm_tune.train.checkpoint import Progress, checkpoints, stage_folder
 
 DATA = "data.json"
@@ -36,7 +37,7 @@ def read_json(path: Path, kind: type[T], note: Note, lost: str) -> T | None:
             return value
         fault = f"it holds no {'list' if kind is list else 'mapping'}"
     except (OSError, ValueError) as error:
-        fault = str(error)
+        fault = reason_of(error)
     note(f"{path.name} can't be read ({fault}): {lost}")
     return None
 
@@ -58,7 +59,7 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
             if number in now
             for line in fingerprint_differences(stage, now[number])
         ]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         note(
             f"{DATA} is not as it was written: whether the data is still what the run began with can't be told"
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
+from vlm_tune.quoting import reason_of
+
 PATIENCE = 5
 """Failures in a row after which a tracker is left alone."""
 
@@ -63,4 +65,6 @@ class Trackers:
         except Exception as error:  # whatever a tracker's library raises
             self._failures[name] += 1
             if self._failures[name] == 1:
-                self._tell(f"{name} failed ({type(error).__name__}: {error}); training goes on")
+                self._tell(
+                    f"{name} failed ({type(error).__name__}: {reason_of(error)}); training goes on"
+                )

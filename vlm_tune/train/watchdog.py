@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from vlm_tune.errors import EXIT_TRAINING, TrainingError
+from vlm_tune.quoting import reason_of
 
 GRACE = 30.0
 """Seconds after which a process ends that its collective still holds although the others are known to be lost."""
@@ -78,7 +79,7 @@ class Watch:
     ) -> None:
         self._ended.set()
         if self._store is not None:
-            self._failure = f"{kind.__name__}: {error}"[:500] if kind is not None else None
+            self._failure = f"{kind.__name__}: {reason_of(error)}" if kind is not None else None
             with suppress(RuntimeError):
                 self._say(-1)
 
@@ -121,7 +122,7 @@ class Watch:
         reason = self._diagnosis or (
             self._places() if late else "the processes could not exchange tensors"
         )
-        return TrainingError(f"{reason}; {self._kept()} ({text.splitlines()[0][:200]})")
+        return TrainingError(f"{reason}; {self._kept()} ({reason_of(error)})")
 
     # --- the thread that looks ---
 

@@ -19,6 +19,7 @@ from vlm_tune.data.images.decode import augment_pixels
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +240,7 @@ class PreparedFeed:
             (numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place]
         )
         return DataError(
-            f"a loader process was killed ({str(error).splitlines()[0]}) at step {number[0] + 1} of epoch {position.epoch + 1} or soon "
+            f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of epoch {position.epoch + 1} or soon "
             f"after: {', '.join(self.rows_of(position, number)[:8])}. train.loader_workers: 0 shows whether a row does it; "
             "if memory ran out, fewer workers take less",
             source="data.train",

@@ -16,7 +16,7 @@ from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.media import data_url
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 KEYS = ("prompt", "image", "images")
 TURN_KEYS = ("role", "content")
@@ -234,6 +234,7 @@ def _encoded(image: Any) -> Media:
         ValueError,
     ) as error:  # a cut file that was opened, and modes of neither format
         raise DataError(
-            f"the PIL image of mode {image.mode} can't be read: {error}", kind="image_unreadable"
+            f"the PIL image of mode {image.mode} can't be read: {reason_of(error)}",
+            kind="image_unreadable",
         ) from None
     return Media(buffer.getvalue())

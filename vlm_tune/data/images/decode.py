@@ -18,6 +18,7 @@ from vlm_tune.config.data import Augment
 from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp
 from vlm_tune.data.types import Media, Tile
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,9 @@ def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
             f"{name}: not an image of {', '.join(FORMATS)} ({size} bytes)", kind="image_unreadable"
         ) from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: can't be decoded: {error}", kind="image_unreadable") from None
+        raise DataError(
+            f"{name}: can't be decoded: {reason_of(error)}", kind="image_unreadable"
+        ) from None
 
 
 def decode_image(data: bytes, name: str = "<bytes>") -> Image:

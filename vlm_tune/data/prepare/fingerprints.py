@@ -47,7 +47,10 @@ def fingerprint_streams(sources: Sequence[Source], seed: int) -> list[dict[str, 
 
 
 def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the fingerprints of a stage's parts, a line for each source; none where they agree."""
+    """What differs between the fingerprints of a stage's parts, a line for each source; none where they agree.
+
+    Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for what is no fingerprint.
+    """
     differences = []
     for part in sorted({*before, *now}):
         then = before.get(part, [])
@@ -77,14 +80,20 @@ def _content(source: Mapping[str, Any]) -> Any:
 
 
 def _row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """In words, which rows of a source differ, to the block."""
+    """In words, which rows of a source differ, to the block.
+
+    Raises `ValueError` for fingerprints that contradict themselves.
+    """
     if "stream" in old or "stream" in new:
         return "its files have another size or time of change"
     whole = min(old["rows"], new["rows"]) // BLOCK
     pairs = list(zip(old["blocks"], new["blocks"], strict=False))
-    first = next((number for number, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    different = [number for number, (one, other) in enumerate(pairs) if one != other]
+    first = different[0] if different else len(pairs)
     if old["rows"] == new["rows"]:
-        last = max(number for number, (one, other) in enumerate(pairs) if one != other)
-        return f"of {old['rows']:,} rows some of {first * BLOCK + 1:,} to {min((last + 1) * BLOCK, old['rows']):,} differ"
+        if not different:
+            raise ValueError("the hash of all rows differs, and that of no block of them")
+        last = min((different[-1] + 1) * BLOCK, old["rows"])
+        return f"of {old['rows']:,} rows some of {first * BLOCK + 1:,} to {last:,} differ"
     same = f" (the first {first * BLOCK:,} are the same)" if 0 < first <= whole else ""
     return f"{old['rows']:,} rows, now {new['rows']:,}{same}"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 CHUNK_ROWS = 2000
 """About how many rows a chunk has: enough that a worker's start does not count, few enough to share out."""
@@ -99,7 +99,7 @@ def files_digest(files: Iterable[Path]) -> str:
     try:
         stats = [(path.resolve(), path.stat()) for path in files]
     except OSError as error:
-        raise DataError(f"can't be read: {error}") from None
+        raise DataError(f"can't be read: {reason_of(error)}") from None
     return digest(*(f"{path}|{stat.st_size}|{stat.st_mtime_ns}" for path, stat in stats))
 
 

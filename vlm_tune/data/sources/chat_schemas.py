@@ -12,7 +12,7 @@ from vlm_tune.data.sources.fields import is_empty
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 Row = Mapping[str, Any]
 Parts = tuple[str | Media, ...]
@@ -444,7 +444,7 @@ def _list_of(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        message = f"`{name}` is a list, and its text is not JSON: {error}"
+        message = f"`{name}` is a list, and its text is not JSON: {reason_of(error)}"
     if name in ("choices", "options", "candidates") and len(text) <= PYTHON_LIST:
         try:
             return ast.literal_eval(text.strip())

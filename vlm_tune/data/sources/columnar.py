@@ -14,15 +14,13 @@ from vlm_tune.data.sources.json_csv import Stretch
 from vlm_tune.data.sources.task_schemas import ClassName
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
-from vlm_tune.quoting import cut, quoted
+from vlm_tune.quoting import quoted, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
 
 READ_ROWS = 128
 """Rows turned into Python objects at a time: rows hold images."""
-SHOWN = 200
-"""Characters of another library's message that ours quote."""
 
 
 def _ranges(rows: int, size: int = CHUNK_ROWS) -> Iterator[tuple[int, int]]:
@@ -39,7 +37,7 @@ def _damage() -> tuple[type[Exception], ...]:
 
 
 def _broken(error: Exception) -> str:
-    return f"can't be read: {cut(str(error).splitlines()[0], SHOWN) if str(error) else type(error).__name__}"
+    return f"can't be read: {reason_of(error)}"
 
 
 def _lost(first: int, end: int, error: Exception) -> Iterator[tuple[int, Any]]:
@@ -71,7 +69,7 @@ def _cell(value: Any) -> Any:
         return value.as_py()
     except (ValueError, ArithmeticError) as error:
         return DataError(
-            cut(str(error), SHOWN),
+            reason_of(error),
             kind="text" if isinstance(error, UnicodeDecodeError) else "field",
         )
 
@@ -298,7 +296,7 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
     except Exception as error:
         # The library's loaders raise errors of many kinds; all of them mean that there is no such data set here.
         raise DataError(
-            f"can't be loaded: {type(error).__name__}: {error}", source=config.name
+            f"can't be loaded: {type(error).__name__}: {reason_of(error)}", source=config.name
         ) from None
 
 

@@ -24,7 +24,7 @@ from vlm_tune.data.sources.stored_files import (
 )
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home, is_file, is_folder
-from vlm_tune.quoting import escaped
+from vlm_tune.quoting import escaped, reason_of
 
 CHUNK_BYTES = 1 << 25
 """A chunk of long lines ends early: rows with images in them are large."""
@@ -67,7 +67,7 @@ class FileRows:
                     yield Chunk(number, first_row, rows, (place, payload))
                     number += 1
             except OSError as error:
-                raise DataError(f"can't be read: {error}", source=str(path)) from None
+                raise DataError(f"can't be read: {reason_of(error)}", source=str(path)) from None
 
     def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
         """The chunk's rows in order."""

@@ -14,7 +14,7 @@ from typing import Any
 from vlm_tune.data.sources.video import frame_files, frame_parts, video_parts
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import cut, quoted
+from vlm_tune.quoting import cut, quoted, reason_of
 
 BASE64_IMAGE = re.compile(
     r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII
@@ -207,4 +207,6 @@ def base64_bytes(text: str, what: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise DataError(f"the {what} is bad base64: {error}", kind="image_unreadable") from None
+        raise DataError(
+            f"the {what} is bad base64: {reason_of(error)}", kind="image_unreadable"
+        ) from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import reason_of
 
 BLOCK = 1 << 20
 MAX_ROW_BYTES = 1 << 28
@@ -51,7 +52,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         file.close()
         raise DataError(
-            f"the gzip file is cut or damaged: {error}", source=str(path), kind="damaged"
+            f"the gzip file is cut or damaged: {reason_of(error)}", source=str(path), kind="damaged"
         ) from None
     else:
         _idle.clear()

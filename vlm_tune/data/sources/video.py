@@ -12,7 +12,7 @@ from typing import Any
 from vlm_tune.data.images.decode import MAX_PIXELS
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 # Only these demuxers, and never by probing: a playlist named .mp4 would make FFmpeg open what it lists.
@@ -121,7 +121,9 @@ def _decoded(
                 )
             yield from _frames(container, stream, frames)
     except (OSError, ValueError, FFmpegError) as error:
-        raise DataError(f"the video can't be decoded: {error}", kind="video_unreadable") from None
+        raise DataError(
+            f"the video can't be decoded: {reason_of(error)}", kind="video_unreadable"
+        ) from None
 
 
 def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, bytes]]:

@@ -15,7 +15,7 @@ from vlm_tune.data.sources.json_csv import MAX_ROW_BYTES, Stretch, json_value
 from vlm_tune.data.sources.video import DEMUXERS, IMAGE_SUFFIXES
 from vlm_tune.data.types import Slice
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import escaped, quoted
+from vlm_tune.quoting import escaped, quoted, reason_of
 
 PICKLES = {"pkl", "pickle", "pyd", "pt", "pth", "dill", "joblib"}
 TEXTS = {
@@ -110,7 +110,9 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
         yield _Sample(
             "",
             reached,
-            fault=DataError(f"the shard is damaged near byte {reached}: {error}", kind="damaged"),
+            fault=DataError(
+                f"the shard is damaged near byte {reached}: {reason_of(error)}", kind="damaged"
+            ),
         )
 
 
@@ -190,7 +192,7 @@ def _fields(sample: _Sample) -> dict[str, Any] | DataError:
             try:
                 row[TEXTS[kind]] = _read(content).decode("utf-8").strip()
             except UnicodeDecodeError as error:
-                return DataError(f"{sample.names[ending]}: {error}", kind="not_json")
+                return DataError(f"{sample.names[ending]}: {reason_of(error)}", kind="not_json")
     _place(row, "image", images)
     _place(row, "video", videos)
     return row

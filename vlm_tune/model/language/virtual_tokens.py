@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_tune.errors import ModelError
 from vlm_tune.model.weights import read_safetensors, write_safetensors
+from vlm_tune.quoting import reason_of
 
 if TYPE_CHECKING:
     from vlm_tune.model.language.base import LanguageModel
@@ -166,7 +167,7 @@ def read_prompt(folder: Path) -> VirtualTokens:
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: no prompt ({error})") from None
+        raise ModelError(f"{folder}: no prompt ({reason_of(error)})") from None
     kind = SoftPrompt if isinstance(config, PromptTuningConfig) else KeyValuePrefix
     if not isinstance(config, PromptTuningConfig | PrefixTuningConfig):
         raise ModelError(f"{folder}: {config.peft_type} is neither prompt nor prefix tuning")

@@ -15,7 +15,7 @@ from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.pretrained.vlm_checkpoints import QFORMER_TOKENIZER, find_vlm, part_tensors
 from vlm_tune.model.weights import load_into, read_safetensors
 from vlm_tune.paths import is_file
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 Tensors = dict[str, torch.Tensor]
 QFORMER_LAYER = {
@@ -163,5 +163,5 @@ def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.connector.tokenizer: no tokenizer in {quoted(str(folder or name))}: {str(error).splitlines()[0]}"
+            f"model.connector.tokenizer: no tokenizer in {quoted(str(folder or name))}: {reason_of(error)}"
         ) from None

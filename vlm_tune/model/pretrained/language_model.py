@@ -17,7 +17,7 @@ from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_co
 from vlm_tune.model.quantized_stub import pack_linears
 from vlm_tune.model.weights import check_folder, own_memory
 from vlm_tune.paths import is_file, is_folder
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 
 def make_room(language: Any, rows: int) -> None:
@@ -91,7 +91,7 @@ def scratch_llm(
     try:
         return factory.from_config(config, **_attention(attention))
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model.llm.scratch: {error}") from None
+        raise ModelError(f"model.llm.scratch: {reason_of(error)}") from None
 
 
 def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
@@ -110,7 +110,7 @@ def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) 
             scratch.model_type, **{**ids, "vocab_size": vocabulary, **scratch.config}
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model.llm.scratch: {error}") from None
+        raise ModelError(f"model.llm.scratch: {reason_of(error)}") from None
 
 
 def _attention(kind: str | None = None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from vlm_tune.model.pretrained.hub import (
 )
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_folder
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 Part = Literal["tower", "connector"]
 QFORMER_TOKENIZER = "qformer_tokenizer"
@@ -360,7 +360,7 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {error}"
+            f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {reason_of(error)}"
         ) from None
     if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
         _refuse(

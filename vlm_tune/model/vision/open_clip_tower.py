@@ -14,7 +14,7 @@ from vlm_tune.model.pretrained.hub import hub_answers, is_path, load_reason
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, Found, VisionTower
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_file, shown_path
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 
 class OpenClipVision(VisionTower):
@@ -137,7 +137,9 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
             visual.set_input_size(image_size)
         return visual
     except (TypeError, AssertionError, ZeroDivisionError) as error:
-        raise ModelError(f"model.tower.config is no open_clip vision_cfg: {error}") from None
+        raise ModelError(
+            f"model.tower.config is no open_clip vision_cfg: {reason_of(error)}"
+        ) from None
 
 
 def _pretrained_open_clip(config: OpenClipTower) -> Any:
