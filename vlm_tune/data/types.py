@@ -1,4 +1,4 @@
-"""The vocabulary the data side, the model and the loop share; imports nothing of ours.
+"""Types shared by the data side, the model and the training loop; imports nothing else of vlm_tune.
 
 Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D width.
 """
@@ -22,14 +22,14 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes inside a file: `size` bytes from `offset`, as a tar's member."""
+    """A byte range of a file: `size` bytes from `offset`, such as a member of a tar archive."""
 
     path: Path
     offset: int
     size: int
 
     def read_bytes(self) -> bytes:
-        """The bytes."""
+        """Reads the bytes of the range from the file."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -40,7 +40,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Tile:
-    """One cell of an image that is cut into a grid: its place, from 0, and the grid's size."""
+    """One cell of an image that is cut into a grid: its position, from 0, and the grid's size."""
 
     column: int
     row: int
@@ -50,10 +50,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Media:
-    """One image, by file, by a part of a file, or by encoded bytes; never decoded here.
+    """One image: a file, a byte range of a file, or encoded bytes; never decoded here.
 
-    A video is several images; `origin` is the file that frames were decoded from. `tile` is set on a cell of a larger
-    image; None is the whole. `label` names bytes in messages.
+    A video is several images; `origin` is the file that its frames were decoded from. `tile` is set
+    on a cell of a larger image; None is the whole image. `label` names bytes in error messages.
     """
 
     source: Path | Slice | bytes
@@ -64,27 +64,30 @@ class Media:
 
     @property
     def file(self) -> Path | None:
-        """The file that it is read from, or was; None for bytes that came with a row."""
+        """The file the image is or was read from; None for bytes that came with a row."""
         if isinstance(self.source, bytes):
             return self.origin
         return self.source.path if isinstance(self.source, Slice) else self.source
 
     def read(self) -> bytes:
-        """The encoded bytes of the whole image. Raises `OSError` for a file that can't be read."""
+        """Reads the encoded bytes of the whole image. Raises `OSError` for an unreadable file."""
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the image in error messages."""
         if isinstance(self.source, bytes):
             return self.label
-        # A file's name may hold bytes that are no text.
+        # A file name may hold bytes that are not valid text.
         return str(self.source).encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `parts` are texts and media in reading order. An answer that is not `trained` is context."""
+    """One turn of a conversation; `parts` are texts and media in reading order.
+
+    An answer that is not `trained` is context only.
+    """
 
     role: str
     parts: tuple[str | Media, ...]
@@ -98,10 +101,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample: its turns, a stable id, and where it stands (source, row from 1).
+    """A sample: its turns, a stable id, and its location (source, row from 1).
 
-    Scores are also told by `category` and by `source_name`, the name of its source in the recipe. `shots` counts the
-    messages, first after a system turn, that are worked examples of other rows.
+    Scores are also reported by `category` and by `source_name`, the name of its source in the
+    recipe. `shots` is the number of messages, directly after a system turn, that are few-shot
+    examples taken from other rows.
     """
 
     id: str
@@ -120,7 +124,7 @@ class Conversation:
         )
 
     def without_shots(self) -> Conversation:
-        """The row alone, without its worked examples."""
+        """The conversation without its few-shot examples."""
         if not self.shots:
             return self
         start = sum(message.role == "system" for message in self.messages)
@@ -130,13 +134,16 @@ class Conversation:
 
 
 def distinct_media(conversations: Iterable[Conversation]) -> list[Media]:
-    """Every media item of the conversations once, in order of first use."""
+    """The distinct media items of the conversations, in order of first use."""
     return list(dict.fromkeys(item for row in conversations for item in row.media))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered conversation: plain text, one control token, or one media item; trained or not."""
+    """A piece of a rendered conversation: plain text, one control token or one media item.
+
+    `trained` says whether its tokens are supervised.
+    """
 
     kind: Literal["text", "control", "media"]
     payload: str | Media
@@ -145,7 +152,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """All the data side knows of the model."""
+    """Everything that the data side knows about the model."""
 
     tokens_per_image: int
     layout: Literal["causal", "seq2seq"]
@@ -158,12 +165,13 @@ class InputSpec:
 class Example:
     """One row of token ids with final labels and reserved media slots.
 
-    input_ids: int32[L]; labels: int32[L] (causal: what each position is to predict) or int32[T] (seq2seq: what the
-    decoder is to write), IGNORE_INDEX where not supervised; image_mask: bool[L].
+    input_ids: int32[L]; labels: int32[L] (causal: the target of each position) or int32[T]
+    (seq2seq: the decoder's targets), IGNORE_INDEX where not supervised; image_mask: bool[L].
 
-    Rows that `branch_layout` or `pack_layout` joined have, for a decoder, `positions` and `ends` (int32[L]): token i
-    sees token j where j <= i < ends[j]; for an encoder-decoder `samples` (int32[L]) and `label_samples` (int32[T]):
-    which of its samples a token belongs to, and no token sees another sample's.
+    Rows joined by `branch_layout` or `pack_layout` also have, for a decoder, `positions` and `ends`
+    (int32[L]): token i attends to token j where j <= i < ends[j]. For an encoder-decoder they have
+    `samples` (int32[L]) and `label_samples` (int32[T]): the number of the sample that a token
+    belongs to; no token attends to another sample.
     """
 
     id: str
@@ -180,7 +188,7 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """How many tokens carry loss."""
+        """The number of supervised tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
@@ -188,10 +196,11 @@ class Example:
 class Batch:
     """Padded rows as tensors.
 
-    input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T] (seq2seq).
-    Distinct media come once: pixels uint8[U, 3, H, W] or features float[U, N, D], and media_index int64[M] names
-    the item each block of slots takes, in row order. positions, ends, samples (int64[B, L]) and label_samples
-    (int64[B, T]) are None where no row has them. `cached` batches bring features, never pixels.
+    input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T]
+    (seq2seq). Each distinct media item is held once: pixels uint8[U, 3, H, W] or features
+    float[U, N, D], and media_index int64[M] is the item that fills each block of slots, in row
+    order. positions, ends, samples (int64[B, L]) and label_samples (int64[B, T]) are None where no
+    row has them. `cached` batches have features, never pixels.
     """
 
     ids: list[str]
@@ -211,7 +220,7 @@ class Batch:
     cached: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`."""
+        """Moves the tensors to `device` in place and returns the batch."""
         import torch
 
         for name, value in vars(self).items():
@@ -221,10 +230,13 @@ class Batch:
 
     @property
     def packed(self) -> torch.Tensor | None:
-        """A number for each token [B, L] that is the same within a sample and differs between those of a row; None if none is joined."""
+        """A sample number for each token, [B, L]; None if no row is joined.
+
+        It is the same within a sample and differs between the samples of a row.
+        """
         if self.samples is not None:
             return self.samples
-        # A sample's first token is seen to the sample's end, and no token of it further.
+        # A sample's first token is visible to the sample's end, and no token of it further.
         return None if self.ends is None else self.ends.cummax(1).values
 
     @property
@@ -236,10 +248,10 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """How many tokens carry loss."""
+        """The number of supervised tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @property
     def tokens(self) -> int:
-        """Real (unpadded) input tokens."""
+        """The number of input tokens, padding not counted."""
         return int(self.attention_mask.sum())

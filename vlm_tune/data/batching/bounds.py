@@ -1,4 +1,4 @@
-"""Bounds of a batch that rows are too long for: such rows are trained on as they are, and said so."""
+"""Messages about rows that exceed a length bound of a batch; such rows are trained on unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from vlm_tune.data.prepare.dataset import Prepared
 
 
 def unkept_bounds(recipe: Recipe, prepared: Prepared) -> list[str]:
-    """What of a stage's prepared training rows is over `train.batch_tokens` or `data.row_length`, a line for each."""
+    """Messages about prepared training rows over `train.batch_tokens` or `data.row_length`.
+
+    Returns one line for each bound that is exceeded.
+    """
     data = recipe.data
     most_tokens = recipe.train.batch_tokens
     bounds: list[tuple[str, int, np.ndarray, str, str]] = []
@@ -31,22 +34,29 @@ def unkept_bounds(recipe: Recipe, prepared: Prepared) -> list[str]:
         )
     lines = []
     if data.packing and most_tokens is not None and data.row_length > most_tokens:
-        text = f"a packed row may have data.row_length {data.row_length:,} tokens, more than train.batch_tokens {most_tokens:,}"
+        text = (
+            f"a packed row may have data.row_length {data.row_length:,} tokens, "
+            f"more than train.batch_tokens {most_tokens:,}"
+        )
         lines.append(f"{text}: each such row is a micro-batch of its own")
     for name, bound, sizes, what, fate in bounds:
         over = int((sizes > bound).sum())
         if over:
             most = int(sizes.max())
             lines.append(
-                f"{over:,} of {len(sizes):,} {what} are over {name} {bound:,}, the longest {most:,} tokens: each {fate}"
+                f"{over:,} of {len(sizes):,} {what} are over {name} {bound:,}, "
+                f"the longest {most:,} tokens: each {fate}"
             )
     return lines
 
 
 def stream_bounds(recipe: Recipe) -> list[str]:
-    """What rows that are read as they come may be too long for, as far as the recipe tells."""
+    """Messages about bounds that streamed rows may exceed, as far as the recipe shows."""
     data = recipe.data
     if not data.packing or data.max_length <= data.row_length:
         return []
-    text = f"rows may have up to data.max_length {data.max_length:,} tokens, more than data.row_length {data.row_length:,}"
+    text = (
+        f"rows may have up to data.max_length {data.max_length:,} tokens, "
+        f"more than data.row_length {data.row_length:,}"
+    )
     return [f"{text}: a longer one stands alone in a row of its own"]

@@ -1,4 +1,4 @@
-"""Examples become a padded batch of tensors; lengths are known, so nothing is searched for."""
+"""Collates examples into a padded batch of tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 Fetch = Callable[[Media], "torch.Tensor"]
-"""Gives the pixels uint8[3, H, W] or the features [N, D] of a media item."""
+"""Returns the pixels uint8[3, H, W] or the features [N, D] of a media item."""
 
 FetchFor = Callable[[Media, str], "torch.Tensor"]
-"""Gives the pixels of a media item as the sample of that id shows it."""
+"""Returns the pixels of a media item, augmented for the sample with the given id."""
 
 
 def collate(
@@ -29,11 +29,21 @@ def collate(
     cached: bool = False,
     pad_left: bool = False,
 ) -> Batch:
-    """A batch of rows; media that rows share come once, from `fetch`, which gives features if `cached`.
+    """Pads examples into one batch; a media item that several rows share is fetched once.
 
-    With `fetch_for` they come once for each of the rows' `owners` instead: the samples that images are changed for.
-    `pad_left` is for generation with a decoder. `positions`, `ends`, `samples` and `label_samples` are there if any
-    row was joined of several.
+    Args:
+        examples: The rows of the batch.
+        spec: Layout and padding id of the model.
+        fetch: Returns a media item's pixels, or its features if `cached`.
+        fetch_for: Used in place of `fetch` for augmented images: each item is fetched once for each
+            owner.
+        owners: The sample id that each row's images are augmented for; needed with `fetch_for`.
+        cached: Whether `fetch` returns features.
+        pad_left: Pads on the left, for generation with a decoder.
+
+    Returns:
+        The batch. `positions`, `ends`, `samples` and `label_samples` are set if any row was joined
+        from several examples.
     """
     import torch
 
@@ -48,10 +58,10 @@ def collate(
     def padded(
         values: Sequence[np.ndarray | int], places: Sequence[slice], across: int, fill: int | bool
     ) -> torch.Tensor:
-        found = np.full((rows, across), fill, dtype=bool if isinstance(fill, bool) else np.int64)
+        array = np.full((rows, across), fill, dtype=bool if isinstance(fill, bool) else np.int64)
         for row, (value, place) in enumerate(zip(values, places, strict=True)):
-            found[row, place] = value
-        return torch.from_numpy(found)
+            array[row, place] = value
+        return torch.from_numpy(array)
 
     joined: dict[str, torch.Tensor] = {}
     if any(example.ends is not None for example in examples):
@@ -101,7 +111,7 @@ def _media(
     fetch: Fetch | None,
     fetch_for: FetchFor | None,
 ) -> tuple[list[int], torch.Tensor | None]:
-    """The place of each row's media among those that are distinct, by owner too, and what these are, stacked."""
+    """The index of each media item among the distinct (item, owner) pairs, and those stacked."""
     import torch
 
     distinct: dict[tuple[Media, str], int] = {}

@@ -1,4 +1,7 @@
-"""What the training loop takes its batches from: prepared rows by a plan, or rows that are read as they come."""
+"""The training loop's source of batches: the `Feed` protocol and its form for prepared rows.
+
+The feed of streamed rows is in `streaming`.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data: optimizer steps of an epoch, counted from where its present plan began.
+    """A position in the data: an epoch and the optimizer steps taken under its current plan.
 
-    Where an epoch was begun under another plan, `before` says how often each of its units was drawn by then. A stream has
-    one epoch without an end, of which `rows` were read by then.
+    If the epoch began under another plan, `before` holds how often each of its units was drawn
+    until this plan began. A stream has one endless epoch, and `rows` is the number of rows read
+    until then.
     """
 
     epoch: int = 0
@@ -40,45 +44,59 @@ class Position:
 
 
 class Feed(Protocol):
-    """The micro-batches of every optimizer step, from any place of any epoch.
+    """The micro-batches of every optimizer step, from any position of any epoch.
 
-    Which rows a step takes does not depend on how many processes there are: each takes its share of them.
+    The rows of a step do not depend on the number of processes: they are sharded over the ranks.
     """
 
     def cut(self) -> dict[str, Any]:
-        """What the order of rows and the rows of each step depend on, as JSON: equal cuts give equal steps."""
+        """Everything that the order of rows and the rows of each step depend on, as JSON.
+
+        Feeds with equal cuts take the same steps.
+        """
         ...
 
     def steps(self, position: Position) -> int | None:
-        """How many steps the position's epoch has under the present plan; None for an epoch without an end."""
+        """The number of steps of the position's epoch under this plan; None if it is endless."""
         ...
 
     def share(self, position: Position) -> float:
-        """What share of its epoch was drawn before the position; 0 for an epoch without an end."""
+        """The fraction of its epoch drawn before the position; 0 for an endless epoch."""
         ...
 
     def drawn(self, position: Position) -> dict[str, np.ndarray]:
-        """What `resumed` needs beside a position, as arrays to keep in a checkpoint."""
+        """Arrays that a checkpoint stores for `resumed`, beside the position."""
         ...
 
     def resumed(
         self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
     ) -> Position:
-        """A checkpoint's position in the present plan: the same under an equal cut, else one that goes on with what is left."""
+        """Maps a checkpoint's position to this plan.
+
+        It is unchanged if the cuts are equal; else it continues with what is left of the epoch.
+
+        Args:
+            position: The position stored in the checkpoint.
+            cut: The checkpoint's `cut`.
+            drawn: The checkpoint's `drawn`.
+        """
         ...
 
     def windows(self, position: Position) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step of an epoch, from the position on."""
+        """Yields this process's micro-batches of each step of an epoch, from the position on."""
         ...
 
 
 Place = tuple[int, int]
-"""A micro-batch: the step of its epoch, and its number in that step."""
+"""A micro-batch: the step in its epoch, and its index in that step."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Which micro-batch of an epoch the worker processes are waited for, as a place in `numbers`."""
+    """The micro-batch that the feed waits for: its index `place` in the list `numbers`.
+
+    `pids` are the process ids of the workers.
+    """
 
     position: Position
     numbers: list[Place]
@@ -87,7 +105,7 @@ class Loading:
 
 
 class PreparedFeed:
-    """Batches of prepared rows; `fetch` gives features if `cached`, else pixels, which `augment` changes."""
+    """Batches of prepared rows; `fetch` returns features if `cached`, else pixels to augment."""
 
     def __init__(
         self,
@@ -114,21 +132,24 @@ class PreparedFeed:
         self.loading: Loading | None = None
 
     def cut(self) -> dict[str, Any]:
-        """What the order of rows and the rows of each step depend on."""
+        """Everything that the order of rows and the rows of each step depend on."""
         return self.plan.cut(self.prepared)
 
     def steps(self, position: Position) -> int:
-        """How many steps the position's epoch has."""
+        """The number of steps of the position's epoch."""
         return len(self._epoch(position))
 
     def share(self, position: Position) -> float:
-        """What share of its epoch's units was drawn before the position."""
+        """The fraction of its epoch's units drawn before the position."""
         epoch = self._epoch(position)
         whole = sum(self.plan.counts)
         return (whole - len(epoch.units) + epoch.units_before(position.step)) / whole
 
     def drawn(self, position: Position) -> dict[str, np.ndarray]:
-        """How often each unit was drawn in the position's epoch, in all and before the present plan, source by source."""
+        """How often each unit was drawn in the position's epoch: int64[units], ordered by source.
+
+        `drawn` counts all draws, `before` those under earlier plans (absent if there were none).
+        """
         before = (
             np.zeros(len(self.prepared), dtype=np.int64)
             if position.before is None
@@ -145,7 +166,7 @@ class PreparedFeed:
     def resumed(
         self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
     ) -> Position:
-        """A checkpoint's position in the present plan; what was drawn of sources that are there no longer is forgotten."""
+        """Maps a checkpoint's position to this plan; draws of sources that are gone are dropped."""
         if cut == self.cut():
             if "before" not in drawn:
                 return position
@@ -164,7 +185,8 @@ class PreparedFeed:
             place = next((place for place, (other, _) in enumerate(earlier) if other == name), None)
             if place is not None:
                 _, part = earlier.pop(place)
-                # A unit is known by its place in its source: rows may have been added to its end, or cut off.
+                # A unit is identified by its index in its source: rows may have been added or cut
+                # off at the end.
                 before[units[: len(part)]] = part[: len(units)]
         return Position(position.epoch, before=before if before.any() else None)
 
@@ -172,7 +194,7 @@ class PreparedFeed:
         return self.plan.epoch(position.epoch, position.before)
 
     def batch(self, position: Position, place: Place) -> Batch:
-        """One micro-batch of this process; where there is no row for it, a row whose labels are ignored."""
+        """One micro-batch of this process; if no row is left for it, a row with ignored labels."""
         rows = self._rows(position, place)
         if not rows:
             epoch = self._epoch(position)
@@ -189,11 +211,15 @@ class PreparedFeed:
         return self._epoch(position).rows(*place, self.rank, self.ranks)
 
     def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
-        made = [joined(row, self.spec.layout) for row in rows]
-        examples = [example for row in made for example in row]
+        joined_rows = [joined(row, self.spec.layout) for row in rows]
+        examples = [example for row in joined_rows for example in row]
         if self.augment is None:
             return collate(examples, self.spec, fetch=self.fetch, cached=self.cached)
-        owners = [row[0][0].id for row, found in zip(rows, made, strict=True) for _ in found]
+        owners = [
+            row[0][0].id
+            for row, row_examples in zip(rows, joined_rows, strict=True)
+            for _ in row_examples
+        ]
         return collate(
             examples,
             self.spec,
@@ -202,7 +228,7 @@ class PreparedFeed:
         )
 
     def windows(self, position: Position) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step from the position; made ahead by worker processes where there are any."""
+        """Yields this process's micro-batches of each step; workers, if any, prefetch them."""
         if not self.workers:
             epoch = self._epoch(position)
             for step in range(position.step, len(epoch)):
@@ -215,7 +241,7 @@ class PreparedFeed:
             yield [next(batches) for _ in numbers]
 
     def rows_of(self, position: Position, place: Place) -> list[str]:
-        """The rows that a micro-batch of this process is made of, as their samples' ids."""
+        """The sample ids of a micro-batch of this process."""
         return [
             unit[0].id
             for row in self._rows(position, place)
@@ -223,25 +249,32 @@ class PreparedFeed:
         ]
 
     def killed_worker(self, error: RuntimeError) -> DataError | None:
-        """The error that names the rows a killed loader process was at; None if `error` tells of something else."""
+        """An error that names the rows a killed loader worker was processing.
+
+        Returns None if `error` has another cause.
+        """
         if self.loading is None or "DataLoader worker" not in str(error):
             return None
         position = self.loading.position
         numbers = self.loading.numbers
         place = self.loading.place
         pids = self.loading.pids
-        said = re.search(r"pid\D*(\d+)", str(error))
+        match = re.search(r"pid\D*(\d+)", str(error))
         worker = (
-            pids.index(int(said[1])) if said and int(said[1]) in pids else place % max(len(pids), 1)
+            pids.index(int(match[1]))
+            if match and int(match[1]) in pids
+            else place % max(len(pids), 1)
         )
-        # Batches are dealt out in turns: it was at the first one of its own that is still to come.
+        # Workers take batches in turn: this one was at the first of its batches still to come.
         turns = range(place, len(numbers)) if pids else range(0)
         number = next(
             (numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place]
         )
         return DataError(
-            f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of epoch {position.epoch + 1} or soon "
-            f"after: {', '.join(self.rows_of(position, number)[:8])}. train.loader_workers: 0 shows whether a row does it; "
+            f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of "
+            f"epoch {position.epoch + 1} or soon after: "
+            f"{', '.join(self.rows_of(position, number)[:8])}. "
+            "train.loader_workers: 0 shows whether a row does it; "
             "if memory ran out, fewer workers take less",
             source="data.train",
             kind="worker",
@@ -250,7 +283,7 @@ class PreparedFeed:
 
 @dataclass(frozen=True)
 class Augmented:
-    """Pixels changed at random, drawn from (seed, epoch, sample id)."""
+    """Fetches pixels and augments them; the random numbers depend on (seed, epoch, sample id)."""
 
     fetch: Fetch
     augment: Augment
@@ -265,7 +298,7 @@ class Augmented:
 
 
 def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iterator[Batch]:
-    """Batches made by worker processes."""
+    """Yields batches prefetched by worker processes."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -273,8 +306,8 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
         def __getitem__(self, index: int) -> Batch:
             return feed.batch(position, numbers[index])
 
-    # Batches are a function of their place, so the workers need no sampler and no state, and none of the random numbers
-    # that the training draws from.
+    # A batch is a function of its place, so the workers need no sampler and no state, and draw
+    # nothing from the random generators of the training.
     loader: Any = DataLoader(
         Numbered(),
         batch_size=None,
@@ -283,7 +316,7 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
         prefetch_factor=2,
         generator=torch.Generator(),
     )
-    # One may be killed before they are all there.
+    # A worker may be killed before all of them have started.
     feed.loading = Loading(position, numbers, 0, [])
     batches = iter(loader)
     for place in range(len(numbers)):
@@ -294,7 +327,7 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
 
 
 def joined(units: list[Group], layout: str) -> list[Example]:
-    """The examples of one row: those of a unit as they are, those of several units packed into one."""
+    """The examples of one row: those of a single unit unchanged, several units packed into one."""
     return (
         units[0]
         if len(units) == 1
@@ -303,7 +336,7 @@ def joined(units: list[Group], layout: str) -> list[Example]:
 
 
 def blank(unit: Group) -> Group:
-    """A unit that counts nothing."""
+    """The unit with all labels ignored and no questions counted."""
     return [
         replace(example, labels=np.full_like(example.labels, IGNORE_INDEX), questions=0)
         for example in unit

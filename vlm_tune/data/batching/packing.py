@@ -1,4 +1,7 @@
-"""Several examples as one row: `branch_layout` shares what they have in common, `pack_layout` keeps them apart."""
+"""Joins several examples into one row.
+
+`branch_layout` shares their common prefix, `pack_layout` concatenates separate samples.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from vlm_tune.data.types import IGNORE_INDEX, Example
 
 @dataclass(frozen=True)
 class Tree:
-    """Rows of one image as one row: which of the rows given it holds, and where each of them ends in it."""
+    """Rows of one image joined into one row by their common prefixes.
+
+    `members` are the indices of the joined examples, `leaves` the index in `row` of the last token
+    of each.
+    """
 
     row: Example
     members: tuple[int, ...]
@@ -20,17 +27,17 @@ class Tree:
 
 
 def branch_layout(examples: Sequence[Example], row_length: int) -> list[Example]:
-    """A decoder's rows of one image as a tree: what they begin with comes once, then each row's own rest.
+    """Joins a decoder's rows of one image into trees: the common prefix once, then each row's rest.
 
-    A token keeps its position and sees what it saw in its own row, so losses and gradients are those of the rows one
-    by one. Rows over `row_length` tokens become several; rows that don't begin with all of their media come back
-    unchanged.
+    A token keeps its position and attends to the same tokens as in its separate row, so losses and
+    gradients equal those of the separate rows. A tree over `row_length` tokens is split into
+    several. Rows whose common prefix does not hold all of their media are returned unchanged.
     """
     return [tree.row for tree in trees(examples, row_length)]
 
 
 def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
-    """As `branch_layout`, with the places of the rows in the trees."""
+    """As `branch_layout`, with the positions of the rows in the trees."""
     alone = [
         Tree(example, (place,), (len(example.input_ids) - 1,))
         for place, example in enumerate(examples)
@@ -43,11 +50,11 @@ def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
         return alone
     shareable = [_before_first_label(example) for example in examples]
     if any(
-        _shared(first, example, min(shareable[0], own)) < max(media, 1)
-        for example, own in zip(examples, shareable, strict=True)
+        _shared(first, example, min(shareable[0], limit)) < max(media, 1)
+        for example, limit in zip(examples, shareable, strict=True)
     ):
         return alone
-    found: list[Tree] = []
+    complete: list[Tree] = []
     members: list[tuple[int, int]] = []
     length = 0
     for place in sorted(
@@ -62,30 +69,36 @@ def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
             else 0
         )
         if members and length + len(example.input_ids) - common > row_length:
-            found.append(_tree(examples, members))
+            complete.append(_tree(examples, members))
             members = []
             length = 0
             common = 0
         members.append((place, common))
         length += len(example.input_ids) - common
-    return [*found, _tree(examples, members)]
+    return [*complete, _tree(examples, members)]
 
 
 def _before_first_label(example: Example) -> int:
-    """How many tokens another row may share: those that predict nothing trained, whose next token may differ."""
+    """The number of leading tokens that another row may share.
+
+    These are the tokens without a supervised target, whose next token may differ between rows.
+    """
     supervised = example.labels != IGNORE_INDEX
     return int(supervised.argmax()) if supervised.any() else len(supervised) - 1
 
 
 def _shared(one: Example, other: Example, limit: int) -> int:
-    """How many of the first `limit` tokens are the same in both."""
+    """The length of the common prefix of both rows, at most `limit`."""
     same = one.input_ids[:limit] == other.input_ids[:limit]
     same &= one.image_mask[:limit] == other.image_mask[:limit]
     return limit if same.all() else int(same.argmin())
 
 
 def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tree:
-    """Rows in lexical order, by their place and the number of tokens they share with the row before, as one row."""
+    """Joins rows in lexical order into one row.
+
+    `members` are pairs: the index of a row, and the number of tokens it shares with the row before.
+    """
     first = examples[members[0][0]]
     places = tuple(place for place, _ in members)
     if len(members) == 1:
@@ -96,7 +109,8 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
     ]
     starts = np.cumsum([0, *(rest for _, _, rest in rests)])
     ends = np.empty(starts[-1], dtype=np.int32)
-    # A row's token at depth d is seen to the end of the last row that shares more than d tokens with it.
+    # A token at depth d is visible to the end of the last row that shares more than d tokens with
+    # its row.
     open_at: list[tuple[int, int]] = []  # (depth, index) of tokens whose subtree is still open
     for number, (example, common, _) in enumerate(rests):
         while open_at and open_at[-1][0] >= common:
@@ -126,7 +140,11 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
 
 
 def pack_layout(examples: Sequence[Example], layout: str) -> Example:
-    """Examples side by side in one row, none of which sees another; positions start anew with each."""
+    """Concatenates examples into one row; none attends to another.
+
+    With the decoder layout positions start at 0 again with each example; with the seq2seq layout
+    `samples` and `label_samples` number the tokens' examples.
+    """
     first = examples[0]
     if len(examples) == 1:
         return first

@@ -1,8 +1,9 @@
-"""Which units each optimizer step takes: a function of (seed, epoch), the same however a step is split.
+"""Selects the units of each optimizer step, as a function of (seed, epoch) alone.
 
-An epoch is cut into global batches, the rows of one optimizer step over all micro-batches and processes, and only then
-is a global batch split: so 4x1, 2x2, 1x4 and two processes train on the same rows in the same order. Its parts are made
-so that each process has as much to do: tokens, and images by what they cost.
+An epoch is cut into global batches, the rows of one optimizer step over all micro-batches and
+processes, and only then is a global batch split. So 4x1, 2x2, 1x4 and two processes train on the
+same rows in the same order. A global batch is split so that the processes have equal work: tokens,
+and images weighted by their cost.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from vlm_tune.errors import DataError
 
 BUCKET = 32
 STRETCH = 2048
-"""Global batches whose rows are sorted by length together, and rows: less padding, and still a mixture in every step."""
+"""How many global batches (`BUCKET`), and rows (`STRETCH`), are sorted by length together.
+
+It reduces padding, and every step still mixes lengths and sources.
+"""
 
 PACK_WINDOW = 2048
-"""Units that are packed together; the order within an epoch stays mixed."""
+"""Units that are packed together; a bound, so that the order within an epoch stays mixed."""
 
 UNORDERED = {"weight", "count", "template", "system"}
-"""What a source is told that changes nothing of which row stands where in it."""
+"""Options of a source that do not change the order of its rows."""
 
 Rows = list[list[int]]
-"""The rows of a micro-batch; each is a list of units, several where they are packed."""
+"""The rows of a micro-batch; each is a list of units, several if they are packed."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a step and its parts are.
+    """Sizes of a step and its micro-batches.
 
-    A micro-batch holds `batch_size` rows or `batch_tokens` padded tokens of one process; a step takes `accumulation` times
-    as much of each of `ranks` processes, those that the run began with. An image costs as much as `image_cost` tokens.
+    A micro-batch holds `batch_size` rows or `batch_tokens` padded tokens of one process. A step
+    takes `accumulation` micro-batches for each of `ranks` processes, the number that the run began
+    with. An image costs as much as `image_cost` tokens.
     """
 
     batch_size: int
@@ -50,14 +55,14 @@ class Sizes:
 
     @classmethod
     def of(cls, train: TrainSection, ranks: int = 1, image_cost: float = 0.0) -> Sizes:
-        """The sizes that a recipe's train section asks for."""
+        """The sizes configured in a recipe's train section."""
         return cls(
             train.batch_size, train.batch_tokens, ranks, image_cost, train.gradient_accumulation
         )
 
     @property
     def step_rows(self) -> int | None:
-        """Rows of a step; None where tokens are counted."""
+        """Rows of a step; None if steps are sized by tokens."""
         return (
             None
             if self.batch_tokens is not None
@@ -66,7 +71,7 @@ class Sizes:
 
     @property
     def step_tokens(self) -> int | None:
-        """Padded tokens of a step; None where rows are counted."""
+        """Padded tokens of a step; None if steps are sized by rows."""
         return (
             None
             if self.batch_tokens is None
@@ -80,7 +85,11 @@ def planned_steps(train: TrainSection, epoch_steps: int) -> int:
 
 
 class Epoch:
-    """One epoch: rows (`units` from `starts`), and which of them every optimizer step takes."""
+    """The rows of one epoch and the rows that each optimizer step takes.
+
+    Row i holds `units[starts[i]:starts[i + 1]]`. `longest` (padded length) and `costs` have one
+    number for each row; `steps` holds the row numbers of each step.
+    """
 
     def __init__(
         self,
@@ -111,13 +120,13 @@ class Epoch:
         return len(self.steps)
 
     def units_before(self, step: int) -> int:
-        """How many units the steps before one take."""
+        """The number of units that the steps before `step` take."""
         return int(self._units_before[step])
 
     def shares(self, step: int, ranks: int) -> list[list[np.ndarray]]:
         """The micro-batches of a step, each as one share of row numbers for every rank.
 
-        A share is empty where a micro-batch has fewer rows than there are ranks.
+        A share is empty if a micro-batch has fewer rows than there are ranks.
         """
         if self._last is None or self._last[0] != (step, ranks):
             self._last = (step, ranks), self._split(step, ranks)
@@ -135,13 +144,13 @@ class Epoch:
         return self.units_of(self.shares(step, ranks)[number][rank])
 
     def units_of(self, rows: np.ndarray) -> Rows:
-        """The units of rows."""
+        """The units of each row."""
         return [
             self.units[self.starts[row] : self.starts[row + 1]].tolist() for row in rows.tolist()
         ]
 
     def places(self, ranks: int, first: int = 0) -> list[tuple[int, int]]:
-        """(step, number) of every micro-batch from a step on."""
+        """(step, number) of every micro-batch from step `first` on."""
         return [
             (step, number)
             for step in range(first, len(self))
@@ -149,14 +158,17 @@ class Epoch:
         ]
 
     def drawn(self, steps: int) -> np.ndarray:
-        """The units of the first `steps` steps; one that was drawn twice comes twice."""
+        """The units of the first `steps` steps; one that was drawn twice appears twice."""
         rows = np.concatenate(self.steps[:steps]) if steps else np.empty(0, dtype=np.int64)
         parts = [self.units[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Rows in shares of equal number, or one less, whose costs are as even as giving out the dearest first makes them."""
+    """Divides rows into one share for each rank; their sizes differ by one at most.
+
+    Costs are balanced greedily: the most expensive row goes first, to the rank with the least cost.
+    """
     if ranks == 1:
         return [rows]
     room = [-(-len(rows) // ranks)] * ranks
@@ -171,7 +183,7 @@ def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndar
 
 
 class Plan:
-    """The steps of every epoch. Raises `DataError` for fewer units than processes."""
+    """The steps of every epoch. Raises `DataError` if there are fewer units than processes."""
 
     def __init__(self, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> None:
         self.data = data
@@ -187,7 +199,10 @@ class Plan:
             [len(units) for units in self.by_source], prepared.sources, data.epoch_size
         )
         if 0 < sum(self.counts) < sizes.ranks:
-            units = f"{sum(self.counts)} {'images with their rows' if data.group == 'image' else 'rows'} an epoch"
+            units = (
+                f"{sum(self.counts)} "
+                f"{'images with their rows' if data.group == 'image' else 'rows'} an epoch"
+            )
             raise DataError(
                 f"{units} for {sizes.ranks} processes: some would train on nothing; start fewer",
                 source="data.train",
@@ -197,14 +212,18 @@ class Plan:
     def epoch(self, epoch: int, before: np.ndarray | None = None) -> Epoch:
         """The epoch's steps.
 
-        `before` says how often each unit was drawn in this epoch already, under another plan; what is left is cut.
+        `before` holds how often each unit was already drawn in this epoch, under another plan; only
+        the rest is cut into steps.
         """
         if self._last is None or self._last[0] != epoch or self._last[1] is not before:
             self._last = epoch, before, self._cut(epoch, before)
         return self._last[2]
 
     def cut(self, prepared: Prepared) -> dict[str, Any]:
-        """What the order of units and the rows of each step depend on, as JSON: equal cuts give equal steps."""
+        """Everything that the order of units and the rows of each step depend on, as JSON.
+
+        Plans with equal cuts take the same steps.
+        """
         return {
             "seed": self.seed,
             "lengths": zlib.crc32(np.ascontiguousarray(self.lengths).tobytes()),
@@ -219,7 +238,10 @@ class Plan:
         }
 
     def units(self, epoch: int) -> np.ndarray:
-        """The units of an epoch, source by source: of each as many as its share, none again before all were drawn."""
+        """The units of an epoch, source by source, as many of each as its share.
+
+        No unit of a source is drawn again before all of them were drawn.
+        """
         drawn = []
         for number, (units, count) in enumerate(zip(self.by_source, self.counts, strict=True)):
             position = epoch * count
@@ -263,7 +285,11 @@ class Plan:
         return Epoch(units, starts, longest, costs, mixed, self.sizes)
 
     def _packed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Units as rows of at most `row_length` tokens together: of a stretch the longest first, each where it fits best."""
+        """Packs units into rows of at most `row_length` tokens, by best-fit decreasing.
+
+        Each window of `PACK_WINDOW` units is packed apart. Returns the units in order of the rows,
+        and where each row starts in them, with the end.
+        """
         limit = self.data.row_length
         rows = []
         for start in range(0, len(units), PACK_WINDOW):
@@ -277,7 +303,7 @@ class Plan:
                     rows.append(row := [unit])
                 else:
                     (row := room[left].pop()).append(unit)
-                # A unit that is longer than a row stands alone.
+                # A unit that is longer than a row gets a row to itself.
                 if (rest := (limit if left is None else left) - size) >= 0:
                     room[rest].append(row)
         return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
@@ -286,10 +312,13 @@ class Plan:
 def epoch_counts(
     units: Sequence[int], sources: Sequence[Source], epoch_size: int | None
 ) -> list[int]:
-    """How many units of each source make an epoch.
+    """The number of units of each source in an epoch.
 
-    All of a source that has neither count nor weight. Sources with weights share `epoch_size` by them, to the unit; if
-    it is not given, as many as fit without drawing a unit twice.
+    Args:
+        units: The number of units that each source has.
+        sources: The sources. One with neither count nor weight gives all of its units.
+        epoch_size: Units of all sources with weights together, divided exactly by weight; if None,
+            as many as possible without drawing a unit twice.
     """
     weights = np.array([source.weight or 0.0 for source in sources])
     counts = [source.count or number for source, number in zip(sources, units, strict=True)]
@@ -302,16 +331,16 @@ def epoch_counts(
         min(units[place] / share for place, share in zip(weighted, shares, strict=True))
     )
     exact = shares * size
-    found = np.floor(exact).astype(int)
-    for place in np.argsort(-(exact - found), kind="stable")[: size - int(found.sum())]:
-        found[place] += 1
-    for place, count in zip(weighted, found.tolist(), strict=True):
+    rounded = np.floor(exact).astype(int)
+    for place in np.argsort(-(exact - rounded), kind="stable")[: size - int(rounded.sum())]:
+        rounded[place] += 1
+    for place, count in zip(weighted, rounded.tolist(), strict=True):
         counts[place] = count
     return counts
 
 
 def _without(units: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The units in order, each as often less as it was drawn before."""
+    """The units in order, without the first `before[unit]` occurrences of each."""
     order = np.argsort(units, kind="stable")
     numbers, first = np.unique(units[order], return_index=True)
     turn = np.arange(len(units)) - np.repeat(first, np.diff(first, append=len(units)))
@@ -321,12 +350,12 @@ def _without(units: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def _stretch(rows: int) -> int:
-    """How many rows are sorted by length together where a step takes `rows`."""
+    """The number of rows that are sorted by length together if a step takes `rows`."""
     return rows * max(min(BUCKET, STRETCH // rows), 1)
 
 
 def _by_number(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Steps of `size` rows of like length, sorted; the incomplete one is the last."""
+    """Steps of `size` rows of similar length, sorted; an incomplete step is the last."""
     whole = len(lengths) // size * size
     steps = []
     for start in range(0, whole, _stretch(size)):
@@ -339,7 +368,10 @@ def _by_number(lengths: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def _by_tokens(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Steps of rows of like length, sorted, of at most `tokens` padded tokens (a longer row stands alone)."""
+    """Steps of rows of similar length, sorted, of at most `tokens` padded tokens.
+
+    A longer row is a step of its own.
+    """
     stretch = _stretch(max(int(tokens / max(lengths.mean(), 1)), 1)) if len(lengths) else 1
     steps: list[np.ndarray] = []
     for start in range(0, len(lengths), stretch):
@@ -350,11 +382,11 @@ def _by_tokens(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 
 def _budgeted(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Sorted rows cut so that each part has at most `tokens` padded tokens, or is one longer row."""
+    """Cuts sorted rows into parts of at most `tokens` padded tokens, or of one longer row."""
     parts = []
     first = 0
     for place in range(1, len(rows) + 1):
-        # Sorted, so that the row that comes is the longest.
+        # Rows are sorted, so the next row is the longest.
         if place == len(rows) or (place - first + 1) * lengths[rows[place]] > tokens:
             parts.append(rows[first:place])
             first = place
@@ -364,14 +396,19 @@ def _budgeted(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.nda
 def _token_shares(
     rows: np.ndarray, lengths: np.ndarray, costs: np.ndarray, tokens: int, ranks: int
 ) -> list[list[np.ndarray]]:
-    """A step's rows as micro-batches of at most `tokens` padded tokens, those of like cost side by side on the ranks."""
+    """Divides a step's rows into micro-batches of at most `tokens` padded tokens.
+
+    Returns a list for each micro-batch with the row numbers of every rank; the ranks' parts have
+    similar costs.
+    """
     parts = _budgeted(rows, lengths, tokens)
 
     def cost(part: np.ndarray) -> float:
         return float(costs[part].sum())
 
     while len(parts) % ranks:
-        # A rank without rows would wait for the others: the dearest part that can be halved makes two.
+        # A rank without rows would wait for the others, so the most expensive part that can be
+        # halved is split.
         place = max(
             (place for place, part in enumerate(parts) if len(part) > 1),
             key=lambda place: cost(parts[place]),

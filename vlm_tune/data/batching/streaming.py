@@ -1,7 +1,8 @@
-"""Rows read, checked and tokenised while training: for more rows than can be prepared, and for hub streams.
+"""Streams rows: read, checked and tokenised during training.
 
-The order of raw rows is a function of the seed alone, so a place in it is a number of rows, and resuming reads up to it
-again without tokenising.
+This is for more rows than can be prepared, and for hub streams. The order of raw rows is a function
+of the seed alone, so a position in it is a number of rows, and a resumed run reads that many again
+without tokenising them.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ if TYPE_CHECKING:
     import torch
 
 Row = tuple[int, Conversation | DataError]
-"""A source's number and what was read."""
-
+"""The index of a source, and the conversation or error read from it."""
 
 Share = tuple[int, int]
-"""Which of how many processes' own rows."""
+"""(number, of): share `number`, from 0, of rows that are divided among `of` processes."""
 
 
 def passes(
     reader: SourceReader, limit: int | None, share: Share = (0, 1)
 ) -> Iterator[Conversation | DataError]:
-    """A source's rows over and over, or the share of one of several. Raises `DataError` if it has none."""
+    """Yields the rows of a source, or one share of them, again and again without end.
+
+    Raises `DataError` if there are none.
+    """
     while True:
         rows = 0
         for row in _shared(reader, limit, share):
@@ -56,7 +59,11 @@ def passes(
 def _shared(
     reader: SourceReader, limit: int | None, share: Share
 ) -> Iterator[Conversation | DataError]:
-    """One process's share of a source: every n-th chunk (shards, stretches of files); every n-th row of a source of few chunks."""
+    """Yields one process's share of a source.
+
+    It is every n-th chunk (shards, parts of files), or every n-th row if the source has a limit or
+    fewer than n chunks.
+    """
     number, of = share
     if limit is not None or len(list(islice(reader.chunks(), of))) < of:
         return islice(read_all([reader]), number, limit, of)
@@ -71,16 +78,17 @@ def _shared(
 def mixed(
     readers: Sequence[SourceReader], sources: Sequence[Source], seed: int, share: Share = (0, 1)
 ) -> Iterator[Row]:
-    """Rows of the sources, or a share of each, without an end, drawn by their weights (or counts, or evenly), ratios to the row.
+    """Yields rows of the sources, or of one share of each, without end.
 
-    Every source is owed its share of each row drawn; the one that is owed most comes next.
+    Sources are mixed by their weights (or counts, or evenly), exact to the row: every row drawn
+    adds each source's ratio to its debt, and the source with the largest debt is next.
     """
     shares = [source.weight or float(source.count or 1) for source in sources]
     total = sum(shares)
     streams = [
         passes(reader, source.limit, share) for reader, source in zip(readers, sources, strict=True)
     ]
-    # Where two are owed the same, a drawn order decides.
+    # Ties are decided by a random order.
     order = random.Random(seed).sample(range(len(sources)), len(sources))
     owed = [0.0] * len(sources)
     while True:
@@ -91,22 +99,22 @@ def mixed(
 
 
 def shuffled(rows: Iterator[Row], size: int, seed: int) -> Iterator[Row]:
-    """The rows in an order mixed within a buffer of `size`."""
+    """Yields the rows shuffled within a buffer of `size` rows."""
     drawn = random.Random(seed)
     buffer = list(islice(rows, size))
     for row in rows:
         place = drawn.randrange(len(buffer))
-        buffer[place], out = row, buffer[place]
-        yield out
+        buffer[place], chosen = row, buffer[place]
+        yield chosen
 
 
 @dataclass
 class StreamFeed:
-    """Batches of rows that are read as they come; `report` is told of every row that can't be used.
+    """Batches of streamed rows; `report` is called with the error of every unusable row.
 
-    A step takes the next `batch_size` x `accumulation` rows of each `planned` process, and its micro-batches are shares of
-    them: one that can't be used leaves its micro-batch smaller, so a step's rows are a function of its number. Raises
-    `DataError` as the policy for bad rows tells.
+    A step takes the next `batch_size` x `accumulation` rows for each of `planned` processes, and
+    its micro-batches divide them. An unusable row leaves its micro-batch smaller, so the rows of a
+    step are a function of its number. Raises `DataError` according to the policy for bad rows.
     """
 
     data: DataSection
@@ -134,17 +142,17 @@ class StreamFeed:
 
     @property
     def step_rows(self) -> int:
-        """Rows that a step reads, over all processes."""
+        """The number of rows that a step reads, over all processes."""
         return self.batch_size * self.accumulation * (self.planned or self.ranks)
 
     def cut(self) -> dict[str, Any]:
-        """What the order of rows and the rows of each step depend on."""
-        own = {"own_shards": self.planned} if self.data.own_shards else {}
+        """Everything that the order of rows and the rows of each step depend on."""
+        sharding = {"own_shards": self.planned} if self.data.own_shards else {}
         order = {
             "seed": self.seed,
             "rows": self.step_rows,
             "shuffle_buffer": self.data.shuffle_buffer,
-            **own,
+            **sharding,
         }
         sources = [
             source.model_dump_json(exclude={"template", "system"}, exclude_defaults=True)
@@ -153,27 +161,27 @@ class StreamFeed:
         return {**order, "sources": [[source, None] for source in sources]}
 
     def steps(self, position: Position) -> None:
-        """None: a stream has no epochs."""
+        """Returns None: a stream has no epochs."""
         return
 
     def share(self, position: Position) -> float:
-        """0: an epoch without an end."""
+        """Returns 0: the epoch is endless."""
         return 0.0
 
     def drawn(self, position: Position) -> dict[str, np.ndarray]:
-        """Nothing: a position says how many rows were read."""
+        """Returns no arrays: the position holds the number of rows read."""
         return {}
 
     def resumed(
         self, position: Position, cut: dict[str, Any], drawn: Mapping[str, np.ndarray]
     ) -> Position:
-        """A checkpoint's position in the present plan: after as many rows, whatever their order is now."""
+        """Maps a checkpoint's position to this plan: after as many rows, in whatever order now."""
         if cut == self.cut():
             return position
         return Position(rows=position.rows + position.step * cut["rows"])
 
     def windows(self, position: Position) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step from the position."""
+        """Yields this process's micro-batches of each step from the position on."""
         planned = self.planned or self.ranks
         mine, shares = self._streams(planned)
         size = self.step_rows // planned if self.data.own_shards else self.step_rows
@@ -193,15 +201,15 @@ class StreamFeed:
             ]
 
     def _streams(self, planned: int) -> tuple[list[Share], int]:
-        """The shares of the rows that this process draws, and in how many all rows are shared."""
+        """The shares of the rows that this process reads, and the number of shares in all."""
         if not self.data.own_shards:
-            # Every process draws all rows, so that none has to ask another.
+            # Every process reads all rows, so none has to communicate with another.
             return [(0, 1)], 1
         mine = [self.rank] if self.ranks == planned else range(planned)
         return [(number, planned) for number in mine], planned
 
     def _stream(self, share: Share) -> Iterator[Row]:
-        """The rows, shuffled, that a share of the processes' own shards brings."""
+        """Yields the rows of one share of the sources, shuffled."""
         number, of = share
         rows = mixed(self.readers, self.sources, self.seed, share)
         return shuffled(rows, max(self.data.shuffle_buffer // of, 1), self.seed + number)
@@ -235,7 +243,7 @@ class StreamFeed:
     def _usable(
         self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]
     ) -> Group:
-        """A row's examples, their images decoded; none if it can't be used."""
+        """A row's examples, with their images decoded into `pixels`; none if it is unusable."""
         try:
             if isinstance(row, DataError):
                 raise row
@@ -260,7 +268,8 @@ class StreamFeed:
                 raise
             if self.bad > self.data.max_bad_rows:
                 raise DataError(
-                    f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); the last: {error}"
+                    f"more than {self.data.max_bad_rows} bad rows (data.max_bad_rows); "
+                    f"the last: {error}"
                 ) from None
             self.report(error)
             return []
@@ -274,7 +283,10 @@ class StreamFeed:
 def usable_rows(
     data: DataSection, sources: Sequence[Source], processor: Processor, seed: int, most: int
 ) -> list[Conversation]:
-    """The first conversations of streamed sources that can be read, decoded and asked, among the first `most` rows."""
+    """The usable conversations among the first `most` rows of streamed sources.
+
+    They can be read and decoded, and their prompts fit into `max_length`.
+    """
     readers = [open_source(source, seed=seed, streaming=True) for source in sources]
     processors = [processor.variant(source.template, source.system) for source in sources]
     rows: list[Conversation] = []
@@ -293,13 +305,13 @@ def usable_rows(
 
 
 def _parts(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
-    """Rows in so many parts, in order, whose sizes differ by one at most."""
+    """Divides rows in order into `number` parts whose sizes differ by one at most."""
     edges = [len(rows) * place // number for place in range(number + 1)]
     return [rows[start:end] for start, end in pairwise(edges)]
 
 
 def _filled(groups: Sequence[Group], limit: int) -> list[Group]:
-    """The examples of all groups in rows of at most `limit` tokens, the longest first, each where it fits first."""
+    """Packs examples of all groups into rows of at most `limit` tokens, first-fit decreasing."""
     rows: list[tuple[int, Group]] = []
     for example in sorted(
         (example for group in groups for example in group),
