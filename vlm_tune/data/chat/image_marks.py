@@ -1,4 +1,4 @@
-"""Marks in a text: `<image>` and `<video>` say where an image or a video stands, in rows and in chat alike."""
+"""Media marks in texts: `<image>` and `<video>` mark positions of media, in rows and in chat."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _MARK = re.compile(r"(?P<slashes>\\*)<(?P<kind>image|video)>(?P<newline>\n?)")
 
 
 def split_marks(text: str, *, video: bool = False) -> list[str]:
-    r"""A text cut at its marks, as `re.split` does: texts at even places, the marks' kinds at odd ones.
+    r"""Splits a text at its marks, as `re.split`: texts at even indices, kinds of marks at odd.
 
-    One newline right behind a mark goes with it. A backslash before a mark makes it plain text: `\<image>` is the text
-    `<image>`, and `\\<image>` a backslash and then a mark; elsewhere a backslash is a backslash. `<video>` is a mark
-    only with `video`.
+    One newline directly after a mark is removed with it. A backslash before a mark makes it plain
+    text: `\<image>` is the text `<image>`, and `\\<image>` is a backslash and then a mark;
+    elsewhere a backslash is a backslash. `<video>` is a mark only with `video`.
     """
     pieces = [""]
     end = 0

@@ -1,4 +1,4 @@
-"""Prompt sets: plain task data (question and answer, caption, label) becomes conversations."""
+"""Prompt sets turn plain task data (question and answer, caption, label) into conversations."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ FIELDS = {
     "translate": {"text", "source_language", "target_language", "translation"},
 }
 OPTIONAL = {"translate": {"text", "source_language"}}
-"""Fields that a row may lack: a prompt is drawn from those that use what the row has, and as much of it as any does."""
+"""Fields that a row may lack.
+
+Prompts are drawn from those whose optional fields the row has, and of these from those that use the
+most optional fields.
+"""
 
 Task = Literal["vqa", "multiple_choice", "caption", "classify", "retrieval", "ocr", "translate"]
 
 
 class Instructions(BaseModel):
-    """A prompt set of `data_templates/instructions`: several phrasings of one task in one language."""
+    """A prompt set of `data_templates/instructions`: phrasings of one task in one language."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -42,32 +46,32 @@ class Instructions(BaseModel):
     system: str | None = None
 
     def texts(self, row_id: str, values: Mapping[str, str], *, seed: int) -> tuple[str, str]:
-        """The row as a question and its answer; the phrasing is drawn from (seed, row id).
+        """The row as a question and its answer; the phrasing is drawn by (seed, row id).
 
-        Raises `DataError` if no phrasing does with the fields that the row has.
+        Raises `DataError` if every phrasing needs a field that the row lacks.
         """
         prompts = self._fitting(values)
         draw = hashlib.blake2b(
             f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8
         ).digest()
         prompt = prompts[int.from_bytes(draw, "big") % len(prompts)]
-        # format_map reads each field once, so braces inside a question are left as they are.
+        # format_map does not format the values, so braces inside a question are left unchanged.
         return prompt.format_map(values), self.answer.format_map(values)
 
     def messages(
         self, row_id: str, media: Sequence[str | Media], values: Mapping[str, str], *, seed: int
     ) -> list[Message]:
-        """The row as a user turn, its media first, and an assistant turn; raises as `texts`."""
+        """The row as a user turn, media first, and an assistant turn. Raises as `texts`."""
         question, answer = self.texts(row_id, values, seed=seed)
         return self.turns((*media, question), answer)
 
     def turns(self, question: tuple[str | Media, ...], answer: str) -> list[Message]:
-        """A question and its answer as turns, after the set's system text."""
+        """A question and its answer as turns, after a system turn if the set has a system text."""
         messages = [Message("user", question), Message("assistant", (answer,))]
         return [Message("system", (self.system,)), *messages] if self.system else messages
 
     def _fitting(self, values: Mapping[str, str]) -> list[str]:
-        """The phrasings for rows with these fields."""
+        """The phrasings to draw from for a row with the fields `values`."""
         optional = OPTIONAL.get(self.task, set())
         used = [fields_of(prompt) & optional for prompt in self.prompts]
         most = max((len(fields) for fields in used if fields <= values.keys()), default=None)
@@ -83,31 +87,33 @@ class Instructions(BaseModel):
 
 
 def fields_of(text: str) -> set[str]:
-    """The names in braces. Raises `ValueError` for a lone brace."""
+    """The field names in braces. Raises `ValueError` for an unmatched brace."""
     return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
 def load_instructions(name: str, task: str) -> Instructions:
-    """A shipped prompt set by name, or one from a YAML file.
+    """Loads a shipped prompt set by name, or one from a YAML file.
 
-    Raises `DataError` for an unknown name, a malformed file, a set for another task, or one with unknown fields.
+    Raises `DataError` for an unknown name, a malformed file, a set for another task, or one with
+    unknown fields.
     """
     path = find_resource("data_templates/instructions", name)
     if path is None:
         names = ", ".join(resource_names("data_templates/instructions"))
         raise DataError(f"no prompt set {quoted(name)}; there are {names}", source="instructions")
     try:
-        found = Instructions.model_validate(read_yaml(path).value)
+        instructions = Instructions.model_validate(read_yaml(path).value)
     except RecipeError as error:
         raise DataError(str(error), source="instructions") from None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataError(faults, source=str(path)) from None
-    if found.task != task:
+    if instructions.task != task:
         raise DataError(
-            f"is a prompt set for {found.task}, the source gives {task} rows", source=str(path)
+            f"is a prompt set for {instructions.task}, the source gives {task} rows",
+            source=str(path),
         )
-    for text in [*found.prompts, found.answer]:
+    for text in [*instructions.prompts, instructions.answer]:
         try:
             unknown = fields_of(text) - FIELDS[task]
         except ValueError as error:
@@ -120,4 +126,4 @@ def load_instructions(name: str, task: str) -> Instructions:
                 f"{quoted(text)} uses {sorted(unknown)}; a {task} row has {sorted(FIELDS[task])}",
                 source=str(path),
             )
-    return found
+    return instructions

@@ -1,4 +1,7 @@
-"""Between words and tensors: one object holds tokenizer, template and image preprocessing, for training and for chat."""
+"""The processor between conversations and tensors, for training and for chat.
+
+One object holds the tokenizer, the chat template and the image preprocessing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Processor:
-    """Turns conversations into examples. Raises `DataError` if template, layout and tokenizer don't fit."""
+    """Turns conversations into examples.
+
+    Raises `DataError` if template, layout and tokenizer do not fit together.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -28,34 +34,38 @@ class Processor:
     images: ImageProcessor
     system: str | None = None
     words: tuple[str, ...] = ()
-    """Tokens that were added to the vocabulary, which texts may hold."""
+    """Tokens that were added to the vocabulary; texts may contain them."""
     encoder: TextEncoder = field(init=False)
 
     def __post_init__(self) -> None:
         if self.spec.layout not in self.template.layouts:
             raise DataError(
-                f"the chat format {quoted(self.template.name)} is for {' and '.join(self.template.layouts)} models, "
-                f"this one is {self.spec.layout}",
+                f"the chat format {quoted(self.template.name)} is for "
+                f"{' and '.join(self.template.layouts)} models, this one is {self.spec.layout}",
                 source="data.template",
             )
         clashing = [word for word in self.words if word in self.template.control_tokens]
         if clashing:
-            message = f"{quoted(clashing[0])} is a control token of the chat format {quoted(self.template.name)}, which no text may hold"
+            message = (
+                f"{quoted(clashing[0])} is a control token of the chat format "
+                f"{quoted(self.template.name)}, which no text may hold"
+            )
             raise DataError(message, source="model.llm.added_tokens")
         self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:
             self.encoder.control(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers that prepare rows need no transformers: the tokenizer stays behind."""
+        """Leaves the tokenizer out: workers that prepare rows do not import transformers."""
         return {**self.__dict__, "tokenizer": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processor:
-        # Nothing of it changes, so a copy of a model shares it; `__getstate__` would leave the tokenizer behind.
+        # A processor is never changed, so the copy of a model shares it. The default copy would use
+        # `__getstate__` and lose the tokenizer.
         return self
 
     def variant(self, template: str | None, system: str | None) -> Processor:
-        """This processor with another chat format or system text, where they are given."""
+        """This processor with another chat format or system text, if not None."""
         changes: dict[str, Any] = (
             {"template": load_template(template)} if template is not None else {}
         )
@@ -63,7 +73,7 @@ class Processor:
         return replace(self, **changes) if changes else self
 
     def fingerprint(self) -> str:
-        """Changes when the examples it makes do."""
+        """A hash that changes whenever the examples that the processor makes change."""
         parts = (
             self.encoder.described(),
             self.template.model_dump_json(),
@@ -81,7 +91,7 @@ class Processor:
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
 
     def _tiled(self, conversation: Conversation) -> Conversation:
-        """The conversation with the tiles of each image after it, where the tower takes tiles."""
+        """The conversation with each image followed by its tiles, if the tower takes tiles."""
         if not self.images.tiles:
             return conversation
         try:
@@ -108,41 +118,42 @@ class Processor:
         return replace(conversation, messages=messages)
 
     def examples(self, conversation: Conversation) -> list[Example]:
-        """Examples to train on. Raises `DataError` if none of a row's tokens is supervised."""
-        found = self._lay_out(conversation, prompt_only=False)
-        if any(example.supervised == 0 for example in found):
+        """Examples to train on. Raises `DataError` if one of them has no supervised token."""
+        examples = self._lay_out(conversation, prompt_only=False)
+        if any(example.supervised == 0 for example in examples):
             raise DataError(
                 "no token of it is supervised, it would train nothing",
                 row=conversation.id,
                 kind="unsupervised",
             )
-        return found
+        return examples
 
     def prompt(self, conversation: Conversation) -> Example:
-        """The example the model is asked to go on from: all but the last answer, and the assistant's turn opened."""
+        """The prompt for generation: all but the last answer, and the assistant's turn opened."""
         return self._lay_out(conversation, prompt_only=True)[-1]
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[Example]:
-        """`prompt` of each. Raises `DataError` for one that is longer than `max_length`."""
-        found = [self.prompt(conversation) for conversation in conversations]
-        for example in found:
+        """`prompt` of each conversation. Raises `DataError` for one longer than `max_length`."""
+        prompts = [self.prompt(conversation) for conversation in conversations]
+        for example in prompts:
             if len(example.input_ids) > self.spec.max_length:
                 raise DataError(
                     f"{len(example.input_ids)} tokens, more than {self.spec.max_length}",
                     row=example.id,
                 )
-        return found
+        return prompts
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's trained end tokens and the tokenizer's own."""
+        """Ids that end an answer: the template's trained end tokens and the tokenizer's EOS."""
         ends = [
             piece.control for piece in self.template.assistant if piece.control and piece.trained
         ]
         return list(dict.fromkeys([*(self.encoder.control(end) for end in ends), self.spec.eos_id]))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Generated ids as text, control tokens and outer white space removed."""
-        if self.words:  # a special one among them is part of the answer all the same
+        """Decodes generated ids to text, with control tokens and outer white space removed."""
+        # An added word is part of the answer even if it is a special token.
+        if self.words:
             ids = [token for token in ids if not self.encoder.is_control(token)]
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not self.words)).strip()

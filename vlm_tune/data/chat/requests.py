@@ -1,4 +1,4 @@
-"""What is asked in a chat: requests with their turns and images become conversations."""
+"""Converts chat requests, with their turns and images, into conversations."""
 
 from __future__ import annotations
 
@@ -21,19 +21,25 @@ from vlm_tune.quoting import quoted, reason_of
 KEYS = ("prompt", "image", "images")
 TURN_KEYS = ("role", "content")
 PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Modes of images that PNG holds; TIFF holds the others."""
+"""PIL modes that PNG supports; images of other modes are encoded as TIFF."""
 IMAGE_KINDS = "a path, bytes, a file object, a PIL image or a uint8 array"
 
 
 def request_conversation(number: int, request: Any) -> Conversation:
-    """The conversation of a request, the `number`-th from 1: a text, or `{"prompt": ..., "image" or "images": ...}`.
+    """Converts one request to a conversation.
 
-    The prompt is a text, or turns `{"role", "content"}` whose contents are texts or lists of parts. Places of images are
-    `<image>` marks in questions and system texts and parts without an image of their own: they take the request's images
-    in order. Without any place the images go before the first question.
+    Places of images are `<image>` marks in questions and system texts, and image parts without an
+    image of their own. They take the request's images in order. Without any place the images go
+    before the first question.
+
+    Args:
+        number: The number of the request, from 1, for messages and the conversation's id.
+        request: A text, or `{"prompt": ..., "image" or "images": ...}`. The prompt is a text, or
+            turns `{"role", "content"}` whose contents are texts or lists of parts.
 
     Raises:
-        DataError: for a request of another form, images that can't be read, and places and images that differ in number.
+        DataError: The request has another form, an image is unreadable, or the numbers of places
+            and images differ.
     """
     try:
         messages = _messages(request)
@@ -117,7 +123,7 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
             return Message(role, tuple(_marked(role, content, take)))
         if isinstance(content, list | tuple):
             return Message(
-                role, tuple(part for given in content for part in _part(role, given, take))
+                role, tuple(part for entry in content for part in _part(role, entry, take))
             )
         raise DataError(f"`content` is a text or a list of parts, got {quoted(content)}")
     except DataError as error:
@@ -125,31 +131,32 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
 
 
 def _marked(role: str, text: str, take: Callable[[], Media | None]) -> Iterator[str | Media]:
-    """A text with its marks taking images; what the assistant says has none."""
+    """Yields the parts of a text, an image from `take` for each mark; answers have no marks."""
     if SURROGATE.search(text):
         raise DataError(
             f"the text {quoted(text)} holds half a surrogate pair, which is no character",
             kind="text",
         )
     for place, piece in enumerate([text] if role == "assistant" else split_marks(text)):
-        found = take() if place % 2 else piece
-        if found:
-            yield found
+        part = take() if place % 2 else piece
+        if part:
+            yield part
 
 
 def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[str | Media]:
-    """One part of a content: text, or an image, its own or the request's next."""
+    """Yields one part of a content: text, or an image, its own or the request's next."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         yield from _marked(role, part["text"], take)
         return
     if kind not in ("image", "image_url"):
         raise DataError(
-            f"a part is of type text, image or image_url, got {quoted(part if kind is None else kind)}"
+            "a part is of type text, image or image_url, "
+            f"got {quoted(part if kind is None else kind)}"
         )
     if role == "assistant":
         raise DataError("an answer has no image")
-    given = next(
+    image = next(
         (
             part[name]
             for name in ("image", "image_url", "path", "url", "bytes")
@@ -157,15 +164,17 @@ def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[st
         ),
         None,
     )
-    found = take() if given is None else image_media(given)
-    if found:
-        yield found
+    media = take() if image is None else image_media(image)
+    if media:
+        yield media
 
 
 def image_media(image: Any) -> Media:
-    """An image by its path, data URL, bytes, file object, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4].
+    """A media item for an image in any of the supported forms.
 
-    Raises `DataError` for anything else; what is in a file is decoded later.
+    These are a path, a data URL, bytes, a file object, a PIL image, and a uint8 array [H, W],
+    [H, W, 3] or [H, W, 4]. Raises `DataError` for anything else. The content of a file is decoded
+    later.
     """
     if isinstance(image, Mapping):
         image = next(
@@ -177,7 +186,8 @@ def image_media(image: Any) -> Media:
         return Media(data_url(image))
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         raise DataError(
-            f"the image {quoted(image)} is a URL, and nothing is fetched: download it and give its path",
+            f"the image {quoted(image)} is a URL, and nothing is fetched: "
+            "download it and give its path",
             kind="unsupported",
         )
     if isinstance(image, str | Path):
@@ -197,7 +207,7 @@ def _file(path: str | Path) -> Path:
     try:
         if Path(path).is_file():
             return Path(path)
-    except (OSError, ValueError):  # too long, a NUL byte
+    except (OSError, ValueError):  # too long, or a NUL byte
         pass
     raise DataError(f"no image file {quoted(str(path))}")
 
@@ -221,7 +231,10 @@ def _of_array(array: Any) -> Any:
 
 
 def _encoded(image: Any) -> Media:
-    """A PIL image as encoded bytes, upright: neither format keeps the EXIF rotation of an opened photo."""
+    """Encodes a PIL image, with its EXIF rotation applied.
+
+    Neither PNG nor TIFF keeps the EXIF rotation of an opened photo.
+    """
     if 0 in image.size:
         raise DataError(f"an image of {image.size[0]}x{image.size[1]} pixels has none")
     if image.mode in ("HSV", "LAB", "YCbCr"):
@@ -229,10 +242,8 @@ def _encoded(image: Any) -> Media:
     buffer = io.BytesIO()
     try:
         upright(image).save(buffer, format="PNG" if image.mode in PLAIN_MODES else "TIFF")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a cut file that was opened, and modes of neither format
+    # Raised for a truncated file that was opened, and for modes that neither format supports.
+    except (OSError, ValueError) as error:
         raise DataError(
             f"the PIL image of mode {image.mode} can't be read: {reason_of(error)}",
             kind="image_unreadable",

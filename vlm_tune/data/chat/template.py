@@ -1,4 +1,4 @@
-"""Chat formats: a conversation becomes segments, and what is trained is known by construction."""
+"""Chat formats: convert conversations to segments, each marked as trained or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm_tune.resources import find_resource, resource_names
 
 
 class Piece(BaseModel):
-    """One piece of a turn: literal text, a control token by its written form, or the turn's content."""
+    """One piece of a turn: literal text, a control token by its text, or the turn's content."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -30,8 +30,9 @@ class Piece(BaseModel):
 class ChatTemplate(BaseModel):
     """A chat format of `data_templates/chat`.
 
-    Each role is a list of pieces. `start` opens every conversation; a conversation without system text gets
-    `default_system` if there is one. `bos` and `eos` as control names stand for the tokenizer's own tokens.
+    Each role is a list of pieces. `start` opens every conversation. A conversation without system
+    text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
+    tokenizer's own tokens.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -48,7 +49,7 @@ class ChatTemplate(BaseModel):
 
     @property
     def control_tokens(self) -> list[str]:
-        """Control tokens by their written form, those that stand for the tokenizer's own left out."""
+        """Control tokens by their text, without `bos` and `eos`."""
         pieces = [*self.start, *self.system, *self.user, *self.assistant]
         return list(
             dict.fromkeys(
@@ -59,10 +60,16 @@ class ChatTemplate(BaseModel):
     def segments(
         self, conversation: Conversation, *, prompt_only: bool = False, system: str | None = None
     ) -> list[Segment]:
-        """The conversation's segments in order, adjacent text of one kind joined.
+        """The conversation's segments in order; adjacent texts, both trained or not, are joined.
 
-        With `prompt_only` the last turn is opened for the model to answer: everything up to its trained content.
-        Raises `DataError` for a conversation the format can't hold.
+        Args:
+            conversation: The conversation to convert.
+            prompt_only: Leaves out the last answer and opens the assistant's turn, up to its
+                trained content, for the model to answer; nothing is trained.
+            system: System text for a conversation without one, in place of `default_system`.
+
+        Raises:
+            DataError: The format cannot represent the conversation.
         """
         messages = list(conversation.messages)
         if prompt_only and messages and messages[-1].role == "assistant":
@@ -70,7 +77,9 @@ class ChatTemplate(BaseModel):
         system = self.default_system if system is None else system
         if system and messages and messages[0].role != "system":
             messages.insert(0, Message("system", (system,)))
-        out: list[Segment] = [s for piece in self.start for s in self._piece(piece, None)]
+        segments: list[Segment] = [
+            segment for piece in self.start for segment in self._piece(piece, None)
+        ]
         for message in messages:
             if message.role not in ROLES:
                 raise DataError(
@@ -87,14 +96,17 @@ class ChatTemplate(BaseModel):
                     kind="template",
                 )
             pieces: list[Piece] = getattr(self, message.role)
-            out += [s for piece in pieces for s in self._piece(piece, message)]
+            segments += [segment for piece in pieces for segment in self._piece(piece, message)]
         if prompt_only:
             for piece in self.assistant:
                 if piece.content or piece.trained:
                     break
-                out += self._piece(piece, None)
-        # In a prompt the earlier answers are context: nothing of it is trained.
-        return [replace(s, trained=False) if prompt_only else s for s in _joined(out)]
+                segments += self._piece(piece, None)
+        # Earlier answers in a prompt are context and not trained.
+        return [
+            replace(segment, trained=False) if prompt_only else segment
+            for segment in _joined(segments)
+        ]
 
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
         learned = message is None or message.trained
@@ -117,7 +129,7 @@ class ChatTemplate(BaseModel):
 
 
 def _stripped(parts: list[str | Media]) -> list[str | Media]:
-    """White space at the turn's two ends removed, as chat templates that trim do."""
+    """Removes white space at both ends of a turn, as chat templates that trim do."""
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if parts and isinstance(parts[-1], str):
@@ -126,20 +138,21 @@ def _stripped(parts: list[str | Media]) -> list[str | Media]:
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:
-    out: list[Segment] = []
+    joined: list[Segment] = []
     for segment in segments:
-        last = out[-1] if out else None
+        last = joined[-1] if joined else None
         if last and last.kind == segment.kind == "text" and last.trained == segment.trained:
-            out[-1] = replace(last, payload=str(last.payload) + str(segment.payload))
+            joined[-1] = replace(last, payload=str(last.payload) + str(segment.payload))
         else:
-            out.append(segment)
-    return out
+            joined.append(segment)
+    return joined
 
 
 def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> str:
-    """The format as a chat template of transformers' processors, whose contents are text, or lists of texts and images.
+    """Renders the format as a Jinja chat template for transformers' processors.
 
-    An image is written as the token `image`; `system` is what a conversation without system text gets, as in `segments`.
+    Contents of messages are text, or lists of texts and images. An image is written as the token
+    `image`. `system` is the system text of a conversation without one, as in `segments`.
     """
     system = template.default_system if system is None else system
     text = "part['text']"
@@ -148,9 +161,11 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         text = f"({text}.rstrip() if loop.last else {text})"
     lines = [
         "{%- macro content(message) -%}",
-        f"{{%- if message['content'] is string -%}}{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
+        "{%- if message['content'] is string -%}"
+        f"{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
-        f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
+        f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}"
+        f"{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
         "{%- endfor -%}{%- endif -%}",
         "{%- endmacro -%}",
         _written(template.start, ""),
@@ -165,7 +180,10 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
     lines.append("{%- for message in messages -%}")
     for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
         pieces = getattr(template, role)
-        refusal = f"{{{{- raise_exception({_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
+        refusal = (
+            "{{- raise_exception("
+            f"{_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
+        )
         lines += [
             f"{{%- {word} message['role'] == '{role}' -%}}",
             _written(pieces, "content(message)") if pieces else refusal,
@@ -181,7 +199,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
 
 
 def _written(pieces: list[Piece], content: str) -> str:
-    """A jinja expression that writes pieces, with `content` as the expression of the turn's content."""
+    """A Jinja expression that writes pieces; `content` is the expression of the turn's content."""
 
     def written(piece: Piece) -> str:
         if piece.content:
@@ -201,22 +219,23 @@ def _quoted(text: str) -> str:
 
 
 def load_template(name: str) -> ChatTemplate:
-    """A shipped chat format by name, or one from a YAML file.
+    """Loads a shipped chat format by name, or one from a YAML file.
 
-    Raises `DataError` for an unknown name, a malformed file, a format whose assistant turn trains nothing or never
-    ends, and one that begins every turn with a start token.
+    Raises `DataError` for an unknown name, a malformed file, a format whose assistant turn trains
+    nothing or never ends, and one that repeats the start token or has it in a turn.
     """
     path = find_resource("data_templates/chat", name)
     if path is None:
         raise DataError(
-            f"no chat format {quoted(name)}; there are {', '.join(resource_names('data_templates/chat'))}",
+            f"no chat format {quoted(name)}; "
+            f"there are {', '.join(resource_names('data_templates/chat'))}",
             source="data.template",
         )
     return read_template(path)
 
 
 def read_template(path: Path) -> ChatTemplate:
-    """As `load_template`, from a file."""
+    """Loads a chat format from a YAML file; raises as `load_template`."""
     try:
         template = ChatTemplate.model_validate(read_yaml(path).value)
     except RecipeError as error:

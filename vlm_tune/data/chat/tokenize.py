@@ -1,7 +1,8 @@
-"""Segments become token ids; labels, masks and image slots are final when they leave this file.
+"""Converts segments to examples with final token ids, labels, masks and image slots.
 
-`causal_layout` puts everything in the input and the trained segments in the labels; `seq2seq_layout` puts what comes
-before a trained segment in the encoder and the segment in the labels.
+`causal_layout` puts everything in the input and the trained segments in the labels.
+`seq2seq_layout` puts what comes before a trained segment in the encoder and the segment in the
+labels.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
 
 MEMO = 100_000
 MEDIA_MARKS = ("<image>", "<video>")
-"""What some forms of rows write where an image belongs; left over in a text they are plain text."""
+"""Placeholders for media in some row formats; one that remains in a text is plain text."""
 
 
 class TextEncoder:
-    """A tokenizer of which plain text can never make a control token.
+    """A tokenizer for which plain text never yields a control token.
 
-    Text goes through a copy that splits special tokens into ordinary pieces; control tokens are looked up by name.
-    Of the special tokens those named in `words` are ordinary ones: a text may hold them, each as one id.
+    Text is encoded by a copy that splits special tokens into ordinary pieces; control tokens are
+    looked up by name. Special tokens named in `words` are ordinary: a text may contain them, each
+    as one id.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> None:
@@ -53,15 +55,15 @@ class TextEncoder:
             },
         }
         self._inner = self._opening if without == described else _plain(type(backend), without)
-        # Some tokenizers put a space before every text, some before the string's first only; one with a control
-        # token before it shows which.
+        # Some tokenizers put a space before every text, some only before the first of the string. A
+        # text after a control token shows which.
         opened, inner = (
             plain.encode("a", add_special_tokens=False).ids
             for plain in (self._opening, self._inner)
         )
         probe = backend.encode(f"{tokenizer.eos_token or ''}a", add_special_tokens=False).ids
         self._prefix_after_control = opened != inner and probe[-len(opened) :] == opened
-        # T5's splits at white space first, so that its spaces are nothing but the prefixes of the words.
+        # T5's tokenizer splits at white space first, so its spaces are only the prefixes of words.
         self._spaces_are_prefixes = (
             self._inner.encode("a a", add_special_tokens=False).ids == inner + inner
         )
@@ -77,10 +79,11 @@ class TextEncoder:
         return {**self.__dict__, "_memo": {}}
 
     def text(self, text: str, after: str | None = None) -> list[int]:
-        """Ids of plain text; whatever it holds, none of them is a control token.
+        """Ids of plain text; none of them is a control token, whatever the text contains.
 
-        `after` is the kind of segment it follows (None: it opens the string): a tokenizer that begins a string with a
-        space does so where its own chat template would, and never inside a text.
+        `after` is the kind of the previous segment (None: the text opens the string). A tokenizer
+        that begins a string with a space does so where its own chat template would, and never
+        inside a text.
         """
         opening = after is None or (after != "text" and self._prefix_after_control)
         ids = self._memo.get((opening, text))
@@ -91,12 +94,15 @@ class TextEncoder:
         return ids
 
     def first_tokens(self, text: str, count: int) -> str:
-        """The beginning of a text that makes at most `count` tokens, cut between tokens and never inside a character."""
+        """The beginning of a text, of at most `count` tokens.
+
+        It is cut between tokens, and never inside a character.
+        """
         offsets = self._opening.encode(text, add_special_tokens=False).offsets
         return text if len(offsets) <= count else text[: offsets[count][0]]
 
     def answer(self, text: str) -> list[int]:
-        """Ids of a text that a decoder begins with: a space of its own and the tokenizer's prefix are one."""
+        """Ids of a text that opens the decoder: a leading space replaces the tokenizer's prefix."""
         return self.text(text, "text" if text.startswith(" ") else None)
 
     def _encode(self, text: str, opening: bool) -> list[int]:
@@ -107,20 +113,20 @@ class TextEncoder:
         encoding = (self._opening if opening else self._inner).encode(
             text, add_special_tokens=False
         )
-        found = [
+        controls = [
             place
             for token, place in zip(encoding.ids, encoding.offsets, strict=True)
             if token in self._controls
         ]
-        if not found:
+        if not controls:
             return encoding.ids
-        # A vocabulary that lists its control tokens among the pieces (Unigram: T5) finds them in plain text; cut after
-        # their first character they are ordinary pieces.
+        # A vocabulary that lists its control tokens among the pieces (Unigram: T5) matches them in
+        # plain text. Cut after their first character they become ordinary pieces.
         if len(text) == 1:
             return [] if self._unknown is None else [self._unknown]
         cuts = {
             cut
-            for start, end in found
+            for start, end in controls
             for cut in ((start + 1,) if end - start > 1 else (start, end))
             if 0 < cut < len(text)
         }
@@ -128,31 +134,34 @@ class TextEncoder:
         return [token for a, b in pieces for token in self._encode(text[a:b], opening and a == 0)]
 
     def is_control(self, token: int) -> bool:
-        """Whether an id is a control token's, which no text holds."""
+        """Whether an id is that of a control token, which no text contains."""
         return token in self._controls
 
     def described(self) -> str:
-        """All that its ids depend on, as text: the tokenizer and the names of its own control tokens."""
+        """Everything that the ids depend on, as text: the tokenizer and its BOS and EOS tokens."""
         return f"{self._opening.to_str()}{self._own}"
 
     def control(self, name: str) -> int:
-        """The id of a control token; `bos` and `eos` are the tokenizer's own. Raises `DataError` if it has none."""
+        """The id of a control token; `bos` and `eos` are the tokenizer's own.
+
+        Raises `DataError` if the tokenizer has no such token.
+        """
         token = self._own.get(name, name)
-        found = self._opening.token_to_id(str(token)) if token is not None else None
-        if found is None:
+        token_id = self._opening.token_to_id(str(token)) if token is not None else None
+        if token_id is None:
             raise DataError(
                 f"the template's control token {quoted(name)} is not in the model's tokenizer: "
                 "choose the chat format the model was made with",
                 source="data.template",
             )
-        if found not in self._controls:
-            self._controls.add(found)
+        if token_id not in self._controls:
+            self._controls.add(token_id)
             self._memo.clear()
             self._names = None
-        return found
+        return token_id
 
     def controls_in(self, text: str) -> list[str]:
-        """The control tokens and media marks whose written form stands in a text, where they are plain text."""
+        """Control tokens and media marks whose text occurs in a text, where they are plain text."""
         if self._names is None:
             names = {
                 name for token in self._controls if (name := self._opening.id_to_token(token))
@@ -161,7 +170,10 @@ class TextEncoder:
         return list(dict.fromkeys(self._names.findall(text)))
 
     def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
-        """Ids of one segment that follows one of kind `after`; a media item takes its slots, filled with the padding id."""
+        """Ids of one segment that follows one of kind `after`.
+
+        A media item gives `tokens_per_image` slots, filled with the padding id.
+        """
         if segment.kind == "media":
             return [spec.pad_id] * spec.tokens_per_image
         payload = str(segment.payload)
@@ -177,7 +189,7 @@ def _plain(kind: type[Tokenizer], described: dict[str, Any]) -> Tokenizer:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer of `tokenizer.json` that puts no space before a text."""
+    """A normalizer or pre-tokenizer of `tokenizer.json`, changed to put no space before a text."""
     if not isinstance(part, dict):
         return part
     part = dict(part)
@@ -212,10 +224,11 @@ def _example(
 def causal_layout(
     conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec
 ) -> list[Example]:
-    """One example: every token that predicts something in the input, and as its label the trained token that follows it.
+    """Lays a conversation out as one decoder example.
 
-    The only place where labels shift. What comes after the last position that predicts a trained token is left out:
-    nothing would come of it. A prompt keeps all of its tokens.
+    The label of a token is the token that follows it, if that is trained. Labels are shifted
+    here and nowhere else. Tokens after the last position that predicts a trained token are left
+    out, as they have no effect. A prompt keeps all of its tokens.
     """
     ids: list[int] = []
     trained: list[bool] = []
@@ -231,15 +244,16 @@ def causal_layout(
         if isinstance(segment.payload, Media):
             media.append(segment.payload)
     labels = [
-        token if own else IGNORE_INDEX for token, own in zip(ids[1:], trained[1:], strict=True)
+        token if is_trained else IGNORE_INDEX
+        for token, is_trained in zip(ids[1:], trained[1:], strict=True)
     ]
     while labels and labels[-1] == IGNORE_INDEX and turns:
         labels.pop()
-    kept = len(labels) if labels and turns else len(ids)
-    labels += [IGNORE_INDEX] * (kept - len(labels))
+    length = len(labels) if labels and turns else len(ids)
+    labels += [IGNORE_INDEX] * (length - len(labels))
     return [
         replace(
-            _example(conversation, 0, ids[:kept], labels, slots[:kept], media),
+            _example(conversation, 0, ids[:length], labels, slots[:length], media),
             questions=max(turns, 1),
         )
     ]
@@ -248,35 +262,38 @@ def causal_layout(
 def seq2seq_layout(
     conversation: Conversation, segments: Sequence[Segment], encoder: TextEncoder, spec: InputSpec
 ) -> list[Example]:
-    """One example for each run of trained segments: all before it in the encoder, the run and the end token as labels.
+    """Lays a conversation out as one encoder-decoder example for each run of trained segments.
 
-    A conversation without a trained run (a prompt) gives one example with no labels.
+    Everything before the run goes to the encoder; the run and the end token are the labels. A
+    conversation without a trained run (a prompt) gives one example with no labels.
     """
     ids: list[int] = []
     slots: list[bool] = []
     media: list[Media] = []
-    out: list[Example] = []
+    examples: list[Example] = []
     labels: list[int] = []
-    said: list[int] = []
+    answer_ids: list[int] = []
 
     def close() -> None:
         answer = labels if labels[-1] == spec.eos_id else [*labels, spec.eos_id]
-        out.append(_example(conversation, len(out), list(ids), answer, list(slots), list(media)))
-        ids.extend(said)
-        slots.extend([False] * len(said))
+        examples.append(
+            _example(conversation, len(examples), list(ids), answer, list(slots), list(media))
+        )
+        ids.extend(answer_ids)
+        slots.extend([False] * len(answer_ids))
         labels.clear()
-        said.clear()
+        answer_ids.clear()
 
     for index, segment in enumerate(segments):
         new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         if segment.trained:
-            # What the decoder writes first begins a string of its own.
+            # The decoder's first text opens a string of its own.
             labels += (
                 encoder.answer(str(segment.payload))
                 if not labels and segment.kind == "text"
                 else new
             )
-            said += new
+            answer_ids += new
             continue
         if labels:
             close()
@@ -286,7 +303,7 @@ def seq2seq_layout(
             media.append(segment.payload)
     if labels:
         close()
-    return out or [_example(conversation, 0, ids, [], slots, media)]
+    return examples or [_example(conversation, 0, ids, [], slots, media)]
 
 
 LAYOUTS = {"causal": causal_layout, "seq2seq": seq2seq_layout}

@@ -1,4 +1,4 @@
-"""Rows that are longer than `max_length`: left out, split between turns, or shortened in the questions' text.
+"""Handles rows longer than `max_length`: drops them, splits them at turns or shortens questions.
 
 Image slots and answers are never cut.
 """
@@ -14,15 +14,15 @@ from vlm_tune.data.types import Conversation, Example, Media, Message
 
 
 def length(example: Example) -> int:
-    """What `max_length` bounds: the longer of input and labels."""
+    """The length that `max_length` bounds: the longer of input and labels, in tokens."""
     return max(len(example.input_ids), len(example.labels))
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation's examples of at most `max_length` tokens, and those that are too long whatever is done.
+    """A conversation's examples of at most `max_length` tokens, and those that remain too long.
 
-    `longest` is the length of its longest example before anything was done.
+    `longest` is the length of its longest example before any change.
     """
 
     examples: list[Example]
@@ -33,7 +33,7 @@ class Fitted:
 def fit(
     conversation: Conversation, processor: Processor, how: Literal["fail", "drop", "split", "trim"]
 ) -> Fitted:
-    """A conversation's examples, those over `max_length` left out, split or trimmed as `how` says."""
+    """Makes a conversation's examples; handles those over `max_length` according to `how`."""
     limit = processor.spec.max_length
     examples = processor.examples(conversation)
     longest = max(map(length, examples))
@@ -42,7 +42,7 @@ def fit(
     if how == "split":
         return Fitted(*_split(conversation, processor), longest)
     if how == "trim":
-        # A text cut elsewhere may be tokenised into one more: what is still over is cut again.
+        # A shortened text may be tokenised into one more token, so what is still over is cut again.
         for _ in range(3):
             conversation = _trimmed(conversation, processor, max(map(length, examples)) - limit)
             examples = processor.examples(conversation)
@@ -55,30 +55,34 @@ def fit(
     )
 
 
-# --- split -----------------------------------------------------------------------------------------------------------
+# --- split ---
 
 
 def _split(conversation: Conversation, processor: Processor) -> tuple[list[Example], list[Example]]:
-    """As many turns as fit, then a new conversation with the rest: each with the system text and the images so far."""
+    """Splits a conversation into parts of as many turns as fit.
+
+    Each part begins with the system text and the images of the parts before. Returns the examples
+    that fit and those that are too long.
+    """
     limit = processor.spec.max_length
-    kept: list[Example] = []
+    fitting: list[Example] = []
     long: list[Example] = []
     system = tuple(message for message in conversation.messages if message.role == "system")
     pairs = list(_turns(conversation))
     seen: tuple[Media, ...] = ()
     while pairs:
         taken = 1
-        found = _examples(conversation, system, seen, pairs[:1], processor)
+        examples = _examples(conversation, system, seen, pairs[:1], processor)
         while taken < len(pairs):
             more = _examples(conversation, system, seen, pairs[: taken + 1], processor)
             if any(length(example) > limit for example in more):
                 break
             taken = taken + 1
-            found = more
-        piece = len(kept) + len(long)
-        for example in found:
+            examples = more
+        piece = len(fitting) + len(long)
+        for example in examples:
             named = replace(example, id=f"{conversation.id}#{piece}" if piece else conversation.id)
-            (kept if length(example) <= limit else long).append(named)
+            (fitting if length(example) <= limit else long).append(named)
             piece += 1
         seen += tuple(
             part
@@ -88,11 +92,11 @@ def _split(conversation: Conversation, processor: Processor) -> tuple[list[Examp
             if isinstance(part, Media)
         )
         pairs = pairs[taken:]
-    return kept, long
+    return fitting, long
 
 
 def _turns(conversation: Conversation) -> Iterator[tuple[Message, ...]]:
-    """Each question with its answer."""
+    """Yields each question with its answer."""
     turns = [message for message in conversation.messages if message.role != "system"]
     for start in range(0, len(turns), 2):
         yield tuple(turns[start : start + 2])
@@ -110,11 +114,14 @@ def _examples(
     return processor.examples(replace(conversation, messages=(*system, first, *rest)))
 
 
-# --- trim ------------------------------------------------------------------------------------------------------------
+# --- trim ---
 
 
 def _trimmed(conversation: Conversation, processor: Processor, excess: int) -> Conversation:
-    """The conversation with `excess` tokens or a few more cut from the ends of its longest questions' texts."""
+    """The conversation with its longest questions' texts cut at their ends.
+
+    `excess` tokens or a few more are removed.
+    """
     messages = list(conversation.messages)
     places = [
         (number, part)
@@ -127,7 +134,7 @@ def _trimmed(conversation: Conversation, processor: Processor, excess: int) -> C
         for place in places
     }
     while excess > 0 and any(size > 1 for size in sizes.values()):
-        place = max(sizes, key=lambda known: sizes[known])
+        place = max(sizes, key=lambda candidate: sizes[candidate])
         others = sorted(sizes.values())[-2] if len(sizes) > 1 else 1
         keep = max(min(sizes[place] - 1, max(sizes[place] - excess, others)), 1)
         number, part = place

@@ -1,4 +1,4 @@
-"""The changes that augmentation draws from; all randomness is the given generator's, never a global one's."""
+"""Image augmentations; all random numbers come from the generator passed in, never a global one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ OPERATIONS = (
 )
 """RandAugment's operations."""
 ASPECT = 4 / 3
-"""The most that a random crop stretches one side against the other."""
+"""The largest ratio by which a random crop stretches one side against the other."""
 
 
 def crop_box(
     random: np.random.Generator, height: int, width: int, smallest: float
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop that keeps at least the share `smallest` of the area."""
+    """(top, left, height, width) of a random crop of at least the share `smallest` of the area."""
     share = random.uniform(smallest, 1)
-    # A stretch past 1 / share would need more than a whole side.
+    # A larger stretch than 1 / share would need more than a whole side.
     most = math.log(min(ASPECT, 1 / share))
     stretch = math.exp(random.uniform(-most, most))
     high = min(math.ceil(height * math.sqrt(share / stretch)), height)
@@ -59,9 +59,15 @@ def warp(
     shift: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
 ) -> torch.Tensor:
-    """uint8[3, H, W] turned about its middle (degrees, counter-clockwise), shifted (x, y: shares of the sides) and sheared.
+    """Rotates uint8[3, H, W] about its centre, shifts and shears it, with bilinear interpolation.
 
-    Between pixels values are interpolated, and outside the image its edge goes on.
+    Pixels outside the image are those of its nearest edge.
+
+    Args:
+        pixels: uint8[3, H, W].
+        turn: Rotation in degrees, counter-clockwise.
+        shift: (x, y) as fractions of the sides.
+        shear: (x, y) shear factors.
     """
     import torch
     from torch.nn.functional import affine_grid, grid_sample
@@ -69,7 +75,8 @@ def warp(
     height, width = pixels.shape[-2:]
     cos = math.cos(math.radians(turn))
     sin = math.sin(math.radians(turn))
-    # Where in the old image each place of the new one lies, in shares of half a side from the middle.
+    # The position in the old image of each pixel of the new one, in fractions of half a side from
+    # the centre.
     back = np.array([[1, shear[0]], [shear[1], 1]]) @ np.array([[cos, -sin], [sin, cos]])
     back *= np.array([[1, height / width], [width / height, 1]])
     matrix = np.concatenate([back, [[-2 * shift[0]], [-2 * shift[1]]]], axis=1)
@@ -85,9 +92,10 @@ def warp(
 def rand_augment(
     pixels: torch.Tensor, settings: RandAugment, random: np.random.Generator
 ) -> torch.Tensor:
-    """RandAugment (https://arxiv.org/abs/1909.13719): operations drawn evenly, with torchvision's list and strengths.
+    """Applies RandAugment (https://arxiv.org/abs/1909.13719) to uint8[3, H, W].
 
-    What an operation moves in from outside the image is its edge, where torchvision puts black.
+    Operations are drawn uniformly, with torchvision's list and strengths. Unlike torchvision, which
+    fills with black, pixels moved in from outside the image are those of its edge.
     """
     from torchvision.transforms.v2 import functional as f
 
@@ -125,7 +133,10 @@ def rand_augment(
 
 
 def noisy(pixels: torch.Tensor, deviation: float, random: np.random.Generator) -> torch.Tensor:
-    """uint8[3, H, W] with Gaussian noise of a standard deviation that is a share of white, clipped."""
+    """Adds Gaussian noise to uint8[3, H, W] and clips to 0..255.
+
+    `deviation` is the standard deviation as a fraction of white.
+    """
     import torch
 
     noise = random.standard_normal(tuple(pixels.shape), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Safe decoding and preprocessing: encoded bytes become uint8 pixels [3, H, W] of the tower's size."""
+"""Safe decoding and preprocessing of images to uint8 pixels [3, H, W] of the tower's size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 ORIENTATION = 0x0112
-"""The EXIF tag of how a camera was held; 5 to 8 exchange width and height."""
+"""The EXIF tag of the camera's orientation; values 5 to 8 exchange width and height."""
 DAMAGED = (
     OSError,
     ValueError,
@@ -41,12 +41,16 @@ DAMAGED = (
     RuntimeError,
     struct.error,
 )
-"""What Pillow raises for damaged files (RuntimeError: AVIF)."""
+"""Exceptions that Pillow raises for damaged files (RuntimeError: AVIF)."""
 
 
 @contextmanager
 def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
-    """An image of which only the header is read; what goes wrong with it inside the block is a `DataError`."""
+    """Opens an image and reads only its header.
+
+    Raises `DataError` for images that are too large, and in place of any error about the image
+    inside the block.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -79,17 +83,18 @@ def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
 
 
 def decode_image(data: bytes, name: str = "<bytes>") -> Image:
-    """An RGB image: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+    """Decodes an RGB image: first frame, EXIF rotation applied, on white, 16 bit scaled to 8.
 
-    Raises `DataError` for other formats than PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, for files that are cut or empty, and
-    from the header alone for more than 100 megapixels or sides of over 200 to 1.
+    Raises `DataError` for formats other than PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, for
+    truncated or empty files, and from the header alone for more than 100 megapixels or an aspect
+    ratio over 200 to 1.
     """
     with opened(data, name) as image:
         return as_rgb(image)
 
 
 def as_rgb(image: ImageFile) -> Image:
-    """An open image, decoded and converted as `decode_image` says."""
+    """Decodes and converts an open image as `decode_image` does."""
     from PIL import Image
 
     shown = upright(image)
@@ -104,7 +109,10 @@ def as_rgb(image: ImageFile) -> Image:
 
 
 def upright(image: Image) -> Image:
-    """The image, decoded and turned as its EXIF data says; unlike Pillow's own way it needs no more of them than the one tag."""
+    """Decodes an image and applies its EXIF orientation.
+
+    Unlike Pillow's `exif_transpose` it needs only this one EXIF tag to be readable.
+    """
     from PIL.Image import Transpose
 
     methods = (
@@ -114,26 +122,27 @@ def upright(image: Image) -> Image:
         Transpose.TRANSPOSE,
     )
     methods += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
-    image.load()  # which turns a TIFF, and then says so
+    # For a TIFF `load` applies the rotation and resets the tag.
+    image.load()
     orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(methods[orientation - 2])
 
 
 def _orientation(image: Image, *, header: bool = False) -> int:
-    """1 to 8; 1, upright, for images without EXIF data or with data that can't be read."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if there is no readable EXIF data."""
     from PIL import Image as Pil
 
     try:
-        # A PNG's own `getexif` decodes it all, in search of a late EXIF chunk.
+        # `PngImageFile.getexif` decodes the whole image, in search of a late EXIF chunk.
         exif = Pil.Image.getexif(image) if header and image.format == "PNG" else image.getexif()
-        found = exif.get(ORIENTATION, 1)
+        orientation = exif.get(ORIENTATION, 1)
     except DAMAGED:
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def encoded_bytes(media: Media) -> bytes:
-    """The file's bytes. Raises `DataError` if it can't be read."""
+    """Reads the encoded bytes of an image. Raises `DataError` if they cannot be read."""
     try:
         return media.read()
     except OSError as error:
@@ -143,25 +152,29 @@ def encoded_bytes(media: Media) -> bytes:
 
 
 def image_size(media: Media) -> tuple[int, int]:
-    """(width, height) as shown, EXIF rotation applied, from the header alone. Raises `DataError` as `decode_image`."""
+    """(width, height) after EXIF rotation, from the header alone.
+
+    Raises `DataError` as `decode_image`.
+    """
     source = media.source if isinstance(media.source, Path) else encoded_bytes(media)
     with opened(source, media.name) as image:
         width, height = image.size
-        # Pillow gives the size of a TIFF as shown.
+        # Pillow's size of a TIFF has the rotation applied.
         turned = image.format != "TIFF" and _orientation(image, header=True) >= 5
         return (height, width) if turned else (width, height)
 
 
-# --- preprocessing ---------------------------------------------------------------------------------------------------
+# --- preprocessing ---
 
 
 def best_grid(
     width: int, height: int, grids: Sequence[tuple[int, int]], size: int
 ) -> tuple[int, int]:
-    """The grid (columns, rows) of size x size tiles that shows most of an image's pixels; of equals, the least padding.
+    """The grid (columns, rows) of size x size tiles that shows most of an image's pixels.
 
-    This is the rule of LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside
-    the grid, and pixels that it never had don't count.
+    Ties are decided by the least padding. This is the rule of LLaVA-NeXT
+    (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside the grid,
+    and upscaled pixels do not count.
     """
 
     def shown_and_unused(grid: tuple[int, int]) -> tuple[int, int]:
@@ -174,7 +187,7 @@ def best_grid(
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A decoded image with the canvases its tiles were cut from; `data` are the encoded bytes."""
+    """A decoded image with the canvases its tiles are cut from; `data` are its encoded bytes."""
 
     data: bytes
     image: Image
@@ -183,9 +196,10 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """An image as the tower takes it: uint8[3, size, size], made square by `resize`; the tower normalises.
+    """Converts images to the tower's input: uint8[3, size, size]; the tower normalises.
 
-    With `tiles`, the grids (columns, rows) to choose from, an image is seen as several: see `expand`.
+    `resize` is how an image is made square. With `tiles`, the grids (columns, rows) to choose from,
+    an image becomes several: see `expand`.
     """
 
     size: int
@@ -195,9 +209,9 @@ class ImageProcessor:
     _last: list[_Decoded] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def expand(self, media: Media) -> tuple[Media, ...]:
-        """The image, then the tiles of its best grid in reading order; the image alone for a grid of one tile.
+        """The image, then the tiles of its best grid in reading order.
 
-        Raises `DataError` for a header that can't be read.
+        For a grid of one tile it is the image alone. Raises `DataError` for an unreadable header.
         """
         if not self.tiles or media.tile is not None:
             return (media,)
@@ -214,11 +228,11 @@ class ImageProcessor:
         )
 
     def __call__(self, media: Media) -> torch.Tensor:
-        """uint8[3, size, size]. Raises `DataError` for what can't be read or decoded."""
+        """Pixels uint8[3, size, size]. Raises `DataError` if they cannot be read or decoded."""
         data = encoded_bytes(media)
         if not self.tiles and media.tile is None:
             return self.pixels(decode_image(data, media.name))
-        # An image and its tiles are asked for one after the other.
+        # An image and its tiles are requested one after the other: the last one is cached.
         last = self._last[0] if self._last else None
         if last is None or last.data != data:
             last = _Decoded(data, decode_image(data, media.name))
@@ -233,14 +247,14 @@ class ImageProcessor:
         return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
 
     def pixels(self, image: Image) -> torch.Tensor:
-        """The whole of a decoded image: uint8[3, size, size]."""
+        """Resizes a whole decoded image to uint8[3, size, size]."""
         from PIL.Image import Resampling
 
         width, height = image.size
         if self.resize == "pad" and width != height:
             image = self._centred(image, (max(width, height), max(width, height)))
         elif self.resize == "crop" and width != height:
-            # The longer side is rounded down, as CLIP's own preprocessing does.
+            # The longer side is rounded down, as in CLIP's preprocessing.
             short = min(width, height)
             width = self.size * width // short
             height = self.size * height // short
@@ -253,7 +267,7 @@ class ImageProcessor:
         return _tensor(image)
 
     def _canvas(self, image: Image, grid: tuple[int, int]) -> Image:
-        """The image fitted into a grid, its aspect kept, in the middle of the tower's mean colour."""
+        """The image fitted into a grid, aspect ratio kept, centred on the tower's mean colour."""
         from PIL.Image import Resampling
 
         wide = grid[0] * self.size
@@ -283,9 +297,10 @@ def _tensor(image: Image) -> torch.Tensor:
 
 
 def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...]) -> torch.Tensor:
-    """Randomly changed uint8[3, H, W]; the same `key` (seed, epoch, sample; none negative) gives the same change.
+    """Augments uint8[3, H, W] at random.
 
-    No global generator is read or moved.
+    The same `key` (seed, epoch, sample; none negative) gives the same result. No global random
+    generator is used.
     """
     from torchvision.transforms.v2 import functional
 
@@ -319,7 +334,10 @@ def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...])
 
 
 class PixelCache:
-    """Decoded pixels of images met before, up to a number of bytes; images past that are decoded each time."""
+    """Caches decoded pixels of images, up to a number of bytes.
+
+    Images beyond the limit are decoded each time.
+    """
 
     def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 28) -> None:
         self.processor = processor
@@ -327,11 +345,11 @@ class PixelCache:
         self._kept: dict[Media, torch.Tensor] = {}
 
     def __call__(self, media: Media) -> torch.Tensor:
-        """uint8[3, size, size]."""
-        found = self._kept.get(media)
-        if found is None:
-            found = self.processor(media)
-            if self._left >= found.nbytes:
-                self._left -= found.nbytes
-                self._kept[media] = found
-        return found
+        """Pixels uint8[3, size, size]."""
+        pixels = self._kept.get(media)
+        if pixels is None:
+            pixels = self.processor(media)
+            if self._left >= pixels.nbytes:
+                self._left -= pixels.nbytes
+                self._kept[media] = pixels
+        return pixels

@@ -1,7 +1,7 @@
-"""Prepared examples on disk: Arrow files that are memory-mapped, so that reading a row copies nothing.
+"""Prepared examples on disk: memory-mapped Arrow files, so that reading a row copies nothing.
 
-An example's media are numbers into a table of distinct media; encoded bytes that came inside rows lie in one file
-beside it.
+An example's media are indices into a table of distinct media. Encoded bytes that came inside rows
+are in one file beside the table.
 """
 
 from __future__ import annotations
@@ -23,24 +23,31 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LISTS = ("input_ids", "labels", "slots", "media", "positions", "ends")
-"""Columns of int32 lists: `slots` are (start, number) pairs of image slots, `media` numbers of the media table."""
+"""Columns of int32 lists.
+
+`slots` holds a pair (start, number) for each run of image slots, `media` holds indices of the media
+table.
+"""
 
 
 @dataclass(frozen=True)
 class MediaRow:
-    """One distinct media item: where it is, and what looking at its whole image found."""
+    """One distinct media item: its location, and the properties of its whole image."""
 
     media: Media
     info: ImageInfo
 
 
 def numpy_view(array: pa.Array) -> np.ndarray:
-    """The values of an Arrow array without nulls, not copied; its own `to_numpy` would import pandas, which takes a second and 24 MB."""
+    """The values of an Arrow array without nulls, not copied.
+
+    `Array.to_numpy` would import pandas, which takes a second and 24 MB.
+    """
     return np.from_dlpack(array)
 
 
 def arrow_indices(places: np.ndarray) -> pa.Array:
-    """Places as Arrow's `take` wants them, without pandas, which `pyarrow.array` would import."""
+    """Indices as an int64 Arrow array for `take`, without pandas, which `pyarrow.array` imports."""
     import pyarrow as pa
 
     whole = np.ascontiguousarray(places, np.int64)
@@ -60,13 +67,16 @@ def _lists(values: Sequence[np.ndarray | Sequence[int]]) -> pa.ListArray:
 
 
 def _slots(image_mask: np.ndarray) -> np.ndarray:
-    """(start, number) of each run of image slots, flat."""
+    """(start, number) of each run of image slots, as a flat array."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], image_mask.astype(np.int8), [0]])))
     return np.column_stack([edges[::2], edges[1::2] - edges[::2]]).reshape(-1)
 
 
 def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.RecordBatch:
-    """Examples as one record batch; `media` are their items' numbers. Packed rows are made anew each epoch, not stored."""
+    """Converts examples to one record batch; `media` are the indices of each one's media.
+
+    Packed rows are not stored, as they are built anew in each epoch.
+    """
     import pyarrow as pa
 
     nothing = np.empty(0, np.int32)
@@ -89,7 +99,7 @@ def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.Recor
 def write_batches(
     path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema | None = None
 ) -> None:
-    """Writes an Arrow file; with no batches, an empty one of `schema`."""
+    """Writes an Arrow file; without batches, an empty one of `schema`."""
     import pyarrow as pa
 
     writer = None
@@ -104,7 +114,7 @@ def write_batches(
 
 
 def read_batches(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of an Arrow file, memory-mapped."""
+    """Memory-maps an Arrow file and returns its record batches."""
     import pyarrow as pa
 
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -112,7 +122,7 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
 
 
 class _Columns:
-    """One record batch as numpy views."""
+    """Numpy views of one record batch."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.ids = batch.column("id")
@@ -128,7 +138,7 @@ class _Columns:
 
 
 class ExampleStore:
-    """Examples of an Arrow file by their number; nothing is read before it is asked for."""
+    """The examples of an Arrow file by index, read on access."""
 
     def __init__(self, path: Path, media: Sequence[Media]) -> None:
         self.path = path
@@ -138,7 +148,7 @@ class ExampleStore:
         self._columns: dict[int, _Columns] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Loader processes open the file for themselves."""
+        """Leaves the open file out: each loader process opens it again."""
         return {"path": self.path, "media": self.media}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,10 +159,10 @@ class ExampleStore:
 
     def _locate(self, number: int) -> tuple[_Columns, int]:
         place = bisect_right(self._first, number) - 1
-        found = self._columns.get(place)
-        if found is None:
-            found = self._columns[place] = _Columns(self._batches[place])
-        return found, number - self._first[place]
+        columns = self._columns.get(place)
+        if columns is None:
+            columns = self._columns[place] = _Columns(self._batches[place])
+        return columns, number - self._first[place]
 
     def __getitem__(self, number: int) -> Example:
         columns, row = self._locate(number)
@@ -175,50 +185,50 @@ class ExampleStore:
         )
 
     def media_of(self, number: int) -> np.ndarray:
-        """The numbers of an example's media."""
+        """The indices of an example's media."""
         columns, row = self._locate(number)
         return columns.list("media", row)
 
     def _every(self, value: Any) -> np.ndarray:
-        found = [
+        arrays = [
             value(self._locate(first)[0])
             for first, batch in zip(self._first, self._batches, strict=False)
             if batch.num_rows
         ]
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Input tokens of every example."""
+        """The number of input tokens of each example."""
         return self._every(lambda columns: np.diff(columns.offsets["input_ids"]))
 
     @cached_property
     def label_lengths(self) -> np.ndarray:
-        """Label positions of every example."""
+        """The number of label positions of each example."""
         return self._every(lambda columns: np.diff(columns.offsets["labels"]))
 
     @property
     def media_counts(self) -> np.ndarray:
-        """How many media every example shows."""
+        """The number of media items of each example."""
         return self._every(lambda columns: np.diff(columns.offsets["media"]))
 
     @property
     def shown(self) -> np.ndarray:
-        """The media numbers of all examples, one after the other."""
+        """The media indices of all examples, concatenated."""
         return self._every(lambda columns: columns.values["media"])
 
     @cached_property
     def questions(self) -> np.ndarray:
-        """Question-answer pairs of every example."""
+        """The number of question-answer pairs of each example."""
         return self._every(lambda columns: columns.questions)
 
 
 BLOB = "media.bin"
-"""Encoded images that came inside rows, one after the other, in the folder of their media table."""
+"""File of encoded images that came inside rows, concatenated; beside their media table."""
 
 
 def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
-    """A media table for `folder`; items that are bytes must have become slices of its blob before."""
+    """The media table of `folder`; items given as bytes must be slices of its blob by now."""
     import pyarrow as pa
 
     def place(media: Media) -> tuple[bytes, int, int]:
@@ -226,7 +236,7 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
         assert not isinstance(source, bytes)
         if isinstance(source, Path):
             return os.fsencode(source), -1, -1
-        # The blob's name alone: the folder may be moved as a whole.
+        # Only the blob's name is stored, so that the folder can be moved.
         return (
             os.fsencode(BLOB if source.path == folder / BLOB else source.path),
             source.offset,
@@ -257,10 +267,10 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
 
 
 def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
-    """The rows of the media table of `folder`."""
+    """Reads the rows of the media table of `folder`."""
 
     def media(row: dict[str, Any]) -> Media:
-        # A path may hold bytes that are no text.
+        # A path may hold bytes that are not valid text.
         name = os.fsdecode(row["path"])
         path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])

@@ -1,4 +1,4 @@
-"""Prepared rows as training uses them: units of examples by number, and what became of every row."""
+"""Prepared rows as training reads them: units of examples by index, and a record of every row."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Group = list[Example]
-"""The examples that make one unit of a batch: a row, or all rows of an image."""
+"""The examples of one unit of a batch: those of a row, or of all rows of an image."""
 
 
 class Prepared:
-    """A part's prepared rows in a folder; examples are memory-mapped and made when they are asked for."""
+    """The prepared rows of a part in a folder; examples are memory-mapped and read on access."""
 
     def __init__(self, folder: Path, job: Job) -> None:
-        """Opens a folder that `finish` wrote for the job; `open` looks first whether it can."""
+        """Opens a folder that `finish` wrote for the job; `open` checks it first."""
         self.folder = folder
         self.data = job.data
         self.sources = list(job.sources)
@@ -58,7 +58,11 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path, job: Job) -> Prepared | None:
-        """What is prepared in `folder`; None if nothing is, it is damaged, or an image changed, went or came since."""
+        """Opens the prepared rows in `folder`.
+
+        Returns None if there are none, if they are damaged, or if an image that they depend on was
+        changed, removed or added since.
+        """
         return cls(folder, job) if is_intact(folder) and not files_changed(folder) else None
 
     # --- units ---
@@ -67,12 +71,12 @@ class Prepared:
         return len(self.starts) - 1
 
     def unit(self, number: int) -> Group:
-        """The examples of a unit."""
+        """Reads the examples of a unit."""
         return [self.store[place] for place in range(self.starts[number], self.starts[number + 1])]
 
     @cached_property
     def unit_lengths(self) -> np.ndarray:
-        """Input tokens of each unit's longest example, and of all its examples: int64[len(self), 2]."""
+        """Input tokens of each unit's longest example, and of all of them: int64[units, 2]."""
         if not len(self):
             return np.empty((0, 2), dtype=np.int64)
         lengths = self.store.lengths.astype(np.int64)
@@ -82,7 +86,10 @@ class Prepared:
         )
 
     def unit_costs(self, image_cost: float) -> np.ndarray:
-        """What each unit's pass costs, in input tokens, where an image costs as much as `image_cost` of them: float64[len(self)]."""
+        """The cost of each unit's forward pass in input tokens: float64[units].
+
+        An image costs as much as `image_cost` tokens.
+        """
         tokens = self.unit_lengths[:, 1].astype(np.float64)
         if not image_cost or not len(self):
             return tokens
@@ -92,12 +99,12 @@ class Prepared:
 
     @property
     def questions(self) -> int:
-        """Question-answer pairs of all units."""
+        """The number of question-answer pairs of all units."""
         return int(self.store.questions.sum())
 
     @cached_property
     def media(self) -> list[Media]:
-        """Every distinct media item that examples show."""
+        """The distinct media items that the examples use."""
         shown = np.zeros(len(self.media_rows), dtype=bool)
         shown[self.store.shown] = True
         return [
@@ -108,42 +115,42 @@ class Prepared:
 
     @cached_property
     def row_batches(self) -> list[pa.RecordBatch]:
-        """The records of all rows in order, as `shards.RowRecord`, with `part` and `number` (of the source)."""
+        """The records of all rows in order: `RowRecord`, with `part` and the source's `number`."""
         return read_batches(self.folder / "rows.arrow")
 
     @property
     def joins(self) -> bool:
-        """Whether rows of an image are joined to one example, or examples are packed."""
+        """Whether rows of an image are joined into one example, or examples are packed."""
         return self.data.packing or int(
             self.column("examples")[self.places(self.part)].sum()
         ) > len(self.store.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example that is trained on, before examples of an image were joined."""
+        """Tokens of the longest example trained on, before the examples of an image are joined."""
         return int(self.column("longest")[self.places(self.part)].max(initial=0))
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column of the row records."""
-        found = [numpy_view(batch.column(name)) for batch in self.row_batches]
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        arrays = [numpy_view(batch.column(name)) for batch in self.row_batches]
+        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
 
     def values(self, name: str, places: np.ndarray) -> list[Any]:
-        """A column's values for rows at ascending places."""
-        found = []
+        """The values of a column for the rows at ascending `places`."""
+        values = []
         first = 0
         for batch in self.row_batches:
             start, end = np.searchsorted(places, [first, first + batch.num_rows])
             if end > start:
-                found += (
+                values += (
                     batch.column(name).take(arrow_indices(places[start:end] - first)).to_pylist()
                 )
             first += batch.num_rows
-        return found
+        return values
 
     @cached_property
     def shown(self) -> tuple[np.ndarray, np.ndarray]:
-        """The media numbers of all rows, and from where in them each row's own are: int32[all], int64[rows + 1]."""
+        """Media indices of all rows, int32[all], and each row's offset in them, int64[rows + 1]."""
         listed = [batch.column("images") for batch in self.row_batches]
         flat = [
             numpy_view(column.values)[column.offsets[0].as_py() : column.offsets[-1].as_py()]
@@ -156,7 +163,7 @@ class Prepared:
         return np.concatenate(flat) if flat else np.empty(0, dtype=np.int32), offsets
 
     def records(self, *statuses: int) -> Iterator[dict[str, Any]]:
-        """The records of rows with one of the statuses."""
+        """Yields the records of rows with one of the statuses."""
         for batch in self.row_batches:
             for place in np.flatnonzero(
                 np.isin(numpy_view(batch.column("status")), statuses)
@@ -165,29 +172,30 @@ class Prepared:
 
     @cached_property
     def bad(self) -> int:
-        """How many rows can't be used."""
+        """The number of unusable rows."""
         return int((self.column("status") == BAD).sum())
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many rows are not trained on, by kind; `overlong` counts examples."""
-        found = Counter(
+        """The number of rows not trained on, by kind; `overlong` counts examples."""
+        counts = Counter(
             record["kind"] for record in self.records(BAD, LEFT_OUT) if record["kind"] != "overlong"
         )
         overlong = int(self.column("overlong").sum())
-        return dict(sorted(found.items())) | ({"overlong": overlong} if overlong else {})
+        return dict(sorted(counts.items())) | ({"overlong": overlong} if overlong else {})
 
     def reasons(self, most: int) -> Iterator[str]:
-        """What is said of the first rows that are left out."""
+        """Yields messages about the first `most` rows that are left out."""
         for number, record in enumerate(self.records(BAD, LEFT_OUT)):
             if number == most:
                 return
             yield f"{record['source']}, row {record['row']}: {record['message']}"
 
     def places(self, part: str) -> np.ndarray:
-        """The places of usable rows that belong to a part: this one, or one that `data.split` holds out of train.
+        """The indices of a part's usable rows.
 
-        Rows to score whose prompt is over `max_length` are not usable.
+        `part` is this part, or one that `data.split` holds out of train. Rows to
+        score whose prompt is over `max_length` are not usable.
         """
         if part == self.part:
             return np.flatnonzero((self.column("status") == OK) & (self.column("part") == 0))
@@ -195,12 +203,12 @@ class Prepared:
         return places[self.prompts_fit(places)]
 
     def long_prompts(self, part: str) -> np.ndarray:
-        """The places of rows that `data.split` holds out for a part, and whose prompt is over `max_length`."""
+        """The indices of rows held out for a part whose prompt is over `max_length`."""
         places = self._held_out(part)
         return places[~self.prompts_fit(places)]
 
     def prompts_fit(self, places: np.ndarray) -> np.ndarray:
-        """Whether the prompts of rows, without their last answers, are within `max_length`: bool[rows]."""
+        """Whether each row's prompt, without the last answer, fits `max_length`: bool[rows]."""
         return self.column("prompt")[places] <= self.data.max_length
 
     def _held_out(self, part: str) -> np.ndarray:
@@ -209,9 +217,10 @@ class Prepared:
         )
 
     def conversations(self, places: np.ndarray) -> Iterator[Conversation]:
-        """The rows at ascending places, read again from their sources; images that came inside rows are read from here.
+        """Yields the rows at ascending `places`, read again from their sources.
 
-        Raises `DataError` where a source is not what it was.
+        Images that came inside rows are read from this folder. Raises `DataError` if a source has
+        changed.
         """
         digests = dict(zip(places.tolist(), self.values("digest", places), strict=True))
         starts = np.searchsorted(self.column("number"), np.arange(len(self.sources) + 1)).tolist()
@@ -223,7 +232,10 @@ class Prepared:
                 if place not in wanted:
                     continue
                 if not isinstance(row, Conversation) or content_hash(row) != digests[place]:
-                    message = "the row is another than when it was prepared: the source was changed meanwhile; start again"
+                    message = (
+                        "the row is another than when it was prepared: "
+                        "the source was changed meanwhile; start again"
+                    )
                     raise DataError(message, source=row.source, row=row.row)
                 yield replace(self._with_stored_images(row), source_name=name)
                 wanted.remove(place)
@@ -231,7 +243,7 @@ class Prepared:
                     break
 
     def _with_stored_images(self, row: Conversation) -> Conversation:
-        """The row, each image that it brought as bytes in place of where it is stored."""
+        """The row with each image that came as bytes replaced by its stored copy."""
         if not any(isinstance(item.source, bytes) for item in row.media):
             return row
         messages = [
@@ -251,7 +263,10 @@ class Prepared:
         return {row.info.sha256: row.media for row in self.media_rows if row.media.tile is None}
 
     def split_problem(self, part: str) -> str | None:
-        """Why a part that `data.split` holds out is empty or far from its share; None if it is not, or none is asked for."""
+        """Message about a held-out part that is empty or far from its share.
+
+        Returns None if there is no such problem, or if `data.split` does not hold out this part.
+        """
         share = getattr(self.data.split, part) if self.data.split is not None else 0
         usable = np.flatnonzero(self.column("status") == OK)
         wanted = share * len(usable)
@@ -265,15 +280,20 @@ class Prepared:
             len(self.media_rows),
         )
         message = (
-            f"{part} holds out {rows:,} of {len(usable):,} usable rows, far from its share of {share:g} ({wanted:,.1f} rows): rows that "
-            f"share an image stay together, which makes {len(groups):,} groups, the largest of {max(map(len, groups)):,} rows"
+            f"{part} holds out {rows:,} of {len(usable):,} usable rows, far from its share of "
+            f"{share:g} ({wanted:,.1f} rows): rows that share an image stay together, which makes "
+            f"{len(groups):,} groups, the largest of {max(map(len, groups)):,} rows"
         )
         if self.data.split is not None and self.data.split.stratify:
             message += ", and stratify rounds in each category"
         return f"{message}; give {part} sources of its own, or another share"
 
     def check(self, *, lenient: bool) -> None:
-        """Raises `DataError` as the policy for bad rows tells (not if `lenient`), and if no row is left."""
+        """Checks the rows against the policy for bad rows; does nothing if `lenient`.
+
+        Raises `DataError` for bad rows that the policy does not allow, if no row is left, and for a
+        held-out part that is far from its share.
+        """
         if lenient:
             return
         data = self.data
@@ -284,8 +304,11 @@ class Prepared:
             if overlong:
                 message += " (overlong: drop, split or trim)"
             elif capped and data.on_bad_row != "fail":
-                message = f"{self.bad} bad rows, more than {data.max_bad_rows} (data.max_bad_rows); the first: {message}"
-            # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
+                message = (
+                    f"{self.bad} bad rows, more than {data.max_bad_rows} (data.max_bad_rows); "
+                    f"the first: {message}"
+                )
+            # With `overlong: fail` a long row stops the run, whatever the policy for bad rows.
             if data.on_bad_row == "fail" or capped or overlong:
                 raise DataError(
                     message, source=record["source"], row=record["row"], kind=record["kind"]

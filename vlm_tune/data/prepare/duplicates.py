@@ -1,8 +1,8 @@
-"""What an image is (its bytes, size and look), and which images look alike.
+"""Inspects images (bytes, size, perceptual hash) and finds those that look alike.
 
-Two images look alike where both hold: their difference hashes are at most `distance` bits apart, and their 8x8
-thumbnails agree. The hash finds candidates fast and survives another encoding or size; alone it would take plain
-images of all colours, and shapes on white, for one another.
+Two images look alike if their difference hashes are at most `distance` bits apart and their 8x8
+thumbnails agree. The hash finds candidates fast and survives another encoding or size. Alone it
+would not tell plain images of different colours, or shapes on white, apart.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 8
-"""Rows and columns of hash and thumbnail."""
+"""Rows and columns of the hash and the thumbnail."""
 STEP = 2
-"""How much brighter than its left neighbour a cell must be for its bit: noise on a plain ground stays under it."""
+"""How much brighter than its left neighbour a cell must be to set its bit, of 255.
+
+Noise on a plain background stays below it.
+"""
 BRIGHTNESS = 16
 CELL = 20
-"""How far two thumbnails may differ: any channel's mean, and any cell beside that."""
+"""How far two thumbnails may differ: the mean of a channel, and a cell beyond that mean."""
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """An image that decodes: the first 16 bytes of its file's SHA-256, its size as shown, its format, and its look.
+    """Properties of an image that can be decoded.
 
-    `dhash` has a bit for each cell of an 8x8 grid that is brighter than the cell to its left; `thumbnail` is
-    uint8[8, 8, 3] as bytes.
+    `sha256` is the first 16 bytes of its file's SHA-256; width and height are after EXIF rotation.
+    `dhash` has a bit for each cell of an 8x8 grid, set if it is brighter than the cell to its left.
+    `thumbnail` is uint8[8, 8, 3] as bytes.
     """
 
     sha256: bytes
@@ -46,12 +50,16 @@ class ImageInfo:
 
 
 def inspect_image(media: Media) -> ImageInfo:
-    """Decodes the whole image, so that a cut one is found. Raises `DataError` as `decode_image` and for unreadable files."""
+    """Inspects an image; decodes all of it, so that a truncated one is detected.
+
+    Raises `DataError` as `decode_image`, and for unreadable files.
+    """
     data = encoded_bytes(media)
     with opened(data, media.name) as header:
         kind = str(header.format)
         width, height = header.size
-        # A JPEG is read to its end, but only as finely as its look needs: several times faster.
+        # A JPEG is read to its end, but decoded at a low resolution that suffices for the hash:
+        # several times faster.
         header.draft(None, (16 * SIDE, 16 * SIDE))  # type: ignore[arg-type]
         draft = header.size
         image = as_rgb(header)
@@ -81,9 +89,10 @@ def _thumbnail(image: Image) -> bytes:
 
 
 def look_alikes(images: Sequence[ImageInfo], distance: int = 3) -> np.ndarray:
-    """int64[n]: for each image the place of the earlier one that it looks like, its own place where there is none.
+    """Groups inspected images that look alike, as `similar`.
 
-    As `similar`, for inspected images.
+    Returns int64[n]: for each image the index of the first one that it looks like, its own if there
+    is none.
     """
     hashes = np.array([image.dhash for image in images], dtype=np.uint64)
     thumbnails = np.frombuffer(
@@ -93,11 +102,20 @@ def look_alikes(images: Sequence[ImageInfo], distance: int = 3) -> np.ndarray:
 
 
 def similar(hashes: np.ndarray, thumbnails: np.ndarray, distance: int = 3) -> np.ndarray:
-    """int64[n]: the group of each image of `hashes` uint64[n] and `thumbnails` uint8[n, 64, 3], named by its first member.
+    """Groups images that look alike.
 
-    Every member looks like the first one itself, so groups don't creep from image to image. Hashes at most `distance`
-    bits apart are equal in one of distance + 1 bands, so only images that share a band are compared. Memory grows with
-    n; time with the images that share a band, all of them in the worst case.
+    Every member of a group looks like its first member, so groups do not drift from image to image.
+    Hashes at most `distance` bits apart are equal in one of distance + 1 bands, so only images that
+    share a band are compared. Memory grows with n; time grows with the images that share a band,
+    all of them in the worst case.
+
+    Args:
+        hashes: uint64[n].
+        thumbnails: uint8[n, 64, 3].
+        distance: The largest number of bits by which hashes of one group differ.
+
+    Returns:
+        int64[n], for each image the index of the first member of its group.
     """
     count = len(hashes)
     first = np.arange(count)
@@ -120,7 +138,7 @@ def similar(hashes: np.ndarray, thumbnails: np.ndarray, distance: int = 3) -> np
 
 
 class _Band:
-    """Images sorted by some bits of their hashes: those with equal bits stand together, in their own order."""
+    """Images stably sorted by some bits of their hashes, so that equal bits are adjacent."""
 
     def __init__(self, hashes: np.ndarray, bits: np.ndarray) -> None:
         values = hashes & np.bitwise_or.reduce(np.uint64(1) << bits)
@@ -132,12 +150,15 @@ class _Band:
         self.place[self.order] = np.arange(len(hashes))
 
     def earlier(self, image: int) -> np.ndarray:
-        """The images before this one that share its bits."""
+        """The indices of earlier images with the same bits."""
         return self.order[self.start[image] : self.place[image]]
 
 
 def _agree(thumbnails: np.ndarray, thumbnail: np.ndarray) -> np.ndarray:
-    """bool[k]: which of uint8[k, 64, 3] differ from uint8[64, 3] by no more than another encoding, size or exposure."""
+    """bool[k]: which of uint8[k, 64, 3] agree with uint8[64, 3].
+
+    The difference is at most what another encoding, size or exposure causes.
+    """
     apart = thumbnails.astype(np.float32) - thumbnail
     mean = apart.mean(1, keepdims=True)
     return (np.abs(mean).max((1, 2)) <= BRIGHTNESS) & (np.abs(apart - mean).max((1, 2)) <= CELL)

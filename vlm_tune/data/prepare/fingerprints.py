@@ -1,7 +1,7 @@
-"""What a stage reads, in a few hashes: whether the data of a resumed run is what the run began with, and where it is not.
+"""Fingerprints of a stage's data, to tell whether and where the data of a resumed run has changed.
 
-A row's hash is of its roles, texts and images' bytes, so a file that was copied or touched is the same, and what the
-recipe makes of the rows (template, tokenizer, `max_length`) does not count.
+A row is hashed by its roles, texts and images' bytes. So a file that was copied or touched is the
+same, and the recipe's processing of rows (template, tokenizer, `max_length`) does not count.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data_check.leakage import PartRows
 
 BLOCK = 1000
-"""Rows that have a hash of their own, to tell where a source differs."""
+"""The number of rows that share a hash, to locate where a source differs."""
 
 
 def fingerprint_prepared(prepared: Prepared) -> list[dict[str, Any]]:
-    """Each source of prepared rows: {source, rows, digest, blocks}, with a hash of all rows and of every `BLOCK` of them."""
+    """Fingerprints each source of prepared rows.
+
+    Returns {source, rows, digest, blocks} for each: the number of rows, a hash of all rows, and one
+    of every `BLOCK` of them.
+    """
     numbers = prepared.column("number")
     keys = PartRows(prepared, np.arange(len(numbers))).contents
     sources = []
@@ -41,15 +45,19 @@ def fingerprint_prepared(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def fingerprint_streams(sources: Sequence[Source], seed: int) -> list[dict[str, Any]]:
-    """Each source that is read as it comes: {source, stream}; of files, their sizes and times of change."""
+    """Fingerprints each streamed source.
+
+    Returns {source, stream} for each; of files, `stream` hashes sizes and modification times.
+    """
     readers = [open_source(source, seed=seed, streaming=True) for source in sources]
     return [{"source": reader.name, "stream": reader.fingerprint()} for reader in readers]
 
 
 def fingerprint_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the fingerprints of a stage's parts, a line for each source; none where they agree.
+    """Messages about differences between the fingerprints of a stage's parts.
 
-    Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for what is no fingerprint.
+    Returns one line for each source that differs. Raises `KeyError`, `TypeError`, `ValueError` or
+    `AttributeError` for an invalid fingerprint.
     """
     differences = []
     for part in sorted({*before, *now}):
@@ -75,14 +83,14 @@ def _digest(keys: np.ndarray, size: int) -> str:
 
 
 def _content(source: Mapping[str, Any]) -> Any:
-    """What tells two sources apart, their names aside."""
+    """The content of a source's fingerprint, without its name."""
     return source["stream"] if "stream" in source else (source["rows"], source["digest"])
 
 
 def _row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """In words, which rows of a source differ, to the block.
+    """Message about which rows of a source differ, to the block.
 
-    Raises `ValueError` for fingerprints that contradict themselves.
+    Raises `ValueError` for inconsistent fingerprints.
     """
     if "stream" in old or "stream" in new:
         return "its files have another size or time of change"

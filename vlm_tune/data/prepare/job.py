@@ -1,4 +1,4 @@
-"""What is to be prepared: the sources of one part of a stage, and everything that its examples depend on."""
+"""The preparation job of one part of a stage: its sources and all that its examples depend on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source
 
 FORMAT = 6
-"""Counts up when what is prepared from the same input changes."""
+"""Version of the prepared data; increased when the same input gives other prepared data."""
 
 KEY_PARTS = {"max_length", "overlong", "clean", "group", "row_length", "split"}
-"""The parts of the data section that prepared examples depend on; sources and templates are keyed apart."""
+"""Fields of the data section that enter the key; sources and templates are added separately."""
 
 PartName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part's sources, and for each a reader and a processor with its own template and system text."""
+    """A part's sources, each with a reader and a processor for its template and system text."""
 
     part: PartName
     data: DataSection
@@ -36,21 +36,21 @@ class Job:
     processors: Sequence[Processor]
     seed: int
     parts: np.ndarray | None = None
-    """Which part each row is held out for, where that was settled before worked examples were drawn."""
+    """The part that each row is held out for, if decided before few-shot examples were drawn."""
 
     @property
     def scored(self) -> bool:
-        """Whether the rows are asked and scored, not trained on."""
+        """Whether the rows are generated for and scored, not trained on."""
         return self.part != "train"
 
     @property
     def layout(self) -> Literal["causal", "seq2seq"]:
-        """How an example is laid out."""
+        """The layout of examples."""
         return self.processors[0].spec.layout
 
     @property
     def key(self) -> str:
-        """Names the folder of the result."""
+        """A hash of everything the prepared examples depend on; the name of their folder."""
         options = self.data.model_dump(mode="json", include=KEY_PARTS)
         parts = [f"{FORMAT} {self.seed} {self.scored} {json.dumps(options, sort_keys=True)}"]
         for source, reader, processor in zip(
@@ -74,7 +74,7 @@ class Job:
 def plan_job(
     data: DataSection, sources: Sequence[Source], processor: Processor, *, seed: int, part: PartName
 ) -> Job:
-    """A job for sources of a part. Raises `DataError` for a source or template that can't be opened."""
+    """Makes a part's job. Raises `DataError` if a source or template cannot be opened."""
     readers = [open_source(source, seed=seed) for source in sources]
     bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
     processors = [bounded.variant(source.template, source.system) for source in sources]
@@ -82,7 +82,11 @@ def plan_job(
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:
-    """What scores call each source: the recipe's name for it, else its file's or folder's, longer where two are alike."""
+    """The name of each source in scores.
+
+    It is the recipe's name, else that of the source's file or folder; equal names are replaced by
+    longer ones.
+    """
     options = [source.model_dump() for source in sources]
     names = [each.get("name") or _path_name(each.get("path", each["kind"])) for each in options]
     longer = [
@@ -95,12 +99,12 @@ def source_names(sources: Sequence[Source]) -> list[str]:
 
 
 def _path_name(path: str) -> str:
-    """A file's stem or a folder's name; a pattern of several files as it is."""
+    """A file's stem or a folder's name; a glob pattern unchanged."""
     return path if any(sign in path for sign in "*?[") else Path(path).resolve().stem
 
 
 def part_section(data: DataSection, part: PartName) -> DataSection:
-    """The data section as it holds for a part: what is scored is not cleaned, split, joined or shortened."""
+    """The data section for a part: rows to score are not cleaned, split, joined or shortened."""
     if part == "train":
         return data
     overlong = "fail" if data.overlong == "fail" else "drop"

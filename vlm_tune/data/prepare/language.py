@@ -1,4 +1,4 @@
-"""Which language a text is in."""
+"""Detection of a text's language."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from vlm_tune.errors import DataError
 
 
 def language_of(text: str) -> str | None:
-    """The ISO 639-1 code of a text's most probable language; None where it tells nothing (numbers, a name).
+    """The ISO 639-1 code of a text's most probable language.
 
-    Raises `DataError` without the `language` extra.
+    Returns None for a text without evidence (numbers, a name). Raises `DataError` without the
+    `language` extra.
     """
     try:
         import py3langid
@@ -18,5 +19,5 @@ def language_of(text: str) -> str | None:
             source="data.clean",
         ) from None
     code, score = py3langid.classify(text)
-    # The library's score of a text in which no feature of its model occurs is the least float.
+    # The library scores a text without any feature of its model with the smallest float.
     return str(code) if score > -1e30 else None

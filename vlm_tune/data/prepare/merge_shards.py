@@ -1,4 +1,7 @@
-"""The last step of preparing: shards become one folder, duplicates and held-out rows apart, units in reading order."""
+"""The last step of preparing: merges the shards of a part into one folder.
+
+Duplicates and held-out rows are marked, and examples are written in the order of their units.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,11 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "validation", "test")
 BATCH = 2048
-"""Examples of one record batch."""
+"""The number of examples in one record batch."""
 
 
 def finish(partial: Path, folder: Path, job: Job) -> None:
-    """Writes `folder` from the shards in `partial`, and removes those."""
+    """Writes `folder` from the shards in `partial`, and removes `partial`."""
     data = job.data
     temporary = folder.with_suffix(f".tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,7 +92,7 @@ def finish(partial: Path, folder: Path, job: Job) -> None:
 
 
 class _Media:
-    """The distinct media of all shards: equal bytes are one item, whichever file they came from."""
+    """The distinct media of all shards; equal bytes are one item, even from different files."""
 
     def __init__(self, temporary: Path, folder: Path) -> None:
         self.rows: list[MediaRow] = []
@@ -99,31 +102,31 @@ class _Media:
         self._size = 0
 
     def numbers(self, shard: Path) -> np.ndarray:
-        """The numbers here of a shard's items."""
-        own = [
+        """Adds a shard's items and returns their indices: int32[items]."""
+        rows = [
             row for batch in read_batches(shard / "media.arrow") for row in media_rows(batch, shard)
         ]
-        return np.array([self._add(row, shard) for row in own], dtype=np.int32)
+        return np.array([self._add(row, shard) for row in rows], dtype=np.int32)
 
     def _add(self, row: MediaRow, shard: Path) -> int:
         key = (row.info.sha256, row.media.tile)
-        found = self._numbers.get(key)
-        if found is None:
-            found = self._numbers[key] = len(self.rows)
+        index = self._numbers.get(key)
+        if index is None:
+            index = self._numbers[key] = len(self.rows)
             source = row.media.source
             if isinstance(source, Slice) and source.path == shard / BLOB:
                 self._blob.write(source.read_bytes())
                 source = Slice(self._folder / BLOB, self._size, source.size)
                 self._size += source.size
             self.rows.append(replace(row, media=replace(row.media, source=source)))
-        return found
+        return index
 
     def close(self) -> None:
         self._blob.close()
 
 
 class _Rows:
-    """What the shards found of every row, as arrays over all rows; the first `limit` of each source."""
+    """The records of all shards as arrays over rows; only the first `limit` rows of each source."""
 
     def __init__(
         self, shards: Sequence[tuple[int, Path]], sources: Sequence[Source], media: _Media
@@ -162,8 +165,8 @@ class _Rows:
         return len(self.source)
 
     def _column(self, name: str) -> np.ndarray:
-        found = [batch.column(name).to_numpy() for batch in self._batches]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        arrays = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
     @property
     def kept(self) -> np.ndarray:
@@ -171,23 +174,23 @@ class _Rows:
         return (self.status == OK) & (self.part == 0)
 
     def images(self, row: int) -> np.ndarray:
-        """The numbers of a row's images."""
+        """The media indices of a row's images."""
         return self._shown[self._shown_from[row] : self._shown_from[row + 1]]
 
     def categories(self) -> list[str]:
         return [value for batch in self._batches for value in batch.column("category").to_pylist()]
 
     def example_sources(self) -> np.ndarray:
-        """The source of each kept example, in order."""
+        """The source of each example that is trained on, in order."""
         return np.repeat(self.source[self.kept], self.examples[self.kept])
 
     def spans(self) -> list[tuple[int, int]]:
-        """The rows of each shard."""
+        """The range (start, end) of each shard's rows."""
         edges = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
         return list(pairwise(edges))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The records with what became of the rows since: their part, and of duplicates the row they repeat."""
+        """Yields the records with each row's part and, for duplicates, the row they repeat."""
         import pyarrow as pa
 
         for batch, (start, end) in zip(self._batches, self.spans(), strict=True):
@@ -209,10 +212,10 @@ class _Rows:
             columns["status"] = pa.array(self.status[start:end], pa.int8())
             columns["part"] = pa.array(self.part[start:end], pa.int8())
             columns["number"] = pa.array(self.source[start:end], pa.int16())
-            own = self._shown_from[start : end + 1]
+            offsets = self._shown_from[start : end + 1]
             columns["images"] = pa.ListArray.from_arrays(
-                pa.array(own - own[0], pa.int32()),
-                pa.array(self._shown[own[0] : own[-1]], pa.int32()),
+                pa.array(offsets - offsets[0], pa.int32()),
+                pa.array(self._shown[offsets[0] : offsets[-1]], pa.int32()),
             )
             yield pa.RecordBatch.from_pydict(columns)
 
@@ -220,15 +223,15 @@ class _Rows:
         starts = [start for start, _ in self.spans()]
         number = bisect_right(starts, place) - 1
         batch = self._batches[number]
-        own = int(place) - starts[number]
-        return f"{batch.column('row')[own].as_py()} of {batch.column('source')[own].as_py()}"
+        index = int(place) - starts[number]
+        return f"{batch.column('row')[index].as_py()} of {batch.column('source')[index].as_py()}"
 
 
-# --- cleaning and splitting ------------------------------------------------------------------------------------------
+# --- cleaning and splitting ---
 
 
 def _leave_out_duplicates(rows: _Rows, media: Sequence[MediaRow], *, perceptual: bool) -> None:
-    """Of rows with equal text and equal (or alike) images the first is kept."""
+    """Leaves out all but the first of rows with equal text and equal (or similar) images."""
     looks = look_alikes([row.info for row in media]) if perceptual else np.arange(len(media))
     first: dict[tuple[int, bytes], int] = {}
     for place in np.flatnonzero(rows.status == OK):
@@ -240,9 +243,11 @@ def _leave_out_duplicates(rows: _Rows, media: Sequence[MediaRow], *, perceptual:
 
 
 def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -> None:
-    """Gives rows their part; rows that share an image, directly or through others, get the same one.
+    """Assigns rows to parts.
 
-    Families are ordered by a hash of (seed, image bytes), so which come first does not depend on the order of rows.
+    Rows that share an image, directly or through others, form a group and get the same part. Groups
+    are ordered by a hash of (seed, image bytes), so the assignment does not depend on
+    the order of rows.
     """
     families = joined_rows(np.flatnonzero(rows.status == OK).tolist(), rows.images, len(media))
     categories = rows.categories() if split.stratify else None
@@ -265,9 +270,12 @@ def _hold_out(rows: _Rows, media: Sequence[MediaRow], split: Split, seed: int) -
 
 
 def _hold_out_as(rows: _Rows, parts: np.ndarray) -> None:
-    """Gives rows the parts that were settled when they were read without worked examples."""
+    """Assigns rows to the parts decided when they were read without few-shot examples."""
     if len(parts) != len(rows):
-        message = f"{len(parts):,} rows, then {len(rows):,}: a source was changed while it was read; start again"
+        message = (
+            f"{len(parts):,} rows, then {len(rows):,}: "
+            "a source was changed while it was read; start again"
+        )
         raise DataError(message, source="data.train")
     rows.part[:] = np.where(rows.status == OK, parts, 0)
 
@@ -275,7 +283,13 @@ def _hold_out_as(rows: _Rows, parts: np.ndarray) -> None:
 def joined_rows(
     rows: Sequence[int], images_of: Callable[[int], np.ndarray], images: int
 ) -> list[list[int]]:
-    """Rows in groups: those that share one of the `images`, directly or through other rows, together."""
+    """Groups rows that share an image, directly or through other rows (union-find).
+
+    Args:
+        rows: The rows to group.
+        images_of: Returns the media indices of a row's images.
+        images: The number of media items.
+    """
     parent = list(range(images))
 
     def root(image: int) -> int:
@@ -304,13 +318,13 @@ def _draw(rows: _Rows, media: Sequence[MediaRow], members: Sequence[int], seed: 
     return hashlib.blake2b(seed.to_bytes(8, "little") + named, digest_size=16).digest()
 
 
-# --- examples --------------------------------------------------------------------------------------------------------
+# --- examples ---
 
 
 def _kept_examples(
     shards: Sequence[tuple[int, Path]], rows: _Rows, media: _Media
 ) -> Iterator[pa.RecordBatch]:
-    """The shards' examples of kept rows, their media by the common numbers."""
+    """Yields the shards' examples of rows trained on, with media indices of the merged table."""
     import pyarrow as pa
 
     for (_, shard), numbers, (start, end) in zip(
@@ -331,26 +345,31 @@ def _kept_examples(
 
 
 def _units(store: ExampleStore) -> list[list[int]]:
-    """The examples by their media, in order of first use; each of those without is a unit of its own."""
-    found: dict[bytes | int, list[int]] = {}
+    """Groups examples by their media, in order of first use; each without media is one unit."""
+    units: dict[bytes | int, list[int]] = {}
     for number in range(len(store)):
         media = store.media_of(number)
-        found.setdefault(media.tobytes() if len(media) else number, []).append(number)
-    return list(found.values())
+        units.setdefault(media.tobytes() if len(media) else number, []).append(number)
+    return list(units.values())
 
 
 def _write_units(
     store: ExampleStore, units: Sequence[Sequence[int]], path: Path, layout: str, row_length: int
 ) -> list[int]:
-    """Writes the units' examples one after the other, a decoder's joined; how many examples each unit has."""
+    """Writes the units' examples in order, those of a unit joined for a decoder.
+
+    Returns the number of examples of each unit.
+    """
     counts: list[int] = []
 
     def batches() -> Iterator[pa.RecordBatch]:
         examples: list[Example] = []
         media: list[np.ndarray] = []
         for unit in units:
-            own = [store[number] for number in unit]
-            joined = branch_layout(own, row_length) if layout == "causal" else own
+            unit_examples = [store[number] for number in unit]
+            joined = (
+                branch_layout(unit_examples, row_length) if layout == "causal" else unit_examples
+            )
             counts.append(len(joined))
             examples += joined
             media += [store.media_of(unit[0])] * len(joined)

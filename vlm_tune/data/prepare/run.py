@@ -1,7 +1,8 @@
-"""From a recipe's data section to prepared examples on disk: read in parallel, once, and kept.
+"""Prepares the examples of a recipe's data section on disk: in parallel, once, in a cache.
 
-The key is everything the examples depend on: the rows, the tokenizer, the templates, and the recipe's data section. A
-second start maps the files; a preparation that was stopped goes on from the chunks it finished.
+The cache key covers everything the examples depend on: the rows, the tokenizer, the templates, and
+the recipe's data section. A second start memory-maps the files. An interrupted preparation resumes
+from the chunks it finished.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from vlm_tune.files import is_intact
 from vlm_tune.resources import cache_folder, cache_room, check_cache
 
 Progress = Callable[[int], None]
-"""Is told the number of rows read so far."""
+"""Called with the number of rows read so far."""
 
 
 def prepare(
@@ -57,15 +58,20 @@ def prepare(
     stop: Callable[[], bool] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """The prepared rows of `sources`, which belong to a part, from the cache where they are there and intact.
+    """Prepares the rows of a part's sources, or opens them from the cache if they are intact there.
 
-    `note` is told where a cached folder was damaged.
+    Args:
+        part: The part that the rows belong to.
+        lenient: Accepts bad rows whatever the policy.
+        progress: Called with the number of rows read so far.
+        stop: Polled between shards; True stops the preparation.
+        note: Called with a message if a cached folder was damaged.
 
     Raises:
-        DataError: at the first row that can't be used with `on_bad_row: fail` (not if `lenient`), for more of them than
-            `max_bad_rows`, and if no row is left.
-        Interrupted: when `stop` says so; what is done is kept.
-        RecipeError: the cache can't be written.
+        DataError: At the first unusable row with `on_bad_row: fail`, for more unusable rows than
+            `max_bad_rows` (neither if `lenient`), and if no row is left.
+        Interrupted: `stop` returned True; finished chunks stay in the cache.
+        RecipeError: The cache cannot be written.
     """
     job = plan_job(data, sources, processor, seed=seed, part=part)
     if any(isinstance(source, RowsSource) and source.shots for source in sources):
@@ -88,7 +94,7 @@ def prepare(
     if prepared is None:
         check_cache(folder.parent)
         with _locked(folder), cache_room(folder.parent):
-            # Another process may have made it meanwhile.
+            # Another process may have prepared it meanwhile.
             prepared = Prepared.open(folder, job)
             if prepared is None:
                 if note and folder.is_dir() and not is_intact(folder):
@@ -103,7 +109,10 @@ def prepare(
 
 
 def _with_shots(job: Job, alone: Prepared) -> Job:
-    """The job, its worked examples drawn from rows of the same part that can be used, and its split settled without them."""
+    """The job with few-shot examples.
+
+    They are drawn from the usable rows of the same part. The split is the one decided without them.
+    """
     places = alone.places(alone.part)
     numbers = alone.column("number")
     readers = []
@@ -117,12 +126,16 @@ def _with_shots(job: Job, alone: Prepared) -> Job:
 
 
 def _opened(folder: Path, job: Job) -> Prepared | None:
-    """What is in the cache, opened beside others who read it; a cache that can't be written is read too."""
+    """Opens the cached rows under a shared lock; None if there are none.
+
+    A read-only cache is read as well.
+    """
     if not folder.is_dir():
         return None
     try:
         file = folder.with_suffix(".lock").open("rb")
-    except OSError:  # nobody can be writing where there is no lock
+    # Without a lock file no process can be writing.
+    except OSError:
         return Prepared.open(folder, job)
     with file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -131,14 +144,14 @@ def _opened(folder: Path, job: Job) -> Prepared | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes the folder: the others wait, and find the work done."""
+    """Holds an exclusive lock, so that one process prepares the folder while the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-# --- the work --------------------------------------------------------------------------------------------------------
+# --- shards ---
 
 
 def _make_shards(
@@ -149,7 +162,7 @@ def _make_shards(
     progress: Progress | None,
     stop: Callable[[], bool] | None,
 ) -> None:
-    """Fills `partial` with the shards of every source, and lists them in shards.json."""
+    """Writes the shards of every source to `partial`, and their names to shards.json."""
     partial.mkdir(parents=True, exist_ok=True)
     maker = ShardMaker(job.readers, job.processors, job.data, partial, scored=job.scored)
     fail = job.data.on_bad_row == "fail" and not lenient
@@ -157,7 +170,7 @@ def _make_shards(
     listed = []
     for number, source in enumerate(job.sources):
         shards: list[str] = []
-        own = 0
+        source_rows = 0
         for shard in _work(
             maker, number, _chunks(job.readers[number], source.limit), job.data.workers
         ):
@@ -166,22 +179,23 @@ def _make_shards(
                 advice = " (overlong: drop, split or trim)" if kind == "overlong" else ""
                 raise DataError(message + advice, source=name, row=row, kind=kind)
             shards.append(shard.folder.name)
-            own = own + shard.rows
+            source_rows = source_rows + shard.rows
             rows = rows + shard.rows
             if progress:
                 progress(rows)
             if stop and stop():
                 raise Interrupted(
-                    f"stopped while preparing, after {rows:,} rows; they are kept for the next start"
+                    f"stopped while preparing, after {rows:,} rows; "
+                    "they are kept for the next start"
                 )
-            if source.limit is not None and own >= source.limit:
+            if source.limit is not None and source_rows >= source.limit:
                 break
         listed.append(shards)
     (partial / "shards.json").write_text(json.dumps(listed))
 
 
 def _chunks(reader: SourceReader, limit: int | None) -> Iterator[Chunk]:
-    """A source's chunks, few more than hold `limit` rows."""
+    """Yields a source's chunks, up to those that hold about twice `limit` rows."""
     promised = 0
     for chunk in reader.chunks():
         yield chunk
@@ -195,7 +209,7 @@ _maker: ShardMaker | None = None
 
 def _start_worker(maker: ShardMaker) -> None:
     global _maker
-    # Ctrl-C is the main process's to handle: it lets the chunks at work be finished.
+    # Ctrl-C is handled by the main process, which lets the current chunks finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _maker = maker
@@ -209,7 +223,7 @@ def _in_worker(source: int, chunk: Chunk) -> ShardSummary:
 def _work(
     maker: ShardMaker, source: int, chunks: Iterator[Chunk], workers: int | None
 ) -> Iterator[ShardSummary]:
-    """The shards of `chunks` in order, made by several processes where there is more than one chunk."""
+    """Yields the shards of `chunks` in order; several processes make them if there are several."""
     first = list(islice(chunks, 2))
     chunks = chain(first, chunks)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -225,7 +239,7 @@ def _work(
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_in_worker, source, chunk)))
-            # A bounded number ahead, so that neither chunks nor results pile up.
+            # The number of chunks ahead is bounded, so that neither chunks nor results pile up.
             if len(waiting) > 2 * workers:
                 yield waiting.popleft()[1].result()
         while waiting:
@@ -235,23 +249,24 @@ def _work(
         chunk = waiting[0][0]
         last = chunk.first_row + chunk.rows - 1
         raise DataError(
-            f"a process that prepared rows {chunk.first_row} to {last} or after was killed (out of memory?); "
-            "fewer data.workers need less. What is done is kept",
+            f"a process that prepared rows {chunk.first_row} to {last} or after was killed "
+            "(out of memory?); fewer data.workers need less. What is done is kept",
             source=maker.readers[source].name,
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# --- conversations ---------------------------------------------------------------------------------------------------
+# --- conversations ---
 
 
 def conversations(
     data: DataSection, sources: Sequence[Source], seed: int
 ) -> Iterator[Conversation]:
-    """The good conversations of sources in order, one by one; bad rows as the policy tells.
+    """Yields the usable conversations of sources in order.
 
-    Raises `DataError` at the first bad row with `on_bad_row: fail`, and for more of them than `max_bad_rows`.
+    Raises `DataError` at the first bad row with `on_bad_row: fail`, and for more bad rows than
+    `max_bad_rows`.
     """
     bad = 0
     for source in sources:
@@ -269,7 +284,7 @@ def conversations(
 
 
 def scratch_texts(recipe: Recipe) -> list[Conversation]:
-    """The training conversations of every stage, where the recipe's tokenizer is trained on them; else none."""
+    """The training conversations of all stages if the tokenizer is trained on them, else none."""
     if not recipe.scratch:
         return []
     return [
@@ -282,22 +297,27 @@ def scratch_texts(recipe: Recipe) -> list[Conversation]:
 def read_part(
     data: DataSection, part: PartName, processor: Processor, seed: int
 ) -> list[Conversation]:
-    """The usable conversations of `validation` or `test`: its own sources' rows, and those that `data.split` holds out for it.
+    """Reads the usable conversations of `validation` or `test`.
 
+    These are the rows of the part's own sources, and those that `data.split` holds out for it.
     Raises `DataError` as `prepare`.
     """
     return part_conversations(prepared_parts(data, part, processor, seed), part)
 
 
 def part_conversations(parts: Sequence[Prepared], part: PartName) -> list[Conversation]:
-    """The usable conversations of a part in what holds its rows."""
+    """Reads the usable conversations of a part from the result of `prepared_parts`."""
     return [row for prepared in parts for row in prepared.conversations(prepared.places(part))]
 
 
 def prepared_parts(
     data: DataSection, part: PartName, processor: Processor, seed: int, **options: Any
 ) -> list[Prepared]:
-    """What holds the rows of a part: of its own sources, and of those it is held out of; `options` are `prepare`'s."""
+    """Prepares the sources that hold a part's rows.
+
+    These are its own sources, and those of `train` if `data.split` holds rows out for the part.
+    `options` are passed to `prepare`.
+    """
     sources: list[tuple[PartName, Sequence[Source]]] = [(part, getattr(data, part))]
     if part != "train" and data.split is not None and getattr(data.split, part):
         sources.append(("train", data.train))

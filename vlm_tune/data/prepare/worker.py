@@ -1,4 +1,4 @@
-"""One chunk of a source becomes a shard: its rows' examples, what was found of every row, and its images looked at."""
+"""Converts a chunk of a source to a shard: its rows' examples, row records and image properties."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ if TYPE_CHECKING:
 OK = 0
 BAD = 1
 LEFT_OUT = 2
-"""What became of a row: its examples are there; it can't be used; a rule of the recipe leaves it out."""
+"""The status of a row: it has examples, it is unusable, or a rule of the recipe leaves it out."""
 
 KNOWN_IMAGES = 200_000
-"""Images whose inspection a worker remembers: rows that share one are often far apart."""
+"""Images whose inspection a worker caches; rows that share an image are often far apart."""
 
 
 CONTENT = 10_000
-"""Characters kept of a row that can't be used."""
+"""The number of characters stored of an unusable row."""
 
 
 @dataclass
 class RowRecord:
-    """What was found of one row.
+    """The record of one row.
 
-    `longest` is the length of its longest example before it is dropped, split or trimmed, `tokens` what is left of all.
-    `controls` names control tokens that its texts hold as plain text; `content` is the beginning of a row that can't be
-    used, as it was read. `prompt` is the length of what would be answered while scoring, of rows over `max_length` (else 0);
-    `digest` is `content_hash` of the row.
+    `longest` is the length of its longest example before it is dropped, split or trimmed, `tokens`
+    the number of tokens of all that is left. `controls` names control tokens that its texts contain
+    as plain text. `content` is the beginning of an unusable row, as it was read. `prompt` is the
+    length of its prompt in scoring, for rows over `max_length` (else 0). `digest` is `content_hash`
+    of the row.
     """
 
     row: int
@@ -79,16 +80,16 @@ class RowRecord:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What the process that asked for a shard needs to know of it."""
+    """Summary of a shard, for the process that requested it."""
 
     folder: Path
     rows: int
     bad: tuple[str, int, str, str] | None
-    """source, row, kind and message of the first row that can't be used."""
+    """Source, row, kind and message of the first unusable row."""
 
 
 def text_hash(conversation: Conversation) -> int:
-    """64 bits of the roles and texts of a conversation, white space and letter case aside; images are not in it."""
+    """A 64-bit hash of roles and texts, without white space, letter case and images."""
     turns = "\0".join(
         f"{message.role}\1{' '.join(message.text.casefold().split())}"
         for message in conversation.messages
@@ -97,7 +98,10 @@ def text_hash(conversation: Conversation) -> int:
 
 
 def content_hash(conversation: Conversation) -> int:
-    """64 bits of the roles, the exact texts, and which turns are trained; images are not in it, nor worked examples."""
+    """A 64-bit hash of the roles, the exact texts, and which turns are trained.
+
+    Images and few-shot examples are not included.
+    """
     conversation = conversation.without_shots()
     turns = [
         (m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts])
@@ -107,14 +111,17 @@ def content_hash(conversation: Conversation) -> int:
 
 
 def _hash(text: str) -> int:
-    """64 bits of a text."""
+    """A 64-bit hash of a text."""
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little"
     )
 
 
 class ShardMaker:
-    """Makes shards in any process; picklable. Rows that are `scored` keep all their examples, and need a prompt that fits."""
+    """Makes shards in any process; picklable.
+
+    Rows that are `scored` keep all their examples, and need a prompt within `max_length`.
+    """
 
     def __init__(
         self,
@@ -136,7 +143,7 @@ class ShardMaker:
         return {**self.__dict__, "_known": {}}
 
     def __call__(self, source: int, chunk: Chunk) -> ShardSummary:
-        """Writes the shard, or finds it written, and sums it up."""
+        """Writes the shard, unless it exists and is intact, and returns its summary."""
         folder = self.folder / f"{source:04}-{chunk.number:08}"
         if not is_intact(folder) or files_changed(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,11 +158,11 @@ class ShardMaker:
         records: list[RowRecord] = []
         examples: list[Example] = []
         media = _MediaTable(temporary / BLOB, folder / BLOB)
-        for found in self.readers[source].conversations(chunk):
-            media.note(found.file if isinstance(found, DataError) else None)
-            record, made = self._row(found, source, media, chunk.first_row + len(records))
+        for row in self.readers[source].conversations(chunk):
+            media.note(row.file if isinstance(row, DataError) else None)
+            record, row_examples = self._row(row, source, media, chunk.first_row + len(records))
             records.append(record)
-            examples += made
+            examples += row_examples
         numbers = [[media.number(item) for item in example.media] for example in examples]
         media.close()
         write_batches(temporary / "examples.arrow", [example_batch(examples, numbers)])
@@ -169,7 +176,7 @@ class ShardMaker:
     ) -> tuple[RowRecord, list[Example]]:
         if isinstance(found, DataError):
             row = found.row if isinstance(found.row, int) else number
-            # What could not be read at all has no content but the error.
+            # A row that could not be read at all has no content but the error.
             read = found.content is not None and not isinstance(found.content, Exception)
             content = _content(found.content) if read else ""
             record = RowRecord(
@@ -204,13 +211,13 @@ class ShardMaker:
             record.kind = error.kind
             record.message = error.message
             return record, []
-        made = fitted.examples
+        examples = fitted.examples
         long = fitted.overlong
-        record.examples = len(made)
+        record.examples = len(examples)
         record.overlong = len(long)
         record.longest = fitted.longest
-        record.tokens = sum(len(example.input_ids) for example in made)
-        record.supervised = sum(example.supervised for example in made)
+        record.tokens = sum(len(example.input_ids) for example in examples)
+        record.supervised = sum(example.supervised for example in examples)
         if long:
             size = (
                 f"the prompt has {record.prompt:,}" if self.scored else f"{max(map(length, long))}"
@@ -221,17 +228,17 @@ class ShardMaker:
                 record.status = BAD
                 record.examples = 0
                 return record, []
-            if not made:
+            if not examples:
                 record.status = LEFT_OUT
-        for example in made:
+        for example in examples:
             for item in example.media:
                 media.add(item, self._look(replace(item, tile=None)))
-        return record, made
+        return record, examples
 
     def _fitted(
         self, conversation: Conversation, processor: Processor, record: RowRecord
     ) -> Fitted:
-        """A row's examples as they are trained on, or all of a row that is scored if its prompt is not too long."""
+        """A row's examples as trained on; for scoring all, if the prompt is not too long."""
         if self.scored:
             examples = processor.examples(conversation)
             fitted = Fitted(examples, [], max(map(length, examples)))
@@ -244,13 +251,13 @@ class ShardMaker:
         return fitted
 
     def _controls(self, conversation: Conversation, processor: Processor) -> str:
-        """Control tokens, and marks of media, that stand in the texts: the model sees plain text there."""
-        found = {
+        """Names control tokens and media marks in the texts, where the model sees plain text."""
+        roles = {
             name: message.role
             for message in conversation.messages
             for name in processor.encoder.controls_in(message.text)
         }
-        return ", ".join(f"{name} in the {role}'s text" for name, role in found.items())
+        return ", ".join(f"{name} in the {role}'s text" for name, role in roles.items())
 
     def _look(self, item: Media) -> ImageInfo:
         known = self._known.get(item)
@@ -268,14 +275,15 @@ class ShardMaker:
     def _unwanted(
         self, conversation: Conversation, images: Sequence[MediaRow]
     ) -> tuple[str, str] | None:
-        """Why the cleaning rules leave a row out; None if they don't."""
+        """The (kind, message) of the cleaning rule that leaves a row out; None if none does."""
         clean = self.data.clean
         if clean.min_side is not None:
             for image in images:
                 if min(image.info.width, image.info.height) < clean.min_side:
                     return (
                         "small_image",
-                        f"{image.media.name}: {image.info.width}x{image.info.height}, a side under {clean.min_side}",
+                        f"{image.media.name}: {image.info.width}x{image.info.height}, "
+                        f"a side under {clean.min_side}",
                     )
         size = sum(len(message.text) for message in conversation.messages)
         if clean.min_chars is not None and size < clean.min_chars:
@@ -283,24 +291,28 @@ class ShardMaker:
         if clean.max_chars is not None and size > clean.max_chars:
             return "long_text", f"{size} characters, over {clean.max_chars}"
         if clean.languages:
-            found = language_of(" ".join(message.text for message in conversation.messages))
-            if found is not None and found not in clean.languages:
-                return "language", f"in {quoted(found)}, none of {', '.join(clean.languages)}"
+            language = language_of(" ".join(message.text for message in conversation.messages))
+            if language is not None and language not in clean.languages:
+                return "language", f"in {quoted(language)}, none of {', '.join(clean.languages)}"
         return None
 
 
 def _content(row: object) -> str:
-    """The beginning of a row as JSON, for the quarantine file; what JSON has no form for is named, as `2,048 bytes`."""
+    """The beginning of a row as JSON, for the quarantine file.
+
+    Values that JSON cannot represent are described, such as `2,048 bytes`.
+    """
     try:
         text = json.dumps(row, ensure_ascii=False, default=quoted)[:CONTENT]
-    except (RecursionError, TypeError, ValueError):  # nested too deeply, or keys that are no text
+    # Nested too deeply, or keys that are not strings.
+    except (RecursionError, TypeError, ValueError):
         text = json.dumps(quoted(row, CONTENT))
-    # Half a surrogate pair is written as JSON's own escape of it.
+    # Half a surrogate pair is written as its JSON escape.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class _MediaTable:
-    """The distinct media of a shard; encoded bytes go to its blob."""
+    """The distinct media of a shard; encoded bytes are written to its blob."""
 
     def __init__(self, blob: Path, final: Path) -> None:
         self.rows: list[MediaRow] = []
@@ -316,26 +328,26 @@ class _MediaTable:
         return self._numbers[media]
 
     def note(self, file: Path | None) -> None:
-        """Keeps when a file was last changed that the rows depend on, whether it can be used or not."""
+        """Records the modification time of a file that the rows depend on, usable or not."""
         if file is not None and str(file) not in self.stamps:
             self.stamps[str(file)] = file_stamp(file)
 
     def add(self, media: Media, info: ImageInfo) -> int:
-        found = self._numbers.get(media)
-        if found is None:
-            found = self._numbers[media] = len(self.rows)
+        number = self._numbers.get(media)
+        if number is None:
+            number = self._numbers[media] = len(self.rows)
             source = self._place(media.source) if isinstance(media.source, bytes) else media.source
             self.rows.append(MediaRow(replace(media, source=source), info))
-        return found
+        return number
 
     def _place(self, data: bytes) -> Slice:
-        found = self._placed.get(data)
-        if found is None:
+        placed = self._placed.get(data)
+        if placed is None:
             self._file = self._file or self._blob.open("wb")
             self._file.write(data)
-            found = self._placed[data] = Slice(self._final, self._size, len(data))
+            placed = self._placed[data] = Slice(self._final, self._size, len(data))
             self._size += len(data)
-        return found
+        return placed
 
     def close(self) -> None:
         if self._file is not None:
@@ -343,34 +355,38 @@ class _MediaTable:
 
 
 STAMPS = "files.json"
-"""The file of a prepared folder that holds when the files that its rows depend on were last changed."""
+"""File of a prepared folder with the modification times of the files its rows depend on."""
 
 
 def file_stamp(path: Path) -> int:
-    """When a file was last changed, in nanoseconds; -1 if there is none."""
+    """The modification time of a file in nanoseconds; -1 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
-    except (OSError, ValueError):  # a ValueError for a NUL byte in the name
+    # A NUL byte in the name is a ValueError.
+    except (OSError, ValueError):
         return -1
 
 
 def write_stamps(folder: Path, stamps: dict[str, int]) -> None:
-    """Writes when the files that the rows in `folder` depend on were last changed. Raises `OSError`."""
+    """Writes the modification times of files that the rows in `folder` depend on, by path.
+
+    Raises `OSError`.
+    """
     (folder / STAMPS).write_text(json.dumps(stamps))
 
 
 def read_stamps(folder: Path) -> dict[str, int]:
-    """What `write_stamps` wrote."""
+    """Reads the modification times written by `write_stamps`."""
     return json.loads((folder / STAMPS).read_text())
 
 
 def files_changed(folder: Path) -> bool:
-    """Whether an image or video that the rows in `folder` depend on was changed, removed or put there since."""
+    """Whether an image or video that the rows depend on was changed, removed or added since."""
     return any(file_stamp(Path(path)) != stamp for path, stamp in read_stamps(folder).items())
 
 
 def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
-    """Row records as one record batch."""
+    """Converts row records to one record batch."""
     import pyarrow as pa
 
     def column(name: str, kind: Callable[[], Any]) -> Any:
@@ -398,7 +414,7 @@ def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
 
 
 def summary(folder: Path) -> ShardSummary:
-    """What a written shard holds."""
+    """Summarises a written shard."""
     from vlm_tune.data.prepare.arrow_store import read_batches
 
     (rows,) = read_batches(folder / "rows.arrow")
