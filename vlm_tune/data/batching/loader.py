@@ -105,7 +105,10 @@ class Loading:
 
 
 class PreparedFeed:
-    """Batches of prepared rows; `fetch` returns features if `cached`, else pixels to augment."""
+    """Batches of prepared rows; `fetch` returns features if `cached`, else pixels.
+
+    `augment` configures random changes of the pixels.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Chat formats: convert conversations to segments, each marked as trained or not."""
+"""Chat formats: conversion of conversations to segments, each marked as trained or not."""
 
 from __future__ import annotations
 

@@ -83,7 +83,10 @@ def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
 
 
 def decode_image(data: bytes, name: str = "<bytes>") -> Image:
-    """Decodes an RGB image: first frame, EXIF rotation applied, on white, 16 bit scaled to 8.
+    """Decodes an image to RGB.
+
+    The first frame is used, EXIF rotation is applied, transparency is composited on white, and 16
+    bits are scaled to 8.
 
     Raises `DataError` for formats other than PNG, JPEG, WebP, BMP, GIF, TIFF and AVIF, for
     truncated or empty files, and from the header alone for more than 100 megapixels or an aspect

@@ -86,7 +86,7 @@ class Prepared:
         )
 
     def unit_costs(self, image_cost: float) -> np.ndarray:
-        """The cost of each unit's forward pass in input tokens: float64[units].
+        """The cost of each unit's forward and backward pass, in input tokens: float64[units].
 
         An image costs as much as `image_cost` tokens.
         """

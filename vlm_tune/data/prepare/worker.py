@@ -89,7 +89,7 @@ class ShardSummary:
 
 
 def text_hash(conversation: Conversation) -> int:
-    """A 64-bit hash of roles and texts, without white space, letter case and images."""
+    """A 64-bit hash of roles and texts; letter case, kinds of white space and images are ignored."""
     turns = "\0".join(
         f"{message.role}\1{' '.join(message.text.casefold().split())}"
         for message in conversation.messages
