@@ -169,7 +169,7 @@ class _Rows:
         return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
     @property
-    def kept(self) -> np.ndarray:
+    def trained_on(self) -> np.ndarray:
         """Whether a row's examples are trained on."""
         return (self.status == OK) & (self.part == 0)
 
@@ -182,7 +182,7 @@ class _Rows:
 
     def example_sources(self) -> np.ndarray:
         """The source of each example that is trained on, in order."""
-        return np.repeat(self.source[self.kept], self.examples[self.kept])
+        return np.repeat(self.source[self.trained_on], self.examples[self.trained_on])
 
     def spans(self) -> list[tuple[int, int]]:
         """The range (start, end) of each shard's rows."""
@@ -332,7 +332,7 @@ def _kept_examples(
     ):
         (batch,) = read_batches(shard / "examples.arrow")
         counts = rows.examples[start:end]
-        chosen = np.flatnonzero(np.repeat(rows.kept[start:end], counts))
+        chosen = np.flatnonzero(np.repeat(rows.trained_on[start:end], counts))
         if len(chosen) < batch.num_rows:
             batch = batch.take(pa.array(chosen))
         if not batch.num_rows:

@@ -89,7 +89,10 @@ class ShardSummary:
 
 
 def text_hash(conversation: Conversation) -> int:
-    """A 64-bit hash of roles and texts; letter case, kinds of white space and images are ignored."""
+    """A 64-bit hash of roles and texts.
+
+    Letter case, the kind and amount of white space, and images are ignored.
+    """
     turns = "\0".join(
         f"{message.role}\1{' '.join(message.text.casefold().split())}"
         for message in conversation.messages
@@ -172,40 +175,40 @@ class ShardMaker:
         write_checksums(temporary)
 
     def _row(
-        self, found: Conversation | DataError, source: int, media: _MediaTable, number: int
+        self, row: Conversation | DataError, source: int, media: _MediaTable, number: int
     ) -> tuple[RowRecord, list[Example]]:
-        if isinstance(found, DataError):
-            row = found.row if isinstance(found.row, int) else number
+        if isinstance(row, DataError):
+            row_number = row.row if isinstance(row.row, int) else number
             # A row that could not be read at all has no content but the error.
-            read = found.content is not None and not isinstance(found.content, Exception)
-            content = _content(found.content) if read else ""
+            read = row.content is not None and not isinstance(row.content, Exception)
+            content = _content(row.content) if read else ""
             record = RowRecord(
-                row,
-                found.source,
+                row_number,
+                row.source,
                 status=BAD,
-                kind=found.kind,
-                message=found.message,
+                kind=row.kind,
+                message=row.message,
                 content=content,
             )
-            record.digest = _hash(content or found.message)
+            record.digest = _hash(content or row.message)
             return record, []
-        alone = found.without_shots()
+        alone = row.without_shots()
         record = RowRecord(
-            found.row, found.source, found.id, category=found.category, text=text_hash(alone)
+            row.row, row.source, row.id, category=row.category, text=text_hash(alone)
         )
-        record.digest = content_hash(found)
+        record.digest = content_hash(row)
         record.controls = self._controls(alone, self.processors[source])
         try:
-            for item in found.media:
+            for item in row.media:
                 media.note(item.file)
             record.images = [media.add(item, self._look(item)) for item in alone.media]
-            for item in found.media:
+            for item in row.media:
                 self._look(item)
             reason = self._unwanted(alone, [media.rows[image] for image in record.images])
             if reason:
                 record.status, (record.kind, record.message) = LEFT_OUT, reason
                 return record, []
-            fitted = self._fitted(found, self.processors[source], record)
+            fitted = self._fitted(row, self.processors[source], record)
         except DataError as error:
             record.status = BAD
             record.kind = error.kind
