@@ -35,7 +35,7 @@ def home(path: str) -> str:
 def check_writable(
     path: str | Path, what: str, *, folder: bool = False, mark: bytes | None = None
 ) -> None:
-    """Checks that a file can be written at `path`, or inside it with `folder`; leaves nothing behind.
+    """Checks that a file can be written at `path`, or in it with `folder`; leaves nothing behind.
 
     Missing parent folders are created and removed again, since only trying tells on every file
     system. An existing file keeps its content.
