@@ -63,8 +63,8 @@ def _override_texts(overrides: Sequence[str] | dict[str, Any]) -> list[str]:
         return [f"{name}={flow_value(str(name), value)}" for name, value in overrides.items()]
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
         message = (
-            f"expected a list of 'key.key=value' texts, or a mapping of dotted names to values, got "
-            f"{quoted(overrides)}"
+            f"expected a list of 'key.key=value' texts, or a mapping of dotted names to values, "
+            f"got {quoted(overrides)}"
         )
         raise RecipeError([Problem("overrides", message)])
     for override in overrides:
@@ -185,7 +185,7 @@ def _quoted(value: Any) -> Any:
 
 
 def check_recipe(located: Located) -> Recipe:
-    """Returns a typed recipe from located values; raises `RecipeError` with all problems at once."""
+    """Returns a typed recipe from located values; a `RecipeError` has all problems at once."""
     problems = schema_problems(located, Recipe, located.value, ())
     raw_stages = located.value.get("stages")
     stages = raw_stages if isinstance(raw_stages, list) else []

@@ -352,9 +352,9 @@ def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
             and _reaches_blocks(rules, index)
         ):
             message = (
-                f"{quoted(match)} reaches the llm's layers, and quantised weights can't be trained; "
-                "use how: lora for them, or drop model.llm.quantize (its embedding and head are not "
-                "quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
+                f"{quoted(match)} reaches the llm's layers, and quantised weights can't be "
+                "trained; use how: lora for them, or drop model.llm.quantize (its embedding and "
+                "head are not quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
             )
             faults.append((("tune", index, "how"), message))
         if (

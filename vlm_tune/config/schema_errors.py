@@ -173,29 +173,29 @@ WORDS = {
 """Plain messages for pydantic's error types whose own messages name Python classes."""
 
 
-def _wording(fault: Any) -> str:
+def _wording(item: Any) -> str:
     """Returns a message with what was expected and what stands there."""
-    context = fault.get("ctx", {})
-    if fault["type"] in ("union_tag_invalid", "literal_error"):
-        tag = context.get("tag", fault.get("input"))
+    context = item.get("ctx", {})
+    if item["type"] in ("union_tag_invalid", "literal_error"):
+        actual = context.get("tag", item.get("input"))
         expected = str(context.get("expected_tags", context.get("expected", "")))
         names = [
             name.strip(" '")
             for name in expected.replace(" or ", ",").split(",")
             if name.strip(" '")
         ]
-        near = difflib.get_close_matches(str(tag), names, n=1)
-        return f"{quoted(tag)} is none of {', '.join(names)}" + (
+        near = difflib.get_close_matches(str(actual), names, n=1)
+        return f"{quoted(actual)} is none of {', '.join(names)}" + (
             f"; did you mean {near[0]}?" if near else ""
         )
-    if fault["type"] == "union_tag_not_found":
+    if item["type"] == "union_tag_not_found":
         return "needs a `kind`"
-    if fault["type"] == "too_short":
+    if item["type"] == "too_short":
         return f"expected {context['min_length']} or more entries, got {context['actual_length']}"
-    if fault["type"] == "too_long":
+    if item["type"] == "too_long":
         return f"expected {context['max_length']} or fewer entries, got {context['actual_length']}"
-    message = WORDS.get(fault["type"]) or fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{message}, got {quoted(fault['input'])}"
+    message = WORDS.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
+    return f"{message}, got {quoted(item['input'])}"
 
 
 def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:

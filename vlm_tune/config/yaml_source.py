@@ -282,7 +282,7 @@ def apply_override(located: Located, override: str) -> Path:
 
 
 def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | int:
-    """Returns the key or list index that `part` of an override names in `target`, the value at `path`.
+    """Returns the key or list index that `part` of an override names in the value at `path`.
 
     Raises `RecipeError` where there is none.
     """
