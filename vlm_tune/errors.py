@@ -118,6 +118,6 @@ class TrainingError(VlmTuneError):
 
 
 class Interrupted(VlmTuneError):
-    """Training was asked to stop, saved a checkpoint and can be resumed."""
+    """Training was stopped from outside; it saved a checkpoint and can be resumed."""
 
     exit_code = EXIT_INTERRUPTED

@@ -93,7 +93,7 @@ def sft(
         flags["--no-test"] = no_test
         options = [
             *(f"--set={change}" for change in changes),
-            *(name for name, given in flags.items() if given),
+            *(name for name, is_set in flags.items() if is_set),
         ]
         launch_ranks(
             processes, "sft", recipe, *options, *([f"--device={device}"] if device else [])

@@ -44,7 +44,7 @@ class Schedule(Config):
 
 
 class Checkpoints(Config):
-    """When checkpoints are written and how many are kept; the best and the last always are."""
+    """When checkpoints are written and how many stay; the best and the last always stay."""
 
     every: PositiveInt | None = Field(
         default=None, description="optimizer steps; at each evaluation and the end where not given"

@@ -13,7 +13,7 @@ TRAINS_BASE = ("full", "last_layers", "norms", "biases")
 
 
 class TuneRule(Config):
-    """How the parameters whose name matches are trained; the first rule that matches applies."""
+    """A rule for training the parameters whose name matches; the first matching rule applies."""
 
     match: str = Field(
         description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*"
