@@ -1,4 +1,4 @@
-"""The functions of `import vlm_tune`: train, evaluate, merge, export; the command line calls the same."""
+"""The functions of `import vlm_tune`: train, score, predict, merge, export; the CLI calls them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from vlm_tune.train.trainer import Report
 log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
-"""The recipe of a run, in its folder."""
+"""The recipe's file in a run folder."""
 
 
 def sft(
@@ -55,12 +55,25 @@ def sft(
     test: bool = True,
     show: Report | None = None,
 ) -> Run:
-    """Trains a recipe and returns the run (folder, result, model); `show` is given every event.
+    """Trains a recipe and returns the run.
 
-    `test=False` leaves the test part unscored.
+    Args:
+        recipe: a recipe file, or a loaded recipe.
+        overrides: `"a.b=c"` strings, or a mapping of dotted names to values; not with a loaded
+            recipe.
+        resume: continue the run in the output folder from its last checkpoint. The recipe must be
+            the run's own, unless `accept_changes` is set.
+        overwrite: start anew and delete what a run wrote to the output folder.
+        accept_changes: with `resume`, continue with this recipe though it differs from the run's.
+        test: score the test part at the end.
+        show: called with every event.
 
-    A run is resumed with its own recipe, or with `accept_changes` with this one.
-    Raises the errors of `vlm_tune.errors`: a bad recipe, data, weights, or training that stopped.
+    Returns:
+        The run: its folder, result and model.
+
+    Raises:
+        VlmTuneError: an error of `vlm_tune.errors`: a bad recipe, bad data or weights, or training
+            that stopped.
     """
     loaded = as_recipe(recipe, overrides)
     try:
@@ -79,16 +92,25 @@ def sft(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        said = f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume goes on from the last checkpoint"
-        raise TrainingError(said) from error
+        message = (
+            f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume goes "
+            f"on from the last checkpoint"
+        )
+        raise TrainingError(message) from error
 
 
 def verify_run(
     run: str | Path, *, steps: int | None = None, show: Report | None = None
 ) -> ReplayReport:
-    """Replays steps of a run from one of its checkpoints and compares samples, losses, gradient norms and tensors bit for bit.
+    """Replays steps of a run and compares samples, losses, gradient norms and tensors bit for bit.
 
-    Raises `RecipeError` if no checkpoint is kept to start from, and for arguments of another kind.
+    Args:
+        run: the run's folder.
+        steps: how many steps to replay; up to the next checkpoint where not given.
+        show: called with every event.
+
+    Raises:
+        RecipeError: there is no checkpoint to start from, or an argument has the wrong type.
     """
     check_path("run", run)
     check_count("--steps", steps)
@@ -96,7 +118,12 @@ def verify_run(
 
 
 def find_recipe(model: Path) -> Path:
-    """The recipe of a run that a model folder lies in. Raises `RecipeError` if there is none."""
+    """Finds the recipe of the run that a model folder lies in.
+
+    Raises:
+        ModelError: the folder does not exist.
+        RecipeError: neither the folder nor one above it holds a recipe.
+    """
     if not is_folder(model):
         raise ModelError(f"no such folder: {shown_path(model)}")
     for folder in (model, *model.resolve().parents):
@@ -125,13 +152,23 @@ def evaluate(
     accept_other_base: bool = False,
     show: Report | None = None,
 ) -> Scores:
-    """Scores a run, checkpoint or merged folder on the `test` or `validation` part of a recipe's last stage, or on a file.
+    """Scores a model on a part of a recipe's last stage, or on a file of rows.
 
-    The recipe is the run's own where none is given; `limit` scores the first rows only; `base` and `accept_other_base`
-    are as in `merge`. `data` is a file (or a pattern, or tar shards) of rows of any form, read in place of the recipe's.
+    Args:
+        model: a run, a checkpoint or a merged folder.
+        recipe: whose data to score on; the run's own where not given.
+        overrides: changes to the recipe, as in `sft`.
+        split: the part of the recipe to score.
+        data: a file, a pattern of files, or tar shards, of rows of any form; scored in place of the
+            recipe's part.
+        limit: score the first rows only.
+        dtype: bf16, fp16 or fp32; the model's own where not given.
+        base: as in `merge`, like `accept_other_base`.
+        show: called with every event.
 
     Raises:
-        RecipeError: that part is empty or unknown, an argument is of another kind, or the limit is under 1.
+        RecipeError: the part is empty or unknown, an argument has the wrong type, or the limit is
+            under 1.
         DataError: a row can't be used.
         ModelError: the model can't be loaded.
     """
@@ -202,7 +239,11 @@ def _score_rows(
 def _settings(
     folder: Path, recipe: str | Path | Recipe | None, overrides: Sequence[str] | dict[str, Any]
 ) -> EvaluateSection:
-    """How answers are generated: as a recipe says, the run's own where none is given, or by the defaults where there is none."""
+    """Returns a recipe's settings for generating answers; the defaults where there is no recipe.
+
+    Where none is given, the recipe is that of the run that `folder` lies in, and `ModelError` is
+    raised if `folder` holds no model.
+    """
     if recipe is None:
         find_model(folder)
         recipe = next(
@@ -232,23 +273,24 @@ def predict(
     accept_other_base: bool = False,
     show: Report | None = None,
 ) -> Predictions:
-    """Answers the last question of every row of a file and writes the answers as JSONL, without scoring.
+    """Answers the last question of every row of a file, unscored, and writes the answers as JSONL.
 
     Args:
         model: a run, a checkpoint or a merged folder.
-        data: a file, a pattern of files, or tar shards, of rows of any form; rows may lack their answer.
-        output: the JSONL file; one that is there is replaced.
+        data: a file, a pattern of files, or tar shards, of rows in any form, also without answers.
+        output: the JSONL file to write; an existing file of answers is replaced.
         limit: answer the first rows only.
-        max_new_tokens: longest answer in tokens; this and the next two are the run's recipe's where not given.
+        max_new_tokens: longest answer in tokens; the run's recipe sets this and the next two where
+            they are not given.
         num_beams: 1 is greedy.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         dtype: bf16, fp16 or fp32; the model's own where not given.
         base: as in `merge`, like `accept_other_base`.
-        show: is given every event.
+        show: called with every event.
 
     Raises:
-        RecipeError: an argument is of another kind, or the output can't be written.
-        DataError: a row can't be used, before the model is loaded.
+        RecipeError: an argument has the wrong type, or the output can't be written.
+        DataError: a row can't be used; raised before the model is loaded.
         ModelError: the model can't be loaded.
     """
     for name, value in (("model", model), ("data", data), ("output", output)):
@@ -284,9 +326,14 @@ def predict(
 
 
 def which_model(path: str | Path) -> dict[str, Any]:
-    """Which saved model a path means: its folder, what it is in words, and stage and step where they are known.
+    """Finds the saved model that a path stands for and describes it.
 
-    Raises `ModelError` if there is none.
+    Returns:
+        `folder`, `about` (a description in words), `stage`, `step` and `run`; the last three are
+        None where they are unknown.
+
+    Raises:
+        ModelError: there is no model.
     """
     folder = find_model(Path(path))
     above = folder.resolve()
@@ -347,11 +394,12 @@ def merge(
         output: the folder to write.
         dtype: bf16, fp16 or fp32; bf16, or the next of these that is fine enough, where not given.
         tolerance: how far the rounding may move logits; 0.02 where not given.
-        base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; where it was where not given.
-        accept_other_base: whether to merge into weights other than those that were trained over.
+        base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; its place of training
+            where not given.
+        accept_other_base: merge into a base though its weights are not those of training.
 
     Raises:
-        ModelError: it can't be merged, or fails verification; nothing is written.
+        ModelError: the model can't be merged, or fails verification; nothing is written.
         RecipeError: the output can't be written.
     """
     check_path("model", model)
@@ -371,10 +419,20 @@ def export(
     base: BaseArgument = None,
     accept_other_base: bool = False,
 ) -> ExportReport:
-    """Writes a model in another library's layout (`llava` or `gguf`, adapters merged, or `adapter`, a PEFT folder) and verifies it there.
+    """Writes a model in another library's layout and verifies it with that library.
 
-    `base` and `accept_other_base` are as in `merge`.
-    Raises `ModelError` for a model that the format can't express, too little memory or disk, and a failed verification.
+    Args:
+        model: a run, a checkpoint or a merged folder.
+        output: the folder to write.
+        format: `llava` or `gguf` (adapters merged), or `adapter` (a PEFT folder).
+        dtype: bf16, fp16 or fp32 (gguf: also q8_0); the merge's or the model's own where not given.
+        max_shard_size: largest weights file of a `llava` export.
+        verify: open what was written and compare it with the model.
+        base: as in `merge`, like `accept_other_base`.
+
+    Raises:
+        ModelError: the format can't express the model, memory or disk space is too small, or the
+            verification fails.
     """
     check_path("model", model)
     check_path("output", output)

@@ -1,4 +1,4 @@
-"""Names that other libraries changed from one version to the next; the rest of the package asks here."""
+"""Differences between versions of other libraries, and workarounds, for the whole package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from functools import cache
 from typing import Any
 
 HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
-"""Loggers that warn of what is meant to be so: a config.json of our own type, and a 4-bit kernel that is not installed."""
+"""Loggers whose warnings are harmless.
+
+They warn of a config.json of our own type, and of a 4-bit kernel that is not installed.
+"""
 
 
 @contextmanager
 def without_harmless_warnings() -> Iterator[None]:
-    """Within, the loggers of `HARMLESS` tell errors alone; their levels come back after."""
+    """Context in which the loggers of `HARMLESS` report errors only; their levels are restored."""
     loggers = [logging.getLogger(name) for name in HARMLESS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -29,7 +32,10 @@ def without_harmless_warnings() -> Iterator[None]:
 
 @cache
 def cache_name() -> str:
-    """transformers' name of the KV cache, as an argument and in outputs: `cache` from 5.24 on, `past_key_values` before."""
+    """Returns transformers' name of the KV cache, as an argument and in outputs.
+
+    It is `cache` from 5.24 on and `past_key_values` before.
+    """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return (
@@ -40,9 +46,10 @@ def cache_name() -> str:
 
 
 def recompute_operator_inputs() -> AbstractContextManager[Any]:
-    """Within, a compiler's backward pass computes the inputs of operators anew where elementwise work from what is saved gives them.
+    """Context in which a compiled backward pass recomputes operators' inputs from saved tensors.
 
-    torch saves them otherwise: a norm's input and its output, of which the latter is a product of the former.
+    It does so where elementwise work gives them. Otherwise torch saves them: both a norm's input
+    and its output, which is a product of the input.
     """
     from torch._functorch import config
 
@@ -50,10 +57,10 @@ def recompute_operator_inputs() -> AbstractContextManager[Any]:
 
 
 def build_no_shared_memory_op() -> None:
-    """Keeps DeepSpeed from compiling an operator for exchange through shared memory, which training does not call.
+    """Keeps DeepSpeed from compiling its shared-memory operator, which training does not call.
 
-    It is compiled as processes join, without a word, behind a lock file that outlives a killed process: every later run
-    then waits for that file for ever.
+    DeepSpeed compiles it silently as processes join, behind a lock file that outlives a killed
+    process: every later run then waits for that file for ever.
     """
     import deepspeed
 

@@ -1,4 +1,4 @@
-"""The errors a user sees, each with the exit code its command ends with."""
+"""The errors that users see, each with its exit code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ EXIT_INTERRUPTED = 130
 
 
 class VlmTuneError(Exception):
-    """Base of every error that is the user's to mend; `exit_code` is what the command line returns."""
+    """Base of the errors that a user can fix; `exit_code` is what the command line returns."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault in a recipe: where it stands (`file:line:column`) and what to do about it."""
+    """One fault in a recipe: its place (`file:line:column`) and what to do about it."""
 
     where: str
     message: str
@@ -34,7 +34,7 @@ class Problem:
 
 
 class RecipeError(VlmTuneError):
-    """A recipe that can't be run; carries every problem found, not the first."""
+    """A recipe that can't be run; carries every problem found, not only the first."""
 
     exit_code = EXIT_RECIPE
 
@@ -44,7 +44,7 @@ class RecipeError(VlmTuneError):
 
 
 def check_count(option: str, count: int | None) -> None:
-    """Raises `RecipeError`, naming the option, for what is no whole number from 1 on; None is no bound."""
+    """Raises `RecipeError`, naming the option, unless `count` is an integer from 1 on, or None."""
     if count is None:
         return
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -54,7 +54,7 @@ def check_count(option: str, count: int | None) -> None:
 
 
 def number_problems(option: str, number: float | None) -> list[Problem]:
-    """The problem, naming the option, with what is no finite number above 0; none with None."""
+    """Returns a problem, naming the option, unless `number` is finite and above 0, or None."""
     # NaN is neither above 0 nor under infinity.
     if number is None or (
         isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
@@ -64,7 +64,7 @@ def number_problems(option: str, number: float | None) -> list[Problem]:
 
 
 class ArgumentError(VlmTuneError, ValueError):
-    """An argument of a Python call that can't be used; names it, and what was expected."""
+    """An argument of a Python call that can't be used; names it and what was expected."""
 
     exit_code = EXIT_RECIPE
 
@@ -72,9 +72,15 @@ class ArgumentError(VlmTuneError, ValueError):
 class DataError(VlmTuneError):
     """A row, an image or a template that can't be used; names the source and the row.
 
-    `kind` is what reports count by; `content` is the row as it was read, for the quarantine file. What it says may quote
-    a row, so it is kept with every character that does not print escaped. `file` is the image's or video's file that the
-    row can't be used for: what is prepared goes out of date when that changes.
+    The message may quote a row, so every character in it that does not print is escaped.
+
+    Args:
+        message: the fault.
+        source: the name of the row's source.
+        row: the row's number or name.
+        kind: the kind of fault, by which reports count.
+        content: the row as it was read, for the quarantine file.
+        file: the image or video file at fault; prepared data goes out of date when it changes.
     """
 
     exit_code = EXIT_DATA
@@ -112,6 +118,6 @@ class TrainingError(VlmTuneError):
 
 
 class Interrupted(VlmTuneError):
-    """Training was asked to stop, saved a checkpoint and can be resumed."""
+    """Training was stopped from outside; it saved a checkpoint and can be resumed."""
 
     exit_code = EXIT_INTERRUPTED

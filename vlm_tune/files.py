@@ -1,6 +1,7 @@
-"""Checksums of what caches hold: taken once when it is written, compared whenever it is opened.
+"""Checksums of cached files: computed once on writing, compared whenever a cache is opened.
 
-They notice damage (flipped bits, cut files), not malice: XXH3 reads some gigabytes a second (https://xxhash.com).
+They detect damage (flipped bits, cut files), not malice. XXH3 reads some gigabytes a second
+(https://xxhash.com).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 
 NAME = "checksums.json"
-"""The file of a folder that holds the checksums of the others."""
+"""The file of a folder that holds the checksums of its other files."""
 
 _BLOCK = 1 << 20
 
@@ -28,7 +29,7 @@ def file_checksum(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the checksums of all files that lie in `folder`. Raises `OSError`."""
+    """Writes the checksums of all files directly in `folder`. Raises `OSError`."""
     checksums = {
         path.name: file_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()
     }

@@ -1,4 +1,4 @@
-"""Several processes on this machine, as `vlm-tune sft --processes N` starts them."""
+"""Starts several processes on this machine, as `vlm-tune sft --processes N` does."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from typing import Any
 from vlm_tune.errors import EXIT_TRAINING
 
 GRACE = 10.0
-"""Seconds that the others have to end by themselves once a process has failed; most often all find the same fault."""
+"""Seconds that the other processes have to end by themselves once one has failed.
+
+Most often all find the same fault.
+"""
 POLL = 0.1
 PARENT_DIED = 1
-"""prctl's number for the signal that a process gets when its parent is gone."""
+"""prctl's option for the signal that a process gets when its parent is gone."""
 
 
 def launch(command: Sequence[str], processes: int) -> int:
-    """Runs a command as the ranks of one job and returns the job's exit code: the first failure's, 5 if that was killed.
+    """Runs a command as the ranks of one job and returns the job's exit code.
 
-    SIGINT and SIGTERM go on to every rank. When one fails the others are killed after a grace period.
+    That is the code of the first rank that failed, or 5 if a signal ended it. SIGINT and SIGTERM
+    are passed on to every rank. When one fails, the others are killed after a grace period.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -49,7 +53,8 @@ def launch(command: Sequence[str], processes: int) -> int:
     try:
         for number in range(processes):
             environment = common | {"RANK": str(number), "LOCAL_RANK": str(number)}
-            # Sessions of their own: a terminal's Ctrl-C comes here alone, and reaches each rank once.
+            # Each rank has its own session: a terminal's Ctrl-C comes here alone, and is passed on.
+            # So it reaches each rank once.
             ranks.append(
                 subprocess.Popen(
                     command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
@@ -70,7 +75,7 @@ def _end_with_parent() -> None:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[Any]]) -> int:
-    """Waits for all ranks; the exit code of the job."""
+    """Waits for all ranks and returns the exit code of the job."""
     failed = 0
     deadline = None
     while True:

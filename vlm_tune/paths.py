@@ -1,4 +1,4 @@
-"""Paths that users give: `~`, what is no path, and whether a place can be written, found out before the work."""
+"""Paths that users give: expanded, validated, and checked early for whether they can be written."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted
 
 ANSWERS = b'"expected"'
-"""What stands in every line of a file of answers, scored or not."""
+"""Text that every line of a file of answers holds, scored or not."""
 
 FIRST_LINE = 1_000_000
-"""Bytes of a file's first line in which its mark is looked for."""
+"""Bytes of a file's first line that are searched for its mark."""
 
 ATTEMPTS = 20
-"""How often a place is tried while folders of it come and go."""
+"""Attempts to write at a place while other processes create and remove its folders."""
 
 SHOWN = 200
 """Characters of a path that a message shows."""
 
 
 def home(path: str) -> str:
-    """A path whose `~` is the user's home folder; one of a user that there is not stays as it is."""
+    """Expands `~` to the user's home folder; `~name` of an unknown user stays as it is."""
     return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
 def check_writable(
     path: str | Path, what: str, *, folder: bool = False, mark: bytes | None = None
 ) -> None:
-    """Checks that a file can be written at `path`, or with `folder` files inside it; leaves nothing behind.
+    """Checks that a file can be written at `path`, or in it with `folder`; leaves nothing behind.
 
-    What is missing of the folders above is made and removed again, since only trying tells on every file system. An
-    existing file keeps its content.
+    Missing parent folders are created and removed again, since only trying tells on every file
+    system. An existing file keeps its content.
 
     Args:
         path: the file or folder; need not exist.
-        what: its name in the message, as "the output folder".
+        what: the name of the file or folder in the message, as "the output folder".
         folder: whether `path` is a folder.
-        mark: what the first line of such a file holds. An existing file without it is not replaced, so that a name given by
-            mistake costs nobody their data; an empty one is.
+        mark: bytes that the first line of such a file holds. An existing file without them is not
+            replaced unless it is empty, so a name given by mistake costs nobody their data.
 
     Raises:
-        RecipeError: it can't be written or would replace a file of another kind, with the reason.
+        RecipeError: `path` can't be written, or a file of another kind would be replaced; the
+            message gives the reason.
     """
     target = Path(path)
     with writing(target, what):
@@ -57,7 +58,7 @@ def check_writable(
                 _try_writing(target, folder=folder)
                 break
             except (FileNotFoundError, FileExistsError):
-                # Another process that checks the same place may just have made or removed what it tries with.
+                # Another process that checks this place may just have made or removed a folder.
                 if attempt == ATTEMPTS:
                     raise
                 time.sleep(random.uniform(0.001, 0.005))
@@ -66,14 +67,14 @@ def check_writable(
 
 
 def _try_writing(target: Path, *, folder: bool) -> None:
-    """Makes what is missing of the folders and a file, and removes them again. Raises `OSError`."""
+    """Creates the missing folders and a file, and removes them again. Raises `OSError`."""
     directory = target if folder else target.parent
     missing = [each for each in (directory, *directory.parents) if not os.path.lexists(each)]
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for each in reversed(missing):
             each.mkdir(exist_ok=True)
-            made.append(each)
+            created.append(each)
         if folder:
             _try_new(directory / f".vlm-tune-{secrets.token_hex(8)}")
         elif target.is_dir():
@@ -83,17 +84,17 @@ def _try_writing(target: Path, *, folder: bool) -> None:
         else:
             _try_new(target)
     finally:
-        for each in reversed(made):
+        for each in reversed(created):
             try:
                 each.rmdir()
-            except FileNotFoundError:  # another process that tried it has removed it
+            except FileNotFoundError:  # another process that checked it has removed it
                 continue
             except OSError:  # another process has begun to use it
                 break
 
 
 def _check_kind(path: Path, what: str, mark: bytes) -> None:
-    """Raises `RecipeError` if there is a file at `path` whose first line is not blank and holds no `mark`."""
+    """Raises `RecipeError` if a file's first line is not blank and lacks `mark`."""
     if not is_file(path):
         return
     with writing(path, what), path.open("rb") as file:
@@ -110,7 +111,10 @@ def _try_new(path: Path) -> None:
 
 @contextmanager
 def writing(path: str | Path, what: str) -> Iterator[None]:
-    """Around writing `what` at `path`: a fault of the file system becomes a `RecipeError` that names both."""
+    """Context for writing `what` at `path`: turns file system errors into `RecipeError`s.
+
+    Their messages name both.
+    """
     try:
         yield
     except (OSError, UnicodeEncodeError) as error:
@@ -123,7 +127,7 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
             ]
         ) from error
     except ValueError as error:
-        # The one way in which Python refuses a path before it asks the system.
+        # A NUL is the only reason for which Python refuses a path before the system call.
         if "null byte" not in str(error) and "null character" not in str(error):
             raise
         raise RecipeError(
@@ -132,7 +136,7 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
 
 
 def reason(error: OSError | UnicodeEncodeError) -> str:
-    """A file system's fault in words, with the file where that helps."""
+    """Returns a file system error in words, with the file where that helps."""
     if isinstance(error, UnicodeEncodeError):
         return "its name holds half of a surrogate pair, which no file's name can"
     text = (error.strerror or str(error) or type(error).__name__).lower()
@@ -152,7 +156,10 @@ def reason(error: OSError | UnicodeEncodeError) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path as a message can show it: control characters and what can't be encoded escaped, a long one cut in the middle."""
+    """Returns a path for a message.
+
+    Characters that do not print or can't be encoded are escaped; a long path is cut in the middle.
+    """
     text = "".join(
         character if character.isprintable() else repr(character)[1:-1] for character in str(path)
     )
@@ -160,7 +167,10 @@ def shown_path(path: str | Path) -> str:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a file at `path`; False also for a name that no file can have (too long, NUL) and one behind a locked folder."""
+    """Whether there is a file at `path`.
+
+    False also for a name that no file can have (too long, NUL) and a path behind a locked folder.
+    """
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -168,7 +178,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """As `is_file`, for a folder."""
+    """Whether there is a folder at `path`; False also as in `is_file`."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -176,11 +186,11 @@ def is_folder(path: str | Path) -> bool:
 
 
 def exists(path: str | Path) -> bool:
-    """As `is_file`, for a file or a folder."""
+    """Whether there is a file or a folder at `path`; False also as in `is_file`."""
     return is_file(path) or is_folder(path)
 
 
 def check_path(name: str, path: object) -> None:
-    """Raises `RecipeError`, naming the argument, for what is no path."""
+    """Raises `RecipeError`, naming the argument, unless `path` is a non-empty path without NUL."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise RecipeError([Problem(name, f"expected a path, got {quoted(path)}")])

@@ -1,4 +1,4 @@
-"""The number types of weights, by their names in recipes."""
+"""The dtypes of weights by their names in recipes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """The name that recipes have for a precision, given by that name ("bf16"), by torch's ("bfloat16") or as torch's type.
+    """Returns the recipe's name of a precision: bf16, fp16 or fp32; None for None.
 
-    None for None; raises `ModelError` for what is none of bf16, fp16 and fp32.
+    Args:
+        dtype: that name ("bf16"), torch's name ("bfloat16") or a torch dtype.
+
+    Raises:
+        ModelError: the precision is none of bf16, fp16 and fp32.
     """
     if dtype is None:
         return None
@@ -26,6 +30,6 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch type of a precision that is given as in `dtype_name`."""
+    """Returns the torch dtype of a precision given as in `dtype_name`; None for None."""
     name = dtype_name(dtype)
     return None if name is None else DTYPES[name]

@@ -1,4 +1,4 @@
-"""Values of users as a message or a terminal can show them: short, and without control characters."""
+"""Formats users' values for messages and terminals: short, without control characters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ REASON = 300
 
 
 def escaped(text: str) -> str:
-    r"""Returns `text` with every character that does not print (control, format, lone surrogate) as `\x1b` or `\u202e`.
+    r"""Returns `text` with characters that do not print escaped, as `\x1b` or `\u202e`.
 
-    A terminal would act on some of these, and others can't be encoded at all.
+    These are control and format characters and lone surrogates. A terminal would act on some of
+    them, and others can't be encoded.
     """
     if text.isprintable():
         return text
@@ -26,23 +27,26 @@ def escaped(text: str) -> str:
 
 
 def cut(text: str, limit: int = QUOTED) -> str:
-    """Returns `text` escaped, and where it is longer than `limit` its begin and how long the whole is."""
+    """Returns `text` escaped; if it is longer than `limit`, its beginning and its full length."""
     if len(text) <= limit:
         return escaped(text)
     return f"{escaped(text[:limit])}... ({len(text):,} characters)"
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what a library's error says in one line, cut to what a message can take.
+    """Returns the message of a library's error in one line, cut to `REASON` characters.
 
-    Its type where it says nothing.
+    For an error without a message it returns the error's type.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return cut("; ".join(lines), REASON) if lines else type(error).__name__
 
 
 def quoted(value: Any, limit: int = QUOTED) -> str:
-    """Returns a short name of any value for a message: a text in quotes, numbers as they are, containers by what they hold."""
+    """Returns a short form of any value for a message.
+
+    Text is quoted, numbers are as they are, and containers are described by their size or keys.
+    """
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):

@@ -1,4 +1,7 @@
-"""A run's folder: made or refused before anything heavy is loaded, and emptied only of what a run wrote there."""
+"""A run's folder: created or refused before anything heavy is loaded.
+
+It is emptied only of files that a run wrote there.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from vlm_tune.run_lock import NAME as LOCK
 from vlm_tune.run_lock import check_lock
 
 MARK = ".vlm_tune-run"
-"""The file by which a folder is known as a run's: without it nothing in a folder is ever deleted."""
+"""The file that marks a folder as a run's: without it nothing in a folder is ever deleted."""
 
 RECIPE = "recipe.yaml"
 RESULTS = ("result.json", "report.html", "answers.jsonl")
 EARLIER = "earlier_result.json"
-"""The result of a run that was extended since."""
+"""The earlier result of a run that has been extended since."""
 
 FILES = (
     "log.jsonl",
@@ -37,7 +40,7 @@ FILES = (
 STAGE_FILES = ("trace.jsonl", "nonfinite.jsonl", "done.json")
 MODEL = "model"
 WRITTEN = ".recipe.yaml"
-"""The recipe in the making: all that a start leaves that was killed before it became a run."""
+"""The recipe while it is being written: all that remains of a start that was killed that early."""
 
 MANIFEST = "manifest.json"
 """Lists the files of a model folder."""
@@ -50,7 +53,9 @@ def check_run(
 ) -> None:
     """Checks that the run can be started or resumed in this folder; changes nothing.
 
-    Raises `RecipeError` if it can't, or the folder can't be written, and `TrainingError` if a run goes on there.
+    Raises:
+        RecipeError: it can't be, or the folder can't be written.
+        TrainingError: another process is running in the folder.
     """
     check_writable(run, OUTPUT, folder=True)
     check_lock(run)
@@ -68,7 +73,7 @@ def check_run(
 
 
 def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bool) -> None:
-    """Raises `RecipeError` for a recipe that the run can't go on with."""
+    """Raises `RecipeError` for a recipe that the run can't continue with."""
     saved = str(run / RECIPE)
     stage = _begun(run)
     fixed = fixed_changes(old, recipe, stage) if stage is not None else []
@@ -78,7 +83,10 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
                 Problem(saved, f"a run that has begun can't change this: {change}")
                 for change in fixed
             ]
-            hint = "its checkpoints hold it; resume with the run's own value, or start another run (another output, or --overwrite)"
+            hint = (
+                "its checkpoints hold it; resume with the run's own value, or start another run "
+                "(another output, or --overwrite)"
+            )
             raise RecipeError([*lines, Problem(saved, hint)])
         return
     changes = recipe_changes(old, recipe)
@@ -86,14 +94,20 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
         lines = [
             Problem(saved, f"the recipe differs from the run's: {change}") for change in changes
         ]
-        hint = "--resume goes on with the run's own recipe only, unless --accept-changes says that this is meant"
+        hint = (
+            "--resume goes on with the run's own recipe only, unless --accept-changes says that "
+            "this is meant"
+        )
         if fixed:
-            hint = f"of these a run that has begun can't change {', '.join(change.name for change in fixed)}: start another run"
+            hint = (
+                f"of these a run that has begun can't change "
+                f"{', '.join(change.name for change in fixed)}: start another run"
+            )
         raise RecipeError([*lines, Problem(saved, hint)])
 
 
 def _begun(run: Path) -> int | None:
-    """The number of the furthest stage that has a checkpoint; None where there is none."""
+    """Returns the index of the last stage that has a checkpoint; None where there is none."""
     numbers = [
         int(match[1]) - 1
         for path in run.glob("stages/*/checkpoints/step-*")
@@ -109,9 +123,12 @@ def _holds_files(run: Path) -> bool:
 def open_run(
     run: Path, recipe: Recipe, text: str, *, resume: bool, overwrite: bool, accept_changes: bool
 ) -> list[str]:
-    """Makes the run's folder, marks it, and writes the recipe of a new run; what of the recipe is changed by a resumed one.
+    """Creates and marks the run's folder and writes the recipe of a new run.
 
     A resumed run's recipe stays as it is until `keep_recipe`. Raises as `check_run`.
+
+    Returns:
+        A note for each value that a resumed run's recipe changes.
     """
     check_run(run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     if resume:
@@ -129,31 +146,38 @@ def open_run(
 
 
 def keep_recipe(run: Path, text: str) -> None:
-    """Writes the recipe that the run goes on with."""
+    """Writes the recipe that the run continues with."""
     (run / WRITTEN).write_text(text)
     (run / WRITTEN).replace(run / RECIPE)
 
 
 def retire_result(run: Path) -> str | None:
-    """Puts the result of a finished run aside, as it goes on; what is to be told of it, None where there is none."""
+    """Sets aside the result of a finished run that continues.
+
+    Returns a note about it, or None if there is no result.
+    """
     if not (run / "result.json").is_file():
         return None
     (run / "result.json").replace(run / EARLIER)
     for name in RESULTS:
         (run / name).unlink(missing_ok=True)
-    return f"the run had ended and goes on: its result of before is {EARLIER}, and {MODEL}/ is of before until the new end"
+    return (
+        f"the run had ended and goes on: its result of before is {EARLIER}, and {MODEL}/ is of "
+        f"before until the new end"
+    )
 
 
 def check_present(run: Path) -> None:
-    """Raises `TrainingError` if the folder of a run that goes on is there no longer."""
+    """Raises `TrainingError` if the folder of the running run no longer exists."""
     if not (run / MARK).exists():
         raise TrainingError(
-            f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it does can be kept"
+            f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it "
+            f"does can be kept"
         )
 
 
 def remove_written(run: Path) -> None:
-    """Removes what a run wrote to its folder; files of others stay, and so do the folders that hold them."""
+    """Removes the files that a run wrote to its folder; other files and their folders stay."""
     for name in FILES:
         (run / name).unlink(missing_ok=True)
     remove_model(run / MODEL)
@@ -168,7 +192,7 @@ def remove_written(run: Path) -> None:
 
 
 def remove_model(folder: Path) -> None:
-    """Removes a model folder but for files that its manifest does not list, and the folders that hold those."""
+    """Removes a model folder except files that its manifest does not list, and their folders."""
     others = strangers(folder)
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
@@ -179,9 +203,10 @@ def remove_model(folder: Path) -> None:
 
 
 def strangers(folder: Path) -> set[Path]:
-    """The files in a model folder that its manifest does not list: somebody else's.
+    """Returns the files in a model folder that its manifest does not list: somebody else's.
 
-    Without a manifest these are all, since a folder is never seen before it has one; a damaged one tells of none.
+    Without a manifest these are all files, since a model folder appears only once it has one. With
+    a damaged manifest there are none.
     """
     files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     if not (folder / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that dies with its process, and says whose it is."""
+"""A lock that allows one run per folder, ends with its process and names its owner."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ from vlm_tune.paths import writing
 NAME = "run.lock"
 REFRESH = 30.0
 STALE = 300.0
-"""Seconds after which a lock is touched, and after which one of another host that was not is a dead process's."""
+"""Seconds after which a lock is touched, and after which an untouched one counts as abandoned.
+
+The latter is for locks of other hosts.
+"""
 
 _held: set[Path] = set()
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[str | None]:
-    """Holds the folder's lock; gives a note if it was a dead process's. Raises `TrainingError` naming who holds it."""
+    """Context that holds the folder's lock.
+
+    Yields:
+        A note if the lock of a dead process was taken over, else None.
+
+    Raises:
+        TrainingError: another process, which the message names, or this one holds the lock.
+    """
     with writing(run, "the output folder"):
         run.mkdir(parents=True, exist_ok=True)
     path = run.resolve() / NAME
@@ -52,7 +62,7 @@ def run_lock(run: Path) -> Iterator[str | None]:
 
 
 def check_lock(run: Path) -> None:
-    """Raises `TrainingError` if another process of this host runs in the folder; takes nothing."""
+    """Raises `TrainingError` if another process of this host runs in the folder; takes no lock."""
     path = run / NAME
     if path.is_file() and path.resolve() not in _held:
         descriptor = os.open(path, os.O_RDWR)
@@ -64,9 +74,10 @@ def check_lock(run: Path) -> None:
 
 
 def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
-    """The locked file, with this process's name in it, and whose it was."""
+    """Locks the file and writes this process into it; returns its descriptor and earlier owner."""
     while True:
-        # A record lock, as it is not inherited by the worker processes that outlive a killed run for some seconds.
+        # A record lock is not inherited by worker processes, which outlive a killed run for some
+        # seconds.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             free = _locks(descriptor)
@@ -74,7 +85,7 @@ def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
             if free and (not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino):
                 os.close(descriptor)
                 continue  # its owner has just removed it
-            # A file that was cut names no host; who holds it on this one keeps it locked.
+            # A truncated file names no host; an owner on this host keeps it locked.
             elsewhere = (
                 before is not None
                 and before.get("host", socket.gethostname()) != socket.gethostname()
@@ -84,9 +95,9 @@ def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
         except TrainingError:
             os.close(descriptor)
             raise
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(own).encode(), 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         return descriptor, before
 
 
@@ -99,13 +110,13 @@ def _locks(descriptor: int) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any] | None:
-    """Who wrote the lock; None for an empty one."""
+    """Returns the owner that the lock names: {} where that is not JSON, None where it is empty."""
     text = os.pread(descriptor, 1000, 0)
     try:
-        found = json.loads(text) if text else None
+        owner = json.loads(text) if text else None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else None
+    return owner if isinstance(owner, dict) else None
 
 
 def _who(owner: dict[str, Any]) -> str:
@@ -119,7 +130,8 @@ def _who(owner: dict[str, Any]) -> str:
 def _refusal(run: Path, owner: dict[str, Any] | None) -> TrainingError:
     return TrainingError(
         f"{run} is in use by {_who(owner or {})}; wait for it, stop it, or choose another output. "
-        f"({NAME} of a host that is gone is free {STALE / 60:.0f} minutes after its last sign of life)"
+        f"({NAME} of a host that is gone is free {STALE / 60:.0f} minutes after its last sign of "
+        f"life)"
     )
 
 

@@ -1,3 +1,3 @@
-"""The version, by itself: what writes it into files imports nothing else of the package for it."""
+"""The package's version, by itself: code that writes it into files needs no other import."""
 
 __version__ = "0.1.0"

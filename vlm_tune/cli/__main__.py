@@ -1,4 +1,4 @@
-"""`python -m vlm_tune.cli`, as launchers of several processes start it."""
+"""Entry point of `python -m vlm_tune.cli`, which launchers of several processes start."""
 
 from vlm_tune.cli.entry import main
 

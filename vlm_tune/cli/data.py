@@ -1,4 +1,4 @@
-"""Commands that look at a recipe and its data: show, check, plan, schema, recipes."""
+"""Commands that inspect a recipe and its data: show, check, plan, schema, recipes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def check(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long or leaked."""
+    """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long
+    or leaked.
+    """
     loaded = load(recipe, set_)
     if html:
         check_writable(html, "the page", mark=b"<!doctype html>")
@@ -115,7 +117,9 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit code 5 if it does not fit."""
+    """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit
+    code 5 if it does not fit.
+    """
     check_choice("--offload", offload, ("none", "optimizer", "all"))
     loaded = load(recipe, set_)
     quiet_libraries()
@@ -124,29 +128,31 @@ def plan(
     from vlm_tune.rendering.plan_text import show_plan
 
     places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
-    found = run(
+    report = run(
         loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens
     )
     exports = _exports(loaded)
     if as_json:
-        print_json({**found.summary(), "exports": exports})
+        print_json({**report.summary(), "exports": exports})
     else:
-        show_plan(Console(), found)
+        show_plan(Console(), report)
         show_exports(Console(), exports)
-    if found.fits is False:
+    if report.fits is False:
         sys.exit(EXIT_TRAINING)
 
 
 def _exports(recipe: Recipe) -> dict[str, str | None] | str:
-    """By format why the trained model can't be exported so, None where it can; or why that is not known."""
+    """Returns by format why the trained model can't be exported to it, or None where it can.
+
+    Returns the reason as text where this is unknown.
+    """
     from vlm_tune.errors import ModelError
     from vlm_tune.exporting import possible_exports
 
     try:
         return possible_exports(recipe)
-    except (
-        ModelError
-    ) as error:  # a config that is not on this machine: the rest of what is told does not need it
+    except ModelError as error:
+        # A config is not on this machine; the rest of the report does not need it.
         return reason_of(error)
 
 
@@ -173,7 +179,8 @@ def recipes(
                 [
                     Problem(
                         "--copy",
-                        f"no recipe {quoted(copy)}; there are {', '.join(resource_names('recipes'))}",
+                        f"no recipe {quoted(copy)}; there are "
+                        f"{', '.join(resource_names('recipes'))}",
                     )
                 ]
             )

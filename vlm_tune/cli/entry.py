@@ -26,9 +26,9 @@ app = typer.Typer(
     help="Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask.",
 )
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
-"""Libraries whose versions `--version --json` tells."""
+"""Libraries whose versions `--version --json` prints."""
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-"""What typer raises for a command line that it can't read; releases keep the class in other places."""
+"""typer's error for a command line that it can't parse; its module differs between releases."""
 
 
 @app.callback(invoke_without_command=True)
@@ -75,7 +75,10 @@ for _name, _function in COMMANDS.items():
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions by name, from what is installed: nothing is imported. None for a library that is not there."""
+    """Returns the installed versions by name, without importing the libraries.
+
+    None stands for a library that is not installed.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -94,20 +97,24 @@ def _versions() -> dict[str, str | None]:
 
 def _version_line() -> str:
     known = _versions()
-    return f"vlm_tune {known['vlm_tune']} (Python {known['python']}, torch {known['torch']}, transformers {known['transformers']})"
+    return (
+        f"vlm_tune {known['vlm_tune']} (Python {known['python']}, torch {known['torch']}, "
+        f"transformers {known['transformers']})"
+    )
 
 
 def main() -> None:
-    """Runs the command line; every error of ours ends with its own exit code and no traceback."""
-    # Libraries make millions of objects that stay: looking for garbage among them takes a sixth of the time of importing them.
+    """Runs the command line; each error of the package ends with its exit code, no traceback."""
+    # Libraries create millions of objects that stay: garbage collection among them takes a sixth of
+    # the time of importing them.
     gc.set_threshold(50_000, 20, 50)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal or pipe that can't encode a character gets its number, and the command goes on.
+        # A terminal or pipe that can't encode a character gets its number; the command continues.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     sys.excepthook = report_bug
     try:
-        kernel_choice()  # a value that is none ends every command before it does anything
-        if any("\0" in argument for argument in sys.argv):  # as a caller in Python may give it
+        kernel_choice()  # an invalid value ends every command before it does anything
+        if any("\0" in argument for argument in sys.argv):  # possible for a caller in Python
             raise typer.BadParameter("an argument holds a NUL character")
         sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:
@@ -135,7 +142,7 @@ def main() -> None:
 
 
 def _usage(error: Any) -> None:
-    """Prints what is wrong with a command line."""
+    """Prints the error of a command line, with --json as JSON."""
     if "--json" not in sys.argv:
         error.show()
         return
@@ -156,9 +163,10 @@ def _usage(error: Any) -> None:
 def report_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Prints the traceback of what no part of the package has foreseen."""
+    """Prints the traceback of an unexpected exception, and how to report it."""
     sys.__excepthook__(kind, error, trace)
     typer.echo(
-        f"\nThis is a fault of vlm_tune, not of your input. Please report it with the lines above, the command, and: {_version_line()}",
+        f"\nThis is a fault of vlm_tune, not of your input. Please report it with the lines above, "
+        f"the command, and: {_version_line()}",
         err=True,
     )

@@ -64,7 +64,8 @@ def merge(
         from vlm_tune.rendering.proofs import merge_proof
 
         typer.echo(
-            f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\nmodel: {output}"
+            f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\n"
+            f"model: {output}"
         )
 
 
@@ -77,13 +78,15 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for llama.cpp, merged",
+            help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for "
+            "llama.cpp, merged",
         ),
     ] = "llava",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not given"
+            help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not "
+            "given"
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
@@ -123,7 +126,8 @@ def export(
         from vlm_tune.rendering.proofs import export_proof
 
         typer.echo(
-            f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n{export_proof(report)}"
+            f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n"
+            f"{export_proof(report)}"
         )
         for note in report.notes:
             typer.echo(f"note: {note}")
@@ -178,7 +182,7 @@ def chat(
 
 
 def _lines(text: str) -> str:
-    """Text whose line breaks and tabs a terminal may act on, and nothing else of it."""
+    """Returns text for a terminal, escaped except for its line breaks and tabs."""
     return "\n".join(
         "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
     )

@@ -1,4 +1,4 @@
-"""What several commands share: options, reading a recipe, choosing a device, printing JSON."""
+"""Shared by the commands: options, loading a recipe, choosing a device, printing JSON."""
 
 from __future__ import annotations
 
@@ -48,15 +48,19 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU where one is"
+        help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU "
+        "where one is"
     ),
 ]
 MOST_TOKENS = 1_000_000
-"""Tokens that an answer may be asked to have."""
+"""Largest answer length that an option accepts, in tokens."""
 
 
 def load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Recipe:
-    """A recipe file, or a shipped recipe by its name, with overrides; what these replace is said unless `quiet`."""
+    """Loads a recipe file, or a shipped recipe by its name, with overrides.
+
+    Prints what the overrides replace besides their own values, unless `quiet`.
+    """
     from vlm_tune.config.load import load_recipe
     from vlm_tune.resources import find_resource, resource_names
 
@@ -78,7 +82,10 @@ def load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Reci
 
 
 def use_device(device: str | None) -> None:
-    """Leaves one kind of device, or one GPU, for torch to see, which must not have looked for GPUs yet."""
+    """Restricts torch to the CPU or to one GPU, and checks that there is a GPU where one is named.
+
+    torch must not have looked for GPUs yet. None changes nothing.
+    """
     if device is None:
         return
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
@@ -99,7 +106,7 @@ def use_device(device: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = names[number] if names else str(number)
     import torch
 
-    # The first look at the GPUs, after which the variable is read no more.
+    # torch's first look at the GPUs; it does not read the variable again.
     if not torch.cuda.device_count():
         raise typer.BadParameter(
             f"{device} is not there: torch {torch.__version__} sees no such GPU",
@@ -108,7 +115,10 @@ def use_device(device: str | None) -> None:
 
 
 def quiet_libraries() -> None:
-    """Libraries say what matters by raising; their progress bars and banners are left out of our output."""
+    """Keeps libraries' progress bars, banners and warnings out of our output.
+
+    Libraries report what matters by raising.
+    """
     import logging
     import warnings
 
@@ -123,7 +133,7 @@ def quiet_libraries() -> None:
         "torch.utils.cpp_extension",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its logger up again when it is imported; a filter stays.
+    # DeepSpeed sets up its logger again when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
@@ -141,7 +151,7 @@ def print_json(value: Any) -> None:
 
 
 def bases_by_part(given: list[str] | None) -> dict[str, str]:
-    """New places of bases by part: `PATH` is the language model's, `tower=PATH` another part's."""
+    """Returns new places of bases by part: `PATH` is for the LLM, `tower=PATH` for another part."""
     places: dict[str, str] = {}
     for text in given or []:
         part, equals, path = text.partition("=")
@@ -151,7 +161,7 @@ def bases_by_part(given: list[str] | None) -> dict[str, str]:
 
 
 def launch_ranks(processes: int, *command: str) -> NoReturn:
-    """Runs one of these commands as the ranks of one job and ends with the job's exit code."""
+    """Runs a command of this CLI as the ranks of one job; exits with the job's exit code."""
     from vlm_tune.launching import launch
 
     if "RANK" in os.environ:

@@ -93,7 +93,7 @@ def sft(
         flags["--no-test"] = no_test
         options = [
             *(f"--set={change}" for change in changes),
-            *(name for name, given in flags.items() if given),
+            *(name for name, is_set in flags.items() if is_set),
         ]
         launch_ranks(
             processes, "sft", recipe, *options, *([f"--device={device}"] if device else [])
@@ -118,7 +118,8 @@ def sft(
             print_json({"run": str(run.folder), **run.result})
         else:
             typer.echo(
-                f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\nresult: {run.folder / 'result.json'}"
+                f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\n"
+                f"result: {run.folder / 'result.json'}"
             )
 
 
@@ -166,7 +167,7 @@ def evaluate(
     which = which_model(model)
     with Display(console) as display:
         display({"event": "model", **which})
-        found = run(
+        scores = run(
             model,
             loaded,
             set_ or [],
@@ -183,14 +184,14 @@ def evaluate(
             answers.write_text(
                 "".join(
                     json.dumps(asdict(answer), ensure_ascii=False) + "\n"
-                    for answer in found.answers
+                    for answer in scores.answers
                 ),
                 encoding="utf-8",
             )
     if as_json:
-        print_json({"model": which, **found.summary()})
+        print_json({"model": which, **scores.summary()})
     else:
-        console.print(score_table(found.accuracy, found.n, found.by_category, found.by_source))
+        console.print(score_table(scores.accuracy, scores.n, scores.by_category, scores.by_source))
 
 
 def predict(
@@ -262,7 +263,9 @@ def verify_run(
     processes: ProcessesOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if anything differs."""
+    """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if
+    anything differs.
+    """
     if processes > 1:
         options = [*(["--steps", str(steps)] if steps else []), *(["--json"] if as_json else [])]
         launch_ranks(processes, "verify-run", str(run), *options)
@@ -270,11 +273,11 @@ def verify_run(
     from vlm_tune.api import verify_run as replay
     from vlm_tune.rendering.proofs import replay_lines
 
-    found = replay(run, steps=steps)
+    report = replay(run, steps=steps)
     if int(os.environ.get("RANK", "0")) == 0:
         if as_json:
-            print_json(found.summary())
+            print_json(report.summary())
         else:
-            typer.echo("\n".join(replay_lines(found)))
-    if not found.agrees:
+            typer.echo("\n".join(replay_lines(report)))
+    if not report.agrees:
         sys.exit(EXIT_TRAINING)

@@ -1,4 +1,4 @@
-"""Types of values that recipes are made of, and the base of their parts."""
+"""Types of recipe values, and the base class of recipe sections."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
-"""Of an image or a grid, in pixels or tokens."""
+"""The side of an image or a grid, in pixels or tokens."""
 Width = Annotated[int, Field(ge=1, le=131_072)]
-"""Of a layer, a rank, or a number of heads or learned vectors."""
+"""The width of a layer, a LoRA rank, or a number of heads or learned vectors."""
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Processes = Annotated[int, Field(ge=0, le=4096)]
 HomePath = Annotated[str, AfterValidator(home)]
-"""A path, whose `~` is the user's home folder, or a name."""
+"""A path, in which `~` is the user's home folder, or a name."""
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""How much of a running mean is kept at each step: at 1 nothing new would enter it."""
+"""The share of a running mean that stays at each step; at 1 nothing new would enter it."""
 
 
 class Places:
-    """Where a recipe's values stand in its file; no part of what the recipe says, so any two are equal."""
+    """Places of a recipe's values in its file; not part of its content, so any two are equal."""
 
     def __init__(self, located: Located | None = None) -> None:
         self._located = located
 
     def where(self, path: Path) -> str:
-        """`file:line:column` of a value that was read, else its dotted name."""
+        """Returns `file:line:column` of a value that was read from a file, else its dotted name."""
         return (
             ".".join(map(str, path))
             if self._located is None
@@ -48,7 +48,7 @@ class Places:
 
 
 class Config(BaseModel):
-    """Base of every part of a recipe: unknown keys and values of another type are refused."""
+    """Base of every section of a recipe: unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False

@@ -1,4 +1,4 @@
-"""What one recipe changes in another, and what of it a run that was begun can take."""
+"""Differences between two recipes, and those that a run which has begun can't take."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.quoting import cut, escaped
 
 ABSENT = object()
-"""Stands for the value of a key or list entry that one of the two recipes does not have."""
+"""Stands for the value of a key or list entry that one of the two recipes lacks."""
 
 RATES = ("learning_rate", "layer_decay", "lora_plus_ratio")
-"""What a tuning rule says of how fast something trains, and not of what."""
+"""Keys of a tuning rule that set how fast something trains, not what."""
 
 PLACES = ("name", "pretrained")
-"""Keys of the model section that say where weights lie."""
+"""Keys of the model section that name the places of weights."""
 
 IN_THE_MODEL = ("template", "system", "max_length")
-"""Keys of the data section that a checkpoint keeps as a part of its model."""
+"""Keys of the data section that a checkpoint saves as a part of its model."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A value that differs, by its dotted name; entries of lists are named by their number."""
+    """A value that differs, by its dotted name; list entries are named by their index."""
 
     name: str
     old: Any
@@ -36,15 +36,21 @@ class Change:
 
 
 def recipe_changes(old: Recipe, new: Recipe) -> list[Change]:
-    """Every value that `new` changes in `old`; its engine may be another, which computes the same."""
+    """Returns every value that `new` changes in `old`.
+
+    The engine is left out: another engine computes the same.
+    """
     before, after = (recipe.model_dump(mode="json", exclude={"engine"}) for recipe in (old, new))
     return list(_changes(before, after, ""))
 
 
 def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
-    """The changes that a run in its stage number `stage` can't take: its checkpoint holds what they would make another."""
+    """Returns the changes that a run can't take once it is in stage `stage` (from 0).
+
+    They would change what its checkpoint holds.
+    """
     before, after = (recipe.model_dump(mode="json") for recipe in (old, new))
-    # Where a base lies may change: that it is the same one is seen when it is loaded.
+    # The place of a base may change: loading it checks that it is the same base.
     fixed = [
         change
         for change in _changes(before["model"], after["model"], "model")
@@ -70,7 +76,10 @@ def fixed_changes(old: Recipe, new: Recipe, stage: int) -> list[Change]:
 
 
 def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
-    """What a stage that was begun can't change: what trains, in which precision, by which objective, streamed or prepared."""
+    """Yields the changes that a stage which has begun can't take.
+
+    They concern what trains, its precision, its objective, and whether rows are streamed.
+    """
     before = old.model_dump(mode="json")
     after = new.model_dump(mode="json")
     for change in _changes(before["tune"], after["tune"], "tune"):
@@ -87,7 +96,7 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[Change]:
     prefix = f"{name}." if name else ""
     if isinstance(old, dict) and isinstance(new, dict):
         if old.get("kind") != new.get("kind"):
-            # Another kind of thing, whose other keys mean something else.
+            # The other keys of another kind mean something else.
             yield Change(f"{prefix}kind", old.get("kind", ABSENT), new.get("kind", ABSENT))
             return
         for key in [*old, *(key for key in new if key not in old)]:

@@ -1,4 +1,4 @@
-"""The recipe's `data`: sources, what is done to their rows, and how they become batches."""
+"""The recipe's `data`: sources, the processing of their rows, and batching."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from vlm_tune.config.base import (
 
 
 class Source(Config):
-    """What every source can be told; rows are counted in units (a row, or an image with `group: image`)."""
+    """Options shared by all sources.
+
+    Rows are counted in units: a unit is a row, or an image with `group: image`.
+    """
 
     limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
     weight: PositiveFloat | None = Field(
@@ -43,7 +46,10 @@ SOURCE_NAME = Field(
 
 
 class EasyVqaSource(Source):
-    """The easy-VQA data set of the `easy-vqa` package; `validation` is the last images of its train part."""
+    """The easy-VQA data set of the `easy-vqa` package.
+
+    Its `validation` part is the last images of the train part.
+    """
 
     kind: Literal["easy_vqa"]
     name: str | None = SOURCE_NAME
@@ -74,11 +80,11 @@ Form = Literal[
     "ocr",
     "translate",
 ]
-"""What a row looks like, whatever file it is kept in."""
+"""Layouts of rows, independent of the file format."""
 
 
 class RowsSource(Source):
-    """What sources of rows can be told."""
+    """Options shared by all sources of rows: files, data sets and tar shards."""
 
     form: Form | Literal["auto"] = Field(
         default="auto", description="what a row looks like; detected from the first rows and named"
@@ -94,18 +100,21 @@ class RowsSource(Source):
     )
     ignore: list[str] = Field(
         default=[],
-        description="fields of the rows to pass over: those that carry meaning are refused where a form does not read them",
+        description="fields of the rows to pass over: those that carry meaning are refused where a "
+        "form does not read them",
     )
     null_values: list[str] | None = Field(
         default=None,
-        description="texts that are missing values; of CSV and TSV, where not given, empty cells, nan, null and their like",
+        description="texts that are missing values; of CSV and TSV, where not given, empty cells, "
+        "nan, null and their like",
     )
     booleans: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
         default=["no", "yes"], description="the texts of false and true in the fields of task rows"
     )
     answer_is: Literal["auto", "index", "index_from_1", "letter", "text"] = Field(
         default="auto",
-        description="how an answer names one of the row's choices; auto refuses a row that can be read in two ways",
+        description="how an answer names one of the row's choices; auto refuses a row that can be "
+        "read in two ways",
     )
     shuffle_choices: bool = Field(
         default=False,
@@ -132,7 +141,10 @@ class FileSource(RowsSource):
 
 
 class DatasetSource(RowsSource):
-    """A data set of the datasets library: a hub name, or a folder that `save_to_disk` or `push_to_hub` wrote."""
+    """A data set of the datasets library.
+
+    `name` is a hub name, or a folder that `save_to_disk` or `push_to_hub` wrote.
+    """
 
     kind: Literal["dataset"]
     name: str
@@ -142,7 +154,7 @@ class DatasetSource(RowsSource):
 
 
 class WebDatasetSource(RowsSource):
-    """Tar shards whose members of one stem (0001.jpg, 0001.json) are one row."""
+    """Tar shards in which files of the same stem (0001.jpg, 0001.json) form one row."""
 
     kind: Literal["webdataset"]
     name: str | None = SOURCE_NAME
@@ -150,7 +162,7 @@ class WebDatasetSource(RowsSource):
 
 
 class FolderSource(Source):
-    """Images in one folder a class; the folder's name is the answer."""
+    """Images in one folder per class; the folder's name is the answer."""
 
     kind: Literal["folder"]
     name: str | None = SOURCE_NAME
@@ -167,7 +179,7 @@ AnySource = Annotated[
 
 
 class RandAugment(Config):
-    """`ops` random changes of strength `magnitude` (0 to 30), as torchvision's RandAugment."""
+    """`ops` random changes of strength `magnitude` (0 to 30), as in torchvision's RandAugment."""
 
     ops: PositiveInt = 2
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
@@ -202,7 +214,7 @@ class Augment(Config):
 
 
 class Clean(Config):
-    """Rows that are left out, and counted, before anything is trained on."""
+    """Rules that leave rows out before training; the rows left out are counted."""
 
     duplicates: Literal["keep", "bytes", "perceptual"] = Field(
         default="keep",
@@ -222,7 +234,7 @@ class Clean(Config):
 
 
 class Split(Config):
-    """Parts of the train sources that are held out; rows that share an image stay together."""
+    """Shares of the train sources to hold out; rows that share an image stay together."""
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -230,7 +242,7 @@ class Split(Config):
 
 
 class DataSection(Config):
-    """Where samples come from and how they become tokens."""
+    """Sources of samples, and how rows become tokens and batches."""
 
     train: list[AnySource] = Field(min_length=1)
     validation: list[AnySource] = Field(
@@ -251,11 +263,13 @@ class DataSection(Config):
     )
     overlong: Literal["fail", "drop", "split", "trim"] = Field(
         default="fail",
-        description="examples over max_length: stop; leave out; split between turns; shorten the questions' text",
+        description="examples over max_length: stop; leave out; split between turns; shorten the "
+        "questions' text",
     )
     on_bad_row: Literal["fail", "skip", "quarantine"] = Field(
         default="fail",
-        description="rows that can't be used: stop; leave out; leave out and write to quarantine.jsonl",
+        description="rows that can't be used: stop; leave out; leave out and write to "
+        "quarantine.jsonl",
     )
     max_bad_rows: NonNegativeInt = Field(
         default=100, description="with skip and quarantine: more bad rows than this is an error"
@@ -283,7 +297,8 @@ class DataSection(Config):
     )
     own_shards: bool = Field(
         default=False,
-        description="with streaming: each process reads its own shards or stretches of the files, not all; for many nodes",
+        description="with streaming: each process reads its own shards or stretches of the files, "
+        "not all; for many nodes",
     )
     workers: Processes | None = Field(
         default=None, description="processes that prepare; as many as cores where not given"

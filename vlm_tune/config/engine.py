@@ -10,28 +10,30 @@ from vlm_tune.config.base import Config
 
 
 class AutoEngine(Config):
-    """What the launch asks for: one process alone, several by DDP, or what an accelerate config names."""
+    """Follows the launch: one process alone, several by DDP, or as an accelerate config says."""
 
     kind: Literal["auto"] = "auto"
 
 
 class DdpEngine(Config):
-    """Every process holds the whole model; gradients are averaged."""
+    """Distributed data parallel: every process holds the whole model; gradients are averaged."""
 
     kind: Literal["ddp"]
 
 
 class DeepSpeedEngine(Config):
-    """DeepSpeed's ZeRO."""
+    """DeepSpeed's ZeRO: optimizer states, gradients and weights can be sharded over processes."""
 
     kind: Literal["deepspeed"]
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=2,
-        description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights too",
+        description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights "
+        "too",
     )
     offload: list[Literal["optimizer", "parameters"]] = Field(
         default=[],
-        description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights (stage 3)",
+        description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights "
+        "(stage 3)",
     )
     config: dict[str, Any] = Field(
         default={},
@@ -40,7 +42,7 @@ class DeepSpeedEngine(Config):
 
 
 class FsdpEngine(Config):
-    """torch's fully sharded data parallel, FSDP2."""
+    """PyTorch's fully sharded data parallel (FSDP2)."""
 
     kind: Literal["fsdp"]
     offload: bool = Field(

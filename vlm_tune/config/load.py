@@ -1,4 +1,4 @@
-"""Reads, checks and writes recipes: every fault at once, with its place and the nearest names."""
+"""Reads, checks and writes recipes; reports every fault at once, with place and nearest names."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ def load_recipe(
     *,
     note: Callable[[str], None] | None = None,
 ) -> Recipe:
-    """Reads, overrides and checks a recipe.
+    """Reads a recipe, applies overrides and checks it.
 
-    An override of train.steps replaces the recipe's train.epochs, and the other way round, also in its stages.
+    An override of train.steps replaces the recipe's train.epochs, and the other way round, also in
+    its stages.
 
     Args:
         path: a YAML file.
         overrides: `"a.b=c"` strings, or a mapping of dotted names to values.
-        note: is told in words what an override replaced besides the value it names.
+        note: called with a message about what an override replaced besides the value it names.
 
     Raises:
-        RecipeError: with every problem and its `file:line:column`, or the override it is in.
+        RecipeError: lists every problem with its `file:line:column`, or with its override.
     """
     if not isinstance(path, str | FilePath):
         raise RecipeError(
@@ -57,11 +58,14 @@ def load_recipe(
 
 
 def _override_texts(overrides: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Overrides as `a.b=c` texts. Raises `RecipeError` for what is none."""
+    """Returns overrides as `a.b=c` texts. Raises `RecipeError` for anything else."""
     if isinstance(overrides, dict):
         return [f"{name}={flow_value(str(name), value)}" for name, value in overrides.items()]
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
-        message = f"expected a list of 'key.key=value' texts, or a mapping of dotted names to values, got {quoted(overrides)}"
+        message = (
+            f"expected a list of 'key.key=value' texts, or a mapping of dotted names to values, "
+            f"got {quoted(overrides)}"
+        )
         raise RecipeError([Problem("overrides", message)])
     for override in overrides:
         if not isinstance(override, str):
@@ -76,7 +80,10 @@ def _override_texts(overrides: Sequence[str] | dict[str, Any]) -> list[str]:
 
 
 def _replace_lengths(raw: Any, changed: Sequence[Path]) -> list[str]:
-    """Removes the epochs that steps set by an override stand in for, and steps for epochs; what was replaced, in words."""
+    """Removes epochs that an override of steps replaces, and steps that one of epochs replaces.
+
+    Returns a message about each replacement.
+    """
     notes = []
     for path in changed:
         if path[-2:-1] != ("train",) or path[-1] not in LENGTHS or _at(raw, path) is None:
@@ -96,7 +103,7 @@ def _replace_lengths(raw: Any, changed: Sequence[Path]) -> list[str]:
             ):
                 replaced.append(f"{dotted_name((*place, other))}: {section.pop(other)}")
                 if section.get(path[-1], ...) is None:
-                    # A stage's null says "not the common one", which is the one that is set now.
+                    # A stage's null means "not the common one", which is the one now set.
                     del section[path[-1]]
         if (
             len(path) == 4
@@ -111,7 +118,7 @@ def _replace_lengths(raw: Any, changed: Sequence[Path]) -> list[str]:
 
 
 def _at(raw: Any, path: Path) -> Any:
-    """The value at a path; None where there is none."""
+    """Returns the value at a path; None where there is none."""
     for key in path:
         if isinstance(raw, dict):
             raw = raw.get(key)
@@ -125,9 +132,9 @@ def _at(raw: Any, path: Path) -> Any:
 def as_recipe(
     recipe: str | FilePath | Recipe, overrides: Sequence[str] | dict[str, Any] = ()
 ) -> Recipe:
-    """A recipe as functions take it: a file with overrides, or one that was loaded, which takes none.
+    """Returns a loaded recipe, or loads it from a file with overrides.
 
-    Raises `RecipeError` as `load_recipe`.
+    Raises `RecipeError` as `load_recipe`, and for overrides of a loaded recipe, which takes none.
     """
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
@@ -139,12 +146,15 @@ def as_recipe(
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
-    """As `load_recipe`, from text."""
+    """Checks a recipe given as YAML text, as `load_recipe`; `name` stands for the file."""
     return check_recipe(read_yaml_text(text, name))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out; `load_recipe` reads it back to an equal recipe."""
+    """Returns the resolved recipe as YAML, with every default written out.
+
+    `load_recipe` reads it back to an equal recipe.
+    """
     import io
 
     from ruamel.yaml import YAML
@@ -159,7 +169,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _quoted(value: Any) -> Any:
-    """A value whose texts with unusual line breaks are double-quoted: elsewhere YAML folds those into blanks."""
+    """Marks texts with unusual line breaks for double quotes, throughout a value.
+
+    In other styles YAML folds such breaks into blanks.
+    """
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
     if isinstance(value, str):
@@ -167,12 +180,12 @@ def _quoted(value: Any) -> Any:
             DoubleQuotedScalarString(value) if set(value) & {"\x85", "\u2028", "\u2029"} else value
         )
     if isinstance(value, dict):
-        return {_quoted(key): _quoted(held) for key, held in value.items()}
-    return [_quoted(held) for held in value] if isinstance(value, list) else value
+        return {_quoted(key): _quoted(child) for key, child in value.items()}
+    return [_quoted(child) for child in value] if isinstance(value, list) else value
 
 
 def check_recipe(located: Located) -> Recipe:
-    """A typed recipe from located values; raises `RecipeError` with all problems at once."""
+    """Returns a typed recipe from located values; a `RecipeError` has all problems at once."""
     problems = schema_problems(located, Recipe, located.value, ())
     raw_stages = located.value.get("stages")
     stages = raw_stages if isinstance(raw_stages, list) else []
@@ -224,7 +237,7 @@ def check_recipe(located: Located) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The recipe's JSON Schema, for editors that complete and check YAML."""
+    """Returns the recipe's JSON Schema, for editors that complete and check YAML."""
     schema = TypeAdapter(Recipe).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "vlm_tune recipe"

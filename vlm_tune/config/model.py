@@ -10,7 +10,7 @@ from vlm_tune.config.base import Config, HomePath, Layers, PositiveInt, Side, Wi
 
 
 class Tower(Config):
-    """What every vision tower can be told."""
+    """Options shared by all vision towers."""
 
     image_size: Side | None = Field(
         default=None, description="side in pixels; the tower's own where not given"
@@ -25,7 +25,8 @@ class Tower(Config):
         Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]
     ] = Field(
         default=[],
-        description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the tiles of the grid that fits best",
+        description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the "
+        "tiles of the grid that fits best",
     )
 
 
@@ -35,7 +36,10 @@ CLASS_TOKEN = Field(
 
 
 class OpenClipTower(Tower):
-    """A CLIP vision tower from open_clip: a name with a `pretrained` tag or file, or a `config` built from scratch."""
+    """A CLIP vision tower from open_clip.
+
+    Give a name with a `pretrained` tag or file, or a `config` to start from random weights.
+    """
 
     kind: Literal["open_clip"]
     name: str | None = Field(
@@ -59,7 +63,10 @@ class OpenClipTower(Tower):
 
 
 class TransformersTower(Tower):
-    """A vision tower from transformers (CLIP, SigLIP, DINOv2, or a vision-language model's own): a hub name or a folder."""
+    """A vision tower from transformers: CLIP, SigLIP, DINOv2, or a vision-language model's own.
+
+    `name` is a hub name or a folder.
+    """
 
     kind: Literal["transformers"]
     name: HomePath
@@ -80,7 +87,7 @@ class TransformersTower(Tower):
 
 
 class TimmTower(Tower):
-    """Feature maps of a timm backbone, pooled to one grid and concatenated by channel."""
+    """Feature maps of a timm backbone, pooled to one grid and concatenated along channels."""
 
     kind: Literal["timm"]
     name: str
@@ -98,9 +105,10 @@ SingleTower = Annotated[OpenClipTower | TransformersTower | TimmTower, Field(dis
 
 
 class PairTower(Tower):
-    """Two towers side by side: an image goes to both, each in its own size, and their features are joined by channel.
+    """Two towers that see the same image, each at its own size; features are joined by channel.
 
-    `image_size` is the larger of theirs where not given; both are pooled to `grid`, or to the coarser of their grids.
+    Where not given, `image_size` is the larger of the two. Features of both are pooled to `grid`,
+    or to the coarser of their grids.
     """
 
     kind: Literal["pair"]
@@ -111,7 +119,7 @@ AnyTower = OpenClipTower | TransformersTower | TimmTower | PairTower
 
 
 class Projector(Config):
-    """What every connector can be told."""
+    """Options shared by all connectors without a `base`."""
 
     norm: bool = Field(
         default=False,
@@ -119,7 +127,8 @@ class Projector(Config):
     )
     weights: HomePath | None = Field(
         default=None,
-        description="where it starts from: a safetensors file, or a vision-language model; random where not given",
+        description="where it starts from: a safetensors file, or a vision-language model; random "
+        "where not given",
     )
 
 
@@ -140,7 +149,10 @@ Depth = Annotated[int, Field(ge=1, le=8)]
 
 
 class PixelShuffleConnector(Projector):
-    """Squares of factor x factor tokens become one, joined by channel, then `depth` linear layers (Idefics3, InternVL)."""
+    """Joins factor x factor tokens into one by channel, then `depth` linear layers.
+
+    As in Idefics3 and InternVL.
+    """
 
     kind: Literal["pixel_shuffle"]
     factor: Annotated[int, Field(ge=2, le=8)] = Field(
@@ -152,7 +164,7 @@ class PixelShuffleConnector(Projector):
 
 
 class AvgPoolConnector(Projector):
-    """The mean over each cell of a grid x grid pattern, then `depth` linear layers."""
+    """Average pooling to a grid x grid of tokens, then `depth` linear layers."""
 
     kind: Literal["avg_pool"]
     grid: Side = Field(description="an image takes grid x grid tokens")
@@ -160,7 +172,7 @@ class AvgPoolConnector(Projector):
 
 
 class ResamplerConnector(Projector):
-    """A Perceiver resampler: learned latents read the features in `depth` layers (Flamingo)."""
+    """A Perceiver resampler: learned latents attend to features in `depth` layers (Flamingo)."""
 
     kind: Literal["resampler"]
     latents: Width = Field(default=64, description="tokens an image takes")
@@ -172,7 +184,10 @@ class ResamplerConnector(Projector):
 
 
 class QFormerConnector(Projector):
-    """A Q-Former: learned queries read the features, and the question where `text` is true (BLIP-2, InstructBLIP)."""
+    """A Q-Former: learned queries attend to the features (BLIP-2, InstructBLIP).
+
+    With `text: true` they also attend to the question.
+    """
 
     kind: Literal["qformer"]
     queries: Width = Field(default=32, description="tokens an image takes")
@@ -191,7 +206,8 @@ class QFormerConnector(Projector):
     )
     tokenizer: HomePath | None = Field(
         default=None,
-        description="reads the instruction by this tokenizer and word embeddings of its own; else by the LLM's",
+        description="reads the instruction by this tokenizer and word embeddings of its own; else "
+        "by the LLM's",
     )
     vocab_size: PositiveInt | None = Field(
         default=None, description="rows of its own word embeddings, with `tokenizer`"
@@ -201,11 +217,14 @@ class QFormerConnector(Projector):
 BaseConnector = (
     LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
 )
-"""Connectors that others build on."""
+"""Connectors that can be the `base` of another connector."""
 
 
 class FusionConnector(Config):
-    """The tokens of `base`, each combined with the instruction: image and text features fused before the LLM."""
+    """Combines each token of `base` with the instruction.
+
+    Image and text features are thus fused before the LLM.
+    """
 
     kind: Literal["fusion"]
     how: Literal["concat", "attention", "gate", "product", "bilinear"]
@@ -213,13 +232,17 @@ class FusionConnector(Config):
     heads: Width = Field(default=8, description="of how: attention")
     rank: Width | None = Field(
         default=None,
-        description="width of the product or number of bilinear forms; the LLM's width if not given",
+        description="width of the product or number of bilinear forms; the LLM's width if not "
+        "given",
     )
     factors: Width = Field(default=4, description="rank of each bilinear form")
 
 
 class CrossAttentionConnector(Config):
-    """Gated cross-attention blocks before every n-th layer of the LLM, which look at the tokens of `base` (Flamingo)."""
+    """Gated cross-attention blocks before every n-th layer of the LLM (Flamingo).
+
+    They attend to the tokens of `base`.
+    """
 
     kind: Literal["cross_attention"]
     every: PositiveInt = Field(
@@ -242,7 +265,7 @@ AnyConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttenti
 
 
 class Scratch(Config):
-    """An LLM that starts from random weights, with a tokenizer trained on the recipe's own text."""
+    """An LLM with random initial weights and a tokenizer trained on the recipe's own text."""
 
     config: dict[str, Any] = Field(
         description="keys of the transformers config (d_model, num_layers, ...)"
@@ -267,21 +290,23 @@ class Llm(Config):
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained",
+        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their "
+        "embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers",
+        description="as added_tokens, and marked special in the tokenizer: other libraries can "
+        "leave them out of answers",
     )
 
     @property
     def words(self) -> list[str]:
-        """The tokens that are added to the vocabulary."""
+        """All tokens to add to the vocabulary, plain and special."""
         return [*self.added_tokens, *self.added_special_tokens]
 
 
 class ModelSection(Config):
-    """Tower, connector and LLM."""
+    """A model built from a vision tower, a connector and a language model."""
 
     tower: Annotated[AnyTower, Field(discriminator="kind")]
     connector: Annotated[AnyConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
@@ -289,30 +314,32 @@ class ModelSection(Config):
 
 
 class PretrainedLlm(Config):
-    """What the language model of an existing vision-language model can be told."""
+    """Options for the language model of an existing vision-language model."""
 
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None, description="load frozen linear layers in 4 or 8 bit"
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their embeddings are trained",
+        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their "
+        "embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="as added_tokens, and marked special in the tokenizer: other libraries can leave them out of answers",
+        description="as added_tokens, and marked special in the tokenizer: other libraries can "
+        "leave them out of answers",
     )
 
     @property
     def words(self) -> list[str]:
-        """The tokens that are added to the vocabulary."""
+        """All tokens to add to the vocabulary, plain and special."""
         return [*self.added_tokens, *self.added_special_tokens]
 
 
 class PretrainedModel(Config):
-    """An existing vision-language model (LLaVA-1.5, BLIP-2, InstructBLIP) to start from: its tower, connector and LLM.
+    """An existing vision-language model to start from (LLaVA-1.5, BLIP-2, InstructBLIP).
 
-    What is set of `tower` is used in place of what the checkpoint's own configs say.
+    Its tower, connector and LLM are used. Options set under `tower` override the checkpoint's own.
     """
 
     pretrained: HomePath = Field(description="a hub name or a local folder")
@@ -321,7 +348,7 @@ class PretrainedModel(Config):
 
 
 def _model_form(value: Any) -> str:
-    """The class that describes a recipe's model: by its parts, or one to start from."""
+    """Returns the name of the class that describes a recipe's model: its parts, or a checkpoint."""
     named = "pretrained" in value if isinstance(value, dict) else isinstance(value, PretrainedModel)
     return PretrainedModel.__name__ if named else ModelSection.__name__
 

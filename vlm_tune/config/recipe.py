@@ -1,4 +1,4 @@
-"""The recipe: typed, strict, and the one description of a run."""
+"""The recipe: the typed, strict and only description of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm_tune.config.yaml_source import Located, Path
 
 
 class Stage(Config):
-    """One stage of several: the recipe's common part with these parts changed."""
+    """One stage of training: the recipe's common sections with these changes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     data: dict[str, Any] = Field(default={})
@@ -28,7 +28,7 @@ class Stage(Config):
 
 
 class Recipe(Config):
-    """A whole run: what is trained, on what, how, and where it is written."""
+    """A whole run: the model, its data, how it is trained, and where results are written."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     output: HomePath = Field(description="the run's folder")
@@ -46,21 +46,24 @@ class Recipe(Config):
     _places: Places = PrivateAttr(default_factory=Places)
 
     def where(self, path: Path) -> str:
-        """Where a value stands: `file:line:column` of a recipe that was read, else its dotted name."""
+        """Returns `file:line:column` of a value if the recipe was read, else its dotted name."""
         return self._places.where(path)
 
     def read_from(self, located: Located) -> Recipe:
-        """The recipe, which remembers where its values stand."""
+        """Returns the recipe itself, which from now on knows the places of its values."""
         self._places = Places(located)
         return self
 
     @property
     def scratch(self) -> Scratch | None:
-        """How the LLM is made, where it starts from random weights."""
+        """The LLM's description if it starts from random weights, else None."""
         return self.model.llm.scratch if isinstance(self.model, ModelSection) else None
 
     def resolved_stages(self) -> list[tuple[str, Recipe]]:
-        """Each stage's name and complete recipe, in order; one stage named `main` where none are listed."""
+        """Returns each stage's name and complete recipe, in order.
+
+        A recipe without stages has one, named `main`.
+        """
         if not self.stages:
             return [("main", self)]
         common = self.model_dump(exclude={"stages"}, exclude_unset=True)
@@ -76,12 +79,12 @@ class Recipe(Config):
 
 
 def stage_changes(stage: dict[str, Any]) -> dict[str, Any]:
-    """What a stage changes in the common part; a part that is null is not given."""
+    """Returns the sections that a stage changes in the common part; null sections are left out."""
     return {key: value for key, value in stage.items() if key != "name" and value is not None}
 
 
 def merge_parts(common: Any, change: Any) -> Any:
-    """Mappings merge key by key; a mapping with another `kind`, and anything else, replaces."""
+    """Merges mappings key by key; one of another `kind`, and any other value, replaces `common`."""
     if (
         isinstance(common, dict)
         and isinstance(change, dict)

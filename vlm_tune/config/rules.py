@@ -1,4 +1,4 @@
-"""Settings of a recipe that contradict each other, where each by itself is right."""
+"""Checks for settings of a recipe that contradict each other though each is valid by itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK_WEIGHTS = (
     "llm.transformer.h.0.attn.c_attn.weight",
     "llm.encoder.block.0.layer.0.SelfAttention.q.weight",
 )
-"""What families of LLMs call a linear layer of a block."""
+"""Names of a linear layer of a block in different families of LLMs."""
 LORA = ("lora",)
 RULE_KEYS = {
     "r": LORA,
@@ -34,18 +34,21 @@ RULE_KEYS = {
     "layer_decay": ("full", "last_layers"),
     "tokens": ("prompt", "prefix"),
 }
-"""The keys of a tuning rule that only some kinds of tuning have."""
+"""Keys of a tuning rule that belong to some kinds of tuning only."""
 LENGTHS = ("epochs", "steps")
-"""The keys of a train section that say how long a stage trains; exactly one is given."""
+"""Keys of a train section that set how long a stage trains; exactly one is given."""
 
 
 def contradictions(raw: Any) -> list[tuple[Path, str]]:
-    """Faults between keys that are each well-formed alone; looks at raw values, so it runs beside schema errors."""
-    found: list[tuple[Path, str]] = []
+    """Returns faults between keys that are each valid alone, as (path, message).
+
+    It works on raw values, so it also runs on a recipe with schema errors.
+    """
+    faults: list[tuple[Path, str]] = []
     epochs = value_at(raw, "train", "epochs")
     steps = value_at(raw, "train", "steps")
     if isinstance(value_at(raw, "train"), dict) and (epochs is None) == (steps is None):
-        found.append(
+        faults.append(
             (
                 ("train",) if steps is None else ("train", "steps"),
                 "give exactly one of train.epochs and train.steps",
@@ -54,39 +57,40 @@ def contradictions(raw: Any) -> list[tuple[Path, str]]:
     llm = value_at(raw, "model", "llm")
     if isinstance(llm, dict) and value_at(raw, "model", "pretrained") is None:
         if (llm.get("name") is None) == (llm.get("scratch") is None):
-            found.append(
+            faults.append(
                 (("model", "llm"), "give exactly one of model.llm.name and model.llm.scratch")
             )
         if llm.get("gguf_file") is not None and llm.get("name") is None:
-            found.append(
+            faults.append(
                 (
                     ("model", "llm", "gguf_file"),
                     "model.llm.gguf_file needs model.llm.name, the folder it is in",
                 )
             )
         if llm.get("quantize") is not None and llm.get("scratch") is not None:
-            found.append(
+            faults.append(
                 (
                     ("model", "llm", "quantize"),
                     "a scratch LLM has nothing to quantise: its random weights must train in full",
                 )
             )
         if llm.get("kind") == "seq2seq" and value_at(raw, "train", "precision") == "fp16":
-            found.append(
+            faults.append(
                 (("train", "precision"), "T5's activations overflow in fp16; use bf16 or fp32")
             )
     connector = value_at(raw, "model", "connector")
     if isinstance(connector, dict) and (connector.get("tokenizer") is None) != (
         connector.get("vocab_size") is None
     ):
-        found.append(
+        faults.append(
             (
                 ("model", "connector"),
-                "give model.connector.tokenizer and model.connector.vocab_size together, or neither",
+                "give model.connector.tokenizer and model.connector.vocab_size together, or "
+                "neither",
             )
         )
     if value_at(connector, "tokenizer") is not None and connector.get("text") is not True:
-        found.append(
+        faults.append(
             (
                 ("model", "connector", "tokenizer"),
                 "a Q-Former reads no instruction without model.connector.text: true",
@@ -105,33 +109,36 @@ def contradictions(raw: Any) -> list[tuple[Path, str]]:
             and part.get("kind") == "open_clip"
             and (part.get("name") is None) == (part.get("config") is None)
         ):
-            found.append(
+            faults.append(
                 (
                     path,
                     f"give exactly one of {dotted_name(path)}.name and {dotted_name(path)}.config",
                 )
             )
-    found += _data_contradictions(raw)
-    found += _tune_contradictions(raw)
-    found += _engine_contradictions(raw)
-    return found
+    faults += _data_contradictions(raw)
+    faults += _tune_contradictions(raw)
+    faults += _engine_contradictions(raw)
+    return faults
 
 
 def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
-    """What an engine can't train, with the reason."""
-    found: list[tuple[Path, str]] = []
+    """Returns settings that the engine can't train, with the reason."""
+    faults: list[tuple[Path, str]] = []
     engine = raw.get("engine") if isinstance(raw, dict) else None
     if not isinstance(engine, dict) or engine.get("kind") not in ("deepspeed", "fsdp"):
-        return found
+        return faults
     stage = engine.get("stage", 2)
     offload = engine.get("offload")
     zero3 = engine["kind"] == "deepspeed" and stage == 3
     name = "fsdp" if engine["kind"] == "fsdp" else f"ZeRO-{stage}"
     if (zero3 or engine["kind"] == "fsdp") and value_at(raw, "model", "llm", "quantize"):
-        message = f"{name} shares out a weight's numbers, and packed 4- and 8-bit weights are none; use deepspeed with stage 2, or ddp"
-        found.append((("model", "llm", "quantize"), message))
+        message = (
+            f"{name} shares out a weight's numbers, and packed 4- and 8-bit weights are none; use "
+            f"deepspeed with stage 2, or ddp"
+        )
+        faults.append((("model", "llm", "quantize"), message))
     if value_at(raw, "train", "precision") == "fp16":
-        found.append(
+        faults.append(
             (
                 ("train", "precision"),
                 f"fp16 needs its loss scaled, which engine {name} is not told of; use bf16 or fp32",
@@ -141,28 +148,32 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
         isinstance(rule, dict) and rule.get("how") in ("prompt", "prefix")
         for rule in raw.get("tune") or []
     ):
-        message = "ZeRO-3 gathers weights as their modules run, and virtual tokens are no module that runs; use stage 2 or fsdp"
-        found.append((("engine", "stage"), message))
+        message = (
+            "ZeRO-3 gathers weights as their modules run, and virtual tokens are no module that "
+            "runs; use stage 2 or fsdp"
+        )
+        faults.append((("engine", "stage"), message))
     if engine["kind"] == "deepspeed" and isinstance(offload, list):
         if "parameters" in offload and not zero3:
-            found.append(
+            faults.append(
                 (
                     ("engine", "offload"),
-                    "only stage 3 shares out weights, so only there they can lie in the CPU's memory",
+                    "only stage 3 shares out weights, so only there they can lie in the CPU's "
+                    "memory",
                 )
             )
         if "optimizer" in offload and stage == 0:
-            found.append(
+            faults.append(
                 (
                     ("engine", "offload"),
                     "stage 0 shares out nothing, so nothing can be offloaded; use stage 1, 2 or 3",
                 )
             )
-    return found
+    return faults
 
 
 def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
-    found: list[tuple[Path, str]] = []
+    faults: list[tuple[Path, str]] = []
     data = value_at(raw, "data") if isinstance(value_at(raw, "data"), dict) else {}
     tiles = value_at(raw, "model", "tower", "tiles")
     contrastive = value_at(raw, "objective", "kind") == "contrastive"
@@ -177,8 +188,11 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
             "rand_augment": None,
         }
         moved = [key for key, value in still.items() if augment.get(key) not in (None, value)]
-        message = "tiles are cut first, so each would move by itself; with model.tower.tiles images take colour, hue and noise"
-        found += [(("data", "augment", key), message) for key in moved]
+        message = (
+            "tiles are cut first, so each would move by itself; with model.tower.tiles images take "
+            "colour, hue and noise"
+        )
+        faults += [(("data", "augment", key), message) for key in moved]
     reads = (
         value_at(raw, "model", "connector", "text") is True
         or value_at(raw, "model", "connector", "kind") == "fusion"
@@ -189,29 +203,30 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
         and reads
         and value_at(raw, "model", "llm", "kind") == "causal"
     ):
-        found.append(
+        faults.append(
             (
                 ("data", "group"),
-                "a text-conditioned connector reads an image once a question, so it needs data.group: none",
+                "a text-conditioned connector reads an image once a question, so it needs "
+                "data.group: none",
             )
         )
     if contrastive:
         if data.get("group") in (None, "none"):
-            found.append(
+            faults.append(
                 (
                     ("data", "group"),
                     "a contrastive objective compares images, so it needs data.group: image",
                 )
             )
         if tiles:
-            found.append(
+            faults.append(
                 (
                     ("model", "tower", "tiles"),
                     "a contrastive objective takes one image a row, so no tiles",
                 )
             )
         if data.get("packing"):
-            found.append(
+            faults.append(
                 (
                     ("data", "packing"),
                     "a contrastive objective takes one image a row, so no packing",
@@ -219,26 +234,26 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
             )
     for part in ("train", "validation", "test"):
         for index, source in enumerate(data[part] if isinstance(data.get(part), list) else []):
-            given = [
+            share_keys = [
                 key
                 for key in ("weight", "count")
                 if isinstance(source, dict) and source.get(key) is not None
             ]
-            if given and part != "train":
-                found.append(
+            if share_keys and part != "train":
+                faults.append(
                     (
-                        ("data", part, index, given[0]),
-                        f"{given[0]} shares out an epoch of training; {part} reads every row",
+                        ("data", part, index, share_keys[0]),
+                        f"{share_keys[0]} shares out an epoch of training; {part} reads every row",
                     )
                 )
-            elif len(given) == 2:
-                found.append(
+            elif len(share_keys) == 2:
+                faults.append(
                     (("data", part, index, "count"), "give at most one of weight and count")
                 )
     trained = data["train"] if isinstance(data.get("train"), list) else []
     weighted = any(isinstance(source, dict) and source.get("weight") for source in trained)
     if data.get("epoch_size") is not None and not weighted:
-        found.append(
+        faults.append(
             (
                 ("data", "epoch_size"),
                 "epoch_size is shared out by the sources' weights, and none has one",
@@ -246,113 +261,120 @@ def _data_contradictions(raw: Any) -> list[tuple[Path, str]]:
         )
     shares = [value_at(data, "split", part) for part in ("validation", "test")]
     if sum(share for share in shares if isinstance(share, int | float)) >= 1:
-        found.append((("data", "split"), "validation and test leave nothing to train on"))
+        faults.append((("data", "split"), "validation and test leave nothing to train on"))
     least = value_at(data, "clean", "min_chars")
     most = value_at(data, "clean", "max_chars")
     if isinstance(least, int) and isinstance(most, int) and least > most:
-        found.append(
+        faults.append(
             (("data", "clean", "max_chars"), f"max_chars {most} is under min_chars {least}")
         )
     if data.get("own_shards") is True and data.get("streaming") is not True:
-        found.append(
+        faults.append(
             (
                 ("data", "own_shards"),
                 "own_shards is of data.streaming: true; prepared rows are read by number",
             )
         )
-    return found + (_streaming_contradictions(raw, data) if data.get("streaming") is True else [])
+    return faults + (_streaming_contradictions(raw, data) if data.get("streaming") is True else [])
 
 
 def _streaming_contradictions(raw: Any, data: Any) -> list[tuple[Path, str]]:
-    """What a stream, which knows no row before it comes, can't do."""
-    found: list[tuple[Path, str]] = []
+    """Returns settings that need rows in advance, which a stream does not have."""
+    faults: list[tuple[Path, str]] = []
     if value_at(raw, "train", "steps") is None:
-        found.append((("train",), "a stream has no epochs: give train.steps"))
+        faults.append((("train",), "a stream has no epochs: give train.steps"))
     if data.get("group") == "image":
-        found.append(
+        faults.append(
             (
                 ("data", "group"),
-                "a stream can't bring the rows of an image together; prepare (streaming: false) or group: none",
+                "a stream can't bring the rows of an image together; prepare (streaming: false) or "
+                "group: none",
             )
         )
     cleaned = data.get("clean") if isinstance(data.get("clean"), dict) else {}
-    asked = {
+    need_all_rows = {
         "split": data.get("split"),
         "clean": any(value not in (None, [], "keep") for value in cleaned.values()),
     }
-    for key, given in {**asked, "epoch_size": data.get("epoch_size")}.items():
-        if given:
-            found.append(
+    for key, setting in {**need_all_rows, "epoch_size": data.get("epoch_size")}.items():
+        if setting:
+            faults.append(
                 (("data", key), f"{key} needs all rows at hand; prepare them (streaming: false)")
             )
     for key in ("batch_tokens", "loader_workers"):
         if value_at(raw, "train", key):
-            found.append((("train", key), f"{key} needs prepared rows (data.streaming: false)"))
-    return found
+            faults.append((("train", key), f"{key} needs prepared rows (data.streaming: false)"))
+    return faults
 
 
 def _tune_contradictions(raw: Any) -> list[tuple[Path, str]]:
-    found: list[tuple[Path, str]] = []
+    faults: list[tuple[Path, str]] = []
     rules = raw.get("tune") if isinstance(raw, dict) else None
     rules = (
         [rule if isinstance(rule, dict) else {} for rule in rules]
         if isinstance(rules, list)
         else []
     )
-    seen: list[str] = []
+    earlier_matches: list[str] = []
     for index, rule in enumerate(rules):
         match = rule.get("match")
         how = rule.get("how")
-        found += [(("tune", index, key), message) for key, message in _rule_contradictions(rule)]
+        faults += [(("tune", index, key), message) for key, message in _rule_contradictions(rule)]
         if how == "frozen" and rule.get("learning_rate") is not None:
-            found.append((("tune", index, "learning_rate"), "a frozen part has no learning rate"))
+            faults.append((("tune", index, "learning_rate"), "a frozen part has no learning rate"))
         if how == "lora" and isinstance(match, str) and match.split(".")[0] not in ("llm", "tower"):
-            found.append(
+            faults.append(
                 (
                     ("tune", index, "match"),
                     "LoRA goes on the llm or the tower; train the connector with how: full",
                 )
             )
         if how in ("prompt", "prefix"):
-            found += [
+            faults += [
                 (("tune", index, key), message)
                 for key, message in _prompt_contradictions(raw, rule)
             ]
         if isinstance(match, str):
-            covered = [earlier for earlier in seen if fnmatch.fnmatchcase(match, earlier)]
+            covered = [
+                earlier for earlier in earlier_matches if fnmatch.fnmatchcase(match, earlier)
+            ]
             if covered:
-                found.append(
+                faults.append(
                     (
                         ("tune", index, "match"),
                         f"never reached: {quoted(covered[0])} above matches first",
                     )
                 )
-            seen.append(match)
+            earlier_matches.append(match)
         if (
             how in ("full", "last_layers")
             and value_at(raw, "model", "llm", "quantize")
             and _reaches_blocks(rules, index)
         ):
             message = (
-                f"{quoted(match)} reaches the llm's layers, and quantised weights can't be trained; use how: lora for them, or drop "
-                "model.llm.quantize (its embedding and head are not quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
+                f"{quoted(match)} reaches the llm's layers, and quantised weights can't be "
+                "trained; use how: lora for them, or drop model.llm.quantize (its embedding and "
+                "head are not quantised: llm.model.embed_tokens.*, llm.lm_head.*)"
             )
-            found.append((("tune", index, "how"), message))
+            faults.append((("tune", index, "how"), message))
         if (
             rule.get("init") == "pissa"
             and value_at(raw, "model", "llm", "quantize")
             and isinstance(match, str)
             and match.startswith("llm")
         ):
-            message = "PiSSA takes the singular vectors of 16-bit weights; use init: default, or drop model.llm.quantize"
-            found.append((("tune", index, "init"), message))
+            message = (
+                "PiSSA takes the singular vectors of 16-bit weights; use init: default, or drop "
+                "model.llm.quantize"
+            )
+            faults.append((("tune", index, "init"), message))
     if rules and all(rule.get("how") == "frozen" for rule in rules):
-        found.append((("tune",), "every rule is frozen, nothing would train"))
-    return found
+        faults.append((("tune",), "every rule is frozen, nothing would train"))
+    return faults
 
 
 def _reaches_blocks(rules: Sequence[Any], index: int) -> bool:
-    """Whether a rule is the first to match the linear layers of an LLM's blocks, whatever family it is of."""
+    """Whether a rule is the first to match the linear layers of the blocks of any LLM family."""
     matches = [str(rule.get("match")) for rule in rules]
     return any(
         next((n for n, match in enumerate(matches) if fnmatch.fnmatchcase(name, match)), None)
@@ -362,71 +384,77 @@ def _reaches_blocks(rules: Sequence[Any], index: int) -> bool:
 
 
 def _prompt_contradictions(raw: Any, rule: Any) -> list[tuple[str, str]]:
-    """What virtual tokens before an LLM's input don't go with."""
-    found = []
+    """Returns faults of virtual tokens before the LLM's input, as (key of the rule, message)."""
+    faults = []
     how = rule["how"]
     seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     if isinstance(rule.get("match"), str) and rule["match"].split(".")[0] != "llm":
-        found.append(
+        faults.append(
             (
                 "match",
-                f"virtual tokens stand before the llm's input, so how: {how} takes a rule for llm.*",
+                f"virtual tokens stand before the llm's input, so how: {how} takes a rule for "
+                f"llm.*",
             )
         )
     if value_at(raw, "model", "connector", "kind") == "cross_attention":
-        found.append(
+        faults.append(
             (
                 "how",
-                f"how: {how} puts tokens before the text that the cross_attention connector does not know; use another",
+                f"how: {how} puts tokens before the text that the cross_attention connector does "
+                f"not know; use another",
             )
         )
     if how == "prefix" and value_at(raw, "train", "gradient_checkpointing") is True:
-        found.append(
+        faults.append(
             (
                 "how",
-                "transformers drops a prefix of keys and values where it checkpoints gradients; drop one of them",
+                "transformers drops a prefix of keys and values where it checkpoints gradients; "
+                "drop one of them",
             )
         )
     if seq2seq and value_at(raw, "data", "packing") is True:
-        found.append(
+        faults.append(
             (
                 "how",
-                f"how: {how} puts tokens before one sample of an encoder-decoder: it takes no packed rows (data.packing)",
+                f"how: {how} puts tokens before one sample of an encoder-decoder: it takes no "
+                f"packed rows (data.packing)",
             )
         )
-    return found
+    return faults
 
 
 def _rule_contradictions(rule: Any) -> list[tuple[str, str]]:
-    """Keys of one tuning rule that don't belong to its `how`, or not to each other."""
+    """Returns faults of one rule: keys that don't belong to its `how`, or not to each other."""
     how = rule.get("how")
     known = typing.get_args(TuneRule.model_fields["how"].annotation)
-    found = [
+    faults = [
         (key, f"{key} belongs to how: {' or '.join(owners)}, this rule is how: {how}")
         for key, owners in RULE_KEYS.items()
         if rule.get(key) is not None and how in known and how not in owners
     ]
     if how == "last_layers" and rule.get("layers") is None:
-        found.append(("how", "how: last_layers needs layers, the number of blocks that train"))
+        faults.append(("how", "how: last_layers needs layers, the number of blocks that train"))
     if rule.get("variant") == "dora" and rule.get("init") == "pissa":
-        found.append(
+        faults.append(
             (
                 "init",
-                "PiSSA over DoRA can't be saved as an adapter of the unchanged base; drop one of them",
+                "PiSSA over DoRA can't be saved as an adapter of the unchanged base; drop one of "
+                "them",
             )
         )
-    return found
+    return faults
 
 
 def check_parts(recipe: Recipe, model: ModelSection) -> None:
-    """Raises `RecipeError` where a recipe contradicts the parts that its `model.pretrained` turned out to have."""
+    """Raises `RecipeError` where a recipe contradicts the parts of its `model.pretrained`."""
     problems = []
     for _, stage in recipe.resolved_stages():
         raw = {**stage.model_dump(), "model": model.model_dump()}
         problems += [
             Problem(
                 dotted_name(path),
-                f"{message} (model.pretrained: {model.llm.name} is {model.llm.kind} with a {model.connector.kind})",
+                f"{message} (model.pretrained: {model.llm.name} is {model.llm.kind} with a "
+                f"{model.connector.kind})",
             )
             for path, message in contradictions(raw)
         ]

@@ -1,4 +1,4 @@
-"""What the schema says of a recipe, in words: each value's place in the file, and the nearest names."""
+"""Turns schema faults of a recipe into messages with the place in the file and nearest names."""
 
 from __future__ import annotations
 
@@ -114,7 +114,10 @@ OLD_NAMES = {
     "connector": "model.connector",
     "projector": "model.connector",
 }
-"""Names that other trainers, older releases and haste use, and what they are called here; N is a rule's place in `tune`."""
+"""Names of other trainers and older releases, and likely slips, with the names used here.
+
+N is a rule's index in `tune`.
+"""
 
 
 def problem_order(where: str) -> tuple[str, int, int]:
@@ -135,21 +138,24 @@ def schema_faults(schema: type[BaseModel], value: Any) -> list[Any]:
 def schema_problems(
     located: Located, schema: type[BaseModel], value: Any, prefix: Path, common: Sequence[Any] = ()
 ) -> list[Problem]:
-    """The problems of `value`, which stands at `prefix`; `common` are faults told of already where a stage repeats them."""
+    """Returns the problems of `value`, which stands at `prefix`.
+
+    `common` are faults that are reported already; they are left out where a stage repeats them.
+    """
     problems = []
-    told = {(item["loc"], item["type"]) for item in common}
-    for item in schema_faults(schema, value):
-        path, parent = _yaml_path(schema, item["loc"])
+    reported = {(fault["loc"], fault["type"]) for fault in common}
+    for fault in schema_faults(schema, value):
+        path, parent = _yaml_path(schema, fault["loc"])
         full = (*prefix, *path)
-        if (item["loc"], item["type"]) in told and full not in located.values:
+        if (fault["loc"], fault["type"]) in reported and full not in located.values:
             continue
-        if item["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden":
             message = _unknown_key(full, parent, located.value)
             problems.append(Problem(located.where(full, key=True), message))
-        elif item["type"] == "missing":
+        elif fault["type"] == "missing":
             problems.append(Problem(located.where(full[:-1]), f"{dotted_name(full)} is required"))
         else:
-            problems.append(Problem(located.where(full), f"{dotted_name(full)}: {_wording(item)}"))
+            problems.append(Problem(located.where(full), f"{dotted_name(full)}: {_wording(fault)}"))
     return problems
 
 
@@ -164,22 +170,22 @@ WORDS = {
     "string_pattern_mismatch": "expected letters, digits, '.', '_' and '-' only",
     "none_required": "expected nothing (null)",
 }
-"""pydantic's error types whose own messages name its classes, in plain words."""
+"""Plain messages for pydantic's error types whose own messages name Python classes."""
 
 
 def _wording(item: Any) -> str:
-    """A schema fault in words: what was expected, and what stands there."""
+    """Returns a message with what was expected and what stands there."""
     context = item.get("ctx", {})
     if item["type"] in ("union_tag_invalid", "literal_error"):
-        given = context.get("tag", item.get("input"))
+        actual = context.get("tag", item.get("input"))
         expected = str(context.get("expected_tags", context.get("expected", "")))
         names = [
             name.strip(" '")
             for name in expected.replace(" or ", ",").split(",")
             if name.strip(" '")
         ]
-        near = difflib.get_close_matches(str(given), names, n=1)
-        return f"{quoted(given)} is none of {', '.join(names)}" + (
+        near = difflib.get_close_matches(str(actual), names, n=1)
+        return f"{quoted(actual)} is none of {', '.join(names)}" + (
             f"; did you mean {near[0]}?" if near else ""
         )
     if item["type"] == "union_tag_not_found":
@@ -193,7 +199,10 @@ def _wording(item: Any) -> str:
 
 
 def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
-    """What to say of a path whose last key `parent` does not have: what it is called here, or where such a key is."""
+    """Returns the message for a path whose last key `parent` does not have.
+
+    It names what the key is called here, or where such a key is.
+    """
     key = str(path[-1])
     message = f"unknown key '{cut(key)}'"
     names = list(parent.model_fields) if parent else []
@@ -208,7 +217,7 @@ def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
         for name in difflib.get_close_matches(key, places, n=2, cutoff=0.8)
         for path in places[name]
     ]
-    # What other kinds have at this very place does not help.
+    # Keys that other kinds have at this very place do not help.
     here = ".".join(str(part) if isinstance(part, str) else "N" for part in path[:-1])
     elsewhere = [place for place in elsewhere if not here or not place.startswith(f"{here}.")]
     if 0 < len(elsewhere) <= NEAR:
@@ -217,11 +226,11 @@ def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
 
 
 NEAR = 3
-"""Keys elsewhere in the recipe that a message suggests; a name that more places have says nothing."""
+"""Most keys elsewhere that a message suggests; a name found in more places helps nobody."""
 
 
 def _placed(name: str, raw: Any) -> str:
-    """`name` with N as the places of the recipe's own LoRA rules, where it has some."""
+    """Replaces N in `name` by the indices of the recipe's LoRA rules, where it has any."""
     key, _, rest = name.removeprefix("tune.N.").partition(" of ")
     if not name.startswith("tune.N.") or not rest:
         return name
@@ -240,7 +249,7 @@ def _placed(name: str, raw: Any) -> str:
 
 @cache
 def _key_places() -> dict[str, list[str]]:
-    """Every key of a recipe, with the dotted places where it may stand; list places are N."""
+    """Returns the dotted places where each key of a recipe may stand; list indices are N."""
     places: dict[str, list[str]] = {}
 
     def walk(annotation: Any, prefix: tuple[str, ...]) -> None:
@@ -259,7 +268,7 @@ def _key_places() -> dict[str, list[str]]:
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """The model classes and list types an annotation admits, through Annotated, unions and Optional."""
+    """Yields the classes and list types that an annotation admits, through Annotated and unions."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         yield from _alternatives(typing.get_args(annotation)[0])
@@ -273,7 +282,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
 def _yaml_path(
     schema: type[BaseModel], loc: tuple[Any, ...]
 ) -> tuple[Path, type[BaseModel] | None]:
-    """Drops pydantic's union tags from a location; also gives the class whose key the last part is."""
+    """Drops pydantic's union tags from a location; also returns the class of its last key."""
     path: list[str | int] = []
     parent: type[BaseModel] | None = schema
     options: list[Any] = [schema]
@@ -307,7 +316,7 @@ def _kind_of(model: type[BaseModel]) -> str | None:
 
 
 def flow_value(name: str, value: Any) -> str:
-    """A value as YAML in one line. Raises `RecipeError` for one that no recipe can hold."""
+    """Returns a value as one line of YAML. Raises `RecipeError` for one that no recipe can hold."""
     import json
 
     try:

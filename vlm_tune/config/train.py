@@ -19,20 +19,23 @@ from vlm_tune.config.base import (
 
 
 class LanguageModeling(Config):
-    """Cross-entropy of the supervised tokens."""
+    """Cross-entropy loss of the supervised tokens."""
 
     kind: Literal["language_modeling"] = "language_modeling"
 
 
 class Contrastive(Config):
-    """Image against caption among the batch's distinct captions, in the LLM's embedding space."""
+    """Contrastive loss in the LLM's embedding space.
+
+    Each image is compared with the batch's distinct captions.
+    """
 
     kind: Literal["contrastive"]
     temperature: PositiveFloat = 0.07
 
 
 class Schedule(Config):
-    """The learning rate's course: linear warm-up, then this."""
+    """Learning rate schedule: linear warm-up, then the course that `kind` names."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -41,7 +44,7 @@ class Schedule(Config):
 
 
 class Checkpoints(Config):
-    """When checkpoints are written and how many are kept; the best and the last always are."""
+    """When checkpoints are written and how many stay; the best and the last always stay."""
 
     every: PositiveInt | None = Field(
         default=None, description="optimizer steps; at each evaluation and the end where not given"
@@ -49,12 +52,13 @@ class Checkpoints(Config):
     keep: PositiveInt = 2
     background: bool = Field(
         default=True,
-        description="write beside training, from a copy of what trains in the CPU's memory; false: training waits",
+        description="write beside training, from a copy of what trains in the CPU's memory; false: "
+        "training waits",
     )
 
 
 class TrainSection(Config):
-    """The training loop."""
+    """Settings of the training loop."""
 
     epochs: PositiveFloat | None = Field(
         default=None, description="passes over the data; give this or steps"
@@ -78,7 +82,8 @@ class TrainSection(Config):
     gradient_checkpointing: bool = False
     compile: Literal["auto"] | bool = Field(
         default="auto",
-        description="compile the language model's blocks; auto: from 50 million parameters and 50 steps or 2,000 scored rows on",
+        description="compile the language model's blocks; auto: from 50 million parameters and 50 "
+        "steps or 2,000 scored rows on",
     )
     cache_features: bool = Field(
         default=True, description="compute a frozen tower's features once (not with augmentation)"
@@ -90,7 +95,8 @@ class TrainSection(Config):
     checkpoints: Checkpoints = Checkpoints()
     max_nonfinite: PositiveInt = Field(
         default=3,
-        description="stop at so many steps in a row whose loss or gradient is not finite; their updates are left out",
+        description="stop at so many steps in a row whose loss or gradient is not finite; their "
+        "updates are left out",
     )
     timeout: Annotated[float, Field(gt=0, le=1e7)] = Field(
         default=1800.0, description="seconds that a process waits for the others before it gives up"
@@ -99,7 +105,7 @@ class TrainSection(Config):
 
 
 class EvaluateSection(Config):
-    """Evaluation while training and after it."""
+    """Settings of the evaluation during training and after it."""
 
     every: PositiveInt | None = Field(
         default=None, description="optimizer steps; once an epoch where not given"

@@ -1,4 +1,4 @@
-"""The recipe's `tune`: rules that say which parameters train, and how."""
+"""The recipe's `tune`: rules for which parameters train, and how."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field
 from vlm_tune.config.base import Config, LearningRate, PositiveFloat, PositiveInt, Width
 
 TRAINS_BASE = ("full", "last_layers", "norms", "biases")
-"""The kinds of tuning that change the model's own weights, all of them or some."""
+"""Kinds of tuning that change the model's own weights, all of them or some."""
 
 
 class TuneRule(Config):
-    """What happens to the parameters whose name matches; the first rule that matches wins."""
+    """A rule for training the parameters whose name matches; the first matching rule applies."""
 
     match: str = Field(
         description="a glob over names: tower.*, connector.*, llm.*, llm.model.layers.0.*"
@@ -24,11 +24,13 @@ class TuneRule(Config):
     )
     layers: PositiveInt | None = Field(
         default=None,
-        description="how many blocks train, from the last; what else matches is frozen (last_layers only)",
+        description="how many blocks train, from the last; what else matches is frozen "
+        "(last_layers only)",
     )
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="the rate is multiplied by this once a block, from the top down (full and last_layers only)",
+        description="the rate is multiplied by this once a block, from the top down (full and "
+        "last_layers only)",
     )
     r: Width | None = Field(default=None, description="LoRA rank (lora only)")
     lora_alpha: PositiveFloat | None = Field(
@@ -44,11 +46,13 @@ class TuneRule(Config):
     )
     variant: Literal["lora", "rslora", "dora"] | None = Field(
         default=None,
-        description="rsLoRA scales by sqrt(r), DoRA learns each output's magnitude apart (lora only)",
+        description="rsLoRA scales by sqrt(r), DoRA learns each output's magnitude apart (lora "
+        "only)",
     )
     init: Literal["default", "gaussian", "pissa"] | None = Field(
         default=None,
-        description="A random and B zero, or both the weight's principal singular vectors (lora only)",
+        description="A random and B zero, or both the weight's principal singular vectors (lora "
+        "only)",
     )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         default=None, description="LoRA+: B's learning rate is this many times A's (lora only)"

@@ -1,4 +1,4 @@
-"""Reads a recipe's YAML 1.2 into plain values, keeping where each key and value stands in the file."""
+"""Reads a recipe's YAML 1.2 into plain values, with the place of each key and value in the file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ENTRIES = 8
 """Entries of a list that a message names."""
 
 Path = tuple[str | int, ...]
-"""Where a value stands in the recipe: `("tune", 0, "learning_rate")`."""
+"""A value's path in the recipe: `("tune", 0, "learning_rate")`."""
 
 
 @dataclass
 class Located:
-    """Plain values and, by path, the `file:line:column` of each value and of each key."""
+    """Plain values, and the `file:line:column` of each value and key by path."""
 
     value: Any
     values: dict[Path, str] = field(default_factory=dict)
     keys: dict[Path, str] = field(default_factory=dict)
 
     def where(self, path: Path, *, key: bool = False) -> str:
-        """The place of `path`, or of its nearest parent that the file contains."""
+        """Returns the place of `path`, or of its nearest parent that the file contains."""
         if key and path in self.keys:
             return self.keys[path]
         while path and path not in self.values:
@@ -40,9 +40,10 @@ class Located:
 
 
 class _Reader:
-    """Builds plain values from a composed node tree; refuses tags, duplicate keys and oversized trees.
+    """Builds plain values from a node tree; refuses tags, duplicate keys and oversized trees.
 
-    `name` stands for the file in places; an `option` of the command line is its own place, without line and column.
+    `name` stands for the file in places. An `option` of the command line is its own place, without
+    line and column.
     """
 
     def __init__(self, name: str, *, option: bool = False) -> None:
@@ -61,9 +62,12 @@ class _Reader:
 
     def read(self, node: Any, path: Path) -> Any:
         self.nodes += 1
-        # An alias is the same node met again, so counting visits bounds what aliases can expand to.
+        # An alias visits the same node again, so counting visits bounds the expansion of aliases.
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            limit = f"more than {MAX_NODES:,} values once its aliases are expanded, or nested over {MAX_DEPTH} deep"
+            limit = (
+                f"more than {MAX_NODES:,} values once its aliases are expanded, or nested over "
+                f"{MAX_DEPTH} deep"
+            )
             raise RecipeError([Problem(self.place(node), f"{limit}; a recipe is never that large")])
         self.located.values[path] = self.place(node)
         kind = str(node.tag).rsplit(":", 1)[-1]
@@ -82,7 +86,7 @@ class _Reader:
         return self._scalar(node, kind)
 
     def _mapping(self, node: Any, path: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if key_node.id != "scalar":
                 self.problems.append(Problem(self.place(key_node), "a key must be a plain name"))
@@ -95,7 +99,7 @@ class _Reader:
                     )
                 )
                 continue
-            if key in found:
+            if key in mapping:
                 first = self.located.keys[(*path, key)]
                 self.problems.append(
                     Problem(
@@ -104,11 +108,14 @@ class _Reader:
                 )
                 continue
             self.located.keys[(*path, key)] = self.place(key_node)
-            found[key] = self.read(value_node, (*path, key))
-        return found
+            mapping[key] = self.read(value_node, (*path, key))
+        return mapping
 
     def _text(self, node: Any) -> str:
-        """A scalar's text; NUL and halves of surrogate pairs, which escapes may write, are in no name, path or prompt."""
+        """Returns a scalar's text; reports NUL and halves of surrogate pairs.
+
+        Escapes may write these, but no name, path or prompt holds them.
+        """
         text = str(node.value)
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
             self.problems.append(
@@ -124,7 +131,7 @@ class _Reader:
         try:
             if kind == "null":
                 return None
-            if kind == "bool":  # a %YAML 1.1 header would make bools of yes and no as well
+            if kind == "bool":  # a %YAML 1.1 header also makes bools of yes and no
                 return text.lower() == "true" if text.lower() in ("true", "false") else text
             if kind == "int":
                 return int(text.replace("_", ""), 0)
@@ -165,15 +172,16 @@ def _compose(text: str, name: str, *, option: bool = False) -> Any:
 
 
 def _line_column(before: str) -> tuple[int, int]:
-    """Line and column, from 1 on, of what follows the text `before`."""
+    """Returns line and column, from 1 on, of the character after the text `before`."""
     return before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
 
 
 def read_yaml(path: str | FilePath) -> Located:
-    """The values of a YAML file with their places.
+    """Reads the values of a YAML file with their places.
 
-    Raises `RecipeError` for a file that is missing, can't be read, is larger than 1 MB or not UTF-8 YAML 1.2, and for
-    duplicate keys, tags and merge keys (all of them at once).
+    Raises:
+        RecipeError: the file is missing, can't be read, is larger than 1 MB or is not UTF-8 YAML
+            1.2, or it has duplicate keys, tags or merge keys (all of these at once).
     """
     name = shown_path(path)
     if is_folder(path):
@@ -207,7 +215,7 @@ def read_yaml(path: str | FilePath) -> Located:
 
 
 def read_yaml_text(text: str, name: str) -> Located:
-    """As `read_yaml`, from text; `name` stands for the file in messages."""
+    """Reads values as `read_yaml`, from text; `name` stands for the file in messages."""
     node = _compose(text, name)
     reader = _Reader(name)
     if node is None or node.id != "mapping":
@@ -231,10 +239,13 @@ def read_yaml_text(text: str, name: str) -> Located:
 
 
 def apply_override(located: Located, override: str) -> Path:
-    """Sets `a.b.0.c=value` (the value is YAML) in place and returns its path; the option is named as its place.
+    """Sets `a.b.0.c=value` (the value is YAML) in place and returns its path.
 
-    Raises `RecipeError` for an override without `=`, one that is no text, and a path that leads through a plain value
-    or to a list entry that is not there.
+    The value's place is the option.
+
+    Raises:
+        RecipeError: the override lacks `=` or is not text, or its path leads through a plain value
+            or to a list entry that does not exist.
     """
     name, equals, text = override.partition("=")
     where = f"--set {cut(override, OVERRIDE)}"
@@ -271,7 +282,10 @@ def apply_override(located: Located, override: str) -> Path:
 
 
 def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | int:
-    """The key or list place that `part` of an override names in what stands at `path`. Raises `RecipeError` where there is none."""
+    """Returns the key or list index that `part` of an override names in the value at `path`.
+
+    Raises `RecipeError` where there is none.
+    """
     name = ".".join(map(str, path))
     if isinstance(target, dict):
         return part
@@ -286,12 +300,18 @@ def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | 
             f"{name}.{place}{_label(entry)}" for place, entry in enumerate(target[:ENTRIES])
         )
         more = f" and {len(target) - ENTRIES:,} more" if len(target) > ENTRIES else ""
-        message = f"{name} is a list of {len(target)}; '{cut(part)}' is none of its places: {entries}{more}"
+        message = (
+            f"{name} is a list of {len(target)}; '{cut(part)}' is none of its places: "
+            f"{entries}{more}"
+        )
     raise RecipeError([Problem(where, message)])
 
 
 def _label(entry: Any) -> str:
-    """What a list entry is, in brackets: a stage by its name, a rule by what it matches and how, a source by its kind."""
+    """Describes a list entry in brackets.
+
+    A stage is described by its name, a rule by its match and how, a source by its kind.
+    """
     words = [
         str(entry[key])
         for key in ("name", "match", "how", "kind")

@@ -1,4 +1,7 @@
-"""`vlm-tune check`: reads everything a run would read, and tells what is wrong with which row; no weights are loaded."""
+"""`vlm-tune check`: reads all that a run would read and reports what is wrong with which row.
+
+No weights are loaded.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from vlm_tune.model.build import bare_model, build_processor
 from vlm_tune.model.tuning import check_fits
 
 STREAMED = 10_000
-"""Rows of each source that are read of a recipe that streams."""
+"""Rows that are read of each source if the recipe streams."""
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -43,10 +46,20 @@ def check(
     sample: int | None = None,
     show: Show | None = None,
 ) -> CheckReport:
-    """Reads the rows of all stages (the first `sample` of each source) and reports on them; `show` is told of progress.
+    """Reads the rows of all stages and reports on them.
 
-    What is prepared is kept, so a run that follows starts at once. Raises `RecipeError`, and `DataError` or `ModelError`
-    for a chat format or tokenizer that can't be used.
+    Prepared rows are cached, so a run that follows starts at once.
+
+    Args:
+        recipe: a recipe file, or a loaded recipe.
+        overrides: `"a.b=c"` strings, or a mapping of dotted names to values.
+        sample: read the first rows of each source only, this many.
+        show: called with events of progress.
+
+    Raises:
+        RecipeError: the recipe can't be run.
+        DataError: a chat format can't be used.
+        ModelError: a tokenizer can't be used.
     """
     check_count("--sample", sample)
     loaded = as_recipe(recipe, overrides)
@@ -62,7 +75,7 @@ def check(
             report, name, stage, processor, last=number == len(stages) - 1, show=show
         )
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
-    # Stages that read the same rows are told of them once.
+    # Rows that several stages read are reported once.
     distinct: dict[Any, Part] = {}
     for part in report.read:
         data = part.recipe.data
@@ -78,16 +91,16 @@ def check(
         if part.name == "train" and sample is None:
             check_split(report, part)
     scored = [part for part in distinct.values() if part.name != "train"]
-    for part, found in zip(
+    for part, part_leaks in zip(
         scored, leaks([part.rows for part in scored], list(trained.values())), strict=True
     ):
-        report_leaks(report, part, found)
+        report_leaks(report, part, part_leaks)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _sampled(stage: Recipe, sample: int | None) -> Recipe:
-    """The stage with sources of at most `sample` rows."""
+    """Returns the stage with at most `sample` rows of each source."""
     if sample is None:
         return stage
 
@@ -102,17 +115,17 @@ def _sampled(stage: Recipe, sample: int | None) -> Recipe:
 
 
 def _texts(stages: Sequence[tuple[str, Recipe]]) -> Iterator[Conversation]:
-    """The training conversations that can be used, for a tokenizer trained on them."""
+    """Yields the usable training conversations, for a tokenizer that is trained on them."""
     for _, stage in stages:
         for source in stage.data.train:
             try:
                 rows = islice(read_all([open_source(source, seed=stage.seed)]), source.limit)
                 yield from (row for row in rows if isinstance(row, Conversation))
-            except DataError:  # told of when it is prepared
+            except DataError:  # reported when the source is prepared
                 continue
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def _parts(
@@ -124,28 +137,30 @@ def _parts(
     last: bool,
     show: Show | None,
 ) -> Iterator[Part]:
-    """The parts of a stage; the test part is the last one's."""
+    """Yields the parts of a stage; only the last stage has a test part."""
     data = stage.data
-    own = processor.variant(data.template, data.system)
+    variant = processor.variant(data.template, data.system)
     names: list[PartName] = ["train", "validation", *(("test",) if last else ())]
     for part in names:
         sources: Sequence[Source] = getattr(data, part)
         if not sources:
             continue
-        prepared, ms = _prepared(report, name, part, stage, sources, own, show)
+        prepared, ms = _prepared(report, name, part, stage, sources, variant, show)
         if prepared is None:
             continue
         parts = prepared.column("part")
         usable = prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)
         yield Part(
-            name, part, stage, PartRows(prepared, prepared.places(part)), everything, own, ms
+            name, part, stage, PartRows(prepared, prepared.places(part)), everything, variant, ms
         )
-        for held in names if part == "train" else ():
-            places = prepared.places(held)
-            if held != "train" and len(places):
-                everything = np.sort(np.concatenate([places, prepared.long_prompts(held)]))
-                yield Part(name, held, stage, PartRows(prepared, places), everything, own, ms)
+        for held_out in names if part == "train" else ():
+            places = prepared.places(held_out)
+            if held_out != "train" and len(places):
+                everything = np.sort(np.concatenate([places, prepared.long_prompts(held_out)]))
+                yield Part(
+                    name, held_out, stage, PartRows(prepared, places), everything, variant, ms
+                )
 
 
 def _prepared(
@@ -157,7 +172,10 @@ def _prepared(
     processor: Processor,
     show: Show | None,
 ) -> tuple[Prepared | None, float | None]:
-    """A part's prepared rows and the milliseconds of each; sources that can't be read are told of and left out."""
+    """Prepares a part; returns its rows and the milliseconds per row.
+
+    Sources that can't be read are reported and left out.
+    """
     rows = 0
     started = time.perf_counter()
 
@@ -171,7 +189,7 @@ def _prepared(
         if show:
             show({"event": "note", "text": text})
 
-    def made(some: Sequence[Source]) -> Prepared:
+    def prepare_sources(some: Sequence[Source]) -> Prepared:
         return prepare(
             stage.data,
             some,
@@ -184,21 +202,21 @@ def _prepared(
         )
 
     try:
-        found = made(sources)
+        prepared = prepare_sources(sources)
     except DataError:
         readable = []
         for source in sources:
             try:
-                made([source])
+                prepare_sources([source])
                 readable.append(source)
             except DataError as error:
                 report.add_whole(name, part, "source", error.message, error.source)
-        found = made(readable) if readable else None
-    return found, 1000 * (time.perf_counter() - started) / rows if rows else None
+        prepared = prepare_sources(readable) if readable else None
+    return prepared, 1000 * (time.perf_counter() - started) / rows if rows else None
 
 
 def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
-    """Rows that the language model can't read, where its config is on this machine."""
+    """Reports rows that the language model can't read, where its config is on this machine."""
     try:
         language = bare_model(recipe, tokenizer)[0].llm
     except ModelError:
@@ -211,11 +229,11 @@ def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
                 report.add_whole(part.stage, part.name, "unfit", str(error), "model.llm")
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def _steps(part: Part) -> int:
-    """Optimizer steps of a stage, in one process."""
+    """Returns the optimizer steps of a stage in one process."""
     train = part.recipe.train
     return planned_steps(
         train,
@@ -231,17 +249,17 @@ def _part_report(part: Part) -> PartReport:
     forms = [open_source(config, seed=part.recipe.seed) for config in prepared.sources]
     sources = []
     for number, reader in enumerate(forms):
-        own = part.all_places[numbers[part.all_places] == number]
+        source_places = part.all_places[numbers[part.all_places] == number]
         usable = PartRows(prepared, part.rows.places[numbers[part.rows.places] == number])
-        kinds = Counter(kind for kind in prepared.values("kind", own) if kind)
+        kinds = Counter(kind for kind in prepared.values("kind", source_places) if kind)
         sources.append(
             SourceReport(
                 source=reader.name,
                 form=reader.form,
-                rows=len(own),
+                rows=len(source_places),
                 usable=len(usable.places),
-                bad=int((status[own] == BAD).sum()),
-                left_out=int((status[own] == LEFT_OUT).sum()),
+                bad=int((status[source_places] == BAD).sum()),
+                left_out=int((status[source_places] == LEFT_OUT).sum()),
                 images=len(usable.first_rows),
                 tokens=int(prepared.column("tokens")[usable.places].sum()),
                 supervised=int(prepared.column("supervised")[usable.places].sum()),

@@ -1,4 +1,4 @@
-"""What a check found: rows that are bad or odd, and figures of every part."""
+"""The report of a check: rows that are bad or odd, and figures of every part."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vlm_tune.data_check.padding import Waste
 from vlm_tune.errors import EXIT_DATA, EXIT_DONE
 
 LISTED = 1000
-"""Rows of a part that are named for each kind of finding; all are counted."""
+"""Rows of a part that are listed for each kind of finding; all are counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is the matter with one row (0: the source as a whole); the kinds are those of `data.kinds`."""
+    """A fault of one row (row 0: of the whole source); `kind` is one of `row_errors.KINDS`."""
 
     source: str
     row: int
@@ -34,7 +34,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in bins of equal width; bin k counts those from `start + k * width` up to the next."""
+    """Counts of values in bins of equal width.
+
+    Bin k counts the values from `start + k * width` up to the next bin. `least`, `middle` and
+    `most` are the minimum, median and maximum of the values.
+    """
 
     start: int
     width: int
@@ -46,7 +50,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source of a part: rows by what became of them, what is trained on (or asked), and the kinds of its odd rows."""
+    """Counts for one source of a part.
+
+    They are its rows by outcome, its usable images and tokens, and its odd rows by kind.
+    """
 
     source: str
     form: str
@@ -62,7 +69,10 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """One part of a stage; `questions` is None where rows are held out of train, whose examples are not made."""
+    """Figures of one part of a stage.
+
+    `questions` is None for rows that are held out of train, for which no examples are built.
+    """
 
     stage: str
     part: str
@@ -74,7 +84,7 @@ class PartReport:
     ms_per_row: float | None
     """Milliseconds to read and prepare a row; None where it was prepared before."""
     steps: int | None = None
-    """Optimizer steps of the stage in one process; None for other parts than train."""
+    """Optimizer steps of the stage in one process; None for parts other than train."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +95,21 @@ class Part:
     name: str
     recipe: Recipe
     rows: PartRows
-    """Its usable rows."""
+    """The usable rows of the part."""
     all_places: np.ndarray
-    """Its rows with those that can't be used or are left out; these belong to train."""
+    """All rows of the part; those that can't be used or are left out belong to train."""
     processor: Processor
     ms_per_row: float | None
 
     @property
     def prepared(self) -> Prepared:
-        """What holds its rows."""
+        """The prepared data set that holds the part's rows."""
         return self.rows.prepared
 
 
 @dataclass
 class CheckReport:
-    """What a check found; `sample` rows of each source were read, all where it is None."""
+    """The report of a check that read `sample` rows of each source, or all where it is None."""
 
     name: str
     sample: int | None
@@ -113,11 +123,11 @@ class CheckReport:
 
     @property
     def exit_code(self) -> int:
-        """3 if there are errors."""
+        """The exit code: `EXIT_DATA` if there are errors, else `EXIT_DONE`."""
         return EXIT_DATA if self.errors else EXIT_DONE
 
     def add(self, part: Part, kind: str, rows: Sequence[tuple[int, str]], *, error: bool) -> None:
-        """Counts a finding for rows (place, message) of a part, and lists the first ones."""
+        """Counts a finding for rows (place, message) of a part, and lists the first `LISTED`."""
         if not rows:
             return
         (self.error_counts if error else self.warning_counts)[kind] += len(rows)
@@ -126,11 +136,11 @@ class CheckReport:
         names = zip(
             part.prepared.values("source", places), part.prepared.values("row", places), strict=True
         )
-        found = [
+        findings = [
             Finding(source, row, kind, message, part.stage, part.name)
             for (source, row), (_, message) in zip(names, shown, strict=True)
         ]
-        (self.errors if error else self.warnings).extend(found)
+        (self.errors if error else self.warnings).extend(findings)
 
     def add_whole(
         self,
@@ -149,7 +159,7 @@ class CheckReport:
         )
 
     def summary(self) -> dict[str, Any]:
-        """All of it as one JSON object."""
+        """Returns the report as one JSON object."""
         counts = {
             "errors": dict(sorted(self.error_counts.items())),
             "warnings": dict(sorted(self.warning_counts.items())),
@@ -165,7 +175,10 @@ class CheckReport:
 
 
 def histogram(values: np.ndarray, most: int = 12) -> Histogram | None:
-    """Values in at most `most` bins whose width is 1, 2 or 5 times a power of ten; None for no values."""
+    """Counts values in at most `most` bins; returns None for no values.
+
+    The bins' width is 1, 2 or 5 times a power of ten.
+    """
     if not len(values):
         return None
     low = int(values.min())

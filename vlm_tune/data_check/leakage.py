@@ -1,4 +1,4 @@
-"""Rows and images that come more than once: repeated rows, and rows of one part that another part shows too."""
+"""Repeated rows within a part, and rows and images of one part that another part shows too."""
 
 from __future__ import annotations
 
@@ -12,32 +12,38 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.duplicates import ImageInfo, look_alikes
 
 MIX = np.uint64(0x9E3779B97F4A7C15)
-"""An odd multiplier, so that the order of a row's images counts."""
+"""An odd multiplier that makes a row's hash depend on the order of its images."""
 
 Name = tuple[str, int]
-"""Source and row."""
+"""Source and row number."""
 
 
 @dataclass(frozen=True)
 class PartRows:
-    """Usable rows of prepared ones: those of one part, by their places."""
+    """The usable rows of one part, by their places in the prepared data set."""
 
     prepared: Prepared
     places: np.ndarray
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """uint64[rows]: equal where the text (case and white space aside) and the bytes of the images are."""
+        """Hashes as uint64[rows], equal for rows of equal text and equal bytes of images.
+
+        Texts are compared without case and white space.
+        """
         return self._mixed("text")
 
     @property
     def contents(self) -> np.ndarray:
-        """uint64[rows]: equal where the exact texts and the bytes of the images are; of rows that can't be read, what stands there."""
+        """Hashes as uint64[rows], equal for rows of equal exact texts and equal bytes of images.
+
+        For rows that can't be read they are hashes of the raw content.
+        """
         return self._mixed("digest")
 
     def _mixed(self, column: str) -> np.ndarray:
-        """A column's hashes mixed with those of each row's images."""
-        found = self.prepared.column(column)[self.places].astype(np.uint64)
+        """Mixes a column's hashes with those of each row's images."""
+        hashes = self.prepared.column(column)[self.places].astype(np.uint64)
         shown, offsets = self.prepared.shown
         digests = np.array(
             [int.from_bytes(row.info.sha256[:8], "little") for row in self.prepared.media_rows],
@@ -47,12 +53,12 @@ class PartRows:
         counts = np.diff(offsets)[self.places]
         for number in range(int(counts.max(initial=0))):
             has = counts > number
-            found[has] = found[has] * MIX + digests[shown[starts[has] + number]]
-        return found
+            hashes[has] = hashes[has] * MIX + digests[shown[starts[has] + number]]
+        return hashes
 
     @cached_property
     def first_rows(self) -> dict[int, int]:
-        """For each media number that the rows show, the place of the first row that does."""
+        """The place of the first row that shows each medium, by the medium's number."""
         shown, offsets = self.prepared.shown
         counts = np.diff(offsets)[self.places]
         owners = np.repeat(self.places, counts)
@@ -66,19 +72,19 @@ class PartRows:
         return dict(zip(numbers.tolist(), owners[first].tolist(), strict=True))
 
     def rows_with(self, media: set[int]) -> np.ndarray:
-        """The places of rows that show one of the media."""
+        """Returns the places of rows that show one of the media, given by number."""
         shown, offsets = self.prepared.shown
         marked = np.concatenate([[0], np.cumsum(np.isin(shown, sorted(media)))])
         return self.places[marked[offsets[self.places + 1]] > marked[offsets[self.places]]]
 
     def name(self, place: int) -> Name:
-        """What messages call a row."""
+        """Returns the source and row number by which messages name the row at `place`."""
         one = np.array([place])
         return self.prepared.values("source", one)[0], self.prepared.values("row", one)[0]
 
 
 def repeats(rows: PartRows) -> list[tuple[int, int]]:
-    """(place, place of the earlier row that it repeats) of rows with equal text and images."""
+    """Finds rows that repeat the text and images of an earlier one, as (place, earlier place)."""
     _, first, groups = np.unique(rows.keys, return_index=True, return_inverse=True)
     later = np.flatnonzero(first[groups] != np.arange(len(groups)))
     return [(int(rows.places[place]), int(rows.places[first[groups[place]]])) for place in later]
@@ -90,7 +96,10 @@ Place = tuple[PartRows, int]
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of an evaluated part, by place, each with the training row that shares its text and images, or an image."""
+    """Rows of an evaluated part, by place, that share something with a training row.
+
+    `rows` share text and images, `images` share an image, and `looks` have one that looks alike.
+    """
 
     rows: dict[int, Place]
     images: dict[int, Place]
@@ -98,7 +107,10 @@ class Leaks:
 
 
 def leaks(evaluated: Sequence[PartRows], trained: Sequence[PartRows]) -> list[Leaks]:
-    """What each evaluated part has in common with all that is trained on; a row is in the first list that it belongs in."""
+    """Finds what each evaluated part has in common with all rows that are trained on.
+
+    A row is only in the first field of `Leaks` that it belongs in.
+    """
     images: dict[bytes, Place] = {}
     infos: dict[bytes, ImageInfo] = {}
     for part in trained:
@@ -112,51 +124,55 @@ def leaks(evaluated: Sequence[PartRows], trained: Sequence[PartRows]) -> list[Le
         for part in evaluated
     ]
     infos |= {
-        info.sha256: info for own in shown for info in own.values() if info.sha256 not in images
+        info.sha256: info for media in shown for info in media.values() if info.sha256 not in images
     }
-    # Trained images stand first, so that a group with one of them is named by it.
+    # Trained images come first, so that a group that has one is named by it.
     looks = dict(zip(infos, look_alikes(list(infos.values())).tolist(), strict=True))
     known = list(images.values())
-    found = []
-    for part, own in zip(evaluated, shown, strict=True):
+    all_leaks = []
+    for part, media in zip(evaluated, shown, strict=True):
         whole = _equal_rows(part, trained)
         same = {
-            number: images[info.sha256] for number, info in own.items() if info.sha256 in images
+            number: images[info.sha256] for number, info in media.items() if info.sha256 in images
         }
         alike = {
             number: known[looks[info.sha256]]
-            for number, info in own.items()
+            for number, info in media.items()
             if looks[info.sha256] < len(known)
         }
         shared = _rows_of(part, same, set(whole))
-        found.append(Leaks(whole, shared, _rows_of(part, alike, set(whole) | set(shared))))
-    return found
+        all_leaks.append(Leaks(whole, shared, _rows_of(part, alike, set(whole) | set(shared))))
+    return all_leaks
 
 
 def _equal_rows(rows: PartRows, trained: Sequence[PartRows]) -> dict[int, Place]:
-    found: dict[int, Place] = {}
+    """Finds the rows with the text and images of a training row, each with the first such row."""
+    matches: dict[int, Place] = {}
     for part in trained:
         order = np.argsort(part.keys, kind="stable")
         known = part.keys[order]
         at = np.minimum(np.searchsorted(known, rows.keys), max(len(known) - 1, 0))
         hits = np.flatnonzero(known[at] == rows.keys) if len(known) else []
         for hit in hits:
-            found.setdefault(int(rows.places[hit]), (part, int(part.places[order[at[hit]]])))
-    return found
+            matches.setdefault(int(rows.places[hit]), (part, int(part.places[order[at[hit]]])))
+    return matches
 
 
-def _rows_of(rows: PartRows, media: dict[int, Place], told: set[int]) -> dict[int, Place]:
-    """The rows that show the media and were not told of, each with the training row of the first of them."""
+def _rows_of(rows: PartRows, media: dict[int, Place], reported: set[int]) -> dict[int, Place]:
+    """Finds rows that show the media, except those in `reported`.
+
+    Each comes with the training row of the first of the media that it shows.
+    """
     if not media:
         return {}
     shown, offsets = rows.prepared.shown
-    found: dict[int, Place] = {}
+    matches: dict[int, Place] = {}
     for place in rows.rows_with(set(media)).tolist():
-        if place not in told:
+        if place not in reported:
             number = next(
                 number
                 for number in shown[offsets[place] : offsets[place + 1]].tolist()
                 if number in media
             )
-            found[place] = media[number]
-    return found
+            matches[place] = media[number]
+    return matches

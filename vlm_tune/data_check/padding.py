@@ -1,4 +1,7 @@
-"""How much of the batches is padding, computed from lengths alone: rows one by one, as the recipe batches, and packed."""
+"""The share of padding in batches, computed from lengths alone.
+
+Rows one by one, the recipe's own batches and packed batches are compared.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.worker import OK
 
 MEASURED = 2000
-"""Batches of an epoch that are measured; the rest are alike."""
+"""Batches of an epoch that are measured; the others are similar."""
 
 
 @dataclass(frozen=True)
 class Waste:
-    """One way to batch: the share of the batches' input tokens that is padding, and padded input tokens a question."""
+    """The cost of one way to batch.
+
+    `padding` is the share of the batches' input tokens that is padding. `tokens_per_question` is
+    the number of input tokens, with padding, per question.
+    """
 
     name: str
     padding: float
@@ -26,27 +33,31 @@ class Waste:
 
 
 def padding(prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> list[Waste]:
-    """The waste of rows one by one in random order, of the recipe's own batches, and of those with packing if it has none."""
-    found = [
+    """Returns the waste of several ways to batch.
+
+    These are rows one by one in random order, the recipe's own batches, and these with packing if
+    the recipe does not pack.
+    """
+    wastes = [
         _one_by_one(prepared, sizes.batch_size, seed),
         _planned("this recipe", prepared, data, sizes, seed),
     ]
     if not data.packing:
-        found.append(
+        wastes.append(
             _planned(
                 "with packing", prepared, data.model_copy(update={"packing": True}), sizes, seed
             )
         )
-    return found
+    return wastes
 
 
 def _row_lengths(prepared: Prepared) -> np.ndarray:
-    """The lengths of examples before rows of one image were joined."""
+    """Returns the lengths of examples, in tokens, before rows of one image were joined."""
     if prepared.layout == "seq2seq" or prepared.data.group == "none":
         return prepared.store.lengths.astype(np.int64)
-    kept = (prepared.column("status") == OK) & (prepared.column("part") == 0)
-    examples = np.maximum(prepared.column("examples")[kept], 1)
-    return np.repeat(prepared.column("tokens")[kept] // examples, examples).astype(np.int64)
+    trained = (prepared.column("status") == OK) & (prepared.column("part") == 0)
+    examples = np.maximum(prepared.column("examples")[trained], 1)
+    return np.repeat(prepared.column("tokens")[trained] // examples, examples).astype(np.int64)
 
 
 def _one_by_one(prepared: Prepared, batch: int, seed: int) -> Waste:
@@ -59,19 +70,19 @@ def _one_by_one(prepared: Prepared, batch: int, seed: int) -> Waste:
 
 
 def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> Waste:
-    """Of the first batches of the first epoch."""
+    """Measures the first batches of the first epoch as the recipe plans them."""
     lengths = prepared.store.lengths
     questions = prepared.store.questions
     starts = prepared.starts
     epoch = Plan(prepared, data, sizes, seed).epoch(0)
-    real = padded = asked = 0
+    real = padded = question_count = 0
     for step, number in islice(epoch.places(sizes.ranks), MEASURED):
         rows: list[int] = []
         for units in epoch.rows(step, number, 0, sizes.ranks):
-            own = np.concatenate([np.arange(starts[unit], starts[unit + 1]) for unit in units])
-            asked += int(questions[own].sum())
-            # Several units make one packed row; the examples of one unit are rows of their own.
-            rows += [int(lengths[own].sum())] if len(units) > 1 else lengths[own].tolist()
+            examples = np.concatenate([np.arange(starts[unit], starts[unit + 1]) for unit in units])
+            question_count += int(questions[examples].sum())
+            # Several units form one packed row; the examples of a single unit are separate rows.
+            rows += [int(lengths[examples].sum())] if len(units) > 1 else lengths[examples].tolist()
         real = real + sum(rows)
         padded = padded + max(rows, default=0) * len(rows)
-    return Waste(name, 1 - real / padded, padded / asked)
+    return Waste(name, 1 - real / padded, padded / question_count)

@@ -1,4 +1,7 @@
-"""What can be the matter with a row: the kinds that errors, counts and `vlm-tune check` name, each with its meaning."""
+"""Kinds of faults of rows, each with its meaning.
+
+Errors, counts and `vlm-tune check` use these names.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ BAD_ROWS = {
     "unsafe": "a member of a shard that is a link, a pickle, or leads out of it",
     "missing_field": "a field that the form needs is missing, empty, NaN or infinite",
     "field": "a field holds what the form has no use for",
-    "unused_field": "a field that carries meaning, as choices or weight, and that the form does not read",
+    "unused_field": "a field that carries meaning, as choices or weight, and that the form does "
+    "not read",
     "ambiguous": "a value that can be read in two ways",
     "unsupported": "audio, tools, reasoning, a URL, or a video format that is not read",
     "role": "a missing or unknown role",
@@ -28,7 +32,10 @@ BAD_ROWS = {
     "overlong": "more tokens than data.max_length",
     "row": "anything else",
 }
-"""Rows that can't be used; `overlong` also names rows that are dropped, split or trimmed as the recipe says."""
+"""Rows that can't be used.
+
+`overlong` also counts rows that are dropped, split or trimmed as the recipe says.
+"""
 
 LEFT_OUT = {
     "small_image": "a side under clean.min_side",
@@ -56,6 +63,6 @@ FOUND = {
     "image_plain": "an image of one colour",
     "control_text": "a text that spells a control token or media mark; it stays plain text",
 }
-"""What `vlm-tune check` finds beside them."""
+"""Further findings of `vlm-tune check`."""
 
 KINDS = BAD_ROWS | LEFT_OUT | FOUND

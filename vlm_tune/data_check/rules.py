@@ -1,4 +1,4 @@
-"""The checks of one part's rows: what can't be used, what is odd, what comes twice, what leaks."""
+"""Checks of one part's rows: unusable, odd, repeated and leaked rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ TINY = 16
 HUGE = 25_000_000
 NARROW = 8
 PLAIN = 2
-"""What makes an image odd: a side in pixels, pixels, one side to the other, and levels between its lightest and darkest cell."""
+"""Bounds of odd images.
+
+A side under TINY pixels, over HUGE pixels in all, one side over NARROW times the other, and at most
+PLAIN levels between the lightest and the darkest cell.
+"""
 
 
 def check_rows(report: CheckReport, part: Part) -> None:
-    """Bad and overlong rows, odd images, control tokens in texts, repeated rows."""
+    """Reports bad and overlong rows, odd images, control tokens in texts, and repeated rows."""
     prepared = part.prepared
     data = part.recipe.data
     status = prepared.column("status")[part.all_places]
@@ -35,7 +39,10 @@ def check_rows(report: CheckReport, part: Part) -> None:
         message = f"{len(bad):,} bad rows, more than data.max_bad_rows {data.max_bad_rows:,}"
         report.add_whole(part.stage, part.name, "too_many_bad", message)
     if not len(part.rows.places):
-        message = f"no row is left to {'train on' if part.name == 'train' else 'score'}, of {len(part.all_places):,}"
+        message = (
+            f"no row is left to {'train on' if part.name == 'train' else 'score'}, of "
+            f"{len(part.all_places):,}"
+        )
         report.add_whole(part.stage, part.name, "no_rows", message)
         return
     _report_images(report, part)
@@ -64,22 +71,22 @@ def _texts_of(column: str, part: Part, places: np.ndarray) -> Iterator[tuple[int
 
 
 def _report_bad(report: CheckReport, part: Part, places: np.ndarray) -> None:
-    """Rows that can't be used: errors where they stop the run, warnings where it leaves them out."""
+    """Reports unusable rows: as errors if they stop the run, as warnings if it leaves them out."""
     prepared = part.prepared
     data = part.recipe.data
     kinds = prepared.values("kind", places)
     messages = prepared.values("message", places)
     rows: dict[tuple[str, bool], list[tuple[int, str]]] = {}
     for place, kind, message in zip(places.tolist(), kinds, messages, strict=True):
-        # With `overlong: fail` a long row stops the run, whatever is done with bad ones.
+        # With `overlong: fail` a long row stops the run, whatever `on_bad_row` says.
         stops = data.on_bad_row == "fail" or kind == "overlong"
         rows.setdefault((kind, stops), []).append((place, message))
-    for (kind, stops), found in rows.items():
-        report.add(part, kind, found, error=stops)
+    for (kind, stops), bad_rows in rows.items():
+        report.add(part, kind, bad_rows, error=stops)
 
 
 def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> None:
-    """Rows over max_length that are not simply bad: what is done with each."""
+    """Reports rows over max_length that are not bad rows, with what is done with each."""
     prepared = part.prepared
     data = part.recipe.data
     longest, examples, over = (
@@ -89,7 +96,7 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
         [place for place, kind in _texts_of("kind", part, left_out) if kind == "overlong"],
         dtype=np.int64,
     )
-    kept = part.rows.places[longest[part.rows.places] > data.max_length]
+    usable_overlong = part.rows.places[longest[part.rows.places] > data.max_length]
     if part.name != "train":
         limit = f"data.max_length {data.max_length:,}"
         prompts = prepared.column("prompt")
@@ -105,12 +112,12 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
                 place,
                 f"prompt and answer together have more tokens than {limit}: scored all the same",
             )
-            for place in kept.tolist()
+            for place in usable_overlong.tolist()
         ]
         report.add(part, "overlong", rows, error=False)
         return
     rows = []
-    for place in np.sort(np.concatenate([dropped, kept])).tolist():
+    for place in np.sort(np.concatenate([dropped, usable_overlong])).tolist():
         parts = int(examples[place] + over[place])
         fate = f"split into {parts}" if data.overlong == "split" else "questions trimmed"
         if over[place]:
@@ -129,8 +136,8 @@ def _report_overlong(report: CheckReport, part: Part, left_out: np.ndarray) -> N
 
 
 def _report_images(report: CheckReport, part: Part) -> None:
-    """Images that are seldom meant: each is told of once, with the first row that shows it."""
-    found: dict[str, list[tuple[int, str]]] = {}
+    """Reports images that are likely mistakes, each once, with the first row that shows it."""
+    odd_rows: dict[str, list[tuple[int, str]]] = {}
     for number, place in part.rows.first_rows.items():
         media = part.prepared.media_rows[number]
         width = media.info.width
@@ -144,22 +151,28 @@ def _report_images(report: CheckReport, part: Part) -> None:
         }
         for kind, is_odd in odd.items():
             if is_odd:
-                found.setdefault(kind, []).append((place, f"{media.media.name}: {width}x{height}"))
-    for kind, rows in found.items():
+                odd_rows.setdefault(kind, []).append(
+                    (place, f"{media.media.name}: {width}x{height}")
+                )
+    for kind, rows in odd_rows.items():
         report.add(part, kind, rows, error=False)
 
 
-def report_leaks(report: CheckReport, part: Part, found: Leaks) -> None:
+def report_leaks(report: CheckReport, part: Part, leaks: Leaks) -> None:
+    """Reports rows of an evaluated part that share content with training rows."""
     for kind, rows, what in (
-        ("leak_row", found.rows, "its text and images are those of"),
-        ("leak_image", found.images, "an image of it is shown by"),
-        ("leak_look", found.looks, "an image of it looks like one of"),
+        ("leak_row", leaks.rows, "its text and images are those of"),
+        ("leak_image", leaks.images, "an image of it is shown by"),
+        ("leak_look", leaks.looks, "an image of it looks like one of"),
     ):
         report.add(part, kind, _pointed(f"{what} training row", rows), error=kind != "leak_look")
 
 
 def _pointed(what: str, rows: dict[int, Place]) -> list[tuple[int, str]]:
-    """Rows with a message that names the row each has something in common with; past those that are listed, without."""
+    """Returns each row's place with a message that names the row it has something in common with.
+
+    Rows past the first `LISTED` get an empty message.
+    """
     places = sorted(rows)
     named = [(*rows[place][0].name(rows[place][1]), place) for place in places[:LISTED]]
     return [(place, f"{what} {row} of {source}") for source, row, place in named] + [
@@ -168,14 +181,14 @@ def _pointed(what: str, rows: dict[int, Place]) -> list[tuple[int, str]]:
 
 
 def check_split(report: CheckReport, part: Part) -> None:
-    """Parts held out of train that are empty or far from their share."""
+    """Reports parts held out of train that are empty or far from their share."""
     for name in ("validation", "test"):
         if problem := part.prepared.split_problem(name):
             report.add_whole(part.stage, name, "split", problem, "data.split")
 
 
 def check_batches(report: CheckReport, part: Part) -> None:
-    """Rows over the bounds of a batch, and fewer rows than one global batch."""
+    """Reports rows over the bounds of a batch, and an epoch smaller than one global batch."""
     train = part.recipe.train
     for line in unkept_bounds(part.recipe, part.prepared):
         report.add_whole(part.stage, part.name, "bound", line, error=False)
@@ -188,8 +201,9 @@ def check_batches(report: CheckReport, part: Part) -> None:
     if units < whole:
         called = "images with their rows" if part.recipe.data.group == "image" else "rows"
         message = (
-            f"{units} {called} an epoch, fewer than one global batch of {whole} (train.batch_size {train.batch_size} x "
-            f"train.gradient_accumulation {train.gradient_accumulation}): every batch is smaller than the recipe says"
+            f"{units} {called} an epoch, fewer than one global batch of {whole} (train.batch_size "
+            f"{train.batch_size} x train.gradient_accumulation {train.gradient_accumulation}): "
+            f"every batch is smaller than the recipe says"
         )
         report.add_whole(part.stage, part.name, "few_rows", message, error=False)
 
@@ -197,8 +211,11 @@ def check_batches(report: CheckReport, part: Part) -> None:
 def read_rows(
     part: Part, names: set[tuple[str, int]]
 ) -> dict[tuple[str, int], Conversation | DataError]:
-    """Rows of a part by (source, row), read again from their sources; only chunks that may hold one are read."""
-    found: dict[tuple[str, int], Conversation | DataError] = {}
+    """Reads rows of a part again from their sources, by (source, row).
+
+    Only chunks that may hold one of them are read.
+    """
+    rows: dict[tuple[str, int], Conversation | DataError] = {}
     numbers = sorted(row for _, row in names)
     for config in part.prepared.sources if names else ():
         reader = open_source(config, seed=part.recipe.seed)
@@ -207,7 +224,7 @@ def read_rows(
                 for row in reader.conversations(chunk):
                     key = (row.source, row.row)
                     if key in names:
-                        found[key] = row  # type: ignore[index]
-            if len(found) == len(names):
-                return found
-    return found
+                        rows[key] = row  # type: ignore[index]
+            if len(rows) == len(names):
+                return rows
+    return rows
