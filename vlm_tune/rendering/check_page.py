@@ -156,7 +156,7 @@ def _bar_line(name: str, value: str, share: float) -> str:
     return f'<tr><td>{name}</td><td class="number">{value}</td>{_bar(share)}</tr>'
 
 
-# --- odd rows --------------------------------------------------------------------------------------------------------
+# --- odd rows -------------------------------------------------------------------------------------
 
 
 def _odd_rows(report: CheckReport) -> str:

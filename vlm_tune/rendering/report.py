@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> Any:
@@ -135,7 +135,7 @@ def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, floa
     ]
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _duration(seconds: float) -> str:
@@ -296,7 +296,7 @@ def _notes(events: Sequence[dict[str, Any]]) -> str:
     return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -357,7 +357,7 @@ def _picture(run: Path, row: dict[str, Any]) -> str:
     return picture(Media(run / str(row["image"]))) if row.get("image") else picture(None)
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- charts ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

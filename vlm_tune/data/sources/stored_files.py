@@ -68,7 +68,7 @@ def check_text(path: Path) -> None:
             raise DataError(f"is {what}", source=str(path))
 
 
-# --- a list inside a JSON object -------------------------------------------------------------------------------------
+# --- a list inside a JSON object ------------------------------------------------------------------
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 

@@ -38,7 +38,7 @@ class TaskOptions:
     shuffle_seed: int | None = None
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def _text(row: Row, field: str, options: TaskOptions) -> str:
@@ -69,7 +69,7 @@ def _texts(row: Row, field: str, options: TaskOptions) -> list[str]:
     return [_plain(value, field, options) for value in values]
 
 
-# --- choices ---------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
     return order
 
 
-# --- the forms -------------------------------------------------------------------------------------------------------
+# --- the forms ------------------------------------------------------------------------------------
 
 
 def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
