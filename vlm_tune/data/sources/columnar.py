@@ -221,9 +221,9 @@ class DatasetRows:
         self._ignored = set(config.ignore)
 
     def fingerprint(self) -> str:
-        """A hash of the library's fingerprint, which follows the files, or of name and revision.
+        """A hash of name, configuration, split, revision and the library's own fingerprint.
 
-        The latter stand alone for a streamed data set.
+        The library's fingerprint follows the files; it is left out for a streamed data set.
         """
         return digest(*self._version, "" if self._streaming else self._data._fingerprint)
 

@@ -21,7 +21,7 @@ BASE64_IMAGE = re.compile(
 )
 """Base64 text of a PNG, JPEG, GIF, WebP, TIFF or AVIF file, recognized by its first characters.
 
-It has at least 200 characters of base64; no path is like that.
+It has at least 200 characters of base64; no path of that length begins like that.
 """
 REMEMBERED = 4096
 """Number of resolved folders that an image root caches."""

@@ -105,7 +105,7 @@ def detect_form(
 
 
 def usable(value: Any) -> dict[str, Any]:
-    """A row's fields. Raises `DataError` for an unreadable row and for one that is not an object."""
+    """A row's fields. Raises `DataError` for a row that is unreadable or not an object."""
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, dict):
@@ -114,7 +114,7 @@ def usable(value: Any) -> dict[str, Any]:
 
 
 def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """The forms that a row fits, each with the field of its turns ("" if it has no turns)."""
+    """The forms that a row fits, each with the field of its turns ("" if it has none)."""
     has = {key for key, value in row.items() if value is not None}
     forms: set[tuple[str, str]] = set()
     for field in ("conversations", "messages"):

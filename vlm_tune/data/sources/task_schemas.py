@@ -22,7 +22,7 @@ LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 
 
 class ClassName(str):
-    """A class name from the data set's own features: always text, even if it looks like a number."""
+    """A class name from the data set's own features: text, even if it looks like a number."""
 
 
 @dataclass(frozen=True)

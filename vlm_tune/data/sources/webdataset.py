@@ -162,7 +162,7 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> S
 
 
 def _check_end(path: Path, archive: tarfile.TarFile) -> None:
-    """Raises `DataError` if reading stopped at a damaged header, which tarfile takes for the end."""
+    """Raises `DataError` if reading ended at a damaged header, which tarfile takes for the end."""
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     block = archive.fileobj.read(tarfile.BLOCKSIZE)
