@@ -70,8 +70,8 @@ class GatedBlock(nn.Module):
         """New states [B, S, E]; a token that sees no media passes only through the feed-forward."""
         dtype = states.dtype
         if seen is not None:
-            looked = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
-            states = states + (self.attention_gate.tanh() * looked).to(dtype)
+            attended = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
+            states = states + (self.attention_gate.tanh() * attended).to(dtype)
         return states + (self.feed_gate.tanh() * self.feed(self.feed_norm(states))).to(dtype)
 
 
@@ -151,9 +151,9 @@ class CrossAttention(Connector):
         row, column = places(batch, 1)
         number = batch.image_mask.cumsum(1)[row, column] - 1
         most = int(number.max()) + 1
-        shelf = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
+        row_media = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
         mask = self._visible(batch, row, column, number, most)
-        self.seen = Seen(shelf.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
+        self.seen = Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
         return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
 
     def _visible(

@@ -39,7 +39,7 @@ class Text:
 
 
 class Reader:
-    """Converts instructions to ids of a connector's own tokenizer, with its start and end tokens."""
+    """Converts instructions to ids of a connector's own tokenizer, with start and end tokens."""
 
     def __init__(self, llm_tokenizer: Any, tokenizer: Any, most: int) -> None:
         self.tokenizer = tokenizer
