@@ -1,4 +1,4 @@
-"""Scores a model: loss of the reference answers, and generated answers against them by exact match."""
+"""Scoring of a model: exact match of generated answers, and the loss of the reference answers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,20 @@ def score(
     compile: bool | str = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Generates the last answer of every conversation and compares; `features` are a frozen tower's, computed before.
+    """Generates the last answer of every conversation and compares it with the reference.
 
-    `compile` is as `train.compile` in a recipe: whether the blocks that read the questions are compiled.
+    Args:
+        model: the model; its training mode is restored at the end.
+        conversations: the rows to score; each ends in the reference answer.
+        decoding: how answers are generated.
+        batch_size: rows per batch.
+        features: cached features of a frozen tower; pixels are decoded where None.
+        loss: also compute the loss of the reference answers, by source.
+        compile: as `train.compile` in a recipe: whether the blocks are compiled for the prefill.
+        progress: called with the number of answered rows and their total.
 
-    Raises `DataError` for no conversations, and for prompts that are too long.
+    Raises:
+        DataError: there are no conversations, or a prompt is too long.
     """
     if not conversations:
         raise DataError("no rows to evaluate")
@@ -95,11 +104,11 @@ def _loss(
     count = 0
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
-        found: Any = model(
+        outcome: Any = model(
             collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(
                 model.device
             )
         )
-        total = total + float(found.sum)
-        count = count + found.count
+        total = total + float(outcome.sum)
+        count = count + outcome.count
     return total, count

@@ -1,4 +1,7 @@
-"""Scores of answers: exact match of normalised texts, in all and by category and source. Without torch."""
+"""Scores of answers: exact match of normalised texts, overall, by category and by source.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ class Answer:
 
 @dataclass
 class Scores:
-    """What an evaluation found; `accuracy` is the share of exact matches, `loss` the mean over `tokens` reference tokens.
+    """The scores of an evaluation.
 
-    `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss and tokens where they were computed.
+    `accuracy` is the share of exact matches among `n` questions, `loss` the mean over `tokens`
+    reference tokens. `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss
+    and tokens where they were computed.
     """
 
     accuracy: float
@@ -39,7 +44,7 @@ class Scores:
     answers: list[Answer] = field(default_factory=list, repr=False)
 
     def summary(self) -> dict[str, Any]:
-        """The scores without the single answers."""
+        """The scores as a dictionary, without the individual answers."""
         return {key: value for key, value in asdict(self).items() if key != "answers"}
 
 
@@ -48,13 +53,17 @@ Losses = dict[str, tuple[float, int]]
 
 
 def normalise(text: str) -> str:
-    """Text as exact match compares it: NFKC, case folded, white space joined, a full stop removed that ends more than itself."""
+    """The text in the form that exact match compares.
+
+    It is NFKC, case-folded, with runs of white space as one space, and without a final full stop
+    (unless it is nothing else).
+    """
     joined = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return joined.removesuffix(".") or joined
 
 
 def join_scores(shards: Sequence[Scores]) -> Scores:
-    """The scores of all ranks' shares as one; a question that two ranks had counts once."""
+    """Joins the scores of all ranks' shards; a question that two ranks had counts once."""
     answers = list(
         {
             (answer.source, answer.id): answer for shard in shards for answer in shard.answers
@@ -97,7 +106,7 @@ def scores(answers: list[Answer], losses: Losses) -> Scores:
 def _accuracies(
     answers: Sequence[Answer], group: Callable[[Answer], str]
 ) -> dict[str, dict[str, float]]:
-    """{name: {accuracy, n}} of groups of answers, by name."""
+    """{name: {accuracy, n}} of groups of answers, sorted by name."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
         groups[group(answer)].append(answer.correct)

@@ -1,4 +1,4 @@
-"""Answers to a file of rows, written as they come; nothing is scored."""
+"""Answers to a file of rows, streamed to a JSONL file; nothing is scored."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.paths import writing
 
 BLOCK = 16
-"""Batches whose rows are answered together, so that rows about one image may share its reading, and then written."""
+"""Number of batches answered before writing, so that rows about one image may share its prefill."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written: the file, its number of rows, how many of these brought an answer of their own, and seconds."""
+    """Summary of the answers written.
+
+    Attributes:
+        output: the file.
+        n: its number of rows.
+        answered: number of rows that had a reference answer.
+        seconds: the time taken.
+    """
 
     output: str
     n: int
@@ -31,7 +38,7 @@ class Predictions:
     seconds: float
 
     def summary(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """The fields as a dictionary that JSON can hold."""
         return asdict(self)
 
 
@@ -45,19 +52,20 @@ def write_answers(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """Answers the last question of every row and writes one JSON object a line.
+    """Answers the last question of every row and writes one JSON object per line.
 
     Args:
         model: in evaluation mode.
         rows: conversations that end in an answer.
-        unanswered: (source, row) of those whose answer is a placeholder; their `expected` is null.
+        unanswered: (source, row) of rows whose answer is a placeholder; their `expected` is null.
         output: the JSONL file: id, source, row, image, question, expected, answer.
         decoding: how answers are generated.
-        batch_size: rows a batch.
-        progress: is told the rows written, and of how many, also before the first.
+        batch_size: rows per batch.
+        progress: called with the number of rows written and their total, also before the first.
 
     Raises:
-        DataError: there are no rows, or a prompt is longer than the model takes; the file is not touched then.
+        DataError: there are no rows, or a prompt is longer than the model accepts; the file is not
+            touched then.
         RecipeError: the file can't be written.
     """
     if not rows:
@@ -85,8 +93,8 @@ def write_answers(
                     + "\n"
                 )
             file.flush()
-    given = len(rows) - sum((row.source, row.row) in unanswered for row in rows)
-    return Predictions(str(output), len(rows), given, round(time.perf_counter() - started, 2))
+    answered = len(rows) - sum((row.source, row.row) in unanswered for row in rows)
+    return Predictions(str(output), len(rows), answered, round(time.perf_counter() - started, 2))
 
 
 def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A check as a page: what was found, figures of every part, and a look at the odd rows."""
+"""A check's report as an HTML page: its findings, figures of every part, and the odd rows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vlm_tune.errors import DataError
 from vlm_tune.rendering.page import LONG, percent, picture, section, table, write_html
 
 LOOKED_AT = 60
-"""Odd rows that are shown."""
+"""Maximum number of odd rows that are shown."""
 CHARACTERS = 400
-"""Shown of each turn of an odd row."""
+"""Maximum number of characters that are shown of each turn of an odd row."""
 
 
 def write_page(report: CheckReport, path: Path) -> None:
-    """Writes one self-contained file; what rows say is shown as text, and images as thumbnails."""
+    """Writes one self-contained file, with the rows' texts escaped and images as thumbnails."""
     body = [
         _header(report),
-        *(_found(title, findings, counts) for title, findings, counts in _levels(report)),
+        *(_findings(title, findings, counts) for title, findings, counts in _levels(report)),
         *(_part(part) for part in report.parts),
         _odd_rows(report),
     ]
@@ -41,7 +41,7 @@ def _levels(report: CheckReport) -> list[tuple[str, list[Finding], dict[str, int
 
 
 def _header(report: CheckReport) -> str:
-    said = (
+    scope = (
         f"a sample: the first {report.sample:,} rows of each source"
         if report.sample
         else "all rows that the run reads"
@@ -56,11 +56,14 @@ def _header(report: CheckReport) -> str:
         f'<div class="card"><dt>{name}</dt><dd><b>{value:,}</b></dd></div>'
         for name, value in figures
     )
-    return f'<header><h1>{escape(report.name)}</h1><p class="soft">{said}</p><dl class="figures">{cards}</dl></header>'
+    return (
+        f'<header><h1>{escape(report.name)}</h1><p class="soft">{scope}</p>'
+        f'<dl class="figures">{cards}</dl></header>'
+    )
 
 
-def _found(title: str, findings: Sequence[Finding], counts: dict[str, int]) -> str:
-    """The kinds with their counts, and what is said of sources as a whole."""
+def _findings(title: str, findings: Sequence[Finding], counts: dict[str, int]) -> str:
+    """A section of findings: the kinds with their counts, and findings about whole sources."""
     lines = [
         f'<tr><td>{kind}</td><td class="number">{count:,}</td><td>{escape(KINDS[kind])}</td></tr>'
         for kind, count in sorted(counts.items())
@@ -81,7 +84,7 @@ def _place(finding: Finding) -> str:
 
 
 def _part(part: PartReport) -> str:
-    """Rows by source, histograms, and padding."""
+    """A section about a part: rows by source, histograms, and padding."""
     columns = [
         ("", "source"),
         ("", "form"),
@@ -127,7 +130,10 @@ def _histogram(title: str, values: Histogram | None) -> str:
         low = values.start + place * values.width
         name = f"{low:,}" if values.width == 1 else f"{low:,} to {low + values.width - 1:,}"
         lines.append(_bar_line(name, f"{count:,}", count / most))
-    caption = f"<figcaption><b>{title}</b>{values.least:,} to {values.most:,}, half up to {values.middle:,}</figcaption>"
+    caption = (
+        f"<figcaption><b>{title}</b>{values.least:,} to {values.most:,}, "
+        f"half up to {values.middle:,}</figcaption>"
+    )
     return f'<figure class="card">{caption}<table><tbody>{"".join(lines)}</tbody></table></figure>'
 
 
@@ -156,11 +162,11 @@ def _bar_line(name: str, value: str, share: float) -> str:
     return f'<tr><td>{name}</td><td class="number">{value}</td>{_bar(share)}</tr>'
 
 
-# --- odd rows --------------------------------------------------------------------------------------------------------
+# --- odd rows -------------------------------------------------------------------------------------
 
 
 def _odd_rows(report: CheckReport) -> str:
-    """Rows of every kind in turn, read again, with their images."""
+    """A section of odd rows, of every kind in turn, read again with their images."""
     chosen = _chosen([finding for finding in (*report.errors, *report.warnings) if finding.row])
     parts = {(part.stage, part.name): part for part in report.read}
     wanted: dict[tuple[str, str], set[tuple[str, int]]] = defaultdict(set)
@@ -186,7 +192,7 @@ def _odd_rows(report: CheckReport) -> str:
 
 
 def _chosen(findings: Sequence[Finding]) -> list[Finding]:
-    """Findings of every kind in turn, up to `LOOKED_AT`, then kind by kind."""
+    """Up to `LOOKED_AT` findings, taken from every kind in turn and sorted by kind."""
     kinds: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         kinds[finding.kind].append(finding)
@@ -202,12 +208,12 @@ def _read(
 ) -> dict[tuple[str, int], Conversation | DataError]:
     try:
         return read_rows(part, names)
-    except DataError:  # a file has changed since it was read
+    except DataError:  # a file has changed since the check read it
         return {}
 
 
 def _card(finding: Finding, row: Conversation | DataError | None) -> str:
-    """What is the matter, and the row's image and turns, or what was read of it."""
+    """A finding's card: its message, and the row's image and turns, or its raw content."""
     turns: list[tuple[str, str]] = []
     image = None
     if isinstance(row, Conversation):
@@ -219,8 +225,11 @@ def _card(finding: Finding, row: Conversation | DataError | None) -> str:
         f"<dt>{escape(role)}</dt><dd>{escape(_short(text))}</dd>" for role, text in turns
     )
     size = "sample long" if any(len(text) > LONG for _, text in turns) else "sample"
-    said = f'<p class="soft">{escape(_place(finding))}</p><p><b>{escape(finding.kind)}</b> {escape(finding.message)}</p>'
-    return f'<article class="{size}">{picture(image)}<div>{said}<dl>{words}</dl></div></article>'
+    heading = (
+        f'<p class="soft">{escape(_place(finding))}</p>'
+        f"<p><b>{escape(finding.kind)}</b> {escape(finding.message)}</p>"
+    )
+    return f'<article class="{size}">{picture(image)}<div>{heading}<dl>{words}</dl></div></article>'
 
 
 def _short(text: str) -> str:

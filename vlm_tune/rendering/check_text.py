@@ -1,4 +1,4 @@
-"""What `vlm-tune check` prints."""
+"""Terminal output of `vlm-tune check`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 from vlm_tune.rendering.terminal import print_line
 
 NAMED = 5
-"""Findings of a kind that are printed; the JSON and the page hold more."""
+"""Maximum number of findings printed per kind; the JSON and the page have more."""
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def show_check(console: Console, report: CheckReport) -> None:
-    """Prints what a check found: rows by source and figures of each part, warnings, errors."""
+    """Prints a check's report: rows by source and figures of each part, warnings, errors."""
     if report.sample:
         console.print(
             Text(f"a sample: the first {report.sample:,} rows of each source", style="yellow")
@@ -39,7 +39,7 @@ def show_check(console: Console, report: CheckReport) -> None:
 
 
 def _show_part(console: Console, part: PartReport) -> None:
-    """The rows of each source by what became of them, and the part's figures."""
+    """Prints the counts of rows of each source by outcome, and the part's figures."""
     pairs = f": {part.questions:,} question-answer pairs" if part.questions is not None else ""
     console.print(Text(f"\n{part.stage} {part.part}{pairs}", style="bold"))
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -64,7 +64,8 @@ def _show_part(console: Console, part: PartReport) -> None:
         lines.append(
             (
                 waste.name,
-                f"{waste.padding:.1%} padding, {waste.tokens_per_question:,.1f} padded tokens a question",
+                f"{waste.padding:.1%} padding, "
+                f"{waste.tokens_per_question:,.1f} padded tokens a question",
             )
         )
     if part.steps is not None:
@@ -78,7 +79,7 @@ def _show_part(console: Console, part: PartReport) -> None:
 
 
 def _bars(values: Histogram, unit: str = "") -> str:
-    """A histogram in one line: the lowest value, a bar for each bin, the highest."""
+    """A histogram in one line: the lowest value, a bar for each bin, the highest, the median."""
     most = max(values.counts)
     bars = "".join(BLOCKS[-(-8 * count // most)] for count in values.counts)
     return f"{values.least:,} [{bars}] {values.most:,}{unit}, half up to {values.middle:,}"
@@ -87,7 +88,7 @@ def _bars(values: Histogram, unit: str = "") -> str:
 def _show_findings(
     console: Console, title: str, style: str, findings: list[Finding], counts: dict[str, int]
 ) -> None:
-    """The counts of each kind with its meaning, and its first rows."""
+    """Prints the count and the meaning of each kind of finding, and its first rows."""
     from vlm_tune.data_check.row_errors import KINDS
 
     for kind, count in sorted(counts.items()):
@@ -105,12 +106,16 @@ def _show_findings(
 
 
 def show_exports(console: Console, exports: dict[str, str | None] | str) -> None:
-    """Prints which formats the trained model can be exported in, and why not in the others; or why that is not known."""
+    """Prints to which formats the trained model can be exported, and why not to the others.
+
+    `exports` is the reason by format (None if possible), or the reason why that is not known.
+    """
     if isinstance(exports, str):
         print_line(console, f"exports: not known ({exports})")
         return
     for name, why_not in exports.items():
         print_line(
             console,
-            f"export --format {name}: {'possible' if why_not is None else f'not possible: {why_not}'}",
+            f"export --format {name}: "
+            f"{'possible' if why_not is None else f'not possible: {why_not}'}",
         )

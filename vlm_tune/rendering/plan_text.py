@@ -1,4 +1,4 @@
-"""What `vlm-tune plan` prints."""
+"""Terminal output of `vlm-tune plan`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ CAUSES = {
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as 0.35 GB."""
+    """Formats bytes as 0.35 GB."""
     return f"{size / 1e9:,.2f} GB"
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Prints what a recipe needs: parameters and memory of each stage, FLOPs, and what to change if it does not fit."""
+    """Prints a recipe's plan: parameters, memory and FLOPs of each stage, and the verdict.
+
+    If the recipe does not fit, changes that reduce its memory follow.
+    """
     where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
     where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
@@ -77,7 +80,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         sets = "".join(f" --set {change}" for change in advice.changes)
         console.print(
             Text(
-                f"  {gigabytes(advice.needed):>10}  {mark:12}  {advice.text}{':' if sets else ''}{sets}"
+                f"  {gigabytes(advice.needed):>10}  {mark:12}  "
+                f"{advice.text}{':' if sets else ''}{sets}"
             )
         )
     console.print(Text(f"planned in {plan.seconds:.1f} s", style="dim"))
@@ -101,14 +105,14 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     total = sum(part.total for part in stage.parts)
     trained = sum(part.trained for part in stage.parts)
     adapters = sum(part.adapters for part in stage.parts)
-    held = sum(part.bytes for part in stage.parts)
+    weights = sum(part.bytes for part in stage.parts)
     table.add_row(
         "  all",
         f"{total:,}",
         f"{trained:,}",
         f"{adapters:,}",
         f"{trained / max(total, 1):.2%}",
-        gigabytes(held),
+        gigabytes(weights),
         style="bold",
     )
     console.print(table)
@@ -136,7 +140,8 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
         ("known from", stage.source),
         (
             "step",
-            f"{stage.flops / 1e12:,.3g} TFLOP a device, {stage.mean.tokens:,.0f} tokens a micro-batch",
+            f"{stage.flops / 1e12:,.3g} TFLOP a device, "
+            f"{stage.mean.tokens:,.0f} tokens a micro-batch",
         ),
         ("feature cache", cache),
     ):
@@ -144,7 +149,8 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     if stage.host:
         console.print(
             Text(
-                f"  {'offloaded':15}{gigabytes(stage.host)} of the machine's memory for each process"
+                f"  {'offloaded':15}{gigabytes(stage.host)} "
+                "of the machine's memory for each process"
             )
         )
     if stage.communication:
@@ -152,23 +158,29 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
 
 
 def _show_time(console: Console, plan: Plan, stage: StagePlan) -> None:
-    """The steps of a stage, and how long they are expected to take on this machine."""
+    """Prints the steps of a stage, and the time that they are expected to take on this machine."""
     if stage.steps is None:
         print_line(console, f"  {'steps':15}not known: they are counted of the data's rows")
         return
     line = f"  {'steps':15}{stage.steps:,}"
     if (expected := plan.time(stage)) is not None and plan.machine is not None:
-        rate = f"{plan.machine.rate / 1e9:,.3g} GFLOP/s of {plan.machine.precision} products, measured just now"
-        line += f", expected to take {duration(expected[0])} to {duration(expected[1])} here (an estimate from {rate}; without evaluation)"
+        rate = (
+            f"{plan.machine.rate / 1e9:,.3g} GFLOP/s of {plan.machine.precision} products, "
+            "measured just now"
+        )
+        line += (
+            f", expected to take {duration(expected[0])} to {duration(expected[1])} here "
+            f"(an estimate from {rate}; without evaluation)"
+        )
     print_line(console, line)
 
 
-def _show_communication(console: Console, found: Communication) -> None:
-    """What a step sends, by what it is, how long that takes, and the efficiency to expect."""
+def _show_communication(console: Console, communication: Communication) -> None:
+    """Prints the traffic of a step by kind, its time, and the expected efficiency."""
     from vlm_tune.memory_plan.communication import GOOD
 
-    sent = found.traffic
-    link = "a node's link" if found.nodes > 1 else "a device's link"
+    traffic = communication.traffic
+    link = "a node's link" if communication.nodes > 1 else "a device's link"
     names = {
         "gradients": "gradients",
         "updated": "updated weights",
@@ -176,16 +188,27 @@ def _show_communication(console: Console, found: Communication) -> None:
         "backward": "weights backward",
     }
     kinds = ", ".join(
-        f"{text} {gigabytes(size)}" for name, text in names.items() if (size := getattr(sent, name))
+        f"{text} {gigabytes(size)}"
+        for name, text in names.items()
+        if (size := getattr(traffic, name))
     )
-    console.print(Text(f"  {'sends':15}{gigabytes(sent.total)} a step from each process: {kinds}"))
+    console.print(
+        Text(f"  {'sends':15}{gigabytes(traffic.total)} a step from each process: {kinds}")
+    )
     console.print(
         Text(
-            f"  {'link':15}{found.seconds:,.3g} s a step at {found.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"
+            f"  {'link':15}{communication.seconds:,.3g} s a step "
+            f"at {communication.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"
         )
     )
-    if found.computing is None or found.least is None or found.most is None:
-        said = f"{GOOD:.0%} and more where a step computes for {found.good:,.3g} s or longer (--tflops gives a figure)"
+    if communication.computing is None or communication.least is None or communication.most is None:
+        efficiency = (
+            f"{GOOD:.0%} and more where a step computes for {communication.good:,.3g} s or longer "
+            "(--tflops gives a figure)"
+        )
     else:
-        said = f"{found.least:.0%} with nothing overlapped, up to {found.most:.0%}; a step computes for {found.computing:,.3g} s"
-    console.print(Text(f"  {'efficiency':15}{said}"))
+        efficiency = (
+            f"{communication.least:.0%} with nothing overlapped, up to {communication.most:.0%}; "
+            f"a step computes for {communication.computing:,.3g} s"
+        )
+    console.print(Text(f"  {'efficiency':15}{efficiency}"))

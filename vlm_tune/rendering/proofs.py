@@ -1,4 +1,4 @@
-"""What merges, exports and replays print of how they were verified."""
+"""Terminal output of the verification of merges, exports and replays."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from vlm_tune.rendering.check_text import NAMED
 
 
 def replay_lines(report: ReplayReport) -> list[str]:
-    """What a replay found: what agrees, and where first what does not."""
-    differs = {found.what: found for found in report.differences}
+    """Lines about a replay: the quantities that agree, and where others differ first."""
+    differences = {difference.what: difference for difference in report.differences}
     names = {"samples": "sample ids", "loss": "losses", "norm": "gradient norms"}
     lines = [
-        f"stage {report.stage}, steps {report.start + 1:,} to {report.end:,} replayed in {report.seconds:.1f} s"
+        f"stage {report.stage}, steps {report.start + 1:,} to {report.end:,} "
+        f"replayed in {report.seconds:.1f} s"
     ]
     for what in report.compared:
-        found = differs.get(what)
-        said = (
+        difference = differences.get(what)
+        outcome = (
             "equal"
-            if found is None
-            else f"differ first at step {found.step:,}: the run had {found.run}, the replay {found.replay}"
+            if difference is None
+            else f"differ first at step {difference.step:,}: the run had {difference.run}, "
+            f"the replay {difference.replay}"
         )
-        lines.append(f"  {names[what]}: {said}")
+        lines.append(f"  {names[what]}: {outcome}")
     for step in report.checkpoints:
         tensors = report.tensors[step]
         first = ", ".join(tensors[:NAMED]) + (
@@ -56,7 +58,10 @@ def _rows(count: int) -> str:
 
 
 def merge_proof(report: MergeReport) -> str:
-    """What a merged model was compared with, and how it went: one that fails is not written."""
+    """Text about a merge's verification: each comparison and its outcome.
+
+    A merged model that fails is not written.
+    """
     from vlm_tune.exporting.merge import merge_lines
 
     lines = merge_lines(report)
@@ -71,17 +76,23 @@ def merge_proof(report: MergeReport) -> str:
 
 
 def export_proof(report: ExportReport) -> str:
-    """What an export was compared with, and how it went: one that fails is not written."""
+    """Text about an export's verification: each comparison and its outcome.
+
+    An export that fails is not written.
+    """
     if report.difference is None:
         return "not verified"
     rounded = " beyond what q8_0 rounds" if report.dtype == "q8_0" else ""
-    said = f"verified on {_rows(report.rows)}, {READERS[report.format]}:\n"
-    said += f"  passed  logits within {report.difference:.2g} of the model's ({report.allowed:.2g} is allowed{rounded})"
+    text = f"verified on {_rows(report.rows)}, {READERS[report.format]}:\n"
+    text += (
+        f"  passed  logits within {report.difference:.2g} of the model's "
+        f"({report.allowed:.2g} is allowed{rounded})"
+    )
     if report.same_text is not None:
         same = (
             "the same as the model's"
             if report.same_text
             else "those of the rounded weights, which are not all the model's"
         )
-        said += f"\n  passed  greedy answers {same}"
-    return said
+        text += f"\n  passed  greedy answers {same}"
+    return text

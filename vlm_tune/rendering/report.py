@@ -1,4 +1,7 @@
-"""The report of a run: one HTML file without scripts or network, its charts inline SVG, its images inline PNG."""
+"""The report of a run: one HTML file without scripts or network.
+
+Its charts are inline SVG, its images inline PNG.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from vlm_tune.rendering.page import LONG, percent, picture, section, table, writ
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Matplotlib can't write CSS variables: charts are drawn in these stand-ins, which are then exchanged for the theme's inks.
+# Matplotlib can't write CSS variables: charts are drawn in these stand-in colors, which are then
+# replaced by the theme's.
 SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
 WIDTH, HEIGHT, FONT = 302.0, 180.0, 11.0
-"""A chart's size and its text's, in points."""
+"""A chart's width, height and text size, in points."""
 INKS = {
     SOFT: "var(--soft)",
     RULE: "var(--rule)",
@@ -35,9 +39,9 @@ INKS = {
 
 
 def write_report(run: Path) -> Path:
-    """Writes `report.html` into a run's folder from the files there, and returns its path; what is missing is left out.
+    """Writes `report.html` into a run's folder, from the files there, and returns its path.
 
-    Raises `RecipeError` for a folder without recipe.yaml.
+    Parts whose file is missing are left out. Raises `RecipeError` for a folder without recipe.yaml.
     """
     if not (run / "recipe.yaml").is_file():
         raise RecipeError([Problem(str(run), "not the folder of a run: it has no recipe.yaml")])
@@ -65,11 +69,11 @@ def write_report(run: Path) -> Path:
     return path
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> Any:
-    """The value of a JSON file; None where it is missing or can't be read."""
+    """The value of a JSON file; None if it is missing or can't be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
@@ -77,7 +81,7 @@ def _read(path: Path) -> Any:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """The log's events; lines that can't be read (the last, if the run was killed) are passed over."""
+    """The log's events; lines that can't be read (the last, if the run was killed) are skipped."""
     events = []
     for line in (
         path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
@@ -100,7 +104,7 @@ def _number(value: Any) -> float | None:
 
 @dataclass
 class _Stage:
-    """What the log says of one stage: its stage event, and its other events by step."""
+    """The log of one stage: its stage event, and its train and evaluate events by step."""
 
     number: int
     name: str = ""
@@ -110,7 +114,7 @@ class _Stage:
 
 
 def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
-    """Stages in order; of a step that a resumed run took again, the later event counts."""
+    """The stages in order; for a step that a resumed run repeated, the later event counts."""
     stages: dict[int, _Stage] = {}
     for event in events:
         number = event.get("stage")
@@ -135,7 +139,7 @@ def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, floa
     ]
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _duration(seconds: float) -> str:
@@ -150,7 +154,7 @@ def _duration(seconds: float) -> str:
 
 
 def _count(value: Any, unit: str = "") -> str:
-    """A whole number with its unit in the plural or singular; nothing for what is no number."""
+    """A whole number with its unit in the plural or singular; "" for a value that is no number."""
     number = _number(value)
     return (
         ""
@@ -171,8 +175,10 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
         facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
     figures = []
     if (accuracy := _number(result.get("accuracy"))) is not None:
-        asked = _count(result.get("n"), "question")
-        figures.append(("Test accuracy", percent(accuracy, 2), f"of {asked}" if asked else ""))
+        questions = _count(result.get("n"), "question")
+        figures.append(
+            ("Test accuracy", percent(accuracy, 2), f"of {questions}" if questions else "")
+        )
     if (loss := _number(result.get("loss"))) is not None:
         figures.append(("Test loss", f"{loss:.4g}", "per supervised token"))
     if (seconds := _number(result.get("seconds"))) is not None:
@@ -180,23 +186,27 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
     if (memory := _number(result.get("peak_memory_mb"))) is not None:
         figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
     cards = [
-        f'<div class="card"><dt>{label}</dt><dd><b>{escape(value)}</b><span class="soft">{note}</span></dd></div>'
+        f'<div class="card"><dt>{label}</dt><dd><b>{escape(value)}</b>'
+        f'<span class="soft">{note}</span></dd></div>'
         for label, value, note in figures
     ]
     listed = f'<dl class="figures">{"".join(cards)}</dl>' if cards else ""
-    return f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>{listed}</header>'
+    return (
+        f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>'
+        f"{listed}</header>"
+    )
 
 
 def _groups(kind: str, scores: Any) -> str:
     """Test accuracy by category or source."""
     rows = []
-    for name, found in scores.items() if isinstance(scores, dict) else ():
-        accuracy = _number(found.get("accuracy")) if isinstance(found, dict) else None
+    for name, entry in scores.items() if isinstance(scores, dict) else ():
+        accuracy = _number(entry.get("accuracy")) if isinstance(entry, dict) else None
         if accuracy is not None:
             bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
             numbers = "".join(
                 f'<td class="number">{escape(text)}</td>'
-                for text in (percent(accuracy), _count(found.get("n")))
+                for text in (percent(accuracy), _count(entry.get("n")))
             )
             rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
     columns = [("", kind), ("number", "accuracy"), ("number", "questions"), ("", "")]
@@ -231,7 +241,7 @@ def _stage(stage: _Stage) -> str:
             keys.append(("dots", f"validation, lowest {lowest:.3g} at {step:,}"))
         charts.append(_chart("Loss", keys, [_Panel("loss", loss, held_out)], steps))
     if accuracy:
-        # Of equal scores the later checkpoint is the one kept.
+        # Of checkpoints with equal scores the run keeps the later.
         step, best = max(accuracy, key=lambda point: (point[1], point[0]))
         panel = _Panel("accuracy", [], [(step, 100 * value) for step, value in accuracy])
         charts.append(
@@ -284,7 +294,10 @@ def _tuning_line(row: dict[str, Any]) -> str:
         f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail")
     )
     figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
-    return f"<tr>{match}{how}{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
+    return (
+        f"<tr>{match}{how}"
+        f"{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
+    )
 
 
 def _notes(events: Sequence[dict[str, Any]]) -> str:
@@ -296,11 +309,11 @@ def _notes(events: Sequence[dict[str, Any]]) -> str:
     return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """The panel of samples, with how many were right before and after."""
+    """The panel of samples, with the numbers of right answers before and after training."""
     counts = []
     for column in ("before", "after"):
         marks = [mark for row in rows if (mark := _is_right(row, column)) is not None]
@@ -315,7 +328,10 @@ def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
             )
             else "sample"
         )
-        answers = f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>{_answer(row, 'before')}{_answer(row, 'after')}"
+        answers = (
+            f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>"
+            f"{_answer(row, 'before')}{_answer(row, 'after')}"
+        )
         words = f"<p>{_text(row.get('question'))}</p><dl>{answers}</dl>"
         cards.append(f'<article class="{kind}">{_picture(run, row)}<div>{words}</div></article>')
     return (
@@ -326,13 +342,13 @@ def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_right(row: dict[str, Any], column: str) -> bool | None:
-    # The metric's own rule: a second one here could contradict the accuracy above.
-    given = row.get(column)
+    # The metric's own comparison: a different one could contradict the accuracy above.
+    answer = row.get(column)
     expected = row.get("expected")
     return (
         None
-        if given is None or expected is None
-        else normalise(str(given)) == normalise(str(expected))
+        if answer is None or expected is None
+        else normalise(str(answer)) == normalise(str(expected))
     )
 
 
@@ -353,11 +369,11 @@ def _answer(row: dict[str, Any], column: str) -> str:
 
 
 def _picture(run: Path, row: dict[str, Any]) -> str:
-    """The sample's image as an inline thumbnail, or that there is none."""
+    """The sample's image as an inline thumbnail, or a text if there is none."""
     return picture(Media(run / str(row["image"]))) if row.get("image") else picture(None)
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
+# --- charts ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -372,11 +388,12 @@ class _Panel:
 def _chart(
     title: str, keys: Sequence[tuple[str, str]], panels: Sequence[_Panel], steps: int
 ) -> str:
-    """A figure element: caption with the colour key, and the panels as inline SVG."""
+    """A figure element: the caption with the color key, and the panels as inline SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Text stays text, in the page's font; with a fixed salt an id stands for the same shape in every chart of the page.
+    # Text stays text, in the page's font. With a fixed salt, an id names the same shape in every
+    # chart of the page.
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": FONT}
     ):
@@ -404,10 +421,10 @@ def _chart(
 
 
 def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:
-    """The room around the panels for what is written there, as shares of the figure's size.
+    """The margins around the panels, as shares of the figure's size.
 
-    Counted from the labels' lengths: Matplotlib's own layouts draw everything once more to measure it, in a font that is
-    not the page's.
+    They are computed from the labels' lengths: Matplotlib's own layouts draw everything a second
+    time to measure it, and in a font that is not the page's.
     """
     labels = [
         label

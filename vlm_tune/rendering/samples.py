@@ -1,4 +1,4 @@
-"""Shows samples token by token: what is trained, what is prompt, where the image goes."""
+"""Shows samples by token: trained tokens, the prompt, and image slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm_tune.model.build import build_processor
 from vlm_tune.quoting import escaped
 
 ROWS = 200
-"""Rows read for each unit that is shown: those of one image need not stand together."""
+"""Rows read for each unit that is shown: the rows of one image need not be adjacent."""
 
 STYLES = {
     "trained": "black on green",
@@ -29,13 +29,14 @@ STYLES = {
 
 
 def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
-    """The first `n` units of every stage as tokens: [{stage, id, tokens: [{id, text, kind, branch}]}], no weights loaded.
+    """The tokens of the first `n` units of every stage, without loading weights.
 
-    `kind` is prompt, trained (decoders), image, or target (what an encoder-decoder's decoder learns).
+    Returns [{stage, id, tokens: [{id, text, kind, branch}]}], where `kind` is prompt, trained
+    (decoders), image, or target (the labels of an encoder-decoder).
     """
     stages = recipe.resolved_stages()
     processor = build_processor(recipe, scratch_texts(recipe))
-    found = []
+    samples = []
     for name, stage in stages:
         data = stage.data
         rows = list(islice(conversations(data, data.train, stage.seed), ROWS * n))
@@ -49,11 +50,11 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
             joined = (
                 branch_layout(unit, data.row_length) if processor.spec.layout == "causal" else unit
             )
-            found += [
+            samples += [
                 {"stage": name, "id": example.id, "tokens": _tokens(example, processor)}
                 for example in joined[:n]
             ]
-    return found
+    return samples
 
 
 def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
     branch = 0
     trained = False
     for place, token in enumerate(example.input_ids.tolist()):
-        # A branch begins where a token does not follow the one before it.
+        # A branch begins where positions are not consecutive.
         if (
             place
             and example.positions is not None
@@ -107,7 +108,10 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
         tokens = sample["tokens"]
         trained = sum(token["kind"] in ("trained", "target") for token in tokens)
         images = sum(token["kind"] == "image" for token in tokens)
-        title = f"\n{sample['stage']}  {escaped(sample['id'])}: {len(tokens)} tokens, {trained} trained, {images} image slots"
+        title = (
+            f"\n{sample['stage']}  {escaped(sample['id'])}: {len(tokens)} tokens, "
+            f"{trained} trained, {images} image slots"
+        )
         console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(_line(tokens, ids=ids), soft_wrap=True)
 
@@ -129,7 +133,7 @@ def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
             line.append("\n=> ", style="dim")
         elif token["branch"] != previous["branch"]:
             line.append(f"\n  branch {token['branch']}: ", style="dim")
-        # A row's text may hold what a terminal would act on.
+        # A row's text may hold control sequences.
         shown = escaped(token["text"]) + (f"⟨{token['id']}⟩" if ids else "")
         line.append(shown, style=STYLES[token["kind"]])
         previous = token

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: one live line where it can be redrawn, plain lines where it can't."""
+"""Terminal output of a run: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,29 +15,36 @@ from rich.text import Text
 from vlm_tune.quoting import escaped
 
 EVERY = 30.0
-"""Seconds after which something is printed of work that goes on, where the output is no terminal."""
+"""Seconds without output after which progress is printed, if the output is not a terminal."""
 LOOK = 1.0
-"""Seconds between two looks at whether that is so."""
+"""Seconds between two checks of that."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:42 or 1:02:03."""
+    """Formats seconds as 0:42 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Display(logging.Handler):
-    """Shows a run's events on a console, and what the package logs (`logging.getLogger("vlm_tune")`).
+    """Shows a run's events and the package's log (`logging.getLogger("vlm_tune")`) on a console.
 
-    A terminal has one live line. Elsewhere (a pipe, a log file) a phase of work is a line when it begins, and where
-    nothing was printed for `EVERY` seconds a thread prints how far it is. `close` ends both.
+    A terminal has one live line. Elsewhere (a pipe, a log file) each phase of work prints a line
+    when it begins, and a thread prints its progress where nothing was printed for `EVERY` seconds.
+    `close` ends the live line and the thread.
     """
 
     def __init__(
         self, console: Console, *, clock: Callable[[], float] = time.monotonic, beats: bool = True
     ) -> None:
-        """`clock` gives seconds; without `beats` no thread is started and `beat` is called by hand."""
+        """Starts the thread if the console is not a terminal.
+
+        Args:
+            console: where to print.
+            clock: returns the time in seconds.
+            beats: without it no thread is started, and the caller calls `beat`.
+        """
         super().__init__(logging.INFO)
         self.console = console
         self.clock = clock
@@ -50,7 +57,7 @@ class Display(logging.Handler):
             threading.Thread(target=self._beats, name="display", daemon=True).start()
 
     def __enter__(self) -> Display:
-        """Listens to the package's log, too."""
+        """Starts handling the package's log."""
         package = logging.getLogger("vlm_tune")
         package.addHandler(self)
         package.setLevel(logging.INFO)
@@ -61,7 +68,7 @@ class Display(logging.Handler):
         self.close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A record of the package's log: a warning is a note, the rest says what begins."""
+        """Shows a log record: a warning as a note, any other as the phase that begins."""
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             self._line(text, "yellow")
@@ -89,7 +96,7 @@ class Display(logging.Handler):
             self.beat()
 
     def beat(self) -> None:
-        """Prints the state of the work that goes on, where nothing was printed for `EVERY` seconds."""
+        """Prints the state of the current phase if nothing was printed for `EVERY` seconds."""
         now = self.clock()
         state = self._state
         if state and now - self._printed >= EVERY:
@@ -154,8 +161,9 @@ class Display(logging.Handler):
         epoch = f"  epoch {event['epoch']:.2f}" if "epoch" in event else ""
         text = (
             f"step {event['step']:,}/{event['of']:,}{epoch}  loss {event['loss']:.4f}  "
-            f"lr {event['learning_rate']:.2e}  {event['questions_per_s']:,.0f} qa/s  {event['tokens_per_s']:,.0f} tok/s  "
-            f"padding {event['padding']:.1%}  {duration(event['left'])} left"
+            f"lr {event['learning_rate']:.2e}  {event['questions_per_s']:,.0f} qa/s  "
+            f"{event['tokens_per_s']:,.0f} tok/s  padding {event['padding']:.1%}  "
+            f"{duration(event['left'])} left"
         )
         if self.console.is_terminal:
             self._live("training", text)
@@ -175,7 +183,10 @@ class Display(logging.Handler):
             f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()
         ]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
-        score = f"validation accuracy {event['accuracy']:.2%} of {event['n']:,}{listed}, loss {event['loss']:.4f}"
+        score = (
+            f"validation accuracy {event['accuracy']:.2%} of {event['n']:,}{listed}, "
+            f"loss {event['loss']:.4f}"
+        )
         self._line(f"  step {event['step']:,}: {score}", "green")
 
     def _test(self, event: dict[str, Any]) -> None:
@@ -192,12 +203,15 @@ class Display(logging.Handler):
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Prints lines as they are: wrapped by the terminal alone, and without the control characters that rows and names may hold."""
+    """Prints lines without wrapping them, which the terminal does.
+
+    Control characters, which rows and names may hold, are escaped.
+    """
     console.print(Text("\n".join(map(escaped, text.split("\n"))), style=style), soft_wrap=True)
 
 
 def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
-    """What trains, how and at which rate."""
+    """A table of trained parameters: which train, how, and at which learning rate."""
     table = Table(title=f"tuning: {stage}", title_justify="left")
     for name, justify in (
         ("match", "left"),
@@ -228,11 +242,11 @@ def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
 
 
 Groups = dict[str, dict[str, float]]
-"""{name: {accuracy, n}} of groups of answers."""
+"""{name: {accuracy, n}} for groups of answers."""
 
 
 def score_table(accuracy: float, n: int, by_category: Groups, by_source: Groups) -> Table:
-    """Exact match over all rows, by category, and by source where there are several."""
+    """A table of exact match over all rows, by category, and by source where there are several."""
     table = Table(title="exact match", title_justify="left")
     table.add_column("by")
     table.add_column("")

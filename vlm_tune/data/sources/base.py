@@ -1,4 +1,4 @@
-"""What the sources share: chunks, readers, containers of rows, the checks every conversation passes."""
+"""Common parts of sources: chunks, readers, containers of rows, and checks of conversations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted, reason_of
 
 CHUNK_ROWS = 2000
-"""About how many rows a chunk has: enough that a worker's start does not count, few enough to share out."""
+"""Approximate rows per chunk: enough to hide a worker's start, few enough to balance workers."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a source that one worker reads: small and picklable, a byte range rather than the bytes.
+    """A contiguous range of a source that one worker reads.
 
-    `number` counts chunks from 0; its rows are numbered from `first_row` (from 1, anew in each file of several), at most
-    `rows` of them (`sys.maxsize` in a streamed data set, which does not tell).
+    It is small and picklable: it holds a byte range rather than the bytes. `number` counts chunks
+    from 0. Rows are numbered from `first_row`; numbers start at 1, and again at 1 in each file of
+    several. The chunk has at most `rows` rows (`sys.maxsize` for a streamed data set, whose length
+    is unknown).
     """
 
     number: int
@@ -32,50 +34,64 @@ class Chunk:
 
 
 class SourceReader(Protocol):
-    """A source that is open: picklable, read chunk by chunk in any process, the same rows every time."""
+    """An open source: picklable, read by chunks in any process, with the same rows every time."""
 
     name: str
-    """What messages and reports call it: the path or name as the recipe gives it."""
+    """Name in messages and reports: the path or name as the recipe gives it."""
     form: str
-    """What a row looks like, as detected or told."""
+    """Form of a row, as detected or as configured."""
 
     def fingerprint(self) -> str:
-        """Changes when the rows do (images apart, which are checked one by one); fast."""
+        """A text that changes when the rows do, fast to compute.
+
+        It does not cover the images, which are checked one by one.
+        """
         ...
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks in order, in bounded memory. Raises `DataError` for a source that can't be read at all."""
+        """The chunks in order, in bounded memory.
+
+        Raises `DataError` for a source that can't be read at all.
+        """
         ...
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
-        """The chunk's rows in order: a conversation (its `source`, `row` and `id` set), or a `DataError` that names both."""
+        """The chunk's rows in order.
+
+        Each is a conversation with `source`, `row` and `id` set, or a `DataError` that names its
+        source and row.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A row as it is kept: where it stands, what its id begins with, its fields, or the `DataError` that took their place."""
+    """A row as stored in its container.
+
+    It has its source and number, the `label` that its id begins with, and in `value` its fields or
+    the `DataError` that replaces them.
+    """
 
     source: str
     label: str
     number: int
     value: Any
     folder: Path | None = None
-    """Where its image paths start if the recipe does not say."""
+    """Root of its image paths if the recipe sets none."""
     untyped: bool = False
-    """Every field is text, as in CSV: whether it is missing must be told from its letters."""
+    """Every field is text, as in CSV: a missing value is recognized by its text."""
 
 
 class Container(Protocol):
-    """Rows in files or a data set, whatever they mean; picklable, read chunk by chunk in any process."""
+    """Uninterpreted rows in files or a data set; picklable, read by chunks in any process."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the stored rows do."""
+        """A text that changes when the stored rows do."""
         ...
 
     def chunks(self) -> Iterator[Chunk]:
@@ -95,7 +111,10 @@ def digest(*parts: object) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """A hash of the files' paths, sizes and times of change. Raises `DataError` for one that is gone."""
+    """A hash of the files' paths, sizes and modification times.
+
+    Raises `DataError` for a file that is gone.
+    """
     try:
         stats = [(path.resolve(), path.stat()) for path in files]
     except OSError as error:
@@ -104,10 +123,11 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The turns, if they make sense.
+    """The turns as a tuple, after validation.
 
-    Raises `DataError` for unknown roles, a system turn that is not first, turns that don't alternate, an answer without
-    a character that can be seen, and such a question without media.
+    Raises `DataError` for unknown roles, a system turn that is not first, turns that don't
+    alternate, an answer without a visible character, and a question with neither a visible
+    character nor media.
     """
     messages = tuple(messages)
     turns = [message for message in messages if message.role != "system"]

@@ -1,4 +1,4 @@
-"""What a row can look like when it holds a conversation: turns with their images and videos."""
+"""Forms of rows that hold a conversation: turns with their images and videos."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = {
     "function_call": "assistant",
     "system": "system",
 }
-"""Who speaks, as rows with from/value turns call them; what a tool returns stands where a question stands."""
+"""Roles by the speakers' names in from/value turns; a tool's output takes the user's place."""
 
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
 
@@ -42,7 +42,7 @@ LISTS = (
     "options",
     "history",
 )
-"""Fields that hold lists; tables keep them as JSON text where a column can't."""
+"""Fields that hold lists; tables store them as JSON text where a column can't hold a list."""
 
 UNSUPPORTED_IN_TURNS = (
     *(
@@ -57,15 +57,15 @@ UNSUPPORTED_IN_TURNS = (
     ),
     *("name", "audio", "audios", "image", "images", "video", "videos", "loss_scale", "mask"),
 )
-"""Fields of a turn that carry meaning, and that nothing here renders."""
+"""Fields of a turn that carry meaning, and that no chat format here renders."""
 
 
 OWN_MEDIA = ("image", "image_url", "video", "video_url", "path", "url", "bytes")
-"""Fields of a content's part that hold its own image or video."""
+"""Fields of a content part that hold the part's own image or video."""
 
 
 class RowMedia:
-    """A row's images and videos, taken in order by the places that the text has for them."""
+    """A row's images and videos, assigned in order to the places that the text has for them."""
 
     def __init__(self, row: Row, finder: MediaFinder) -> None:
         self.finder = finder
@@ -77,17 +77,21 @@ class RowMedia:
         self._named: dict[str, set[int]] = {"image": set(), "video": set()}
 
     def take(self, kind: str) -> Parts:
-        """The next image or video for a place of its kind; nothing once there is none left, which `unplaced` reports."""
+        """The next image or video for a place of its kind.
+
+        Returns an empty tuple once none is left; `unplaced` reports that.
+        """
         number = self.places[kind]
         self.places[kind] += 1
         return self.items[kind][number] if number < len(self.items[kind]) else ()
 
     def take_numbered(self, kind: str, number: Any) -> Parts:
-        """The image or video of a number from 0. Raises `DataError` if there is none."""
+        """The image or video with a number (from 0). Raises `DataError` if there is none."""
         items = self.items[kind]
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(items):
             raise DataError(
-                f"a part's `index` is {quoted(number)}, and the row has {counted(len(items), kind)}",
+                f"a part's `index` is {quoted(number)}, "
+                f"and the row has {counted(len(items), kind)}",
                 kind="image_count",
             )
         self._named[kind].add(number)
@@ -96,7 +100,8 @@ class RowMedia:
     def unplaced(self, *, always: bool = False) -> Parts:
         """All items of the kinds that have no place in the text, to be put first.
 
-        Raises `DataError` where places and items differ in number; with `always`, without any place too.
+        Raises `DataError` where a kind's places and items differ in number. A kind without any
+        place passes, unless `always` is set.
         """
         left: list[str | Media] = []
         for kind, items in self.items.items():
@@ -111,7 +116,8 @@ class RowMedia:
                 unseen = [str(number) for number in range(len(items)) if number not in named]
                 if unseen:
                     raise DataError(
-                        f"{counted(len(items), kind)}, and no part has the `index` {', '.join(unseen)}",
+                        f"{counted(len(items), kind)}, "
+                        f"and no part has the `index` {', '.join(unseen)}",
                         kind="image_count",
                     )
             elif places == 0 and not always:
@@ -127,12 +133,15 @@ class RowMedia:
 
 
 def counted(number: int, what: str) -> str:
-    """`1 image`, `2 images`, `2 <image> marks or parts`."""
+    """A number with its noun: `1 image`, `2 images`, `2 <image> marks or parts`."""
     return f"{number} {what}" if number == 1 else f"{number} {what.replace(' or ', 's or ')}s"
 
 
 def _listed(row: Row, kind: str) -> list[Any]:
-    """The values of `image` or `images` (`video` or `videos`); a `video` that is a list is one video's frames."""
+    """The values of `image` or `images` (`video` or `videos`).
+
+    A `video` that is a list holds the frames of one video.
+    """
     one = row.get(kind)
     several = row.get(f"{kind}s")
     one = None if _is_no_media(one) else one
@@ -147,17 +156,23 @@ def _listed(row: Row, kind: str) -> list[Any]:
 
 
 def _is_no_media(value: Any) -> bool:
-    """Whether a field holds no image: null, "", [], or Arrow's object of nulls; a null in a list is a missing image."""
+    """Whether a field holds no image: null, "", [], or Arrow's object of nulls.
+
+    A null inside a list is a missing image instead.
+    """
     if isinstance(value, Mapping):
         return all(inner is None for inner in value.values())
     return not value if isinstance(value, list | bytes) else is_empty(value)
 
 
-# --- texts with marks ------------------------------------------------------------------------------------------------
+# --- texts with marks -----------------------------------------------------------------------------
 
 
 def marked_parts(text: str, media: RowMedia) -> Parts:
-    """Text with `<image>` marks (and `<video>` in rows with videos), each mark taking the next; see `split_marks`."""
+    """The parts of a text, each mark replaced by the next image or video.
+
+    Marks are `<image>`, and `<video>` in rows with videos; see `split_marks`.
+    """
     parts: list[str | Media] = []
     for place, piece in enumerate(split_marks(text, video=bool(media.items["video"]))):
         if place % 2:
@@ -168,10 +183,10 @@ def marked_parts(text: str, media: RowMedia) -> Parts:
 
 
 def with_media(messages: list[Message], media: RowMedia, *, always: bool = False) -> list[Message]:
-    """The turns with media that have no place of their own put first in the first question.
+    """The turns, with media that have no place in the text put first in the first question.
 
-    Raises `DataError` where places and media differ in number, and where a mark stands in an answer alone: an answer
-    has no place for an image, and the text would lose what it speaks of.
+    Raises `DataError` where places and media differ in number, and where marks stand only in an
+    answer: an answer has no place for an image, and the text would lose its referent.
     """
     first = media.unplaced(always=always)
     if not first:
@@ -182,7 +197,8 @@ def with_media(messages: list[Message], media: RowMedia, *, always: bool = False
             and len(split_marks(message.text, video=bool(media.items["video"]))) > 1
         ):
             raise DataError(
-                f"turn {place}: a mark in an answer, and none in the questions: an answer has no images",
+                f"turn {place}: a mark in an answer, and none in the questions: "
+                "an answer has no images",
                 kind="image_count",
             )
     place = next((place for place, message in enumerate(messages) if message.role == "user"), None)
@@ -196,15 +212,15 @@ def with_media(messages: list[Message], media: RowMedia, *, always: bool = False
 
 
 def _turns(row: Row, name: str) -> Sequence[Row]:
-    """The row's list of turns; Arrow may keep it as an object of lists."""
-    found = row.get(name)
-    if isinstance(found, Mapping) and all(isinstance(column, list) for column in found.values()):
-        columns: list[list[Any]] = list(found.values())
+    """The row's list of turns, which Arrow may store as an object of lists."""
+    turns = row.get(name)
+    if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
+        columns: list[list[Any]] = list(turns.values())
         if len({len(column) for column in columns}) == 1:
-            found = [dict(zip(found, values, strict=True)) for values in zip(*columns, strict=True)]
-    if not isinstance(found, list) or not found:
+            turns = [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=True)]
+    if not isinstance(turns, list) or not turns:
         raise DataError(f"no list `{name}`", kind="missing_field")
-    for place, turn in enumerate(found, 1):
+    for place, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
             raise DataError(
                 f"{name}, turn {place}: a turn is an object, got {quoted(turn)}", kind="field"
@@ -216,11 +232,11 @@ def _turns(row: Row, name: str) -> Sequence[Row]:
                     f"{name}, turn {place}: `{field}` is not supported ({advice})",
                     kind="unsupported",
                 )
-    return found
+    return turns
 
 
 def _trained(turn: Row, place: int) -> bool:
-    """Whether an answer carries loss: not with `weight: 0`, `train: false` or `loss: false`."""
+    """Whether an answer is trained on: not with `weight: 0`, `train: false` or `loss: false`."""
     weight = turn.get("weight")
     train = turn.get("train")
     loss = turn.get("loss")
@@ -235,7 +251,7 @@ def _trained(turn: Row, place: int) -> bool:
 
 
 def with_system(row: Row, messages: list[Message]) -> list[Message]:
-    """The turns after the row's `system` text."""
+    """The turns, preceded by the row's `system` text if it has one."""
     system = row.get("system")
     if is_empty(system):
         return messages
@@ -246,11 +262,11 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
     return [Message("system", (system,)), *messages]
 
 
-# --- the forms -------------------------------------------------------------------------------------------------------
+# --- the forms ------------------------------------------------------------------------------------
 
 
 def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
-    """LLaVA's and ShareGPT's rows: `conversations` of from/value turns; every image has its mark."""
+    """LLaVA and ShareGPT rows: `conversations` of from/value turns; every image has its mark."""
     media = RowMedia(row, finder)
     messages = []
     for place, turn in enumerate(_turns(row, "conversations"), 1):
@@ -272,21 +288,27 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
 
 
 def _text_parts(text: str, role: str, media: RowMedia) -> Parts:
-    """A turn's text; only an answer's marks are no places of images: an answer that says <image> says just that."""
+    """The parts of a turn's text; in an answer, marks are plain text and not places of images."""
     if role == "assistant":
         return (text,) if text else ()
     return marked_parts(text, media)
 
 
 def role_content_turns(row: Row, finder: MediaFinder) -> list[Message]:
-    """OpenAI's and Hugging Face's rows: `messages` of role/content turns; parts may carry their own image or video."""
+    """OpenAI and Hugging Face rows: `messages` of role/content turns.
+
+    Content parts may carry their own image or video.
+    """
     media = RowMedia(row, finder)
     messages = _messages(_turns(row, "messages"), media)
     return with_system(row, with_media(messages, media))
 
 
 def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
-    """`prompt` and `completion`, each a text or role/content turns; what the prompt says carries no loss."""
+    """Rows of `prompt` and `completion`, each a text or role/content turns.
+
+    Answers inside the prompt carry no loss.
+    """
     media = RowMedia(row, finder)
     messages: list[Message] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -301,7 +323,7 @@ def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
 
 
 def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
-    """The Cauldron's rows: `texts` of {"user", "assistant"} turns about `images`."""
+    """The Cauldron rows: `texts` of {"user", "assistant"} turns about `images`."""
     media = RowMedia(row, finder)
     messages: list[Message] = []
     for place, turn in enumerate(_turns(row, "texts"), 1):
@@ -322,7 +344,7 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
 
 
 def alpaca(row: Row, finder: MediaFinder) -> list[Message]:
-    """`instruction`, `input` and `output`, after `history`, pairs of a question and its answer."""
+    """Alpaca rows: `instruction`, `input` and `output`, after a `history` of (question, answer)."""
     media = RowMedia(row, finder)
     history = [] if is_empty(row.get("history")) else row["history"]
     if not isinstance(history, list) or not all(
@@ -335,15 +357,15 @@ def alpaca(row: Row, finder: MediaFinder) -> list[Message]:
         raise DataError("no text `instruction` (and `input`)", kind="missing_field")
     question = "\n".join(text for text in (instruction, more) if text)
     messages: list[Message] = []
-    for asked, answer in [*history, (question, row.get("output"))]:
-        if not isinstance(asked, str) or not isinstance(answer, str):
+    for prompt, answer in [*history, (question, row.get("output"))]:
+        if not isinstance(prompt, str) or not isinstance(answer, str):
             raise DataError("an instruction or an output that is no text", kind="missing_field")
-        messages += [Message("user", marked_parts(asked, media)), Message("assistant", (answer,))]
+        messages += [Message("user", marked_parts(prompt, media)), Message("assistant", (answer,))]
     return with_system(row, with_media(messages, media))
 
 
 PYTHON_LIST = 20_000
-"""Characters of a list written in Python that are read."""
+"""Longest list in Python syntax that is parsed, in characters."""
 
 CHAT_FORMS: dict[str, Callable[[Row, MediaFinder], list[Message]]] = {
     "llava": from_value_turns,
@@ -355,7 +377,7 @@ CHAT_FORMS: dict[str, Callable[[Row, MediaFinder], list[Message]]] = {
 }
 
 
-# --- role/content turns ----------------------------------------------------------------------------------------------
+# --- role/content turns ---------------------------------------------------------------------------
 
 
 def _messages(
@@ -377,7 +399,7 @@ def _messages(
             parts = _text_parts(content, role, media)
         elif isinstance(content, list):
             parts = tuple(
-                part for given in content for part in _content_part(place, role, given, media)
+                part for entry in content for part in _content_part(place, role, entry, media)
             )
         else:
             raise DataError(
@@ -389,19 +411,19 @@ def _messages(
 
 
 def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator[str | Media]:
-    """One part of a content: text, an image or a video, its own or the row's next."""
+    """One content part: text, or an image or video, the part's own or the row's next."""
     if not isinstance(part, Mapping):
         raise DataError(
             f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field"
         )
     kind = part.get("type")
     text = part.get("text")
-    own = {name: part[name] for name in OWN_MEDIA if not is_empty(part.get(name))}
+    sources = {name: part[name] for name in OWN_MEDIA if not is_empty(part.get(name))}
     if kind == "text":
-        if not isinstance(text, str) or own:
-            got = f"`{next(iter(own))}` beside it" if own else quoted(text)
+        if not isinstance(text, str) or sources:
+            actual = f"`{next(iter(sources))}` beside it" if sources else quoted(text)
             raise DataError(
-                f"turn {place}: a part of type text has a `text` and nothing else, got {got}",
+                f"turn {place}: a part of type text has a `text` and nothing else, got {actual}",
                 kind="field",
             )
         yield from _text_parts(text, role, media)
@@ -419,7 +441,7 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
         )
     modality = kind.removesuffix("_url")
     names = (modality, f"{modality}_url", "path", "url", "bytes")
-    source = next((own[name] for name in names if name in own), None)
+    source = next((sources[name] for name in names if name in sources), None)
     if source is None and part.get("index") is not None:
         yield from media.take_numbered(modality, part["index"])
     elif source is None:
@@ -431,7 +453,10 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
 
 
 def decoded_lists(row: Row) -> dict[str, Any]:
-    """The row with lists that its container keeps as text: JSON, or, of choices, a Python list as `datasets` on the hub have."""
+    """The row, with lists that its container stores as text decoded.
+
+    The text is JSON; for choices it may be a Python list, as in some data sets on the Hub.
+    """
     out = dict(row)
     for name in LISTS:
         value = out.get(name)

@@ -19,7 +19,10 @@ from vlm_tune.quoting import escaped, quoted
 
 
 class ClassFolders:
-    """A classification of each image of a class's folder, sub-folders included; the choices are all folders' names."""
+    """A source that classifies each image of a class's folder, sub-folders included.
+
+    The choices are the names of all class folders.
+    """
 
     form = "classify"
 
@@ -49,12 +52,12 @@ class ClassFolders:
         self._listed: tuple[str, list[Path]] = ("", [])
 
     def fingerprint(self) -> str:
-        """Of the images' names, the prompt set and the seed."""
+        """A hash of the images' names, the prompt set and the seed."""
         listed = (str(path) for name in self._classes for path in _images(self._root / name))
         return digest(self._instructions.model_dump_json(), self._seed, *self._classes, *listed)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Stretches of a class's images. Raises `DataError` for a class without images."""
+        """Ranges of a class's images. Raises `DataError` for a class without images."""
         number = 0
         first = 1
         for place, name in enumerate(self._classes):
@@ -71,12 +74,12 @@ class ClassFolders:
                 first = first + count
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
-        """The chunk's images in the order of their names."""
+        """Conversations about the chunk's images, in the order of their names."""
         place, start = chunk.payload
         label = self._classes[place]
         values = {"choices": ", ".join(self._classes), "label": label}
         folder = ImageFolder(self._root)
-        if self._listed[0] != label:  # a large class has many chunks
+        if self._listed[0] != label:  # listed once for the many chunks of a large class
             self._listed = (label, _images(self._root / label))
         paths = self._listed[1][start : start + chunk.rows]
         for row, path in enumerate(paths, chunk.first_row):
@@ -92,7 +95,7 @@ class ClassFolders:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images under a class's folder, sorted."""
+    """The image files under a class's folder, sorted."""
     return sorted(
         path
         for path in folder.rglob("*")

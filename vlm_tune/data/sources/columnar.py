@@ -24,13 +24,13 @@ READ_ROWS = 128
 
 
 def _ranges(rows: int, size: int = CHUNK_ROWS) -> Iterator[tuple[int, int]]:
-    """(start, count) of stretches of at most `size` rows."""
+    """(start, count) of consecutive ranges of at most `size` rows."""
     for start in range(0, rows, size):
         yield start, min(size, rows - start)
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged file, or a hub that does not answer, raises."""
+    """Types of exceptions raised for a damaged file and for a hub that does not answer."""
     import pyarrow
 
     return pyarrow.ArrowException, OSError, ValueError, MemoryError
@@ -41,16 +41,16 @@ def _broken(error: Exception) -> str:
 
 
 def _lost(first: int, end: int, error: Exception) -> Iterator[tuple[int, Any]]:
-    """A `DataError` for each row from `first` up to `end`: all that a damaged part of a file held."""
+    """A `DataError` for each row number in `range(first, end)`, the damaged part of a file."""
     for number in range(first, end):
         yield number, DataError(_broken(error), kind="damaged")
 
 
 def python_rows(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
-    """The rows as Python objects; a `DataError` stands for a cell that Python has no value for.
+    """The rows as Python objects, with a `DataError` for a cell that Python can't represent.
 
-    These are dates and times out of its range, and texts that are not UTF-8. Only a form that reads such a cell refuses
-    its row.
+    Such cells are dates and times out of Python's range, and texts that are not UTF-8. A row is
+    refused only by a form that reads such a cell.
     """
     try:
         return batch.to_pylist()
@@ -75,19 +75,22 @@ def _cell(value: Any) -> Any:
 
 
 class Parquet:
-    """Row groups, cut where they are long."""
+    """The Parquet format: stretches are row groups, divided where they are long."""
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """(row group, first row in it, rows); reading starts at the group's beginning, so one is cut into 16 at most."""
+        """Stretches with the payload (row group, first row in it, rows).
+
+        Reading starts at the beginning of the group, so a group is divided into at most 16.
+        """
         from pyarrow import parquet
 
         try:
-            found = parquet.read_metadata(path)
+            metadata = parquet.read_metadata(path)
         except _damage() as error:
             raise DataError(_broken(error), source=str(path)) from None
         first = 1
-        for group in range(found.num_row_groups):
-            rows = found.row_group(group).num_rows
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
             for start, count in _ranges(rows, max(CHUNK_ROWS, -(-rows // 16))):
                 yield first, count, (group, start, count)
                 first += count
@@ -95,32 +98,32 @@ class Parquet:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
+        """The stretch's rows; where the file is damaged, `DataError`s replace the rest."""
         from pyarrow import parquet
 
         group, start, count = payload
         number = first_row
         try:
             with parquet.ParquetFile(path) as file:
-                seen = 0
+                rows_read = 0
                 for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=[group]):
-                    begin = max(start - seen, 0)
-                    end = min(start + count - seen, batch.num_rows)
-                    seen += batch.num_rows
+                    begin = max(start - rows_read, 0)
+                    end = min(start + count - rows_read, batch.num_rows)
+                    rows_read += batch.num_rows
                     for row in python_rows(batch.slice(begin, end - begin)) if begin < end else []:
                         yield number, row
                         number += 1
-                    if seen >= start + count:
+                    if rows_read >= start + count:
                         return
         except _damage() as error:
             yield from _lost(number, first_row + count, error)
 
 
 class ArrowFile:
-    """Arrow's IPC file format (Feather) and stream format (what `datasets` keeps)."""
+    """Arrow's IPC file format (Feather) and stream format (written by `datasets`)."""
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """(batch, first row in it, rows)."""
+        """Stretches with the payload (batch, first row in it, rows)."""
         first = 1
         try:
             for place, rows in enumerate(_batch_sizes(path)):
@@ -133,7 +136,7 @@ class ArrowFile:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """The stretch's rows; where the file is damaged, `DataError`s take the place of the rest."""
+        """The stretch's rows; where the file is damaged, `DataError`s replace the rest."""
         place, start, count = payload
         number = first_row
         try:
@@ -148,7 +151,10 @@ class ArrowFile:
 
 
 def _check_offsets(batch: pyarrow.RecordBatch) -> None:
-    """Raises `pyarrow.ArrowInvalid` for a damaged batch, whose offsets would be followed out of it; texts may be no UTF-8."""
+    """Raises `pyarrow.ArrowInvalid` for a damaged batch, whose offsets would lead out of it.
+
+    Texts are viewed as bytes, because they may be invalid UTF-8.
+    """
     import pyarrow
 
     for column in batch.columns:
@@ -187,7 +193,10 @@ def _batch(path: Path, place: int) -> pyarrow.RecordBatch:
 
 @lru_cache(maxsize=1)
 def _stream(path: Path, changed: int) -> list[pyarrow.RecordBatch]:
-    """A stream has no index: its batches' places are kept, the rows stay in the mapped file."""
+    """The stream's batches, cached because a stream has no index; rows stay in the mapped file.
+
+    `changed`, the modification time, is part of the cache's key.
+    """
     import pyarrow
 
     return list(pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))))
@@ -196,8 +205,8 @@ def _stream(path: Path, changed: int) -> list[pyarrow.RecordBatch]:
 class DatasetRows:
     """A data set of the datasets library, read as Arrow: no image is decoded.
 
-    With `streaming`, rows are fetched as they are read: a chunk is a shard, and rows are numbered by shard. A data set that
-    `save_to_disk` wrote is on this disk anyway.
+    With `streaming`, rows are fetched as they are read: a chunk is a shard, and rows are numbered
+    by shard. A data set written by `save_to_disk` is local, and never streamed.
     """
 
     def __init__(self, config: DatasetSource, *, streaming: bool = False) -> None:
@@ -212,11 +221,14 @@ class DatasetRows:
         self._ignored = set(config.ignore)
 
     def fingerprint(self) -> str:
-        """The library's own, which follows the files; of a streamed data set, its name and revision."""
+        """A hash of name, configuration, split, revision and the library's own fingerprint.
+
+        The library's fingerprint follows the files; it is left out for a streamed data set.
+        """
         return digest(*self._version, "" if self._streaming else self._data._fingerprint)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Stretches of rows, or shards."""
+        """Ranges of rows, or the shards of a streamed data set."""
         if self._streaming:
             for shard in range(self._data.num_shards):
                 yield Chunk(shard, 1, sys.maxsize, shard)
@@ -238,7 +250,7 @@ class DatasetRows:
                     number += 1
         except _damage() as error:
             if self._streaming:
-                # How many rows the shard still had can't be told, so they can't be counted as bad ones.
+                # The shard's number of remaining rows is unknown: they can't be counted as bad.
                 raise DataError(_broken(error), source=source, row=number, kind="damaged") from None
             for lost, fault in _lost(number, chunk.first_row + chunk.rows, error):
                 yield StoredRow(source, label, lost, fault)
@@ -265,7 +277,7 @@ class DatasetRows:
         return row
 
     def _images(self) -> Path:
-        """Where image paths start: the folder, or what the library has fetched."""
+        """Root of image paths: the data set's folder, or the library's cache of downloads."""
         if self._folder is not None:
             return self._folder
         from datasets.config import HF_CACHE_HOME
@@ -274,7 +286,7 @@ class DatasetRows:
 
 
 def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
-    """The data set's split. Raises `DataError` with what the library says."""
+    """The data set's split. Raises `DataError` with the library's message."""
     import datasets
 
     try:
@@ -294,14 +306,14 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
     except DataError as error:
         raise DataError(error.message, source=config.name) from None
     except Exception as error:
-        # The library's loaders raise errors of many kinds; all of them mean that there is no such data set here.
+        # The library's loaders raise many types of errors; all mean an unusable data set.
         raise DataError(
             f"can't be loaded: {type(error).__name__}: {reason_of(error)}", source=config.name
         ) from None
 
 
 def _class_names(features: Any) -> dict[str, list[str]]:
-    """The names of the columns that hold a class's number."""
+    """Class names by column, for the columns that hold class numbers."""
     return {
         column: feature.names
         for column, feature in (features or {}).items()

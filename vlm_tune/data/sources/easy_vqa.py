@@ -27,7 +27,7 @@ def _folder() -> Path:
 
 
 def part_folder(split: str) -> Path:
-    """The folder of the package's part that a split is taken from."""
+    """The folder of the package's part from which a split is taken."""
     return _folder() / ("test" if split == "test" else "train")
 
 
@@ -51,12 +51,15 @@ def questions(split: str, validation_images: int) -> list[tuple[int, str, str, i
 
 
 def answer_type(answer: str) -> str:
-    """yes/no, color or shape."""
+    """The answer's category: yes/no, color or shape."""
     return "yes/no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape"
 
 
 class EasyVqa:
-    """A conversation for each question, or for each caption that an image's questions and answers reveal."""
+    """A source with a conversation for each question, or for each caption of an image.
+
+    Captions are derived from the image's questions and answers; see `revealed`.
+    """
 
     def __init__(self, config: EasyVqaSource, *, seed: int) -> None:
         """Raises `DataError` if the package is missing or all images are held out."""
@@ -67,13 +70,13 @@ class EasyVqa:
         self._instructions = load_instructions(config.instructions, config.task)
 
     def fingerprint(self) -> str:
-        """Of the package's file, what is taken from it, the prompt set and the seed."""
+        """A hash of the package's file, the split and task, the prompt set and the seed."""
         files = files_digest([part_folder(self._config.split) / "questions.json"])
         options = (self._config.split, self._config.validation_images, self._config.task)
         return digest(files, *options, self._instructions.model_dump_json(), self._seed)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Stretches of questions or captions."""
+        """Ranges of questions or captions."""
         total = len(self._rows())
         for number, start in enumerate(range(0, total, CHUNK_ROWS)):
             yield Chunk(number, start + 1, min(CHUNK_ROWS, total - start))
@@ -95,7 +98,7 @@ class EasyVqa:
 def _rows(
     split: str, validation_images: int, task: str
 ) -> list[tuple[str, Path, dict[str, str], str]]:
-    """(id, image file, the task's fields, category) of each row, read once a process."""
+    """(id, image file, the task's fields, category) of each row, read once per process."""
     images = part_folder(split) / "images"
     rows = questions(split, validation_images)
     if task == "vqa":
@@ -121,16 +124,20 @@ def _rows(
 
 
 def revealed(rows: list[tuple[int, str, str, int]]) -> dict[int, dict[str, str]]:
-    """For each image, the color and the shape that its questions and answers state: {"color": "red", ...}."""
-    found: dict[int, dict[str, str]] = {}
+    """The color and shape that each image's questions and answers state.
+
+    For each image: {"color": "red", ...}. Images of which neither is known are left out.
+    """
+    captions: dict[int, dict[str, str]] = {}
     for _, question, answer, image in rows:
-        known = found.setdefault(image, {})
+        known = captions.setdefault(image, {})
         words = re.findall(r"[a-z]+", question)
         denies = "not" in words or "no" in words
-        # "is there a red shape" + yes, "is there no red shape" + no, and "what shape is the red one" all state red.
+        # "is there a red shape" + yes, "is there no red shape" + no, and "what shape is the red
+        # one" all state red.
         states = answer not in ("yes", "no") or (answer == "no") == denies
         for kind, names in (("color", COLORS), ("shape", SHAPES)):
-            said = [word for word in [*words, answer] if word in names] if states else []
-            if said:
-                known[kind] = said[-1]
-    return {image: known for image, known in sorted(found.items()) if known}
+            matches = [word for word in [*words, answer] if word in names] if states else []
+            if matches:
+                known[kind] = matches[-1]
+    return {image: known for image, known in sorted(captions.items()) if known}

@@ -1,4 +1,4 @@
-"""Worked examples before a question, drawn from a source's first rows that can be used."""
+"""Few-shot examples before a question, drawn from a source's first usable rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 
 POOL_ROWS = 256
-"""How many of a source's rows examples are drawn from: the same in every worker, and few enough to keep."""
+"""Rows of a source from which examples are drawn: the same in every worker, few enough to hold."""
 
 
 class Shots:
-    """Puts `count` examples before each question, as earlier turns that carry no loss; drawn from (seed, row id).
+    """Puts `count` few-shot examples before each question, as earlier turns that carry no loss.
 
-    They are drawn from the rows at `places` (from 0) of the source; where it is None, from its first rows.
+    The draw depends on (seed, row id). Examples come from the rows at `places` (from 0) of the
+    source, or from its first `POOL_ROWS` rows where `places` is None.
     """
 
     def __init__(self, count: int, seed: int, places: Sequence[int] | None = None) -> None:
@@ -27,7 +28,7 @@ class Shots:
         self._pool: list[Conversation] | None = None
 
     def fill(self, rows: Iterable[Conversation | DataError]) -> None:
-        """Takes the examples out of the source's rows, once; rows that can't be read are none."""
+        """Fills the pool from the source's rows, once; rows that can't be read are skipped."""
         if not self.count or self._pool is not None:
             return
         first = islice(rows, max(self._places, default=-1) + 1)
@@ -39,11 +40,14 @@ class Shots:
         ]
 
     def before(self, row: Conversation) -> Conversation | DataError:
-        """The row after its examples; a `DataError` if too few rows have another image than the row's."""
+        """The row with its examples in front.
+
+        Returns a `DataError` if too few rows of the pool have other images than the row's.
+        """
         if not self.count:
             return row
         pool = self._pool or []
-        own = set(row.media)
+        row_media = set(row.media)
         chosen = set[int]()
         turns: list[Message] = []
         for number in range(self.count):
@@ -55,13 +59,18 @@ class Shots:
             for step in range(len(pool)):
                 place = (start + step) % len(pool)
                 example = pool[place]
-                if place not in chosen and example.id != row.id and own.isdisjoint(example.media):
+                if (
+                    place not in chosen
+                    and example.id != row.id
+                    and row_media.isdisjoint(example.media)
+                ):
                     chosen.add(place)
                     turns += _first_answer(example)
                     break
             else:
                 message = (
-                    f"shots: {self.count} needs as many rows with other images, of the first {POOL_ROWS} of the part that can "
+                    f"shots: {self.count} needs as many rows with other images, "
+                    f"of the first {POOL_ROWS} of the part that can "
                     f"be used; there are {len(chosen)}"
                 )
                 return DataError(message, source=row.source, row=row.row, kind="shots")

@@ -1,4 +1,4 @@
-"""Fields of rows: which a form reads, which carry meaning and must not be dropped, and when one is empty."""
+"""Fields of rows: which a form reads, which must not be dropped, and when one is empty."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm_tune.quoting import quoted
 MEDIA = ("image", "images", "video", "videos")
 CHOICES = ("choices", "options", "candidates")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""What lettered choices are called; columns of these names hold one choice each."""
+"""Letters of choices; columns of these names hold one choice each."""
 
 EVERY_FORM = {"id", "category", "system", *MEDIA}
 USED: dict[str, set[str]] = {
@@ -29,10 +29,10 @@ USED: dict[str, set[str]] = {
     "ocr": {"text"},
     "translate": {"translation", "target_language", "source_language", "text"},
 }
-"""The fields that a form reads, beside those of every form."""
+"""The fields that each form reads, in addition to those of every form."""
 
 FIELDS = EVERY_FORM.union(*USED.values()) - set(LETTERS)
-"""All that a form reads of a row; what `columns` can name."""
+"""All fields that some form reads; the names that `columns` can map."""
 
 MEANT = {
     *CHOICES,
@@ -49,7 +49,7 @@ MEANT = {
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
     *("audio", "audios", "objects", "bbox", "bboxes", "documents"),
 }
-"""Fields that change what a row teaches: a form that has no use for one refuses the row."""
+"""Fields that change what a row teaches: a form that does not read one refuses the row."""
 
 MEANT_IN_TASKS = {
     *(
@@ -64,7 +64,10 @@ MEANT_IN_TASKS = {
     ),
     *("context", "passage", "hint", "history", "input", "output"),
 }
-"""The same, for rows of a task whose form was detected: with `form` the recipe says that they are not meant."""
+"""More such fields, for rows of a task whose form was detected.
+
+With `form` the recipe states that they are not meant.
+"""
 
 UNSUPPORTED = {
     "tools",
@@ -77,11 +80,15 @@ UNSUPPORTED = {
     "reasoning",
     "thinking",
 }
-"""Of these, what no chat format and no model here has a place for."""
+"""Those of `MEANT` that no chat format and no model here supports."""
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, NaN, white space, an empty list or object (as text too), or one of such values."""
+    """Whether a value is empty.
+
+    Empty are null, false, NaN, white space, an empty list or object (as text too), and a list or
+    object of empty values.
+    """
     if value is None or value is False:
         return True
     if isinstance(value, float):
@@ -96,19 +103,28 @@ def is_empty(value: Any) -> bool:
 
 
 def lettered(row: Mapping[str, Any]) -> list[str]:
-    """The row's choice columns A, B, ... that hold something, if there are A and B."""
+    """The row's non-empty choice columns A, B, ...; none unless both A and B are there."""
     if is_empty(row.get("A")) or is_empty(row.get("B")):
         return []
     return [letter for letter in LETTERS if not is_empty(row.get(letter))]
 
 
 def has_choices(row: Mapping[str, Any]) -> bool:
-    """Whether the row brings choices, as a list or in lettered columns."""
+    """Whether the row has choices, as a list or in lettered columns."""
     return any(not is_empty(row.get(name)) for name in CHOICES) or bool(lettered(row))
 
 
 def refuse_unused(row: Mapping[str, Any], form: str, *, task: bool, detected: bool) -> None:
-    """Raises `DataError` for a field that carries meaning and that `form` has no use for; metadata passes."""
+    """Raises `DataError` for a field that carries meaning and is not read by `form`.
+
+    Metadata passes.
+
+    Args:
+        row: the row, by our field names.
+        form: its form.
+        task: whether the form is one of a task.
+        detected: whether the form was detected rather than configured.
+    """
     used = USED[form]
     meant = MEANT | MEANT_IN_TASKS if task and detected else MEANT
     for name, value in row.items():
@@ -130,11 +146,14 @@ def refuse_unused(row: Mapping[str, Any], form: str, *, task: bool, detected: bo
 def _unused(name: str, value: Any, form: str) -> str:
     choices = name in CHOICES or name.startswith("A, B")
     other = "`form: multiple_choice` reads it, or " if choices else ""
-    return f"`{name}` ({quoted(value)}) is not read by the {form} form: {other}name it in the source's `ignore` where it is not meant"
+    return (
+        f"`{name}` ({quoted(value)}) is not read by the {form} form: "
+        f"{other}name it in the source's `ignore` where it is not meant"
+    )
 
 
 def without(row: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """The row without the fields that the source ignores, in its turns too."""
+    """The row without the ignored fields, which are removed from its turns too."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Rows in files: one file or all that a pattern names, each cut into stretches that a worker reads by itself."""
+"""Rows in files: one file or all files of a pattern, divided into stretches that workers read."""
 
 from __future__ import annotations
 
@@ -27,35 +27,41 @@ from vlm_tune.paths import home, is_file, is_folder
 from vlm_tune.quoting import escaped, reason_of
 
 CHUNK_BYTES = 1 << 25
-"""A chunk of long lines ends early: rows with images in them are large."""
+"""Size at which a chunk ends early: rows that embed images are large."""
 BOM = b"\xef\xbb\xbf"
 
 Stretch = tuple[int, int, Any]
-"""The number of its first row (from 1), at most how many rows, and what the format needs to read them."""
+"""(number of the first row (from 1), maximum number of rows, the format's payload to read them)."""
 
 
 class FileFormat(Protocol):
-    """How rows are kept in one file."""
+    """How rows are stored in one file."""
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """The file's stretches in order, in bounded memory. Raises `DataError` for a file that can't be read at all."""
+        """The file's stretches in order, in bounded memory.
+
+        Raises `DataError` for a file that can't be read at all.
+        """
         ...
 
     def rows(self, path: Path, first_row: int, payload: Any) -> Iterator[tuple[int, Any]]:
-        """(number, fields or `DataError`) of a stretch's rows."""
+        """(number, fields or `DataError`) of each row of a stretch."""
         ...
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """The rows of files, each in its own format; rows are numbered, and named in messages, by file."""
+    """The rows of files, each in its own format.
+
+    Rows are numbered, and named in messages, by file.
+    """
 
     name: str
     files: tuple[Path, ...]
     formats: tuple[FileFormat, ...]
 
     def fingerprint(self) -> str:
-        """Of the files' paths, sizes and times of change."""
+        """A hash of the files' paths, sizes and modification times."""
         return files_digest(self.files)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -77,7 +83,7 @@ class FileRows:
         if len(self.files) > 1:
             shared = os.path.commonpath([file.parent for file in self.files])
             label = unpacked_name(path.relative_to(shared)).with_suffix("").as_posix()
-        # A file's name may hold bytes that are no text; its path is read as it is.
+        # A file's name may hold bytes that are no valid text: only its name in messages is escaped.
         source = escaped(str(path))
         label = escaped(label)
         untyped = isinstance(self.formats[place], Csv)
@@ -91,15 +97,19 @@ def unpacked_name(path: Path) -> Path:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The file, or the files that a pattern as `~/data/**/*.jsonl` names, sorted. Raises `DataError` where there is none."""
+    """The file, or the sorted files that match a pattern such as `~/data/**/*.jsonl`.
+
+    Raises `DataError` for a folder, and where there is no file.
+    """
     pattern = home(pattern)
     path = Path(pattern)
     if is_file(path):
         return [path]
     if is_folder(path):
         raise DataError("is a folder; name a file, or a pattern as folder/*.jsonl", source=pattern)
-    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - a pattern may be absolute
-    files = [path for path in found if is_file(path)]
+    # Not Path.glob: a pattern may be absolute.
+    paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207
+    files = [path for path in paths if is_file(path)]
     if not files:
         where = "" if path.is_absolute() else f" (from {Path.cwd()})"
         raise DataError(
@@ -109,14 +119,14 @@ def find_files(pattern: str) -> list[Path]:
     return files
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 class JsonLines:
-    """One JSON object a line; rows are numbered by line, empty lines are passed over."""
+    """One JSON object per line; rows are numbered by line, empty lines are skipped."""
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """About CHUNK_ROWS lines each; lines are counted, not read."""
+        """Stretches of about CHUNK_ROWS lines; lines are counted, not parsed."""
         first = 1
         start = 0
         lines = 0
@@ -147,7 +157,7 @@ class JsonLines:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """Each line's object; one that can't be read is a `DataError`, and the next line is read all the same."""
+        """Each line's object, or a `DataError` for a line that can't be read; later lines go on."""
         start, stop = payload
         with reading(path) as file:
             file.seek(start)
@@ -179,15 +189,19 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class JsonList:
-    """One JSON list of objects; the file is scanned element by element, never held as a whole.
+    """One JSON list of objects; the file is scanned by element, never held in memory as a whole.
 
-    `start` is where its elements begin if it is a field of an object, as in {"version": 1, "data": [...]}.
+    `start` is the byte where its elements begin if the list is a field of an object, as in
+    {"version": 1, "data": [...]}.
     """
 
     start: int | None = None
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """About CHUNK_ROWS elements each. Raises `DataError` where the list is cut or malformed."""
+        """Stretches of about CHUNK_ROWS elements.
+
+        Raises `DataError` where the list is truncated or malformed.
+        """
         start = self.start
         if start is None:
             with reading(path) as file:
@@ -214,7 +228,7 @@ class JsonList:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """The elements."""
+        """The stretch's elements."""
         elements = list_elements(path, *payload, inside=self.start is not None)
         for number, (_, element) in enumerate(elements, first_row):
             yield number, json_value(element.encode("latin-1"))
@@ -227,12 +241,13 @@ _AFTER = re.compile(r"[ \t\r\n]*([,\]])")
 def list_elements(
     path: Path, start: int, stop: int | None = None, *, inside: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """(offset behind it, text) of each element of a JSON list whose elements begin at byte `start`.
+    """Yields (end offset, text) of each element of a JSON list with elements from byte `start` on.
 
-    `inside` an object, more may stand behind the list.
+    It ends at byte `stop` or at the list's end. `inside` an object, more text may follow the list.
 
-    Latin-1 keeps a character a byte, so offsets are bytes; JSON's own signs are the same in UTF-8, whose other bytes stand
-    in strings only. Raises `DataError` for what is no list.
+    Text is decoded as Latin-1, one character per byte, so that offsets are bytes. JSON's own
+    characters are the same in UTF-8, whose other bytes occur only in strings. Raises `DataError`
+    for text that is not a list.
     """
     decode = json.JSONDecoder(strict=False).raw_decode
     with reading(path) as file:
@@ -260,7 +275,7 @@ def list_elements(
                 except RecursionError:
                     raise DataError("nested too deeply") from None
             if closing is None:
-                # Perhaps the element goes on behind what is read; twice as much each time keeps retries cheap.
+                # The element may continue after the text read so far; doubling keeps retries cheap.
                 more = (
                     file.read(max(BLOCK, len(text) - place))
                     if len(text) - place <= MAX_ROW_BYTES
@@ -283,7 +298,7 @@ def list_elements(
 
 
 def json_value(data: bytes, cut: str = "") -> Any:
-    """The value, or a `DataError` that says what is wrong with it."""
+    """The decoded value, or a `DataError` that describes its fault and ends in `cut`."""
     try:
         text = data.decode("utf-8")
         if "\0" in text:
@@ -293,11 +308,11 @@ def json_value(data: bytes, cut: str = "") -> Any:
         return DataError(f"not JSON: {error}{cut}", kind="not_json")
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ------------------------------------------------------------------------------------------
 
 
 class _Lines:
-    """A file's lines as text, and where the next one begins."""
+    """Iterator over a file's lines as text; `offset` is the byte where the next line begins."""
 
     def __init__(self, file: Any, offset: int) -> None:
         self.file = file
@@ -316,12 +331,12 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Csv:
-    """A table as text with a header; rows are numbered without it, an empty cell is no value."""
+    """A table as text with a header, which has no row number; an empty cell is a missing value."""
 
     delimiter: str = ","
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """About CHUNK_ROWS records each; a record may span lines."""
+        """Stretches of about CHUNK_ROWS records; a record may span lines."""
         first = 1
         count = 0
         with reading(path) as file:
@@ -342,7 +357,7 @@ class Csv:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """Each record's cells by column; one that can't be read is a `DataError`."""
+        """Each record's cells by column, or a `DataError` for a record that can't be read."""
         start, stop = payload
         with reading(path) as file:
             header, _ = self._header(path, file)
@@ -377,8 +392,11 @@ class Csv:
         raise DataError("no header", source=str(path))
 
     def _records(self, file: Any, start: int) -> Iterator[tuple[int, list[str] | csv.Error]]:
-        """(offset behind it, cells or what is wrong) of each record from byte `start`; empty lines are passed over."""
-        # The module's limit is 128 KB a cell, too little for an image as a data URL.
+        """Yields (end offset, cells or error) of each record from byte `start`.
+
+        Empty lines are skipped.
+        """
+        # The module's default limit is 128 KB per cell, too little for an image as a data URL.
         csv.field_size_limit(1 << 26)
         file.seek(start)
         lines = _Lines(file, start)
@@ -394,13 +412,13 @@ class Csv:
                 yield lines.offset, record
 
 
-# --- which format a file has -----------------------------------------------------------------------------------------
+# --- which format a file has ----------------------------------------------------------------------
 
 
 def json_format(path: Path) -> FileFormat:
-    """A list, lines, or an object that holds the list, by the first characters.
+    """The format of a JSON file, by its first characters: a list, lines, or an object with a list.
 
-    Raises `DataError` for a file that is no text, or one object without a list of rows.
+    Raises `DataError` for a file that is not text, and for one object without a list of rows.
     """
     check_text(path)
     with reading(path) as file:
@@ -413,7 +431,7 @@ def json_format(path: Path) -> FileFormat:
     try:
         lists, end = scan_object(path)
     except DataError as error:
-        # An object over several lines is no file of lines, in which each line would be a fault.
+        # An object over several lines is not JSON Lines: each line would be reported as a fault.
         if newline and first.strip() == b"{" and start[len(first) :].lstrip().startswith(b'"'):
             raise DataError(f"not JSON: {error.message}", source=str(path)) from None
         return JsonLines()
@@ -434,7 +452,8 @@ def json_format(path: Path) -> FileFormat:
         return JsonLines()
     if len(rows) > 1 and "data" not in rows:
         raise DataError(
-            f"holds several lists of objects: {', '.join(rows)}; make a file of the one that is meant",
+            f"holds several lists of objects: {', '.join(rows)}; "
+            "make a file of the one that is meant",
             source=str(path),
         )
     if not rows:
@@ -446,6 +465,6 @@ def json_format(path: Path) -> FileFormat:
 
 
 def csv_format(path: Path, delimiter: str) -> FileFormat:
-    """A table as text. Raises `DataError` for a file that is no text."""
+    """The format of a table as text. Raises `DataError` for a file that is not text."""
     check_text(path)
     return Csv(delimiter)

@@ -1,4 +1,4 @@
-"""Whether a text is one that a reader can see, and which cells of a table hold no value."""
+"""Visible and invisible characters of texts, and cells of a table that mean a missing value."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import unicodedata
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters and symbols without ink: Hangul fillers, and the braille pattern without a dot."""
+"""Letters and symbols without ink: Hangul fillers, and the empty braille pattern."""
 UNSEEN = {"Cc", "Cf", "Co", "Cs", "Mn", "Me", "Zl", "Zp", "Zs"}
-"""Categories of characters that show nothing by themselves: controls, formats, private use, marks, spaces."""
+"""Unicode categories without ink of their own: controls, formats, private use, marks, spaces."""
 
 NULLS = frozenset(
     [
@@ -30,11 +30,14 @@ NULLS = frozenset(
         "-1.#QNAN",
     ]
 )
-"""Cells of CSV and TSV files that are no value, unless the source says which are (`null_values`)."""
+"""Cells of CSV and TSV files that mean a missing value, unless the source sets `null_values`."""
 MAYBE_NULLS = frozenset(["NA", "N/A", "n/a", "None"])
-"""Cells that programs write for no value, and that people write as answers."""
+"""Cells that programs write for a missing value, and that people write as answers."""
 
 
 def is_legible(text: str) -> bool:
-    """Whether any character of a text can be seen."""
-    return any(each not in BLANK and unicodedata.category(each) not in UNSEEN for each in text)
+    """Whether a text has a visible character."""
+    return any(
+        character not in BLANK and unicodedata.category(character) not in UNSEEN
+        for character in text
+    )

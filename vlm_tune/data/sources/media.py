@@ -1,4 +1,4 @@
-"""Images and videos as rows name them: paths under one root, data URLs, bytes, members of an archive."""
+"""Images and videos from rows' values: paths under one root, data URLs, bytes, archive members."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ from vlm_tune.quoting import cut, quoted, reason_of
 BASE64_IMAGE = re.compile(
     r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII
 )
-"""Base64 text of a PNG, JPEG, GIF, WebP, TIFF or AVIF file, by how these begin; no path of 200 such characters does."""
+"""Base64 text of a PNG, JPEG, GIF, WebP, TIFF or AVIF file, recognized by its first characters.
+
+It has at least 200 characters of base64; no path of that length begins like that.
+"""
 REMEMBERED = 4096
-"""How many resolved folders an image root remembers."""
+"""Number of resolved folders that an image root caches."""
 
 
 class ImageFolder:
-    """Finds files under one root; nothing outside it is opened."""
+    """Resolver of files under one root; nothing outside it is opened."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._folders: dict[str, Path | None] = {}
 
     def find(self, name: Any) -> Media:
-        """The image called `name`. Raises `DataError` if it is not a file under the root, links resolved."""
+        """The image named `name`.
+
+        Raises `DataError` if it is not a file under the root, with links resolved.
+        """
         return Media(self.path(name, "image"))
 
     def path(self, name: Any, what: str, *, folder: bool = False) -> Path:
-        """The file (or, with `folder`, the file or folder) called `name`; raises as `find`."""
+        """The file (with `folder`, the file or folder) named `name`; raises as `find` does."""
         if not isinstance(name, str) or not name:
             raise DataError(
                 f"the {what} is a path relative to {self.root}, got {quoted(name)}",
@@ -49,11 +55,8 @@ class ImageFolder:
             raise DataError(
                 f"no {what} {quoted(name)} under {self.root}", kind="image_missing", file=missing
             ) from None
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # too long, a NUL byte, links in a circle
+        # A name that is too long, one with a NUL byte, links in a circle.
+        except (OSError, ValueError, RuntimeError) as error:
             why = getattr(error, "strerror", None) or cut(str(error))
             raise DataError(
                 f"the {what} {quoted(name)} is no path: {why}", kind="image_missing"
@@ -70,9 +73,9 @@ class ImageFolder:
         )
 
     def _resolved(self, name: str) -> tuple[Path | None, int]:
-        """The path without links, None outside the root, and what it is.
+        """The path with links resolved (None if outside the root), and its `st_mode`.
 
-        Resolving asks the system about every folder on the way, so folders are remembered.
+        Resolving makes a system call for every folder of the path, so folders are cached.
         """
         head, tail = os.path.split(name)
         if tail not in ("", ".", ".."):
@@ -93,21 +96,32 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class MediaFinder:
-    """Turns what a row holds for an image or a video into media; `images` is None where no path can be meant."""
+    """Turns a row's value for an image or a video into media.
+
+    `images` is None where the source has no folder, so that a path can't be meant. `frames` and
+    `fps` are as in `video_parts`.
+    """
 
     images: ImageFolder | None
     frames: int = 8
     fps: float | None = None
 
     def image(self, value: Any) -> Media:
-        """An image: a path, a data URL, bytes, {"bytes", "path"}, or a part of a file. Raises `DataError` for anything else."""
-        found = self._source(value, "image")
+        """An image from a path, a data URL, bytes, {"bytes", "path"}, or a slice of a file.
+
+        Raises `DataError` for anything else.
+        """
+        source = self._source(value, "image")
         return Media(
-            found if not isinstance(found, str) else self._root("image").path(found, "image")
+            source if not isinstance(source, str) else self._root("image").path(source, "image")
         )
 
     def video(self, value: Any) -> tuple[str | Media, ...]:
-        """A video's images with their times: a folder of frames, a list of frames, or a video file as for `image`."""
+        """A video's images, each after its time.
+
+        The value is a folder of frames, a list of frames, or a video file with the same kinds of
+        values as for `image`.
+        """
         if isinstance(value, list):
             return frame_parts(
                 [self.image(frame) for frame in value],
@@ -115,24 +129,24 @@ class MediaFinder:
                 fps=self.fps,
                 name="of listed frames",
             )
-        found = self._source(value, "video")
-        if isinstance(found, str):
+        source = self._source(value, "video")
+        if isinstance(source, str):
             root = self._root("video")
-            path = root.path(found, "video", folder=True)
+            path = root.path(source, "video", folder=True)
             if path.is_dir():
                 # A frame may itself be a link that leads out of the root.
                 frames = [root.find(str(frame)) for frame in frame_files(path)]
-                return frame_parts(frames, frames=self.frames, fps=self.fps, name=quoted(found))
+                return frame_parts(frames, frames=self.frames, fps=self.fps, name=quoted(source))
             try:
                 return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
             except DataError as error:
                 raise DataError(error.message, kind=error.kind, file=path) from None
         return video_parts(
-            found, suffix=_video_suffix(value, found), frames=self.frames, fps=self.fps
+            source, suffix=_video_suffix(value, source), frames=self.frames, fps=self.fps
         )
 
     def _source(self, value: Any, what: str) -> str | bytes | Slice:
-        """A path's text, or where the bytes are."""
+        """The text of a path, or the bytes or slice that hold the file."""
         if isinstance(value, Mapping):
             keys = [name for name in ("bytes", "path", "url") if value.get(name) not in (None, "")]
             if not keys:
@@ -149,7 +163,8 @@ class MediaFinder:
             return data_url(value, what)
         if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
             raise DataError(
-                f"the {what} {quoted(value)} is a URL, and nothing is fetched: download it and give its path",
+                f"the {what} {quoted(value)} is a URL, and nothing is fetched: "
+                "download it and give its path",
                 kind="unsupported",
             )
         if isinstance(value, str) and BASE64_IMAGE.match(value):
@@ -169,15 +184,15 @@ class MediaFinder:
         return self.images
 
 
-def _video_suffix(value: Any, found: bytes | Slice) -> str:
-    """How encoded bytes are packed, by the name that comes with them or by their first bytes."""
+def _video_suffix(value: Any, source: bytes | Slice) -> str:
+    """The file suffix of an encoded video, by the name next to its bytes or by its first bytes."""
     named = value.get("path") if isinstance(value, Mapping) else None
     if isinstance(named, str):
         return Path(named).suffix
     start = (
-        found[:16]
-        if isinstance(found, bytes)
-        else Slice(found.path, found.offset, min(found.size, 16)).read_bytes()
+        source[:16]
+        if isinstance(source, bytes)
+        else Slice(source.path, source.offset, min(source.size, 16)).read_bytes()
     )
     if start[4:8] == b"ftyp":
         return ".mp4"
@@ -189,7 +204,10 @@ def _video_suffix(value: Any, found: bytes | Slice) -> str:
 
 
 def data_url(text: str, what: str = "image") -> bytes:
-    """The bytes of a base64 data URL. Raises `DataError` for another encoding and for bad base64."""
+    """The bytes of a base64 data URL.
+
+    Raises `DataError` for another encoding, for bad base64 and for an empty URL.
+    """
     head, comma, body = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError(
@@ -203,7 +221,7 @@ def data_url(text: str, what: str = "image") -> bytes:
 
 
 def base64_bytes(text: str, what: str) -> bytes:
-    """The bytes that base64 text stands for. Raises `DataError` for bad base64."""
+    """The decoded bytes of a base64 text. Raises `DataError` for bad base64."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Rows of any container and any form as conversations."""
+"""The reader that turns rows of any container and any form into conversations."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from vlm_tune.paths import home
 from vlm_tune.quoting import quoted
 
 NOT_ROWS = {"limit", "weight", "count", "template", "system"}
-"""What a source can be told that does not change its rows."""
+"""Options of a source that do not change its rows."""
 
 
 class RowsReader:
-    """A source of rows: a container gives them, a form says what they mean."""
+    """A source of rows: the container supplies them, the form defines their meaning."""
 
     def __init__(self, container: Container, config: RowsSource, *, seed: int) -> None:
-        """Looks at the first rows to tell their form. Raises `DataError` where it can't."""
+        """Detects the form by the first rows, unless configured. Raises `DataError` on failure."""
         self.name = container.name
         self._container = container
         self._config = config
@@ -68,7 +68,7 @@ class RowsReader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker fills its own caches."""
+        """The state without caches: each worker fills its own."""
         return {
             **vars(self),
             "_finders": {},
@@ -76,15 +76,15 @@ class RowsReader:
         }
 
     def with_shots_from(self, places: Sequence[int]) -> RowsReader:
-        """This reader, its worked examples drawn from the rows at `places` (from 0) alone."""
+        """A copy whose few-shot examples are drawn only from the rows at `places` (from 0)."""
         other = copy(self)
         other._shot_places = places
         other._shots = Shots(self._config.shots, self._seed, places)
         return other
 
     def fingerprint(self) -> str:
-        """Of the stored rows, the options that shape conversations, and the prompt set."""
-        # A data set's name says which rows it has; another source's is only what scores call it.
+        """A hash of the stored rows, the options that shape conversations, and the prompt set."""
+        # A data set's name determines its rows; another source's name is only its label in scores.
         unused = NOT_ROWS if isinstance(self._config, DatasetSource) else NOT_ROWS | {"name"}
         options = self._config.model_dump_json(exclude=unused)
         prompts = self._instructions.model_dump_json() if self._instructions else ""
@@ -105,18 +105,22 @@ class RowsReader:
         return self._container.chunks()
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation | DataError]:
-        """The chunk's rows in order."""
+        """The chunk's rows in order, with few-shot examples where the source has them."""
         self._shots.fill(self._conversation(stored) for stored in self._stored())
         for stored in self._rows(chunk):
-            found = self._conversation(stored)
-            yield found if isinstance(found, DataError) else self._shots.before(found)
+            conversation = self._conversation(stored)
+            yield (
+                conversation
+                if isinstance(conversation, DataError)
+                else self._shots.before(conversation)
+            )
 
     def _stored(self) -> Iterator[StoredRow]:
-        """All rows from the first on."""
+        """All stored rows in order."""
         return (stored for chunk in self._container.chunks() for stored in self._rows(chunk))
 
     def _rows(self, chunk: Chunk) -> Iterator[StoredRow]:
-        """The container's rows without what is no value, and without what the recipe ignores."""
+        """The container's rows, with missing values as None and without ignored fields."""
         for stored in self._container.rows(chunk):
             value = stored.value
             if isinstance(value, dict):
@@ -130,7 +134,7 @@ class RowsReader:
             yield stored if value is stored.value else replace(stored, value=value)
 
     def _nulls(self, stored: StoredRow) -> Collection[str]:
-        """The texts that are no value in this row's container."""
+        """The texts that mean a missing value in this row's container."""
         if self._config.null_values is not None:
             return self._config.null_values
         return NULLS if stored.untyped else ()
@@ -151,7 +155,8 @@ class RowsReader:
             category = str(category) if isinstance(category, str | int) else ""
             if SURROGATE.search(category):
                 raise DataError(
-                    f"`category` {quoted(category)} holds half a surrogate pair, which is no character",
+                    f"`category` {quoted(category)} holds half a surrogate pair, "
+                    "which is no character",
                     kind="text",
                 )
             return Conversation(row_id, checked(messages), category, stored.source, stored.number)
@@ -172,7 +177,11 @@ class RowsReader:
             )
 
     def _fields(self, stored: StoredRow) -> dict[str, Any]:
-        """The row by our field names. Raises `DataError` for a field that is used and can't be, or that is meant and not used."""
+        """The row by our field names.
+
+        Raises `DataError` for a field that is used but unreadable or ambiguous, and for one that
+        carries meaning but is not used.
+        """
         row = renamed(usable(stored.value), self._columns)
         used = USED[self.form] | EVERY_FORM
         for name in used & row.keys():
@@ -185,7 +194,10 @@ class RowsReader:
                 and isinstance(value, str)
                 and value.strip() in MAYBE_NULLS
             ):
-                message = f"`{name}` is {quoted(value)}, a text or a missing value: say which with the source's `null_values`"
+                message = (
+                    f"`{name}` is {quoted(value)}, a text or a missing value: "
+                    "say which with the source's `null_values`"
+                )
                 raise DataError(message, kind="ambiguous")
         row = decoded_lists(
             {name: value for name, value in row.items() if not isinstance(value, DataError)}
@@ -200,18 +212,21 @@ class RowsReader:
 
     @staticmethod
     def _id(row: dict[str, Any], stored: StoredRow) -> str | int:
-        given = row.get("id")
-        if not isinstance(given, str | int):
+        identifier = row.get("id")
+        if not isinstance(identifier, str | int):
             return stored.number
-        if isinstance(given, str) and SURROGATE.search(given):
+        if isinstance(identifier, str) and SURROGATE.search(identifier):
             raise DataError(
-                f"`id` {quoted(given)} holds half a surrogate pair, which is no character",
+                f"`id` {quoted(identifier)} holds half a surrogate pair, which is no character",
                 kind="text",
             )
-        return given
+        return identifier
 
     def _task(self, row_id: str, row: dict[str, Any], finder: MediaFinder) -> list[Message]:
-        """A task row in the words of its prompt set; `<image>` marks of its fields or of the set take its images."""
+        """The turns of a task row, in the words of its prompt set.
+
+        `<image>` marks in its fields or in the prompt set are replaced by its images.
+        """
         assert self._instructions is not None
         values = TASK_FORMS[self.form](row, row_id, self._options)
         media = RowMedia(row, finder)
@@ -224,12 +239,12 @@ class RowsReader:
         return with_system(row, messages)
 
     def _finder(self, folder: Path | None) -> MediaFinder:
-        """What finds images for rows of a folder's file."""
+        """The cached `MediaFinder` for rows of a file in `folder`."""
         root = Path(home(self._config.image_root)) if self._config.image_root else folder
-        found = self._finders.get(root)
-        if found is None:
+        finder = self._finders.get(root)
+        if finder is None:
             images = ImageFolder(root) if root else None
-            found = self._finders[root] = MediaFinder(
+            finder = self._finders[root] = MediaFinder(
                 images, self._config.video_frames, self._config.video_fps
             )
-        return found
+        return finder

@@ -1,4 +1,4 @@
-"""Which reader serves which kind of source."""
+"""The reader of each kind of source."""
 
 from __future__ import annotations
 
@@ -37,24 +37,30 @@ FORMATS: dict[str, Callable[[Path], FileFormat]] = {
     ".arrow": lambda path: ArrowFile(),
     ".feather": lambda path: ArrowFile(),
 }
-"""The format of a file by its ending; files of text may be gzip (.jsonl.gz)."""
+"""The format of a file by its suffix; files of text may be gzip (.jsonl.gz)."""
 TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def file_rows(config: FileSource) -> FileRows:
-    """What holds the rows of a file, or of all files that a pattern names."""
+    """The container of a file's rows, or of the rows of all files that match a pattern."""
     files = find_files(config.path)
     formats = tuple(_file_format(path) for path in files)
     return FileRows(config.path, tuple(files), formats)
 
 
 def _file_format(path: Path) -> FileFormat:
-    """The format of a file. Raises `DataError` for an ending that is none, and for a file that is something else."""
+    """The format of a file.
+
+    Raises `DataError` for an unknown suffix, and for a file whose content is something else.
+    """
     ending = unpacked_name(path).suffix.lower()
     if ending not in FORMATS or (ending != path.suffix.lower() and ending not in TEXTS):
         hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
-        message = f"the ending {quoted(path.suffix)} is none of {', '.join(FORMATS)} (and .gz behind those of text){hint}"
+        message = (
+            f"the ending {quoted(path.suffix)} is none of {', '.join(FORMATS)} "
+            f"(and .gz behind those of text){hint}"
+        )
         raise DataError(message, source=str(path))
     try:
         return FORMATS[ending](path)
@@ -63,7 +69,7 @@ def _file_format(path: Path) -> FileFormat:
 
 
 def shard_rows(config: WebDatasetSource) -> FileRows:
-    """What holds the samples of tar shards."""
+    """The container of the samples of tar shards."""
     files = find_files(config.path)
     for path in files:
         if not path.name.endswith(SHARDS):
@@ -72,17 +78,17 @@ def shard_rows(config: WebDatasetSource) -> FileRows:
 
 
 def open_file(config: FileSource, seed: int, streaming: bool) -> SourceReader:
-    """Rows of a file, or of all files that a pattern names."""
+    """A reader of a file's rows, or of the rows of all files that match a pattern."""
     return RowsReader(file_rows(config), config, seed=seed)
 
 
 def open_webdataset(config: WebDatasetSource, seed: int, streaming: bool) -> SourceReader:
-    """Samples of tar shards."""
+    """A reader of the samples of tar shards."""
     return RowsReader(shard_rows(config), config, seed=seed)
 
 
 def open_dataset(config: DatasetSource, seed: int, streaming: bool) -> SourceReader:
-    """Rows of a data set of the datasets library."""
+    """A reader of a data set of the datasets library."""
     return RowsReader(DatasetRows(config, streaming=streaming), config, seed=seed)
 
 
@@ -96,9 +102,15 @@ SOURCES: dict[str, Callable[[Any, int, bool], SourceReader]] = {
 
 
 def open_source(config: Source, *, seed: int, streaming: bool = False) -> SourceReader:
-    """A source's reader; a hub's data set is fetched first, or as it is read with `streaming`.
+    """The reader of a source.
 
-    Raises `DataError` for what is not there, and for rows whose form can't be told.
+    Args:
+        config: the source as configured.
+        seed: seed of the draws of prompts, few-shot examples and the order of choices.
+        streaming: fetch a Hub data set while it is read rather than first.
+
+    Raises:
+        DataError: the source does not exist, or the form of its rows can't be detected.
     """
     return SOURCES[getattr(config, "kind")](config, seed, streaming)  # noqa: B009
 
@@ -106,10 +118,18 @@ def open_source(config: Source, *, seed: int, streaming: bool = False) -> Source
 def read_path(
     path: str, *, seed: int, unanswered: bool = False
 ) -> tuple[list[Conversation], set[tuple[str, int]]]:
-    """All rows of a file, a pattern of files, or tar shards, in the form that their first rows have.
+    """Reads all rows of a file, a pattern of files, or tar shards, with their detected form.
 
-    With `unanswered` rows may lack their last answer: these have a placeholder, and their (source, row) are returned too.
-    Raises `DataError` for the first row that can't be used.
+    Args:
+        path: the file or pattern.
+        seed: as for `open_source`.
+        unanswered: accept rows without their last answer, which get a placeholder.
+
+    Returns:
+        The rows, and the (source, row) of those with a placeholder.
+
+    Raises:
+        DataError: the first row that can't be used.
     """
     tarred = path.endswith(SHARDS)
     config = (
@@ -129,7 +149,7 @@ def read_path(
 
 
 def read_all(readers: Iterable[SourceReader]) -> Iterator[Conversation | DataError]:
-    """All rows of the sources in order, read as they are asked for."""
+    """Yields all rows of the sources in order, read lazily."""
     for reader in readers:
         for chunk in reader.chunks():
             yield from reader.conversations(chunk)

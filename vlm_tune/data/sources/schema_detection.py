@@ -1,4 +1,4 @@
-"""Which form the rows of a source have, judged by their first rows."""
+"""Detection of the form of a source's rows, by its first rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
 LOOKED_AT = 16
-"""How many readable rows are judged."""
+"""Number of readable rows that are examined."""
 PATIENCE = 1000
-"""How many rows are read to find readable ones."""
+"""Maximum number of rows that are read to find readable ones."""
 
 NEEDS = {
     "llava": "conversations (turns of from/value), image",
@@ -33,11 +33,14 @@ NEEDS = {
     "ocr": "text, image",
     "translate": "translation, target_language, image",
 }
-"""What a form's rows hold, as errors and the documentation put it; `image` may be images, video or videos."""
+"""Fields of a form's rows, as errors and the documentation list them.
+
+`image` may be images, video or videos.
+"""
 
 
 def check_columns(columns: Mapping[str, str], name: str) -> None:
-    """Raises `DataError` for a rename to a field that no form has."""
+    """Raises `DataError` for a column mapped to a field that no form has."""
     for ours in columns:
         if ours not in FIELDS and ours not in set(LETTERS):
             near = get_close_matches(ours, FIELDS, 1)
@@ -48,7 +51,7 @@ def check_columns(columns: Mapping[str, str], name: str) -> None:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with our field names; a column that it lacks is a field that it lacks."""
+    """The row by our field names; a missing column gives a missing field."""
     taken = set(columns.values())
     ours = {name: row[theirs] for name, theirs in columns.items() if theirs in row}
     return {name: value for name, value in row.items() if name not in taken} | ours
@@ -57,15 +60,15 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 def detect_form(
     rows: Iterable[StoredRow], columns: Mapping[str, str], name: str
 ) -> tuple[str, dict[str, str]]:
-    """The form that the first rows have, and `columns` with the one that the form's turns are under.
+    """The form of the first rows, and `columns` extended by the column of the form's turns.
 
-    Raises `DataError` that lists what was seen where the rows fit no form, or more than one.
+    Raises `DataError` that lists the rows' fields where the rows fit no form, or more than one.
     """
     votes: Counter[tuple[str, str]] = Counter()
-    seen: dict[str, None] = {}
+    fields_present: dict[str, None] = {}
     fault = None
     judged = 0
-    for tried, stored in enumerate(rows, 1):
+    for rows_read, stored in enumerate(rows, 1):
         try:
             row = decoded_lists(renamed(usable(stored.value), columns))
         except DataError as error:
@@ -73,32 +76,36 @@ def detect_form(
         else:
             judged += 1
             votes.update(row_forms(row))
-            seen |= {key: None for key, value in row.items() if value is not None}
-        if judged == LOOKED_AT or tried == PATIENCE:
+            fields_present |= {key: None for key, value in row.items() if value is not None}
+        if judged == LOOKED_AT or rows_read == PATIENCE:
             break
     if not judged:
         raise fault or DataError("no rows", source=name)
     needs = "; ".join(f"{form}: {fields}" for form, fields in NEEDS.items())
-    told = f"the rows have {', '.join(map(str, seen)) or 'no fields'}; tell it with `form`, and with `columns` what our fields are called"
+    observed = (
+        f"the rows have {', '.join(map(str, fields_present)) or 'no fields'}; "
+        "tell it with `form`, and with `columns` what our fields are called"
+    )
     if not votes:
-        raise DataError(f"can't tell the rows' form: {told} ({needs})", source=name)
-    # A text-only row of a ShareGPT file looks like a text-only row of a LLaVA file; they are read alike.
+        raise DataError(f"can't tell the rows' form: {observed} ({needs})", source=name)
+    # A text-only row of a ShareGPT file looks like one of a LLaVA file; both are read alike.
     forms = {form for form, _ in votes} - (
         {"llava"} if ("sharegpt", "conversations") in votes else set()
     )
     if len(forms) > 1:
         fitting = "; ".join(f"{form}: {NEEDS[form]}" for form in sorted(forms))
         raise DataError(
-            f"the rows' form may be {' or '.join(sorted(forms))} ({fitting}): {told}", source=name
+            f"the rows' form may be {' or '.join(sorted(forms))} ({fitting}): {observed}",
+            source=name,
         )
     (form,) = forms
     field = "messages" if form == "messages" else "conversations"
-    turns = next((own for found, own in votes if found == form and own), field)
+    turns = next((column for voted, column in votes if voted == form and column), field)
     return form, {**columns, **({field: columns.get(turns, turns)} if turns != field else {})}
 
 
 def usable(value: Any) -> dict[str, Any]:
-    """A row's fields. Raises `DataError` for what is none."""
+    """A row's fields. Raises `DataError` for a row that is unreadable or not an object."""
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, dict):
@@ -107,13 +114,13 @@ def usable(value: Any) -> dict[str, Any]:
 
 
 def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """The forms that a row fits, each with the field its turns are under ("" for forms without turns)."""
+    """The forms that a row fits, each with the field of its turns ("" if it has none)."""
     has = {key for key, value in row.items() if value is not None}
-    found: set[tuple[str, str]] = set()
+    forms: set[tuple[str, str]] = set()
     for field in ("conversations", "messages"):
         keys = _turn_keys(row.get(field))
         if {"from", "value"} <= keys:
-            found.add(
+            forms.add(
                 (
                     "sharegpt"
                     if has & {"images", "videos", "video", "system", "tools"}
@@ -122,24 +129,24 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
                 )
             )
         elif {"role", "content"} <= keys:
-            found.add(("messages", field))
+            forms.add(("messages", field))
     if {"user", "assistant"} <= _turn_keys(row.get("texts")):
-        found.add(("cauldron", ""))
-    if found:
-        return found
-    shown = any(not is_empty(row.get(name)) for name in MEDIA)
-    asked = "question" in has
-    chosen = has_choices(row)
+        forms.add(("cauldron", ""))
+    if forms:
+        return forms
+    has_media = any(not is_empty(row.get(name)) for name in MEDIA)
+    has_question = "question" in has
+    with_choices = has_choices(row)
     rules = {
         "prompt_completion": {"prompt", "completion"} <= has,
         "alpaca": {"instruction", "output"} <= has,
-        "vqa": asked and not chosen and bool(has & {"answer", "answers"}),
-        "multiple_choice": asked and chosen and bool(has & {"answer", "label"}),
-        "retrieval": {"candidates", "answer"} <= has and not asked,
-        "caption": "caption" in has and shown,
-        "classify": "label" in has and shown and not asked,
+        "vqa": has_question and not with_choices and bool(has & {"answer", "answers"}),
+        "multiple_choice": has_question and with_choices and bool(has & {"answer", "label"}),
+        "retrieval": {"candidates", "answer"} <= has and not has_question,
+        "caption": "caption" in has and has_media,
+        "classify": "label" in has and has_media and not has_question,
         "translate": {"translation", "target_language"} <= has,
-        "ocr": "text" in has and shown and "translation" not in has,
+        "ocr": "text" in has and has_media and "translation" not in has,
     }
     return {(form, "") for form, fits in rules.items() if fits}
 

@@ -1,4 +1,4 @@
-"""Files as they are stored: plain or gzip, told by their first bytes, and lists inside a JSON object."""
+"""Access to stored files: plain or gzip by their first bytes, and lists inside a JSON object."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ OTHERS = {
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
 }
-"""What a file of text may be by its first bytes, and what to do with it."""
+"""Other kinds of files by their first bytes, and what the user should do with them."""
 
 _idle: dict[tuple[int, Path, int], gzip.GzipFile] = {}
-"""The gzip file that this process read last, where it stopped: the next stretch goes on there, and nothing is unpacked twice."""
+"""The gzip file that this process read last, at its last position.
+
+The next stretch continues there, so that nothing is unpacked twice.
+"""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if it is gzip. Raises `DataError` for gzip that is cut or damaged."""
+    """The open file, decompressed if it is gzip.
+
+    Raises `DataError` for gzip that is truncated or damaged.
+    """
     with path.open("rb") as plain:
         packed = plain.read(len(GZIP)) == GZIP
         if not packed:
@@ -60,7 +66,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_text(path: Path) -> None:
-    """Raises `DataError` for a file that is no text by its first bytes."""
+    """Raises `DataError` for a file that is not text by its first bytes."""
     with path.open("rb") as file:
         start = file.read(8)
     for begin, what in OTHERS.items():
@@ -68,20 +74,26 @@ def check_text(path: Path) -> None:
             raise DataError(f"is {what}", source=str(path))
 
 
-# --- a list inside a JSON object -------------------------------------------------------------------------------------
+# --- a list inside a JSON object ------------------------------------------------------------------
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonScan:
-    """Reads JSON values at byte offsets of a file in bounded memory; Latin-1 keeps a character a byte."""
+    """Reads JSON values at byte offsets of a file in bounded memory.
+
+    Text is decoded as Latin-1, one character per byte.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self._decode = json.JSONDecoder(strict=False).raw_decode
 
     def character(self, offset: int) -> tuple[str, int]:
-        """The first character from `offset` on that is no white space ("" at the end), and where it stands."""
+        """The first character from `offset` on that is not white space, and its offset.
+
+        The character is "" at the end of the file.
+        """
         while True:
             self.file.seek(offset)
             text = self.file.read(4096).decode("latin-1")
@@ -91,16 +103,16 @@ class JsonScan:
             offset += len(text)
 
     def value(self, offset: int) -> tuple[Any, int]:
-        """The value at `offset` and where it ends. Raises `DataError` for what is none."""
+        """The value at `offset` and its end offset. Raises `DataError` for malformed JSON."""
         size = 1 << 16
         while True:
             self.file.seek(offset)
             text = self.file.read(size).decode("latin-1")
             whole = len(text) < size
             try:
-                found, end = self._decode(text)
-                if whole or end < len(text):  # a number may go on behind what was read
-                    return found, offset + end
+                value, end = self._decode(text)
+                if whole or end < len(text):  # a number may continue after the text read
+                    return value, offset + end
             except RecursionError:
                 raise DataError("nested too deeply") from None
             except ValueError as error:
@@ -112,19 +124,22 @@ class JsonScan:
             size *= 4
 
     def expect(self, offset: int, wanted: str) -> tuple[str, int]:
-        """The next character, one of `wanted`, and what is behind it."""
+        """The next character, which must be one of `wanted`, and the offset after it.
+
+        Raises `DataError` for another character.
+        """
         character, place = self.character(offset)
         if not character or character not in wanted:
-            got = repr(character) if character else "the file's end"
-            raise DataError(f"expected {' or '.join(wanted)} at byte {place:,}, got {got}")
+            actual = repr(character) if character else "the file's end"
+            raise DataError(f"expected {' or '.join(wanted)} at byte {place:,}, got {actual}")
         return character, place + 1
 
 
 def scan_object(path: Path) -> tuple[dict[str, int], int]:
-    """The fields of the JSON object that a file begins with, and where the object ends.
+    """The fields of the JSON object at the beginning of a file, and the object's end offset.
 
-    A field that is a list of objects has the byte behind its `[`; other fields have -1. Raises `DataError` for what is
-    no object.
+    The value of a field that is a list of objects is the offset after its `[`; of other fields it
+    is -1. Raises `DataError` for a file that does not begin with an object.
     """
     return _scanned(path, path.stat().st_mtime_ns)
 
@@ -158,7 +173,7 @@ def _scanned(path: Path, changed: int) -> tuple[dict[str, int], int]:
 
 
 def _list_end(scan: JsonScan, place: int) -> int:
-    """Where the list ends whose elements begin at `place`."""
+    """The end offset of the list whose elements begin at `place`."""
     if scan.character(place)[0] == "]":
         return scan.expect(place, "]")[1]
     while True:

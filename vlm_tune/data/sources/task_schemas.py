@@ -1,4 +1,4 @@
-"""What a row can look like when it holds a task's fields: a prompt set makes the conversation."""
+"""Forms of rows that hold a task's fields; a prompt set makes conversations of them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 
 
 class ClassName(str):
-    """The name of a class that the data set's own features give: it is a text, whatever number it looks like."""
+    """A class name from the data set's own features: text, even if it looks like a number."""
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How a source's task rows are read.
+    """Options of reading a source's task rows.
 
-    `booleans` are the texts of false and true; `answer_is` says what an answer that names a choice is; choices are
-    shuffled by (`shuffle_seed`, row id) where it is not None.
+    Attributes:
+        booleans: the texts of false and true.
+        answer_is: how an answer names a choice.
+        shuffle_seed: choices are shuffled by (`shuffle_seed`, row id); not shuffled if None.
     """
 
     booleans: tuple[str, str] = ("no", "yes")
@@ -38,11 +40,11 @@ class TaskOptions:
     shuffle_seed: int | None = None
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def _text(row: Row, field: str, options: TaskOptions) -> str:
-    """A field's text; numbers are written out, booleans as the source says."""
+    """A field's text; numbers are formatted, booleans replaced by the configured texts."""
     return _plain(row.get(field), field, options)
 
 
@@ -50,12 +52,12 @@ def _plain(value: Any, field: str, options: TaskOptions) -> str:
     if isinstance(value, bool):
         return options.booleans[value]
     if isinstance(value, int | float):
-        if value - value != 0:  # infinite, or no number
+        if value - value != 0:  # infinite or NaN
             raise DataError(f"`{field}` is {value}, which is no value", kind="missing_field")
         return str(value)
     if not isinstance(value, str) or not is_legible(value):
-        got = "" if value is None or value == "" else f", got {quoted(value)}"
-        raise DataError(f"no text `{field}`{got}", kind="missing_field")
+        received = "" if value is None or value == "" else f", got {quoted(value)}"
+        raise DataError(f"no text `{field}`{received}", kind="missing_field")
     return value
 
 
@@ -69,12 +71,19 @@ def _texts(row: Row, field: str, options: TaskOptions) -> list[str]:
     return [_plain(value, field, options) for value in values]
 
 
-# --- choices ---------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of a row: whether they are shown with `letters`, and what the row itself calls them (`labels`)."""
+    """The choices of a row.
+
+    Attributes:
+        field: the field or columns that hold them.
+        texts: their texts.
+        labels: the row's own names for them, if it has any.
+        letters: whether they are shown with letters.
+    """
 
     field: str
     texts: list[str]
@@ -83,7 +92,11 @@ class Choices:
 
 
 def _question_choices(row: Row, options: TaskOptions) -> Choices:
-    """The choices of a multiple-choice row: a list, {"A": text}, {"label": [...], "text": [...]}, or columns A, B, ..."""
+    """The choices of a multiple-choice row.
+
+    They are a list, {"A": text}, {"label": [...], "text": [...]}, or columns A, B, ... Raises
+    `DataError` for anything else and for fewer than 2 choices or more than the alphabet has.
+    """
     fields = [name for name in CHOICES if not is_empty(row.get(name))]
     letters = lettered(row)
     if len(fields) + bool(letters) > 1:
@@ -106,9 +119,9 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
         if isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
             value, labels = value["text"], [str(label) for label in value["label"]]
         else:
-            given = {str(key): inner for key, inner in value.items() if inner is not None}
-            value = list(given.values())
-            labels = list(given)
+            labelled = {str(key): inner for key, inner in value.items() if inner is not None}
+            value = list(labelled.values())
+            labels = list(labelled)
     if not isinstance(value, list) or (labels is not None and len(labels) != len(value)):
         raise DataError(f"`{field}` is a list of choices, got {quoted(row[field])}", kind="field")
     if not 2 <= len(value) <= len(LETTERS):
@@ -119,9 +132,10 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
 
 
 def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int:
-    """The place from 0 of the choice that a field names: by its text, its letter or label, or its place.
+    """The index (from 0) of the choice that a field names by text, letter, label or place.
 
-    Raises `DataError` for none, and for one that names different choices when read differently.
+    Raises `DataError` for a value that names no choice, and for an ambiguous one, which names
+    different choices by different readings.
     """
     value = row.get(field)
     if is_empty(value) and not isinstance(value, bool):
@@ -137,13 +151,13 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
     elif isinstance(value, ClassName):
         readings = {"text": readings["text"]}
     elif readings["label"]:
-        # The row itself says what its choices are called.
+        # The row has its own labels of the choices.
         readings = {"label": readings["label"], "text": readings["text"]}
     else:
         readings.pop("index_from_1")
         if not choices.letters:
             readings.pop("letter")
-    places = {place for found in readings.values() for place in found}
+    places = {place for named in readings.values() for place in named}
     count = len(choices.texts)
     if not places:
         auto = "text, letter or place from 0" if choices.letters else "text or place from 0"
@@ -157,17 +171,18 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
         )
     if len(places) > 1:
         ways = ", ".join(
-            f"choice {place + 1} by its {how}" for how, found in readings.items() for place in found
+            f"choice {place + 1} by its {how}" for how, named in readings.items() for place in named
         )
         raise DataError(
-            f"`{field}` {quoted(value)} may be {ways}: say what it is with the source's `answer_is` (index, index_from_1, letter or text)",
+            f"`{field}` {quoted(value)} may be {ways}: "
+            "say what it is with the source's `answer_is` (index, index_from_1, letter or text)",
             kind="ambiguous",
         )
     return places.pop()
 
 
 def _readings(value: Any, choices: Choices, options: TaskOptions) -> dict[str, list[int]]:
-    """The places that a value names, by each way to read it."""
+    """The indices of the choices that a value names, for each way to read it."""
     text = value.strip() if isinstance(value, str) else None
     number = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, float) and value.is_integer():
@@ -196,7 +211,7 @@ def _readings(value: Any, choices: Choices, options: TaskOptions) -> dict[str, l
 
 
 def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
-    """The order in which choices are shown: as they stand, or drawn from (seed, row id)."""
+    """The order in which choices are shown: as stored, or shuffled by (seed, row id)."""
     order = list(range(count))
     if options.shuffle_seed is not None:
         draw = hashlib.blake2b(
@@ -207,11 +222,14 @@ def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
     return order
 
 
-# --- the forms -------------------------------------------------------------------------------------------------------
+# --- the forms ------------------------------------------------------------------------------------
 
 
 def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`question` and `answer`, perhaps `context`; of several `answers`, texts or {"answer": ...}, the most common."""
+    """`question` and `answer`, with an optional `context` before the question.
+
+    Of several `answers`, texts or {"answer": ...}, the most common is the answer.
+    """
     question = _question(row, options)
     if row.get("answer") is not None or not row.get("answers"):
         return {"question": question, "answer": _text(row, "answer", options)}
@@ -219,8 +237,8 @@ def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
     if not isinstance(answers, list):
         raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
     texts = [
-        _plain(given.get("answer") if isinstance(given, Mapping) else given, "answers", options)
-        for given in answers
+        _plain(answer.get("answer") if isinstance(answer, Mapping) else answer, "answers", options)
+        for answer in answers
     ]
     return {"question": question, "answer": Counter(texts).most_common(1)[0][0]}
 
@@ -235,7 +253,10 @@ def _question(row: Row, options: TaskOptions) -> str:
 
 
 def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`question`, its choices and `answer` (or `label`); the choices are shown with letters, a line each."""
+    """`question`, its choices and `answer` (or `label`).
+
+    The choices are shown with letters, one per line.
+    """
     fields = [
         name
         for name in ("answer", "label")
@@ -263,7 +284,7 @@ def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, st
 
 
 def caption(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`caption`; of a list of captions, the first."""
+    """`caption`; the first of a list of captions."""
     value = row.get("caption")
     return {
         "caption": _plain(
@@ -284,24 +305,27 @@ def _one_of(
 
 
 def classify(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`label` out of `choices`, by its text or its place."""
+    """`label`, one of `choices` by text or place."""
     label, choices = _one_of(row, "label", "choices", row_id, options)
     return {"choices": ", ".join(choices), "label": label}
 
 
 def retrieval(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`answer`, the one of the `candidates` that fits the image, by its text or its place."""
+    """`answer`, the one of `candidates` that fits the image, by text or place."""
     answer, candidates = _one_of(row, "answer", "candidates", row_id, options)
     return {"candidates": "\n".join(f"- {text}" for text in candidates), "answer": answer}
 
 
 def ocr(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`text`, what is written in the image."""
+    """`text`, the text in the image."""
     return {"text": _text(row, "text", options)}
 
 
 def translate(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`translation` into `target_language`, of the image's text or of `text`; `source_language` where known."""
+    """`translation` of the image's text, or of `text`, into `target_language`.
+
+    `source_language` is optional.
+    """
     values = {field: _text(row, field, options) for field in ("target_language", "translation")}
     return values | {
         field: _text(row, field, options)

@@ -1,4 +1,4 @@
-"""Rows that may lack their last answer, for answering them: what is missing is filled in, and remembered."""
+"""Rows that may lack their last answer, to be answered: a placeholder is filled in and recorded."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from vlm_tune.data.sources.legible import NULLS
 from vlm_tune.errors import DataError
 
 PLACEHOLDER = "(no answer is given)"
-"""Stands for a missing answer while a row is read; it reaches no model, which is asked for this very answer."""
+"""Replaces a missing answer while a row is read. No model sees it: the model answers instead."""
 
 
 @dataclass
 class QuestionRows:
-    """A container whose rows get a placeholder for a missing answer; `unanswered` are the (source, row) of those read so far."""
+    """A container whose rows get a placeholder for a missing answer.
+
+    `unanswered` collects the (source, row) of such rows as they are read.
+    """
 
     container: Container
     unanswered: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The container's name in messages."""
         return self.container.name
 
     def fingerprint(self) -> str:
-        """The container's."""
+        """The container's fingerprint."""
         return self.container.fingerprint()
 
     def chunks(self) -> Iterator[Chunk]:
@@ -37,7 +40,7 @@ class QuestionRows:
         return self.container.chunks()
 
     def rows(self, chunk: Chunk) -> Iterator[StoredRow]:
-        """The chunk's rows, each with an answer."""
+        """The chunk's rows, each with an answer or a placeholder."""
         for stored in self.container.rows(chunk):
             added = _missing(stored)
             if added:
@@ -47,7 +50,7 @@ class QuestionRows:
 
 
 def _missing(stored: StoredRow) -> dict[str, Any]:
-    """The fields that give a row an answer, where it has none; none of a row that can't be read."""
+    """The fields that add an answer to a row without one; empty for a row that can't be read."""
     if not isinstance(stored.value, dict):
         return {}
     try:
@@ -58,7 +61,7 @@ def _missing(stored: StoredRow) -> dict[str, Any]:
                 if not isinstance(value, DataError)
             }
         )
-    except DataError:  # the reader says so again, with the row's place
+    except DataError:  # the reader raises it again, with the row's number
         return {}
     if stored.untyped:
         row = {
@@ -90,7 +93,7 @@ def _missing(stored: StoredRow) -> dict[str, Any]:
 
 
 def _missing_field(row: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_missing`, of a row of a task: the field that its question wants."""
+    """As `_missing`, for the fields of a row of a task."""
     has = {name for name, value in row.items() if not is_empty(value)}
     choices = next(
         (

@@ -1,4 +1,4 @@
-"""Videos as evenly spaced images, each after its time: a folder of frames, or a file that PyAV decodes."""
+"""Videos as evenly spaced images with times, from a folder of frames or a file decoded by PyAV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted, reason_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Only these demuxers, and never by probing: a playlist named .mp4 would make FFmpeg open what it lists.
+# Only these demuxers, and no probing: a playlist named .mp4 would make FFmpeg open the files it
+# lists.
 DEMUXERS = {
     ".mp4": "mp4",
     ".m4v": "mp4",
@@ -32,10 +33,16 @@ JPEG_QUALITY = 92
 def video_parts(
     video: Path | Slice | bytes, *, suffix: str, frames: int, fps: float | None = None
 ) -> tuple[str | Media, ...]:
-    """`frames` evenly spaced images of a video, each after its time ("0.0s: ") where that is known.
+    """Evenly spaced images of a video, each after its time ("0.0s: ") where that is known.
 
-    `video` is a folder of frames (times as `fps` tells) or an encoded file whose `suffix` says how it is packed. Raises
-    `DataError` for a folder without images, a file that can't be decoded, and if PyAV is not installed.
+    Args:
+        video: a folder of frames or an encoded file.
+        suffix: the file's suffix, which selects the demuxer.
+        frames: number of images.
+        fps: frames per second of a folder of frames; without it their times are unknown.
+
+    Raises:
+        DataError: a folder without images, a file that can't be decoded, or PyAV not installed.
     """
     if isinstance(video, Path) and video.is_dir():
         return frame_parts(
@@ -51,7 +58,7 @@ def video_parts(
 def frame_parts(
     images: Sequence[Media], *, frames: int, fps: float | None, name: str
 ) -> tuple[str | Media, ...]:
-    """As `video_parts`, of a video whose images are all there, in order."""
+    """As `video_parts`, for a video given as all of its images in order."""
     if not images:
         raise DataError(f"the video {name} has no frames", kind="video_unreadable")
     parts: list[str | Media] = []
@@ -61,14 +68,17 @@ def frame_parts(
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """A folder's images in the order of the numbers in their names."""
+    """A folder's images, in the order of the numbers in their names."""
     return sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural
     )
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` places out of `total`, the first and the last among them; all where there are no more; the middle for one."""
+    """`count` evenly spaced indices of `range(total)`, the first and the last among them.
+
+    Returns all indices if `total` is at most `count`, and the middle one if `count` is 1.
+    """
     if total <= count:
         return list(range(total))
     if count == 1:
@@ -77,12 +87,12 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def time_text(seconds: float | None) -> list[str]:
-    """What stands before a frame: its time, where known."""
+    """The text before a frame: its time, where known."""
     return [] if seconds is None else [f"{seconds:.1f}s: "]
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts frame_2 before frame_10."""
+    """Sort key that puts frame_2 before frame_10."""
     return [
         (int(piece), "") if piece.isdigit() else (-1, piece)
         for piece in re.split(r"([0-9]+)", path.name)
@@ -92,7 +102,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _decoded(
     video: Path | Slice | bytes, suffix: str, frames: int
 ) -> Iterator[tuple[float, bytes]]:
-    """(seconds, JPEG) of evenly spaced frames."""
+    """Yields (seconds, JPEG bytes) of evenly spaced frames."""
     try:
         import av
         from av.error import FFmpegError
@@ -101,7 +111,8 @@ def _decoded(
     demuxer = DEMUXERS.get(suffix.lower())
     if demuxer is None:
         raise DataError(
-            f"a video file is one of {', '.join(DEMUXERS)}, or a folder of frames; got {quoted(suffix or 'no ending')}",
+            f"a video file is one of {', '.join(DEMUXERS)}, "
+            f"or a folder of frames; got {quoted(suffix or 'no ending')}",
             kind="unsupported",
         )
     try:
@@ -116,7 +127,8 @@ def _decoded(
             stream = container.streams.video[0]
             if stream.width * stream.height > MAX_PIXELS:
                 raise DataError(
-                    f"the video's {stream.width}x{stream.height} is more than {MAX_PIXELS:,} pixels",
+                    f"the video's {stream.width}x{stream.height} "
+                    f"is more than {MAX_PIXELS:,} pixels",
                     kind="video_unreadable",
                 )
             yield from _frames(container, stream, frames)
@@ -127,7 +139,10 @@ def _decoded(
 
 
 def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, bytes]]:
-    """The chosen frames: times come from the packets, so only stretches from a key frame to a chosen frame are decoded."""
+    """As `_decoded`, for an open stream.
+
+    Times come from the packets, so only the ranges from a key frame to a chosen frame are decoded.
+    """
     packets = [
         (packet.pts, packet.is_keyframe)
         for packet in container.demux(stream)

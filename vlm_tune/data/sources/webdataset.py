@@ -1,4 +1,4 @@
-"""WebDataset tar shards: members of one stem are a row, and images stay where they are in the archive."""
+"""WebDataset tar shards: members of one stem form a row; images are read in place."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TEXTS = {
     "answer": "answer",
     "ocr": "text",
 }
-"""Which field a member's text is, by its ending; `json` members bring their own fields."""
+"""Fields of text members by their ending; `json` members have their own fields."""
 
 
 @dataclass
 class _Sample:
-    """The members of one stem, by ending, or why they can't be used."""
+    """The members of one stem by ending, or the `fault` that makes them unusable."""
 
     key: str
     start: int
@@ -41,10 +41,13 @@ class _Sample:
 
 
 class TarShard:
-    """The samples of a shard; they are read where they lie, and a compressed shard is read as a whole."""
+    """The samples of a shard, read in place; a compressed shard is read as a whole."""
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
-        """Byte ranges of about CHUNK_ROWS samples; all of a compressed shard, which has no places to start from."""
+        """Byte ranges of about CHUNK_ROWS samples; one range for a compressed shard.
+
+        A compressed shard can't be read from a later byte.
+        """
         first = 1
         count = 0
         start = 0
@@ -61,7 +64,10 @@ class TarShard:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int | None]
     ) -> Iterator[tuple[int, Any]]:
-        """Each sample's fields; one with a link, a pickle or a path that leads out is a `DataError`."""
+        """Each sample's fields.
+
+        A sample with a link, a pickle or a path out of the archive is a `DataError`.
+        """
         start, stop = payload
         for number, sample in enumerate(_samples(path, start), first_row):
             if stop is not None and sample.start >= stop:
@@ -74,7 +80,7 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Sample]:
-    """The samples from byte `start` on; a damaged archive ends in a sample that says so."""
+    """The samples from byte `start` on; a damaged archive ends in a sample with the fault."""
     sample = None
     reached = start
     try:
@@ -117,7 +123,10 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
 
 
 def _refused(member: tarfile.TarInfo) -> DataError | None:
-    """Why a member is not read, if it is not: nothing is ever unpacked, but a shard that tries is not to be trusted."""
+    """The reason why a member is refused, or None.
+
+    Nothing is ever unpacked to disk, but a shard with unsafe members is not to be trusted.
+    """
     if (
         member.name.startswith(("/", "\\"))
         or re.match(r"[A-Za-z]:", member.name)
@@ -153,7 +162,7 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> S
 
 
 def _check_end(path: Path, archive: tarfile.TarFile) -> None:
-    """Raises `DataError` where reading stopped at a header that is damaged: tarfile takes it for the end."""
+    """Raises `DataError` if reading ended at a damaged header, which tarfile takes for the end."""
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     block = archive.fileobj.read(tarfile.BLOCKSIZE)
@@ -163,9 +172,8 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 
 def _fields(sample: _Sample) -> dict[str, Any] | DataError:
     """A row: the JSON member's fields, texts by their ending, images and videos."""
-    row: dict[str, Any] = {
-        "id": escaped(sample.key.strip("/."))
-    }  # a member's name may hold bytes that are no text
+    # A member's name may hold bytes that are no valid text.
+    row: dict[str, Any] = {"id": escaped(sample.key.strip("/."))}
     images = {}
     videos = {}
     for ending, content in sample.members.items():
@@ -199,7 +207,10 @@ def _fields(sample: _Sample) -> dict[str, Any] | DataError:
 
 
 def _place(row: dict[str, Any], kind: str, members: dict[str, Any]) -> None:
-    """Puts the sample's images (or videos) into its row, in the order its JSON names them if it names these members."""
+    """Puts the sample's images (or videos) into its row.
+
+    Their order is that of the JSON member if it names them, else that of the archive.
+    """
     if not members:
         return
     named = row.pop(f"{kind}s", None) or row.pop(kind, None) or []
@@ -207,13 +218,15 @@ def _place(row: dict[str, Any], kind: str, members: dict[str, Any]) -> None:
     wanted = [
         str(name).rpartition("/")[2] for name in (named if isinstance(named, list) else [named])
     ]
-    found = (
+    contents = (
         [by_base[name] for name in wanted]
         if wanted and all(name in by_base for name in wanted)
         else list(members.values())
     )
     row.pop(kind, None)
-    row[kind if len(found) == 1 else f"{kind}s"] = found[0] if len(found) == 1 else found
+    row[kind if len(contents) == 1 else f"{kind}s"] = (
+        contents[0] if len(contents) == 1 else contents
+    )
 
 
 def _read(content: Slice | bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""Gated cross-attention inside the LLM: the text looks at the image, which takes one slot.
+"""Gated cross-attention inside the LLM: the text attends to the image, which takes one slot.
 
-Shapes: B rows, L tokens of a row, S tokens of a layer's input, M media places, K images of a row, N' connected tokens,
-E LLM width.
+Shapes: B rows, L tokens of a row, S tokens of a layer's input, M media places, K images of a row,
+N' connected tokens, E LLM width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Seen:
-    """What a batch's text looks at: media [B, K * N', E], and mask bool[B, L, K * N'], true where a token sees them."""
+    """The media to which a batch's text attends.
+
+    `media` is [B, K * N', E]; `mask` is bool[B, L, K * N'], true where a token sees a media token.
+    """
 
     media: torch.Tensor
     mask: torch.Tensor
@@ -34,13 +37,14 @@ class Seen:
     def for_states(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Media and mask for hidden states [rows, length, E] of this batch.
 
-        Generation continues the rows, and what it adds sees what the last token of the prompt sees; beams repeat each
-        row in place. Raises `ModelError` for states of another batch.
+        In generation, new tokens see the media that the last token of the prompt sees, and beams
+        repeat each row in place. Raises `ModelError` for states of another batch.
         """
         beams, rest = divmod(rows, len(self.media))
         if rest:
             raise ModelError(
-                f"{rows} rows reach the cross-attention blocks, the batch has {len(self.media)}; the LLM's input comes from `embed`"
+                f"{rows} rows reach the cross-attention blocks, the batch has {len(self.media)}; "
+                "the LLM's input comes from `embed`"
             )
         mask = (
             self.mask if length == self.mask.shape[1] else self.mask[:, -1:].expand(-1, length, -1)
@@ -51,7 +55,7 @@ class Seen:
 
 
 class GatedBlock(nn.Module):
-    """Cross-attention and a feed-forward layer, each added through a gate tanh(a) that starts at zero."""
+    """Cross-attention and a feed-forward layer, each with a gate tanh(a) initialised to zero."""
 
     def __init__(self, width: int, heads: int, head_width: int | None) -> None:
         super().__init__()
@@ -63,21 +67,21 @@ class GatedBlock(nn.Module):
         self.feed_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, states: torch.Tensor, seen: Seen | None) -> torch.Tensor:
-        """States [B, S, E] that have looked at what they see; a token that sees nothing goes through the feed-forward only."""
+        """New states [B, S, E]; a token that sees no media passes only through the feed-forward."""
         dtype = states.dtype
         if seen is not None:
-            looked = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
-            states = states + (self.attention_gate.tanh() * looked).to(dtype)
+            attended = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
+            states = states + (self.attention_gate.tanh() * attended).to(dtype)
         return states + (self.feed_gate.tanh() * self.feed(self.feed_norm(states))).to(dtype)
 
 
 class CrossAttention(Connector):
     """Gated cross-attention blocks before every n-th layer of the LLM (Flamingo, arXiv:2204.14198).
 
-    An image takes one slot, filled with a learned marker; the tokens of the connector `base` are what the blocks look
-    at. A token sees the last image before it, with those that stand right beside it (tiles and frames are such), or all
-    of them. The blocks belong to the connector, and reach the LLM through hooks on its layers: of a decoder, or of an
-    encoder-decoder's encoder.
+    An image takes one slot, filled with a learned marker; the blocks attend to the tokens of the
+    connector `base`. By configuration, a token sees all images before it, or the last one with the
+    images directly beside that (such as tiles and frames). The blocks belong to the connector and
+    are called by hooks on the LLM's layers: those of a decoder, or of an encoder-decoder's encoder.
     """
 
     fills_slots = False
@@ -92,12 +96,15 @@ class CrossAttention(Connector):
         self.seen: Seen | None = None
 
     def tokens(self, tower_tokens: int) -> int:
-        """One, the marker."""
+        """1, the slot of the marker."""
         self.base.tokens(tower_tokens)
         return 1
 
     def attach(self, llm: LanguageModel) -> None:
-        """Makes the blocks and hooks them before the layers. Raises `ModelError` for an LLM of too few layers."""
+        """Creates the blocks and hooks them before the LLM's layers.
+
+        Raises `ModelError` for an LLM with too few layers.
+        """
         layers = text_layers(llm)
         every = self.config.every
         if every > len(layers):
@@ -119,14 +126,17 @@ class CrossAttention(Connector):
         }
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[M, N, D] to [M, 1 + N', E]: the marker, and what the blocks look at."""
+        """[M, N, D] to [M, 1 + N', E]: the marker, and the tokens for the blocks."""
         media = self.base(features)
         return torch.cat([self.marker.to(media.dtype).expand(len(media), 1, -1), media], dim=1)
 
     def join(
         self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch
     ) -> torch.Tensor:
-        """embeds [B, L, E] with markers in the slots; the media stay until the next batch, since checkpointing reads them again."""
+        """The LLM's input: embeds [B, L, E] with markers in the slots.
+
+        The media stay set until the next batch, because activation checkpointing reads them again.
+        """
         if connected is None:
             self.seen = None
             return embeds
@@ -141,15 +151,18 @@ class CrossAttention(Connector):
         row, column = places(batch, 1)
         number = batch.image_mask.cumsum(1)[row, column] - 1
         most = int(number.max()) + 1
-        shelf = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
+        row_media = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
         mask = self._visible(batch, row, column, number, most)
-        self.seen = Seen(shelf.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
+        self.seen = Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
         return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
 
     def _visible(
         self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int
     ) -> torch.Tensor:
-        """bool[B, L, K]: which of its row's images, standing at (row, column) and counted by `number`, a token sees."""
+        """bool[B, L, K], true where a token sees an image of its row.
+
+        Images are at (row, column), and `number` is an image's index in its row.
+        """
         slots = batch.image_mask
         mask = slots.cumsum(1)[..., None] > torch.arange(most, device=slots.device)
         keys = [batch.packed]
@@ -158,16 +171,19 @@ class CrossAttention(Connector):
             begins[:, 1:] &= ~slots[:, :-1]
             keys.append(begins.cumsum(1))  # the number of the last run of images
         for key in keys:
-            if key is not None:  # tokens see images that have the same
-                held = key.new_full((len(slots), most), -1).index_put(
+            if key is not None:  # tokens see images with an equal key
+                image_key = key.new_full((len(slots), most), -1).index_put(
                     (row, number), key[row, column]
                 )
-                mask = mask & (key[..., None] == held[:, None])
+                mask = mask & (key[..., None] == image_key[:, None])
         return mask
 
 
 def text_layers(llm: LanguageModel) -> nn.ModuleList:
-    """The layers that the input goes through: a decoder's, or an encoder-decoder's encoder's. Raises `ModelError` if unknown."""
+    """The layers of a decoder, or of an encoder-decoder's encoder.
+
+    Raises `ModelError` if they are not found.
+    """
     root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.body
     count = llm.model.config.get_text_config().num_hidden_layers
     stacks = (
@@ -175,9 +191,9 @@ def text_layers(llm: LanguageModel) -> nn.ModuleList:
         for module in root.modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     )
-    found = next(stacks, None)
-    if found is None:
+    stack = next(stacks, None)
+    if stack is None:
         raise ModelError(
             f"the layers of {type(llm.model).__name__} were not found, so none can look at images"
         )
-    return found
+    return stack

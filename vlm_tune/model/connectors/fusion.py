@@ -1,7 +1,7 @@
-"""Fusion of image and text features before the LLM: each connected image token is combined with the instruction.
+"""Fusion of image and text features: each connected image token is combined with the instruction.
 
-Shapes: M media places, N' connected tokens, T instruction tokens, E LLM width; v is an image token, t the instruction's
-mean after a LayerNorm.
+Shapes: M media places, N' connected tokens, T instruction tokens, E LLM width. v is an image token,
+t the instruction's mean after a LayerNorm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlm_tune.model.connectors.projectors import Connector
 
 
 class Concat(nn.Module):
-    """v + W [v; t]."""
+    """Concatenation: v + W [v; t]."""
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Concat(nn.Module):
 
 
 class Attend(nn.Module):
-    """v + attention of v to the instruction's tokens."""
+    """Attention: v + the attention of v to the instruction's tokens."""
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attend(nn.Module):
 
 
 class Gate(nn.Module):
-    """z * v + (1 - z) * W t, with z = sigmoid(G [v; t]), as in a gated multimodal unit (arXiv:1702.01992)."""
+    """Gated multimodal unit: z * v + (1 - z) * W t, z = sigmoid(G [v; t]) (arXiv:1702.01992)."""
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class Gate(nn.Module):
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[M, N', E] of image [M, N', E] and words [M, T, E]."""
-        said = mean(words, mask)
-        share = self.gate(torch.cat([image, said.expand_as(image)], dim=-1)).sigmoid()
-        return share * image + (1 - share) * self.text(said)
+        instruction = mean(words, mask)
+        share = self.gate(torch.cat([image, instruction.expand_as(image)], dim=-1)).sigmoid()
+        return share * image + (1 - share) * self.text(instruction)
 
 
 class Product(nn.Module):
-    """v + W (V v * U t): the elementwise product in a space of width `rank` (arXiv:1610.04325)."""
+    """Elementwise product in a space of width `rank`: v + W (V v * U t) (arXiv:1610.04325)."""
 
     def __init__(self, config: FusionConnector, width: int) -> None:
         super().__init__()
@@ -72,9 +72,10 @@ class Product(nn.Module):
 
 
 class Bilinear(nn.Module):
-    """v + W f(b): b are `rank` bilinear forms of v and t, each of rank `factors`, and f a signed root and unit length.
+    """Multi-modal factorised bilinear pooling: v + W f(b) (arXiv:1708.01471).
 
-    Multi-modal factorised bilinear pooling (arXiv:1708.01471).
+    b are `rank` bilinear forms of v and t, each of rank `factors`; f is the signed square root,
+    normalised to unit length.
     """
 
     def __init__(self, config: FusionConnector, width: int) -> None:
@@ -95,7 +96,7 @@ class Bilinear(nn.Module):
             .sum(-1)
             .float()
         )
-        # The root's slope has no bound at zero: a small number keeps it finite.
+        # The root's gradient is unbounded at zero: a small offset keeps it finite.
         rooted = normalize(forms.sign() * ((forms.abs() + 1e-6).sqrt() - 1e-3), dim=-1)
         return image + self.out(rooted.to(image.dtype))
 
@@ -116,7 +117,7 @@ FUSIONS: dict[str, type[nn.Module]] = {
 
 
 class Fusion(Connector):
-    """A connector whose tokens are combined with the instruction before the LLM reads them."""
+    """A connector whose tokens are combined with the instruction before they enter the LLM."""
 
     needs_text = True
 
@@ -127,7 +128,7 @@ class Fusion(Connector):
         self.fusion = FUSIONS[config.how](config, llm_width)
 
     def tokens(self, tower_tokens: int) -> int:
-        """As many as the connector below gives."""
+        """As many as the base connector's."""
         return self.base.tokens(tower_tokens)
 
     def forward(self, features: torch.Tensor, text: Text) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The words that a text-conditioned connector reads with an image.
+"""The instruction text that a text-conditioned connector reads with an image.
 
 Shapes: B rows, L tokens of a row, M media places, T instruction tokens, E LLM width.
 """
@@ -17,9 +17,11 @@ from vlm_tune.errors import ModelError
 
 @dataclass
 class Text:
-    """The instruction of each media place: embeds [M, T, E] and ids int64[M, T] as the LLM has them, mask bool[M, T].
+    """The instruction of each media place.
 
-    Tokens stand at the left, in their order; each place has at least one (a padding token, where there is no word).
+    It has the LLM's input embeddings `embeds` [M, T, E] and token `ids` int64[M, T], and `mask`
+    bool[M, T]. Tokens are left-aligned, in order; each place has at least one (a padding token if
+    there is no text).
     """
 
     embeds: torch.Tensor
@@ -31,13 +33,13 @@ class Text:
         if self.mask.shape[1] <= most:
             return self
         skipped = (self.mask.sum(1, keepdim=True) - most).clamp(min=0)
-        kept = skipped + torch.arange(most, device=skipped.device)
-        embeds = self.embeds.gather(1, kept[..., None].expand(-1, -1, self.embeds.shape[2]))
-        return Text(embeds, self.mask.gather(1, kept), self.ids.gather(1, kept))
+        columns = skipped + torch.arange(most, device=skipped.device)
+        embeds = self.embeds.gather(1, columns[..., None].expand(-1, -1, self.embeds.shape[2]))
+        return Text(embeds, self.mask.gather(1, columns), self.ids.gather(1, columns))
 
 
 class Reader:
-    """Gives instructions in the ids of a connector's own `tokenizer`, with that one's start and end tokens."""
+    """Converts instructions to ids of a connector's own tokenizer, with start and end tokens."""
 
     def __init__(self, llm_tokenizer: Any, tokenizer: Any, most: int) -> None:
         self.tokenizer = tokenizer
@@ -50,7 +52,7 @@ class Reader:
         return self.tokenizer(text, truncation=True, max_length=self._most).input_ids
 
     def __call__(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids int64[M, T'] and mask bool[M, T'] of each instruction, at the left."""
+        """ids int64[M, T'] and mask bool[M, T'] of the instructions, left-aligned."""
         rows = [
             self._read(tuple(ids[mask].tolist()))
             for ids, mask in zip(text.ids.cpu(), text.mask.cpu(), strict=True)
@@ -64,15 +66,17 @@ class Reader:
 
 
 def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column int64[M] where the slots of each media place begin, at `tokens` slots each.
+    """Row and column, int64[M] each, of the first of the `tokens` slots of each media place.
 
-    Raises `ModelError` with both counts and the sample ids if the batch's slots are not that many.
+    Raises `ModelError` with both counts and the sample ids if the batch has another number of
+    slots.
     """
     slots = batch.image_mask.nonzero()
     media = len(batch.media_index)
     if len(slots) != media * tokens:
         raise ModelError(
-            f"{len(slots)} image slots and {media * tokens} image features in {', '.join(batch.ids)}"
+            f"{len(slots)} image slots and {media * tokens} image features "
+            f"in {', '.join(batch.ids)}"
         )
     starts = slots[::tokens]
     return starts[:, 0], starts[:, 1]
@@ -86,31 +90,42 @@ def instructions(
     *,
     answers_inside: bool,
 ) -> Text:
-    """The text of the samples in which places stand, given the rows' embeds [B, L, E].
+    """The instruction of each media place: text of the place's sample.
 
-    Where the answers are inside the rows (a decoder's), it is the text up to the position that predicts its first trained token: the
-    same in training and in generation, and nothing that follows from it may be seen before. Else it is all text.
-    Raises `ModelError` for branched rows, whose questions share one image.
+    Where the answers are inside the rows (a decoder's), it is the text up to the position that
+    predicts the sample's first trained token: it is then the same in training and in generation,
+    and no answer token leaks into it. Otherwise it is the sample's whole text.
+
+    Args:
+        batch: the batch; its rows may be packed.
+        embeds: the rows' input embeddings [B, L, E].
+        rows: row of each media place, int64[M].
+        columns: column of each media place's first slot, int64[M].
+        answers_inside: whether the rows hold the answers.
+
+    Raises:
+        ModelError: the batch has branched rows, whose questions share one image.
     """
     if batch.branched:
         raise ModelError(
-            "data.group: a text-conditioned connector reads an image once a question: set data.group: none"
+            "data.group: a text-conditioned connector reads an image once a question: "
+            "set data.group: none"
         )
     mask = batch.attention_mask[rows] & ~batch.image_mask[rows]
     samples = batch.packed
     if samples is not None:
         mask &= samples[rows] == samples[rows, columns][:, None]
     if answers_inside:
-        own = (
+        same_sample = (
             batch.attention_mask[rows]
             if samples is None
             else samples[rows] == samples[rows, columns][:, None]
         )
-        labelled = ((batch.labels[rows] != IGNORE_INDEX) & own).long()
-        # The position that predicts the answer's first token is the question's last.
+        labelled = ((batch.labels[rows] != IGNORE_INDEX) & same_sample).long()
+        # The position that predicts the answer's first token is the question's last token.
         mask &= labelled.cumsum(1) == labelled
     length = max(int(mask.sum(1).max()), 1)
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
-    kept = mask.gather(1, order)
-    kept[:, 0] = True
-    return Text(embeds[rows[:, None], order], kept, batch.input_ids[rows[:, None], order])
+    text_mask = mask.gather(1, order)
+    text_mask[:, 0] = True
+    return Text(embeds[rows[:, None], order], text_mask, batch.input_ids[rows[:, None], order])

@@ -1,4 +1,4 @@
-"""Multi-head attention and the feed-forward layers that connectors are made of.
+"""Multi-head attention and feed-forward layers for connectors.
 
 Shapes: B rows, Q queries, K context tokens, D width.
 """
@@ -13,7 +13,11 @@ from vlm_tune.errors import ModelError
 
 
 class Attention(nn.Module):
-    """Queries [B, Q, D] attend to a context [B, K, C] with `heads` heads of `head_width` (D / heads where not given)."""
+    """Attention of queries [B, Q, D] to a context [B, K, C].
+
+    It has `heads` heads of width `head_width` (by default D / heads). Raises `ModelError` if the
+    heads don't divide D.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,11 @@ class Attention(nn.Module):
     def forward(
         self, queries: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, Q, D]; mask bool[B, Q or 1, K] is true where a query sees the context, and a query that sees none of it gets zeros."""
+        """The attention's output [B, Q, D].
+
+        `mask` bool[B, Q or 1, K] is true where a query sees the context; the attended values of a
+        query that sees none of it are zeros.
+        """
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.query(queries), self.key(context), self.value(context))
@@ -47,7 +55,7 @@ class Attention(nn.Module):
         if mask is None:
             attended = scaled_dot_product_attention(query, key, value)
         else:
-            blind = ~mask.any(-1, keepdim=True)[:, None]  # softmax over nothing is not a number
+            blind = ~mask.any(-1, keepdim=True)[:, None]  # softmax over nothing is NaN
             attended = scaled_dot_product_attention(
                 query, key, value, attn_mask=mask[:, None] | blind
             ).masked_fill(blind, 0.0)
@@ -57,7 +65,7 @@ class Attention(nn.Module):
 def feed_forward(
     width: int, *, activation: type[nn.Module] = nn.GELU, bias: bool = True
 ) -> nn.Sequential:
-    """Two linear layers with a hidden width of four times the outer one."""
+    """Two linear layers with a hidden width of 4 * `width`."""
     return nn.Sequential(
         nn.Linear(width, 4 * width, bias=bias), activation(), nn.Linear(4 * width, width, bias=bias)
     )

@@ -1,6 +1,7 @@
-"""What every connector is, and the ones that treat each token, or each square of tokens, alike.
+"""Base class of the connectors, and connectors that project single tokens or squares of tokens.
 
-Shapes: M media, N tower tokens, D tower width, N' connected tokens, E LLM width, B rows, L tokens of a row.
+Shapes: M media, N tower tokens, D tower width, N' connected tokens, E LLM width, B rows, L tokens
+of a row.
 """
 
 from __future__ import annotations
@@ -29,31 +30,37 @@ if TYPE_CHECKING:
 
 
 class Connector(nn.Module):
-    """Base of the connectors: features [M, N, D] to [M, N', E], and how these enter the LLM.
+    """Base class of the connectors, which map features [M, N, D] to [M, N', E] and join the LLM.
 
-    One with `needs_text` is called with the `Text` of each media place, and so once a place rather than once an image.
+    A connector with `needs_text` is called with the `Text` of each media place, and therefore once
+    per place rather than once per image.
     """
 
     needs_text = False
     fills_slots = True
-    """Whether the slots hold all that it gives the LLM, so that what is generated has no other way to the image."""
+    """Whether the LLM gets image features only through the slots."""
 
     reader: Reader | None = None
-    """What gives it the instruction in its own vocabulary, where it has one."""
+    """Converter of the instruction to the connector's own vocabulary, if it has one."""
 
     def tokens(self, tower_tokens: int) -> int:
-        """Slots an image takes in the LLM's input, given the tower's tokens. Raises `ModelError` if they don't fit."""
+        """Number of slots of an image in the LLM's input, for a number of tower tokens.
+
+        Raises `ModelError` if the tower tokens don't fit the connector.
+        """
         return tower_tokens
 
     def attach(self, llm: LanguageModel) -> None:
-        """Puts into the LLM what the connector has there: nothing, for those that only fill slots."""
+        """Adds the connector's modules to the LLM; none for connectors that only fill slots."""
 
     def join(
         self, embeds: torch.Tensor, connected: torch.Tensor | None, batch: Batch
     ) -> torch.Tensor:
-        """The LLM's input [B, L, E]: embeds with connected [M, N', E] in the slots. Raises `ModelError` as `splice`.
+        """The LLM's input [B, L, E]: embeds with connected [M, N', E] in the slots.
 
-        For a batch without media, connected is None or a blank image's, which must be used and count nothing.
+        For a batch without media, `connected` is None or a blank image's: the latter is added with
+        a factor of zero, so that it takes part in the graph without effect. Raises `ModelError` as
+        `splice` does.
         """
         if connected is None:
             return embeds
@@ -65,24 +72,27 @@ class Connector(nn.Module):
 def splice(
     embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]
 ) -> torch.Tensor:
-    """embeds [B, L, E] with features [M, N', E] in the slots of image_mask bool[B, L], in row order.
+    """Puts features [M, N', E] into the slots of embeds [B, L, E], in row order.
 
-    Raises `ModelError` with both counts and the sample ids if slots and features differ in number.
+    `image_mask` bool[B, L] is true at the slots. Raises `ModelError` with both counts and the
+    sample ids if slots and features differ in number.
     """
     slots = int(image_mask.sum())
-    given = features.shape[0] * features.shape[1]
-    if slots != given:
-        raise ModelError(f"{slots} image slots and {given} image features in {', '.join(ids)}")
+    feature_count = features.shape[0] * features.shape[1]
+    if slots != feature_count:
+        raise ModelError(
+            f"{slots} image slots and {feature_count} image features in {', '.join(ids)}"
+        )
     return embeds.masked_scatter(image_mask[..., None], features.to(embeds.dtype))
 
 
 def entry(config: Projector, width: int) -> nn.Module:
-    """The LayerNorm on what comes in, where the recipe asks for one."""
+    """The LayerNorm on the connector's input, or the identity, as configured."""
     return nn.LayerNorm(width) if config.norm else nn.Identity()
 
 
 def mlp(width: int, llm_width: int, depth: int) -> nn.Sequential:
-    """`depth` linear layers with GELU between them."""
+    """An MLP of `depth` linear layers with GELU between them."""
     layers: list[nn.Module] = [nn.Linear(width, llm_width)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
@@ -90,12 +100,12 @@ def mlp(width: int, llm_width: int, depth: int) -> nn.Sequential:
 
 
 def square(tower_tokens: int, kind: str) -> int:
-    """The side of the grid that the tower's tokens form. Raises `ModelError` if they form none."""
+    """The side of the square grid of the tower's tokens. Raises `ModelError` if they form none."""
     side = math.isqrt(tower_tokens)
     if side * side != tower_tokens:
         raise ModelError(
-            f"a connector of kind {kind} needs a square grid of tokens, the tower gives {tower_tokens}: "
-            "set model.tower.grid, and leave out the class token"
+            f"a connector of kind {kind} needs a square grid of tokens, "
+            f"the tower gives {tower_tokens}: set model.tower.grid, and leave out the class token"
         )
     return side
 
@@ -127,7 +137,10 @@ class Mlp(Connector):
 
 
 class PixelShuffle(Connector):
-    """Squares of factor x factor tokens become one, joined by channel, then an MLP (Idefics3, SmolVLM, InternVL)."""
+    """Pixel shuffle and an MLP (Idefics3, SmolVLM, InternVL).
+
+    Each square of factor x factor tokens becomes one token, concatenated by channel.
+    """
 
     def __init__(self, config: PixelShuffleConnector, width: int, llm_width: int) -> None:
         super().__init__()
@@ -137,11 +150,12 @@ class PixelShuffle(Connector):
         self.layers = mlp(joined, llm_width, config.depth)
 
     def tokens(self, tower_tokens: int) -> int:
-        """A factor² of the tower's."""
+        """The tower's tokens divided by factor²."""
         side = square(tower_tokens, "pixel_shuffle")
         if side % self.factor:
             raise ModelError(
-                f"a pixel shuffle by {self.factor} does not divide the tower's grid of {side} x {side}; set model.tower.grid"
+                f"a pixel shuffle by {self.factor} does not divide the tower's grid of "
+                f"{side} x {side}; set model.tower.grid"
             )
         return (side // self.factor) ** 2
 
@@ -162,10 +176,11 @@ class AvgPool(Connector):
         self.layers = mlp(width, llm_width, config.depth)
 
     def tokens(self, tower_tokens: int) -> int:
-        """grid², whatever the tower's."""
+        """grid², for any number of tower tokens that is large enough."""
         if square(tower_tokens, "avg_pool") < self.grid:
             raise ModelError(
-                f"model.connector.grid: the tower's {tower_tokens} tokens can't be pooled to a larger grid of {self.grid} x {self.grid}"
+                f"model.connector.grid: the tower's {tower_tokens} tokens can't be pooled "
+                f"to a larger grid of {self.grid} x {self.grid}"
             )
         return self.grid**2
 

@@ -1,6 +1,7 @@
-"""The Q-Former: learned queries read the tower's features, and the instruction where it is text-conditioned.
+"""The Q-Former: learned queries attend to the tower's features and, optionally, the instruction.
 
-Shapes: M media places, N tower tokens, D tower width, Q queries, T instruction tokens, W the Q-Former's width.
+Shapes: M media places, N tower tokens, D tower width, Q queries, T instruction tokens, W the
+Q-Former's width, E LLM width.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, entry
 
 EPSILON = 1e-12
-"""Of its LayerNorms, as BERT's."""
+"""Epsilon of its LayerNorms, as in BERT."""
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention of queries and text, cross-attention of the queries in some layers, a feed-forward layer for each."""
+    """A Q-Former layer.
+
+    It has self-attention over queries and text, in some layers cross-attention of the queries to
+    the features, and separate feed-forward layers for queries and text.
+    """
 
     def __init__(self, width: int, heads: int, *, feature_width: int | None, text: bool) -> None:
         super().__init__()
@@ -36,24 +41,34 @@ class QFormerLayer(nn.Module):
     def forward(
         self, states: torch.Tensor, queries: int, features: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """New states [M, Q + T, W], or [M, Q, W] from a layer without a feed-forward for text; mask bool[M, 1, Q + T]."""
+        """New states [M, Q + T, W], or [M, Q, W] from a layer without a feed-forward for text.
+
+        Args:
+            states: [M, Q + T, W], the queries first.
+            queries: Q.
+            features: the tower's features [M, N, D].
+            mask: bool[M, 1, Q + T], true where a token is real; None without text.
+        """
         states = self.attention_norm(states + self.attention(states, states, mask))
-        asked = states[:, :queries]
-        read = states[:, queries:]
+        query_states = states[:, :queries]
+        text_states = states[:, queries:]
         if self.cross is not None and self.cross_norm is not None:
-            asked = self.cross_norm(asked + self.cross(asked, features))
-        asked = self.feed_norm(asked + self.feed(asked))
+            query_states = self.cross_norm(query_states + self.cross(query_states, features))
+        query_states = self.feed_norm(query_states + self.feed(query_states))
         if self.text_feed is None or self.text_norm is None:
-            return asked
-        return torch.cat([asked, self.text_norm(read + self.text_feed(read))], dim=1)
+            return query_states
+        return torch.cat(
+            [query_states, self.text_norm(text_states + self.text_feed(text_states))], dim=1
+        )
 
 
 class QFormer(Connector):
-    """BLIP-2's Q-Former (arXiv:2301.12597); with `text` InstructBLIP's, which reads the instruction too (arXiv:2305.06500).
+    """BLIP-2's Q-Former (arXiv:2301.12597); with `text`, InstructBLIP's (arXiv:2305.06500).
 
-    The words come as the LLM's own input embeddings, through a learned projection: no second tokenizer, and a word
-    that the training data never holds has a meaning all the same. With a `tokenizer` of its own, as InstructBLIP's, they
-    are embeddings of its own too.
+    InstructBLIP's attends to the instruction too. Its tokens are the LLM's input embeddings with a
+    learned projection: this needs no second tokenizer, and words that are not in the training data
+    still have a meaning. With a `tokenizer` of its own, as in InstructBLIP, the Q-Former also has
+    its own embeddings.
     """
 
     def __init__(self, config: QFormerConnector, width: int, llm_width: int) -> None:
@@ -63,14 +78,14 @@ class QFormer(Connector):
         self.entry = entry(config, width)
         self.queries = nn.Parameter(0.02 * torch.randn(config.queries, inner))
         self.norm = nn.LayerNorm(inner, eps=EPSILON)
-        own = (
+        words = (
             nn.Embedding(config.vocab_size, inner)
             if config.vocab_size
             else nn.Linear(llm_width, inner)
         )
-        self.words = own if config.text else None
+        self.words = words if config.text else None
         self.positions = nn.Embedding(config.max_text, inner) if config.text else None
-        # Nobody reads the text's states after the last layer: it has no feed-forward for them.
+        # The text's states are unused after the last layer: it has no feed-forward for them.
         self.layers = nn.ModuleList(
             QFormerLayer(
                 inner,
@@ -83,7 +98,7 @@ class QFormer(Connector):
         self.project = nn.Linear(inner, llm_width)
 
     def tokens(self, tower_tokens: int) -> int:
-        """One a query."""
+        """The number of queries."""
         return len(self.queries)
 
     def forward(self, features: torch.Tensor, text: Text | None = None) -> torch.Tensor:
@@ -93,10 +108,10 @@ class QFormer(Connector):
         states = self.queries.to(features.dtype).expand(len(features), -1, -1)
         mask = None
         if text is not None and self.words is not None and self.positions is not None:
-            words, seen = self._words(text.last(self.positions.num_embeddings))
-            read = words + self.positions.weight[: seen.shape[1]]
-            states = torch.cat([states, read.to(states.dtype)], dim=1)
-            mask = torch.cat([seen.new_ones(len(features), count), seen], dim=1)[:, None]
+            words, text_mask = self._words(text.last(self.positions.num_embeddings))
+            text_states = words + self.positions.weight[: text_mask.shape[1]]
+            states = torch.cat([states, text_states.to(states.dtype)], dim=1)
+            mask = torch.cat([text_mask.new_ones(len(features), count), text_mask], dim=1)[:, None]
         states = self.norm(states)
         for layer in self.layers:
             states = layer(states, count, features, mask)
@@ -106,6 +121,6 @@ class QFormer(Connector):
         """The instruction's word embeddings [M, T, W] and their mask bool[M, T]."""
         if not isinstance(self.words, nn.Embedding):
             return self.words(text.embeds), text.mask  # type: ignore[misc]
-        # A plan knows no words: it counts as many as the LLM has.
+        # A memory plan has no tokenizer: it assumes as many tokens as the LLM's.
         ids, mask = self.reader(text) if self.reader else (torch.zeros_like(text.ids), text.mask)
         return self.words(ids), mask

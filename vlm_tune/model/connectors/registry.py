@@ -1,4 +1,7 @@
-"""The connectors by kind. A new one is a config class in `config.py`, a module like those below, and a line in CONNECTORS."""
+"""The connectors by kind.
+
+A new one needs a config class in `config.py`, a module like those below, and a line in CONNECTORS.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ CONNECTORS: dict[str, type[Connector]] = {
 
 
 def build_connector(config: AnyConnector, width: int, llm_width: int) -> Connector:
-    """A connector with random weights from the tower's width to the LLM's. Raises `ModelError` for heads that don't divide a width."""
+    """A connector with random weights, from the tower's width to the LLM's.
+
+    Raises `ModelError` for heads that don't divide a width.
+    """
     kind: Any = CONNECTORS[config.kind]
     if isinstance(config, FusionConnector | CrossAttentionConnector):
         return kind(config, build_connector(config.base, width, llm_width), llm_width)

@@ -1,4 +1,4 @@
-"""The Perceiver resampler: a fixed number of learned latents read the tower's features."""
+"""The Perceiver resampler: a fixed number of learned latents attend to the tower's features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ResamplerLayer(nn.Module):
         self.latents_norm = nn.LayerNorm(width)
         self.attention = Attention(width, width, heads, head_width=head_width)
         self.feed_norm = nn.LayerNorm(width)
-        # ReLU and no biases, as in IDEFICS, whose weights so fit.
+        # ReLU and no biases, as in IDEFICS, so that its weights fit.
         self.feed = feed_forward(width, activation=nn.ReLU, bias=False)
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,10 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(Connector):
-    """A Perceiver resampler at the tower's width, and a projection to the LLM's (Flamingo, arXiv:2204.14198)."""
+    """A Perceiver resampler of the tower's width, with a projection to the LLM's width.
+
+    Source: Flamingo, arXiv:2204.14198.
+    """
 
     def __init__(self, config: ResamplerConnector, width: int, llm_width: int) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Resampler(Connector):
         self.project = nn.Linear(width, llm_width)
 
     def tokens(self, tower_tokens: int) -> int:
-        """One a latent."""
+        """The number of latents."""
         return len(self.latents)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

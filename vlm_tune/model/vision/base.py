@@ -1,4 +1,4 @@
-"""What every vision tower is: pixels in, patch features and their grid out."""
+"""Base class of the vision towers: pixels in, patch features and their grid out."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Found = tuple[list[torch.Tensor], torch.Tensor | None]
-"""Feature maps float[B, C, h, w], and the class token's features float[B, 1, C] if asked for."""
+FeatureMaps = tuple[list[torch.Tensor], torch.Tensor | None]
+"""Feature maps float[B, C, h, w], and the class token's features float[B, 1, C] if configured."""
 
 
 class VisionTower(nn.Module):
-    """Base of the towers; a subclass gives `maps`.
+    """Base class of the towers; a subclass implements `maps`.
 
-    `rebuild` is what `build_tower` needs to make the same architecture again without its weights.
+    `rebuild` is the description from which `build_tower` makes the same architecture without its
+    weights.
     """
 
     image_size: int
@@ -49,12 +50,12 @@ class VisionTower(nn.Module):
             persistent=False,
         )
 
-    def maps(self, pixels: torch.Tensor) -> Found:
-        """What is found in normalised pixels float[B, 3, H, W]."""
+    def maps(self, pixels: torch.Tensor) -> FeatureMaps:
+        """Feature maps of normalised pixels float[B, 3, H, W]."""
         raise NotImplementedError
 
-    def found(self, pixels: torch.Tensor) -> Found:
-        """What is found in pixels [B, 3, H, W] of 0 to 255, pooled to the tower's grid."""
+    def pooled_maps(self, pixels: torch.Tensor) -> FeatureMaps:
+        """Feature maps of pixels [B, 3, H, W] of 0 to 255, pooled to the tower's grid."""
         dtype = next(self.parameters()).dtype
         maps, first = self.maps(
             (pixels.float() * self.scale - self.offset).to(dtype, memory_format=torch.channels_last)
@@ -62,13 +63,16 @@ class VisionTower(nn.Module):
         return [pool(one, self.grid) for one in maps], first
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features [B, N, D] of uint8 pixels [B, 3, H, W], rows of the image from the top."""
-        maps, first = self.found(pixels)
+        """Features [B, N, D] of uint8 pixels [B, 3, H, W], in row-major order of the image."""
+        maps, first = self.pooled_maps(pixels)
         features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
         return features if first is None else torch.cat([first, features], dim=1)
 
     def measure(self) -> tuple[int, int]:
-        """(tokens an image, width), from one blank image; remembered, since a sharded tower can't be run by one rank."""
+        """(tokens per image, width), measured with one blank image.
+
+        The result is cached, because one rank alone can't run a sharded tower.
+        """
         if self.measured:
             return self.measured
         parameter = next(self.parameters())
@@ -84,7 +88,7 @@ class VisionTower(nn.Module):
 
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
-    """A feature map [B, C, h, w] as [B, C, grid, grid]; as it is where no grid is given."""
+    """Pools a feature map [B, C, h, w] to [B, C, grid, grid]; unchanged where `grid` is None."""
     return (
         features
         if grid is None or features.shape[-2:] == (grid, grid)
@@ -93,7 +97,7 @@ def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
 
 
 def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Pixels [B, 3, S, S] of 0 to 255 as [B, 3, size, size], bicubic."""
+    """Resizes pixels [B, 3, S, S] of 0 to 255 to [B, 3, size, size], bicubic."""
     if pixels.shape[-1] == size:
         return pixels
     return (

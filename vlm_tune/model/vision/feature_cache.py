@@ -1,7 +1,8 @@
-"""Features of a frozen tower, computed once and kept in a memory-mapped file.
+"""Cache of a frozen tower's features, computed once and stored in a memory-mapped file.
 
-The file's name is a key (the tower's weights, its preprocessing, the images' bytes and places of tiles in them) and the
-checksum of its content, so that a file is whole or not there, and what is read back is what was computed.
+The file's name has a key (of the tower's weights, its preprocessing, the images' bytes and the
+places of tiles in them) and the checksum of its content. So a file is either complete or absent,
+and the features read are those that were computed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ BATCH = 64
 
 
 class FeatureStore:
-    """Features [N, D] of images by their media item, from a memory-mapped cache."""
+    """Lookup of features by media item, in a memory-mapped cache."""
 
     def __init__(self, array: torch.Tensor, rows: dict[Media, int]) -> None:
         self._array = array
         self._rows = rows
 
     def __call__(self, media: Media) -> torch.Tensor:
-        """float[N, D]."""
+        """The features float[N, D] of an item."""
         return self._array[self._rows[media]]
 
 
@@ -45,15 +46,27 @@ def tower_features(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> FeatureStore:
-    """Features of all media and their tiles by the model's tower in eval mode, computed in the tower's dtype where not cached.
+    """Features of all media and their tiles, from the cache or computed.
 
-    `note` is told where a cached file was damaged. Raises `DataError` for an image that can't be decoded, `RecipeError`
-    for a cache that can't be written or has no room.
+    They are computed in eval mode, in the tower's dtype.
+
+    Args:
+        model: the model whose tower and preprocessing are used.
+        media: the images; repeated ones are computed once.
+        progress: called with the number of images computed and their total.
+        note: called with a message if a cached file was damaged.
+
+    Raises:
+        DataError: an image can't be decoded.
+        RecipeError: the cache can't be written or has no room.
     """
     tower = model.tower
     processor = model.processor.images
     key = hashlib.sha256(
-        f"{fingerprint(tower)}:{model.config.model.tower}:{processor}:{model.config.tower_rebuild}".encode()
+        (
+            f"{fingerprint(tower)}:{model.config.model.tower}:{processor}"
+            f":{model.config.tower_rebuild}"
+        ).encode()
     )
     media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
     digests = _digests(media)
@@ -70,7 +83,7 @@ def tower_features(
             model, [first[digest] for digest in sorted(distinct)], folder, name, progress
         )
         trim_cache(folder, path)
-    with contextlib.suppress(OSError):  # the cache may be another's, to read only
+    with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(path)
     raw = torch.from_numpy(np.load(path, mmap_mode="c"))
     dtype = next(tower.parameters()).dtype
@@ -78,7 +91,7 @@ def tower_features(
 
 
 def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path | None:
-    """The intact file of a key; those that are damaged are removed."""
+    """The intact file of a key, or None; damaged files are removed."""
     for path in sorted(folder.glob(f"{name}-*.npy")):
         with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
             if path.stem == f"{name}-{file_checksum(path)}":
@@ -91,7 +104,7 @@ def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path
 
 
 def _digests(media: Sequence[Media]) -> list[str]:
-    """What each item is known by: its image's bytes, read once, and the place of a tile in it."""
+    """A digest of each item: of its image's bytes, read once, and of a tile's place in it."""
     whole = {
         source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest()
         for source in dict.fromkeys(item.source for item in media)
@@ -106,13 +119,16 @@ def _compute(
     name: str,
     progress: Callable[[int, int], None] | None,
 ) -> Path:
-    """Writes the features of `media` as one array [images, N, D]; the file, named by its checksum."""
+    """Writes the features of `media` as one array [images, N, D].
+
+    Returns the file, which is named by its checksum.
+    """
     check_cache(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tower = model.tower
     tokens, width = tower.measure()
     dtype = next(tower.parameters()).dtype
-    # numpy has no bfloat16: its bits are kept as int16.
+    # numpy has no bfloat16: its bits are stored as int16.
     stored = (
         np.int16
         if dtype == torch.bfloat16
@@ -133,9 +149,8 @@ def _compute(
             pixels = torch.stack(
                 [model.processor.images(item) for item in media[start : start + BATCH]]
             )
-            with torch.autocast(
-                model.device.type, enabled=False
-            ):  # the same features wherever they are asked for
+            # Without autocast: the same features whatever the caller's context.
+            with torch.autocast(model.device.type, enabled=False):
                 features = tower(pixels.to(model.device)).cpu()
             bits = features.view(torch.int16) if dtype == torch.bfloat16 else features
             array[start : start + len(pixels)] = bits.numpy()
@@ -151,12 +166,12 @@ def _compute(
 
 
 def _reserve(path: Path) -> None:
-    """Takes a file's room on the disk now: writing to a mapped file on a full disk kills the process."""
+    """Allocates a file's disk space: writing to a mapped file on a full disk kills the process."""
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
-                # Some network file systems can't promise room.
+                # Some network file systems can't reserve space.
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise

@@ -11,7 +11,7 @@ from torch import nn
 from vlm_tune.config.model import OpenClipTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import hub_answers, is_path, load_reason
-from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, Found, VisionTower
+from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, FeatureMaps, VisionTower
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import quoted, reason_of
@@ -49,13 +49,14 @@ class OpenClipVision(VisionTower):
         self._trim(config.layer)
 
     def _trim(self, layer: int) -> None:
-        """Removes what the features don't need: later blocks, the final norm, pooling and projection."""
+        """Removes modules after the features: later blocks, the final norm, pooling, projection."""
         visual = self.visual
         if hasattr(visual, "trunk"):
             trunk = visual.trunk
             if not hasattr(trunk, "prune_intermediate_layers"):
                 raise ModelError(
-                    f"model.tower.layer: timm's {type(trunk).__name__}, which this tower is, gives no intermediate features"
+                    f"model.tower.layer: timm's {type(trunk).__name__}, which this tower is, "
+                    "gives no intermediate features"
                 )
             try:
                 trunk.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
@@ -67,7 +68,8 @@ class OpenClipVision(VisionTower):
             blocks = visual.transformer.resblocks
             if -layer > len(blocks):
                 raise ModelError(
-                    f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}"
+                    f"model.tower.layer: the tower has {len(blocks)} blocks, "
+                    f"there is no layer {layer}"
                 )
             visual.transformer.resblocks = blocks[: len(blocks) + layer + 1]
             visual.ln_post = nn.Identity()
@@ -78,26 +80,28 @@ class OpenClipVision(VisionTower):
         else:
             if layer != -1:
                 raise ModelError(
-                    "model.tower.layer: a ModifiedResNet tower gives its last feature map only, layer -1"
+                    "model.tower.layer: a ModifiedResNet tower gives its last feature map only, "
+                    "layer -1"
                 )
             visual.attnpool = nn.Identity()
             has_class = False
         if self.class_token and not has_class:
             raise ModelError("model.tower.class_token: this tower has none")
 
-    def maps(self, pixels: torch.Tensor) -> Found:
-        found = self.visual.forward_intermediates(
+    def maps(self, pixels: torch.Tensor) -> FeatureMaps:
+        outputs = self.visual.forward_intermediates(
             pixels, indices=1, intermediates_only=True, output_extra_tokens=self.class_token
         )
-        return found["image_intermediates"], found["image_intermediates_prefix"][0][
+        return outputs["image_intermediates"], outputs["image_intermediates_prefix"][0][
             :, :1
         ] if self.class_token else None
 
 
 def open_clip_config(name: str) -> dict[str, Any]:
-    """What `build_tower` needs to make open_clip's model of a name without its weights. Raises `ModelError` if unknown.
+    """The description from which `build_tower` makes an open_clip model without its weights.
 
-    A name is one of open_clip's list, or where a model is kept: hf-hub:owner/name or local-dir:folder.
+    `name` is one of open_clip's list, or a model's location: hf-hub:owner/name or local-dir:folder.
+    Raises `ModelError` if it is unknown.
     """
     import open_clip
 
@@ -111,7 +115,8 @@ def open_clip_config(name: str) -> dict[str, Any]:
         ) from None
     if known is None:
         raise ModelError(
-            f"model.tower.name: open_clip has no model {quoted(name)} (open_clip.list_models() lists them)"
+            f"model.tower.name: open_clip has no model {quoted(name)} "
+            "(open_clip.list_models() lists them)"
         )
     return {
         "vision_cfg": known["vision_cfg"],
@@ -122,7 +127,10 @@ def open_clip_config(name: str) -> dict[str, Any]:
 
 
 def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
-    """A vision tower with random weights; open_clip builds towers in pairs, so the text side is made minimal."""
+    """An open_clip vision tower with random weights.
+
+    open_clip builds a vision and a text tower together, so the text tower is made minimal.
+    """
     import open_clip
 
     vision = {**source["vision_cfg"], "timm_model_pretrained": False}
@@ -143,7 +151,7 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
 
 
 def _pretrained_open_clip(config: OpenClipTower) -> Any:
-    """open_clip's model of a name, with the weights of its tag or file."""
+    """The open_clip model of a name, with the weights of its tag or file."""
     import open_clip
 
     if str(config.name).startswith("local-dir:"):

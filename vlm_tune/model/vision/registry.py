@@ -1,4 +1,4 @@
-"""The towers by their kind in a recipe, and what they are built from."""
+"""The vision towers by their kind in a recipe."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import nn
 
 from vlm_tune.config.model import AnyTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.vision.base import Found, VisionTower, pool, resized
+from vlm_tune.model.vision.base import FeatureMaps, VisionTower, pool, resized
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision, open_clip_config
 from vlm_tune.model.vision.timm_tower import TimmVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision, transformers_config
 
 
 class PairVision(VisionTower):
-    """Two towers side by side, each with its own size and normalisation; features of equal grids joined by channel."""
+    """Two towers side by side, each with its own image size and normalisation.
+
+    Their features are pooled to one grid and concatenated by channel.
+    """
 
     def __init__(self, config: PairTower, rebuild: dict[str, Any] | None) -> None:
         sources = rebuild["towers"] if rebuild else [None, None]
@@ -26,7 +29,8 @@ class PairVision(VisionTower):
         odd = [part.resize for part in config.towers if part.resize not in ("crop", config.resize)]
         if odd:
             raise ModelError(
-                f"two towers see one image: set model.tower.resize: {odd[0]} for the pair, not for one of them"
+                f"two towers see one image: set model.tower.resize: {odd[0]} for the pair, "
+                "not for one of them"
             )
         if len({getattr(part, "class_token", False) for part in config.towers}) > 1:
             raise ModelError(
@@ -41,8 +45,11 @@ class PairVision(VisionTower):
         self.towers = nn.ModuleList(towers)
         self.rebuild = {"towers": [tower.rebuild for tower in towers]}
 
-    def found(self, pixels: torch.Tensor) -> Found:
-        every = [tower.found(resized(pixels, tower.image_size)) for tower in self.towers]  # type: ignore[operator, arg-type]
+    def pooled_maps(self, pixels: torch.Tensor) -> FeatureMaps:
+        every = [
+            tower.pooled_maps(resized(pixels, tower.image_size))  # type: ignore[operator, arg-type]
+            for tower in self.towers
+        ]
         grid = self.grid or min(one.shape[-1] for maps, _ in every for one in maps)
         first = [token for _, token in every if token is not None]
         return [pool(one, grid) for maps, _ in every for one in maps], torch.cat(
@@ -51,9 +58,10 @@ class PairVision(VisionTower):
 
 
 def architecture(config: AnyTower) -> dict[str, Any] | None:
-    """What `build_tower` needs to make a recipe's tower without its weights; None where that is the recipe itself.
+    """The description from which `build_tower` makes a recipe's tower without its weights.
 
-    Raises `ModelError` for unknown names.
+    It is None where the recipe itself describes the architecture. Raises `ModelError` for unknown
+    names.
     """
     if isinstance(config, PairTower):
         return {"towers": [architecture(part) for part in config.towers]}
@@ -73,10 +81,11 @@ TOWERS: dict[str, type[VisionTower]] = {
 
 
 def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
-    """The recipe's tower with its weights, or with `rebuild` the same architecture with random ones.
+    """Builds a recipe's tower with its weights, or from `rebuild` with random weights.
 
     Raises `ModelError` for an unknown name, layer or architecture.
     """
     kind: Any = TOWERS[config.kind]
-    # Convolutions are several times faster with channels last, on CPUs and GPUs; transformers don't mind.
+    # Convolutions are several times faster with channels last, on CPUs and GPUs; transformers are
+    # unaffected.
     return kind(config, rebuild).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Feature maps of timm backbones as a tower."""
+"""Vision towers from the feature maps of timm backbones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from vlm_tune.config.model import TimmTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.hub import hub_answers
-from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, Found, VisionTower
+from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, FeatureMaps, VisionTower
 from vlm_tune.model.weights import load_into, read_safetensors
 
 
@@ -21,12 +21,15 @@ class TimmVision(VisionTower):
     def __init__(self, config: TimmTower, rebuild: dict[str, Any] | None) -> None:
         import timm
 
-        own = config.pretrained is True and not rebuild
-        if own:
+        use_hub = config.pretrained is True and not rebuild
+        if use_hub:
             hub_answers()
         try:
             trunk: Any = timm.create_model(
-                config.name, pretrained=own, features_only=True, out_indices=tuple(config.stages)
+                config.name,
+                pretrained=use_hub,
+                features_only=True,
+                out_indices=tuple(config.stages),
             )
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ModelError(
@@ -41,45 +44,51 @@ class TimmVision(VisionTower):
         self.rebuild = {"timm": config.name}
         self.trunk = trunk
         self.class_token = config.class_token
-        # A transformer comes wrapped, with its blocks unchanged; a convolutional backbone as a list of its stages.
+        # timm wraps a transformer, with its blocks unchanged; a convolutional backbone becomes a
+        # list of its stages.
         self.whole = getattr(trunk, "model", None)
         if known and known.fixed_input_size and self.image_size != usual:
             if not hasattr(self.whole, "set_input_size"):
                 raise ModelError(
-                    f"timm's {config.name} takes images of {usual} pixels only; leave out model.tower.image_size"
+                    f"timm's {config.name} takes images of {usual} pixels only; "
+                    "leave out model.tower.image_size"
                 )
             self.whole.set_input_size(img_size=self.image_size)  # type: ignore[union-attr]
         if config.class_token and getattr(self.whole, "cls_token", None) is None:
             raise ModelError(f"model.tower.class_token: timm's {config.name} has none")
 
-    def maps(self, pixels: torch.Tensor) -> Found:
+    def maps(self, pixels: torch.Tensor) -> FeatureMaps:
         if self.class_token:
-            found = self.whole.forward_intermediates(  # type: ignore[union-attr]
+            outputs = self.whole.forward_intermediates(  # type: ignore[union-attr]
                 pixels,
                 indices=self.trunk.out_indices,
                 intermediates_only=True,
                 return_prefix_tokens=True,
             )
-            return [one for one, _ in found], torch.cat(
-                [prefix[:, :1] for _, prefix in found], dim=2
+            return [one for one, _ in outputs], torch.cat(
+                [prefix[:, :1] for _, prefix in outputs], dim=2
             )
-        found = self.trunk(pixels)
+        outputs = self.trunk(pixels)
         if str(getattr(self.trunk, "output_fmt", "NCHW")).endswith("NHWC"):
-            found = [one.permute(0, 3, 1, 2) for one in found]
-        return found, None
+            outputs = [one.permute(0, 3, 1, 2) for one in outputs]
+        return outputs, None
 
 
 def _load_backbone(trunk: nn.Module, file: Path) -> None:
-    """Loads a timm checkpoint into a backbone of feature maps. Raises `ModelError` if any of its tensors is missing."""
+    """Loads a timm checkpoint into a feature backbone.
+
+    Raises `ModelError` if any tensor of the backbone is missing.
+    """
 
     def plain(name: str) -> str:
-        # timm renames modules where it wraps a model: stages.0 becomes stages_0, blocks becomes model.blocks.
+        # timm renames modules when it wraps a model: stages.0 becomes stages_0, blocks becomes
+        # model.blocks.
         return name.removeprefix("model.").replace(".", "_")
 
-    given = {plain(name): value for name, value in read_safetensors(file).items()}
-    # A backbone has no classifier: its file may hold more, but nothing that the backbone needs may be missing.
+    weights = {plain(name): value for name, value in read_safetensors(file).items()}
+    # A backbone has no classifier: its file may hold more tensors than the backbone, but not fewer.
     load_into(
         trunk,
-        {name: given[plain(name)] for name in trunk.state_dict() if plain(name) in given},
+        {name: weights[plain(name)] for name in trunk.state_dict() if plain(name) in weights},
         file,
     )

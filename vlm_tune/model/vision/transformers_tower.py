@@ -18,7 +18,7 @@ from vlm_tune.model.vision.base import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Found,
+    FeatureMaps,
     VisionTower,
 )
 from vlm_tune.model.weights import check_folder, load_into
@@ -30,9 +30,10 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Family:
-    """A family of vision models in transformers: its classes, where its blocks and last norm are, and its pixels' scale.
+    """A family of vision models in transformers.
 
-    `mean` and `std` hold for checkpoints that bring no `preprocessor_config.json`.
+    It has the names of the classes, of the blocks and of the last norm, and the normalisation of
+    pixels. `mean` and `std` are for checkpoints without `preprocessor_config.json`.
     """
 
     config: str
@@ -96,11 +97,11 @@ FAMILIES = {
         IMAGENET_STD,
     ),
 }
-"""By transformers' model_type."""
+"""Families by transformers' model_type."""
 
 
 class TransformersVision(VisionTower):
-    """A vision model of transformers, of one of FAMILIES: the hidden state of a layer."""
+    """A vision model of transformers, of one of FAMILIES; features are a layer's hidden states."""
 
     def __init__(self, config: TransformersTower, rebuild: dict[str, Any] | None) -> None:
         import transformers
@@ -127,7 +128,8 @@ class TransformersVision(VisionTower):
         blocks = getattr(model.encoder, family.blocks)
         if -config.layer > len(blocks):
             raise ModelError(
-                f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {config.layer}"
+                f"model.tower.layer: the tower has {len(blocks)} blocks, "
+                f"there is no layer {config.layer}"
             )
         setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
@@ -141,24 +143,26 @@ class TransformersVision(VisionTower):
             patch = vision["patch_size"]
             near = max(self.side, 1)
             raise ModelError(
-                f"model.tower.image_size: {self.image_size} is no multiple of the tower's patches of {patch} pixels; "
-                f"{near * patch} or {(near + 1) * patch} is"
+                f"model.tower.image_size: {self.image_size} is no multiple of "
+                f"the tower's patches of {patch} pixels; {near * patch} or {(near + 1) * patch} is"
             )
         resized = family.asks_to_interpolate and self.image_size != vision["image_size"]
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 
-    def maps(self, pixels: torch.Tensor) -> Found:
+    def maps(self, pixels: torch.Tensor) -> FeatureMaps:
         hidden = self.norm(self.model(pixel_values=pixels, **self.options).last_hidden_state)
-        patches = hidden[
-            :, hidden.shape[1] - self.side**2 :
-        ]  # class token and registers come first
+        # The class token and registers come first.
+        patches = hidden[:, hidden.shape[1] - self.side**2 :]
         return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[
             :, :1
         ] if self.class_token else None
 
 
 def _drop_unused(model: Any) -> None:
-    """Removes parameters that no feature depends on: a trained tower's processes would wait for their gradients."""
+    """Removes parameters on which no feature depends.
+
+    In distributed training of the tower, ranks would wait for their gradients.
+    """
     if hasattr(model, "use_head"):
         model.use_head = False
         if hasattr(model, "head"):
@@ -168,9 +172,10 @@ def _drop_unused(model: Any) -> None:
 
 
 def transformers_config(name: str) -> dict[str, Any]:
-    """What `build_tower` needs to make transformers' vision model of a hub name or folder without its weights.
+    """The description from which `build_tower` makes a transformers model without its weights.
 
-    Raises `ModelError` if there is none, or none of a known family.
+    `name` is a Hub name or a folder. Raises `ModelError` if it has no vision model of a known
+    family.
     """
     from transformers import AutoConfig
     from transformers.image_processing_base import ImageProcessingMixin
@@ -186,7 +191,8 @@ def transformers_config(name: str) -> dict[str, Any]:
     family = FAMILIES.get(vision.model_type)
     if family is None:
         raise ModelError(
-            f"the tower {quoted(name)} is of type {vision.model_type}; known are {', '.join(FAMILIES)}"
+            f"the tower {quoted(name)} is of type {vision.model_type}; "
+            f"known are {', '.join(FAMILIES)}"
         )
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(config_source(name))
@@ -200,18 +206,22 @@ def transformers_config(name: str) -> dict[str, Any]:
 
 
 def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:
-    """transformers' vision model of a hub name or folder, or of a vision-language model's, with all of its weights."""
+    """The vision model of a Hub name or folder, or of a vision-language model, with its weights.
+
+    Raises `ModelError` if a weight is missing or has another shape.
+    """
     import transformers
 
     name = config.name
     vlm = find_vlm(config.weights or config.name)
     if vlm is not None:
-        found = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
-        load_into(found, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
-        return found
+        tower = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+        load_into(tower, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
+        return tower
     if config.weights is not None:
         raise ModelError(
-            f"model.tower.weights: {quoted(config.weights)} is no vision-language model of a known kind (LLaVA-1.5, BLIP-2)"
+            f"model.tower.weights: {quoted(config.weights)} is no vision-language model "
+            "of a known kind (LLaVA-1.5, BLIP-2)"
         )
     if is_folder(name):
         check_folder(Path(name))
@@ -224,10 +234,12 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
         raise ModelError(
             f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}"
         ) from None
-    # A whole CLIP model holds more than its vision part, but nothing of that may be missing or of another shape.
+    # A whole CLIP model holds more than its vision part, but no weight of that part may be missing
+    # or have another shape.
     unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if unfit:
         raise ModelError(
-            f"the weights in {quoted(name)} do not fit the tower; missing or misshapen: {', '.join(unfit[:8])}"
+            f"the weights in {quoted(name)} do not fit the tower; "
+            f"missing or misshapen: {', '.join(unfit[:8])}"
         )
     return model
