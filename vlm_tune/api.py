@@ -23,7 +23,7 @@ from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
 from vlm_tune.exporting.merge import MergeReport
 from vlm_tune.exporting.merge import merge as merge_folder
-from vlm_tune.model.base_weights import BaseArgument, base_choice
+from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features

@@ -27,7 +27,7 @@ from vlm_tune.exporting.source import (
     text_config,
     whole_model,
 )
-from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageModel

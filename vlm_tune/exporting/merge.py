@@ -18,7 +18,7 @@ from vlm_tune.data.prepare.run import conversations, read_part
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
+from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter

@@ -25,7 +25,8 @@ from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
-from vlm_tune.model.base_weights import Base, llm_base, tower_base
+from vlm_tune.model.base_places import Base
+from vlm_tune.model.base_weights import llm_base, tower_base
 from vlm_tune.model.build_checks import check_memory
 from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector

@@ -32,19 +32,18 @@ from torch import nn
 from vlm_tune.compat import without_harmless_warnings
 from vlm_tune.errors import ModelError
 from vlm_tune.kernels.cpu.native import kernel_status
-from vlm_tune.model.base_weights import (
+from vlm_tune.model.base_places import (
     AS_SAVED,
     NOTES,
     BaseChoice,
     BaseNotes,
-    check_same,
-    llm_base,
     moved,
     places_of,
     read_notes,
-    tower_base,
 )
+from vlm_tune.model.base_weights import check_same, llm_base, tower_base
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
+from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
 from vlm_tune.model.lora import (
     PISSA,
@@ -57,7 +56,6 @@ from vlm_tune.model.lora import (
     plain_config,
 )
 from vlm_tune.model.pretrained.connector_weights import load_words
-from vlm_tune.model.pretrained.hub import read_json
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel

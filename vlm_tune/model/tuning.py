@@ -15,7 +15,8 @@ from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.virtual_tokens import KINDS, new_prompt
+from vlm_tune.model.language.new_prompt import new_prompt
+from vlm_tune.model.language.virtual_tokens import KINDS
 from vlm_tune.model.layer_index import block_names, columns, depths
 from vlm_tune.model.lora import (
     PISSA,

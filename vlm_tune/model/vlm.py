@@ -24,7 +24,7 @@ from vlm_tune.data.chat.requests import request_conversation
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example
 from vlm_tune.errors import ArgumentError, DataError, ModelError
-from vlm_tune.model.base_weights import Base, BaseArgument, base_choice
+from vlm_tune.model.base_places import Base, BaseArgument, base_choice
 from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.language.base import LanguageModel, TokenLoss

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_tune.config.model import OpenClipTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.pretrained.hub import hub_answers, is_path, load_reason
+from vlm_tune.model.hub import hub_answers, is_path, load_reason
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, Found, VisionTower
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_file, shown_path
