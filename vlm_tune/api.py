@@ -27,7 +27,7 @@ from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
@@ -157,7 +157,7 @@ def evaluate(
 
 
 def evaluate_model(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     recipe: Recipe,
     *,
     split: Literal["validation", "test"] = "test",
@@ -171,7 +171,7 @@ def evaluate_model(
 
 
 def _score_rows(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     settings: EvaluateSection,
     *,

@@ -22,7 +22,7 @@ from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.acceleration.mlp import GatedModule
 from vlm_tune.model.tuning import count_of, is_linear
-from vlm_tune.model.vlm import Alignment, VisionLanguageModel
+from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")
@@ -30,7 +30,7 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 
 
 def traced(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     stage: Recipe,
     batch: Batch,
     features: tuple[int, int] | None,
@@ -121,7 +121,7 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
 
 
 @contextmanager
-def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
+def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
     """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
     products = np.zeros(len(ROWS))
     seen = set()

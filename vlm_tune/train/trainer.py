@@ -30,7 +30,7 @@ from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
@@ -74,7 +74,7 @@ class StageLoop:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: VisionLanguageNetwork,
         recipe: Recipe,
         tuned: Tuned,
         data: StageData,

@@ -125,14 +125,14 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
     """A vision tower with random weights; open_clip builds towers in pairs, so the text side is made minimal."""
     import open_clip
 
-    vision = {**source["vision_cfg"], "timm_model_pretrained": False}
+    vision: Any = {**source["vision_cfg"], "timm_model_pretrained": False}
     if image_size is not None:
         vision["image_size"] = image_size
-    text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
+    text: Any = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     try:
         visual: Any = open_clip.CLIP(
             embed_dim=64, vision_cfg=vision, text_cfg=text, quick_gelu=source["quick_gelu"]
-        ).visual  # type: ignore[arg-type]
+        ).visual
         if image_size is not None and hasattr(visual, "set_input_size"):
             visual.set_input_size(image_size)
         return visual
