@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from vlm_tune.api import evaluate, export, merge, predict, sft, verify_run
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
+    from vlm_tune.generation.chat import VisionLanguageModel
     from vlm_tune.memory_plan.plan import plan
-    from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+    from vlm_tune.model.vlm import VisionLanguageConfig
 
 _HOMES = {
-    "VisionLanguageModel": "vlm_tune.model.vlm",
+    "VisionLanguageModel": "vlm_tune.generation.chat",
     "VisionLanguageConfig": "vlm_tune.model.vlm",
     "load_recipe": "vlm_tune.config.load",
     "sft": "vlm_tune.api",

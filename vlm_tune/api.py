@@ -23,11 +23,11 @@ from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
 from vlm_tune.exporting.merge import MergeReport
 from vlm_tune.exporting.merge import merge as merge_folder
-from vlm_tune.model.base_weights import BaseArgument, base_choice
+from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
@@ -194,7 +194,7 @@ def evaluate(
 
 
 def evaluate_model(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     recipe: Recipe,
     *,
     split: Literal["validation", "test"] = "test",
@@ -208,7 +208,7 @@ def evaluate_model(
 
 
 def _score_rows(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     settings: EvaluateSection,
     *,

@@ -20,9 +20,9 @@ from vlm_tune.data.images.decode import FORMATS, ImageProcessor, decode_image, i
 from vlm_tune.data.prepare.duplicates import inspect_image, look_alikes
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

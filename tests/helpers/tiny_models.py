@@ -37,11 +37,11 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.tuning import Tuned, apply_rules
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.precision import DTYPES
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress
@@ -157,7 +157,7 @@ def png(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (32
 
 def built(recipe: Recipe) -> VisionLanguageModel:
     """The recipe's model before training."""
-    return build(recipe, rows_of(recipe))
+    return build(recipe, rows_of(recipe), model_class=VisionLanguageModel)
 
 
 def tuned_by(model: VisionLanguageModel, recipe: Recipe) -> Tuned:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.helpers.tiny_models import CLIP, LLAMA, T5, batch_of
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
-from vlm_tune.model.vlm import VisionLanguageModel
 
 QUERIES = 4
 QFORMER = {

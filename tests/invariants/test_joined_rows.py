@@ -29,6 +29,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
+from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.language import causal
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding
@@ -246,17 +247,20 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
 
     CausalLLM.continue_branches = note  # type: ignore[method-assign]
     try:
-        together = model.answers(prompts, decoding, fetch=fetch, batch_size=7)
+        together = answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=7)
     finally:
         CausalLLM.continue_branches = plain  # type: ignore[method-assign]
     assert sum(calls) == 4  # a row an image
-    assert together == [model.answers([prompt], decoding, fetch=fetch)[0] for prompt in prompts]
+    assert together == [
+        answer_prompts(model, [prompt], decoding, fetch=fetch)[0] for prompt in prompts
+    ]
     assert len(set(together)) > 4
     for share in (0.0, 2.0):  # no branch that has ended is let go, or each as soon as it can be
         monkeypatch.setattr(causal, "SPARED", share)
-        assert model.answers(prompts, decoding, fetch=fetch, batch_size=7) == together
+        assert answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=7) == together
     reached: list[tuple[int, int]] = []
-    beams = model.answers(
+    beams = answer_prompts(
+        model,
         prompts,
         Decoding(12, num_beams=2),
         fetch=fetch,

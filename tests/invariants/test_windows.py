@@ -27,6 +27,7 @@ from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ModelError
+from vlm_tune.generation.answering import answer_prompts, prompt_rows
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding
 
@@ -152,9 +153,11 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
         Decoding(20),
         model.processor.images,
     )
-    assert all(tree.row.ends is not None for tree in model._trees(prompts, decoding))
-    together = model.answers(prompts, decoding, fetch=fetch, batch_size=5)
-    assert together == [model.answers([prompt], decoding, fetch=fetch)[0] for prompt in prompts]
+    assert all(tree.row.ends is not None for tree in prompt_rows(model, prompts, decoding))
+    together = answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=5)
+    assert together == [
+        answer_prompts(model, [prompt], decoding, fetch=fetch)[0] for prompt in prompts
+    ]
     assert len(set(together)) > 2
 
 
@@ -180,5 +183,5 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
         ):
             model(batch_of(model, together))
         prompts, fetch = model.processor.prompts(rows_of(recipe)), model.processor.images
-        assert all(tree.row.ends is None for tree in model._trees(prompts, Decoding(4)))
-        assert len(model.answers(prompts, Decoding(4), fetch=fetch)) == len(prompts)
+        assert all(tree.row.ends is None for tree in prompt_rows(model, prompts, Decoding(4)))
+        assert len(answer_prompts(model, prompts, Decoding(4), fetch=fetch)) == len(prompts)

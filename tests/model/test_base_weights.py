@@ -33,9 +33,9 @@ from vlm_tune.cli import app
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import observe
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model
-from vlm_tune.model.vlm import VisionLanguageModel
 
 Tiny = Callable[..., str]
 CHANGED = "model.layers.1.mlp.up_proj.weight"

@@ -22,8 +22,9 @@ from tests.helpers.tiny_models import (
     with_tower,
 )
 from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.generation.answering import generate
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageModel
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_greedy_text_equals_llava(pair: tuple[VisionLanguageModel, Any, list[Any
     for example in examples:
         batch = batch_of(ours, [example])
         assert batch.pixels is not None
-        ids = ours.generate(batch, Decoding(6))[0]
+        ids = generate(ours, batch, Decoding(6))[0]
         expected = theirs.generate(
             input_ids=batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id),
             pixel_values=batch.pixels.float() * ours.tower.scale - ours.tower.offset,

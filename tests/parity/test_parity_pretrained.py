@@ -24,9 +24,10 @@ from tests.helpers.vlm_samples import (
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
+from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
-from vlm_tune.model.vlm import VisionLanguageModel
 
 Tiny = Callable[..., str]
 SYSTEM = (
@@ -128,8 +129,8 @@ def same_as_llava(
         ].tolist()
         stops = model.processor.stop_ids
         expected = said[: next((n for n, token in enumerate(said) if token in stops), len(said))]
-        answer = model.answers(
-            [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
+        answer = answer_prompts(
+            model, [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
         )
         assert answer == [model.processor.decode(expected)]
         assert len(example.media) == 1
@@ -243,8 +244,8 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
                 (n for n, token in enumerate(said) if token in model.processor.stop_ids), len(said)
             )
         ]
-        answer = model.answers(
-            [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
+        answer = answer_prompts(
+            model, [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
         )
         assert answer == [model.processor.decode(expected)]
         outputs.append(logits)

@@ -155,7 +155,7 @@ def chat(
     check_dtype(dtype)
     use_device(device)
     quiet_libraries()
-    from vlm_tune.model.vlm import VisionLanguageModel
+    from vlm_tune.generation.chat import VisionLanguageModel
 
     vlm = VisionLanguageModel.from_pretrained(
         model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base

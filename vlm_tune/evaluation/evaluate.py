@@ -12,13 +12,14 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import Answer, Losses, Scores, normalise, scores
+from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 
 
 def score(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
     *,
     decoding: Decoding,
@@ -52,8 +53,14 @@ def score(
     fetch = features or PixelCache(processor.images)
     cached = features is not None
     with reading(model.llm, compile, len(prompts)):
-        generated = model.answers(
-            prompts, decoding, fetch=fetch, cached=cached, batch_size=batch_size, progress=progress
+        generated = answer_prompts(
+            model,
+            prompts,
+            decoding,
+            fetch=fetch,
+            cached=cached,
+            batch_size=batch_size,
+            progress=progress,
         )
     losses: Losses = {}
     for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
@@ -87,7 +94,7 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
 
 @torch.inference_mode()
 def _loss(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
     batch_size: int,
     features: Fetch | None,

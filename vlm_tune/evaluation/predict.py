@@ -13,8 +13,9 @@ from vlm_tune.data.batching.collate import Fetch
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
+from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import writing
 
 BLOCK = 16
@@ -43,7 +44,7 @@ class Predictions:
 
 
 def write_answers(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     unanswered: set[tuple[str, int]],
     output: Path,
@@ -78,7 +79,8 @@ def write_answers(
         for start in range(0, len(rows), size):
             if progress:
                 progress(start, len(rows))
-            answers = model.answers(
+            answers = answer_prompts(
+                model,
                 prompts[start : start + size],
                 decoding,
                 fetch=fetch,

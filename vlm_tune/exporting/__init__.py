@@ -11,7 +11,7 @@ from vlm_tune.exporting.hf_llava import export_llava
 from vlm_tune.exporting.llava_layout import llava_reasons
 from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
-from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
+from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.build import planned_config
 from vlm_tune.precision import dtype_name
 from vlm_tune.quoting import quoted

@@ -27,10 +27,10 @@ from vlm_tune.exporting.source import (
     text_config,
     whole_model,
 )
-from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
@@ -83,7 +83,7 @@ def export_llava(
 
 
 def verify_llava(
-    folder: Path, model: VisionLanguageModel, expected: Expected, tolerance: float
+    folder: Path, model: VisionLanguageNetwork, expected: Expected, tolerance: float
 ) -> tuple[float, bool]:
     """How far an exported folder's logits are from the model's, and that its greedy text is the same.
 
@@ -120,7 +120,7 @@ def verify_llava(
 
 
 def _messages(
-    model: VisionLanguageModel, row: Conversation, *, prompt: bool = False
+    model: VisionLanguageNetwork, row: Conversation, *, prompt: bool = False
 ) -> list[dict[str, Any]]:
     """A conversation as transformers' processors take it; images are those the tower sees, already square."""
     from PIL import Image
@@ -138,7 +138,7 @@ def _messages(
 
 
 def _inputs(
-    processor: Any, model: VisionLanguageModel, messages: list[dict[str, Any]], *, prompt: bool
+    processor: Any, model: VisionLanguageNetwork, messages: list[dict[str, Any]], *, prompt: bool
 ) -> Any:
     return processor.apply_chat_template(
         messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
@@ -147,7 +147,7 @@ def _inputs(
 
 @torch.inference_mode()
 def _their_logits(
-    theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation
+    theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> torch.Tensor:
     """Logits [S, V] where the model's own example has labels; token ids must be its own."""
     image_token = theirs.config.image_token_id
@@ -169,7 +169,7 @@ def _their_logits(
 
 @torch.inference_mode()
 def _their_answer(
-    theirs: Any, processor: Any, model: VisionLanguageModel, row: Conversation
+    theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
     inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
@@ -178,7 +178,7 @@ def _their_answer(
     )
 
 
-def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) -> None:
+def _check_pixels(images: Any, model: VisionLanguageNetwork, row: Conversation) -> None:
     """Raises `ModelError` if a row's images, resized and normalised by the exported processor, are not what the tower sees."""
     for media in row.media:
         scale = model.tower.scale.cpu()
@@ -193,7 +193,7 @@ def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) ->
             )
 
 
-def model_card(path: Path, model: VisionLanguageModel, report: ExportReport) -> str:
+def model_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -> str:
     """The README of an exported folder: what it is made of, how to use it, its recipe and scores where they are known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"

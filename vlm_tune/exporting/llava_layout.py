@@ -18,7 +18,7 @@ from vlm_tune.model.language.logits import HeadRule
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import reason_of
 
 IMAGE_TOKEN = "<image>"
@@ -131,7 +131,7 @@ def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
 # --- the processor ---------------------------------------------------------------------------------------------------
 
 
-def llava_processor(model: VisionLanguageModel) -> Any:
+def llava_processor(model: VisionLanguageNetwork) -> Any:
     """A `LlavaProcessor` that gives the ids and pixels of the model's own processor; `<image>` is a token of its tokenizer."""
     from tokenizers import AddedToken
     from transformers import LlavaProcessor
@@ -175,7 +175,7 @@ def _strategy(tower: Any, has_class: bool) -> Literal["default", "full"]:
     return "default" if has_class and not tower.class_token else "full"
 
 
-def _image_processor(model: VisionLanguageModel) -> Any:
+def _image_processor(model: VisionLanguageNetwork) -> Any:
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
     size = model.tower.image_size
@@ -196,7 +196,7 @@ def _image_processor(model: VisionLanguageModel) -> Any:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def llava_model(model: VisionLanguageModel, image_token: int, dtype: torch.dtype) -> Any:
+def llava_model(model: VisionLanguageNetwork, image_token: int, dtype: torch.dtype) -> Any:
     """A `LlavaForConditionalGeneration` with the model's weights in `dtype`, not copied where they are in it already.
 
     Raises `ModelError` for weights that LLaVA has no place for.

@@ -18,11 +18,12 @@ from vlm_tune.data.prepare.run import conversations, read_part
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.model.base_weights import AS_SAVED, BaseChoice
+from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import check_writable, writing
 from vlm_tune.precision import DTYPES, dtype_name
@@ -132,7 +133,7 @@ def merged_model(
     dtype: str | None,
     tolerance: float | None = None,
     base: BaseChoice = AS_SAVED,
-) -> tuple[VisionLanguageModel, MergeReport]:
+) -> tuple[VisionLanguageNetwork, MergeReport]:
     """The model that `merge` writes, verified, and its report. Raises `ModelError` as `merge`."""
     source = find_model(path)
     config = read_config(source, base)
@@ -195,7 +196,7 @@ def _as_trained(path: Path, source: Path, base: BaseChoice) -> _AsTrained:
 
 
 def _validation(
-    path: Path, model: VisionLanguageModel
+    path: Path, model: VisionLanguageNetwork
 ) -> tuple[Recipe | None, list[Conversation], str | None]:
     """The recipe of a run's last stage and rows of its validation part, or why there are none."""
     file = _recipe_of(path)
@@ -213,7 +214,7 @@ def _validation(
     )
 
 
-def _accuracy(model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe) -> float:
+def _accuracy(model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe) -> float:
     settings = recipe.evaluate
     decoding = Decoding(settings.max_new_tokens, settings.num_beams)
     return score(
@@ -221,7 +222,7 @@ def _accuracy(model: VisionLanguageModel, rows: Sequence[Conversation], recipe: 
     ).accuracy
 
 
-def _compared(model: VisionLanguageModel, report: MergeReport, run: _AsTrained) -> MergeReport:
+def _compared(model: VisionLanguageNetwork, report: MergeReport, run: _AsTrained) -> MergeReport:
     """The report with how far the merged model is from the run as it was trained."""
     precision = DTYPES[report.dtype]
     cast_parameters(model, torch.float32)
@@ -258,7 +259,7 @@ class _Merging:
     text_may_differ: bool
     base: BaseChoice
 
-    def into(self, dtype: str, quantized: str | None) -> tuple[VisionLanguageModel, MergeReport]:
+    def into(self, dtype: str, quantized: str | None) -> tuple[VisionLanguageNetwork, MergeReport]:
         """The model merged in one precision, not yet written, and how far it is from adapter and base."""
         precision = DTYPES[dtype]
         model = load_model(self.source, dtype=precision, quantize=False, base=self.base)
@@ -327,7 +328,7 @@ def check_merge(report: MergeReport) -> None:
         )
 
 
-def _without_adapters(model: VisionLanguageModel, probes: Sequence[Conversation]) -> torch.Tensor:
+def _without_adapters(model: VisionLanguageNetwork, probes: Sequence[Conversation]) -> torch.Tensor:
     for tuner in model.adapters.values():
         tuner.disable_adapter_layers()
     logits, _ = observe(model, probes)
@@ -348,7 +349,7 @@ def _recipe_of(path: Path) -> Path | None:
     )
 
 
-def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
+def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
     """Rows to compare models by: of the run's own data where it can be read, else a blank image and a question.
 
     Raises `RecipeError` for a run whose recipe can't be read.
@@ -371,7 +372,7 @@ def probe_rows(path: Path, model: VisionLanguageModel) -> list[Conversation]:
     return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
 
 
-def plain_probe(model: VisionLanguageModel) -> Conversation:
+def plain_probe(model: VisionLanguageNetwork) -> Conversation:
     """A question about an image of one colour."""
     import io
 
@@ -387,7 +388,7 @@ def plain_probe(model: VisionLanguageModel) -> Conversation:
 
 @torch.inference_mode()
 def observe(
-    model: VisionLanguageModel, rows: Sequence[Conversation]
+    model: VisionLanguageNetwork, rows: Sequence[Conversation]
 ) -> tuple[torch.Tensor, list[str]]:
     """What a model does with rows: logits of their supervised tokens (fp32, flat), and its greedy answers."""
     model.eval()
@@ -399,11 +400,12 @@ def observe(
         )
         embeds: Any = model.embed(batch)
         found.append(model.llm.supervised_logits(embeds, batch).float().flatten())
-    texts = model.answers(model.processor.prompts(rows), Decoding(16), fetch=model.processor.images)
+    prompts = model.processor.prompts(rows)
+    texts = answer_prompts(model, prompts, Decoding(16), fetch=model.processor.images)
     return torch.cat(found), texts
 
 
-def model_card(model: VisionLanguageModel, report: MergeReport) -> str:
+def model_card(model: VisionLanguageNetwork, report: MergeReport) -> str:
     """The README of a merged folder."""
     section = model.config.model
     return f"""---
@@ -421,10 +423,10 @@ A vision-language model merged by vlm_tune {__version__}.
 {chr(10).join(f"- {line}" for line in merge_lines(report))}
 
 ```python
-from vlm_tune import VisionLanguageModel
+from vlm_tune import VisionLanguageNetwork
 
 folder = "{report.output}"
-vlm = VisionLanguageModel.from_pretrained(folder)
+vlm = VisionLanguageNetwork.from_pretrained(folder)
 print(vlm.chat("What does the image show?", images=["image.png"]))
 ```
 """

@@ -15,13 +15,13 @@ import torch
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import TOLERANCE, merged_model, observe, plain_probe, probe_rows
-from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, commit_folder, load_model
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.pretrained.language_model import llm_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.vision.registry import build_tower
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import writing
 from vlm_tune.precision import DTYPES
@@ -65,7 +65,7 @@ class Expected:
 
 def whole_model(
     path: Path, source: Path, output: Path, dtype: str | None, base: BaseChoice
-) -> tuple[VisionLanguageModel, list[str]]:
+) -> tuple[VisionLanguageNetwork, list[str]]:
     """The model in 16 bit or fp32 without adapters or quantised weights, and the parts whose adapter was merged."""
     if any((source / name).is_dir() for name in ADAPTERS.values()):
         model, report = merged_model(path, output, dtype, base=base)
@@ -159,7 +159,7 @@ def check_prompt(source: Path) -> None:
 # --- what it answers -------------------------------------------------------------------------------------------------
 
 
-def expected_of(path: Path, model: VisionLanguageModel) -> Expected:
+def expected_of(path: Path, model: VisionLanguageNetwork) -> Expected:
     """What the model does, weights as they are and computed in fp32."""
     cast_parameters(model, torch.float32)
     controls = model.processor.encoder.controls_in

@@ -35,7 +35,7 @@ from vlm_tune.memory_plan.step import ROWS, traced
 from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
 from vlm_tune.model.build import bare_model, trained_later
 from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
@@ -385,7 +385,7 @@ def _communication(
     )
 
 
-def _sizes(model: VisionLanguageModel) -> list[PartSize]:
+def _sizes(model: VisionLanguageNetwork) -> list[PartSize]:
     return [_part_size(part, module) for part, module in parts(model).items()]
 
 
@@ -408,7 +408,7 @@ def _weights(module: nn.Module) -> int:
     )
 
 
-def _held(model: VisionLanguageModel) -> Held:
+def _held(model: VisionLanguageNetwork) -> Held:
     """Bytes of frozen weights, trained ones, and adapters, and of the module with most weights of its own."""
     named = [
         (name, p.requires_grad, p.numel() * p.element_size())
@@ -426,7 +426,7 @@ def _held(model: VisionLanguageModel) -> Held:
     )
 
 
-def _attention_width(model: VisionLanguageModel) -> float:
+def _attention_width(model: VisionLanguageNetwork) -> float:
     """Layers x heads x head width of the LLM, as in 12 L h d_h A; of each stack, for an encoder-decoder."""
     config = model.llm.model.config.get_text_config()
     head = (

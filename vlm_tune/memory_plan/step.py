@@ -18,11 +18,11 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.heap import allocator, holes
 from vlm_tune.memory_plan.tracer import by_depth, to_fake, trace_step
 from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
-from vlm_tune.model.acceleration.interval_attention import attending, usable
+from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.acceleration.mlp import GatedModule
 from vlm_tune.model.tuning import count_of, is_linear
-from vlm_tune.model.vlm import Alignment, VisionLanguageModel
+from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")
@@ -30,7 +30,7 @@ ROWS = ("tokens", "label_tokens", "supervised", "images")
 
 
 def traced(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     stage: Recipe,
     batch: Batch,
     features: tuple[int, int] | None,
@@ -81,7 +81,9 @@ def traced(
             idle[0] = holes(trace, allocator(), accumulating=accumulating)
         return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
-    kernel = attending(model.llm) if not gpu and usable(model.llm) else nullcontext()
+    kernel = (
+        attending(model.llm.model) if not gpu and model.llm.supports_intervals else nullcontext()
+    )
     with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
         return by_depth(model.llm, measure), idle[0]
 
@@ -119,7 +121,7 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
 
 
 @contextmanager
-def _multiplied(model: VisionLanguageModel, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
+def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
     """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
     products = np.zeros(len(ROWS))
     seen = set()

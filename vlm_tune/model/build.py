@@ -25,7 +25,8 @@ from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
-from vlm_tune.model.base_weights import Base, llm_base, tower_base
+from vlm_tune.model.base_places import Base
+from vlm_tune.model.base_weights import llm_base, tower_base
 from vlm_tune.model.build_checks import check_memory
 from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
@@ -46,7 +47,7 @@ from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokeni
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import architecture, build_tower
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import load_into, read_safetensors
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
@@ -58,11 +59,15 @@ WORDS = "connector_tokenizer"
 
 
 def build(
-    recipe: Recipe, conversations: Iterable[Conversation], *, bare: bool = False
-) -> VisionLanguageModel:
-    """The recipe's model before training; `conversations` are what a scratch tokenizer is trained on.
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    *,
+    bare: bool = False,
+    model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
+) -> Network:
+    """The recipe's model before training, an instance of `model_class`.
 
-    A `bare` one has its language model on the meta device, for a process that is given its share of the weights by another.
+    `conversations` are what a scratch tokenizer is trained on. A `bare` one has its language model on the meta device, for a process that is given its share of the weights by another.
 
     Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
     """
@@ -87,8 +92,9 @@ def build(
         )
     changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
     words = load_words(section.connector, own / WORDS if own else None)
+    config = _config(recipe, section, tower)
     model = assemble(
-        _config(recipe, section, tower), tower, tokenizer, language, words, changed=changed
+        config, tower, tokenizer, language, words, changed=changed, model_class=model_class
     )
     if own:
         load_into(model.connector, read_safetensors(own / CONNECTOR), own / CONNECTOR)
@@ -98,7 +104,7 @@ def build(
     return model
 
 
-def bases_of(model: VisionLanguageModel, *, bare: bool = False) -> dict[str, Base]:
+def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, Base]:
     """The fingerprints of the parts whose weights are still those of their name; a `bare` model's LLM has none."""
     found = {}
     if "llm" not in model.changed and not bare:
@@ -205,7 +211,8 @@ def assemble(
     words: Any = None,
     *,
     changed: set[str],
-) -> VisionLanguageModel:
+    model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
+) -> Network:
     """A model from its parts, with a connector of random weights; `words` is the connector's own tokenizer, where it has one.
 
     Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for, and for a language model whose
@@ -231,7 +238,7 @@ def assemble(
     processor = _processor(
         config.model, tokenizer, template, tokens, tower, config.system, config.max_length
     )
-    model = VisionLanguageModel(config, tower, connector, llm, processor)
+    model = model_class(config, tower, connector, llm, processor)
     if getattr(language, "is_quantized", False) and config.llm.quantize:
         check_packed(model)
     model.changed = changed | ({"llm"} if config.llm.scratch else set())
@@ -250,7 +257,7 @@ def _connect_words(
     connector.reader = Reader(tokenizer, words, section.max_text)
 
 
-def check_packed(model: VisionLanguageModel) -> None:
+def check_packed(model: VisionLanguageNetwork) -> None:
     """Asserts that every linear layer of the LLM's blocks is packed as the recipe says, and nothing else is.
 
     Raises `ModelError` naming layers that are packed by mistake (tower, connector, head, embeddings) or were left out.
@@ -300,7 +307,7 @@ def _connected(
 
 def bare_model(
     recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None
-) -> tuple[VisionLanguageModel, tuple[int, int]]:
+) -> tuple[VisionLanguageNetwork, tuple[int, int]]:
     """The recipe's model on the meta device, and its tower's tokens an image and width.
 
     Of the weights only configs are read, and a tokenizer is not needed. The model's processor knows the layout and the
@@ -326,7 +333,7 @@ def bare_model(
         tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id
     )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
-    return VisionLanguageModel(
+    return VisionLanguageNetwork(
         _config(recipe, section, tower), tower, connector, llm, processor
     ), measured
 

@@ -32,19 +32,18 @@ from torch import nn
 from vlm_tune.compat import without_harmless_warnings
 from vlm_tune.errors import ModelError
 from vlm_tune.kernels.cpu.native import kernel_status
-from vlm_tune.model.base_weights import (
+from vlm_tune.model.base_places import (
     AS_SAVED,
     NOTES,
     BaseChoice,
     BaseNotes,
-    check_same,
-    llm_base,
     moved,
     places_of,
     read_notes,
-    tower_base,
 )
+from vlm_tune.model.base_weights import check_same, llm_base, tower_base
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
+from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
 from vlm_tune.model.lora import (
     PISSA,
@@ -57,10 +56,9 @@ from vlm_tune.model.lora import (
     plain_config,
 )
 from vlm_tune.model.pretrained.connector_weights import load_words
-from vlm_tune.model.pretrained.hub import read_json
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import (
     cast_parameters,
     load_into,
@@ -197,7 +195,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def save_model(
-    model: VisionLanguageModel, target: Path, extra: Callable[[Path], None] | None = None
+    model: VisionLanguageNetwork, target: Path, extra: Callable[[Path], None] | None = None
 ) -> None:
     """Writes a model folder; `extra` may add files before it is committed."""
 
@@ -209,7 +207,7 @@ def save_model(
     commit_folder(target, write)
 
 
-def write_model(model: VisionLanguageModel, folder: Path) -> None:
+def write_model(model: VisionLanguageNetwork, folder: Path) -> None:
     """The files of a model folder, without the manifest."""
     capture_model(model)(folder)
 
@@ -218,7 +216,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def capture_model(
-    model: VisionLanguageModel, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    model: VisionLanguageNetwork, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors
 ) -> Callable[[Path], None]:
     """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
 
@@ -274,7 +272,7 @@ def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict
     return {clean(name): value.contiguous() for name, value in whole_state(module, wanted).items()}
 
 
-def _adapter(model: VisionLanguageModel, part: str) -> dict[str, torch.Tensor]:
+def _adapter(model: VisionLanguageNetwork, part: str) -> dict[str, torch.Tensor]:
     return adapter_state(parts(model)[part])
 
 
@@ -335,7 +333,8 @@ def load_model(
     quantize: bool = True,
     adapters: bool = True,
     base: BaseChoice = AS_SAVED,
-) -> VisionLanguageModel:
+    model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
+) -> Network:
     """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
 
     With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without what was trained of it.
@@ -343,7 +342,12 @@ def load_model(
     """
     with without_harmless_warnings():
         model = restore_model(
-            find_model(path), dtype=dtype, quantize=quantize, adapters=adapters, base=base
+            find_model(path),
+            dtype=dtype,
+            quantize=quantize,
+            adapters=adapters,
+            base=base,
+            model_class=model_class,
         )
     for module in (model.tower, model.connector):
         cast_parameters(module, dtype or DTYPES[model.config.precision])
@@ -362,7 +366,8 @@ def restore_model(
     adapters: bool = True,
     bare: bool = False,
     base: BaseChoice = AS_SAVED,
-) -> VisionLanguageModel:
+    model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
+) -> Network:
     """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
     kernel_status()
     verify_folder(folder)
@@ -398,7 +403,13 @@ def restore_model(
     )
     words = load_words(config.model.connector, folder / WORDS)
     model = assemble(
-        config, tower, load_tokenizer(config.llm, folder), language, words, changed=changed
+        config,
+        tower,
+        load_tokenizer(config.llm, folder),
+        language,
+        words,
+        changed=changed,
+        model_class=model_class,
     )
     model.changed = changed
     model.bases = notes.parts
@@ -413,7 +424,7 @@ def restore_model(
     return model
 
 
-def _read_beside(model: VisionLanguageModel, path: Path) -> None:
+def _read_beside(model: VisionLanguageNetwork, path: Path) -> None:
     """Puts the LLM's own trained weights in the place of its base's, exactly as saved."""
     tensors = read_safetensors(path)
     own = dict(model.llm.model.named_parameters(remove_duplicate=False))
@@ -427,7 +438,7 @@ def _read_beside(model: VisionLanguageModel, path: Path) -> None:
     model.beside = set(tensors)
 
 
-def read_adapter(model: VisionLanguageModel, part: str, folder: Path) -> None:
+def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
     """Puts a PEFT folder's adapter into a part.
 
     Raises `ModelError` if any of its tensors applies to nothing, or any LoRA layer is left without.

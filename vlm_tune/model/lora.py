@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import whole_state
 from vlm_tune.quoting import reason_of
 
@@ -27,7 +27,7 @@ PISSA = "pissa"
 SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
 
 
-def parts(model: VisionLanguageModel) -> dict[str, nn.Module]:
+def parts(model: VisionLanguageNetwork) -> dict[str, nn.Module]:
     """The model's parts under the names that rules use; llm.* continues with transformers' own names."""
     return {"tower": model.tower, "connector": model.connector, "llm": model.llm.model}
 
@@ -54,7 +54,7 @@ def same_adapter(one: Any, other: Any) -> bool:
     ) == set(other.target_modules)
 
 
-def attach_adapter(model: VisionLanguageModel, part: str, config: Any, *, fresh: bool) -> None:
+def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fresh: bool) -> None:
     """Puts LoRA layers into a part, in place, in fp32: a change of nothing.
 
     With `fresh=False` the values are about to be loaded, so PiSSA's singular vectors are not computed.
@@ -115,7 +115,7 @@ def _start_from_singular_vectors(layer: Any) -> None:
         layer.lora_B[name].weight.copy_(sign * left[:, :rank] * root)
 
 
-def merge_adapter(model: VisionLanguageModel, part: str) -> None:
+def merge_adapter(model: VisionLanguageNetwork, part: str) -> None:
     """Adds a part's LoRA change to its base weights and removes the adapter.
 
     Raises `ModelError` for quantised base weights, which can't hold the sum, and for sums that are not finite.

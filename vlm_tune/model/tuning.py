@@ -15,7 +15,8 @@ from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.virtual_tokens import KINDS, new_prompt
+from vlm_tune.model.language.new_prompt import new_prompt
+from vlm_tune.model.language.virtual_tokens import KINDS
 from vlm_tune.model.layer_index import block_names, columns, depths
 from vlm_tune.model.lora import (
     PISSA,
@@ -27,7 +28,7 @@ from vlm_tune.model.lora import (
     parts,
     same_adapter,
 )
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted
 
@@ -58,7 +59,7 @@ class Tuned:
     table: list[TuneRow]
 
 
-def base_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that is not an adapter's, by rule name."""
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters():
@@ -77,7 +78,7 @@ def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) ->
 
 
 def apply_rules(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rules: Sequence[TuneRule],
     *,
     learning_rate: float,
@@ -109,7 +110,7 @@ def apply_rules(
 
 
 def _owners(
-    model: VisionLanguageModel, rules: Sequence[TuneRule]
+    model: VisionLanguageNetwork, rules: Sequence[TuneRule]
 ) -> tuple[dict[str, int], list[str]]:
     owner: dict[str, int] = {}
     uncovered: list[str] = []
@@ -129,7 +130,7 @@ def _owners(
     return owner, uncovered
 
 
-def _all_names(model: VisionLanguageModel) -> list[list[str]]:
+def _all_names(model: VisionLanguageNetwork) -> list[list[str]]:
     """The names of every parameter that is not an adapter's; a head that shares the embedding's weight is a second name of it."""
     names: dict[int, list[str]] = {}
     for part, module in parts(model).items():
@@ -139,7 +140,9 @@ def _all_names(model: VisionLanguageModel) -> list[list[str]]:
     return list(names.values())
 
 
-def _adapters(model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]) -> None:
+def _adapters(
+    model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
+) -> None:
     """Brings each part's LoRA layers to what the rules ask for."""
     for part, module in parts(model).items():
         asked = [
@@ -174,7 +177,7 @@ def _lora_config(
     rule: TuneRule,
     place: int,
     owner: dict[str, int],
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
 ) -> Any:
     from peft import LoraConfig
 
@@ -251,7 +254,9 @@ def is_linear(layer: nn.Module) -> bool:
     return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
 
 
-def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: torch.dtype) -> None:
+def _prompt(
+    model: VisionLanguageNetwork, rules: Sequence[TuneRule], precision: torch.dtype
+) -> None:
     """Makes the virtual tokens the rules ask for; those of an earlier stage stay, and train on if asked for again."""
     asked = [rule for rule in rules if rule.how in KINDS]
     if len(asked) > 1:
@@ -277,7 +282,7 @@ def _prompt(model: VisionLanguageModel, rules: Sequence[TuneRule], precision: to
 
 
 def _trained(
-    model: VisionLanguageModel, rules: Sequence[TuneRule], owner: dict[str, int]
+    model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
 ) -> set[str]:
     """Names of the base parameters that train. Raises `ModelError` for a rule that finds nothing of its kind."""
     # The rows of new tokens have values only from training, whatever rule they fall under.
@@ -295,7 +300,7 @@ def _trained(
     return trained
 
 
-def _of_kind(model: VisionLanguageModel, rule: TuneRule, owned: set[str]) -> set[str]:
+def _of_kind(model: VisionLanguageNetwork, rule: TuneRule, owned: set[str]) -> set[str]:
     """Of all base parameters those in the last of the owned blocks, or all norms, or all biases."""
     found: set[str] = set()
     for part, module in parts(model).items():
@@ -326,7 +331,7 @@ def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) 
 
 
 def _freeze_and_cast(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     owner: dict[str, int],
     trained: set[str],
     precision: torch.dtype,
@@ -356,7 +361,7 @@ def _freeze_and_cast(
             model.changed.add(part)
 
 
-def _kept_apart(model: VisionLanguageModel, trained: set[str]) -> bool:
+def _kept_apart(model: VisionLanguageNetwork, trained: set[str]) -> bool:
     """Whether what trains of the LLM is saved without the rest, which is its base's: beside quantised layers, and new tokens' rows."""
     if "llm" in model.changed or model.config.llm.name is None:
         return False
@@ -366,7 +371,7 @@ def _kept_apart(model: VisionLanguageModel, trained: set[str]) -> bool:
     )
 
 
-def vocabulary_weights(model: VisionLanguageModel) -> set[str]:
+def vocabulary_weights(model: VisionLanguageNetwork) -> set[str]:
     """The names of the embedding's and the head's own parameters, as rules match them."""
     language = model.llm.model
     layers = [language.get_input_embeddings(), language.get_output_embeddings()]
@@ -396,7 +401,7 @@ def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]
 
 
 def _collect(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rules: Sequence[TuneRule],
     owner: dict[str, int],
     learning_rate: float,

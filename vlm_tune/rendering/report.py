@@ -402,7 +402,7 @@ def _chart(
         for panel, ax in zip(panels, axes, strict=True):
             _draw(ax, panel, steps)
         axes[-1].set_xlabel("step", color=SOFT)
-        figure.subplots_adjust(**_margins(axes, steps))
+        figure.subplots_adjust(**_margins(list(axes), steps))
         file = io.StringIO()
         figure.savefig(
             file,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from vlm_tune.errors import ModelError, TrainingError
 from vlm_tune.model.checkpoint import capture_model, commit_folder, is_whole, remove_folder
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of
 
@@ -75,7 +75,7 @@ def checkpoints(stage: Path) -> list[Path]:
 
 
 def capture_checkpoint(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     optimizer: Mapping[str, torch.Tensor],
     progress: Progress,
     recipe_text: str,

@@ -18,7 +18,7 @@ from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.run_folder import check_present
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def save_and_score(
     context: Context,
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     result: dict[str, Any],
 ) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def save_and_score(
 
 
 def _score_rows(
-    context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], recipe: Recipe
+    context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe
 ) -> Scores:
     """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
     settings = recipe.evaluate
@@ -87,7 +87,7 @@ def _score_rows(
 
 
 def write_samples(
-    context: Context, model: VisionLanguageModel, rows: Sequence[Conversation], column: str
+    context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], column: str
 ) -> None:
     """Adds the model's answers to samples.json under `before` or `after`."""
     if not rows:

@@ -19,13 +19,13 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.run import scratch_texts
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import build, build_processor, load_dtype
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.checkpoint import recover_folders, restore_model
 from vlm_tune.model.tuning import check_fits
-from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.paths import reason
 from vlm_tune.rendering.report import write_report
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run
@@ -250,12 +250,16 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
         if main:
             forget_after(context.run, progress)
         model = restore_model(
-            checkpoint, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
+            checkpoint,
+            dtype=load_dtype(recipe),
+            bare=not context.holds,
+            base=recipe_choice(recipe),
+            model_class=VisionLanguageModel,
         )
     else:
         if main:
             write_data(context.run, context.data)
-        model = build(recipe, texts, bare=not context.holds)
+        model = build(recipe, texts, bare=not context.holds, model_class=VisionLanguageModel)
         if main:
             log.info("answering the report's samples before training")
             write_samples(context, model, samples, "before")

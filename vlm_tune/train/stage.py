@@ -23,7 +23,7 @@ from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import load_dtype, trained_later
 from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.tuning import TuneRow, apply_rules
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import own_memory, page_out
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import cache_folder
@@ -105,7 +105,7 @@ def read_rows(
 
 def stage_loop(
     context: Context,
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     name: str,
     recipe: Recipe,
     rows: StageRows,
@@ -182,13 +182,13 @@ def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:
 
 def train_stage(
     context: Context,
-    model: VisionLanguageModel,
+    model: Network,
     name: str,
     recipe: Recipe,
     rows: StageRows,
     progress: Progress,
     checkpoint: Path | None,
-) -> VisionLanguageModel:
+) -> Network:
     """Trains one stage and returns the model with the weights of its best checkpoint."""
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
@@ -217,7 +217,11 @@ def train_stage(
         with torch.random.fork_rng(devices=[], enabled=shares):
             base = recipe_choice(context.recipe)
             model = restore_model(
-                best, dtype=load_dtype(context.recipe), bare=not context.holds, base=base
+                best,
+                dtype=load_dtype(context.recipe),
+                bare=not context.holds,
+                base=base,
+                model_class=type(model),
             )
             apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
         if context.holds:

@@ -25,7 +25,7 @@ from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.model.tuning import count_of
 from vlm_tune.model.vision.feature_cache import FeatureStore, tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.trainer import Report
 
 SAMPLED = 500
@@ -220,7 +220,7 @@ def stage_feed(
     )
 
 
-def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
+def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
     """How many tokens of the LLM an image costs in the tower, by the weights that each is multiplied with."""
     if cached:
         return 0.0
@@ -232,21 +232,21 @@ def image_cost(model: VisionLanguageModel, *, cached: bool) -> float:
     )
 
 
-def _keeps_features(recipe: Recipe, model: VisionLanguageModel) -> bool:
+def _keeps_features(recipe: Recipe, model: VisionLanguageNetwork) -> bool:
     """Whether features of the tower, which is frozen, may be cached."""
     return recipe.train.cache_features and not any(
         parameter.requires_grad for parameter in model.tower.parameters()
     )
 
 
-def caches_features(recipe: Recipe, model: VisionLanguageModel, media: Sequence[Any]) -> bool:
+def caches_features(recipe: Recipe, model: VisionLanguageNetwork, media: Sequence[Any]) -> bool:
     """Whether every image that a stage's steps and evaluations read is cached features, so that neither runs the tower."""
     return _keeps_features(recipe, model) and bool(media) and not recipe.data.augment
 
 
 def stage_features(
     recipe: Recipe,
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     media: Sequence[Any],
     validation: Sequence[Conversation],
     report: Report,

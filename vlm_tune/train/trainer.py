@@ -26,11 +26,11 @@ from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores, join_scores
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
-from vlm_tune.model.acceleration.interval_attention import attending, usable
+from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import Tuned
 from vlm_tune.model.vision.feature_cache import FeatureStore
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
@@ -74,7 +74,7 @@ class StageLoop:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: VisionLanguageNetwork,
         recipe: Recipe,
         tuned: Tuned,
         data: StageData,
@@ -225,7 +225,7 @@ class StageLoop:
     def _attending(self) -> contextlib.AbstractContextManager[None]:
         """Attention by intervals, where the model's is no other."""
         llm = self.model.llm
-        return attending(llm) if usable(llm) else contextlib.nullcontext()
+        return attending(llm.model) if llm.supports_intervals else contextlib.nullcontext()
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
@@ -425,7 +425,7 @@ class StageLoop:
         with (
             self.engine.inference(),
             eager() if self._compiles else contextlib.nullcontext(),
-            attending(self.model.llm, self._attention),
+            attending(self.model.llm.model, self._attention),
         ):
             found = self._generated() if self.objective.generates else self._matched()
         self.model.train()

@@ -79,7 +79,9 @@ class Watch:
     ) -> None:
         self._ended.set()
         if self._store is not None:
-            self._failure = f"{kind.__name__}: {reason_of(error)}" if kind is not None else None
+            self._failure = (
+                f"{type(error).__name__}: {reason_of(error)}" if error is not None else None
+            )
             with suppress(RuntimeError):
                 self._say(-1)
 

@@ -18,10 +18,10 @@ from tests.helpers.tiny_recipes import COMPILED
 from vlm_tune import cli
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.lora_linear import by_kernel
 from vlm_tune.model.acceleration import interval_attention
-from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.resources import cache_folder
 
 NOBODY = 65534

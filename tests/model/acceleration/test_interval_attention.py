@@ -31,7 +31,6 @@ from vlm_tune.model.acceleration.interval_attention import (
     attend,
     attending,
     attends,
-    usable,
 )
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.masks import additive, tree_mask
@@ -237,10 +236,10 @@ def test_a_decoder_gives_the_same_loss_and_gradients_by_it(
     assert (batch.ends is not None) == (group == "image")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, wanted = loss_and_gradients(model, [batch])
-        assert usable(model.llm) and not attends(model.llm)
-        with attending(model.llm):
+        assert model.llm.supports_intervals and not attends(model.llm.model)
+        with attending(model.llm.model):
             loss, gradients = loss_and_gradients(model, [batch])
-    assert not attends(model.llm)
+    assert not attends(model.llm.model)
     assert abs(float(loss - expected)) <= 2e-2 * abs(float(expected))
     for name, gradient in wanted.items():
         assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()) + 1e-4, (
@@ -272,7 +271,7 @@ def test_training_attends_by_it(
 
 def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[..., str]) -> None:
     llm = built(parsed(tiny_recipe("causal").replace("hidden_size: 32", WIDE))).llm
-    assert usable(llm)
+    assert llm.supports_intervals
     for name, value in (
         ("sliding_window", 16),
         ("attention_dropout", 0.1),
@@ -280,9 +279,9 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
     ):
         before = getattr(llm.model.config, name, None)
         setattr(llm.model.config, name, value)
-        assert not usable(llm), name
+        assert not llm.supports_intervals, name
         setattr(llm.model.config, name, before)
-    assert not usable(built(parsed(tiny_recipe("seq2seq"))).llm)
+    assert not built(parsed(tiny_recipe("seq2seq"))).llm.supports_intervals
 
 
 @pytest.mark.parametrize(
@@ -332,9 +331,9 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
 
     true = hidden(additive(tree_mask(ends), torch.float32))
     llm = CausalLLM(model.bfloat16())
-    assert usable(llm)
+    assert llm.supports_intervals
     theirs, before = hidden(additive(tree_mask(ends), torch.bfloat16)), interval_attention.runs()
-    with attending(llm):
+    with attending(llm.model):
         ours = hidden(ends.int()[:, None, None])
     assert interval_attention.runs() == before + 2
     assert (
@@ -360,7 +359,7 @@ def test_a_decoder_that_takes_another_attention_is_refused(
         lambda *given, **rest: other(*given[:4], None),
     )
     with (
-        attending(model.llm),
+        attending(model.llm.model),
         pytest.raises(
             ModelError, match="LlamaForCausalLM does not attend by the function it is given"
         ),

@@ -30,11 +30,12 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.connectors.registry import CONNECTORS, build_connector
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageModel
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -203,9 +204,10 @@ def test_a_batch_generates_as_its_rows_do_one_by_one(
     prompts = model.processor.prompts([rows[0], two, none, rows[3]])
     for beams in (1, 3):
         decoding = Decoding(5, beams)
-        together = model.answers(prompts, decoding, fetch=model.processor.images)
+        together = answer_prompts(model, prompts, decoding, fetch=model.processor.images)
         assert together == [
-            model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts
+            answer_prompts(model, [prompt], decoding, fetch=model.processor.images)[0]
+            for prompt in prompts
         ]
 
 

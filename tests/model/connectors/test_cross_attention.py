@@ -31,10 +31,11 @@ from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
 from vlm_tune.data.batching.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
+from vlm_tune.generation.answering import generate
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.connectors.cross_attention import Seen
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageModel
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 
@@ -150,7 +151,7 @@ def test_generation_with_a_cache_says_what_the_whole_pass_says(tiny_recipe: Tiny
     model, recipe = model_of("causal", tiny_recipe)
     prompts = model.processor.prompts(rows_of(recipe)[:2])
     for prompt in prompts:
-        ids = list(model.generate(batch_of(model, [prompt]), Decoding(6))[0])
+        ids = list(generate(model, batch_of(model, [prompt]), Decoding(6))[0])
         said: list[int] = []
         for token in ids:
             so_far = replace(

@@ -30,6 +30,7 @@ from vlm_tune.data.batching.packing import branch_layout, pack_layout
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting.merge import observe
+from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.checkpoint import load_model, restore_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import apply_rules
@@ -171,9 +172,10 @@ def test_batched_and_left_padded_rows_are_rows_one_by_one(how: str, kind: str, n
     prompts = model.processor.prompts(rows_of(recipe))
     assert len({len(prompt.input_ids) for prompt in prompts}) > 1
     for decoding in (Decoding(8), Decoding(8, 3)):
-        together = model.answers(prompts, decoding, fetch=model.processor.images)
+        together = answer_prompts(model, prompts, decoding, fetch=model.processor.images)
         alone = [
-            model.answers([prompt], decoding, fetch=model.processor.images)[0] for prompt in prompts
+            answer_prompts(model, [prompt], decoding, fetch=model.processor.images)[0]
+            for prompt in prompts
         ]
         assert together == alone
         assert any(together)

@@ -27,11 +27,11 @@ from tests.helpers.vlm_samples import save_blip, save_llava, save_llava_original
 from vlm_tune.cli import app
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.build import bare_model, build_processor
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.model.vlm import VisionLanguageModel
 
 Tiny = Callable[..., str]
 

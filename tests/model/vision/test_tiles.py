@@ -15,9 +15,9 @@ from vlm_tune.config.load import parse_recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.vision.feature_cache import tower_features
-from vlm_tune.model.vlm import VisionLanguageModel
 
 LLMS = {
     "seq2seq": "{model_type: t5, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2}}",

@@ -51,10 +51,10 @@ from vlm_tune.exporting.source import (
     text_config,
     whole_model,
 )
-from vlm_tune.model.base_weights import BaseChoice
+from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
@@ -121,7 +121,7 @@ def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     return [*mmproj_reasons(config), *language]
 
 
-def notes_of(model: VisionLanguageModel) -> list[str]:
+def notes_of(model: VisionLanguageNetwork) -> list[str]:
     """What llama.cpp does otherwise with an image or a text than the model was trained with."""
     return [*mmproj_notes(model), *pieces_notes(described_of(model.processor.tokenizer))]
 
@@ -134,7 +134,7 @@ class Files:
     mmproj: Path
 
 
-def write_files(files: Files, model: VisionLanguageModel, dtype: str) -> None:
+def write_files(files: Files, model: VisionLanguageNetwork, dtype: str) -> None:
     """Writes both files, the language model in `dtype`, tower and connector in the model's own precision."""
     language: Any = model.llm.model
     rows = language.get_input_embeddings().num_embeddings
@@ -161,7 +161,7 @@ class Verified:
 
 
 def verify_gguf(
-    files: Files, model: VisionLanguageModel, expected: Expected, dtype: str
+    files: Files, model: VisionLanguageNetwork, expected: Expected, dtype: str
 ) -> Verified:
     """Compares the files with the model: token ids, logits, and greedy text.
 
@@ -240,7 +240,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _check_texts(
-    fields: dict[str, Any], model: VisionLanguageModel, rows: Sequence[Conversation]
+    fields: dict[str, Any], model: VisionLanguageNetwork, rows: Sequence[Conversation]
 ) -> None:
     """Raises `ModelError` if the file's tokenizer and chat template give other ids than the model was trained with."""
     tokenizer = read_tokenizer(fields)
@@ -275,7 +275,7 @@ class Reader:
 
     theirs: Any
     fields: dict[str, Any]
-    model: VisionLanguageModel
+    model: VisionLanguageNetwork
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Conversation], mmproj: Mmproj) -> torch.Tensor:
@@ -329,7 +329,7 @@ class Reader:
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def model_card(path: Path, model: VisionLanguageModel, files: Files, report: ExportReport) -> str:
+def model_card(path: Path, model: VisionLanguageNetwork, files: Files, report: ExportReport) -> str:
     """The README of an exported folder: its files, how to use them, its recipe and scores where they are known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"

@@ -13,7 +13,7 @@ from vlm_tune.config.model import MlpConnector
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors, write_gguf
 from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
-from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -40,7 +40,7 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
     return reasons
 
 
-def mmproj_notes(model: VisionLanguageModel) -> list[str]:
+def mmproj_notes(model: VisionLanguageNetwork) -> list[str]:
     """What llama.cpp does otherwise with an image than the model was trained with."""
     images = model.processor.images
     notes = []
@@ -60,7 +60,7 @@ def mmproj_notes(model: VisionLanguageModel) -> list[str]:
     return notes
 
 
-def write_mmproj(path: Path, model: VisionLanguageModel, dtype: str) -> None:
+def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
     """Writes the tower and the connector. Raises `ModelError` for an activation, a norm or a width that llama.cpp has not."""
     vision, state = vision_weights(model.tower)
     if vision.hidden_act not in ACTIVATIONS:

@@ -18,7 +18,6 @@ from torch import nn
 from vlm_tune.compat import recompute_operator_inputs
 from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
-from vlm_tune.model.acceleration.interval_attention import usable
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.weights import is_sharded
@@ -53,7 +52,7 @@ def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
 def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
     """Those that a compiler is given: in training none that is one kernel, for there it would find nothing to do."""
     found = [llm.model.get_submodule(name) for name in block_names(llm.model)]
-    quick = training and usable(llm)
+    quick = training and llm.supports_intervals
     return [
         block
         for block in found
@@ -93,7 +92,9 @@ def reading(
         or why_not(llm, asked, LONG) is not None
     ):
         return contextlib.nullcontext()
-    ready = usable(llm) and not any(is_sharded(parameter) for parameter in llm.parameters())
+    ready = llm.supports_intervals and not any(
+        is_sharded(parameter) for parameter in llm.parameters()
+    )
     return compiled(blocks(llm, training=False)) if ready else contextlib.nullcontext()
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,6 @@ from vlm_tune.kernels.block_attention import attend_blocks, attend_blocks_backwa
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.cpu.native import pointers
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
-from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
-
-if TYPE_CHECKING:
-    from vlm_tune.model.language.base import LanguageModel
 
 NAME = "vlm_tune_tree"
 """What transformers knows the attention by."""
@@ -55,15 +51,13 @@ def _plain(config: Any) -> bool:
     )
 
 
-def usable(llm: LanguageModel) -> bool:
-    """Whether a language model on a CPU can attend by `attend`: its attention is that and nothing else."""
-    if llm.layout != "causal" or isinstance(llm.prompt, KeyValuePrefix):
-        return False
-    config = llm.model.config
+def usable(decoder: Any) -> bool:
+    """Whether a decoder of transformers that is on a CPU can attend by `attend`: its attention is that and nothing else."""
+    config = decoder.config
     # A plan's model has shapes alone.
     if (
-        next(llm.parameters()).device.type not in ("cpu", "meta")
-        or not llm.model._supports_attention_backend
+        next(decoder.parameters()).device.type not in ("cpu", "meta")
+        or not decoder._supports_attention_backend
     ):
         return False
     return _plain(config) and config.get_text_config() is config
@@ -79,9 +73,9 @@ def _by_kernel(query: Tensor) -> bool:
 
 
 @contextmanager
-def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
-    """Within, a language model attends by the function of that name, ours where not given."""
-    config = llm.model.config
+def attending(model: Any, name: str = NAME) -> Iterator[None]:
+    """Within, a model of transformers attends by the function of that name, ours by default."""
+    config = model.config
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -90,9 +84,9 @@ def attending(llm: LanguageModel, name: str = NAME) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def attends(llm: LanguageModel) -> bool:
-    """Whether a language model attends by `attend` now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
-    return llm.model.config._attn_implementation == NAME
+def attends(model: Any) -> bool:
+    """Whether a model attends by `attend` now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
+    return model.config._attn_implementation == NAME
 
 
 class Branches:

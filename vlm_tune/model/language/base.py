@@ -102,6 +102,11 @@ class LanguageModel(nn.Module):
                 f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
 
+    @property
+    def supports_intervals(self) -> bool:
+        """Whether attention can be computed from where each token stops being seen, without a mask, on this device."""
+        return False
+
     @cached_property
     def unjoined(self) -> str | None:
         """Why samples can't be joined to one row, None where they can."""
@@ -153,8 +158,8 @@ class LanguageModel(nn.Module):
             self.model.base_model if self.model.base_model is not self.model else self.model.model
         )
 
-    def kept(self, input_ids: torch.Tensor) -> Any:
-        """transformers' cache of the keys and values that self-attention over text keeps for ids [B, L] read from their start."""
+    def prefill(self, input_ids: torch.Tensor) -> Any:
+        """transformers' KV cache of self-attention over text after ids [B, L], the first at position 0."""
         return self.body(input_ids=input_ids, use_cache=True)[cache_name()]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,10 @@ class CausalLLM(LanguageModel):
             input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
         ).logits
 
+    @property
+    def supports_intervals(self) -> bool:
+        return not isinstance(self.prompt, KeyValuePrefix) and usable(self.model)
+
     @cached_property
     def unjoined(self) -> str | None:
         return joining_reason(self.model, self.body)
@@ -82,7 +86,7 @@ class CausalLLM(LanguageModel):
             positions = torch.cat([first, positions + virtual], dim=1)
         own = None if positions is None else positions[:, -embeds.shape[1] :]
         before = runs()
-        if attends(self):
+        if attends(self.model):
             seen: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[
                 :, None, None
             ]
@@ -103,7 +107,7 @@ class CausalLLM(LanguageModel):
             use_cache=False,
             **{cache_name(): cache},
         )
-        if attends(self) and runs() == before and not isinstance(embeds, FakeTensor):
+        if attends(self.model) and runs() == before and not isinstance(embeds, FakeTensor):
             raise ModelError(
                 f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it"
             )
@@ -152,7 +156,7 @@ class CausalLLM(LanguageModel):
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
         visible = seen[:, 0][rows, leaves]
         positions = batch.positions[rows, leaves]
-        if usable(self):
+        if self.supports_intervals:
             hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
         else:
             hidden, grow, keep = self._read_masked(embeds, seen, batch.positions, visible)
@@ -195,7 +199,7 @@ class CausalLLM(LanguageModel):
         def run(embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             # A size of 1 would be a graph of its own.
             with (
-                attending(self),
+                attending(self.model),
                 torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"),
             ):
                 return self._hidden(embeds, ends.int()[:, None, None], positions, None)

@@ -27,7 +27,7 @@ class Seq2SeqLLM(LanguageModel):
     def bodies(self) -> list[nn.Module]:
         return [self.model.get_decoder()]
 
-    def kept(self, input_ids: torch.Tensor) -> Any:
+    def prefill(self, input_ids: torch.Tensor) -> Any:
         return self.model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=True)[
             cache_name()
         ].self_attention_cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from torch import nn
 from vlm_tune.errors import ModelError
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of
-
-if TYPE_CHECKING:
-    from vlm_tune.model.language.base import LanguageModel
 
 KEY = "prompt_embeddings"
 """The name PEFT gives the values on disk."""
@@ -80,56 +77,6 @@ class KeyValuePrefix(VirtualTokens):
         ):  # [layers, 2, H, n, D]
             found.update(keys.expand(rows, -1, -1, -1), held.expand(rows, -1, -1, -1), number)
         return found
-
-
-def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> VirtualTokens:
-    """Virtual tokens that begin as `tokens` tokens drawn from the vocabulary: as their embeddings, or their keys and values.
-
-    Raises `ModelError` for a prefix of an LLM whose layers don't keep keys and values of one shape.
-    """
-    from peft import PrefixTuningConfig, PromptTuningConfig
-
-    table = llm.model.get_input_embeddings()
-    drawn = torch.randint(table.num_embeddings, (1, tokens)).to(table.weight.device)
-    task = "SEQ_2_SEQ_LM" if llm.layout == "seq2seq" else "CAUSAL_LM"
-    text = llm.model.config.get_text_config()
-    common: dict[str, Any] = {
-        "task_type": task,
-        "num_virtual_tokens": tokens,
-        "num_layers": text.num_hidden_layers,
-        "base_model_name_or_path": name,
-    }
-    with torch.no_grad():
-        embeds = llm.embed(drawn)
-        if how == "prompt":
-            heads = {
-                "num_transformer_submodules": 1,
-                "num_attention_heads": text.num_attention_heads,
-            }
-            return SoftPrompt(PromptTuningConfig(**common, **heads, token_dim=llm.width), embeds[0])
-        was = llm.training
-        layers = llm.eval().kept(drawn).layers
-        llm.train(was)
-    if (
-        len({(layer.keys.shape, layer.values.shape) for layer in layers}) != 1
-        or layers[0].keys.shape != layers[0].values.shape
-    ):
-        raise ModelError(
-            f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt"
-        )
-    heads = layers[0].keys.shape[1]
-    width = layers[0].keys.shape[3]
-    held = torch.stack(
-        [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
-    )  # [layers, 2, H, n, D]
-    both = 2 if llm.layout == "seq2seq" else 1
-    shape = {
-        "num_layers": both * len(layers),
-        "num_transformer_submodules": both,
-        "num_attention_heads": heads,
-    }
-    config = PrefixTuningConfig(**{**common, **shape}, token_dim=heads * width)
-    return KeyValuePrefix(config, held.permute(3, 0, 1, 2, 4).flatten(1))
 
 
 KINDS: dict[str, type[VirtualTokens]] = {"prompt": SoftPrompt, "prefix": KeyValuePrefix}

@@ -11,7 +11,7 @@ from vlm_tune.config.model import Llm
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
-from vlm_tune.model.pretrained.hub import check_base, load_reason
+from vlm_tune.model.hub import check_base, load_reason
 from vlm_tune.quoting import quoted
 
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}

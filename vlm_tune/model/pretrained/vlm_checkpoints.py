@@ -30,7 +30,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import check_parts
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
-from vlm_tune.model.pretrained.hub import (
+from vlm_tune.model.hub import (
     check_base,
     config_source,
     is_ours,
@@ -124,7 +124,7 @@ def own_rebuild(recipe: Recipe) -> dict[str, Any] | None:
 
 def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
     """The parts of a model folder of ours: its LLM by the folder in it, where it has one."""
-    from vlm_tune.model.base_weights import AS_SAVED, moved
+    from vlm_tune.model.base_places import AS_SAVED, moved
 
     if unmerged(folder):
         beside = ", ".join(unmerged(folder))

@@ -20,7 +20,7 @@ import torch
 from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Media
 from vlm_tune.files import file_checksum
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import fingerprint
 from vlm_tune.resources import cache_folder, cache_room, check_cache, trim_cache
 
@@ -41,7 +41,7 @@ class FeatureStore:
 
 @torch.inference_mode()
 def tower_features(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     media: Sequence[Media],
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -113,7 +113,7 @@ def _digests(media: Sequence[Media]) -> list[str]:
 
 
 def _compute(
-    model: VisionLanguageModel,
+    model: VisionLanguageNetwork,
     media: Sequence[Media],
     folder: Path,
     name: str,

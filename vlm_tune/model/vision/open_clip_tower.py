@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_tune.config.model import OpenClipTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.pretrained.hub import hub_answers, is_path, load_reason
+from vlm_tune.model.hub import hub_answers, is_path, load_reason
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, FeatureMaps, VisionTower
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_file, shown_path
@@ -133,14 +133,14 @@ def _bare_open_clip(source: dict[str, Any], image_size: int | None) -> Any:
     """
     import open_clip
 
-    vision = {**source["vision_cfg"], "timm_model_pretrained": False}
+    vision: Any = {**source["vision_cfg"], "timm_model_pretrained": False}
     if image_size is not None:
         vision["image_size"] = image_size
-    text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
+    text: Any = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     try:
         visual: Any = open_clip.CLIP(
             embed_dim=64, vision_cfg=vision, text_cfg=text, quick_gelu=source["quick_gelu"]
-        ).visual  # type: ignore[arg-type]
+        ).visual
         if image_size is not None and hasattr(visual, "set_input_size"):
             visual.set_input_size(image_size)
         return visual

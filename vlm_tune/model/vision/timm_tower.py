@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_tune.config.model import TimmTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.pretrained.hub import hub_answers
+from vlm_tune.model.hub import hub_answers
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, FeatureMaps, VisionTower
 from vlm_tune.model.weights import load_into, read_safetensors
 

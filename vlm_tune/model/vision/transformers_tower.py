@@ -11,7 +11,7 @@ from torch import nn
 
 from vlm_tune.config.model import TransformersTower
 from vlm_tune.errors import ModelError
-from vlm_tune.model.pretrained.hub import check_base, config_source, load_reason
+from vlm_tune.model.hub import check_base, config_source, load_reason
 from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors
 from vlm_tune.model.vision.base import (
     CLIP_MEAN,

@@ -18,7 +18,7 @@ from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import fuse
 from vlm_tune.model.lora import parts
 from vlm_tune.model.tuning import Tuned
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, whole_tensor
 
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -47,7 +47,7 @@ class Engine:
         self.inner: Any = None
         self.optimizer: Any = None
 
-    def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+    def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
         """Takes a model to train; from now on `self.model` is what the objective calls."""
         self.inner = model
         self.names = tuned.names
@@ -171,7 +171,7 @@ def by_parameter(state: State) -> dict[str, State]:
     return found
 
 
-def named_parameters(model: VisionLanguageModel) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter by the name that optimizer states and the tuning table know it by."""
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters():

@@ -17,7 +17,7 @@ from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import fuse
 from vlm_tune.model.tuning import Tuned
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import (
     MOMENTS,
     Engine,
@@ -44,12 +44,12 @@ class DeepSpeed(Engine):
         self.sharded = shards(section)
         self.collects = section.stage > 0
 
-    def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+    def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
         # It says on the standard output what it builds, where a command's result belongs.
         with contextlib.redirect_stdout(sys.stderr):
             self._prepare(model, tuned, train)
 
-    def _prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+    def _prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
         import deepspeed
 
         build_no_shared_memory_op()

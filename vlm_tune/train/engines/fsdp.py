@@ -17,7 +17,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.lora import parts
 from vlm_tune.model.tuning import Tuned
-from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine, fill, fill_buffers, named_parameters
 
 
@@ -31,7 +31,7 @@ class Fsdp(Engine):
         super().__init__(accelerator)
         self.section = section
 
-    def prepare(self, model: VisionLanguageModel, tuned: Tuned, train: TrainSection) -> None:
+    def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -98,7 +98,7 @@ class Fsdp(Engine):
         self.accelerator.free_memory()
 
 
-def _blocks(model: VisionLanguageModel) -> list[nn.Module]:
+def _blocks(model: VisionLanguageNetwork) -> list[nn.Module]:
     """The blocks of the language model and the tower."""
     found: list[nn.Module] = []
     for part in ("tower", "llm"):
