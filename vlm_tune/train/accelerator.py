@@ -54,7 +54,7 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     if launched == 1 and os.environ.keys() >= LAUNCHED_ALONE:
         raise TrainingError(
             "`accelerate launch` was asked for several processes and started one, as it does on a "
-            "CPU where its config says MULTI_CPU, or --cpu is given; give it --multi_gpu (a CPU will "
-            "do), or take `vlm-tune sft --processes` or torchrun"
+            "CPU where its config says MULTI_CPU, or --cpu is given; give it --multi_gpu (a CPU "
+            "will do), or take `vlm-tune sft --processes` or torchrun"
         )
     return accelerator

@@ -73,7 +73,7 @@ def range_state() -> RangeState:
 
 
 def return_freed_memory(smallest: int = 1 << 20) -> bool:
-    """Makes glibc's malloc map each block of at least `smallest` bytes separately and unmap it when freed.
+    """Makes glibc's malloc map blocks of `smallest` bytes and more singly and unmap them when freed.
 
     Meant for the time in which a model is built; shuts the range. By default glibc soon takes
     blocks of up to 32 MB from its heap, where casting or copying weights leaves holes between the
@@ -84,7 +84,7 @@ def return_freed_memory(smallest: int = 1 << 20) -> bool:
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
-    """From now on keeps the memory of freed tensors for new ones, in the range or else in glibc's heap.
+    """From now on keeps freed tensors' memory for new ones, in the range or else in glibc's heap.
 
     Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by
     one, which on a CPU can take longer than the matrix product that fills them. Memory freed before

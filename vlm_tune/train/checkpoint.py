@@ -1,4 +1,4 @@
-"""Checkpoints: a model folder plus optimizer, random and data position state, written atomically."""
+"""Checkpoints: a model folder plus optimizer, random and data state, written atomically."""
 
 from __future__ import annotations
 

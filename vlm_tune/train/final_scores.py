@@ -1,4 +1,4 @@
-"""The end of a run: saves the model, scores it on the test part and answers the report's samples."""
+"""The end of a run: saves the model, scores it on the test part, answers the report's samples."""
 
 from __future__ import annotations
 

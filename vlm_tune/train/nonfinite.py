@@ -1,4 +1,4 @@
-"""Handling of steps whose loss or gradient is not finite: some are skipped, too many end the run."""
+"""Steps whose loss or gradient is not finite: some are skipped, too many end the run."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ class NonFinitePolicy:
     ) -> bool:
         """Whether the step may be taken: its loss and its gradient's norm are finite.
 
-        Every process must call it. If the step may not be taken, its samples are added to
-        nonfinite.jsonl in `folder`.
+        Every process must call it. The samples of a refused step are added to nonfinite.jsonl.
 
         Args:
             step: Number of the step.

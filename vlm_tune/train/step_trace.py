@@ -19,7 +19,7 @@ DIGESTS = 1 << 48
 
 @dataclass(frozen=True)
 class Step:
-    """One step: summed loss, the gradient norm before clipping, and a digest of the samples that count.
+    """One step: summed loss, gradient norm before clipping, digest of the samples that count.
 
     The digest is hexadecimal. A number that is not finite is stored as text; `norm` is None where
     the engine does not report it.
@@ -39,8 +39,8 @@ def json_number(value: float) -> float | str:
 def digest(ids: Iterable[str]) -> int:
     """The sum of the first 48 bits of each id's sha256, modulo `DIGESTS`.
 
-    The sum of the processes' digests is that of all samples of a step, however these are divided
-    among processes.
+    The sum of the processes' digests, modulo `DIGESTS`, is that of all samples of a step, however
+    these are divided among processes.
     """
     return (
         sum(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6]) for identity in ids)
