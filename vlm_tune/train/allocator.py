@@ -73,7 +73,7 @@ def range_state() -> RangeState:
 
 
 def return_freed_memory(smallest: int = 1 << 20) -> bool:
-    """Makes glibc's malloc map blocks of `smallest` bytes and more singly and unmap them when freed.
+    """Makes glibc's malloc map each block of at least `smallest` bytes alone and unmap it if freed.
 
     Meant for the time in which a model is built; shuts the range. By default glibc soon takes
     blocks of up to 32 MB from its heap, where casting or copying weights leaves holes between the

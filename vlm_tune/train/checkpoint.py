@@ -138,7 +138,7 @@ class _Copies:
         parameters = [value for value in model.parameters() if not is_sharded(value)]
         trained = {value.data_ptr() for value in parameters if value.requires_grad}
         self._frozen = {value.data_ptr() for value in parameters} - trained
-        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         """By address and layout: the tensor, so that its address is not reused, and its copy."""
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -148,9 +148,9 @@ class _Copies:
         if value.data_ptr() in self._frozen:
             return value
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if not value.numel() or key not in self._made:
-            self._made[key] = value, value.to("cpu", copy=True).contiguous()
-        return self._made[key][1]
+        if not value.numel() or key not in self._copies:
+            self._copies[key] = value, value.to("cpu", copy=True).contiguous()
+        return self._copies[key][1]
 
 
 class CheckpointWriter:

@@ -16,7 +16,7 @@ from typing import Any
 from vlm_tune.errors import EXIT_INTERRUPTED
 
 ECHO = 2.0
-"""Seconds within which a launcher may forward a signal that the terminal has already sent to all."""
+"""Seconds within which a launcher may forward a signal that the terminal already sent to all."""
 
 
 @contextmanager

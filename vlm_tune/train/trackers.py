@@ -28,7 +28,7 @@ class Trackers:
     ) -> None:
         self._tell = tell
         self._failures = Counter[str]()
-        self._made: dict[str, GeneralTracker] = {}
+        self._trackers: dict[str, GeneralTracker] = {}
         known = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
         for name in names:
             if name not in known:
@@ -44,19 +44,19 @@ class Trackers:
         tracker = kind(project, str(run)) if kind.requires_logging_directory else kind(project)
         tracker.start()
         tracker.store_init_configuration(config)
-        self._made[name] = tracker
+        self._trackers[name] = tracker
 
     def log(self, figures: dict[str, Any], step: int) -> None:
         """Logs figures to all trackers."""
-        for name, tracker in list(self._made.items()):
+        for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(figures, step=step))
             if self._failures[name] >= PATIENCE:
-                del self._made[name]
+                del self._trackers[name]
                 self._tell(f"{name} failed {PATIENCE} times in a row and is left alone from now on")
 
     def close(self) -> None:
         """Lets all trackers finish."""
-        for name, tracker in self._made.items():
+        for name, tracker in self._trackers.items():
             self._try(name, tracker.finish)
 
     def _try(self, name: str, act: Callable[[], Any]) -> None:
