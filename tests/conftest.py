@@ -28,7 +28,7 @@ FROZEN_AFTER = (5, 50, 400)
 _ended = itertools.count(1)
 
 
-# --- skips and kernels -----------------------------------------------------------------------------------------------
+# --- skips and kernels -------------------------------------------------------------------------
 
 SKIPS = Path(__file__).with_name("skips.txt")
 KERNEL_TESTS = "[kernels]"
@@ -101,7 +101,8 @@ def skip_faults(config: pytest.Config) -> list[str]:
     skipped = reporter.stats.get("skipped", []) if reporter else []
     patterns = allowed_skips()
     faults = [
-        f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: {report.longrepr[2] if report.longrepr else ''}"
+        f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: "
+        f"{report.longrepr[2] if report.longrepr else ''}"
         for report in skipped
         if not any(matches(pattern, report.nodeid, _kernel_tests) for pattern in patterns)
     ]
@@ -140,7 +141,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"FAULT {fault}", red=True)
 
 
-# --- fixtures --------------------------------------------------------------------------------------------------------
+# --- fixtures ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

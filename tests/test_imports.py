@@ -33,7 +33,8 @@ def run_without_torch(code: str) -> None:
     check = (
         "import sys\n"
         + code
-        + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' not in sys.modules"
+        + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' "
+        "not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
 
@@ -47,5 +48,6 @@ def test_help_and_a_recipe_error_load_no_torch(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("nme: x\n")
     for arguments in (["--help"], ["sft", str(tmp_path / "bad.yaml")], ["schema"], ["recipes"]):
         run_without_torch(
-            f"sys.argv = ['vlm-tune', *{arguments!r}]\nfrom vlm_tune.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass"
+            f"sys.argv = ['vlm-tune', *{arguments!r}]\nfrom vlm_tune.cli import "
+            "main\ntry:\n    main()\nexcept SystemExit:\n    pass"
         )

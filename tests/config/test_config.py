@@ -112,7 +112,7 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- places ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_folded_and_quoted_texts_are_what_yaml_says() -> None:
     assert parse_recipe(text).data.system == "one two three\nfour"
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------
+# --- overrides ---------------------------------------------------------------------------------
 
 
 def test_overrides_reach_keys_list_places_and_parts_that_are_not_there(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_overrides_of_another_type_are_refused(overrides: Any, tmp_path: Path) -
         load_recipe(path, overrides)
 
 
-# --- round trips and fuzz --------------------------------------------------------------------------------------------
+# --- round trips and fuzz ----------------------------------------------------------------------
 
 printable = st.text(
     st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))
@@ -591,7 +591,7 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     assert "nothing to quantise" in found[1]
 
 
-# --- the schema ------------------------------------------------------------------------------------------------------
+# --- the schema --------------------------------------------------------------------------------
 
 
 def schema_faults(

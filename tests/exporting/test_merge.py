@@ -203,7 +203,8 @@ def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(
     assert coarse.difference_to_adapter > 2e-2
     with pytest.raises(
         ModelError,
-        match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with --tolerance",
+        match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with "
+        r"--tolerance",
     ):
         merge(saved, tmp_path / "refused", dtype="bf16")
 
@@ -230,8 +231,8 @@ def test_a_quantised_run_is_compared_as_it_was_trained(
     said = merge_proof(report)
     assert "from those of the run as it was trained, over its nf4 base" in said
     assert (
-        f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
-        in said
+        f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, "
+        f"{report.merged_accuracy:.4f} merged" in said
     )
     assert (
         json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"]

@@ -75,7 +75,10 @@ BAD_LINES = {
     "a number": b"5",
     "deep": b"[" * 100_000,
     "empty object": b"{}",
-    "half a character": b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}',
+    "half a character": (
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", '
+        b'"content": "a"}]}'
+    ),
 }
 
 
@@ -286,7 +289,8 @@ def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(tmp_path: Path, na
     )
     with pytest.raises(
         DataError,
-        match=r"no row is left to train on, of 1; the first: .*row 1: \d+ tokens, more than data.max_length 8",
+        match=r"no row is left to train on, of 1; the first: .*row 1: \d+ tokens, more than "
+        r"data.max_length 8",
     ):
         prepare_rows(tmp_path / "rows.jsonl", [row], processor(name, max_length=8), overlong="drop")
 
@@ -337,7 +341,10 @@ def test_fault_14_image_slots_are_never_cut_whatever_the_limit(tmp_path: Path, n
             assert overlong == "trim" or example.input_ids.tolist() == whole.input_ids.tolist()
 
 
-TEMPLATE = "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: prompt}]\nassistant: [%s]\n"
+TEMPLATE = (
+    "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: "
+    "prompt}]\nassistant: [%s]\n"
+)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
     ).eval()
 
 
-# --- 22 --------------------------------------------------------------------------------------------------------------
+# --- 22 ----------------------------------------------------------------------------------------
 
 
 def png_bomb(side: int) -> bytes:
@@ -100,7 +100,7 @@ def test_fault_22_a_bomb_is_refused_by_decoding_inspection_and_size_before_it_is
             refuse(Media(BOMBS[kind]))
 
 
-# --- 23 --------------------------------------------------------------------------------------------------------------
+# --- 23 ----------------------------------------------------------------------------------------
 
 
 def fits() -> bytes:
@@ -125,7 +125,10 @@ ODD = {
     },
     "FITS": fits(),
     "PSD": psd(),
-    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><image href="file:///etc/passwd"/></svg>',
+    "SVG": (
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><image '
+        b'href="file:///etc/passwd"/></svg>'
+    ),
     "HEIC": struct.pack(">I", 24) + b"ftypheic" + bytes(12),
 }
 
@@ -144,7 +147,7 @@ def test_fault_23_other_formats_are_refused_whatever_they_are_called(
             refuse(Media(path))
 
 
-# --- 24 --------------------------------------------------------------------------------------------------------------
+# --- 24 ----------------------------------------------------------------------------------------
 
 
 def palette_with_alpha() -> Image.Image:
@@ -212,7 +215,7 @@ def test_fault_24_an_adobe_cmyk_jpeg_is_not_shown_inverted() -> None:
     assert np.allclose(red.getpixel((8, 8)), (255, 0, 0), atol=4)
 
 
-# --- 25 --------------------------------------------------------------------------------------------------------------
+# --- 25 ----------------------------------------------------------------------------------------
 
 UNDO = {
     1: None,
@@ -312,7 +315,7 @@ def test_fault_25_chat_takes_pil_images_of_every_mode(
     assert isinstance(model.chat("what?", [Image.new(mode, (20, 10))], max_new_tokens=1), str)
 
 
-# --- 26 --------------------------------------------------------------------------------------------------------------
+# --- 26 ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,7 +361,7 @@ def test_fault_26_of_several_frames_the_first_is_shown(
     assert inspect_image(Media(data)).thumbnail[:3] == bytes(colors[0])
 
 
-# --- 27 --------------------------------------------------------------------------------------------------------------
+# --- 27 ----------------------------------------------------------------------------------------
 
 
 def alike_in_pixels() -> dict[str, tuple[bytes, bytes]]:

@@ -84,9 +84,15 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
         built(parsed(text))
     parts = text.replace("vicuna", "chatml")
     plain = parts.partition("\nmodel:")[2].partition("\ndata:")[0]
-    scratch = "\n  tower: {kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 32}}"
+    scratch = (
+        "\n  tower: {kind: open_clip, config: {layers: 1, width: 64, head_width: 32, "
+        "patch_size: 16, image_size: 32}}"
+    )
     scratch += f"\n  connector: {{kind: mlp, weights: {tmp_path / 'mm_projector.bin'}}}"
-    scratch += "\n  llm: {kind: causal, scratch: {model_type: llama, config: {hidden_size: 32, num_hidden_layers: 1, "
+    scratch += (
+        "\n  llm: {kind: causal, scratch: {model_type: llama, config: {hidden_size: 32, "
+        "num_hidden_layers: 1, "
+    )
     scratch += "intermediate_size: 48, num_attention_heads: 2}}}"
     with pytest.raises(
         ModelError,

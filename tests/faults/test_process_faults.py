@@ -176,7 +176,8 @@ def test_fault_44_a_poisoned_sample_stops_after_k_steps_with_its_ids_dumped(
     recipe = runs(tiny_recipe, train__batch_size=8, train__max_nonfinite=2, **validation)
     with pytest.raises(
         TrainingError,
-        match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step in a row",
+        match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step "
+        r"in a row",
     ):
         sft(recipe)
     dumped = [
@@ -257,7 +258,8 @@ def test_fault_45_a_worker_killed_while_the_others_start_names_the_sample_too(
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", start_workers)
     with pytest.raises(
         DataError,
-        match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: \S*messages:\d",
+        match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: "
+        r"\S*messages:\d",
     ):
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
 
@@ -446,7 +448,8 @@ def test_fault_51_a_tracker_that_fails_does_not_stop_training(
     notes = [event["text"] for event in events if event.get("text", "").startswith("tracker")]
     assert notes == [
         "tracker tensorboard failed (ConnectionError: no route to the tracker); training goes on",
-        "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training goes on without it",
+        "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training "
+        "goes on without it",
         "tracker wandb failed (ConnectionError: no route to the tracker); training goes on",
         "tracker wandb failed 5 times in a row and is left alone from now on",
         "tracker mlflow failed (ConnectionError: no route to the tracker); training goes on",

@@ -49,7 +49,8 @@ def test_fault_01_unknown_key_gives_place_and_nearest_names() -> None:
     assert refused(text + "zebra: 1\n") == (
         "r.yaml:8:3: unknown key 'maxlength'; did you mean max_length?\n"
         "r.yaml:12:20: unknown key 'bach_size'; did you mean batch_size?\n"
-        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, tune, objective, train, evaluate, engine, stages"
+        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, "
+        "tune, objective, train, evaluate, engine, stages"
     )
 
 

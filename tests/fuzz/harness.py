@@ -328,7 +328,8 @@ def site(error: BaseException) -> str:
 
 
 PLACE = re.compile(
-    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest \d|\bmessage \d|\bstep \d|\bstage\b"
+    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest "
+    r"\d|\bmessage \d|\bstep \d|\bstage\b"
     r"|^\.{1,2}:|'[^']+'|\b[a-z_]+\b:|^[a-z_]+ (is|takes) )"
 )
 
@@ -351,7 +352,10 @@ def bad_output(case: Case, printed: str) -> str:
     if "Traceback (most recent call last)" in printed:
         return printed[printed.index("Traceback (most recent call last)") :][:3000]
     if case.call[0] == "cli" and (match := CONTROLS.search(printed.replace("\r\n", "\n"))):
-        return f"a control character {match[0]!r} is printed: {printed[max(0, match.start() - 80) : match.end() + 40]!r}"
+        return (
+            f"a control character {match[0]!r} is printed: "
+            f"{printed[max(0, match.start() - 80) : match.end() + 40]!r}"
+        )
     return ""
 
 

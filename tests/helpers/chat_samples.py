@@ -23,7 +23,8 @@ IMAGE_SLOTS = 3
 TEXTS = [
     "What color is the shape? It is red, and the circle is blue.",
     "Describe the image in one sentence: a small green triangle on white.",
-    "A chat between a curious user and an assistant. USER: hello ASSISTANT: yes </s <p ad> <s im age|_end start>",
+    "A chat between a curious user and an assistant. USER: hello ASSISTANT: yes </s <p "
+    "ad> <s im age|_end start>",
     "You are a helpful assistant; is there not a rectangle? no\nand a second line",
 ]
 LLAMA3_SPLIT = (

@@ -160,7 +160,7 @@ def until(condition: Callable[[], Any], timeout: float = 400) -> None:
         time.sleep(0.01)
 
 
-# --- killed at a system call -----------------------------------------------------------------------------------------
+# --- killed at a system call -------------------------------------------------------------------
 
 CALLS = {
     "x86_64": {"write": 1, "open": 2, "pwrite": 18, "writev": 20, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "unlink": 87,

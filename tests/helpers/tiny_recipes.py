@@ -17,9 +17,11 @@ COLORS = {
     "yellow": (220, 210, 40),
 }
 TINY = {
-    "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 2, num_decoder_layers: 1, "
+    "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, "
+    "num_layers: 2, num_decoder_layers: 1, "
     "num_heads: 2, dropout_rate: 0.0, feed_forward_proj: gated-gelu}}",
-    "causal": "{model_type: llama, vocab_size: 400, config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "causal": "{model_type: llama, vocab_size: 400, config: {hidden_size: 32, intermediate_size: "
+    "64, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256}}",
 }
 

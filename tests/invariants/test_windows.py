@@ -40,7 +40,8 @@ DECODERS = {
     "smollm3": f"sliding_window: {WINDOW}, use_sliding_window: true, no_rope_layers: [1, 0], {HALF}",
     "gemma2": f"sliding_window: {WINDOW}, head_dim: 16, query_pre_attn_scalar: 16, {HALF}",
     "gemma3_text": f"sliding_window: {WINDOW}, head_dim: 16, query_pre_attn_scalar: 16, {HALF}",
-    "llama4_text": f"attention_chunk_size: {WINDOW}, head_dim: 16, intermediate_size_mlp: 32, num_local_experts: 2, "
+    "llama4_text": f"attention_chunk_size: {WINDOW}, head_dim: 16, intermediate_size_mlp: 32, "
+    "num_local_experts: 2, "
     "layer_types: [chunked_attention, full_attention]",
 }
 
@@ -168,7 +169,10 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
         "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], ",
     )
     head, _, rest = text.partition("model_type: llama")
-    bloom = f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, n_head: 2{rest[rest.index('}}') :]}"
+    bloom = (
+        f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, "
+        f"n_head: 2{rest[rest.index('}}') :]}"
+    )
     for scratch, said in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
         recipe = parsed(scratch)
         model = built(recipe).eval()

@@ -46,7 +46,10 @@ from vlm_tune.rendering.plan_text import show_plan
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
-DEEP = "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, num_hidden_layers: 9, num_attention_heads: 4}}"
+DEEP = (
+    "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, "
+    "num_hidden_layers: 9, num_attention_heads: 4}}"
+)
 
 TinyRecipe = Callable[..., str]
 
@@ -573,7 +576,7 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(
     assert found["stages"][0]["communication"]["traffic"]["gradients"] > 0
 
 
-# --- steps and time --------------------------------------------------------------------------------------------------
+# --- steps and time ----------------------------------------------------------------------------
 
 
 def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(

@@ -70,7 +70,10 @@ def test_another_base_in_the_place_of_the_old_one_is_refused(
     load_model(saved)
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
     change_one_number(tmp_path / "base")
-    differs = rf"its llm was .*base.*1 of 21 tensors differ \({CHANGED}\).*--base PATH.*--accept-other-base"
+    differs = (
+        rf"its llm was .*base.*1 of 21 tensors differ \({CHANGED}\).*--base "
+        r"PATH.*--accept-other-base"
+    )
     with pytest.raises(ModelError, match=differs):
         VisionLanguageModel.from_pretrained(saved)
     with pytest.raises(ModelError, match=differs):
@@ -176,8 +179,9 @@ def test_what_is_no_whole_model_says_which_folder_to_take(
         tmp_path / "both": "is a PEFT adapter over",
         tmp_path / "run": "is a run of vlm_tune; run `vlm-tune merge",
         saved: "is a model of vlm_tune with all its parts; run `vlm-tune merge",
-        tmp_path
-        / "merged": "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts",
+        tmp_path / "merged": (
+            "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts"
+        ),
         tmp_path / "missing": "model.llm.name: no such folder: ",
     }
     for folder, message in expected.items():

@@ -243,9 +243,13 @@ def test_an_empty_answer_is_no_full_stop() -> None:
     assert normalise("") != normalise(".") and normalise("Yes.") == normalise(" yes")
 
 
-GPT2 = "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 1, n_head: 2, n_positions: 40}}"
+GPT2 = (
+    "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 1, n_head: 2, "
+    "n_positions: 40}}"
+)
 OPT = (
-    "{model_type: opt, vocab_size: 400, config: {hidden_size: 32, ffn_dim: 48, num_hidden_layers: 1, num_attention_heads: 2, "
+    "{model_type: opt, vocab_size: 400, config: {hidden_size: 32, ffn_dim: 48, "
+    "num_hidden_layers: 1, num_attention_heads: 2, "
     "word_embed_proj_dim: 32, max_position_embeddings: 40}}"
 )
 
@@ -309,7 +313,10 @@ def test_rows_beyond_learned_positions_are_told_before_training(
     assert not (Path(short.output) / "stages").exists()
 
 
-BART = "encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+BART = (
+    "encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, "
+    "decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+)
 PLACED = {
     "bart": f"{{model_type: bart, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",
     "pegasus": f"{{model_type: pegasus, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",

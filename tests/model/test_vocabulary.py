@@ -126,7 +126,8 @@ def test_a_tokenizer_larger_than_the_embedding_says_what_to_do(
     tokenizer.save_pretrained(base)
     with pytest.raises(
         ModelError,
-        match=r"none for <loc_1>, <loc_2>\. Use the tokenizer .* or name these in model.llm.added_tokens",
+        match=r"none for <loc_1>, <loc_2>\. Use the tokenizer .* or name these in "
+        r"model.llm.added_tokens",
     ):
         built(parsed(with_llm(text, base, "causal")))
     model = built(parsed(with_llm(text, base, "causal", ADDED)))
@@ -169,11 +170,13 @@ def test_everything_in_full_with_quantised_layers_is_refused(
     for tune in (
         '\ntune:\n  - {match: "tower.*", how: frozen}\n  - {match: "*", how: full}\ntrain:',
         '\ntune:\n  - {match: "*", how: full}\ntrain:',
-        '\ntune:\n  - {match: "llm.*", how: last_layers, layers: 1}\n  - {match: "*", how: frozen}\ntrain:',
+        '\ntune:\n  - {match: "llm.*", how: last_layers, layers: 1}\n  - {match: "*", '
+        "how: frozen}\ntrain:",
     ):
         with pytest.raises(
             RecipeError,
-            match=r"recipe:\d+:\d+: .*reaches the llm's layers, and quantised weights can't be trained",
+            match=r"recipe:\d+:\d+: .*reaches the llm's layers, and quantised weights can't be "
+            r"trained",
         ):
             parsed(with_tune(text, tune))
     parsed(

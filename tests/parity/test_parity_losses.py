@@ -66,7 +66,8 @@ def test_the_loss_is_transformers_own_of_every_architecture(
             lines.append(f"{name}: {found}")
     with capsys.disabled():
         print(
-            f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, {len(other)} others",
+            f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, "
+            f"{len(other)} others",
             *lines,
             sep="\n  ",
         )

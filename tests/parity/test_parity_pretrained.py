@@ -30,7 +30,8 @@ from vlm_tune.model.vlm import VisionLanguageModel
 
 Tiny = Callable[..., str]
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and "
     "polite answers to the user's questions."
 )
 

@@ -270,7 +270,10 @@ def test_a_split_that_can_not_be_is_an_error_with_its_numbers(
     recipe = parsed(tiny_recipe("causal"), **changes)
     assert faults(vlm_tune.check(recipe)) == [("validation", "split")]
     no_weights(monkeypatch)
-    expected = r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 groups, the largest of 8 rows"
+    expected = (
+        r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 "
+        r"groups, the largest of 8 rows"
+    )
     with pytest.raises(DataError, match=expected):
         sft(recipe)
 

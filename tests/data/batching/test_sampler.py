@@ -173,7 +173,7 @@ def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
     assert abs(float(np.corrcoef(means[:-1], means[1:])[0, 1])) < 0.15
 
 
-# --- mixtures --------------------------------------------------------------------------------------------------------
+# --- mixtures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_a_translation_is_asked_for_with_all_that_the_row_tells(
 def test_a_set_without_a_phrasing_for_a_row_says_which_field_the_row_lacks(tmp_path: Path) -> None:
     path = tmp_path / "set.yaml"
     path.write_text(
-        "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: '{translation}'\n"
+        "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: "
+        "'{translation}'\n"
     )
     found = load_instructions(str(path), "translate")
     with pytest.raises(DataError, match="no prompt of the set does without source_language, text"):

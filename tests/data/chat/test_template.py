@@ -174,7 +174,8 @@ def test_unknown_roles_and_missing_system_turns_are_data_errors(tmp_path: Path) 
         load_template("chatml").segments(Conversation("t", (Message("tool", ("x",)),)))
     path = tmp_path / "plain.yaml"
     path.write_text(
-        "name: plain\nlayouts: [causal]\nuser: [{content: prompt}]\nassistant: [{content: trained}, {control: eos, trained: true}]\n"
+        "name: plain\nlayouts: [causal]\nuser: [{content: prompt}]\nassistant: "
+        "[{content: trained}, {control: eos, trained: true}]\n"
     )
     with pytest.raises(DataError, match="no system turn"):
         load_template(str(path)).segments(Conversation("s", turns("q", "a", system="x")))

@@ -200,7 +200,7 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- preprocessing ---------------------------------------------------------------------------------------------------
+# --- preprocessing -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -232,7 +232,7 @@ def test_the_pixel_cache_stops_at_its_size_and_gives_the_same_pixels() -> None:
     assert len(cache._kept) == 2 and cache(media[0]) is cache(media[0])
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
+# --- tiles -------------------------------------------------------------------------------------
 
 NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """LLaVA-NeXT's grids, (columns, rows)."""

@@ -111,7 +111,7 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
     assert {example.media for example in examples_of(prepared)} == {tuple(prepared.media)}
 
 
-# --- what is left out ------------------------------------------------------------------------------------------------
+# --- what is left out --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
@@ -247,7 +247,7 @@ def test_questions_are_trimmed_and_answers_and_images_never(
     assert "word word" in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
 
 
-# --- held out --------------------------------------------------------------------------------------------------------
+# --- held out ----------------------------------------------------------------------------------
 
 
 def colored(number: int) -> Media:
@@ -301,7 +301,7 @@ def test_a_stratified_split_holds_its_shares_in_every_category(tmp_path: Path) -
     assert (found.count("rare"), found.count("common")) == (4, 36)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache ---------------------------------------------------------------------------------
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:

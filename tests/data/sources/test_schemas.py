@@ -518,7 +518,7 @@ def test_an_id_names_its_row_and_a_category_is_kept(folder: Path) -> None:
     assert {row.category for row in found} == {"color"}
 
 
-# --- detection -------------------------------------------------------------------------------------------------------
+# --- detection ---------------------------------------------------------------------------------
 
 
 def test_every_form_has_its_needs_written_down() -> None:
@@ -622,7 +622,7 @@ def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> N
     assert (found.messages[0].text, found.messages[1].text) == ("what?", "red")
 
 
-# --- whatever a row holds --------------------------------------------------------------------------------------------
+# --- whatever a row holds ----------------------------------------------------------------------
 
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(b"x").decode()
 WORDS = st.sampled_from(

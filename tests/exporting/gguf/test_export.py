@@ -20,7 +20,8 @@ from vlm_tune.exporting.gguf.writer import read_fields, read_tensors
 from vlm_tune.model.checkpoint import load_model
 
 LLAMA3 = (
-    "rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, "
+    "rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, "
+    "low_freq_factor: 1.0, high_freq_factor: 4.0, "
     "original_max_position_embeddings: 32}"
 )
 DECODERS = {

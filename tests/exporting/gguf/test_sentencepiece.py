@@ -29,7 +29,8 @@ SENTENCES = (
     "for place in range(10):    print(place,        end='')",
     "Wie heißt die Straße? Größer als 12.345 Äpfel, für 3,50 €.",
     "日本語のテスト と 日本語の文章",
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen",
 )
 TEXTS = (
     *SENTENCES,

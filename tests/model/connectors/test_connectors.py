@@ -104,7 +104,8 @@ def test_a_saved_model_is_the_same(kind: str, llm: str, tiny_recipe: Tiny, tmp_p
     [
         "{kind: timm, name: resnet10t, image_size: 32, grid: 2}",
         "{kind: pair, towers: [{kind: timm, name: resnet10t, image_size: 32, grid: 2}, "
-        "{kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 48}, class_token: false}]}",
+        "{kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: "
+        "16, image_size: 48}, class_token: false}]}",
     ],
 )
 @torch.no_grad()
@@ -233,7 +234,7 @@ def test_a_lora_run_in_bf16_trains_saves_and_answers(
     assert isinstance(again.chat("nothing to see?", max_new_tokens=3), str)
 
 
-# --- text-conditioned ones -------------------------------------------------------------------------------------------
+# --- text-conditioned ones ---------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -320,7 +321,7 @@ def test_a_long_instruction_is_read_from_its_end(tiny_recipe: Tiny) -> None:
     assert largest(found[0], found[2]) > 1e-5
 
 
-# --- in a recipe -----------------------------------------------------------------------------------------------------
+# --- in a recipe -------------------------------------------------------------------------------
 
 
 def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_recipe: Tiny) -> None:
@@ -348,7 +349,7 @@ def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_re
             parsed(text.replace(right, wrong))
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- what does not fit -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
