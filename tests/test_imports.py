@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_import_contracts_hold() -> None:
-    """Those of pyproject.toml; what they leave out is listed there, and an entry that no import needs is an error."""
+    """The contracts of pyproject.toml.
+
+    What they leave out is listed there, and an entry that no import needs is an error.
+    """
     command = [
         str(Path(sys.executable).with_name("lint-imports")),
         "--no-cache",

@@ -1,4 +1,4 @@
-"""The recipe: what it admits, how its errors are placed, and that what is written reads back equal."""
+"""The recipe: what it admits, how its errors are placed, and that it reads back equal."""
 
 from __future__ import annotations
 
@@ -597,7 +597,10 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
 def schema_faults(
     value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe"
 ) -> list[str]:
-    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes; an unknown word is an error."""
+    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes.
+
+    An unknown word is an error.
+    """
     types = {
         "object": dict,
         "array": list,
@@ -649,9 +652,15 @@ def schema_faults(
             if value not in (rule if word == "enum" else [rule]):
                 found.append(f"{place}: {value!r} is not {rule}")
         elif word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if isinstance(value, int | float) and not {
-                "minimum": value >= rule, "maximum": value <= rule, "exclusiveMinimum": value > rule, "exclusiveMaximum": value < rule
-            }[word]:  # fmt: skip
+            if (
+                isinstance(value, int | float)
+                and not {
+                    "minimum": value >= rule,
+                    "maximum": value <= rule,
+                    "exclusiveMinimum": value > rule,
+                    "exclusiveMaximum": value < rule,
+                }[word]
+            ):
                 found.append(f"{place}: {value} against {word} {rule}")
         elif word in ("minItems", "maxItems"):
             if isinstance(value, list) and (

@@ -55,7 +55,8 @@ def test_merged_is_the_adapter_and_not_the_base(
 ) -> None:
     text = tiny_recipe(kind)
     if source == "named":
-        # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.
+        # T5's own random weights are of another size than trained ones, whose logits bf16 hardly
+        # moves.
         config = {"initializer_factor": 0.3} if kind == "seq2seq" else {}
         text = with_llm(
             text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind

@@ -1,4 +1,7 @@
-"""Which exports a model can have is known from its recipe, and refused before anything is merged."""
+"""The exports a model can have are known from its recipe.
+
+Others are refused before anything is merged.
+"""
 
 from __future__ import annotations
 

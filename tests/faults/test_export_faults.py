@@ -1,4 +1,7 @@
-"""FAULTS 54 and 56 to 59 of exports: corrupted, cut short, unreadable elsewhere, impossible, too large."""
+"""FAULTS 54 and 56 to 59 of exports.
+
+Corrupted, cut short, unreadable elsewhere, impossible, too large.
+"""
 
 from __future__ import annotations
 
@@ -158,11 +161,13 @@ processor = AutoProcessor.from_pretrained(folder, backend="pil")
 
 def answers(questions, **options):
     turns = [
-        [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": text}]}]
+        [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, \
+{"type": "text", "text": text}]}]
         for image, text in questions
     ]
     inputs = processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, \
+return_tensors="pt", processor_kwargs={"padding": True}
     )
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=8, **options)

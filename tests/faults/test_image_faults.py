@@ -1,4 +1,7 @@
-"""Faults 22 to 27 of the list: bombs, odd formats, modes, rotations, limits, and images taken for one another."""
+"""Faults 22 to 27 of the list.
+
+Bombs, odd formats, modes, rotations, limits, and images taken for one another.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,12 @@ def model() -> VisionLanguageModel:
 name: tiny
 output: nowhere
 model:
-  tower: {kind: open_clip, config: {layers: 1, width: 32, head_width: 32, patch_size: 16, image_size: 32}}
+  tower: {kind: open_clip, config: {layers: 1, width: 32, head_width: 32, \
+patch_size: 16, image_size: 32}}
   llm:
     kind: causal
-    scratch: {model_type: llama, config: {hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+    scratch: {model_type: llama, config: {hidden_size: 32, intermediate_size: 32, \
+num_hidden_layers: 1, num_attention_heads: 2}}
 data: {train: [{kind: easy_vqa, split: train}], template: chatml}
 tune: [{match: "*", how: full}]
 train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
@@ -280,7 +285,8 @@ def test_fault_25_a_rotation_survives_damage_elsewhere_in_the_exif_data(
         quality=100,
         subsampling=0,
     )
-    # The text becomes that of a tag which holds a number: Pillow can read that and can't write it again.
+    # The text becomes that of a tag which holds a number: Pillow can read that and can't write it
+    # again.
     damaged = data.replace(bytes.fromhex("010e 0002"), bytes.fromhex("0100 0002"))
     with Image.open(io.BytesIO(damaged)) as opened:
         with pytest.raises(Exception, match="required argument is not an integer"):

@@ -1,4 +1,7 @@
-"""FAULTS 28 to 36: weights and model configurations that must be refused, by name, before they do harm."""
+"""FAULTS 28 to 36.
+
+Weights and model configurations that must be refused, by name, before they do harm.
+"""
 
 from __future__ import annotations
 

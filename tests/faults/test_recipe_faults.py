@@ -1,4 +1,7 @@
-"""Faults 1 to 8 of the list: a bad recipe ends with exit code 2, names its places, and nothing is touched."""
+"""Faults 1 to 8 of the list.
+
+A bad recipe ends with exit code 2, names its places, and nothing is touched.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ KINDS = {
     "avg_pool": "{kind: avg_pool, grid: 2, norm: true}",
     "resampler": "{kind: resampler, latents: 3, depth: 2, heads: 4}",
     "qformer": "{kind: qformer, queries: 3, width: 32, depth: 2, heads: 4}",
-    "qformer-text": "{kind: qformer, queries: 3, width: 32, depth: 3, heads: 4, text: true, max_text: 64}",
+    "qformer-text": (
+        "{kind: qformer, queries: 3, width: 32, depth: 3, heads: 4, text: true, max_text: 64}"
+    ),
     **{
         f"fusion-{how}": (
             f"{{kind: fusion, how: {how}, heads: 4, base: {{kind: avg_pool, grid: 2, norm: true}}}}"

@@ -103,8 +103,12 @@ def tower_text(tmp_path: Path, tower: str) -> str:
             f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -1, class_token: true, resize: pad}}"
         ),
         "clip": "{kind: transformers, name: NAME, layer: -2}",
-        "clip class token": "{kind: transformers, name: NAME, layer: -1, class_token: true, resize: squash}",
-        "clip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 64, resize: pad}",
+        "clip class token": (
+            "{kind: transformers, name: NAME, layer: -1, class_token: true, resize: squash}"
+        ),
+        "clip larger images": (
+            "{kind: transformers, name: NAME, layer: -2, image_size: 64, resize: pad}"
+        ),
         "siglip": "{kind: transformers, name: NAME, layer: -1, resize: squash}",
         "siglip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 48}",
     }

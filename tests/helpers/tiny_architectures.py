@@ -1,4 +1,7 @@
-"""Every language model that transformers can build, tiny, with whatever scales, caps or shifts its logits set off neutral."""
+"""Every language model that transformers can build, tiny.
+
+Whatever scales, caps or shifts its logits is set off neutral.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ SIZES = {
 OFF_NEUTRAL = re.compile(
     r"(scal(e|ing)(_factor)?|multiplier|cap(ping)?|alpha|logits?_bias|temperature)s?$|logit"
 )
-"""Settings of this kind are given an odd value, so that none of them is left out without a difference."""
+"""Such settings get an odd value, so that leaving one out makes a difference.
+"""
 ODD = 0.37
 IDS = {
     "pad_token_id": 0,
@@ -186,7 +190,10 @@ def tiny(kind: type[Any], model: Any, layout: Layout) -> Any:
 
 @dataclass(frozen=True)
 class Compared:
-    """Our loss and transformers' own of the same weights and labels, and how far logits are apart, relative to the largest."""
+    """Our loss and transformers' own for the same weights and labels, and how far logits differ.
+
+    The difference is relative to the largest.
+    """
 
     ours: float
     theirs: float
@@ -201,7 +208,10 @@ class Compared:
 
 
 def mappings() -> list[tuple[Layout, type[Any], Any]]:
-    """Every config class of transformers' mappings for causal and for seq2seq language models, and its model class."""
+    """Every config class that transformers maps to a language model, and its model class.
+
+    Causal and seq2seq ones.
+    """
     from transformers.models.auto import modeling_auto
 
     both: tuple[tuple[Layout, Any], ...] = (

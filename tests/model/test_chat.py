@@ -1,4 +1,7 @@
-"""What is asked in a chat: images where they stand, one behaviour batched or single, and errors that name the request."""
+"""What is asked in a chat.
+
+Images where they stand, one behaviour batched or single, and errors that name the request.
+"""
 
 from __future__ import annotations
 
@@ -279,7 +282,10 @@ def test_learned_positions_are_not_passed(scratch: str, tiny_recipe: Callable[..
 def test_rows_beyond_learned_positions_are_told_before_training(
     scratch: str, tiny_recipe: Callable[..., str]
 ) -> None:
-    """By `check` and by `sft` before its first step; rows of one image that are joined are each within the positions."""
+    """By `check` and by `sft` before its first step.
+
+    Rows of one image that are joined are each within the positions.
+    """
     text = tiny_recipe("causal").splitlines()
     lines = [
         f"  llm: {{kind: causal, scratch: {scratch}}}" if line.startswith("  llm:") else line
@@ -327,7 +333,10 @@ PLACED = {
 def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(
     kind: str, tiny_recipe: Callable[..., str]
 ) -> None:
-    """Learned or sinusoidal positions would go on from sample to sample of a packed row; T5's distances don't."""
+    """Learned or sinusoidal positions would go on from sample to sample of a packed row.
+
+    T5's distances don't.
+    """
     text = tiny_recipe("seq2seq")
     lines = [
         f"  llm: {{kind: seq2seq, scratch: {PLACED[kind]}}}" if line.startswith("  llm:") else line

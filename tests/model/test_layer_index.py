@@ -1,4 +1,7 @@
-"""Last layers, norms, biases and layer-wise rate decay: which parameters, and the rates that reach the optimizer."""
+"""Last layers, norms, biases and layer-wise rate decay.
+
+Which parameters, and the rates that reach the optimizer.
+"""
 
 from __future__ import annotations
 

@@ -226,7 +226,10 @@ def test_another_lora_is_merged_first(model: Any, tiny_recipe: Callable[..., str
 def test_lora_is_found_again_after_a_save(
     precision: str, tmp_path: Path, tiny_recipe: Callable[..., str]
 ) -> None:
-    """A resumed run applies its rules to a model that has its adapters already; not a bit of them is lost."""
+    """A resumed run applies its rules to a model that has its adapters already.
+
+    Not a bit of them is lost.
+    """
     from vlm_tune.model.checkpoint import restore_model
 
     recipe = parsed(with_tune(tiny_recipe("causal", precision=precision), LORA_TUNE))
@@ -319,7 +322,10 @@ def test_every_lora_layer_of_a_tower_takes_part(
 
 
 def test_lora_on_layers_that_would_ignore_it_is_refused(tiny_recipe: Callable[..., str]) -> None:
-    """torch's MultiheadAttention reads its projections' weights without calling them, so LoRA there would do nothing."""
+    """torch's MultiheadAttention reads its projections' weights without calling them.
+
+    So LoRA there would do nothing.
+    """
     model = built(parsed(tiny_recipe("causal")))
     with pytest.raises(ModelError, match=r"target_modules \['out_proj'\] match no linear layer"):
         applied(model, lora("tower.*", target_modules=["out_proj"]), FROZEN)

@@ -1,4 +1,7 @@
-"""Towers against the libraries they come from: layers, class token, other image sizes, and normalisation."""
+"""Towers against the libraries they come from.
+
+Layers, class token, other image sizes, and normalisation.
+"""
 
 from __future__ import annotations
 
@@ -297,7 +300,10 @@ def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(
 @pytest.mark.slow
 @torch.no_grad()
 def test_open_clip_tower_of_another_size_has_interpolated_positions(tmp_path: Path) -> None:
-    """open_clip interpolates with a smoothing bicubic filter; what transformers' sharper one gives is near it."""
+    """open_clip interpolates with a smoothing bicubic filter.
+
+    What transformers' sharper one gives is near it.
+    """
     import open_clip
     from transformers import CLIPVisionConfig
     from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings

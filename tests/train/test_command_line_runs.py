@@ -21,7 +21,8 @@ stages:
     tune:
       - {{match: "tower.*", how: frozen}}
       - {{match: "connector.*", how: full}}
-      - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 1.0e-2}}
+      - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, \
+learning_rate: 1.0e-2}}
 """
 """A base that learns wrong answers, which only LoRA can then put right."""
 STEPS = {"seq2seq": 200, "causal": 150}

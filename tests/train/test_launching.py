@@ -1,4 +1,7 @@
-"""`--processes`: the environment that ranks find, exit codes, signals that go on, and no process left behind."""
+"""`--processes`: what ranks find in the environment, and how they end.
+
+Exit codes, signals that are passed on, and no process left behind.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def test_a_killed_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_sigterm_goes_on_to_every_rank(tmp_path: Path) -> None:
-    """The last rank that is ready sends it to the launcher; each ends as a run does that was asked to stop."""
+    """The last rank that is ready sends it to the launcher.
+
+    Each ends as a run does that was asked to stop.
+    """
     code = (
         "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'asked-{rank}').touch(), "
         "sys.exit(130)));\n"

@@ -1,4 +1,7 @@
-"""All parts of a run are read before its weights, under one policy, and `check` says beforehand what training does."""
+"""All parts of a run are read before its weights, under one policy.
+
+`check` says beforehand what training does.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def part(folder: Path, name: str, lines: list[str]) -> list[dict[str, str]]:
 
 
 def faults(report: CheckReport) -> list[tuple[str, str]]:
-    """(part, kind) of the errors; the tiny recipes' parts show the same images, which is an error of its own."""
+    """The errors as (part, kind).
+
+    The tiny recipes' parts show the same images, which is an error of its own.
+    """
     return [
         (finding.part, finding.kind)
         for finding in report.errors

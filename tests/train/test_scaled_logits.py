@@ -1,4 +1,7 @@
-"""A run of a model that scales its logits ends with the loss that transformers computes of the saved weights."""
+"""A run of a model that scales its logits ends with the loss by transformers.
+
+transformers computes it from the saved weights.
+"""
 
 from __future__ import annotations
 

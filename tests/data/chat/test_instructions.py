@@ -1,4 +1,7 @@
-"""Prompt sets: every task has them in two languages, they fill in whatever a row holds, and the phrasing is drawn stably."""
+"""Prompt sets: every task has them in two languages, and they fill in whatever a row holds.
+
+The phrasing is drawn stably.
+"""
 
 from __future__ import annotations
 

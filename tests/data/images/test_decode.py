@@ -1,4 +1,7 @@
-"""Images: each mode and rotation as documented, anything else a `DataError`, and bombs refused from their header."""
+"""Images: each mode and rotation as documented, anything else a `DataError`.
+
+Bombs are refused from their header.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From rows to prepared examples on disk: what is left out is counted, what is kept is what was read, once."""
+"""From rows to prepared examples on disk.
+
+What is left out is counted, what is kept is what was read, once.
+"""
 
 from __future__ import annotations
 
@@ -488,7 +491,7 @@ def section_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> DataSe
 def test_an_image_that_was_mended_is_looked_at_again(
     policy: Any, damage: str, tmp_path: Path
 ) -> None:
-    """Neither chunks of a preparation that failed nor a finished one hold on to what was wrong with a file."""
+    """Chunks of a failed preparation keep no file's fault, and neither does a finished one."""
     made = processor("chatml", "bytes", "causal")
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), (200, 10, 10)).save(image)

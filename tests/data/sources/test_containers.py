@@ -1,4 +1,4 @@
-"""Containers: every file format gives the same rows, chunk by chunk, and what is damaged is named."""
+"""Containers: every file format gives the same rows, chunk by chunk; damage is named."""
 
 from __future__ import annotations
 

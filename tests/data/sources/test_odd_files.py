@@ -1,4 +1,4 @@
-"""Files that are packed, wrapped, damaged or oddly named are read, or named in one short message."""
+"""Packed, wrapped, damaged or oddly named files are read, or named in one short message."""
 
 from __future__ import annotations
 

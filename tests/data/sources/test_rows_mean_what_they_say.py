@@ -1,4 +1,7 @@
-"""No row is read as something else: marks, tool calls, choices, missing values and fields that carry meaning."""
+"""No row is read as something else.
+
+Marks, tool calls, choices, missing values and fields that carry meaning.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def test_every_decoder_gives_the_same_logits(
     assert name == {"tied llama 3": "llama", "mistral": "llama", "gemma 3": "gemma3"}.get(
         decoder, decoder
     )
-    # What is read back here is what transformers' reader leaves out, or takes from its own defaults.
+    # What is read back here is what transformers' reader leaves out, or takes from its own
+    # defaults.
     assert fields[f"{name}.context_length"] == (128 if decoder == "mistral" else 256)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "gguf" / "model-f32.gguf").tensors}
     assert ("output.weight" in names) == ("tie" not in DECODERS[decoder][1])
@@ -140,7 +141,10 @@ def test_queries_and_keys_are_in_llama_cpp_order(
 
 
 def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    """Ids of texts no probe has; rows of the embedding that no token has are marked unused; ends stop llama.cpp."""
+    """Ids of texts no probe has; rows of the embedding that no token has are marked unused.
+
+    Ends stop llama.cpp.
+    """
     text = llava_text(tiny_recipe)
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
     run, _ = saved_model(with_llm(text, llm, "causal"), tmp_path / "saved")

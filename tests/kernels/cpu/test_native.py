@@ -1,4 +1,4 @@
-"""Which kernels compute, how that is asked for and told, and that no other user's compiled code is run."""
+"""The choice of kernels, and that no other user's compiled code is run."""
 
 from __future__ import annotations
 

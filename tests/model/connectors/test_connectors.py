@@ -1,4 +1,7 @@
-"""Connectors of every kind inside a model: slots, saving, batches without media, cached features, and what text they read."""
+"""Connectors of every kind inside a model.
+
+Slots, saving, batches without media, cached features, and what text they read.
+"""
 
 from __future__ import annotations
 
@@ -187,7 +190,10 @@ def test_a_step_on_cached_features_is_the_same(
 def test_a_batch_generates_as_its_rows_do_one_by_one(
     kind: str, llm: str, tiny_recipe: Tiny
 ) -> None:
-    """Rows with one image, two and none, padded on the left for a decoder; greedy and with beams."""
+    """Rows with one image, two and none, padded on the left for a decoder.
+
+    Greedy and with beams.
+    """
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe)).eval()
     rows = rows_of(recipe)
@@ -215,7 +221,7 @@ def test_a_batch_generates_as_its_rows_do_one_by_one(
 def test_a_lora_run_in_bf16_trains_saves_and_answers(
     kind: str, llm: str, tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
-    """Frozen weights in bf16 beside a connector in fp32, cached features in bf16, and then everything in bf16."""
+    """Frozen bf16 weights beside an fp32 connector, cached bf16 features, then all in bf16."""
     text = with_tune(with_connector(tiny_recipe(llm, precision="bf16"), kind))
     events: list[dict[str, Any]] = []
     recipe = parsed(text, train__steps=2, train__log_every=1)

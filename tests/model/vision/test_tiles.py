@@ -1,4 +1,7 @@
-"""Tiles through the whole model: in prompts, in the loss, in cached features, and in a saved model's answers."""
+"""Tiles through the whole model.
+
+In prompts, in the loss, in cached features, and in a saved model's answers.
+"""
 
 from __future__ import annotations
 
