@@ -179,12 +179,12 @@ CALLS = {
     "x86_64": {"write": 1, "open": 2, "pwrite": 18, "writev": 20, "rename": 82, "mkdir": 83,
                "rmdir": 84, "creat": 85, "unlink": 87, "fsync": 74, "fdatasync": 75, "truncate": 76,
                "ftruncate": 77, "openat": 257, "mkdirat": 258, "unlinkat": 263, "renameat": 264,
-               "renameat2": 316, "fallocate": 285, "copy_file_range": 326, "sendfile": 40, "close":
-               3},
-    "aarch64": {"write": 64, "pwrite": 68, "writev": 66, "fsync": 82, "fdatasync": 83, "truncate":
-                45, "ftruncate": 46, "openat": 56, "mkdirat": 34, "unlinkat": 35, "renameat": 38,
-                "renameat2": 276, "fallocate": 47, "copy_file_range": 285, "sendfile": 71, "close":
-                57},
+               "renameat2": 316, "fallocate": 285, "copy_file_range": 326, "sendfile": 40,
+               "close": 3},
+    "aarch64": {"write": 64, "pwrite": 68, "writev": 66, "fsync": 82, "fdatasync": 83,
+                "truncate": 45, "ftruncate": 46, "openat": 56, "mkdirat": 34, "unlinkat": 35,
+                "renameat": 38, "renameat2": 276, "fallocate": 47, "copy_file_range": 285,
+                "sendfile": 71, "close": 57},
 }  # fmt: skip
 TRACEME, CONTINUE_TO_CALL, SET_OPTIONS, GET_CALL = 0, 24, 0x4200, 0x420E
 EXIT_KILL = 0x100000
