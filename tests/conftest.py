@@ -1,4 +1,4 @@
-"""What every test has: caches of its own, the kernels it asks for, tiny recipes, and skips that are allowed by name."""
+"""Fixtures of every test: its own caches, kernels, tiny recipes, and skips allowed by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FROZEN_AFTER = (5, 50, 400)
 _ended = itertools.count(1)
 
 
-# --- skips and kernels -----------------------------------------------------------------------------------------------
+# --- skips and kernels -------------------------------------------------------------------------
 
 SKIPS = Path(__file__).with_name("skips.txt")
 KERNEL_TESTS = "[kernels]"
@@ -60,7 +60,10 @@ def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notes, before any test is left out, which use the kernels and which entries of skips.txt are about none."""
+    """Notes which tests use the kernels and which entries of skips.txt are about none.
+
+    It does so before any test is left out.
+    """
     _kernel_tests.update(item.nodeid for item in items if _uses_kernels(item))
     _unused.update(
         pattern
@@ -77,7 +80,10 @@ def _uses_kernels(item: pytest.Item) -> bool:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails a session that skipped what skips.txt does not list, or that saw all tests and found an entry about none."""
+    """Fails a session that skipped what skips.txt does not list.
+
+    Also one that saw all tests and found an entry about none.
+    """
     config = session.config
     if (output := getattr(config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
         output.update(unused=sorted(_unused), kernel_tests=sorted(_kernel_tests))
@@ -101,7 +107,8 @@ def skip_faults(config: pytest.Config) -> list[str]:
     skipped = reporter.stats.get("skipped", []) if reporter else []
     patterns = allowed_skips()
     faults = [
-        f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: {report.longrepr[2] if report.longrepr else ''}"
+        f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: "
+        f"{report.longrepr[2] if report.longrepr else ''}"
         for report in skipped
         if not any(matches(pattern, report.nodeid, _kernel_tests) for pattern in patterns)
     ]
@@ -124,7 +131,10 @@ def _sees_all(config: pytest.Config) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Counts the kernel tests that were collected and ran, and by which kernels, and says what is wrong with skips."""
+    """Counts the kernel tests that were collected and ran, by kernels.
+
+    Says what is wrong with skips.
+    """
     ran = Counter(
         value
         for reports in terminalreporter.stats.values()
@@ -140,7 +150,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"FAULT {fault}", red=True)
 
 
-# --- fixtures --------------------------------------------------------------------------------------------------------
+# --- fixtures ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +166,10 @@ def private_cache(
 
 @pytest.fixture(autouse=True)
 def quick_collections() -> Iterator[None]:
-    """Takes the libraries' objects, which stay, from what is gone through for garbage: each end of training does that."""
+    """Excludes the libraries' objects, which stay, from garbage collection.
+
+    Each end of training collects garbage.
+    """
     yield
     if next(_ended) in FROZEN_AFTER:
         gc.collect()

@@ -1,4 +1,7 @@
-"""Arguments of the wrong kind to every public function: an error of ours that says what was expected, or success."""
+"""Arguments of the wrong kind to every public function.
+
+An error of ours that says what was expected, or success.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_show_of_bad_data_ends_with_the_data_code(
     assert "messages.jsonl, row 9: not JSON" in capsys.readouterr().err
 
 
-# --- the command line as a whole -------------------------------------------------------------------------------------
+# --- the command line as a whole ---------------------------------------------------------------
 
 
 def test_version_is_told_and_as_json_with_libraries(
@@ -200,7 +200,10 @@ def test_version_is_told_and_as_json_with_libraries(
 
 
 def test_version_loads_no_torch() -> None:
-    code = "import sys; sys.argv = ['vlm-tune', '--version', '--json']\nfrom vlm_tune.cli import main\n"
+    code = (
+        "import sys; sys.argv = ['vlm-tune', '--version', '--json']\nfrom vlm_tune.cli "
+        "import main\n"
+    )
     code += "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_import_contracts_hold() -> None:
-    """Those of pyproject.toml; what they leave out is listed there, and an entry that no import needs is an error."""
+    """The contracts of pyproject.toml.
+
+    What they leave out is listed there, and an entry that no import needs is an error.
+    """
     command = [
         str(Path(sys.executable).with_name("lint-imports")),
         "--no-cache",
@@ -33,7 +36,8 @@ def run_without_torch(code: str) -> None:
     check = (
         "import sys\n"
         + code
-        + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' not in sys.modules"
+        + "\nassert 'torch' not in sys.modules, 'torch was loaded'\nassert 'transformers' "
+        "not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
 
@@ -47,5 +51,6 @@ def test_help_and_a_recipe_error_load_no_torch(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("nme: x\n")
     for arguments in (["--help"], ["sft", str(tmp_path / "bad.yaml")], ["schema"], ["recipes"]):
         run_without_torch(
-            f"sys.argv = ['vlm-tune', *{arguments!r}]\nfrom vlm_tune.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass"
+            f"sys.argv = ['vlm-tune', *{arguments!r}]\nfrom vlm_tune.cli import "
+            "main\ntry:\n    main()\nexcept SystemExit:\n    pass"
         )

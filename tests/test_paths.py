@@ -1,4 +1,7 @@
-"""Places that can't be written are named before any work is done, and trying them leaves nothing behind."""
+"""Places that can't be written are named before any work is done.
+
+Trying them leaves nothing behind.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""docs/troubleshooting.md names every error, exit code and kind of row, and quotes messages as the package has them."""
+"""docs/troubleshooting.md names every error, exit code and kind of row.
+
+It quotes messages as the package has them.
+"""
 
 from __future__ import annotations
 

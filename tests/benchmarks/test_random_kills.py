@@ -1,4 +1,7 @@
-"""The random-kill benchmark with few kills: it runs, and a run killed at random ends as the one that was not."""
+"""The random-kill benchmark with few kills.
+
+It runs, and a run killed at random ends as the one that was not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The bench's own arithmetic: that both row forms hold the same questions, and what is counted as useful work."""
+"""The bench's own arithmetic.
+
+Both row forms hold the same questions, and useful work is counted right.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,7 @@ def test_answers_are_matched_one_to_one() -> None:
 
 
 def test_a_peers_batches_are_counted_as_our_rows_are(tmp_path: Path) -> None:
-    """Padded labels and masks give the amounts of the rows one by one, so one formula serves all trainers."""
+    """Padded labels and masks give the amounts of the rows: one formula serves all trainers."""
     ignored, rows = probe.IGNORED, [[0, 0, 1, 1, 0, 1], [0, 1, 1]]
     labels = [[5 if said else ignored for said in row] + [ignored] * (7 - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (7 - len(row)) for row in rows]

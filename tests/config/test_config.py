@@ -1,4 +1,4 @@
-"""The recipe: what it admits, how its errors are placed, and that what is written reads back equal."""
+"""The recipe: what it admits, how its errors are placed, and that it reads back equal."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- places ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_folded_and_quoted_texts_are_what_yaml_says() -> None:
     assert parse_recipe(text).data.system == "one two three\nfour"
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------
+# --- overrides ---------------------------------------------------------------------------------
 
 
 def test_overrides_reach_keys_list_places_and_parts_that_are_not_there(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_overrides_of_another_type_are_refused(overrides: Any, tmp_path: Path) -
         load_recipe(path, overrides)
 
 
-# --- round trips and fuzz --------------------------------------------------------------------------------------------
+# --- round trips and fuzz ----------------------------------------------------------------------
 
 printable = st.text(
     st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))
@@ -591,13 +591,16 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     assert "nothing to quantise" in found[1]
 
 
-# --- the schema ------------------------------------------------------------------------------------------------------
+# --- the schema --------------------------------------------------------------------------------
 
 
 def schema_faults(
     value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe"
 ) -> list[str]:
-    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes; an unknown word is an error."""
+    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes.
+
+    An unknown word is an error.
+    """
     types = {
         "object": dict,
         "array": list,
@@ -649,9 +652,15 @@ def schema_faults(
             if value not in (rule if word == "enum" else [rule]):
                 found.append(f"{place}: {value!r} is not {rule}")
         elif word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if isinstance(value, int | float) and not {
-                "minimum": value >= rule, "maximum": value <= rule, "exclusiveMinimum": value > rule, "exclusiveMaximum": value < rule
-            }[word]:  # fmt: skip
+            if (
+                isinstance(value, int | float)
+                and not {
+                    "minimum": value >= rule,
+                    "maximum": value <= rule,
+                    "exclusiveMinimum": value > rule,
+                    "exclusiveMaximum": value < rule,
+                }[word]
+            ):
                 found.append(f"{place}: {value} against {word} {rule}")
         elif word in ("minItems", "maxItems"):
             if isinstance(value, list) and (

@@ -1,4 +1,7 @@
-"""The recipes for a GPU and a hub, built at their real shapes on the meta device: no weights, no downloads."""
+"""The recipes for a GPU and a hub, built at their real shapes on the meta device.
+
+No weights, no downloads.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,9 @@ def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Pa
     assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
     counts = trained(tuned(model, recipe))
     assert counts["llm.*"] == 2 * (24 + 24 + 24) * 16 * (2048 + 2048)
-    attention = lambda context: 2 * (768 + 1) * 768 + 2 * (context + 1) * 768 + 2 * 768  # noqa: E731
+    attention = lambda context: (  # noqa: E731
+        2 * (768 + 1) * 768 + 2 * (context + 1) * 768 + 2 * 768
+    )
     feed = (768 + 1) * 3072 + (3072 + 1) * 768 + 2 * 768
     words = 32 * 768 + 2 * 768 + (30523 + 512) * 768 + (768 + 1) * 2048
     assert (

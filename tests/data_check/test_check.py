@@ -1,4 +1,7 @@
-"""`vlm-tune check` finds what is planted, by row, without weights; its figures are those of the rows."""
+"""`vlm-tune check` finds what is planted, by row, without weights.
+
+Its figures are those of the rows.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def recipe_text(
 def planted(
     tmp_path: Path,
 ) -> tuple[dict[str, list[Path]], set[tuple[str, int, str]], set[tuple[str, int, str]]]:
-    """Sources with twelve faults, the (file, row, kind) of those that are errors, and those of warnings."""
+    """Sources with twelve faults, and the (file, row, kind) of errors and of warnings."""
     data = tmp_path / "data"
     data.mkdir()
     for number in range(10):

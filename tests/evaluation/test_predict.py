@@ -1,4 +1,7 @@
-"""Answers to files of rows, and scores on them; what a path of a model means; arguments of another kind."""
+"""Answers to files of rows, and scores on them.
+
+What a path of a model means; arguments of another kind.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def test_merged_is_the_adapter_and_not_the_base(
 ) -> None:
     text = tiny_recipe(kind)
     if source == "named":
-        # T5's own random weights are of another size than trained ones, whose logits bf16 hardly moves.
+        # T5's own random weights are of another size than trained ones, whose logits bf16 hardly
+        # moves.
         config = {"initializer_factor": 0.3} if kind == "seq2seq" else {}
         text = with_llm(
             text, save_llm(tmp_path / "base", kind, rows_of(parsed(text)), **config), kind
@@ -203,7 +204,8 @@ def test_a_coarse_merge_is_allowed_and_one_in_fp32_says_why(
     assert coarse.difference_to_adapter > 2e-2
     with pytest.raises(
         ModelError,
-        match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with --tolerance",
+        match=r"more than 0\.02; nothing was written. Try --dtype fp32, or allow it with "
+        r"--tolerance",
     ):
         merge(saved, tmp_path / "refused", dtype="bf16")
 
@@ -230,8 +232,8 @@ def test_a_quantised_run_is_compared_as_it_was_trained(
     said = merge_proof(report)
     assert "from those of the run as it was trained, over its nf4 base" in said
     assert (
-        f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
-        in said
+        f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, "
+        f"{report.merged_accuracy:.4f} merged" in said
     )
     assert (
         json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"]

@@ -1,4 +1,7 @@
-"""Which exports a model can have is known from its recipe, and refused before anything is merged."""
+"""The exports a model can have are known from its recipe.
+
+Others are refused before anything is merged.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting import FORMATS, export, merge, possible_exports
 
 Tiny = Callable[..., str]
-GPT2 = "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128}}"
+GPT2 = (
+    "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 2, n_head: 2, "
+    "n_positions: 128}}"
+)
 
 
 def test_the_recipe_tells_which_exports_its_model_can_have(
@@ -37,7 +43,8 @@ def test_the_recipe_tells_which_exports_its_model_can_have(
     assert possible_exports(parsed(named)) == dict.fromkeys(FORMATS)
     assert list(possible_exports(parsed(named))) == list(FORMATS)
     assert possible_exports(parsed(plain))["adapter"] == (
-        "no rule puts LoRA on the llm; its language model starts from random weights, and has no name to be an adapter over"
+        "no rule puts LoRA on the llm; its language model starts from random weights, "
+        "and has no name to be an adapter over"
     )
     normed = possible_exports(parsed(tiny_recipe("causal")))
     assert (

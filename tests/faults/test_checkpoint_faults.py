@@ -1,4 +1,8 @@
-"""FAULTS 37, 38, 40 to 42, 47 to 49: what is on disk survives kills, full disks and flipped bytes; resumed is uninterrupted."""
+"""FAULTS 37, 38, 40 to 42, 47 to 49.
+
+What is on disk survives kills, full disks and flipped bytes; a resumed run equals an uninterrupted
+one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,10 @@ def flip(path: Path) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Every file's size by its place; folders in the making have a name of their own in every attempt."""
+    """Every file's size by its place.
+
+    Folders in the making have a name of their own in every attempt.
+    """
     found = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in folder.rglob("*")
@@ -55,7 +62,10 @@ def sizes(folder: Path) -> dict[str, int]:
 def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A save that replaces a damaged folder and rotates one away: the one before it and the best are whole after any kill."""
+    """A save that replaces a damaged folder and rotates one away.
+
+    The one before it and the best are whole after any kill.
+    """
     recipe = runs(tiny_recipe, train__steps=1)
     loop = stage_loop(built(recipe), recipe, tmp_path / "once")
     objective: Any = loop.objective(loop.engine.model, next(loop.data.feed.windows(Position()))[0])
@@ -70,7 +80,8 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
         )
         CheckpointWriter(stage, keep, background=False).save(step, write, 0)
 
-    # In a process of its own: a fork of one that has written before may wait for a thread that it does not have.
+    # In a process of its own: a fork of one that has written before may wait for a thread that it
+    # does not have.
     assert ended(start(lambda: [save(step, 9) for step in (0, 1, 2, 3)], tmp_path / "said")) == [0]
     flip(step_folder(stage, 3) / "connector.safetensors")
     run, before, states = tmp_path / "run", tmp_path / "before", tmp_path / "states"
@@ -164,7 +175,7 @@ EXACT = {
 def resumed_is_whole(
     tiny_recipe: Callable[..., str], tmp_path: Path, changes: dict[str, Any], stops: list[int]
 ) -> None:
-    """A run that is stopped after some steps, and resumed each time, does what one does that is left alone."""
+    """A run that is stopped after some steps, and resumed each time, equals an undisturbed one."""
     sft(runs(tiny_recipe, "whole", **changes))
     recipe = runs(tiny_recipe, "parts", **changes)
     for place, step in enumerate(stops):

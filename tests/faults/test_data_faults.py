@@ -1,4 +1,7 @@
-"""Faults 9 to 13, 15 to 22 of the list: bad data is named by source and row, and never trained on silently."""
+"""Faults 9 to 13, 15 to 22 of the list.
+
+Bad data is named by source and row, and never trained on silently.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ BAD_LINES = {
     "a number": b"5",
     "deep": b"[" * 100_000,
     "empty object": b"{}",
-    "half a character": b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}',
+    "half a character": (
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", '
+        b'"content": "a"}]}'
+    ),
 }
 
 
@@ -286,7 +292,8 @@ def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(tmp_path: Path, na
     )
     with pytest.raises(
         DataError,
-        match=r"no row is left to train on, of 1; the first: .*row 1: \d+ tokens, more than data.max_length 8",
+        match=r"no row is left to train on, of 1; the first: .*row 1: \d+ tokens, more than "
+        r"data.max_length 8",
     ):
         prepare_rows(tmp_path / "rows.jsonl", [row], processor(name, max_length=8), overlong="drop")
 
@@ -305,7 +312,10 @@ def test_fault_13_answers_that_are_all_context_train_nothing_and_are_named(tmp_p
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
 def test_fault_14_image_slots_are_never_cut_whatever_the_limit(tmp_path: Path, name: str) -> None:
-    """A sweep across every boundary: a row is whole, shorter in its question's text, or left out and counted."""
+    """A sweep across every boundary.
+
+    A row is whole, shorter in its question's text, or left out and counted.
+    """
     row = Conversation(
         "r", (Message("user", (png(), "what color is it " * 3)), Message("assistant", ("red",)))
     )
@@ -337,7 +347,10 @@ def test_fault_14_image_slots_are_never_cut_whatever_the_limit(tmp_path: Path, n
             assert overlong == "trim" or example.input_ids.tolist() == whole.input_ids.tolist()
 
 
-TEMPLATE = "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: prompt}]\nassistant: [%s]\n"
+TEMPLATE = (
+    "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content: "
+    "prompt}]\nassistant: [%s]\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -346,11 +359,18 @@ TEMPLATE = "name: t\nlayouts: [causal]\nstart: [{control: bos}]\nuser: [{content
         (TEMPLATE % "{content: prompt}, {control: eos, trained: true}", "nothing would train"),
         (TEMPLATE % "{content: trained}, {control: eos}", "answers would never end"),
         (TEMPLATE % "{content: trained}", "answers would never end"),
-        (TEMPLATE % "{control: bos}, {content: trained}, {control: eos, trained: true}", "begin more than once"),
-        ((TEMPLATE % "{content: trained}, {control: eos, trained: true}").replace("[{control: bos}]", "[{control: bos}, {control: bos}]"),
-         "begin more than once"),
+        (
+            TEMPLATE % "{control: bos}, {content: trained}, {control: eos, trained: true}",
+            "begin more than once",
+        ),
+        (
+            (TEMPLATE % "{content: trained}, {control: eos, trained: true}").replace(
+                "[{control: bos}]", "[{control: bos}, {control: bos}]"
+            ),
+            "begin more than once",
+        ),
     ],
-)  # fmt: skip
+)
 def test_fault_15_formats_that_train_nothing_never_end_or_begin_twice(
     tmp_path: Path, text: str, message: str
 ) -> None:
@@ -409,7 +429,7 @@ def test_fault_16_paths_that_leave_the_image_root_are_refused(tmp_path: Path) ->
 
 
 def shard(path: Path, members: list[tarfile.TarInfo]) -> list[Conversation | DataError]:
-    """What is read of a shard of a good sample, then these members with its bytes, then another good sample."""
+    """The rows read from a shard: a good sample, these members with their bytes, a good sample."""
     picture = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(picture, "PNG")
     good = [

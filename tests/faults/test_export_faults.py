@@ -1,4 +1,7 @@
-"""FAULTS 54 and 56 to 59 of exports: corrupted, cut short, unreadable elsewhere, impossible, too large."""
+"""FAULTS 54 and 56 to 59 of exports.
+
+Corrupted, cut short, unreadable elsewhere, impossible, too large.
+"""
 
 from __future__ import annotations
 
@@ -158,11 +161,13 @@ processor = AutoProcessor.from_pretrained(folder, backend="pil")
 
 def answers(questions, **options):
     turns = [
-        [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": text}]}]
+        [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, \
+{"type": "text", "text": text}]}]
         for image, text in questions
     ]
     inputs = processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, \
+return_tensors="pt", processor_kwargs={"padding": True}
     )
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=8, **options)
@@ -272,7 +277,8 @@ def test_fault_58_other_towers_of_open_clip_and_transformers(
     for number, (tower, said) in enumerate(
         {
             f"{{kind: transformers, name: {tmp_path / 'dino'}}}": "of type dinov2",
-            "{kind: open_clip, config: {layers: [1, 1, 1, 1], width: 16, image_size: 64, head_width: 16}}": "not a ViT",
+            "{kind: open_clip, config: {layers: [1, 1, 1, 1], width: 16, image_size: 64, "
+            "head_width: 16}}": "not a ViT",
             f"{{kind: open_clip, config: {{{vit}, ls_init_value: 0.1}}}}": "no plain CLIP",
             f"{{kind: open_clip, config: {{{vit}, no_ln_pre: true}}}}": "no plain CLIP",
         }.items()
@@ -323,7 +329,7 @@ def test_fault_59_too_little_disk_or_memory_is_said_before_starting(
     assert not (tmp_path / "llava").exists()
 
 
-# --- gguf ------------------------------------------------------------------------------------------------------------
+# --- gguf --------------------------------------------------------------------------------------
 
 
 def test_fault_54_any_corrupted_tensor_of_a_gguf_is_found(

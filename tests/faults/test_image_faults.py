@@ -1,4 +1,7 @@
-"""Faults 22 to 27 of the list: bombs, odd formats, modes, rotations, limits, and images taken for one another."""
+"""Faults 22 to 27 of the list.
+
+Bombs, odd formats, modes, rotations, limits, and images taken for one another.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,12 @@ def model() -> VisionLanguageModel:
 name: tiny
 output: nowhere
 model:
-  tower: {kind: open_clip, config: {layers: 1, width: 32, head_width: 32, patch_size: 16, image_size: 32}}
+  tower: {kind: open_clip, config: {layers: 1, width: 32, head_width: 32, \
+patch_size: 16, image_size: 32}}
   llm:
     kind: causal
-    scratch: {model_type: llama, config: {hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+    scratch: {model_type: llama, config: {hidden_size: 32, intermediate_size: 32, \
+num_hidden_layers: 1, num_attention_heads: 2}}
 data: {train: [{kind: easy_vqa, split: train}], template: chatml}
 tune: [{match: "*", how: full}]
 train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
@@ -55,7 +60,7 @@ train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
     ).eval()
 
 
-# --- 22 --------------------------------------------------------------------------------------------------------------
+# --- 22 ----------------------------------------------------------------------------------------
 
 
 def png_bomb(side: int) -> bytes:
@@ -100,7 +105,7 @@ def test_fault_22_a_bomb_is_refused_by_decoding_inspection_and_size_before_it_is
             refuse(Media(BOMBS[kind]))
 
 
-# --- 23 --------------------------------------------------------------------------------------------------------------
+# --- 23 ----------------------------------------------------------------------------------------
 
 
 def fits() -> bytes:
@@ -125,7 +130,10 @@ ODD = {
     },
     "FITS": fits(),
     "PSD": psd(),
-    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><image href="file:///etc/passwd"/></svg>',
+    "SVG": (
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><image '
+        b'href="file:///etc/passwd"/></svg>'
+    ),
     "HEIC": struct.pack(">I", 24) + b"ftypheic" + bytes(12),
 }
 
@@ -144,7 +152,7 @@ def test_fault_23_other_formats_are_refused_whatever_they_are_called(
             refuse(Media(path))
 
 
-# --- 24 --------------------------------------------------------------------------------------------------------------
+# --- 24 ----------------------------------------------------------------------------------------
 
 
 def palette_with_alpha() -> Image.Image:
@@ -212,7 +220,7 @@ def test_fault_24_an_adobe_cmyk_jpeg_is_not_shown_inverted() -> None:
     assert np.allclose(red.getpixel((8, 8)), (255, 0, 0), atol=4)
 
 
-# --- 25 --------------------------------------------------------------------------------------------------------------
+# --- 25 ----------------------------------------------------------------------------------------
 
 UNDO = {
     1: None,
@@ -277,7 +285,8 @@ def test_fault_25_a_rotation_survives_damage_elsewhere_in_the_exif_data(
         quality=100,
         subsampling=0,
     )
-    # The text becomes that of a tag which holds a number: Pillow can read that and can't write it again.
+    # The text becomes that of a tag which holds a number: Pillow can read that and can't write it
+    # again.
     damaged = data.replace(bytes.fromhex("010e 0002"), bytes.fromhex("0100 0002"))
     with Image.open(io.BytesIO(damaged)) as opened:
         with pytest.raises(Exception, match="required argument is not an integer"):
@@ -312,7 +321,7 @@ def test_fault_25_chat_takes_pil_images_of_every_mode(
     assert isinstance(model.chat("what?", [Image.new(mode, (20, 10))], max_new_tokens=1), str)
 
 
-# --- 26 --------------------------------------------------------------------------------------------------------------
+# --- 26 ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,7 +367,7 @@ def test_fault_26_of_several_frames_the_first_is_shown(
     assert inspect_image(Media(data)).thumbnail[:3] == bytes(colors[0])
 
 
-# --- 27 --------------------------------------------------------------------------------------------------------------
+# --- 27 ----------------------------------------------------------------------------------------
 
 
 def alike_in_pixels() -> dict[str, tuple[bytes, bytes]]:

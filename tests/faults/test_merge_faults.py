@@ -1,4 +1,7 @@
-"""FAULTS 54 to 56: merges that did nothing, merges into quantised weights, and saves that are cut short."""
+"""FAULTS 54 to 56.
+
+Merges that did nothing, merges into quantised weights, and saves that are cut short.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""FAULTS 28 to 36: weights and model configurations that must be refused, by name, before they do harm."""
+"""FAULTS 28 to 36.
+
+Weights and model configurations that must be refused, by name, before they do harm.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def resealed(folder: Path) -> Path:
     return folder
 
 
-# --- 28, 29: nothing is executed -------------------------------------------------------------------------------------
+# --- 28, 29: nothing is executed ---------------------------------------------------------------
 
 
 def test_fault_28_pickled_llm_weights_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_fault_29_remote_code_is_never_run(
     assert not (tmp_path / "touched").exists()
 
 
-# --- 30: cut and lying files -----------------------------------------------------------------------------------------
+# --- 30: cut and lying files -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.9999])
@@ -265,7 +268,7 @@ def test_fault_30_any_changed_byte_of_a_saved_model(name: str, saved: Path) -> N
         load_model(saved)
 
 
-# --- 31, 32: tensors that don't fit ----------------------------------------------------------------------------------
+# --- 31, 32: tensors that don't fit ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
@@ -350,7 +353,7 @@ def test_fault_32_an_adapter_for_layers_that_are_not_there(saved: Path) -> None:
         load_model(resealed(saved))
 
 
-# --- 33 to 35 --------------------------------------------------------------------------------------------------------
+# --- 33 to 35 ----------------------------------------------------------------------------------
 
 
 def test_fault_33_tokenizer_larger_than_the_embedding(

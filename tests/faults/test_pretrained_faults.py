@@ -1,4 +1,7 @@
-"""Existing vision-language models that can't be taken over: refused with what was found and what was expected."""
+"""Existing vision-language models that can't be taken over.
+
+Refused with what was found and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,12 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
     folder, text = llava
     kept = (folder / "model.safetensors").read_bytes()
     cases = {
-        "vision_tower.embeddings.class_embedding": r"the tower in .* does not fit the model; missing: embeddings.class_embedding",
-        "multi_modal_projector.linear_2.bias": r"llava does not fit the model; missing: layers.2.bias",
+        "vision_tower.embeddings.class_embedding": (
+            r"the tower in .* does not fit the model; missing: embeddings.class_embedding"
+        ),
+        "multi_modal_projector.linear_2.bias": (
+            r"llava does not fit the model; missing: layers.2.bias"
+        ),
         "language_model.model.norm.weight": r"do not fit the model: missing model.norm.weight",
     }
     for name, said in cases.items():
@@ -84,9 +91,15 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
         built(parsed(text))
     parts = text.replace("vicuna", "chatml")
     plain = parts.partition("\nmodel:")[2].partition("\ndata:")[0]
-    scratch = "\n  tower: {kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 32}}"
+    scratch = (
+        "\n  tower: {kind: open_clip, config: {layers: 1, width: 64, head_width: 32, "
+        "patch_size: 16, image_size: 32}}"
+    )
     scratch += f"\n  connector: {{kind: mlp, weights: {tmp_path / 'mm_projector.bin'}}}"
-    scratch += "\n  llm: {kind: causal, scratch: {model_type: llama, config: {hidden_size: 32, num_hidden_layers: 1, "
+    scratch += (
+        "\n  llm: {kind: causal, scratch: {model_type: llama, config: {hidden_size: 32, "
+        "num_hidden_layers: 1, "
+    )
     scratch += "intermediate_size: 48, num_attention_heads: 2}}}"
     with pytest.raises(
         ModelError,

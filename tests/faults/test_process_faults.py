@@ -1,5 +1,8 @@
-"""FAULTS 39, 43 to 46, 50, 51, 53: signals, another number of ranks, steps that are not finite, killed workers and ranks,
-two runs in a folder, trackers, ranks without images."""
+"""FAULTS 39, 43 to 46, 50, 51, 53.
+
+Signals, another number of ranks, steps that are not finite, killed workers and ranks, two runs in a
+folder, trackers, ranks without images.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +179,8 @@ def test_fault_44_a_poisoned_sample_stops_after_k_steps_with_its_ids_dumped(
     recipe = runs(tiny_recipe, train__batch_size=8, train__max_nonfinite=2, **validation)
     with pytest.raises(
         TrainingError,
-        match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step in a row",
+        match=r"the loss is nan at step 2; the batch holds .*nonfinite\.jsonl.*2th such step "
+        r"in a row",
     ):
         sft(recipe)
     dumped = [
@@ -257,7 +261,8 @@ def test_fault_45_a_worker_killed_while_the_others_start_names_the_sample_too(
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", start_workers)
     with pytest.raises(
         DataError,
-        match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: \S*messages:\d",
+        match=r"a loader process was killed .*pid 4711.*at step 1 of epoch 1 or soon after: "
+        r"\S*messages:\d",
     ):
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
 
@@ -320,8 +325,11 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(
 def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was told of a wait that ended after all counts no more: a later step may take seconds."""
-    found = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=1), 1800.0)  # type: ignore[arg-type]
+    """A diagnosis of a wait that has ended counts no more: later steps may take seconds."""
+    found = watchdog.Watch(
+        SimpleNamespace(process_index=0, num_processes=1),  # type: ignore[arg-type]
+        1800.0,
+    )
     ended: list[int] = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
     monkeypatch.setattr(watchdog, "GRACE", -1.0)
@@ -365,7 +373,10 @@ class _OthersLive:
 def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(
     raised: str, told: str
 ) -> None:
-    one = watchdog.Watch(SimpleNamespace(process_index=0, num_processes=2), 0.2)  # type: ignore[arg-type]
+    one = watchdog.Watch(
+        SimpleNamespace(process_index=0, num_processes=2),  # type: ignore[arg-type]
+        0.2,
+    )
     one._store = _OthersLive()
     error = one.lost(RuntimeError(raised))
     assert str(error).startswith(told) and raised[:30] in str(error)
@@ -446,7 +457,8 @@ def test_fault_51_a_tracker_that_fails_does_not_stop_training(
     notes = [event["text"] for event in events if event.get("text", "").startswith("tracker")]
     assert notes == [
         "tracker tensorboard failed (ConnectionError: no route to the tracker); training goes on",
-        "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training goes on without it",
+        "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training "
+        "goes on without it",
         "tracker wandb failed (ConnectionError: no route to the tracker); training goes on",
         "tracker wandb failed 5 times in a row and is left alone from now on",
         "tracker mlflow failed (ConnectionError: no route to the tracker); training goes on",
@@ -470,9 +482,12 @@ def test_fault_53_under_zero_a_rank_without_images_takes_part(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One row of eight has an image, so one of two ranks has none; after a step Adam's first moment is a tenth of the gradient.
+    """One row of eight has an image, so one of two ranks has none.
 
-    The lock of a killed process's build of a DeepSpeed operator is there: whoever waited for it would wait for ever.
+    After a step Adam's first moment is a tenth of the gradient.
+
+    The lock of a killed process's build of a DeepSpeed operator is there: whoever waited for it
+    would wait for ever.
     """
     import deepspeed  # noqa: F401  (here, and not in every fork)
 

@@ -1,4 +1,7 @@
-"""Faults 1 to 8 of the list: a bad recipe ends with exit code 2, names its places, and nothing is touched."""
+"""Faults 1 to 8 of the list.
+
+A bad recipe ends with exit code 2, names its places, and nothing is touched.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def test_fault_01_unknown_key_gives_place_and_nearest_names() -> None:
     assert refused(text + "zebra: 1\n") == (
         "r.yaml:8:3: unknown key 'maxlength'; did you mean max_length?\n"
         "r.yaml:12:20: unknown key 'bach_size'; did you mean batch_size?\n"
-        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, tune, objective, train, evaluate, engine, stages"
+        "r.yaml:13:1: unknown key 'zebra'; known here: name, output, seed, model, data, "
+        "tune, objective, train, evaluate, engine, stages"
     )
 
 

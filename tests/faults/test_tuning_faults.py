@@ -1,4 +1,4 @@
-"""Fault 52: what is frozen keeps its bytes, and what trains gets a gradient, for every kind of tuning."""
+"""Fault 52: what is frozen keeps its bytes, and what trains gets a gradient, in every tuning."""
 
 from __future__ import annotations
 

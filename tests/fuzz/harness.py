@@ -24,7 +24,10 @@ from tests.fuzz.strategies import Case, base_recipe, dump
 from tests.helpers.tiny_recipes import COMPILED, write_color_rows
 
 SECONDS = 240
-"""After so long a case counts as one that hangs; the longest take a few seconds on a quiet machine."""
+"""Seconds after which a case counts as one that hangs.
+
+The longest take a few seconds on a quiet machine.
+"""
 
 LONGEST_LINE = 2000
 """Characters of one line of a message; more is a row's content that was not cut."""
@@ -53,7 +56,7 @@ def _alarm(*_: Any) -> None:
 
 
 class Workplace:
-    """A folder with images, rows, a trained run and its merged model, from which each case starts anew."""
+    """A folder with images, rows, a run and its merged model, from which each case starts anew."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -207,7 +210,10 @@ class Workplace:
         return outcome
 
     def _make(self, case: Case) -> BaseException | None:
-        """Makes the call; the error of ours that it ended with, or a usage error of the command line."""
+        """Makes the call.
+
+        Returns our error that it ended with, or a usage error of the command line.
+        """
         from vlm_tune.errors import VlmTuneError
 
         match case.call:
@@ -305,7 +311,8 @@ def command_line(arguments: list[str]) -> BaseException | None:
                 f"exit code {ended.code}"
             )
             return cause
-        # A usage error has 2; a report of `check` with errors 3; a difference that verify-run finds 5.
+        # A usage error has 2; a report of `check` with errors 3; a difference that verify-run finds
+        # 5.
         allowed = {2, *{"check": {3}, "verify-run": {5}}.get(arguments[0], set())}
         assert ended.code in allowed, f"exit code {ended.code} without an error"
         return ended
@@ -328,7 +335,8 @@ def site(error: BaseException) -> str:
 
 
 PLACE = re.compile(
-    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest \d|\bmessage \d|\bstep \d|\bstage\b"
+    r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest "
+    r"\d|\bmessage \d|\bstep \d|\bstage\b"
     r"|^\.{1,2}:|'[^']+'|\b[a-z_]+\b:|^[a-z_]+ (is|takes) )"
 )
 
@@ -347,11 +355,17 @@ def missing_place(error: Any) -> str:
 
 
 def bad_output(case: Case, printed: str) -> str:
-    """What should not be in the output of a command: a traceback of a thread, or characters that a terminal acts on."""
+    """What should not be in the output of a command.
+
+    A traceback of a thread, or characters that a terminal acts on.
+    """
     if "Traceback (most recent call last)" in printed:
         return printed[printed.index("Traceback (most recent call last)") :][:3000]
     if case.call[0] == "cli" and (match := CONTROLS.search(printed.replace("\r\n", "\n"))):
-        return f"a control character {match[0]!r} is printed: {printed[max(0, match.start() - 80) : match.end() + 40]!r}"
+        return (
+            f"a control character {match[0]!r} is printed: "
+            f"{printed[max(0, match.start() - 80) : match.end() + 40]!r}"
+        )
     return ""
 
 
@@ -364,7 +378,7 @@ def lost(untouched: dict[Path, bytes], outcome: Outcome) -> str:
 
 
 def trained_steps(place: Path) -> int:
-    """Training steps that the logs of runs in a folder tell of, those of the prepared run excepted."""
+    """The training steps in the logs of runs in a folder, without those of the prepared run."""
     count = 0
     for log in place.rglob("log.jsonl"):
         if "run" in log.parts and (place / "merged").is_dir():

@@ -1,10 +1,11 @@
-"""Fuzzes the command line and the Python API: python tests/fuzz/run.py --cases 20000 [--kind row] [--json FILE]
+"""Fuzzes the command line and the Python API:
+python tests/fuzz/run.py --cases 20000 [--kind row] [--json FILE]
 
-Cases are drawn by Hypothesis's strategies, each from a seed of its own, in batches, each batch in a process of its own,
-so that a crash ends one batch and is counted. `--case NUMBER` runs one of them again. Prints how cases ended, by kind,
-where errors were raised, how many reached a training step, and every fault. Ends with 1 if there is a fault: an
-exception that is not ours, a hang, a crash, an error without a place, a control character in the output, or a user's
-file changed.
+Cases are drawn by Hypothesis's strategies, each from a seed of its own, in batches, each batch in a
+process of its own, so that a crash ends one batch and is counted. `--case NUMBER` runs one of them
+again. Prints how cases ended, by kind, where errors were raised, how many reached a training step,
+and every fault. Ends with 1 if there is a fault: an exception that is not ours, a hang, a crash, an
+error without a place, a control character in the output, or a user's file changed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ BATCH = 500
 
 
 def planned(number: int, kind: str | None, count: int) -> list[tuple[str, str | None]]:
-    """The seed and kind of each case of a batch, of one kind, of any (None), or of several as `recipe:60,row:20` says.
+    """The seed and kind of each case of a batch.
+
+    The batch is of one kind, of any (None), or of several as `recipe:60,row:20` says.
 
     Seeds are counted within a kind: `--case SEED --kind KIND` gives the same case.
     """
@@ -43,7 +46,9 @@ def planned(number: int, kind: str | None, count: int) -> list[tuple[str, str | 
 
 
 def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> None:
-    """Draws and runs `count` cases; each is written to the log before it runs, and its outcome after.
+    """Draws and runs `count` cases.
+
+    Each is written to the log before it runs, and its outcome after.
 
     `start` is a workplace's folder that was prepared before.
     """
@@ -64,7 +69,8 @@ def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> 
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 if place in (10, 50):
-                    # The libraries' objects stay: every run's own collection would go through millions of them.
+                    # The libraries' objects stay: every run's own collection would go through
+                    # millions of them.
                     gc.collect()
                     gc.freeze()
 

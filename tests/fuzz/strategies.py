@@ -1,6 +1,7 @@
 """What the fuzzer tries: recipes, rows, images, command lines, Python calls and damaged folders.
 
-A case is plain data that says what to write and what to call, so that its repr reproduces it. Hypothesis draws the cases.
+A case is plain data that says what to write and what to call, so that its repr reproduces it.
+Hypothesis draws the cases.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ TINY = {
 WEIRD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 10**6, 4 * 10**11, 2**63, -(2**63), 10**30,
     0.5, -0.5, 1e-5, 1e-300, 1e308, math.nan, math.inf, -math.inf,
-    "", " ", "0", "-1", "1e-5", "no", "null", "NaN", "\x00", "\x1b[31mred\x1b[0m", "\u202eabc", "\ufeff", "\u200b",
-    "a" * 300, "../x", "/proc/x", "~", "nope", "nope.jsonl", "messages.jsonl", "messages.jsonl/x", ".", "x" * 5000,
-    "é", "你好", "<image>", "</s>", "<|im_end|>", "{{ 1 }}", "[]", "{}", "file:///etc/hostname", "https://example.invalid/x",
+    "", " ", "0", "-1", "1e-5", "no", "null", "NaN", "\x00", "\x1b[31mred\x1b[0m", "\u202eabc",
+    "\ufeff", "\u200b",
+    "a" * 300, "../x", "/proc/x", "~", "nope", "nope.jsonl", "messages.jsonl", "messages.jsonl/x",
+    ".", "x" * 5000,
+    "é", "你好", "<image>", "</s>", "<|im_end|>", "{{ 1 }}", "[]", "{}", "file:///etc/hostname",
+    "https://example.invalid/x",
     [], [None], [[]], [0], ["a", "b"], {}, {"a": 1}, {"kind": "nope"}, {"kind": None},
 ]  # fmt: skip
 """Values that belong nowhere in particular."""
@@ -111,7 +115,7 @@ def base_recipe(kind: str) -> dict[str, Any]:
     }
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
+# --- recipes -----------------------------------------------------------------------------------
 
 
 @cache
@@ -142,7 +146,10 @@ def schema_paths() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def set_at(tree: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Sets a value in nested dicts and lists, making what is missing on the way; gives up where something else stands."""
+    """Sets a value in nested dicts and lists, making what is missing on the way.
+
+    Gives up where something else stands.
+    """
     for key, following in pairwise(path):
         missing: Any = [] if isinstance(following, int) else {}
         if isinstance(tree, dict) and isinstance(key, str):
@@ -337,7 +344,10 @@ SETTINGS: dict[str, list[Any]] = {
     ],
     "stages": [[{"name": "one"}, {"name": "two", "train": {"learning_rate": 0.001}}]],
 }
-"""Settings that make sense by themselves; together they may contradict each other, which an error must say."""
+"""Settings that make sense by themselves.
+
+Together they may contradict each other, which an error must say.
+"""
 
 
 @st.composite
@@ -349,34 +359,57 @@ def sensible_recipe(draw: st.DrawFn) -> dict[str, Any]:
     return recipe
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows --------------------------------------------------------------------------------------
 
 ROWS: list[dict[str, Any]] = [
     {
-        "messages": [{"role": "user", "content": "what color is it?"}, {"role": "assistant", "content": "red"}],
+        "messages": [
+            {"role": "user", "content": "what color is it?"},
+            {"role": "assistant", "content": "red"},
+        ],
         "images": ["red.png"],
     },
     {
         "messages": [
             {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "what?"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": "red.png"},
+                    {"type": "text", "text": "what?"},
+                ],
+            },
             {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
             {"role": "user", "content": "sure?"},
             {"role": "assistant", "content": "yes"},
         ]
     },
-    {"messages": [{"role": "user", "content": "first <image> then <image>"}, {"role": "assistant", "content": "no"}],
-     "images": ["red.png", "blue.png"]},
-    {"conversations": [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}], "image": "red.png"},
+    {
+        "messages": [
+            {"role": "user", "content": "first <image> then <image>"},
+            {"role": "assistant", "content": "no"},
+        ],
+        "images": ["red.png", "blue.png"],
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat color?"},
+            {"from": "gpt", "value": "red"},
+        ],
+        "image": "red.png",
+    },
     {"prompt": "what color?", "completion": "red", "image": "red.png"},
-    {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "hello"}]},
+    {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": [{"role": "assistant", "content": "hello"}],
+    },
     {"instruction": "Name the color.", "input": "", "output": "red", "image": "red.png"},
     {"image": "red.png", "question": "what color?", "answer": "red"},
     {"image": "red.png", "question": "which?", "choices": ["red", "blue"], "answer": 0},
     {"image": "red.png", "caption": "a red square"},
     {"image": "red.png", "label": "red"},
     {"texts": [{"user": "what color?", "assistant": "red"}], "images": ["red.png"]},
-]  # fmt: skip
+]
 
 
 @st.composite
@@ -478,7 +511,7 @@ def image_bytes(draw: st.DrawFn) -> tuple[str, Any]:
     )
 
 
-# --- cases -----------------------------------------------------------------------------------------------------------
+# --- cases -------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -546,16 +579,20 @@ def row_cases(draw: st.DrawFn) -> Case:
 
 
 ARGUMENTS = [
-    "recipe.yaml", "run", "merged", "run/model", "messages.jsonl", "red.png", "nope", "", ".", "..", "/proc/x", "a" * 300, "x\x00y",
-    "messages.jsonl/x", "demo", "--", "-1", "0", "1", "2", "nan", "inf", "1e99", "bf16", "int8", "half", "test", "validation", "x",
-    "llava", "gguf", "adapter", "cpu", "cuda", "cuda:9", "24GB", "-1GB", "0GB", "\u202e", "\x1b[31m", "{}", "[1]",
+    "recipe.yaml", "run", "merged", "run/model", "messages.jsonl", "red.png", "nope", "", ".", "..",
+    "/proc/x", "a" * 300, "x\x00y", "messages.jsonl/x", "demo", "--", "-1", "0", "1", "2", "nan",
+    "inf", "1e99", "bf16", "int8", "half", "test", "validation", "x", "llava", "gguf", "adapter",
+    "cpu", "cuda", "cuda:9", "24GB", "-1GB", "0GB", "\u202e", "\x1b[31m", "{}", "[1]",
 ]  # fmt: skip
 """Texts for arguments and options: some that are right somewhere, some that are right nowhere."""
 
 
 @st.composite
 def command_cases(draw: st.DrawFn) -> Case:
-    """Any command with any options; the folders `run` and `merged` hold a trained and a merged model."""
+    """Any command with any options.
+
+    The folders `run` and `merged` hold a trained and a merged model.
+    """
     from typer.main import get_command
 
     from vlm_tune.cli import app
@@ -749,8 +786,8 @@ def cases(draw: st.DrawFn) -> Case:
 def drawn(seed: str, kind: str | None = None) -> Case:
     """The case of a seed: of the kind, or of any.
 
-    Hypothesis's own search repeats and varies what it drew before, to shrink failures; here each case stands alone,
-    and its seed gives it again.
+    Hypothesis's own search repeats and varies what it drew before, to shrink failures; here each
+    case stands alone, and its seed gives it again.
     """
     data = ConjectureData(random=Random(seed))
     with BuildContext(data, is_final=False, wrapped_test=lambda: None):

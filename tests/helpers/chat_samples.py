@@ -1,4 +1,4 @@
-"""Chat templates, tokenizers of the usual kinds and conversations, for the tests of the data side."""
+"""Chat templates, usual kinds of tokenizers and conversations, for tests of the data side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ IMAGE_SLOTS = 3
 TEXTS = [
     "What color is the shape? It is red, and the circle is blue.",
     "Describe the image in one sentence: a small green triangle on white.",
-    "A chat between a curious user and an assistant. USER: hello ASSISTANT: yes </s <p ad> <s im age|_end start>",
+    "A chat between a curious user and an assistant. USER: hello ASSISTANT: yes </s <p "
+    "ad> <s im age|_end start>",
     "You are a helpful assistant; is there not a rectangle? no\nand a second line",
 ]
 LLAMA3_SPLIT = (
@@ -46,7 +47,10 @@ KINDS: tuple[Kind, ...] = (
 
 @cache
 def tokenizer(name: str, kind: Kind) -> Any:
-    """A tokenizer with the control tokens of the chat format `name`, of the `kind` that a family of LLMs has."""
+    """A tokenizer with the control tokens of the chat format `name`.
+
+    Its `kind` is one that a family of LLMs has.
+    """
     template = load_template(name)
     if kind in ("bytes", "bpe"):
         rows = [Conversation("", turns(text, text)) for text in TEXTS]
@@ -56,7 +60,9 @@ def tokenizer(name: str, kind: Kind) -> Any:
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
+        inner.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [split, byte_level]
+        )
         inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer: Any = trainers.BpeTrainer(
             vocab_size=420,
@@ -77,12 +83,15 @@ def tokenizer(name: str, kind: Kind) -> Any:
     else:
         inner = Tokenizer(models.BPE(unk_token="<unk>"))
         scheme = "first" if kind == "metaspace_first" else "always"
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(  # type: ignore[assignment]
+            prepend_scheme=scheme
+        )
         inner.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
     inner.train_from_iterator(TEXTS * 3, trainer)
     if kind == "prepend":
-        # As the first Llamas' files have it: no pre-tokenizer, a normalizer that puts the space before every stretch of text.
+        # As the first Llamas' files have it: no pre-tokenizer, a normalizer that puts the space
+        # before every stretch of text.
         parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         inner.normalizer = normalizers.Sequence(parts)  # type: ignore[assignment]
         inner.pre_tokenizer = None  # type: ignore[assignment]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-TOWER = "{kind: open_clip, config: {layers: 2, width: 64, head_width: 32, patch_size: 8, image_size: 32}}"
+TOWER = (
+    "{kind: open_clip, config: {layers: 2, width: 64, head_width: 32, patch_size: 8, "
+    "image_size: 32}}"
+)
 """Gives 4 x 4 tokens of width 64."""
 
 HOW = ("concat", "attention", "gate", "product", "bilinear")
@@ -15,12 +18,19 @@ KINDS = {
     "avg_pool": "{kind: avg_pool, grid: 2, norm: true}",
     "resampler": "{kind: resampler, latents: 3, depth: 2, heads: 4}",
     "qformer": "{kind: qformer, queries: 3, width: 32, depth: 2, heads: 4}",
-    "qformer-text": "{kind: qformer, queries: 3, width: 32, depth: 3, heads: 4, text: true, max_text: 64}",
+    "qformer-text": (
+        "{kind: qformer, queries: 3, width: 32, depth: 3, heads: 4, text: true, max_text: 64}"
+    ),
     **{
-        f"fusion-{how}": f"{{kind: fusion, how: {how}, heads: 4, base: {{kind: avg_pool, grid: 2, norm: true}}}}"
+        f"fusion-{how}": (
+            f"{{kind: fusion, how: {how}, heads: 4, base: {{kind: avg_pool, grid: 2, norm: true}}}}"
+        )
         for how in HOW
     },
-    "cross_attention": "{kind: cross_attention, every: 1, heads: 4, base: {kind: resampler, latents: 3, depth: 1, heads: 4}}",
+    "cross_attention": (
+        "{kind: cross_attention, every: 1, heads: 4, base: {kind: resampler, latents: 3, "
+        "depth: 1, heads: 4}}"
+    ),
 }
 SLOTS = {
     "linear": 16,

@@ -99,10 +99,16 @@ def vision(folder: Path, kind: str) -> str:
 def tower_text(tmp_path: Path, tower: str) -> str:
     kinds = {
         "open_clip": f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -2}}",
-        "open_clip class token, pad": f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -1, class_token: true, resize: pad}}",
+        "open_clip class token, pad": (
+            f"{{kind: open_clip, config: {OPEN_CLIP}, layer: -1, class_token: true, resize: pad}}"
+        ),
         "clip": "{kind: transformers, name: NAME, layer: -2}",
-        "clip class token": "{kind: transformers, name: NAME, layer: -1, class_token: true, resize: squash}",
-        "clip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 64, resize: pad}",
+        "clip class token": (
+            "{kind: transformers, name: NAME, layer: -1, class_token: true, resize: squash}"
+        ),
+        "clip larger images": (
+            "{kind: transformers, name: NAME, layer: -2, image_size: 64, resize: pad}"
+        ),
         "siglip": "{kind: transformers, name: NAME, layer: -1, resize: squash}",
         "siglip larger images": "{kind: transformers, name: NAME, layer: -2, image_size: 48}",
     }

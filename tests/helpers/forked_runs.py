@@ -1,4 +1,7 @@
-"""Runs in processes of their own that can be signalled, filled and killed: forks of the test's, so that they start at once."""
+"""Runs in processes of their own that can be signalled, filled and killed.
+
+They are forks of the test's process, so that they start at once.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ _stores: dict[int, Any] = {}
 
 
 def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
-    """Forks `ranks` processes that call `act` as one launch; what rank n prints goes to the file `said` with .n added."""
+    """Forks `ranks` processes that call `act` as one launch.
+
+    What rank n prints goes to the file `said` with .n added.
+    """
     reading, writing = os.pipe()
     pids = []
     for rank in range(ranks):
@@ -69,8 +75,9 @@ def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
     if ranks > 1:
         from torch.distributed import TCPStore
 
-        # Held by this process from the moment the port is chosen: a port that is only known to be free can be another test's by
-        # the time rank 0 listens, and then ranks of two jobs meet and wait for ever. After the forks, as a store has threads.
+        # Held by this process from the moment the port is chosen: a port that is only known to be
+        # free can be another test's by the time rank 0 listens, and then ranks of two jobs meet and
+        # wait for ever. After the forks, as a store has threads.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         _stores.update(dict.fromkeys(pids, store))
         for _ in pids:
@@ -116,11 +123,17 @@ def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -
 
 
 STILL, IDLE = 240.0, 1.0
-"""Processes hang that together computed for less than IDLE seconds in STILL: a busy machine slows them down, but not so far."""
+"""Processes that together computed for less than IDLE seconds in STILL count as hanging.
+
+A busy machine slows them down, but not so far.
+"""
 
 
 def ended(pids: list[int]) -> list[int]:
-    """The exit codes of processes; -9 for a killed one. Kills those that hang, once they have said where, and fails."""
+    """The exit codes of processes; -9 for a killed one.
+
+    Kills those that hang, once they have said where, and fails.
+    """
     codes: dict[int, int] = {}
     seen, since = 0.0, time.monotonic()
     while len(codes) < len(pids):
@@ -160,14 +173,17 @@ def until(condition: Callable[[], Any], timeout: float = 400) -> None:
         time.sleep(0.01)
 
 
-# --- killed at a system call -----------------------------------------------------------------------------------------
+# --- killed at a system call -------------------------------------------------------------------
 
 CALLS = {
-    "x86_64": {"write": 1, "open": 2, "pwrite": 18, "writev": 20, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "unlink": 87,
-               "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "openat": 257, "mkdirat": 258, "unlinkat": 263,
-               "renameat": 264, "renameat2": 316, "fallocate": 285, "copy_file_range": 326, "sendfile": 40, "close": 3},
-    "aarch64": {"write": 64, "pwrite": 68, "writev": 66, "fsync": 82, "fdatasync": 83, "truncate": 45, "ftruncate": 46, "openat": 56,
-                "mkdirat": 34, "unlinkat": 35, "renameat": 38, "renameat2": 276, "fallocate": 47, "copy_file_range": 285,
+    "x86_64": {"write": 1, "open": 2, "pwrite": 18, "writev": 20, "rename": 82, "mkdir": 83,
+               "rmdir": 84, "creat": 85, "unlink": 87, "fsync": 74, "fdatasync": 75, "truncate": 76,
+               "ftruncate": 77, "openat": 257, "mkdirat": 258, "unlinkat": 263, "renameat": 264,
+               "renameat2": 316, "fallocate": 285, "copy_file_range": 326, "sendfile": 40,
+               "close": 3},
+    "aarch64": {"write": 64, "pwrite": 68, "writev": 66, "fsync": 82, "fdatasync": 83,
+                "truncate": 45, "ftruncate": 46, "openat": 56, "mkdirat": 34, "unlinkat": 35,
+                "renameat": 38, "renameat2": 276, "fallocate": 47, "copy_file_range": 285,
                 "sendfile": 71, "close": 57},
 }  # fmt: skip
 TRACEME, CONTINUE_TO_CALL, SET_OPTIONS, GET_CALL = 0, 24, 0x4200, 0x420E
@@ -175,7 +191,9 @@ EXIT_KILL = 0x100000
 
 
 def stopped_at(act: Callable[[], None], visit: Callable[[int], bool]) -> None:
-    """Calls `act` in a fork that is stopped before each of its file operations, where `visit` is called with its number.
+    """Calls `act` in a fork that is stopped before each of its file operations.
+
+    At each stop `visit` is called with its number.
 
     The fork is killed with SIGKILL where that returns True: no step of it comes after that.
     """

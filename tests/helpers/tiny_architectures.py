@@ -1,4 +1,7 @@
-"""Every language model that transformers can build, tiny, with whatever scales, caps or shifts its logits set off neutral."""
+"""Every language model that transformers can build, tiny.
+
+Whatever scales, caps or shifts its logits is set off neutral.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,43 @@ Layout = Literal["causal", "seq2seq"]
 VOCABULARY = 96
 SIZES = {
     r"vocab_size|n_vocab|.*_vocab_size": VOCABULARY,
-    r"hidden_size|d_model|n_embd|embedding_size|embed_dim|dim|n_embed|embed_size|decoder_hidden_size|attention_hidden_size|lru_width"
-    r"|pooler_hidden_size|output_embedding_size|input_embedding_size|dim_model|model_dim|embedding_dim": 32,
-    r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_encoder_layers|num_decoder_layers|num_blocks": 2,
-    r"num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads|num_encoder_attention_heads"
+    r"hidden_size|d_model|n_embd|embedding_size|embed_dim|dim|n_embed|embed_size|"
+    r"decoder_hidden_size|attention_hidden_size|lru_width"
+    r"|pooler_hidden_size|output_embedding_size|input_embedding_size|dim_model|model_dim|"
+    r"embedding_dim": 32,
+    r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|"
+    r"num_encoder_layers|num_decoder_layers|num_blocks": 2,
+    r"num_attention_heads|n_heads?|num_heads|encoder_attention_heads|"
+    r"decoder_attention_heads|num_encoder_attention_heads"
     r"|num_decoder_attention_heads|attention_heads": 4,
     r"num_key_value_heads|n_kv_heads|kv_n_heads|num_kv_heads": 2,
-    r"intermediate_size|d_ff|ffn_dim|n_inner|ffn_hidden_size|encoder_ffn_dim|decoder_ffn_dim|dim_ff|dff|d_inner|.*_ffn_dim|hidden_dim"
+    r"intermediate_size|d_ff|ffn_dim|n_inner|ffn_hidden_size|encoder_ffn_dim|"
+    r"decoder_ffn_dim|dim_ff|dff|d_inner|.*_ffn_dim|hidden_dim"
     r"|intermediate_dim|.*_intermediate_size|.*ffn_hidden_size|.*intermediate_dim": 48,
     r"head_dim|d_kv|kv_channels|attention_head_dim|.*_head_dim|d_head|dim_head": 8,
-    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|max_encoder_position_embeddings"
-    r"|max_decoder_position_embeddings|max_source_positions|max_target_positions|model_max_length": 64,
-    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|n_experts": 4,
-    r"num_experts_per_tok|num_experts_per_token|moe_k|top_k_experts|num_selected_experts|moe_topk|experts_per_token": 2,
+    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|"
+    r"seq_length|max_encoder_position_embeddings"
+    r"|max_decoder_position_embeddings|max_source_positions|max_target_positions|"
+    r"model_max_length": 64,
+    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|"
+    r"n_experts": 4,
+    r"num_experts_per_tok|num_experts_per_token|moe_k|top_k_experts|num_selected_experts|"
+    r"moe_topk|experts_per_token": 2,
     r"n_group|topk_group|num_expert_groups|n_groups": 1,
     r"q_lora_rank|kv_lora_rank": 16,
     r"rotary_dim": 4,
     r"mamba_n_heads|mamba_num_heads": 8,
     r"mamba_d_ssm": 64,
-    r"mamba_d_head|mamba_d_state|state_size|mamba_d_state|ssm_state_size|hidden_size_per_layer_input": 8,
+    r"mamba_d_head|mamba_d_state|state_size|mamba_d_state|ssm_state_size|"
+    r"hidden_size_per_layer_input": 8,
     r"mamba_chunk_size|chunk_size": 16,
     r"vocab_size_per_layer_input": VOCABULARY,
 }
 OFF_NEUTRAL = re.compile(
     r"(scal(e|ing)(_factor)?|multiplier|cap(ping)?|alpha|logits?_bias|temperature)s?$|logit"
 )
-"""Settings of this kind are given an odd value, so that none of them is left out without a difference."""
+"""Such settings get an odd value, so that leaving one out makes a difference.
+"""
 ODD = 0.37
 IDS = {
     "pad_token_id": 0,
@@ -176,7 +190,10 @@ def tiny(kind: type[Any], model: Any, layout: Layout) -> Any:
 
 @dataclass(frozen=True)
 class Compared:
-    """Our loss and transformers' own of the same weights and labels, and how far logits are apart, relative to the largest."""
+    """Our loss and transformers' own for the same weights and labels, and how far logits differ.
+
+    The difference is relative to the largest.
+    """
 
     ours: float
     theirs: float
@@ -191,7 +208,10 @@ class Compared:
 
 
 def mappings() -> list[tuple[Layout, type[Any], Any]]:
-    """Every config class of transformers' mappings for causal and for seq2seq language models, and its model class."""
+    """Every config class that transformers maps to a language model, and its model class.
+
+    Causal and seq2seq ones.
+    """
     from transformers.models.auto import modeling_auto
 
     both: tuple[tuple[Layout, Any], ...] = (

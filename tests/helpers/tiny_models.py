@@ -108,7 +108,7 @@ def rows_of(recipe: Recipe) -> list[Conversation]:
 
 
 def prepare_rows(path: Path, rows: Sequence[Any], made: Processor, **options: Any) -> Prepared:
-    """Rows (conversations, or dicts that are written as they are) as a JSONL file of messages, prepared."""
+    """Rows (conversations, or dicts written unchanged) as a JSONL file of messages, prepared."""
     written = []
     for number, row in enumerate(rows):
         if isinstance(row, Conversation):
@@ -219,7 +219,10 @@ def largest(one: torch.Tensor, other: torch.Tensor) -> float:
 def assert_close(
     one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float = 1e-5
 ) -> None:
-    """Asserts that two sets of tensors have the same names and agree, relative to each tensor's largest value."""
+    """Asserts that two sets of tensors have the same names and agree.
+
+    Differences are relative to each tensor's largest value.
+    """
     assert one.keys() == other.keys()
     assert one
     for name, value in one.items():
@@ -266,7 +269,7 @@ def one_step(
     cached: bool = False,
     prepare_model: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The logged loss of one optimizer step through the loop, and the gradients it took the step with."""
+    """The logged loss of one optimizer step through the loop, and its gradients."""
     model = built(recipe)
     events: list[dict[str, Any]] = []
     loop = stage_loop(model, recipe, folder, cached=cached, report=events.append)
@@ -286,7 +289,10 @@ def one_step(
 
 
 def interrupted(run: Callable[..., Any], *, stage: int, step: int) -> list[dict[str, Any]]:
-    """Calls `run(show=...)`, which must end as `Interrupted` when SIGINT comes at a step; the events until then."""
+    """Calls `run(show=...)`, which must end as `Interrupted` when SIGINT comes at a step.
+
+    Returns the events until then.
+    """
     events: list[dict[str, Any]] = []
 
     def show(event: dict[str, Any]) -> None:
@@ -330,7 +336,8 @@ def assert_same_bits(one: Path, other: Path) -> None:
 def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0) -> str:
     """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code.
 
-    Alone it runs in a fork of the test's process, which has imported already what a new one would spend seconds on.
+    Alone it runs in a fork of the test's process, which has imported already what a new one would
+    spend seconds on.
     """
     if ranks == 1:
         return _forked_cli(arguments, cwd, code)
@@ -365,7 +372,7 @@ def _forked_cli(arguments: Sequence[str], cwd: Path | None, code: int, seconds: 
 
 
 def _command_line(arguments: Sequence[str], cwd: Path | None, output: int, errors: int) -> None:
-    """Runs `vlm-tune` in this process, a fork, with its output to these descriptors, and ends it."""
+    """Runs `vlm-tune` in this process, a fork, with its output to these descriptors; ends it."""
     status: Any = 1
     try:
         for descriptor, place in ((output, 1), (errors, 2)):
@@ -477,14 +484,20 @@ def free_port() -> int:
 
 
 def unshifted(labels: torch.Tensor) -> torch.Tensor:
-    """Labels [B, L] as transformers takes them: the token that a position predicts stands at the next one, so [B, L + 1]."""
+    """Labels [B, L] as transformers takes them.
+
+    The token that a position predicts stands at the next one, so [B, L + 1].
+    """
     return torch.nn.functional.pad(labels, (1, 0), value=-100)
 
 
 def run_card(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What the Python of a folder's card prints, run as it is shown beside an image; it must be formatted as ruff formats."""
+    """The output of the Python in a folder's card, run as it is shown beside an image.
+
+    It must be formatted as ruff formats.
+    """
     (shown,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     script = folder.parent / "card.py"
     script.write_text(shown)

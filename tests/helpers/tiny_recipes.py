@@ -1,4 +1,7 @@
-"""Small real things to test with: images that differ, a messages file about them, and recipes for tiny models."""
+"""Small real things to test with.
+
+Images that differ, a messages file about them, and recipes for tiny models.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,19 @@ COLORS = {
     "yellow": (220, 210, 40),
 }
 TINY = {
-    "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 2, num_decoder_layers: 1, "
+    "seq2seq": "{model_type: t5, vocab_size: 400, config: {d_model: 32, d_kv: 16, d_ff: 64, "
+    "num_layers: 2, num_decoder_layers: 1, "
     "num_heads: 2, dropout_rate: 0.0, feed_forward_proj: gated-gelu}}",
-    "causal": "{model_type: llama, vocab_size: 400, config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "causal": "{model_type: llama, vocab_size: 400, config: {hidden_size: 32, intermediate_size: "
+    "64, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256}}",
 }
 
 COMPILED = Path(tempfile.gettempdir()) / f"vlm_tune-tests-{os.getuid()}"
-"""Where the parts in C++ are compiled once for all tests, of this session and later ones: their names say what they are made of."""
+"""Folder in which the parts in C++ are compiled once for all tests and later sessions.
+
+Their names say what they are made of.
+"""
 
 
 def write_color_rows(folder: Path) -> Path:
@@ -54,12 +62,13 @@ def write_color_rows(folder: Path) -> Path:
 
 
 def tiny_text(kind: str, rows: Path, output: Path, precision: str = "fp32") -> str:
-    """Text of a recipe that trains a tiny scratch model ("causal" or "seq2seq") in full on rows of messages."""
+    """A recipe that trains a tiny scratch model ("causal" or "seq2seq") in full on messages."""
     return f"""
 name: tiny
 output: {output}
 model:
-  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, \
+patch_size: 16, image_size: 32}}}}
   connector: {{kind: mlp, norm: true}}
   llm: {{kind: {kind}, scratch: {TINY[kind]}}}
 data:
@@ -70,6 +79,7 @@ data:
 tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "*", how: full}}
-train: {{steps: 4, batch_size: 4, learning_rate: 3.0e-3, precision: {precision}, schedule: {{warmup: 0}}}}
+train: {{steps: 4, batch_size: 4, learning_rate: 3.0e-3, precision: {precision}, \
+schedule: {{warmup: 0}}}}
 evaluate: {{max_new_tokens: 6, samples: 2}}
 """

@@ -1,4 +1,7 @@
-"""Tiny existing vision-language models as transformers and the LLaVA repository write them, and recipes that start from them."""
+"""Tiny vision-language models as transformers and the LLaVA repository write them.
+
+Also recipes that start from them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ Blip = Literal["blip-2", "instructblip"]
 
 
 def stir(module: nn.Module) -> Any:
-    """The module in eval mode with every parameter moved, norms and biases too: a swapped or forgotten one shows."""
+    """The module in eval mode with every parameter moved, norms and biases too.
+
+    A swapped or forgotten one shows.
+    """
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -52,7 +58,7 @@ def with_pretrained(recipe: str, name: Path | str, template: str, extra: str = "
 
 
 def text_tokenizer(rows: Sequence[Conversation], template: str, around: str) -> Any:
-    """A tokenizer of the rows' words that puts tokens `around` a text by itself, as Llama's and T5's do."""
+    """A tokenizer of the rows' words that puts tokens `around` a text, as Llama's and T5's do."""
     tokenizer = train_tokenizer(rows, 400, load_template(template))
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -147,7 +153,10 @@ def save_llava(
 def save_llava_original(
     folder: Path, theirs: Any, source: Path, *, tower: bool, **changes: Any
 ) -> Path:
-    """A tiny LLaVA as `save_llava` made it, as the LLaVA repository keeps one; its CLIP, from which `mm_vision_tower` comes."""
+    """A tiny LLaVA, as `save_llava` made it, in the LLaVA repository's format.
+
+    Also its CLIP, from which `mm_vision_tower` comes.
+    """
     from safetensors.torch import save_file
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 

@@ -1,6 +1,10 @@
-"""One of several processes that train the recipes of a list in turn; notes gradients and sample ids beside each.
+"""One of several processes that train the recipes of a list in turn.
 
-python tests/engine_worker.py runs.json    # [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...]
+Notes gradients and sample ids beside each.
+
+python tests/engine_worker.py runs.json
+
+runs.json holds [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...].
 """
 
 from __future__ import annotations
@@ -97,7 +101,8 @@ def main(runs: list[dict[str, Any]]) -> None:
         if rank == "0":
             save_file(noted["gradients"], path.with_suffix(".safetensors"))
         if run is runs[0]:
-            # All libraries are imported: the collections at each end of training need not go through their objects.
+            # All libraries are imported: the collections at each end of training need not go
+            # through their objects.
             gc.collect()
             gc.freeze()
 

@@ -113,7 +113,8 @@ def test_other_feature_maps_of_one_backbone_have_their_own_cache(
     for stages in ([0, 2], [1, 2]):
         text = with_tower(
             tiny_recipe("seq2seq"),
-            f"{{kind: timm, name: resnet18, image_size: 32, grid: 2, stages: {json.dumps(stages)}}}",
+            f"{{kind: timm, name: resnet18, image_size: 32, grid: 2, stages: "
+            f"{json.dumps(stages)}}}",
         )
         recipe = parsed(text)
         model = built(recipe)

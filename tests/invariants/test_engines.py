@@ -1,4 +1,7 @@
-"""Every engine with two processes computes what one process does, whatever its ranks hold; and any may go on where another stopped."""
+"""Every engine with two processes computes what one process does.
+
+That holds whatever its ranks hold, and any may go on where another stopped.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ tune:
   - {match: "connector.*", how: frozen}
   - {match: "llm.*", how: lora, r: 4, target_modules: all-linear}
 train:"""
-"""A rank without images has no gradient to bring for what it leaves out, and still must gather its weights."""
+"""A rank without images has no gradient for what it skips, and must still gather its weights.
+"""
 MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "decoder-lora": ("causal", LORA_TUNE, None, {}),
     "decoder-full": ("causal", FULL, None, {"train__cache_features": False}),
@@ -91,7 +95,10 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 
 
 def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) -> Recipe:
-    """One step over all eight rows, of which only one has an image: where there are two ranks, one has none."""
+    """One step over all eight rows, of which only one has an image.
+
+    Where there are two ranks, one has none.
+    """
     kind, tune, connector, own = MODELS[model]
     text = tiny_text(kind, folder / "messages.jsonl", folder / name)
     if connector:
@@ -140,7 +147,7 @@ LINEAGES = {"one-two-one": "decoder-lora", "zero2-zero3": "t5-full"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of two processes, by one launch: importing the libraries takes longer than the runs."""
+    """All runs of two processes, in one launch: importing the libraries takes longer than they."""
     folder = tmp_path_factory.mktemp("engines")
     rows = [json.loads(line) for line in write_color_rows(folder).read_text().splitlines()]
     for row in rows[1:]:
@@ -220,7 +227,8 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
     alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
     found = {engine: load_file(trained / f"{model}-{engine}.safetensors") for engine in HALF[model]}
     for engine, value in found.items():
-        # Products of other shapes, unfused under ZeRO-3 and FSDP, are rounded elsewhere; ZeRO-2 and less do what DDP does.
+        # Products of other shapes, unfused under ZeRO-3 and FSDP, are rounded elsewhere; ZeRO-2 and
+        # less do what DDP does.
         assert_close(alone, value, relative=3e-2)
         if engine not in SHARDED:
             assert_close(found["ddp"], value)

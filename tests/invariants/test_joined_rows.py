@@ -135,7 +135,7 @@ def test_branched_and_plain_rows_share_a_batch(
     assert float(together.sum) == pytest.approx(sum(float(one.sum) for one in alone), rel=1e-5)
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------
+# --- packing -----------------------------------------------------------------------------------
 
 
 def packed_rows(model: Any, examples: list[Example]) -> list[Example]:
@@ -224,7 +224,7 @@ def test_a_packed_step_through_the_loop_is_the_same(
     assert_close(found[True][1], found[False][1])
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers -----------------------------------------------------------------------------------
 
 
 def test_answers_of_joined_prompts_are_those_one_by_one(

@@ -55,7 +55,8 @@ def test_any_accumulation_gives_the_same_gradient(
     for other in ((1, 8), (3, 3)):
         assert found[other][0] == pytest.approx(loss, rel=1e-5)
         assert_close(gradients, found[other][1])
-    # The mean of the rows' means, as trainers take it that divide every micro-batch by its own tokens, is another number.
+    # The mean of the rows' means, as trainers take it that divide every micro-batch by its own
+    # tokens, is another number.
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe)
     means = []

@@ -19,7 +19,8 @@ stages:
   - name: align
     data: {augment: {flip: 0.5, shift: 0.2}}
     train: {steps: 4, batch_size: 3}
-    tune: [{match: "tower.*", how: full}, {match: "connector.*", how: full}, {match: "llm.*", how: frozen}]
+    tune: [{match: "tower.*", how: full}, {match: "connector.*", how: full}, \
+{match: "llm.*", how: frozen}]
   - name: instruct
     train: {steps: 6}
 """
@@ -34,7 +35,10 @@ train:"""
 def two_stages(
     tiny_recipe: Callable[..., str], kind: str, output: str, precision: str = "fp32", **changes: Any
 ) -> Recipe:
-    """Full training of the tower, then LoRA with dropout; 8 rows in batches of 3 or 2 with accumulation 2."""
+    """Full training of the tower, then LoRA with dropout.
+
+    8 rows in batches of 3 or 2 with accumulation 2.
+    """
     text = with_tune(tiny_recipe(kind, output=output, precision=precision), DROPOUT) + STAGES
     settings = {
         "train__batch_size": 2,

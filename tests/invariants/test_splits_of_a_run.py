@@ -1,4 +1,7 @@
-"""A whole run trains on the same rows in the same order however its steps are split: 4x1, 2x2, 1x4, and two processes."""
+"""A whole run trains on the same rows in the same order however its steps are split.
+
+4x1, 2x2, 1x4, and two processes.
+"""
 
 from __future__ import annotations
 

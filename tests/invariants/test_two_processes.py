@@ -50,7 +50,10 @@ def test_two_ranks_train_as_one(
     color_rows: Path,
     tmp_path: Path,
 ) -> None:
-    """With `images: one`, most batches of a rank hold no image at all; nine rows leave the last batch uneven."""
+    """With `images: one`, most batches of a rank hold no image at all.
+
+    Nine rows leave the last batch uneven.
+    """
     rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
     rows.append(
         {
@@ -85,7 +88,8 @@ def test_two_ranks_train_as_one(
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     first, second = tensors_of(one / "model"), tensors_of(two / "model")
     assert first.keys() == second.keys()
-    # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but rounding: a tenth of one is allowed.
+    # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but
+    # rounding: a tenth of one is allowed.
     assert max(largest(value, second[name]) for name, value in first.items()) <= 3e-4
     scores = [
         json.loads((run / "stages" / "1-main" / "done.json").read_text())["history"]

@@ -1,4 +1,7 @@
-"""Joined rows longer than a decoder's window give what their rows give one by one, where transformers cuts the window."""
+"""Joined rows longer than a decoder's window give what their rows give one by one.
+
+transformers cuts the window there.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,13 @@ DECODERS = {
     "phi3": f"sliding_window: {WINDOW}, pad_token_id: 0",
     "starcoder2": f"sliding_window: {WINDOW}",
     "qwen2": f"sliding_window: {WINDOW}, use_sliding_window: true, max_window_layers: 1",
-    "smollm3": f"sliding_window: {WINDOW}, use_sliding_window: true, no_rope_layers: [1, 0], {HALF}",
+    "smollm3": (
+        f"sliding_window: {WINDOW}, use_sliding_window: true, no_rope_layers: [1, 0], {HALF}"
+    ),
     "gemma2": f"sliding_window: {WINDOW}, head_dim: 16, query_pre_attn_scalar: 16, {HALF}",
     "gemma3_text": f"sliding_window: {WINDOW}, head_dim: 16, query_pre_attn_scalar: 16, {HALF}",
-    "llama4_text": f"attention_chunk_size: {WINDOW}, head_dim: 16, intermediate_size_mlp: 32, num_local_experts: 2, "
+    "llama4_text": f"attention_chunk_size: {WINDOW}, head_dim: 16, intermediate_size_mlp: 32, "
+    "num_local_experts: 2, "
     "layer_types: [chunked_attention, full_attention]",
 }
 
@@ -141,7 +147,7 @@ train:"""
 def test_answers_of_joined_prompts_are_those_one_by_one(
     decoder: str, long_questions: Path, tiny_recipe: Callable[..., str]
 ) -> None:
-    """One by one transformers generates, with its own cache that forgets what is outside of the window."""
+    """transformers generates one by one, with its own cache that drops what left the window."""
     recipe = parsed(decoder_text(tiny_recipe, decoder))
     model = built(recipe).eval()
     for parameter in model.llm.model.parameters():
@@ -164,14 +170,20 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
 def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
     long_questions: Path, tiny_recipe: Callable[..., str]
 ) -> None:
-    """A state that goes from token to token, and distances counted by place: an LFM2's convolutions, a BLOOM's ALiBi."""
+    """A state that goes from token to token, and distances counted by place.
+
+    An LFM2's convolutions, a BLOOM's ALiBi.
+    """
     text = tiny_recipe("causal")
     lfm2 = text.replace(
         "model_type: llama, vocab_size: 400, config: {",
         "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], ",
     )
     head, _, rest = text.partition("model_type: llama")
-    bloom = f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, n_head: 2{rest[rest.index('}}') :]}"
+    bloom = (
+        f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, "
+        f"n_head: 2{rest[rest.index('}}') :]}"
+    )
     for scratch, said in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
         recipe = parsed(scratch)
         model = built(recipe).eval()

@@ -1,4 +1,7 @@
-"""The kernel behind LoRA layers on a CPU with AMX: bf16 outputs and gradients as near to exact ones as torch's own."""
+"""The kernel behind LoRA layers on a CPU with AMX.
+
+bf16 outputs and gradients as near to exact ones as torch's own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ needs_kernel = pytest.mark.usefixtures("kernels")
 
 @dataclass
 class Layers:
-    """Layers that read the same rows, with what they are given; `outputs` and `ranks` are of each."""
+    """Layers that read the same rows, with what they are given.
+
+    `outputs` and `ranks` are of each.
+    """
 
     count: int
     inputs: int

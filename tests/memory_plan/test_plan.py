@@ -1,4 +1,4 @@
-"""What a plan says against models that are really built, closed forms, and what autograd really keeps."""
+"""Plans against models that are really built, closed forms, and what autograd really keeps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ from vlm_tune.rendering.plan_text import show_plan
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
-DEEP = "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, num_hidden_layers: 9, num_attention_heads: 4}}"
+DEEP = (
+    "{model_type: llama, vocab_size: 400, config: {hidden_size: 64, intermediate_size: 128, "
+    "num_hidden_layers: 9, num_attention_heads: 4}}"
+)
 
 TinyRecipe = Callable[..., str]
 
@@ -71,7 +74,8 @@ def test_parameters_and_bytes_are_those_of_the_model_that_is_built(
         held = sum(t.nbytes for t in (*parameters, *module.buffers()))
         assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), held)
         assert part.trained == sum(p.numel() for p in parameters if p.requires_grad)
-    # The tower's features are cached, so that no step reads it: a CPU has it in memory before the first step alone.
+    # The tower's features are cached, so that no step reads it: a CPU has it in memory before the
+    # first step alone.
     weights, tower = sum(part.bytes for part in stage.parts), stage.parts[0].bytes
     assert stage.cached and tower > 0
     assert stage.memory.frozen + stage.memory.trained + stage.memory.adapters == weights - tower
@@ -85,7 +89,7 @@ def test_parameters_and_bytes_are_those_of_the_model_that_is_built(
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_what_the_trace_holds_is_what_autograd_saves(tiny_recipe: TinyRecipe, kind: str) -> None:
-    """At the end of the forward pass the traced live bytes are at least what the real step saved, and little more."""
+    """After the forward pass the traced live bytes are what the real step saved, or little more."""
     recipe = parsed(with_tune(tiny_recipe(kind)), train__cache_features=False)
     (stage,) = plan(recipe).stages
     model = built(recipe)
@@ -141,7 +145,10 @@ def test_layers_that_are_alike_are_traced_as_all_of_them_would_be(
 def test_what_autocast_keeps_of_weights_it_cast_lives_through_both_passes(
     tiny_recipe: TinyRecipe,
 ) -> None:
-    """With checkpointing nothing else holds them: all that a full tuning casts is there in bf16 at the end of the backward pass."""
+    """With checkpointing nothing else holds them.
+
+    All that a full tuning casts is there in bf16 at the end of the backward pass.
+    """
     wide = DEEP.replace(
         "hidden_size: 64, intermediate_size: 128", "hidden_size: 256, intermediate_size: 512"
     )
@@ -162,7 +169,10 @@ def test_what_autocast_keeps_of_weights_it_cast_lives_through_both_passes(
 def test_a_connector_that_is_deep_beside_few_layers_is_not_taken_for_theirs(
     tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With three checkpointed layers most of the backward pass is the Q-Former's, with all of them it is the LLM's."""
+    """With three checkpointed layers most of the backward pass is the Q-Former's.
+
+    With all layers checkpointed it is the LLM's.
+    """
     text = tiny_recipe("seq2seq", precision="bf16")
     text = text.replace("num_layers: 2, num_decoder_layers: 1", "num_layers: 12")
     text = with_connector(text, "qformer-text").replace("depth: 3", "depth: 12")
@@ -216,7 +226,10 @@ def test_zero_divides_what_its_definition_says(
     optimizer: float,
     host: float,
 ) -> None:
-    """Shares of 8,000 B frozen, 2,000 trained, 400 LoRA for 600 numbers on 4 processes; optimizer and host in B a number."""
+    """Shares of 8,000 B frozen, 2,000 trained, 400 LoRA for 600 numbers on 4 processes.
+
+    Optimizer and host in B a number.
+    """
     found = zero_memory(
         Held(8_000, 2_000, 400, 500),
         600,
@@ -286,10 +299,14 @@ def test_blocks_go_where_they_fit(
 
 
 def test_holes_are_those_of_two_steps() -> None:
-    """An activation (1) below a gradient (2): in the second step the optimizer's states are there, where the activation was."""
+    """An activation (1) below a gradient (2).
+
+    In the second step the optimizer's states are there, where the activation was.
+    """
     unit = 1 << 20
     step = Trace([1, 2, -1, -2], [0, 2 * unit, unit], ["activations", "activations", "gradients"])
-    # First step: activation 0-2, gradient 2-3, states 0-2. Second: activation 2-4, gradient 4-5: all of 5 are in use.
+    # First step: activation 0-2, gradient 2-3, states 0-2. Second: activation 2-4, gradient 4-5:
+    # all of 5 are in use.
     assert holes(step, "range", accumulating=False) == 0
     longer = Trace(
         [1, 2, 3, -1, -3, -2],
@@ -303,9 +320,11 @@ def test_holes_are_those_of_two_steps() -> None:
         [0, unit, unit, 3 * unit],
         ["activations", "activations", "gradients", "activations"],
     )
-    # Second step: states 0 and 2, activation 1, gradient 3; where the activation was nothing of 3 fits.
+    # Second step: states 0 and 2, activation 1, gradient 3; where the activation was nothing of 3
+    # fits.
     assert holes(kept, "range", accumulating=False) == unit
-    # With accumulation the second gradient goes where the third storage was, and is gone before it comes.
+    # With accumulation the second gradient goes where the third storage was, and is gone before it
+    # comes.
     assert holes(kept, "range", accumulating=True) == unit
 
 
@@ -408,7 +427,10 @@ def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe, precision: str) -> None:
-    """LoRA on a decoder: 4 T N + 6 T N_lora + 12 L h d A + 4 S d V, and 6 a weight of the connector."""
+    """LoRA on a decoder.
+
+    4 T N + 6 T N_lora + 12 L h d A + 4 S d V, and 6 a weight of the connector.
+    """
     recipe = parsed(with_tune(tiny_recipe("causal", precision=precision)))
     (stage,) = plan(recipe).stages
     model = built(recipe)
@@ -474,7 +496,10 @@ def test_advice_reaches_stages_that_set_what_it_changes(tiny_recipe: TinyRecipe)
 
 
 def test_nothing_but_configs_is_read(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    """A 7B model of a folder that holds config.json alone, with its tokenizer missing: the real sizes, from max_length."""
+    """A 7B model of a folder that holds config.json alone, with its tokenizer missing.
+
+    The real sizes, from max_length.
+    """
     text = with_llm(
         tiny_recipe("causal", precision="bf16"),
         CONFIGS / "vicuna-7b-v1.5",
@@ -573,7 +598,7 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(
     assert found["stages"][0]["communication"]["traffic"]["gradients"] > 0
 
 
-# --- steps and time --------------------------------------------------------------------------------------------------
+# --- steps and time ----------------------------------------------------------------------------
 
 
 def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(

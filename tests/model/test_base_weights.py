@@ -1,4 +1,7 @@
-"""The weights under a saved model: noted with a fingerprint, found where they are now, refused where they are others."""
+"""The weights under a saved model.
+
+Noted with a fingerprint, found where they are now, refused where they are others.
+"""
 
 from __future__ import annotations
 
@@ -65,12 +68,18 @@ def change_one_number(folder: Path, name: str = CHANGED) -> None:
 def test_another_base_in_the_place_of_the_old_one_is_refused(
     tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
-    """One number of one tensor differs: loading, merging and exporting name the tensor; told to, they go on."""
+    """One number of one tensor differs: loading, merging and exporting name the tensor.
+
+    Told to, they go on.
+    """
     saved, _ = saved_over(tmp_path / "base", tiny_recipe("causal"), tmp_path / "saved")
     load_model(saved)
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
     change_one_number(tmp_path / "base")
-    differs = rf"its llm was .*base.*1 of 21 tensors differ \({CHANGED}\).*--base PATH.*--accept-other-base"
+    differs = (
+        rf"its llm was .*base.*1 of 21 tensors differ \({CHANGED}\).*--base "
+        r"PATH.*--accept-other-base"
+    )
     with pytest.raises(ModelError, match=differs):
         VisionLanguageModel.from_pretrained(saved)
     with pytest.raises(ModelError, match=differs):
@@ -78,7 +87,8 @@ def test_another_base_in_the_place_of_the_old_one_is_refused(
     with pytest.raises(ModelError, match=differs):
         export(saved, tmp_path / "exported", format="adapter")
     assert not (tmp_path / "merged").exists() and not (tmp_path / "exported").exists()
-    # A copy holds the same weights, whatever its name and time; the changed ones are taken when that is said.
+    # A copy holds the same weights, whatever its name and time; the changed ones are taken when
+    # that is said.
     merge(saved, tmp_path / "merged", dtype="fp32", base=tmp_path / "copy")
     merge(saved, tmp_path / "merged other", dtype="fp32", accept_other_base=True)
     own, other = (
@@ -105,7 +115,10 @@ def test_the_bases_config_is_part_of_it(tiny_recipe: Tiny, tmp_path: Path) -> No
 def test_a_base_that_moved(
     tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A relative path is found from elsewhere and where both folders moved together; one that is gone is named."""
+    """A relative path is found from elsewhere and where both folders moved together.
+
+    One that is gone is named.
+    """
     project = tmp_path / "project"
     project.mkdir()
     monkeypatch.chdir(project)
@@ -176,8 +189,9 @@ def test_what_is_no_whole_model_says_which_folder_to_take(
         tmp_path / "both": "is a PEFT adapter over",
         tmp_path / "run": "is a run of vlm_tune; run `vlm-tune merge",
         saved: "is a model of vlm_tune with all its parts; run `vlm-tune merge",
-        tmp_path
-        / "merged": "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts",
+        tmp_path / "merged": (
+            "name its language model, .*merged/llm, or model.pretrained: .*merged for all parts"
+        ),
         tmp_path / "missing": "model.llm.name: no such folder: ",
     }
     for folder, message in expected.items():
@@ -196,7 +210,10 @@ def test_what_is_no_whole_model_says_which_folder_to_take(
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_a_run_starts_from_a_merged_folder(kind: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
-    """All parts of a merged folder, or its LLM alone: the next run begins as the first one ended."""
+    """All parts of a merged folder, or its LLM alone.
+
+    The next run begins as the first one ended.
+    """
     text = tiny_recipe(kind, output="first")
     sft(
         parsed(

@@ -1,4 +1,7 @@
-"""What is asked in a chat: images where they stand, one behaviour batched or single, and errors that name the request."""
+"""What is asked in a chat.
+
+Images where they stand, one behaviour batched or single, and errors that name the request.
+"""
 
 from __future__ import annotations
 
@@ -243,9 +246,13 @@ def test_an_empty_answer_is_no_full_stop() -> None:
     assert normalise("") != normalise(".") and normalise("Yes.") == normalise(" yes")
 
 
-GPT2 = "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 1, n_head: 2, n_positions: 40}}"
+GPT2 = (
+    "{model_type: gpt2, vocab_size: 400, config: {n_embd: 32, n_layer: 1, n_head: 2, "
+    "n_positions: 40}}"
+)
 OPT = (
-    "{model_type: opt, vocab_size: 400, config: {hidden_size: 32, ffn_dim: 48, num_hidden_layers: 1, num_attention_heads: 2, "
+    "{model_type: opt, vocab_size: 400, config: {hidden_size: 32, ffn_dim: 48, "
+    "num_hidden_layers: 1, num_attention_heads: 2, "
     "word_embed_proj_dim: 32, max_position_embeddings: 40}}"
 )
 
@@ -275,7 +282,10 @@ def test_learned_positions_are_not_passed(scratch: str, tiny_recipe: Callable[..
 def test_rows_beyond_learned_positions_are_told_before_training(
     scratch: str, tiny_recipe: Callable[..., str]
 ) -> None:
-    """By `check` and by `sft` before its first step; rows of one image that are joined are each within the positions."""
+    """By `check` and by `sft` before its first step.
+
+    Rows of one image that are joined are each within the positions.
+    """
     text = tiny_recipe("causal").splitlines()
     lines = [
         f"  llm: {{kind: causal, scratch: {scratch}}}" if line.startswith("  llm:") else line
@@ -309,7 +319,10 @@ def test_rows_beyond_learned_positions_are_told_before_training(
     assert not (Path(short.output) / "stages").exists()
 
 
-BART = "encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+BART = (
+    "encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, "
+    "decoder_attention_heads: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+)
 PLACED = {
     "bart": f"{{model_type: bart, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",
     "pegasus": f"{{model_type: pegasus, vocab_size: 400, config: {{d_model: 32, {BART}}}}}",
@@ -320,7 +333,10 @@ PLACED = {
 def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(
     kind: str, tiny_recipe: Callable[..., str]
 ) -> None:
-    """Learned or sinusoidal positions would go on from sample to sample of a packed row; T5's distances don't."""
+    """Learned or sinusoidal positions would go on from sample to sample of a packed row.
+
+    T5's distances don't.
+    """
     text = tiny_recipe("seq2seq")
     lines = [
         f"  llm: {{kind: seq2seq, scratch: {PLACED[kind]}}}" if line.startswith("  llm:") else line

@@ -29,7 +29,8 @@ for read in (llm_config, load_tokenizer, lambda llm: load_llm(llm, dtype=torch.f
 
 
 def test_a_hub_that_does_not_answer() -> None:
-    # Nothing listens on that port, so that every request fails at once: tried again, they would take minutes.
+    # Nothing listens on that port, so that every request fails at once: tried again, they would
+    # take minutes.
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     result = subprocess.run(
         [sys.executable, "-c", CODE],

@@ -1,4 +1,7 @@
-"""Last layers, norms, biases and layer-wise rate decay: which parameters, and the rates that reach the optimizer."""
+"""Last layers, norms, biases and layer-wise rate decay.
+
+Which parameters, and the rates that reach the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,15 @@ LLMS = {
     "gpt2": ("causal", "n_layer: 3, n_embd: 32, n_head: 2, n_positions: 128", "transformer.h"),
     "opt": (
         "causal",
-        "num_hidden_layers: 3, hidden_size: 32, ffn_dim: 48, num_attention_heads: 2, max_position_embeddings: 128, word_embed_proj_dim: 32",
+        "num_hidden_layers: 3, hidden_size: 32, ffn_dim: 48, num_attention_heads: 2, "
+        "max_position_embeddings: 128, word_embed_proj_dim: 32",
         "model.decoder.layers",
     ),
 }
 TOWERS = {
     "open_clip": (
-        "{kind: open_clip, config: {layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}}",
+        "{kind: open_clip, config: {layers: 3, width: 64, head_width: 32, patch_size: "
+        "16, image_size: 32}}",
         3,
     ),
     "timm_vit": ("{kind: timm, name: vit_tiny_patch16_224, image_size: 32, grid: 2}", 12),

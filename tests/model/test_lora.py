@@ -1,4 +1,7 @@
-"""LoRA's variants: rsLoRA, DoRA, PiSSA, LoRA+; each begins as no change, is saved to the bit, opens in plain PEFT and merges."""
+"""LoRA's variants: rsLoRA, DoRA, PiSSA, LoRA+.
+
+Each begins as no change, is saved to the bit, opens in plain PEFT and merges.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,10 @@ def test_pissa_begins_where_peft_begins(named: Any, tmp_path: Path) -> None:
         target_modules=["q_proj", "down_proj"],
         task_type="CAUSAL_LM",
     )
-    theirs: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)  # type: ignore[arg-type]
+    theirs: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),  # type: ignore[arg-type]
+        config,
+    )
     for name in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
         one = parts(model)["llm"].get_submodule(f"model.{name}")
         other = theirs.get_submodule(f"base_model.model.model.{name}")

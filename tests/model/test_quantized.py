@@ -1,4 +1,7 @@
-"""Quantised language models: what is packed, that LoRA trains on it, and that merging goes into the 16-bit base."""
+"""Quantised language models.
+
+What is packed, that LoRA trains on it, and that merging goes into the 16-bit base.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,10 @@ def test_lora_trains_and_merges_into_the_16_bit_base(
 def test_evaluation_leaves_the_gradients_as_they_were(
     quantize: str, quantized: Callable[..., str]
 ) -> None:
-    """bitsandbytes repacks 4-bit weights for a CPU at the first pass in eval mode, and the packed kernel has no gradient."""
+    """bitsandbytes repacks 4-bit weights for a CPU at the first pass in eval mode.
+
+    The packed kernel has no gradient.
+    """
     recipe = parsed(quantized(quantize, precision="fp32"))
     model = built(recipe)
     tuned_by(model, recipe)

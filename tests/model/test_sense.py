@@ -1,4 +1,7 @@
-"""Numbers of which no model can be made are the recipe's fault, with their place, before data and weights are read."""
+"""Numbers that no model can be made of are the recipe's fault, with their place.
+
+They are found before data and weights are read.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
 TOWER = {
-    "open_clip": "{kind: open_clip, config: {layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}",
+    "open_clip": (
+        "{kind: open_clip, config: {layers: 2, width: 64, head_width: 32, patch_size: 16, "
+        "image_size: 32}}"
+    ),
     "timm": "{kind: timm, name: resnet18, image_size: 32, grid: 2}",
 }
 
@@ -148,7 +151,8 @@ def test_only_the_matched_layers_get_lora(tiny_recipe: Callable[..., str]) -> No
 def test_target_modules_that_do_not_exist_are_named_with_those_that_do(model: Any) -> None:
     with pytest.raises(
         ModelError,
-        match=r"target_modules \['qq_proj'\] match no linear layer of 'llm\.\*'; it has .*(v_proj|v)",
+        match=r"target_modules \['qq_proj'\] match no linear layer of 'llm\.\*'; it has "
+        r".*(v_proj|v)",
     ):
         applied(
             model,
@@ -182,7 +186,7 @@ def test_half_precision_for_the_frozen_and_fp32_for_what_trains(model: Any) -> N
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
 
 
-# --- between stages --------------------------------------------------------------------------------------------------
+# --- between stages ----------------------------------------------------------------------------
 
 
 def test_the_same_lora_is_kept_between_stages(model: Any, tiny_recipe: Callable[..., str]) -> None:
@@ -222,7 +226,10 @@ def test_another_lora_is_merged_first(model: Any, tiny_recipe: Callable[..., str
 def test_lora_is_found_again_after_a_save(
     precision: str, tmp_path: Path, tiny_recipe: Callable[..., str]
 ) -> None:
-    """A resumed run applies its rules to a model that has its adapters already; not a bit of them is lost."""
+    """A resumed run applies its rules to a model that has its adapters already.
+
+    Not a bit of them is lost.
+    """
     from vlm_tune.model.checkpoint import restore_model
 
     recipe = parsed(with_tune(tiny_recipe("causal", precision=precision), LORA_TUNE))
@@ -237,7 +244,7 @@ def test_lora_is_found_again_after_a_save(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- the adapter's files ---------------------------------------------------------------------------------------------
+# --- the adapter's files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
@@ -275,7 +282,7 @@ def test_the_adapter_folder_opens_in_plain_peft(
     assert largest(ours, theirs) <= 1e-5
 
 
-# --- LoRA on the tower -----------------------------------------------------------------------------------------------
+# --- LoRA on the tower -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tower", ["open_clip", "transformers"])
@@ -315,7 +322,10 @@ def test_every_lora_layer_of_a_tower_takes_part(
 
 
 def test_lora_on_layers_that_would_ignore_it_is_refused(tiny_recipe: Callable[..., str]) -> None:
-    """torch's MultiheadAttention reads its projections' weights without calling them, so LoRA there would do nothing."""
+    """torch's MultiheadAttention reads its projections' weights without calling them.
+
+    So LoRA there would do nothing.
+    """
     model = built(parsed(tiny_recipe("causal")))
     with pytest.raises(ModelError, match=r"target_modules \['out_proj'\] match no linear layer"):
         applied(model, lora("tower.*", target_modules=["out_proj"]), FROZEN)

@@ -1,4 +1,7 @@
-"""New tokens, and training of the embedding and the head: beside quantised layers, and through merge and every export."""
+"""New tokens, and training of the embedding and the head.
+
+Beside quantised layers, and through merge and every export.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,10 @@ def test_a_new_token_is_one_id_wherever_a_text_has_it(
     model = built(parsed(with_llm(text, base, kind, ADDED)))
     tokenizer: Any = model.processor.tokenizer
     ids = tokenizer.convert_tokens_to_ids(WORDS)
-    assert ids == [len(plain.processor.tokenizer), len(plain.processor.tokenizer) + 1]  # type: ignore[arg-type]
+    assert ids == [
+        len(plain.processor.tokenizer),  # type: ignore[arg-type]
+        len(plain.processor.tokenizer) + 1,  # type: ignore[arg-type]
+    ]
     (example,) = model.processor.examples(rows_of(parsed(text))[1])
     labels = [int(label) for label in example.labels if label != -100]
     pieces = model.processor.encoder.text("no at", "text" if kind == "seq2seq" else None)
@@ -126,7 +132,8 @@ def test_a_tokenizer_larger_than_the_embedding_says_what_to_do(
     tokenizer.save_pretrained(base)
     with pytest.raises(
         ModelError,
-        match=r"none for <loc_1>, <loc_2>\. Use the tokenizer .* or name these in model.llm.added_tokens",
+        match=r"none for <loc_1>, <loc_2>\. Use the tokenizer .* or name these in "
+        r"model.llm.added_tokens",
     ):
         built(parsed(with_llm(text, base, "causal")))
     model = built(parsed(with_llm(text, base, "causal", ADDED)))
@@ -169,11 +176,13 @@ def test_everything_in_full_with_quantised_layers_is_refused(
     for tune in (
         '\ntune:\n  - {match: "tower.*", how: frozen}\n  - {match: "*", how: full}\ntrain:',
         '\ntune:\n  - {match: "*", how: full}\ntrain:',
-        '\ntune:\n  - {match: "llm.*", how: last_layers, layers: 1}\n  - {match: "*", how: frozen}\ntrain:',
+        '\ntune:\n  - {match: "llm.*", how: last_layers, layers: 1}\n  - {match: "*", '
+        "how: frozen}\ntrain:",
     ):
         with pytest.raises(
             RecipeError,
-            match=r"recipe:\d+:\d+: .*reaches the llm's layers, and quantised weights can't be trained",
+            match=r"recipe:\d+:\d+: .*reaches the llm's layers, and quantised weights can't be "
+            r"trained",
         ):
             parsed(with_tune(text, tune))
     parsed(
@@ -197,7 +206,7 @@ def test_everything_in_full_with_quantised_layers_is_refused(
 def test_embedding_and_head_train_beside_quantised_layers(
     tied: bool, tune: str, tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
-    """What was trained is there again after loading, in the merged model, and in the exported one."""
+    """Trained weights are there again after loading, in the merged model, and in the export."""
     text = llava_text(tiny_recipe)
     run = trained_run(
         text, tmp_path / "base", tune, extra=", quantize: nf4", tie_word_embeddings=tied

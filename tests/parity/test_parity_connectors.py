@@ -1,4 +1,4 @@
-"""Connectors against the modules of transformers whose architecture they are, with copied tiny weights in fp32."""
+"""Connectors against transformers' modules of their architecture, with tiny weights in fp32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ QFORMER = {
 
 
 def stir(module: nn.Module) -> Any:
-    """The module in eval mode with every parameter random, norms and biases too: a swapped one shows."""
+    """The module in eval mode with every parameter random, norms and biases too.
+
+    A swapped one shows.
+    """
     generator = torch.Generator().manual_seed(11)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * (
@@ -49,7 +52,10 @@ def as_identity(layer: nn.Linear) -> None:
 
 
 def copy_qformer(ours: Any, theirs: Any, norm: nn.LayerNorm) -> None:
-    """Copies a transformers Q-Former; what of its weights is left over is none that its output depends on."""
+    """Copies a transformers Q-Former.
+
+    What of its weights is left over is none that its output depends on.
+    """
     known = theirs.encoder.layer.state_dict()
     tensors = {}
     for name in ours.layers.state_dict():
@@ -184,7 +190,11 @@ def test_pixel_shuffle_with_a_norm_equals_internvl() -> None:
     ours.layers[0].load_state_dict(theirs.linear_1.state_dict())
     ours.layers[2].load_state_dict(theirs.linear_2.state_dict())
     features = torch.randn(2, 36, 8)
-    shuffled = InternVLModel.pixel_shuffle(None, features.unflatten(1, (6, 6)), scale_factor=0.5)  # type: ignore[arg-type]
+    shuffled = InternVLModel.pixel_shuffle(
+        None,  # type: ignore[arg-type]
+        features.unflatten(1, (6, 6)),
+        scale_factor=0.5,
+    )
     assert largest(ours(features), theirs(shuffled.flatten(1, 2))) <= 1e-5
 
 

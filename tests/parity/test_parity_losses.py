@@ -1,4 +1,7 @@
-"""Our loss is transformers' own, of every language model that it can build tiny, with nothing that scales logits left neutral."""
+"""Our loss is transformers' own, for every language model that it can build tiny.
+
+Nothing that scales logits is left neutral.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from vlm_tune.model.language import loss as chunked
 from vlm_tune.model.language.logits import HeadRule
 from vlm_tune.model.language.registry import LLMS
 
-CAUSAL = """Bart Bert Cohere Cohere2 FalconH1 Gemma Gemma2 Gemma3Text GPT2 Granite GraniteMoe Llama MBart Mistral OPT Phi3 Qwen2
-Qwen3 Starcoder2"""
+CAUSAL = (
+    "Bart Bert Cohere Cohere2 FalconH1 Gemma Gemma2 Gemma3Text GPT2 Granite GraniteMoe Llama MBart "
+    "Mistral OPT Phi3 Qwen2\nQwen3 Starcoder2"
+)
 SEQ2SEQ = "Bart MBart M2M100 Marian MT5 Pegasus SwitchTransformers T5 UMT5"
 SURE: list[tuple[Layout, str]] = [
     *(("causal", name) for name in CAUSAL.split()),
@@ -66,7 +71,8 @@ def test_the_loss_is_transformers_own_of_every_architecture(
             lines.append(f"{name}: {found}")
     with capsys.disabled():
         print(
-            f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, {len(other)} others",
+            f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, "
+            f"{len(other)} others",
             *lines,
             sep="\n  ",
         )

@@ -112,7 +112,11 @@ def test_open_clip_tower_gives_the_intermediate_of_its_layer(layer: int) -> None
     torch.manual_seed(3)
     ours = build_tower(OpenClipTower(kind="open_clip", config=VIT, layer=layer)).eval()
     text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
-    theirs: Any = open_clip.CLIP(embed_dim=64, vision_cfg=VIT, text_cfg=text).visual.eval()  # type: ignore[arg-type]
+    theirs: Any = open_clip.CLIP(
+        embed_dim=64,
+        vision_cfg=VIT,  # type: ignore[arg-type]
+        text_cfg=text,  # type: ignore[arg-type]
+    ).visual.eval()
     known = theirs.state_dict()
     own = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
     assert own.keys() <= known.keys()
@@ -139,7 +143,11 @@ def test_the_last_open_clip_block_gives_its_class_embedding_when_pooled_as_open_
     ).eval()
     text = {"vocab_size": 8, "context_length": 4, "width": 64, "heads": 1, "layers": 1}
     config: Any = {**VIT, "pool_type": "avg", "no_ln_pre": True}
-    theirs: Any = open_clip.CLIP(embed_dim=64, vision_cfg=config, text_cfg=text).visual.eval()  # type: ignore[arg-type]
+    theirs: Any = open_clip.CLIP(
+        embed_dim=64,
+        vision_cfg=config,  # type: ignore[arg-type]
+        text_cfg=text,  # type: ignore[arg-type]
+    ).visual.eval()
     own = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
     theirs.load_state_dict(theirs.state_dict() | own)
     pixels = noise(2, 3, 32, 32)

@@ -1,4 +1,7 @@
-"""Existing LLaVA, BLIP-2 and InstructBLIP models taken over by a recipe: inputs, logits, gradients and text of transformers' own."""
+"""Existing LLaVA, BLIP-2 and InstructBLIP models taken over by a recipe.
+
+Inputs, logits, gradients and text of transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
 
 Tiny = Callable[..., str]
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and "
     "polite answers to the user's questions."
 )
 
@@ -72,7 +76,10 @@ def their_step(
 
 
 def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Asserts that gradients agree within 1e-5 (of the largest, where that is over 1), and none that matters is left out."""
+    """Asserts that gradients agree within 1e-5 (of the largest, where that is over 1).
+
+    None that matters may be left out.
+    """
     assert not [
         name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0
     ]
@@ -100,7 +107,10 @@ def llava_name(name: str) -> str | None:
 def same_as_llava(
     model: VisionLanguageModel, theirs: Any, source: Path, rows: list[Conversation]
 ) -> None:
-    """Asserts equal token ids, pixels, logits, gradients and greedy text for the first row and the wide one."""
+    """Asserts equal token ids, pixels, logits, gradients and greedy text.
+
+    It compares the first row and the wide one.
+    """
     for row in (rows[0], rows[-1]):
         example, batch = one_batch(model, row)
         given = their_inputs(
@@ -213,7 +223,10 @@ def blip_name(name: str) -> str | None:
             return ours + name.removeprefix(theirs)
     place, rest = name.removeprefix("qformer.encoder.layer.").split(".", 1)
     stem, _, kind = rest.rpartition(".")
-    return f"connector.layers.{place}.{next(ours for ours, theirs in QFORMER_LAYER.items() if theirs == stem)}.{kind}"
+    return (
+        f"connector.layers.{place}."
+        f"{next(ours for ours, theirs in QFORMER_LAYER.items() if theirs == stem)}.{kind}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["blip-2", "instructblip"])

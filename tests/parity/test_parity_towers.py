@@ -1,4 +1,7 @@
-"""Towers against the libraries they come from: layers, class token, other image sizes, and normalisation."""
+"""Towers against the libraries they come from.
+
+Layers, class token, other image sizes, and normalisation.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +153,7 @@ def test_the_vision_part_of_a_whole_clip_and_siglip_model_is_taken(tmp_path: Pat
         assert largest(ours.eval()(pixels), hidden[:, -4:]) <= 1e-5
 
 
-# --- timm ------------------------------------------------------------------------------------------------------------
+# --- timm --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_timm_towers_that_can_not_be(changes: dict[str, Any], message: str) -> N
         build_tower(TimmTower(kind="timm", **changes))
 
 
-# --- open_clip -------------------------------------------------------------------------------------------------------
+# --- open_clip ---------------------------------------------------------------------------------
 
 TIMM_VIT = {
     "timm_model_name": "vit_tiny_patch16_224",
@@ -297,7 +300,10 @@ def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(
 @pytest.mark.slow
 @torch.no_grad()
 def test_open_clip_tower_of_another_size_has_interpolated_positions(tmp_path: Path) -> None:
-    """open_clip interpolates with a smoothing bicubic filter; what transformers' sharper one gives is near it."""
+    """open_clip interpolates with a smoothing bicubic filter.
+
+    What transformers' sharper one gives is near it.
+    """
     import open_clip
     from transformers import CLIPVisionConfig
     from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -392,7 +398,7 @@ def test_open_clip_class_token_comes_first() -> None:
         build_tower(OpenClipTower(kind="open_clip", config=resnet, class_token=True))
 
 
-# --- two side by side ------------------------------------------------------------------------------------------------
+# --- two side by side --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -450,7 +456,7 @@ def test_pairs_that_can_not_be(tmp_path: Path) -> None:
         build_tower(PairTower(kind="pair", towers=[one, one.model_copy(update={"resize": "pad"})]))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training ----------------------------------------------------------------------------------
 
 
 def towers_to_train(folder: Path) -> list[AnyTower]:

@@ -1,4 +1,7 @@
-"""The report: complete, self-contained, safe against the text it shows, and content with whatever a run has left."""
+"""The report: complete, self-contained, safe against the text it shows.
+
+It is content with whatever a run has left.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ def write_log(run: Path, events: list[dict[str, Any]], tail: str = "") -> None:
 
 @pytest.fixture
 def uncharted(run: Path) -> Path:
-    """As `run`, but its log has only the first stage's start: charts take most of a report's time."""
+    """As `run`, but its log has only the first stage's start.
+
+    Charts take most of a report's time.
+    """
     write_log(run, stage_events(0, "align")[:1])
     return run
 
@@ -265,7 +271,8 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     assert hostile not in text
     assert {tag for tag, _ in page.found} <= plain
     assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
-    # title, h1, seed, question, three answers, type, stage heading, stage of the table, match, how, detail, note; three in the recipe
+    # title, h1, seed, question, three answers, type, stage heading, stage of the table, match, how,
+    # detail, note; three in the recipe
     assert page.words.count(hostile) == 17
     assert page.words.count("✓") == 2
 
@@ -439,7 +446,8 @@ def test_a_single_point_is_drawn(run: Path, loss: float) -> None:
         (("train", "validation"), ("validation",), ("train",)),
         strict=True,
     ):
-        # A line through one point shows nothing: there must be a marker of its colour, inside the picture.
+        # A line through one point shows nothing: there must be a marker of its colour, inside the
+        # picture.
         for ink in inks:
             x, y = map(
                 float,

@@ -1,4 +1,7 @@
-"""What is shown of work that goes on: lines where the output is no terminal, with a clock of the test's own."""
+"""What is shown of work that goes on.
+
+Lines where the output is no terminal, with a clock of the test's own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Trains a small network in the allocator's range and prints every block it took and gave back: place, and bytes (less than 0 if given)."""
+"""Trains a small network in the allocator's range and prints every block it took and freed.
+
+For each block: its place, and its bytes (less than 0 if freed).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The range that training's tensors lie in: where blocks go, what comes back, and that results don't change."""
+"""The range that training's tensors lie in.
+
+Where blocks go, what comes back, and that results don't change.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,10 @@ def test_pages_stay_while_it_is_open_and_go_back_when_it_is_shut(opened: None) -
 
 @needs_range
 def test_tensors_outlive_the_time_that_it_is_open() -> None:
-    """Whatever allocator is torch's at that moment, a block goes back to where it came from; oneDNN frees by the pointer alone."""
+    """Whatever allocator is torch's at that moment, a block goes back to where it came from.
+
+    oneDNN frees by the pointer alone.
+    """
     outside, outside_dnn = block(MB).fill_(1), torch.ones(1024, 1024).to_mkldnn()
     assert open_range()
     before = range_state().live

@@ -90,7 +90,7 @@ def test_another_batch_size_goes_on_with_the_rows_that_are_left(
     assert verify_run(run).agrees
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------
 
 
 def stopped(tiny_recipe: Callable[..., str], **changes: Any) -> Any:
@@ -170,7 +170,7 @@ def test_a_touched_copy_and_a_cache_that_is_gone_change_nothing(
     assert_same_bits(sft(recipe, resume=True).folder / "model", whole / "model")
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
+# --- recipes -----------------------------------------------------------------------------------
 
 LORA = """
 tune:

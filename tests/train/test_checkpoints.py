@@ -125,7 +125,7 @@ def test_optimizer_state_of_other_parameters_is_refused(
 def test_optimizer_state_lies_in_memory_as_its_parameter_does(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    """The fused step walks parameter and state as they lie, so a state in another order would be another state."""
+    """The fused step walks parameter and state in memory order: another order is another state."""
     text = tiny_recipe("causal").replace('"tower.*", how: frozen', '"tower.*", how: full')
     recipe = parsed(text, train__steps=1)
     models = [built(recipe) for _ in range(2)]

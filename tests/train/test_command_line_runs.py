@@ -21,7 +21,8 @@ stages:
     tune:
       - {{match: "tower.*", how: frozen}}
       - {{match: "connector.*", how: full}}
-      - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 1.0e-2}}
+      - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, \
+learning_rate: 1.0e-2}}
 """
 """A base that learns wrong answers, which only LoRA can then put right."""
 STEPS = {"seq2seq": 200, "causal": 150}
@@ -29,7 +30,10 @@ STEPS = {"seq2seq": 200, "causal": 150}
 
 def long_enough(text: str, kind: str, *, learning_rate: float = 5e-3) -> str:
     """The tiny recipe with enough steps to learn the eight rows by heart."""
-    train = f"train: {{steps: {STEPS[kind]}, batch_size: 8, learning_rate: {learning_rate}, precision: fp32, schedule: {{warmup: 0.1}},"
+    train = (
+        f"train: {{steps: {STEPS[kind]}, batch_size: 8, learning_rate: {learning_rate}, "
+        f"precision: fp32, schedule: {{warmup: 0.1}},"
+    )
     train += " checkpoints: {every: 1000}}"  # not after each epoch, which is a step
     lines = [train if line.startswith("train:") else line for line in text.splitlines()]
     lines = [

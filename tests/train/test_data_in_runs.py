@@ -1,4 +1,7 @@
-"""What the data section asks for, in whole runs: bad rows, streams, packing, token batches, workers, held-out parts."""
+"""What the data section asks for, in whole runs.
+
+Bad rows, streams, packing, token batches, workers, held-out parts.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def spoil(path: Path) -> None:
-    """Puts a row without turns, one that is not JSON, and one whose image is cut among the good ones."""
+    """Puts three bad rows among the good ones.
+
+    One without turns, one that is not JSON, and one whose image is cut.
+    """
     lines = path.read_text().splitlines()
     (path.parent / "cut.png").write_bytes((path.parent / "red.png").read_bytes()[:200])
     cut = lines[0].replace("red.png", "cut.png")

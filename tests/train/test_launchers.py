@@ -1,4 +1,7 @@
-"""Every way to start a run that docs/scale.md shows starts the same one: same samples, same losses, one folder."""
+"""Every way to start a run that docs/scale.md shows starts the same one.
+
+Same samples, same losses, one folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ SFT = ["-m", "vlm_tune.cli", "sft"]
 
 
 def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
-    """By name the commands of one job of two processes, one a node, and the engine that they ask for."""
+    """By name the commands of one job of two processes, one per node, and their engine."""
     python, ddp = sys.executable, {"kind": "ddp"}
     accelerate = [
         python,

@@ -1,4 +1,7 @@
-"""`--processes`: the environment that ranks find, exit codes, signals that go on, and no process left behind."""
+"""`--processes`: what ranks find in the environment, and how they end.
+
+Exit codes, signals that are passed on, and no process left behind.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ import pytest
 from vlm_tune import launching
 from vlm_tune.launching import launch
 
-READY = "import os, signal, sys, time; from pathlib import Path; rank = os.environ['RANK']; folder = Path(sys.argv[1]); "
+READY = (
+    "import os, signal, sys, time; from pathlib import Path; rank = os.environ['RANK']; "
+    "folder = Path(sys.argv[1]); "
+)
 """How a rank's program begins."""
 
 
@@ -47,7 +53,10 @@ def test_the_first_failure_is_the_jobs_and_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launching, "GRACE", 0.2)
-    wait = "(folder / rank).write_text(str(os.getpid())); sys.exit(3) if rank == '1' else time.sleep(60)"
+    wait = (
+        "(folder / rank).write_text(str(os.getpid())); sys.exit(3) if rank == '1' else "
+        "time.sleep(60)"
+    )
     assert ranks(wait, tmp_path) == 3
     assert "killed after 0.2 s of waiting: process 0" in capsys.readouterr().err
     assert not alive(int((tmp_path / "0").read_text()))
@@ -59,9 +68,13 @@ def test_a_killed_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_sigterm_goes_on_to_every_rank(tmp_path: Path) -> None:
-    """The last rank that is ready sends it to the launcher; each ends as a run does that was asked to stop."""
+    """The last rank that is ready sends it to the launcher.
+
+    Each ends as a run does that was asked to stop.
+    """
     code = (
-        "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'asked-{rank}').touch(), sys.exit(130)));\n"
+        "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'asked-{rank}').touch(), "
+        "sys.exit(130)));\n"
         "(folder / rank).touch()\n"
         "while rank == '1' and not (folder / '0').exists(): time.sleep(0.01)\n"
         "rank == '1' and os.kill(os.getppid(), signal.SIGTERM)\n"

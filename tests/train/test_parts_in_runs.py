@@ -1,4 +1,7 @@
-"""All parts of a run are read before its weights, under one policy, and `check` says beforehand what training does."""
+"""All parts of a run are read before its weights, under one policy.
+
+`check` says beforehand what training does.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def part(folder: Path, name: str, lines: list[str]) -> list[dict[str, str]]:
 
 
 def faults(report: CheckReport) -> list[tuple[str, str]]:
-    """(part, kind) of the errors; the tiny recipes' parts show the same images, which is an error of its own."""
+    """The errors as (part, kind).
+
+    The tiny recipes' parts show the same images, which is an error of its own.
+    """
     return [
         (finding.part, finding.kind)
         for finding in report.errors
@@ -270,7 +276,10 @@ def test_a_split_that_can_not_be_is_an_error_with_its_numbers(
     recipe = parsed(tiny_recipe("causal"), **changes)
     assert faults(vlm_tune.check(recipe)) == [("validation", "split")]
     no_weights(monkeypatch)
-    expected = r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 groups, the largest of 8 rows"
+    expected = (
+        r"data\.split: validation holds out 0 of 8 .* share of 0\.25 \(2\.0 rows\).* 1 "
+        r"groups, the largest of 8 rows"
+    )
     with pytest.raises(DataError, match=expected):
         sft(recipe)
 

@@ -1,4 +1,4 @@
-"""verify-run: a replay agrees with its run bit for bit, and what is changed in the run is found and named."""
+"""verify-run: a replay agrees with its run bit for bit, and changes in the run are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A run of a model that scales its logits ends with the loss that transformers computes of the saved weights."""
+"""A run of a model that scales its logits ends with the loss by transformers.
+
+transformers computes it from the saved weights.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from tests.helpers.tiny_models import batch_of, parsed, rows_of, unshifted
 from vlm_tune.api import sft
 
 GRANITE = (
-    "{model_type: granite, vocab_size: 400, config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
-    "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256, logits_scaling: 8.0, embedding_multiplier: 3.0}}"
+    "{model_type: granite, vocab_size: 400, config: {hidden_size: 32, intermediate_size: "
+    "64, num_hidden_layers: 2, "
+    "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256, "
+    "logits_scaling: 8.0, embedding_multiplier: 3.0}}"
 )
 
 

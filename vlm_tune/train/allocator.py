@@ -1,4 +1,8 @@
-"""Where a process's memory goes: a range of addresses for the tensors of training, what malloc keeps, old compiled kernels."""
+"""Settings of memory allocation in a training process.
+
+Three parts: an address range of its own for the tensors of training, the thresholds of glibc's
+malloc, and the size of oneDNN's kernel caches.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,15 @@ from vlm_tune.resources import KERNELS, SMALLEST_BLOCK
 
 TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
-"""mallopt's numbers for them (malloc.h)."""
+"""Parameter numbers of mallopt (malloc.h)."""
 
 
 def forget_old_kernels() -> None:
-    """Bounds the two caches of oneDNN's kernels on a CPU, unless the environment says otherwise; before the first product.
+    """Limits oneDNN's two CPU kernel caches, unless the environment sets them.
 
-    A batch of a length not seen before brings kernels of its own, and by default each cache keeps 1,024 of them: a run on
-    rows of many lengths grows by as much as its gradients with nearly every step.
+    Must be called before the first matrix product. A batch of a new length compiles new kernels,
+    and by default each cache keeps 1,024 of them: on rows of many lengths the process grows by as
+    much as its gradients with nearly every step.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))
@@ -27,7 +32,11 @@ def forget_old_kernels() -> None:
 
 @dataclass(frozen=True)
 class RangeState:
-    """Bytes that live in the range, bytes below the highest address in use since it was last shut, and how many blocks live."""
+    """How full the address range is.
+
+    `live`: bytes of live blocks; `highest`: bytes below the highest address in use since the range
+    was last shut; `blocks`: number of live blocks.
+    """
 
     live: int
     highest: int
@@ -35,13 +44,14 @@ class RangeState:
 
 
 _library: ctypes.CDLL | None = None
-"""The allocator, once the range was open; for ever, because what lies in the range is freed through it."""
+"""The allocator once the range was opened; never unloaded: it frees the blocks in the range."""
 
 
 def open_range(smallest: int = SMALLEST_BLOCK) -> bool:
-    """Puts new CPU tensors of `smallest` bytes and more into a range of addresses of their own; False where there can be none.
+    """Puts new CPU tensors of at least `smallest` bytes into an address range of their own.
 
-    `kernels/cpu/allocator.cpp` does it, which wants a C++ compiler and no limit on addresses (ulimit -v).
+    It is done by `kernels/cpu/allocator.cpp`, which needs a C++ compiler and no limit on addresses
+    (ulimit -v). Returns False where that is impossible.
     """
     global _library
     _library = _library or native.range_allocator()
@@ -49,42 +59,47 @@ def open_range(smallest: int = SMALLEST_BLOCK) -> bool:
 
 
 def shut_range() -> None:
-    """New tensors are malloc's again, and pages of the range that nothing lies on go back to the system."""
+    """New tensors come from malloc again; pages of the range without live blocks are released."""
     if _library is not None:
         _library.vlm_tune_shut()
 
 
 def range_state() -> RangeState:
-    """How full the range is."""
-    found = (ctypes.c_int64 * 3)()
+    """The present state of the range; all zeros where it was never opened."""
+    figures = (ctypes.c_int64 * 3)()
     if _library is not None:
-        _library.vlm_tune_state(found)
-    return RangeState(*found)
+        _library.vlm_tune_state(figures)
+    return RangeState(*figures)
 
 
 def return_freed_memory(smallest: int = 1 << 20) -> bool:
-    """Makes glibc's malloc map blocks of `smallest` bytes and more by themselves and unmap them when freed; False without glibc.
+    """Makes glibc's malloc map each block of at least `smallest` bytes alone and unmap it if freed.
 
-    For the time that a model is made, with the range shut. Left alone glibc soon takes blocks of up to 32 MB from its heap,
-    where weights that are cast or copied leave holes between those that stay.
+    Meant for the time in which a model is built; shuts the range. By default glibc soon takes
+    blocks of up to 32 MB from its heap, where casting or copying weights leaves holes between the
+    blocks that stay. Returns False without glibc.
     """
     shut_range()
     return _mallopt({MMAP_THRESHOLD: smallest, TRIM_THRESHOLD: smallest})
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
-    """Keeps the memory of freed tensors for the next from here on, in the range, or where there is none by glibc; False without both.
+    """From now on keeps freed tensors' memory for new ones, in the range or else in glibc's heap.
 
-    Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by one, which on a CPU
-    can take longer than the matrix product that fills them. What was freed before goes back to the system. glibc keeps
-    blocks of up to `largest` bytes.
+    Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by
+    one, which on a CPU can take longer than the matrix product that fills them. Memory freed before
+    goes back to the system. glibc keeps blocks of up to `largest` bytes. Returns False where there
+    is neither a range nor glibc.
     """
     opened = open_range()
     return _mallopt({MMAP_THRESHOLD: largest, TRIM_THRESHOLD: -1}) or opened
 
 
 def trim_heap() -> bool:
-    """Returns the pages of glibc's heap that nothing lies on, once: for after much work on small objects; False without glibc."""
+    """Returns the unused pages of glibc's heap once, after much work on small objects.
+
+    Returns False without glibc.
+    """
     return _mallopt({})
 
 
@@ -96,6 +111,6 @@ def _mallopt(settings: dict[int, int]) -> bool:
     if mallopt is None:
         return False
     libc.malloc_trim(0)
-    # Each of them is set, also after one that could not be.
+    # A list, not a generator: each is set, also after one that failed.
     done = [bool(mallopt(name, value)) for name, value in settings.items()]
     return all(done)

@@ -1,4 +1,4 @@
-"""Checkpoints: a model folder plus the state of optimizer, random numbers and data position, committed as one."""
+"""Checkpoints: a model folder plus optimizer, random and data state, written atomically."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vlm_tune.quoting import reason_of
 
 @dataclass
 class Progress:
-    """Where a stage is: optimizer steps done, the place in the data, and by what the best checkpoint was chosen."""
+    """The state of a stage: optimizer steps done, position in the data, best checkpoint so far."""
 
     stage: int = 0
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
-    """Steps of this epoch, from where its present plan began."""
+    """Steps of this epoch since its present plan began."""
     rows: int = 0
-    """Of a stream: rows read before the present plan began."""
+    """With streaming: rows read before the present plan began."""
     cut: dict[str, Any] = field(default_factory=dict)
-    """What the plan depends on; under another one the rest of an epoch is planned anew."""
+    """The settings that the plan depends on; if they change, the rest of the epoch is replanned."""
     origin: tuple[int, float] = (0, 0.0)
-    """The step at which the present plan began, and the share of the schedule that was done by then."""
+    """The step at which the present plan began, and the share of the schedule done by then."""
     seconds: float = 0.0
     best_step: int | None = None
     best_score: float | None = None
@@ -46,18 +46,18 @@ class Progress:
     unscored: bool = False
     """Whether an evaluation that was due at this step was cut short."""
     processes: int = 1
-    """How many trained together."""
+    """Number of processes that trained together."""
     ranks: int = 0
-    """For how many the batches are planned: those that the run began with."""
+    """Number of processes that the batches are planned for: that of the run's start."""
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
-    """A stage's folder in a run."""
+    """The folder of a stage in a run."""
     return run / "stages" / f"{stage + 1}-{name}"
 
 
 def step_folder(stage: Path, step: int) -> Path:
-    """A checkpoint's folder in a stage."""
+    """The folder of a checkpoint in a stage."""
     return stage / "checkpoints" / f"step-{step:07d}"
 
 
@@ -67,11 +67,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(stage: Path) -> list[Path]:
-    """A stage's checkpoint folders, by step."""
+    """The checkpoint folders of a stage, sorted by step."""
     return sorted((stage / "checkpoints").glob("step-*"), key=step_of)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def capture_checkpoint(
@@ -82,21 +82,32 @@ def capture_checkpoint(
     random_states: Sequence[Mapping[str, torch.Tensor]],
     drawn: Mapping[str, np.ndarray],
 ) -> Callable[[Path], None]:
-    """What writes the training's state as it is now to a folder, while training goes on.
+    """Captures the training state as it is now and returns a function that writes it to a folder.
 
-    There is one random state a process; `drawn` is what the feed needs to go on in the middle of an epoch.
-    What trains is copied to the CPU's memory; frozen weights are not. Of sharded weights every process must ask, and the
-    first one may write.
+    The function may run while training goes on: what trains is copied to CPU memory; frozen weights
+    are not copied. With sharded weights every process must call `capture_checkpoint`, and rank 0
+    may write.
+
+    Args:
+        model: The model in training.
+        optimizer: Optimizer tensors as `<parameter>|<key>`.
+        progress: The state of the stage.
+        recipe_text: The recipe as YAML.
+        random_states: One random state per process, by rank.
+        drawn: State of the feed that it needs to go on in the middle of an epoch.
+
+    Returns:
+        A function that takes the folder to write to.
     """
-    kept = _Copies(model)
-    write_model = capture_model(model, kept)
-    state = kept(optimizer)
+    copies = _Copies(model)
+    write_model = capture_model(model, copies)
+    state = copies(optimizer)
     random_state = {
         f"{rank}.{key}": value
-        for rank, found in enumerate(random_states)
-        for key, value in found.items()
+        for rank, state_of_rank in enumerate(random_states)
+        for key, value in state_of_rank.items()
     }
-    told = json.dumps(asdict(progress), indent=1)
+    progress_json = json.dumps(asdict(progress), indent=1)
 
     def write(folder: Path) -> None:
         write_model(folder)
@@ -106,26 +117,29 @@ def capture_checkpoint(
             {key: torch.from_numpy(_small(value)) for key, value in drawn.items()},
             folder / "trainer" / "epoch.safetensors",
         )
-        (folder / "trainer" / "progress.json").write_text(told)
+        (folder / "trainer" / "progress.json").write_text(progress_json)
         (folder / "recipe.yaml").write_text(recipe_text)
 
     return write
 
 
 def _small(counts: np.ndarray) -> np.ndarray:
-    """Counts in one byte each where they fit."""
+    """The counts in one byte each where they fit."""
     return counts.astype(np.uint8) if counts.max(initial=0) < 256 else counts
 
 
 class _Copies:
-    """Tensors as they are now: copies on the CPU, but for the model's frozen parameters; what is shared stays shared."""
+    """Copies tensors to the CPU, but not the model's frozen parameters.
+
+    Tensors that share memory share their copy too.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         parameters = [value for value in model.parameters() if not is_sharded(value)]
         trained = {value.data_ptr() for value in parameters if value.requires_grad}
         self._frozen = {value.data_ptr() for value in parameters} - trained
-        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        """By place and shape what was copied, kept so that no other takes its place, and its copy."""
+        self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By address and layout: the tensor, so that its address is not reused, and its copy."""
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self._copy(value.detach()) for name, value in tensors.items()}
@@ -134,13 +148,16 @@ class _Copies:
         if value.data_ptr() in self._frozen:
             return value
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if not value.numel() or key not in self._made:
-            self._made[key] = value, value.to("cpu", copy=True).contiguous()
-        return self._made[key][1]
+        if not value.numel() or key not in self._copies:
+            self._copies[key] = value, value.to("cpu", copy=True).contiguous()
+        return self._copies[key][1]
 
 
 class CheckpointWriter:
-    """Writes a stage's checkpoints beside training, one at a time; a failed one leaves those before it as they were."""
+    """Writes a stage's checkpoints one at a time, in a background thread if `background`.
+
+    If one fails, those before it stay as they were.
+    """
 
     def __init__(self, stage: Path, keep: int, *, background: bool) -> None:
         self.stage = stage
@@ -152,7 +169,10 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
-        """Begins to write a step's checkpoint once the one before is whole. Raises `TrainingError` as `wait`."""
+        """Starts to write the checkpoint of a step, after the one before is complete.
+
+        Raises `TrainingError` as `wait`.
+        """
         self.wait()
         if self._thread is None:
             self._write(step, write, best_step)
@@ -160,7 +180,7 @@ class CheckpointWriter:
             self._pending = self._thread.submit(self._write, step, write, best_step)
 
     def failed(self) -> bool:
-        """Whether the last one could not be written."""
+        """Whether the last checkpoint could not be written."""
         return (
             self._pending is not None
             and self._pending.done()
@@ -168,14 +188,14 @@ class CheckpointWriter:
         )
 
     def wait(self) -> None:
-        """Returns when all is written. Raises `TrainingError` if it could not be."""
+        """Waits until all is written. Raises `TrainingError` if that failed."""
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Lets the write that is under way end; whether it could is not told."""
+        """Waits for the write under way without reporting its error."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -185,25 +205,25 @@ class CheckpointWriter:
             commit_folder(folder, write)
             rotate(self.stage, self.keep, best_step, step)
         except (OSError, SafetensorError, MemoryError) as error:
-            older = [found.name for found in checkpoints(self.stage)]
-            kept = (
+            older = [path.name for path in checkpoints(self.stage)]
+            remaining = (
                 f"kept: {', '.join(older)}; --resume goes on from there"
                 if older
                 else "there is none before it"
             )
             raise TrainingError(
-                f"the checkpoint {folder} could not be written ({reason_of(error)}); {kept}"
+                f"the checkpoint {folder} could not be written ({reason_of(error)}); {remaining}"
             ) from error
 
 
-# --- what is in it ---------------------------------------------------------------------------------------------------
+# --- contents ------------------------------------------------------------------------------------
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random numbers: torch's, numpy's and Python's."""
+    """The state of this process's random number generators: torch's, numpy's and Python's."""
     _, keys, place, gaussian, cached = np.random.get_state(legacy=True)
     version, words, following = random.getstate()
-    found = {
+    state = {
         "cpu": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.array([*keys, place, gaussian], dtype=np.int64)),
         "numpy_gaussian": torch.tensor(cached, dtype=torch.float64),
@@ -212,32 +232,38 @@ def random_state() -> dict[str, torch.Tensor]:
             [] if following is None else [following], dtype=torch.float64
         ),
     }
-    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def load_random(folder: Path, rank: int) -> None:
-    """Puts a process's random state back, where the checkpoint has one of that rank."""
+    """Restores the random state of rank `rank`, if the checkpoint has one."""
     saved = read_safetensors(folder / "trainer" / "random.safetensors")
-    own = {
+    states = {
         name.removeprefix(f"{rank}."): value
         for name, value in saved.items()
         if name.startswith(f"{rank}.")
     }
-    if not own:
+    if not states:
         return
-    torch.set_rng_state(own["cpu"])
-    *keys, place, gaussian = own["numpy"].tolist()
+    torch.set_rng_state(states["cpu"])
+    *keys, place, gaussian = states["numpy"].tolist()
     np.random.set_state(
-        ("MT19937", np.array(keys, dtype=np.uint32), place, gaussian, own["numpy_gaussian"].item())
+        (
+            "MT19937",
+            np.array(keys, dtype=np.uint32),
+            place,
+            gaussian,
+            states["numpy_gaussian"].item(),
+        )
     )
-    version, *words = own["python"].tolist()
-    random.setstate((version, tuple(words), next(iter(own["python_gaussian"].tolist()), None)))
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(states["python_gaussian"].tolist()), None)))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def read_drawn(folder: Path) -> dict[str, np.ndarray]:
-    """How often the units of an epoch were drawn, as its feed gave it."""
+    """The feed's saved state: how often each unit of the epoch was drawn."""
     return {
         key: value.numpy().astype(np.int64)
         for key, value in read_safetensors(folder / "trainer" / "epoch.safetensors").items()
@@ -245,7 +271,10 @@ def read_drawn(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tensor]:
-    """A checkpoint's optimizer tensors as `<parameter>|<key>`. Raises `ModelError` if they are another model's."""
+    """The optimizer tensors of a checkpoint, as `<parameter>|<key>`.
+
+    Raises `ModelError` if they belong to parameters that are not in `names`.
+    """
     state = read_safetensors(folder / "trainer" / "optimizer.safetensors")
     known = {name for group in names for name in group}
     strangers = sorted({key.rpartition("|")[0] for key in state} - known)
@@ -256,7 +285,7 @@ def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tens
     return state
 
 
-# --- which there are -------------------------------------------------------------------------------------------------
+# --- listing and rotation ------------------------------------------------------------------------
 
 
 def read_progress(folder: Path) -> Progress:
@@ -265,7 +294,10 @@ def read_progress(folder: Path) -> Progress:
 
 
 def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | None:
-    """The newest whole checkpoint of the furthest stage, and newer ones that are damaged; None where there is none."""
+    """The newest whole checkpoint of the furthest stage, and the newer ones that are damaged.
+
+    None where no checkpoint is whole.
+    """
     damaged: list[Path] = []
     for number in reversed(range(len(stages))):
         for checkpoint in reversed(checkpoints(stage_folder(run, number, stages[number]))):
@@ -278,9 +310,10 @@ def last_checkpoint(run: Path, stages: list[str]) -> tuple[Path, list[Path]] | N
 def best_checkpoint(
     stage: Path, progress: Progress
 ) -> tuple[tuple[Path, float] | None, list[Path]]:
-    """The best-scored whole checkpoint with its score, the later of equal ones, and better ones that are damaged.
+    """The best-scored whole checkpoint with its score, and better-scored ones that are damaged.
 
-    The last step counts as whole: its weights are still in memory.
+    Of equal scores the later step wins. The last step counts as whole: its weights are still in
+    memory.
     """
     damaged: list[Path] = []
     scored = [
@@ -298,11 +331,16 @@ def best_checkpoint(
 
 
 def rotate(stage: Path, keep: int, best_step: int | None, step: int) -> None:
-    """Removes the stage's oldest checkpoints up to `step` but the last `keep` and the best; never the last whole one."""
-    found = [folder for folder in checkpoints(stage) if step_of(folder) <= step]
-    kept = found[-keep:] + ([step_folder(stage, best_step)] if best_step is not None else [])
-    if not any(is_whole(checkpoint) for checkpoint in reversed(kept)):
+    """Removes old checkpoints of a stage, up to `step`, but the last `keep` and the best.
+
+    Removes nothing if none of those that stay is whole.
+    """
+    candidates = [folder for folder in checkpoints(stage) if step_of(folder) <= step]
+    retained = candidates[-keep:] + (
+        [step_folder(stage, best_step)] if best_step is not None else []
+    )
+    if not any(is_whole(checkpoint) for checkpoint in reversed(retained)):
         return
-    for checkpoint in found:
-        if checkpoint not in kept:
+    for checkpoint in candidates:
+        if checkpoint not in retained:
             remove_folder(checkpoint)

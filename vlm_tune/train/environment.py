@@ -1,4 +1,7 @@
-"""What a run's numbers depend on besides its recipe: versions, device, threads, processes, engine."""
+"""The environment that a run's numbers depend on besides its recipe.
+
+Versions of libraries, device, threads, processes, engine.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
 
 
 def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
-    """The values by name; two runs whose values differ may round differently.
+    """The values by name; runs with different values may round differently.
 
-    Raises `RecipeError` for a value of $VLM_TUNE_KERNELS that is none or can't be on this machine.
+    Raises `RecipeError` if $VLM_TUNE_KERNELS has an unknown value or one that this machine does not
+    support.
     """
     device = accelerator.device
     kernels = kernel_status()

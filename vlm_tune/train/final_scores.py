@@ -1,4 +1,4 @@
-"""The end of a run: the model saved and scored on the test part, and the report's samples answered before and after."""
+"""The end of a run: saves the model, scores it on the test part, answers the report's samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def save_and_score(
     rows: Sequence[Conversation],
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """Saves the finished model, scores it on rows of the test part, and fills the result."""
+    """Saves the finished model and scores it on rows of the test part.
+
+    Rank 0 does both. Adds scores, seconds and peak memory to `result` and returns it.
+    """
     recipe = context.recipe.resolved_stages()[-1][1]
     accelerator = context.accelerator
     if accelerator.is_main_process:
@@ -42,14 +45,15 @@ def save_and_score(
         rows = rows[: recipe.evaluate.test_limit]
         if rows:
             started = time.perf_counter()
-            found = _score_rows(context, model, rows, recipe)
+            scores = _score_rows(context, model, rows, recipe)
             result |= {
-                name: getattr(found, name) for name in ("accuracy", "n", "by_category", "by_source")
+                name: getattr(scores, name)
+                for name in ("accuracy", "n", "by_category", "by_source")
             }
             result["seconds_test"] = round(time.perf_counter() - started, 2)
-            context.report({"event": "test", **found.summary()})
+            context.report({"event": "test", **scores.summary()})
             lines = "".join(
-                json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found.answers
+                json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
             )
             (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
     result["seconds"] = round(result["seconds"], 2)
@@ -60,7 +64,7 @@ def save_and_score(
 def _score_rows(
     context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe
 ) -> Scores:
-    """Scores rows as the recipe's evaluate section says. Raises `Interrupted` when asked to stop."""
+    """Scores rows with the recipe's evaluation settings. Raises `Interrupted` if asked to stop."""
     settings = recipe.evaluate
     media = distinct_media(rows)
 
@@ -89,7 +93,7 @@ def _score_rows(
 def write_samples(
     context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], column: str
 ) -> None:
-    """Adds the model's answers to samples.json under `before` or `after`."""
+    """Adds the model's answers to samples.json in the column `before` or `after`."""
     if not rows:
         return
     recipe = context.recipe.resolved_stages()[-1][1]

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out for a while, then the end of the run."""
+"""Steps whose loss or gradient is not finite: some are skipped, too many end the run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlm_tune.errors import TrainingError
-from vlm_tune.train.step_trace import told
+from vlm_tune.train.step_trace import json_number
 
 
 class NonFinitePolicy:
-    """Decides whether a step may be taken, and counts those in a row (`in_a_row`) that may not.
+    """Decides whether a step may be taken, and counts consecutive steps that may not (`in_a_row`).
 
-    `most` such steps in a row end the run, and so does one where the engine can leave none out (`skips`).
+    `most` such steps in a row end the run. If the engine can't skip a step (`skips` is False), the
+    first one does.
     """
 
     def __init__(
@@ -45,11 +46,23 @@ class NonFinitePolicy:
         *,
         last: bool,
     ) -> bool:
-        """Whether the step may be taken: if its loss and its gradient's norm are finite. The samples of others are noted in `folder`.
+        """Whether the step may be taken: its loss and its gradient's norm are finite.
 
-        Every process must ask. Raises `TrainingError` when too many in a row are not finite, or the `last` step is not.
+        Every process must call it. The samples of a refused step are added to nonfinite.jsonl.
+
+        Args:
+            step: Number of the step.
+            loss: Loss summed over all processes.
+            norm: Norm of the gradient, None where the engine does not report it.
+            ids: Ids of this process's samples.
+            folder: Folder of the stage.
+            last: Whether it is the last step.
+
+        Raises:
+            TrainingError: If too many steps in a row, or the last step, are not finite.
         """
-        # In fp16 a gradient that is too large is usual: the scaler leaves the step out and scales less.
+        # In fp16 a gradient that overflows is usual: the gradient scaler skips the step and lowers
+        # its scale.
         if math.isfinite(loss) and (
             norm is None or self.accelerator.scaler is not None or math.isfinite(norm)
         ):
@@ -64,8 +77,8 @@ class NonFinitePolicy:
                     json.dumps(
                         {
                             "step": step,
-                            "loss": told(loss),
-                            "norm": norm and told(norm),
+                            "loss": json_number(loss),
+                            "norm": norm and json_number(norm),
                             "samples": samples,
                         }
                     )
@@ -80,6 +93,6 @@ class NonFinitePolicy:
             return False
         row = f", the {self.in_a_row}th such step in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
-            f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 may help; "
-            "the last checkpoint is from before: --resume goes on there"
+            f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 "
+            "may help; the last checkpoint is from before: --resume goes on there"
         )

@@ -1,4 +1,7 @@
-"""Objectives: a model and a batch to a loss as (sum, count), so that any split of a batch gives the same gradient."""
+"""Training objectives: from a model and a batch to a loss.
+
+A loss is a pair (sum, count), so that any split of a batch gives the same gradient.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 
 @dataclass
 class Loss:
-    """A loss summed over `count` items (tokens, or rows); `correct` of them were right, where that is known."""
+    """A loss summed over `count` items (tokens, or rows).
+
+    `correct` is the number of items predicted correctly, where that is known.
+    """
 
     sum: torch.Tensor
     count: int
@@ -29,18 +35,19 @@ class LanguageModelingObjective:
         self.generates = True
 
     def count(self, batch: Batch) -> int:
-        """Supervised tokens."""
+        """Number of supervised tokens."""
         return batch.supervised
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
-        found = model(batch)
-        return Loss(found.sum, found.count)
+        output = model(batch)
+        return Loss(output.sum, output.count)
 
 
 class ContrastiveObjective:
-    """Softmax of each image over the batch's distinct captions of the row's category (as UniCL, arXiv:2204.03610).
+    """Softmax of each image over the distinct captions of its row's category in the batch.
 
-    Equal captions are one class, and captions of another category (a shape, for a row about color) are no negatives.
+    As in UniCL (arXiv:2204.03610). Equal captions are one class. Captions of another category (a
+    shape, for a row about color) are not negatives.
     """
 
     def __init__(self, config: Contrastive) -> None:
@@ -48,27 +55,27 @@ class ContrastiveObjective:
         self.generates = False
 
     def count(self, batch: Batch) -> int:
-        """Rows that have a caption."""
+        """Number of rows that have a caption."""
         return int((batch.labels != IGNORE_INDEX).any(1).sum())
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         vectors = model(batch, align=True)
-        said = [
+        captions = [
             (category, tuple(row[row != IGNORE_INDEX].tolist()))
             for category, row in zip(batch.categories, batch.labels, strict=True)
         ]
         first: dict[tuple[str, tuple[int, ...]], int] = {}
-        for row, caption in enumerate(said):
+        for row, caption in enumerate(captions):
             if caption[1]:
                 first.setdefault(caption, row)
         place = {caption: column for column, caption in enumerate(first)}
-        rows = [row for row, caption in enumerate(said) if caption[1]]
+        rows = [row for row, caption in enumerate(captions) if caption[1]]
         if not rows:
             return Loss(vectors.images.sum() * 0.0, 0, 0)
         device = vectors.images.device
-        targets = torch.tensor([place[said[row]] for row in rows], device=device)
+        targets = torch.tensor([place[captions[row]] for row in rows], device=device)
         same = torch.tensor(
-            [[said[row][0] == category for category, _ in first] for row in rows], device=device
+            [[captions[row][0] == category for category, _ in first] for row in rows], device=device
         )
         similarity = (
             vectors.images[rows] @ vectors.captions[list(first.values())].T / self.temperature

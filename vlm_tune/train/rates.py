@@ -1,4 +1,4 @@
-"""Throughput and mean loss between two lines of the log."""
+"""Throughput and mean loss between two log lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rates:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is not training: its time does not count."""
+        """Excludes the time of the block from the throughput: it is not training."""
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before
@@ -39,7 +39,7 @@ class Rates:
         self.padded += batch.attention_mask.numel()
 
     def work(self, costs: torch.Tensor) -> None:
-        """Notes what a step costs each rank."""
+        """Adds the costs of a step, one per rank."""
         self.largest, self.mean = (
             self.largest + float(costs.max()),
             self.mean + float(costs.double().mean()),

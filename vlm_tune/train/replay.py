@@ -1,4 +1,4 @@
-"""Replays steps of a finished or stopped run from one of its checkpoints and compares them with what the run kept."""
+"""Replays steps of a run from one of its checkpoints and compares them with the run's records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vlm_tune.train.watchdog import Watch
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step at which a figure of the replay is not the run's."""
+    """The first step at which a figure of the replay differs from the run's."""
 
     what: str
     step: int
@@ -47,9 +47,9 @@ class Difference:
 
 @dataclass
 class ReplayReport:
-    """What a replay found: from where to where, which figures and checkpoints were compared, and what differs first.
+    """The outcome of a replay: its span of steps, what was compared, and the first differences.
 
-    `environment` holds what is not as it was when the run began: name to [then, now].
+    `environment` holds what has changed since the run began: name to [then, now].
     """
 
     stage: str
@@ -73,11 +73,20 @@ class ReplayReport:
 
 
 def verify_run(run: Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
-    """Replays steps of a run and compares losses, gradient norms, sample ids and, at kept checkpoints, all tensors.
+    """Replays steps of a run and compares losses, gradient norms, sample ids and checkpoints.
 
-    Starts at the last whole checkpoint that has one after it, and ends there; with `steps` it does that many, from the
-    last checkpoint that has as many after it. Nothing in the run's folder changes. Raises `RecipeError` for a folder
-    that has no such checkpoint and for another number of processes than the run's, `ModelError` and `DataError`.
+    By default it replays from the last whole checkpoint that has another one after it, up to that
+    one. Of checkpoints all tensors are compared. Nothing in the run's folder changes.
+
+    Args:
+        run: The run's folder.
+        steps: Replay this many, from the last checkpoint that has as many after it.
+        show: Called with every event.
+
+    Raises:
+        RecipeError: If there is no such checkpoint, or the number of processes is not the run's.
+        ModelError: If the model can't be restored.
+        DataError: If the data can't be read, or has changed.
     """
     started = time.perf_counter()
     if not is_file(run / "recipe.yaml"):
@@ -97,7 +106,10 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         many = (
             f"--processes {progress.processes}" if progress.processes > 1 else "one process alone"
         )
-        hint = f"the run was trained by {progress.processes} processes, this is {accelerator.num_processes}; replay it with {many}"
+        hint = (
+            f"the run was trained by {progress.processes} processes, this is "
+            f"{accelerator.num_processes}; replay it with {many}"
+        )
         raise RecipeError([Problem(str(run), hint)])
     report = ReplayReport(
         name, progress.step, end, environment=_changed(run, environment(accelerator, section))
@@ -121,14 +133,14 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
             start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
         )
         loop = stage_loop(context, model, name, stage, rows, progress, start)
-        kept = {
+        saved = {
             step_of(path): path
             for path in checkpoints(folder)
             if progress.step < step_of(path) <= end and is_whole(path)
         }
-        for step, written in loop.replay(end, scratch, set(kept)):
+        for step, written in loop.replay(end, scratch, set(saved)):
             report.checkpoints.append(step)
-            report.tensors[step] = different_tensors(kept[step], written)
+            report.tensors[step] = different_tensors(saved[step], written)
         if accelerator.is_main_process:
             _compare(report, read_trace(folder), read_trace(scratch))
     report.seconds = round(time.perf_counter() - started, 2)
@@ -136,7 +148,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
 
 
 def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, int]:
-    """The stage, the checkpoint to start from, and the last step to do."""
+    """The stage's number, the checkpoint to start from, and the last step to do."""
     for number in reversed(range(len(names))):
         folder = stage_folder(run, number, names[number])
         done = max((step.step for step in read_trace(folder)), default=0)
@@ -152,7 +164,8 @@ def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, in
         [
             Problem(
                 str(run),
-                f"no whole checkpoint is kept that {what} were made after; train.checkpoints.keep says how many are",
+                f"no whole checkpoint is kept that {what} were made after; "
+                "train.checkpoints.keep says how many are",
             )
         ]
     )
@@ -174,8 +187,8 @@ def _changed(run: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def different_tensors(first: Path, second: Path) -> list[str]:
-    """The tensors of two folders that are not the same bits, as `file|name`."""
-    found = []
+    """The tensors of two folders that are not equal bit for bit, as `file|name`."""
+    differing = []
     for name in sorted(
         {
             str(path.relative_to(folder))
@@ -189,8 +202,8 @@ def different_tensors(first: Path, second: Path) -> list[str]:
         )
         for key in sorted(one.keys() | two.keys()):
             if key not in one or key not in two or not _same_bits(one[key], two[key]):
-                found.append(f"{name}|{key}")
-    return found
+                differing.append(f"{name}|{key}")
+    return differing
 
 
 def _same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:

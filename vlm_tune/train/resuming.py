@@ -1,4 +1,7 @@
-"""What a resumed run finds in its folder: files that were cut are told of, and data that has changed is refused."""
+"""Checks of a resumed run's folder.
+
+Files that were cut short are reported, and data that has changed is refused.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,22 @@ from vlm_tune.quoting import reason_of
 from vlm_tune.train.checkpoint import Progress, checkpoints, stage_folder
 
 DATA = "data.json"
-"""The fingerprints of what every stage reads."""
+"""File with the fingerprints of the data of every stage."""
 
 SHOWN = 8
-"""Differences that a message shows."""
+"""Number of differences that a message shows."""
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
 Note = Callable[[str], None]
-"""Is told what the user should know."""
+"""Shows the user a message."""
 
 
 def read_json(path: Path, kind: type[T], note: Note, lost: str) -> T | None:
-    """A file that an earlier start of the run wrote.
+    """The content of a JSON file that an earlier start of the run wrote.
 
-    None where it is missing, and where it can't be read: then a note says so, and what is `lost` by it.
+    Returns None where it is missing or can't be read; in the second case a note names the reason
+    and what is `lost`.
     """
     if not path.exists():
         return None
@@ -43,9 +47,10 @@ def read_json(path: Path, kind: type[T], note: Note, lost: str) -> T | None:
 
 
 def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -> list[str]:
-    """What of the stages' data is not what the run began with; `now` are fingerprints by the number of their stage.
+    """Lines on the data that has changed since the run began.
 
-    A stage that is not in `now` is not compared.
+    `now` holds fingerprints by the number of their stage. A stage that is not in `now` is not
+    compared.
     """
     before = read_json(
         run / DATA, list, note, "whether the data is still what the run began with can't be told"
@@ -61,7 +66,8 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
         ]
     except (KeyError, TypeError, ValueError, AttributeError):
         note(
-            f"{DATA} is not as it was written: whether the data is still what the run began with can't be told"
+            f"{DATA} is not as it was written: whether the data is still what the run began with "
+            "can't be told"
         )
         return []
 
@@ -75,12 +81,12 @@ def changed_data(differences: Sequence[str], advice: str) -> DataError:
 
 
 def write_data(run: Path, now: Sequence[dict[str, Any]]) -> None:
-    """Keeps the fingerprints of what the stages read."""
+    """Writes the fingerprints of the stages' data to the run's folder."""
     (run / DATA).write_text(json.dumps(now))
 
 
 def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
-    """How long the stages before took."""
+    """The seconds that the earlier stages took."""
     total = 0.0
     for number, name in enumerate(names):
         done = read_json(
@@ -95,7 +101,7 @@ def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
 
 
 def damaged_only(run: Path, names: Sequence[str]) -> list[str]:
-    """The checkpoints of a run none of which is whole."""
+    """The names of all checkpoints of a run in which none is whole."""
     return [
         folder.name
         for number, name in enumerate(names)
@@ -104,7 +110,7 @@ def damaged_only(run: Path, names: Sequence[str]) -> list[str]:
 
 
 def forget_after(run: Path, progress: Progress) -> None:
-    """Removes from the log what a resumed run will do again, and lines that can't be read."""
+    """Removes the events from the log that a resumed run will repeat, and unreadable lines."""
     path = run / "log.jsonl"
     if not path.is_file():
         return

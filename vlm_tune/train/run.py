@@ -1,4 +1,4 @@
-"""A whole run: stages in order, resumed where they stopped, the finished model scored once on the test part."""
+"""A whole run: its stages in order, resuming, and the scoring of the model on the test part."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from vlm_tune.train.trainer import Report
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
-"""What is told when it begins, for it may take long."""
+"""Logs the start of work that may take long."""
 
 
 @dataclass
@@ -73,13 +73,25 @@ def sft(
     test: bool = True,
     show: Report | None = None,
 ) -> Run:
-    """Trains what the recipe says and returns the run; `show` is given every event as it happens.
+    """Trains by the recipe and returns the finished run.
 
-    Without `test` the test part is read, as ever before training, but not scored.
+    The run's folder gets recipe.yaml, log.jsonl, stages/ with checkpoints, model/ (the finished
+    model), result.json and report.html.
 
-    The folder gets recipe.yaml, log.jsonl, stages/ with checkpoints, model/ (the finished model), result.json and
-    report.html. Raises `RecipeError` for a folder that is in use or holds another recipe's run (unless a resumed run is
-    to `accept_changes`), `DataError`, `ModelError`, `TrainingError`, and `Interrupted` after a checkpoint when asked to stop.
+    Args:
+        recipe: The recipe.
+        resume: Continue the run in the folder from its last whole checkpoint.
+        overwrite: Replace a run in the folder.
+        accept_changes: Resume even if recipe or data have changed.
+        test: Score the model on the test part. If not, its rows are still read before training.
+        show: Called with every event as it happens.
+
+    Raises:
+        RecipeError: If the folder is in use or holds another recipe's run.
+        DataError: If the data can't be used.
+        ModelError: If the model can't be built or restored.
+        TrainingError: If training fails.
+        Interrupted: If asked to stop; a checkpoint is written first.
     """
     run = Path(recipe.output)
     text = dump_recipe(recipe)
@@ -137,7 +149,7 @@ def sft(
 def _open(
     stack: ExitStack, run: Path, recipe: Recipe, text: str, *, resume: bool, **options: bool
 ) -> list[str]:
-    """Takes the run's folder until the stack ends; what is to be told of it."""
+    """Locks and opens the run's folder until the stack is closed; returns notes for the user."""
     check_run(run, recipe, resume=resume, **options)
     notes = [note for note in [stack.enter_context(run_lock(run))] if note is not None]
     notes += open_run(run, recipe, text, resume=resume, **options)
@@ -147,7 +159,11 @@ def _open(
 
 
 def _file_fault(run: Path, error: OSError) -> BaseException:
-    """The error that tells of a file system's fault in the run's folder; a fault of another place as it is."""
+    """The error to raise for a failed file operation.
+
+    It is a `TrainingError` if the file is in the run's folder or the folder is gone, else `error`
+    itself.
+    """
     try:
         check_present(run)
     except TrainingError as gone:
@@ -155,12 +171,16 @@ def _file_fault(run: Path, error: OSError) -> BaseException:
     if error.filename is None or not Path(str(error.filename)).is_relative_to(run):
         return error
     return TrainingError(
-        f"{error.filename}: {reason(error)}; the last checkpoint is kept: --resume goes on from there"
+        f"{error.filename}: {reason(error)}; the last checkpoint is kept: "
+        "--resume goes on from there"
     )
 
 
 def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[str] | None:
-    """What the first process does for all; its error is everyone's."""
+    """Runs `act` on rank 0 and returns its list there, None on other ranks.
+
+    A `VlmTuneError` of rank 0 is raised on every rank.
+    """
     done: list[str] | None = None
     failure: VlmTuneError | None = None
     if accelerator.is_main_process:
@@ -168,14 +188,14 @@ def _together(accelerator: Accelerator, act: Callable[[], list[str]]) -> list[st
             done = act()
         except VlmTuneError as error:
             failure = error
-    told = broadcast_object_list([None if failure is None else (str(failure), failure.exit_code)])[
+    fault = broadcast_object_list([None if failure is None else (str(failure), failure.exit_code)])[
         0
     ]
     if failure is not None:
         raise failure
-    if told is not None:
-        elsewhere = VlmTuneError(f"rank 0: {told[0]}")
-        elsewhere.exit_code = told[1]
+    if fault is not None:
+        elsewhere = VlmTuneError(f"rank 0: {fault[0]}")
+        elsewhere.exit_code = fault[1]
         raise elsewhere
     return done
 
@@ -189,7 +209,10 @@ def _log(
     show: Report | None,
     watch: Watch,
 ) -> Any:
-    """Gives a function that writes an event to log.jsonl, shows it, and passes its figures to the trackers."""
+    """Yields a function that reports an event.
+
+    It writes the event to log.jsonl, passes it to `show` and its figures to the trackers.
+    """
     path = run / "log.jsonl"
     trackers: Trackers | None = None
 
@@ -212,8 +235,8 @@ def _log(
             show(event)
 
     if accelerator.is_main_process and recipe.train.trackers:
-        told = lambda note: report({"event": "note", "text": f"tracker {note}"})  # noqa: E731
-        trackers = Trackers(recipe.train.trackers, recipe.name, run, {"recipe": text}, told)
+        tell = lambda note: report({"event": "note", "text": f"tracker {note}"})  # noqa: E731
+        trackers = Trackers(recipe.train.trackers, recipe.name, run, {"recipe": text}, tell)
     try:
         yield report
     finally:
@@ -222,7 +245,11 @@ def _log(
 
 
 def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversation]]:
-    """Runs the stages that are left; the model as the last one leaves it, the seconds of all, and the rows of test."""
+    """Runs the stages that are left.
+
+    Returns the model after the last stage, the seconds of all stages, and the rows of the test
+    part.
+    """
     recipe = context.recipe
     stages = context.recipe.resolved_stages()
     log.info("reading the rows")
@@ -230,7 +257,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     main = context.accelerator.is_main_process
     checkpoint = _checkpoint(context, names) if context.resumed else None
     texts = [] if checkpoint else scratch_texts(recipe)
-    # Data first: a bad row is told before any weights are loaded.
+    # Data first: a bad row is reported before any weights are loaded.
     processor = build_processor(recipe, texts, saved=checkpoint)
     rows = [
         read_rows(context, number, name, stage, processor)
@@ -241,7 +268,8 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     progress = Progress()
     if main:
         context.data = [
-            stage_fingerprint(stage, own) for (_, stage), own in zip(stages, rows, strict=True)
+            stage_fingerprint(stage, stage_rows)
+            for (_, stage), stage_rows in zip(stages, rows, strict=True)
         ]
     if checkpoint:
         for line in _together(context.accelerator, lambda: _changed_data(context)) or []:
@@ -263,9 +291,11 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
         if main:
             log.info("answering the report's samples before training")
             write_samples(context, model, samples, "before")
-    for (_, stage), own in zip(stages[progress.stage :], rows[progress.stage :], strict=True):
-        if own.train is not None:
-            check_fits(model.llm, own.train, stage.tune)
+    for (_, stage), stage_rows in zip(
+        stages[progress.stage :], rows[progress.stage :], strict=True
+    ):
+        if stage_rows.train is not None:
+            check_fits(model.llm, stage_rows.train, stage.tune)
     seconds = earlier_seconds(context.run, names[: progress.stage], context.note) if main else 0.0
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]
@@ -281,12 +311,13 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
 
 
 def _checkpoint(context: Context, names: list[str]) -> Path | None:
-    """The checkpoint that a resumed run goes on from; None where none is whole."""
+    """The checkpoint to resume from, with notes on damaged ones; None where none is whole."""
     newest = last_checkpoint(context.run, names)
     if newest is None:
         damaged = ", ".join(damaged_only(context.run, names))
         context.note(
-            f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: the run begins anew"
+            f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: "
+            "the run begins anew"
         )
         if context.accelerator.is_main_process:
             forget_after(context.run, Progress())
@@ -295,13 +326,17 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
     checkpoint, damaged = newest
     for folder in damaged:
         context.note(
-            f"{folder.name} of {folder.parent.parent.name} is damaged; going on from {checkpoint.name}"
+            f"{folder.name} of {folder.parent.parent.name} is damaged; "
+            f"going on from {checkpoint.name}"
         )
     return checkpoint
 
 
 def _changed_data(context: Context) -> list[str]:
-    """What of the data is not as it was. Raises `DataError` if that is not accepted."""
+    """Lines on the data that has changed since the run began.
+
+    Raises `DataError` if there are any and changes are not accepted.
+    """
     differences = data_differences(context.run, dict(enumerate(context.data)), context.note)
     if differences and not context.accepts:
         raise changed_data(

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a request to stop: the loop asks for it after each step, and all processes agree."""
+"""SIGINT and SIGTERM as a request to stop.
+
+The training loop checks for it after each step, and all processes agree.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,26 @@ from typing import Any
 from vlm_tune.errors import EXIT_INTERRUPTED
 
 ECHO = 2.0
-"""Seconds in which a launcher may hand on the signal that the terminal sent to all processes already."""
+"""Seconds within which a launcher may forward a signal that the terminal already sent to all."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGINT or SIGTERM came; a second one ends the process at once, with exit code 130."""
-    asked: float | None = None
+    """Yields a function that returns whether SIGINT or SIGTERM came.
+
+    A second signal ends the process at once, with exit code 130.
+    """
+    requested_at: float | None = None
     launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number: int, frame: Any) -> None:
-        nonlocal asked
+        nonlocal requested_at
         now = time.monotonic()
-        if asked is not None:
-            if not launched or now - asked > ECHO:
+        if requested_at is not None:
+            if not launched or now - requested_at > ECHO:
                 os._exit(EXIT_INTERRUPTED)
             return
-        asked = now
+        requested_at = now
         os.write(
             sys.__stderr__.fileno() if sys.__stderr__ else 2,
             b"stopping after this step (once more to leave at once)\n",
@@ -40,7 +46,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     except ValueError:  # not the main thread: signals are the caller's
         before = {}
     try:
-        yield lambda: asked is not None
+        yield lambda: requested_at is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One stage of a run: its rows, its loop, and the model as its best checkpoint leaves it."""
+"""One stage of a run: its rows, its training loop, and the model of its best checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from vlm_tune.train.watchdog import Watch
 
 @dataclass
 class Context:
-    """What the steps of a run share."""
+    """The objects that all steps of a run use."""
 
     recipe: Recipe
     run: Path
@@ -60,22 +60,28 @@ class Context:
     section: AnyEngine
     resumed: bool = False
     accepts: bool = False
-    """Whether a resumed run goes on though recipe or data have changed."""
+    """Whether a resumed run goes on although recipe or data have changed."""
     data: list[dict[str, Any]] = field(default_factory=list)
-    """The fingerprints of what the stages read; the first process's alone."""
+    """The fingerprints of the stages' data, on rank 0 only."""
 
     def note(self, text: str) -> None:
-        """Reports what the user should know."""
+        """Shows the user a message."""
         self.report({"event": "note", "text": text})
 
     @property
     def holds(self) -> bool:
-        """Whether this process holds the language model before an engine takes it; of those that shard it the first alone does."""
+        """Whether this process holds the language model before an engine takes it.
+
+        If the engine shards the model, only rank 0 does.
+        """
         return self.accelerator.is_main_process or not shards(self.section)
 
 
 def _begin_work(context: Context, loop: StageLoop) -> None:
-    """Once a resumed run's checkpoint is loaded: keeps its recipe and data as they are now, and puts an old result aside."""
+    """Updates the folder of a resumed run, after its checkpoint was loaded.
+
+    Writes the recipe and the data's fingerprints as they are now, and moves an old result away.
+    """
     if not context.resumed:
         return
     if recipe_changes(load_recipe(context.run / "recipe.yaml"), context.recipe):
@@ -88,7 +94,7 @@ def _begin_work(context: Context, loop: StageLoop) -> None:
 def read_rows(
     context: Context, number: int, name: str, recipe: Recipe, processor: Processor
 ) -> StageRows:
-    """What a stage reads, with its own chat format and system text."""
+    """The rows of a stage, encoded with the stage's own chat template and system text."""
     data = recipe.data
     common = context.recipe.data
     return read_stage(
@@ -112,7 +118,11 @@ def stage_loop(
     progress: Progress,
     checkpoint: Path | None,
 ) -> StageLoop:
-    """The loop that trains one stage, from its checkpoint where it has one."""
+    """Builds the training loop of one stage.
+
+    Applies the tuning rules to the model, computes cached features and prepares the data feed. With
+    `checkpoint` the loop goes on from there.
+    """
     accelerator = context.accelerator
     folder = stage_folder(context.run, progress.stage, name)
 
@@ -128,7 +138,8 @@ def stage_loop(
         part.to(accelerator.device)
     media = train.media if train else []
     on_cpu = accelerator.device.type == "cpu"
-    # A tower that no step reads needs no memory then; the engines of several processes send its weights around.
+    # A tower that no step runs needs no memory then. With several processes the engines broadcast
+    # its weights.
     pages_out = on_cpu and accelerator.num_processes == 1 and caches_features(recipe, model, media)
     if on_cpu:
         for part in (model.connector, model.llm) if pages_out else (model,):
@@ -139,7 +150,7 @@ def stage_loop(
     if pages_out:
         try:
             page_out(model.tower, cache_folder("features"))
-        except OSError:  # there is no room for the file
+        except OSError:  # no room for the file
             own_memory(model.tower)
     if on_cpu:
         trim_heap()
@@ -203,17 +214,19 @@ def train_stage(
     progress.seconds += preparing
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
-        # What the steps took goes back before a model is made anew or answers with a tower that was not in memory.
+        # Returns the memory of the steps before the model is built anew, or answers with a tower
+        # that was paged out.
         return_freed_memory()
     loop.engine.release()
     best = _best(context, folder, progress)
     shares = best is None and loop.engine.sharded
     if shares:
-        # What the ranks hold in shares is whole in the last checkpoint.
+        # The ranks hold shards of the weights; the last checkpoint holds the whole ones.
         accelerator.wait_for_everyone()
         best = step_folder(folder, progress.step)
     if best is not None:
-        # A model that other engines keep as it is: the next stage draws the random numbers that it would have.
+        # Other engines keep the model and draw no random numbers here: the next stage must draw the
+        # same.
         with torch.random.fork_rng(devices=[], enabled=shares):
             base = recipe_choice(context.recipe)
             model = restore_model(
@@ -234,30 +247,37 @@ def train_stage(
 
 
 def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
-    """The best checkpoint that is whole; None where that is the model as it is."""
+    """The best whole checkpoint to take the weights from.
+
+    None where there is none, or where the model in memory is the best already.
+    """
     if progress.best_step is None:
         return None
-    found, damaged = best_checkpoint(folder, progress)
-    found = broadcast_object_list([found])[0]
+    best, damaged = best_checkpoint(folder, progress)
+    best = broadcast_object_list([best])[0]
     for checkpoint in damaged:
         context.report(
             {
                 "event": "note",
-                "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over",
+                "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: "
+                "passed over",
             }
         )
     progress.best_step, progress.best_score = (
-        (progress.step, None) if found is None else (step_of(found[0]), found[1])
+        (progress.step, None) if best is None else (step_of(best[0]), best[1])
     )
-    if found is None or progress.best_step == progress.step:
+    if best is None or progress.best_step == progress.step:
         return None
-    text = f"going on with the best checkpoint, step {progress.best_step} (score {progress.best_score:.4f})"
+    text = (
+        f"going on with the best checkpoint, step {progress.best_step} "
+        f"(score {progress.best_score:.4f})"
+    )
     context.report({"event": "note", "text": text})
-    return found[0]
+    return best[0]
 
 
 def _tuning_table(context: Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
-    """Shows a stage's tuning table and keeps it in tuning.json, beside those of the stages before."""
+    """Reports a stage's tuning table and writes it to tuning.json after those of earlier stages."""
     rows = [asdict(row) for row in table]
     context.report({"event": "tuning", "stage": number, "name": name, "rows": rows})
     if context.accelerator.is_main_process:

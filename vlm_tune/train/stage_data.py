@@ -1,4 +1,8 @@
-"""What a stage reads: its prepared or streamed rows, its validation and test rows, and the features of their images."""
+"""The data of a stage.
+
+Prepared or streamed training rows, validation and test rows, and the cached features of their
+images.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,19 @@ from vlm_tune.train.trainer import Report
 
 SAMPLED = 500
 SAMPLED_STREAM = 100
-"""Rows that the report's samples are chosen from; of a stream, each is decoded for it."""
+"""Rows that the report's samples are chosen from; with streaming each must be decoded for it."""
 
 NOTES = 20
-"""Rows of which a note says why they are left out; the counts say the rest."""
+"""Number of left-out rows whose reason is noted; counts cover the rest."""
 
 
 @dataclass
 class StageRows:
-    """What a stage reads: prepared training rows (None if they are streamed), rows to score, and its processor.
+    """The rows of a stage and its processor.
 
-    `parts` holds what was prepared of each part; `samples` are rows for the report's answers before and after.
+    `train` is None if training rows are streamed; `validation` and `test` are rows to score;
+    `parts` holds the prepared data by part; `samples` are rows for the report's answers before and
+    after training.
     """
 
     processor: Processor
@@ -60,10 +66,19 @@ def read_stage(
     stop: Callable[[], bool],
     quarantine: Path | None,
 ) -> StageRows:
-    """All parts of a stage (test and the report's samples of the `last` one), with notes on rows that are left out.
+    """Reads all parts of a stage, and notes the rows that are left out.
 
-    Bad rows are written to the file `quarantine` if asked. Raises `DataError` as the policy for bad rows tells,
-    `Interrupted` when `stop` says so.
+    Args:
+        recipe: The stage's recipe.
+        processor: Tokenizer and image processor of the stage.
+        last: Whether it is the run's last stage: it alone has test rows and samples for the report.
+        report: Called with every event.
+        stop: Returns whether the run is asked to stop.
+        quarantine: File for bad rows, where the recipe asks for one.
+
+    Raises:
+        DataError: For bad data, by the recipe's policy for bad rows.
+        Interrupted: If `stop` returns True.
     """
     data = recipe.data
     names: list[PartName] = [
@@ -99,7 +114,10 @@ def read_stage(
 
 
 def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
-    """What a stage reads, by part, as JSON for `fingerprint_differences`; no file is read for it."""
+    """The fingerprints of a stage's data by part, as JSON for `fingerprint_differences`.
+
+    No file is read for it.
+    """
     parts: dict[str, Any] = {
         part: [
             source
@@ -117,12 +135,18 @@ def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
 
 
 def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
-    """Notes on the rows of a part that are left out; of rows that are held out of train, those whose prompt is too long."""
+    """Notes the rows of a part that are left out.
+
+    Of rows held out of train: those whose prompt is too long.
+    """
     where = "" if part == "train" else f" of {part}"
     if prepared.part != part:
         places = prepared.long_prompts(part)
         if len(places):
-            text = f"left out{where}: {len(places):,} rows held out of train whose prompt is over data.max_length"
+            text = (
+                f"left out{where}: {len(places):,} rows held out of train whose prompt is over "
+                "data.max_length"
+            )
             report({"event": "note", "text": text})
         return
     kinds = prepared.left_out
@@ -134,7 +158,7 @@ def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
 
 
 def _quarantine(prepared: Prepared, path: Path) -> None:
-    """Adds the rows that can't be used, those that are not there yet."""
+    """Appends the rows that can't be used to the quarantine file, unless they are there already."""
     known = set(path.read_text("utf-8", "replace").split("\n")) if path.is_file() else set()
     names = ("source", "row", "kind", "message", "content")
     rows = [
@@ -151,7 +175,10 @@ def _quarantine(prepared: Prepared, path: Path) -> None:
 def _samples(
     recipe: Recipe, processor: Processor, train: Prepared | None, validation: Sequence[Conversation]
 ) -> list[Conversation]:
-    """Rows of the validation part (or of train) whose answers the report shows: of as many categories as there are."""
+    """Rows whose answers the report shows, from the validation part or else from train.
+
+    They are of as many categories as possible.
+    """
     most = recipe.evaluate.samples
     if not most:
         return []
@@ -185,7 +212,11 @@ def stage_feed(
     planned: int,
     image_cost: float,
 ) -> Feed:
-    """What the stage's loop takes its batches from; `planned` are the processes that the run began with."""
+    """The feed that the training loop takes its batches from.
+
+    `planned` is the number of processes that the run began with; `image_cost` is an image's cost in
+    tokens.
+    """
     settings = recipe.train
     data = recipe.data
     train = rows.train
@@ -221,7 +252,10 @@ def stage_feed(
 
 
 def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
-    """How many tokens of the LLM an image costs in the tower, by the weights that each is multiplied with."""
+    """The cost of an image in the tower, in tokens of the LLM.
+
+    It is the ratio of multiplications with weights. 0 if the features are cached.
+    """
     if cached:
         return 0.0
     language = sum(count_of(parameter) for parameter in model.llm.parameters())
@@ -233,14 +267,17 @@ def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
 
 
 def _keeps_features(recipe: Recipe, model: VisionLanguageNetwork) -> bool:
-    """Whether features of the tower, which is frozen, may be cached."""
+    """Whether features of the tower may be cached: it is frozen, and the recipe allows it."""
     return recipe.train.cache_features and not any(
         parameter.requires_grad for parameter in model.tower.parameters()
     )
 
 
 def caches_features(recipe: Recipe, model: VisionLanguageNetwork, media: Sequence[Any]) -> bool:
-    """Whether every image that a stage's steps and evaluations read is cached features, so that neither runs the tower."""
+    """Whether the features of all images of a stage are cached.
+
+    If so, neither its steps nor its evaluations run the tower.
+    """
     return _keeps_features(recipe, model) and bool(media) and not recipe.data.augment
 
 
@@ -251,10 +288,14 @@ def stage_features(
     validation: Sequence[Conversation],
     report: Report,
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
-    """Cached features of the training and validation images, where the tower is frozen and images are not augmented."""
+    """Cached features of the training images and of the validation images, or None.
+
+    Both are None if the tower is trained or caching is off; the first is None if images are
+    augmented.
+    """
     if not _keeps_features(recipe, model) or not media:
         return None, None
-    seen = distinct_media(validation)
+    validation_media = distinct_media(validation)
 
     def progress(done: int, of: int) -> None:
         report({"event": "features", "done": done, "of": of})
@@ -262,5 +303,5 @@ def stage_features(
     def note(text: str) -> None:
         report({"event": "note", "text": text})
 
-    held_out = tower_features(model, seen, progress, note) if seen else None
+    held_out = tower_features(model, validation_media, progress, note) if validation_media else None
     return None if recipe.data.augment else tower_features(model, media, progress, note), held_out

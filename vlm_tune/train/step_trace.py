@@ -1,4 +1,7 @@
-"""What every optimizer step did, a line each: by it a replay is compared with the run, bit for bit."""
+"""The trace of a stage: a line for every optimizer step.
+
+A replay is compared with it, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from pathlib import Path
 
 NAME = "trace.jsonl"
 DIGESTS = 1 << 48
-"""Digests are smaller than this."""
+"""Upper limit of digests, exclusive."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the summed loss, the gradients' norm before clipping, and a digest of the samples that count, in hexadecimal.
+    """One step: summed loss, gradient norm before clipping, digest of the samples that count.
 
-    A value that is not finite is kept as text; `norm` is None where the engine does not tell it.
+    The digest is hexadecimal. A number that is not finite is stored as text; `norm` is None where
+    the engine does not report it.
     """
 
     step: int
@@ -27,13 +31,17 @@ class Step:
     samples: str
 
 
-def told(value: float) -> float | str:
-    """A number as JSON can hold it."""
+def json_number(value: float) -> float | str:
+    """The number, or its text if JSON can't hold it (NaN, infinity)."""
     return value if math.isfinite(value) else str(value)
 
 
 def digest(ids: Iterable[str]) -> int:
-    """The sum of 48 bits of each id's sha256: that of all samples of a step however processes share them out, if theirs are added."""
+    """The sum of the first 48 bits of each id's sha256, modulo `DIGESTS`.
+
+    The sum of the processes' digests, modulo `DIGESTS`, is that of all samples of a step, however
+    these are divided among processes.
+    """
     return (
         sum(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6]) for identity in ids)
         % DIGESTS
@@ -41,13 +49,13 @@ def digest(ids: Iterable[str]) -> int:
 
 
 def write_step(stage: Path, step: Step) -> None:
-    """Adds a step to a stage's trace."""
+    """Appends a step to a stage's trace."""
     with (stage / NAME).open("a") as file:
         file.write(json.dumps(asdict(step)) + "\n")
 
 
 def read_trace(stage: Path) -> list[Step]:
-    """A stage's steps; a line that can't be read, as a killed process leaves it, is passed over."""
+    """The steps of a stage; unreadable lines, as a killed process leaves them, are skipped."""
     path = stage / NAME
     steps = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
@@ -61,7 +69,7 @@ def read_trace(stage: Path) -> list[Step]:
 
 
 def cut_trace(stage: Path, step: int) -> None:
-    """Forgets what was done after a step, because it is done again."""
-    kept = [found for found in read_trace(stage) if found.step <= step]
+    """Removes the steps after `step` from the trace, because they will be done again."""
+    steps = [entry for entry in read_trace(stage) if entry.step <= step]
     stage.mkdir(parents=True, exist_ok=True)
-    (stage / NAME).write_text("".join(json.dumps(asdict(found)) + "\n" for found in kept))
+    (stage / NAME).write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in steps))

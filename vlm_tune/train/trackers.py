@@ -1,4 +1,4 @@
-"""Experiment trackers, by accelerate: what fails in one is told and never stops the training."""
+"""Experiment trackers, by accelerate; their failures are reported and never stop the training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from vlm_tune.quoting import reason_of
 
 PATIENCE = 5
-"""Failures in a row after which a tracker is left alone."""
+"""Consecutive failures after which a tracker is no longer used."""
 
 
 class Trackers:
-    """The recipe's trackers; `tell` is given what fails in them."""
+    """The recipe's trackers; `tell` is called with a message about a failure."""
 
     def __init__(
         self,
@@ -28,34 +28,35 @@ class Trackers:
     ) -> None:
         self._tell = tell
         self._failures = Counter[str]()
-        self._made: dict[str, GeneralTracker] = {}
-        known = {str(getattr(found, "value", found)) for found in get_available_trackers()}
+        self._trackers: dict[str, GeneralTracker] = {}
+        known = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
         for name in names:
             if name not in known:
                 tell(
-                    f"{name} is not installed (pip install 'vlm_tune[{name}]'); training goes on without it"
+                    f"{name} is not installed (pip install 'vlm_tune[{name}]'); "
+                    "training goes on without it"
                 )
                 continue
             self._try(name, lambda name=name: self._start(name, project, run, config))
 
     def _start(self, name: str, project: str, run: Path, config: dict[str, Any]) -> None:
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
-        made = kind(project, str(run)) if kind.requires_logging_directory else kind(project)
-        made.start()
-        made.store_init_configuration(config)
-        self._made[name] = made
+        tracker = kind(project, str(run)) if kind.requires_logging_directory else kind(project)
+        tracker.start()
+        tracker.store_init_configuration(config)
+        self._trackers[name] = tracker
 
     def log(self, figures: dict[str, Any], step: int) -> None:
-        """Hands figures to all."""
-        for name, tracker in list(self._made.items()):
+        """Logs figures to all trackers."""
+        for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(figures, step=step))
             if self._failures[name] >= PATIENCE:
-                del self._made[name]
+                del self._trackers[name]
                 self._tell(f"{name} failed {PATIENCE} times in a row and is left alone from now on")
 
     def close(self) -> None:
-        """Lets all finish."""
-        for name, tracker in self._made.items():
+        """Lets all trackers finish."""
+        for name, tracker in self._trackers.items():
             self._try(name, tracker.finish)
 
     def _try(self, name: str, act: Callable[[], Any]) -> None:

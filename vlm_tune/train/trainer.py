@@ -46,27 +46,27 @@ from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.schedule import schedule_factor
-from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, told, write_step
+from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, json_number, write_step
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
-"""Takes one event of the run: it is logged, shown and tracked."""
+"""Takes one event of the run, to be logged, shown and tracked."""
 
 
 @dataclass
 class StageData:
-    """What one stage trains on and is scored by."""
+    """The data that one stage trains on and is scored on."""
 
     feed: Feed
     validation: list[Conversation]
     validation_features: FeatureStore | None
     image_cost: float = 0.0
-    """How many tokens an image costs."""
+    """Cost of an image, in tokens."""
 
 
 class _CutShort(Exception):
-    """An evaluation that ends because the run is asked to stop."""
+    """Ends an evaluation because the run is asked to stop."""
 
 
 class StageLoop:
@@ -125,10 +125,10 @@ class StageLoop:
         self.pixels = PixelCache(model.processor.images)
 
     def run(self) -> Progress:
-        """Trains to the end.
+        """Trains to the end of the stage.
 
-        Raises `Interrupted` when asked to stop, `TrainingError` if the loss stays not finite, a checkpoint can't be
-        written, or another process is lost.
+        Raises `Interrupted` when asked to stop, and `TrainingError` if too many steps are not
+        finite, a checkpoint can't be written, or another process is lost.
         """
         with self._training():
             try:
@@ -166,7 +166,8 @@ class StageLoop:
                 self.report(
                     {
                         "event": "note",
-                        "text": f"the first step took {taken:.0f} s with compiling; later runs find it compiled",
+                        "text": f"the first step took {taken:.0f} s with compiling; "
+                        "later runs find it compiled",
                     }
                 )
             self.progress.seconds = before + time.perf_counter() - started
@@ -198,7 +199,11 @@ class StageLoop:
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
-        """Around steps: the model's blocks compiled where recipe, model and engine allow it, and the other processes watched."""
+        """The context of the training steps.
+
+        The model's blocks are compiled where recipe, model and engine allow it, and other processes
+        are watched.
+        """
         why = (
             why_not(self.model.llm, self.recipe.train.compile, self.total)
             if self.engine.compiles
@@ -208,14 +213,16 @@ class StageLoop:
         self._compiles = bool(to_compile)
         if to_compile:
             log.info(
-                "training; the first step compiles the language model's blocks, up to a minute where that is new"
+                "training; the first step compiles the language model's blocks, "
+                "up to a minute where that is new"
             )
         else:
             log.info("training")
         if why:
             self.report({"event": "note", "text": why})
         self.model.train()
-        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies of every activation.
+        # PEFT casts a layer's input to the adapter's fp32 and autocast casts it back: two copies of
+        # every activation.
         casts = disable_input_dtype_casting(
             self.model, active=self.accelerator.mixed_precision != "no"
         )
@@ -223,14 +230,16 @@ class StageLoop:
             yield
 
     def _attending(self) -> contextlib.AbstractContextManager[None]:
-        """Attention by intervals, where the model's is no other."""
+        """The context of attention by intervals, if the model supports it."""
         llm = self.model.llm
         return attending(llm.model) if llm.supports_intervals else contextlib.nullcontext()
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
-        """Makes the steps up to `end` once more, with their trace in a folder; gives the state after the steps `at` as a folder.
+        """Repeats the steps up to `end` and yields the states after the steps `at`.
 
-        Raises `Interrupted` when asked to stop.
+        A state is yielded as its step and a folder that holds it as a checkpoint would, removed
+        afterwards. The trace is written to the folder `trace`. Raises `Interrupted` when asked to
+        stop.
         """
         self.folder = trace
         with self._training():
@@ -275,10 +284,13 @@ class StageLoop:
             return self._scored(step) if self.data.validation else self._epoch_ended
         return step % every == 0
 
-    # --- the place in the data ---
+    # --- position in the data ---
 
     def _begin(self, resume_from: Path | None) -> Position:
-        """Where in the data the stage begins, from a checkpoint or anew; notes where the schedule is if the plan changed."""
+        """The position in the data at which the loop starts, from a checkpoint or new.
+
+        If the plan has changed since the checkpoint, the schedule's origin is set in `progress`.
+        """
         progress = self.progress
         feed = self.data.feed
         cut = self.data.feed.cut()
@@ -300,14 +312,14 @@ class StageLoop:
         self.progress.rows = position.rows
 
     def _schedule_share(self, position: Position) -> float:
-        """What share of all that is to be done was done before the position."""
+        """The share of all training that is done before the position."""
         train = self.recipe.train
         if train.steps:
             return self.progress.step / train.steps
         return (position.epoch + self.data.feed.share(position)) / (train.epochs or 1)
 
     def _steps_of(self, epochs: float) -> int:
-        """Optimizer steps of that many epochs, with those that are done: at least one."""
+        """Optimizer steps of `epochs` epochs, those that are done included; at least one."""
         steps = self.progress.step - self.position.step
         for epoch in range(self.position.epoch, math.ceil(epochs)):
             start = (
@@ -320,16 +332,17 @@ class StageLoop:
         return max(steps, 1)
 
     def _schedule_place(self, step: int) -> tuple[float, float]:
-        """A step and the number of all steps as the schedule counts them.
+        """A step and the total number of steps, as the schedule counts them.
 
-        Where the plan changed in the middle of a run, those before count as many as make the share that was done.
+        If the plan changed during the run, the steps before the change are rescaled to the share of
+        the schedule that was done.
         """
         start, share = self.progress.origin
         total = (self.total - start) / (1 - share)
         return share * total + step - start, total
 
     def _advance(self) -> None:
-        """Notes that a step is done."""
+        """Updates progress and position after a step."""
         self.progress.step += 1
         self.position = replace(self.position, step=self.position.step + 1)
         self._epoch_ended = self.position.step == self.data.feed.steps(self.position)
@@ -338,17 +351,18 @@ class StageLoop:
         self._note(self.position)
 
     def _epochs_done(self) -> dict[str, float]:
-        """How many epochs are done, by rows, as a figure of the log; none of a stream."""
+        """The epochs done, by rows, as a figure for the log; empty with streaming."""
         if self.data.feed.steps(self.position) is None:
             return {}
         return {"epoch": self.position.epoch + self.data.feed.share(self.position)}
 
     def _windows(self) -> Iterator[tuple[list[Batch], float]]:
-        """The micro-batches of each optimizer step still to do, and the seconds that were waited for them."""
+        """Yields the micro-batches of each remaining step and the seconds waited for them."""
         self._first_step = self.progress.step
         while self.progress.step < self.total:
             epoch = self.position.epoch
-            # A process that is forked while a thread writes could wait for ever for what that thread holds.
+            # A process forked while a thread writes could wait for ever for a lock that the thread
+            # holds.
             self.writer.wait()
             windows = self.data.feed.windows(self.position)
             while self.progress.step < self.total and self.position.epoch == epoch:
@@ -360,12 +374,16 @@ class StageLoop:
                 yield window, time.perf_counter() - start
 
     def _step(self, batches: list[Batch], step: int, rates: Rates) -> float:
-        """One optimizer step: the gradient of the mean over all supervised items of all micro-batches and ranks."""
+        """One optimizer step; returns the highest learning rate used.
+
+        The gradient is that of the mean over all supervised items of all micro-batches and ranks.
+        """
         accelerator = self.accelerator
         ids = [identity for batch in batches for identity in batch.ids]
         self.watch.at(f"step {step}, meeting the others", (step, 1))
         counts = [self.objective.count(batch) for batch in batches]
-        # Rows that count nothing stand in where a process has none: how many is no matter of the order.
+        # Rows without supervised items fill up a process's batches; their number may vary, so the
+        # digest omits them.
         counted = (
             identity
             for batch, count in zip(batches, counts, strict=True)
@@ -373,10 +391,10 @@ class StageLoop:
             for identity in batch.ids
         )
         mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
-        told_all: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
-        rates.work(told_all[:, 2])
-        total = max(int(told_all[:, 0].sum()), 1)
-        samples = int(told_all[:, 1].sum()) % DIGESTS
+        by_rank: Any = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+        rates.work(by_rank[:, 2])
+        total = max(int(by_rank[:, 0].sum()), 1)
+        samples = int(by_rank[:, 1].sum()) % DIGESTS
         summed = torch.zeros((), device=accelerator.device)
         self.watch.at(f"step {step}", (step, 2))
         for place, batch in enumerate(batches):
@@ -398,23 +416,31 @@ class StageLoop:
         if accelerator.is_main_process:
             write_step(
                 self.folder,
-                Step(step, told(value), None if norm is None else told(norm), f"{samples:x}"),
+                Step(
+                    step,
+                    json_number(value),
+                    None if norm is None else json_number(norm),
+                    f"{samples:x}",
+                ),
             )
         return factor * max(self.engine.rates)
 
     def _cost(self, batch: Batch) -> float:
-        """What a batch's pass costs, in tokens."""
+        """The cost of a batch's forward and backward pass, in tokens."""
         images = batch.pixels if batch.features is None else batch.features
         return batch.input_ids.numel() + self.data.image_cost * (
             0 if images is None else len(images)
         )
 
     def _stopping(self) -> bool:
-        """Whether any process is asked to stop. Raises `TrainingError` on all if the last checkpoint could not be written."""
-        asked = torch.tensor(
+        """Whether any process is asked to stop.
+
+        Raises `TrainingError` on all processes if the last checkpoint could not be written.
+        """
+        flags = torch.tensor(
             [int(self.stop()), int(self.writer.failed())], device=self.accelerator.device
         )
-        stop, failed = (int(value) for value in _summed(self.accelerator, asked))
+        stop, failed = (int(value) for value in _summed(self.accelerator, flags))
         if failed:
             self.writer.wait()
             raise TrainingError("the first process could not write its checkpoint")
@@ -427,26 +453,28 @@ class StageLoop:
             eager() if self._compiles else contextlib.nullcontext(),
             attending(self.model.llm.model, self._attention),
         ):
-            found = self._generated() if self.objective.generates else self._matched()
+            scores = self._generated() if self.objective.generates else self._matched()
         self.model.train()
-        self.progress.unscored = found is None
-        if found is None:
+        self.progress.unscored = scores is None
+        if scores is None:
             return
-        self.report({"event": "evaluate", "step": step, **found})
-        better = self.progress.best_score is None or found["accuracy"] >= self.progress.best_score
-        # Of equal scores the later is kept: it has seen more. Weights that give no finite loss are never the best.
-        if better and math.isfinite(found["loss"] or 0.0) and not self.nonfinite.in_a_row:
-            self.progress.best_score = found["accuracy"]
+        self.report({"event": "evaluate", "step": step, **scores})
+        better = self.progress.best_score is None or scores["accuracy"] >= self.progress.best_score
+        # Of equal scores the later wins: that model has trained longer. Weights with a non-finite
+        # loss are never the best.
+        if better and math.isfinite(scores["loss"] or 0.0) and not self.nonfinite.in_a_row:
+            self.progress.best_score = scores["accuracy"]
             self.progress.best_step = step
         self.progress.history.append(
-            {"step": step, **{key: found[key] for key in ("loss", "accuracy", "n")}}
+            {"step": step, **{key: scores[key] for key in ("loss", "accuracy", "n")}}
         )
 
     def _generated(self) -> dict[str, Any] | None:
         """Scores of generated answers; None if the run is asked to stop meanwhile."""
         settings = self.recipe.evaluate
         rows = self.data.validation[: settings.limit]
-        # Where weights are gathered as modules run, all ranks must run the same ones equally often: they score the same rows.
+        # Where weights are gathered as modules run, all ranks must run the same modules equally
+        # often: they score the same rows.
         together = self.engine.sharded
         mine = (
             rows
@@ -460,9 +488,9 @@ class StageLoop:
             if self._stopping() if together else self.stop():
                 raise _CutShort
 
-        found: Scores | None = None
+        scores: Scores | None = None
         with contextlib.suppress(_CutShort), self.accelerator.autocast():
-            found = score(
+            scores = score(
                 self.model,
                 mine or rows[:1],
                 decoding=Decoding(settings.max_new_tokens, settings.num_beams),
@@ -470,14 +498,14 @@ class StageLoop:
                 features=self.data.validation_features,
                 progress=progress,
             )
-        shards = gather_object([found])
+        shards = gather_object([scores])
         if any(shard is None for shard in shards):
             return None
         return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
 
     @torch.no_grad()
     def _matched(self) -> dict[str, Any]:
-        """Loss and accuracy of an objective that generates nothing, over the whole validation part at once."""
+        """Loss and accuracy, over the whole validation part, of an objective without generation."""
         self.model.eval()
         examples = [
             example
@@ -501,7 +529,10 @@ class StageLoop:
         }
 
     def _save(self, step: int) -> None:
-        """Begins to write a checkpoint; not while the loss is not finite, so that it takes no good one's place."""
+        """Starts to write a checkpoint.
+
+        Not while the loss is not finite, so that it does not replace a good one.
+        """
         if self.nonfinite.in_a_row:
             return
         self.watch.at(f"the checkpoint of step {step}", (step, 4))
@@ -513,6 +544,6 @@ class StageLoop:
 
 
 def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """A tensor's sum over all ranks."""
-    found: Any = accelerator.reduce(value, "sum")
-    return found
+    """The tensor's sum over all ranks."""
+    total: Any = accelerator.reduce(value, "sum")
+    return total

@@ -1,4 +1,7 @@
-"""Keeps processes that train together from waiting for ever: each says where it is, so that a lost one can be named."""
+"""Watches processes that train together, so that a lost one is named instead of waited for.
+
+Each process publishes where it is in a common store.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,29 @@ from vlm_tune.errors import EXIT_TRAINING, TrainingError
 from vlm_tune.quoting import reason_of
 
 GRACE = 30.0
-"""Seconds after which a process ends that its collective still holds although the others are known to be lost."""
+"""Seconds after which a process ends that hangs in a collective with ranks known to be lost."""
 
 
 _NOTHING: dict[str, Any] = {"place": "the start", "count": -1, "reached": [0, 0, 0]}
 
 
 @dataclass
-class _Seen:
-    """What was last heard of a process, and when it was new."""
+class _Peer:
+    """The last status of another process.
 
-    said: dict[str, Any]
+    `alive` is when the status last changed, `moved` when the process last made progress.
+    """
+
+    status: dict[str, Any]
     alive: float
     moved: float
 
 
 class Watch:
-    """Says in the processes' common store where this one is, and looks where the others are when it waits too long.
+    """Publishes this process's place in a common store, and reads the others' if it waits too long.
 
-    `timeout` seconds without any progress of any process, or without a sign of life of one, end this process.
+    The process is ended after `timeout` seconds without progress of any process, or without a sign
+    of life of one.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: float) -> None:
@@ -57,7 +64,7 @@ class Watch:
         self._reached = (0, 0)
         self._failure: str | None = None
         self._diagnosis: str | None = None
-        self._seen: dict[int, _Seen] = {}
+        self._peers: dict[int, _Peer] = {}
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._store: Any = None
@@ -70,7 +77,7 @@ class Watch:
             self._store.set_timeout(timedelta(seconds=max(self.interval, 5.0)))
             # At once, so that even a process which dies in its first second can be named.
             with suppress(RuntimeError):
-                self._say(0)
+                self._publish(0)
             threading.Thread(target=self._beat, name="watch", daemon=True).start()
         return self
 
@@ -83,10 +90,14 @@ class Watch:
                 f"{type(error).__name__}: {reason_of(error)}" if error is not None else None
             )
             with suppress(RuntimeError):
-                self._say(-1)
+                self._publish(-1)
 
     def at(self, place: str, reached: tuple[int, int] | None = None) -> None:
-        """Notes where this process is; `reached` is how far that is: the step, and the phase of it in the order they are done."""
+        """Sets where this process is.
+
+        `reached` says how far that is: the step, and its phase by the order in which phases are
+        done.
+        """
         self._place = place
         self._count = self._count + 1
         self._since = time.monotonic()
@@ -94,7 +105,7 @@ class Watch:
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
-        """Meanwhile `at` is called often, so that its silence means that something is stuck."""
+        """A block in which `at` is called often, so that silence means a hang."""
         self._since = time.monotonic()
         self._guarding = True
         self._stage = self._stage + 1
@@ -105,7 +116,10 @@ class Watch:
             self._guarding = False
 
     def lost(self, error: BaseException) -> TrainingError | None:
-        """The error that names the processes which a failed collective waited for; None if it was none."""
+        """The error that names the processes which a failed collective waited for.
+
+        None if `error` is not a collective's.
+        """
         text = str(error)
         if self._store is None or not (
             isinstance(error, torch.distributed.DistError)
@@ -117,29 +131,29 @@ class Watch:
             if self._diagnosis is not None:
                 break
             self._look()
-            if found := self._failed() or self._silent(3 * self.interval):
-                return TrainingError(f"{found}; {self._kept()}")
+            if gone := self._failed() or self._silent(3 * self.interval):
+                return TrainingError(f"{gone}; {self._resume_hint()}")
             time.sleep(self.interval / 2)
         late = re.search(r"tim(e|ed)[ -]?out", text, re.IGNORECASE)
         reason = self._diagnosis or (
             self._places() if late else "the processes could not exchange tensors"
         )
-        return TrainingError(f"{reason}; {self._kept()} ({reason_of(error)})")
+        return TrainingError(f"{reason}; {self._resume_hint()} ({reason_of(error)})")
 
-    # --- the thread that looks ---
+    # --- the watching thread ---
 
     def _beat(self) -> None:
         number = 0
         while not self._ended.wait(self.interval):
             number += 1
-            # Where the store is gone the collectives will fail, and tell.
+            # If the store is gone, the collectives will fail with an error.
             with suppress(RuntimeError):
-                self._say(number)
+                self._publish(number)
             if self._guarding:
                 self._judge(time.monotonic() - self._since)
 
     def _judge(self, still: float) -> None:
-        """Ends this process where others are lost and it did not move for `still` seconds."""
+        """Ends this process if others are lost and it has not moved for `still` seconds."""
         if still <= 2 * self.interval:
             self._diagnosis = None  # it was slow, and not stuck
             return
@@ -151,22 +165,22 @@ class Watch:
                 gone = self._places()
             if gone is not None:
                 self._diagnosis = gone
-                self._told_at = time.monotonic()
+                self._diagnosed_at = time.monotonic()
                 print(f"rank {self.rank}: {gone}", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._told_at > GRACE:
+        elif time.monotonic() - self._diagnosed_at > GRACE:
             print(
-                f"rank {self.rank}: still waiting after that, leaving; {self._kept()}",
+                f"rank {self.rank}: still waiting after that, leaving; {self._resume_hint()}",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(EXIT_TRAINING)
 
-    def _say(self, beat: int) -> None:
+    def _publish(self, beat: int) -> None:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "failure": self._failure}
         with self._lock:
-            self._store.set(str(self.rank), json.dumps({**self._own(), "beat": beat, **who}))
+            self._store.set(str(self.rank), json.dumps({**self._status(), "beat": beat, **who}))
 
-    def _own(self) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
         return {
             "place": self._place,
             "count": self._count,
@@ -174,67 +188,71 @@ class Watch:
         }
 
     def _look(self) -> None:
-        """Reads what all others said last."""
+        """Reads the last published status of all other processes."""
         now = time.monotonic()
         for rank in range(self.ranks):
             if rank == self.rank:
                 continue
             try:
                 with self._lock:
-                    said = (
+                    status = (
                         json.loads(self._store.get(str(rank)))
                         if self._store.check([str(rank)])
                         else _NOTHING
                     )
             except RuntimeError:
-                said = self._seen[rank].said if rank in self._seen else _NOTHING
-            before = self._seen.get(rank)
+                status = self._peers[rank].status if rank in self._peers else _NOTHING
+            before = self._peers.get(rank)
             if before is None:
-                self._seen[rank] = _Seen(said, now, now)
-            elif said != before.said:
-                moved = now if said["count"] != before.said["count"] else before.moved
-                self._seen[rank] = _Seen(said, now, moved)
+                self._peers[rank] = _Peer(status, now, now)
+            elif status != before.status:
+                moved = now if status["count"] != before.status["count"] else before.moved
+                self._peers[rank] = _Peer(status, now, moved)
 
-    # --- what is known ---
+    # --- diagnosis ---
 
     def _failed(self) -> str | None:
-        told = [
-            f"rank {rank} ended: {seen.said['failure']}"
-            for rank, seen in sorted(self._seen.items())
-            if seen.said.get("failure")
+        lines = [
+            f"rank {rank} ended: {peer.status['failure']}"
+            for rank, peer in sorted(self._peers.items())
+            if peer.status.get("failure")
         ]
-        return "; ".join(told) or None
+        return "; ".join(lines) or None
 
     def _silent(self, seconds: float) -> str | None:
         now = time.monotonic()
-        told = [
-            f"rank {rank} (process {seen.said.get('pid', '?')} on {seen.said.get('host', '?')}) is lost: it gives no sign of life, "
-            f"last at {seen.said['place']}"
-            for rank, seen in sorted(self._seen.items())
-            if now - seen.alive > seconds
+        lines = [
+            f"rank {rank} (process {peer.status.get('pid', '?')} "
+            f"on {peer.status.get('host', '?')}) is lost: it gives no sign of life, "
+            f"last at {peer.status['place']}"
+            for rank, peer in sorted(self._peers.items())
+            if now - peer.alive > seconds
         ]
-        return "; ".join(told) or None
+        return "; ".join(lines) or None
 
     def _others_move(self) -> bool:
         return any(
-            time.monotonic() - seen.moved < 0.9 * self.timeout for seen in self._seen.values()
+            time.monotonic() - peer.moved < 0.9 * self.timeout for peer in self._peers.values()
         )
 
     def _places(self) -> str:
-        """Who is where, the least advanced first: the others wait for those."""
+        """The place of every rank, the least advanced first: the others wait for those."""
         places: dict[tuple[tuple[int, ...], str], list[int]] = defaultdict(list)
-        for rank, said in sorted(
+        for rank, status in sorted(
             {
-                **{rank: seen.said for rank, seen in self._seen.items()},
-                self.rank: self._own(),
+                **{rank: peer.status for rank, peer in self._peers.items()},
+                self.rank: self._status(),
             }.items()
         ):
-            places[tuple(said["reached"]), said["place"]].append(rank)
-        told = [
+            places[tuple(status["reached"]), status["place"]].append(rank)
+        lines = [
             f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} at {place}"
             for (_, place), ranks in sorted(places.items())
         ]
-        return f"no progress for {self.timeout:g} s (train.timeout), the least advanced first: {'; '.join(told)}"
+        return (
+            f"no progress for {self.timeout:g} s (train.timeout), the least advanced first: "
+            f"{'; '.join(lines)}"
+        )
 
-    def _kept(self) -> str:
+    def _resume_hint(self) -> str:
         return "finished checkpoints are kept: --resume"

@@ -1,4 +1,7 @@
-"""Joined rows are the rows they came from: what each token is, what it sees, and what it predicts."""
+"""Joined rows are the rows they came from.
+
+What each token is, what it sees, and what it predicts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def row(
 
 
 def rows_in(joined: Example) -> list[Row]:
-    """The rows that a joined one stands for: each token that no other continues, with all that it sees."""
+    """The rows that a joined one stands for.
+
+    Each token that no other continues, with all that it sees.
+    """
     length = len(joined.input_ids)
     ends = np.full(length, length) if joined.ends is None else joined.ends
     positions = np.arange(length) if joined.positions is None else joined.positions

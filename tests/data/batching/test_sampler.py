@@ -1,4 +1,7 @@
-"""Batches of an epoch: every unit once over all ranks, shares that hold, little padding, all a function of the seed."""
+"""Batches of an epoch.
+
+Every unit once over all ranks, shares that hold, little padding, all a function of the seed.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +93,16 @@ def test_every_unit_comes_once_over_all_ranks(
     )
     assert steps_of(found) == whole
     for other in range(1, 4):
-        taken = [sorted(unit for number in range(len(found.shares(step, other))) for rank in range(other)
-                        for row in found.rows(step, number, rank, other) for unit in row) for step in range(len(found))]  # fmt: skip
+        taken = [
+            sorted(
+                unit
+                for number in range(len(found.shares(step, other)))
+                for rank in range(other)
+                for row in found.rows(step, number, rank, other)
+                for unit in row
+            )
+            for step in range(len(found))
+        ]
         assert taken == [sorted(step) for step in whole]
 
 
@@ -173,7 +184,7 @@ def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
     assert abs(float(np.corrcoef(means[:-1], means[1:])[0, 1])) < 0.15
 
 
-# --- mixtures --------------------------------------------------------------------------------------------------------
+# --- mixtures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,10 @@ def test_ratios_hold_within_an_epoch_too() -> None:
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 5))
 @settings(max_examples=150, deadline=None)
 def test_shares_are_even(costs: list[int], ranks: int) -> None:
-    """Within the dearest row of each other where every share has as many rows, and never worse than one over the other."""
+    """No share has more rows than its part, or costs more than sorted rows dealt in turn.
+
+    A difference of the dearest row is allowed.
+    """
     rows, values = np.arange(len(costs)), np.array(costs, dtype=np.float64)
     shares = even_shares(rows, values, ranks)
     assert sorted(row for share in shares for row in share.tolist()) == list(range(len(costs)))

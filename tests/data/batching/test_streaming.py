@@ -1,4 +1,4 @@
-"""Streams: ratios to the row, batches that are a function of their number, bounded reading, bad rows by policy."""
+"""Streams: ratios to the row, batches by their number, bounded reading, bad rows by policy."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def test_ratios_hold_to_the_row(files: list[Path]) -> None:
     drawn = [number for number, _ in islice(mixed(made.readers, made.sources, 5), 400)]
     for end in range(4, 401):
         assert abs(drawn[:end].count(0) - 0.75 * end) < 1
-    rows = Counter(row.id for _, row in islice(mixed(made.readers, made.sources, 5), 400))  # type: ignore[union-attr]
+    rows = Counter(
+        row.id  # type: ignore[union-attr]
+        for _, row in islice(mixed(made.readers, made.sources, 5), 400)
+    )
     assert set(rows.values()) == {10}
 
 

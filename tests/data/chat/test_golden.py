@@ -1,4 +1,7 @@
-"""Golden ids and masks of one fixed conversation for every chat format; REGENERATE_GOLDEN=1 writes them anew."""
+"""Golden ids and masks of one fixed conversation for every chat format.
+
+REGENERATE_GOLDEN=1 writes them anew.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Prompt sets: every task has them in two languages, they fill in whatever a row holds, and the phrasing is drawn stably."""
+"""Prompt sets: every task has them in two languages, and they fill in whatever a row holds.
+
+The phrasing is drawn stably.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,8 @@ def test_a_translation_is_asked_for_with_all_that_the_row_tells(
 def test_a_set_without_a_phrasing_for_a_row_says_which_field_the_row_lacks(tmp_path: Path) -> None:
     path = tmp_path / "set.yaml"
     path.write_text(
-        "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: '{translation}'\n"
+        "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: "
+        "'{translation}'\n"
     )
     found = load_instructions(str(path), "translate")
     with pytest.raises(DataError, match="no prompt of the set does without source_language, text"):

@@ -1,4 +1,7 @@
-"""Chat formats: equal to the tokenizer's own chat template, masks by construction, malformed formats refused."""
+"""Chat formats.
+
+Equal to the tokenizer's own chat template, masks by construction, malformed formats refused.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +61,18 @@ def expected_ids(
 
 
 def kinds_of(name: str) -> list[Kind]:
-    # The GPT-2 split of "\n\n" depends on the letter after it, and T5's takes a line's end for a space before the next
-    # segment; the tokenizers of the models these formats are for do neither.
+    # The GPT-2 split of "\n\n" depends on the letter after it, and T5's takes a line's end for a
+    # space before the next segment; the tokenizers of the models these formats are for do neither.
     if name == "llama3":
         return ["bytes", "llama3"]
     return [kind for kind in KINDS if kind != "t5" or name in ("flan", "vicuna")]
 
 
 def assert_same_ids(example: Example, expected: list[int]) -> None:
-    """The input and the label at its end are what the chat template gives, up to what follows the last trained token."""
+    """The input and the label at its end are what the chat template gives.
+
+    This holds up to what follows the last trained token.
+    """
     own = [*example.input_ids.tolist(), int(example.labels[-1])]
     assert own == expected[: len(own)]
     assert (
@@ -134,7 +140,9 @@ def test_answers_and_their_end_are_trained_and_nothing_else(name: str) -> None:
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_image_slots_stand_where_the_message_has_the_image(name: str, layout: str) -> None:
     messages = (Message("user", ("before ", IMAGE, " after")), Message("assistant", ("answer",)))
-    (example,) = processor(name, "bytes", layout).examples(Conversation("i", messages))  # type: ignore[arg-type]
+    (example,) = processor(name, "bytes", layout).examples(
+        Conversation("i", messages)  # type: ignore[arg-type]
+    )
     slots = example.image_mask.nonzero()[0]
     assert example.media == (IMAGE,)
     assert len(slots) == 3 and slots[-1] - slots[0] == 2
@@ -174,7 +182,8 @@ def test_unknown_roles_and_missing_system_turns_are_data_errors(tmp_path: Path) 
         load_template("chatml").segments(Conversation("t", (Message("tool", ("x",)),)))
     path = tmp_path / "plain.yaml"
     path.write_text(
-        "name: plain\nlayouts: [causal]\nuser: [{content: prompt}]\nassistant: [{content: trained}, {control: eos, trained: true}]\n"
+        "name: plain\nlayouts: [causal]\nuser: [{content: prompt}]\nassistant: "
+        "[{content: trained}, {control: eos, trained: true}]\n"
     )
     with pytest.raises(DataError, match="no system turn"):
         load_template(str(path)).segments(Conversation("s", turns("q", "a", system="x")))

@@ -69,7 +69,10 @@ def harmless(conversation: Conversation) -> Conversation:
 
 
 def controls(example: Example, tokens: Any) -> list[list[int]]:
-    """The control ids of the input and of the labels, in order; an unknown character's id is no control."""
+    """The control ids of the input and of the labels, in order.
+
+    An unknown character's id is no control.
+    """
     special = {token for token in tokens.all_special_ids if token != tokens.unk_token_id}
     special |= {
         token
@@ -161,7 +164,10 @@ def test_seq2seq_puts_all_before_an_answer_in_the_encoder() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoders_answer_is_the_same_with_and_without_the_formats_space(kind: Kind) -> None:
-    """T5-like tokenizers begin a string with a space; the format's own must not come on top of it, nor be lost."""
+    """T5-like tokenizers begin a string with a space.
+
+    The format's own must not come on top of it, nor be lost.
+    """
     made = processor("flan", kind, "seq2seq")
     tokens = made.tokenizer
     labels = made.examples(Conversation("a", turns("What color is it?", "red")))[0].labels.tolist()

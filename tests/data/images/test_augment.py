@@ -1,4 +1,7 @@
-"""Augmentation is a function of its key, keeps shape and type, and each change does what its name says."""
+"""Augmentation is a function of its key and keeps shape and type.
+
+Each change does what its name says.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,11 @@ def test_no_global_generator_is_read_or_moved() -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index,union-attr]
+        states = (
+            torch.get_rng_state(),
+            np.random.get_state()[1].copy(),  # type: ignore[index,union-attr]
+            random.getstate(),
+        )
         found.append([augment_pixels(pixels, augment, (0, 0, sample)) for sample in range(40)])
         assert torch.equal(states[0], torch.get_rng_state())
         assert np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[index]

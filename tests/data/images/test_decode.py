@@ -1,4 +1,7 @@
-"""Images: each mode and rotation as documented, anything else a `DataError`, and bombs refused from their header."""
+"""Images: each mode and rotation as documented, anything else a `DataError`.
+
+Bombs are refused from their header.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +203,7 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- preprocessing ---------------------------------------------------------------------------------------------------
+# --- preprocessing -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -232,7 +235,7 @@ def test_the_pixel_cache_stops_at_its_size_and_gives_the_same_pixels() -> None:
     assert len(cache._kept) == 2 and cache(media[0]) is cache(media[0])
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
+# --- tiles -------------------------------------------------------------------------------------
 
 NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """LLaVA-NeXT's grids, (columns, rows)."""

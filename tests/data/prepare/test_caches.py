@@ -1,4 +1,7 @@
-"""What caches hold is checked whenever it is opened: damage is noticed and made anew, never used, and never a traceback."""
+"""What caches hold is checked whenever it is opened.
+
+Damage is noticed and made anew, never used, and never a traceback.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Inspection finds cut files; look-alikes are re-encoded, resized and brightened copies, and nothing else."""
+"""Inspection finds cut files.
+
+Look-alikes are re-encoded, resized and brightened copies, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +174,8 @@ def by_hand(hashes: np.ndarray, thumbnails: np.ndarray, distance: int) -> list[i
 @settings(max_examples=60, deadline=None)
 def test_bands_find_what_comparing_all_with_all_finds(seed: int, distance: int, count: int) -> None:
     random = np.random.default_rng(seed)
-    # Few origins, each with some bits turned: distances on both sides of the limit, wherever the bits lie.
+    # Few origins, each with some bits turned: distances on both sides of the limit, wherever the
+    # bits lie.
     origins = random.integers(0, 2**64, 4, dtype=np.uint64)
     hashes = origins[random.integers(0, 4, count)]
     for place in range(count):

@@ -1,4 +1,7 @@
-"""Fingerprints of what is read: the same for the same rows wherever they lie, and what differs is named."""
+"""Fingerprints of what is read.
+
+The same for the same rows wherever they lie, and what differs is named.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From rows to prepared examples on disk: what is left out is counted, what is kept is what was read, once."""
+"""From rows to prepared examples on disk.
+
+What is left out is counted, what is kept is what was read, once.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,7 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
     assert {example.media for example in examples_of(prepared)} == {tuple(prepared.media)}
 
 
-# --- what is left out ------------------------------------------------------------------------------------------------
+# --- what is left out --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
@@ -247,7 +250,7 @@ def test_questions_are_trimmed_and_answers_and_images_never(
     assert "word word" in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
 
 
-# --- held out --------------------------------------------------------------------------------------------------------
+# --- held out ----------------------------------------------------------------------------------
 
 
 def colored(number: int) -> Media:
@@ -301,7 +304,7 @@ def test_a_stratified_split_holds_its_shares_in_every_category(tmp_path: Path) -
     assert (found.count("rare"), found.count("common")) == (4, 36)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache ---------------------------------------------------------------------------------
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -488,7 +491,7 @@ def section_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> DataSe
 def test_an_image_that_was_mended_is_looked_at_again(
     policy: Any, damage: str, tmp_path: Path
 ) -> None:
-    """Neither chunks of a preparation that failed nor a finished one hold on to what was wrong with a file."""
+    """Chunks of a failed preparation keep no file's fault, and neither does a finished one."""
     made = processor("chatml", "bytes", "causal")
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), (200, 10, 10)).save(image)

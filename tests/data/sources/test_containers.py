@@ -1,4 +1,4 @@
-"""Containers: every file format gives the same rows, chunk by chunk, and what is damaged is named."""
+"""Containers: every file format gives the same rows, chunk by chunk; damage is named."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_chunks_number_all_rows_in_order(
     assert sum(chunk.rows for chunk in chunks) == 23
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON --------------------------------------------------------------------------------------
 
 JUNK = st.sampled_from(
     [
@@ -253,7 +253,7 @@ def test_one_bad_element_of_a_list_is_one_row(tmp_path: Path, png: bytes) -> Non
     ) and "a row is a JSON object, this is int" in str(found[2])
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ---------------------------------------------------------------------------------------
 
 
 def test_fault_09_bad_records_of_a_table_are_named(tmp_path: Path, png: bytes) -> None:
@@ -322,7 +322,7 @@ def test_a_table_is_cut_between_records_only(
         )
 
 
-# --- columns ---------------------------------------------------------------------------------------------------------
+# --- columns -----------------------------------------------------------------------------------
 
 
 def test_a_long_row_group_is_cut_and_every_part_is_read_alone(
@@ -394,7 +394,7 @@ def test_fault_09_whatever_bytes_are_damaged_rows_or_the_file_are_named(
         assert all(isinstance(row, Conversation) or str(row).startswith(str(path)) for row in found)
 
 
-# --- data sets -------------------------------------------------------------------------------------------------------
+# --- data sets ---------------------------------------------------------------------------------
 
 
 def saved(folder: Path, png: bytes, *, kind: str) -> DatasetSource:
@@ -497,7 +497,7 @@ def test_a_data_set_that_is_not_there_says_so(tmp_path: Path, png: bytes) -> Non
         open_source(DatasetSource(kind="dataset", name=str(tmp_path / "empty")), seed=0)
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
+# --- shards ------------------------------------------------------------------------------------
 
 
 def web(path: Path | str, **options: Any) -> WebDatasetSource:

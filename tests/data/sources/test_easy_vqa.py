@@ -31,7 +31,10 @@ def test_train_validation_and_test_share_no_image_and_lose_no_row() -> None:
     )
     for split, rows in splits.items():
         assert len({row.id for row in rows}) == len(rows)
-        assert all(row.media[0].source.is_file() for row in rows[:: len(rows) // 20])  # type: ignore[union-attr]
+        assert all(
+            row.media[0].source.is_file()  # type: ignore[union-attr]
+            for row in rows[:: len(rows) // 20]
+        )
         assert [row.row for row in rows] == list(range(1, len(rows) + 1)) and {
             row.source for row in rows
         } == {f"easy_vqa/{split}"}

@@ -1,4 +1,7 @@
-"""Worked examples before a question: the same wherever a row is read, never with its own image, never trained on."""
+"""Worked examples before a question.
+
+The same wherever a row is read, never with its own image, never trained on.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_remembered_folders_do_not_let_a_path_out_and_are_bounded(
         assert len(images._folders) <= 10
 
 
-# --- videos ----------------------------------------------------------------------------------------------------------
+# --- videos ------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 500), st.integers(1, 40))

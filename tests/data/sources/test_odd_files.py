@@ -1,4 +1,4 @@
-"""Files that are packed, wrapped, damaged or oddly named are read, or named in one short message."""
+"""Packed, wrapped, damaged or oddly named files are read, or named in one short message."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-# --- packed and wrapped ----------------------------------------------------------------------------------------------
+# --- packed and wrapped ------------------------------------------------------------------------
 
 ROWS = [{**VQA, "id": f"q{number}", "question": f"what is {number}, é?"} for number in range(4500)]
 
@@ -175,7 +175,7 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
             decode_image(data[:end])
 
 
-# --- images in rows --------------------------------------------------------------------------------------------------
+# --- images in rows ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_an_odd_content_is_named_in_few_words(folder: Path, content: Any, messag
     assert isinstance(found, DataError) and message in found.message and len(found.message) < 300
 
 
-# --- text that is none -----------------------------------------------------------------------------------------------
+# --- text that is none -------------------------------------------------------------------------
 
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -353,7 +353,7 @@ def test_class_folders_and_members_of_shards_with_odd_names(folder: Path) -> Non
     assert row.id == "s:x\\udcff:1"
 
 
-# --- cells of tables -------------------------------------------------------------------------------------------------
+# --- cells of tables ---------------------------------------------------------------------------
 
 
 def odd_table(path: Path) -> Path:
@@ -444,7 +444,7 @@ def test_a_damaged_row_group_counts_as_all_of_its_rows(
         prepare(recipe.data, recipe.data.train, processor, seed=0)
 
 
-# --- what a terminal acts on -----------------------------------------------------------------------------------------
+# --- what a terminal acts on -------------------------------------------------------------------
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202eback\r"
 

@@ -53,7 +53,8 @@ def test_chunks_read_in_another_process_are_what_reading_all_gives(
         "import pickle, sys, pathlib\n"
         "reader, chunks = pickle.loads(pathlib.Path('work.pkl').read_bytes())\n"
         "found = [list(reader.conversations(chunk)) for chunk in chunks]\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'av'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'av'} & "
+        "set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "pathlib.Path('found.pkl').write_bytes(pickle.dumps(found))\n"
     )

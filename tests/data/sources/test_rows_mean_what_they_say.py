@@ -1,4 +1,7 @@
-"""No row is read as something else: marks, tool calls, choices, missing values and fields that carry meaning."""
+"""No row is read as something else.
+
+Marks, tool calls, choices, missing values and fields that carry meaning.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def as_trained(prepared: Prepared, processor: Any) -> list[tuple[str, str]]:
     return out
 
 
-# --- marks -----------------------------------------------------------------------------------------------------------
+# --- marks -------------------------------------------------------------------------------------
 
 D1 = {
     "messages": [
@@ -141,7 +144,10 @@ def test_marks_and_images_that_differ_in_number_are_an_error_naming_both(
             "images": images,
         },
     ):
-        number = f"{len(images)} image{'' if len(images) == 1 else 's'} and 2 <image> marks or parts in the questions"
+        number = (
+            f"{len(images)} image{'' if len(images) == 1 else 's'} and 2 <image> marks or "
+            "parts in the questions"
+        )
         found = only(folder, row)
         assert (
             isinstance(found, DataError) and found.kind == "image_count" and number in found.message
@@ -224,7 +230,7 @@ def test_numbered_parts_are_checked(folder: Path) -> None:
     )
 
 
-# --- what nothing here renders ---------------------------------------------------------------------------------------
+# --- what nothing here renders -----------------------------------------------------------------
 
 CALL = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
 TURNS = [
@@ -324,7 +330,7 @@ def test_loss_of_a_turn_is_read_as_train_is(folder: Path) -> None:
     )
 
 
-# --- choices ---------------------------------------------------------------------------------------------------------
+# --- choices -----------------------------------------------------------------------------------
 
 MOON = {
     "image": "0.png",
@@ -444,7 +450,7 @@ def test_choices_as_tables_on_the_hub_keep_them(folder: Path) -> None:
     )
 
 
-# --- fields that carry meaning ---------------------------------------------------------------------------------------
+# --- fields that carry meaning -----------------------------------------------------------------
 
 TASK_ROWS = {
     "vqa": {"image": "0.png", "question": "q?", "answer": "a"},
@@ -520,7 +526,7 @@ def test_empty_is_no_reason_to_refuse_a_row(folder: Path) -> None:
     assert is_empty({"bytes": None, "path": None}) and not is_empty(0) and not is_empty("0")
 
 
-# --- missing values --------------------------------------------------------------------------------------------------
+# --- missing values ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -544,7 +550,8 @@ def test_no_answer_is_never_taught(folder: Path, value: str) -> None:
     (found,) = read(file_source(path, form="vqa"))
     assert isinstance(found, DataError) and "`answer`" in found.message
     path.write_text(
-        f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": {value}}}]}}\n'
+        f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", '
+        f'"content": {value}}}]}}\n'
     )
     (found,) = read(file_source(path, form="messages"))
     assert isinstance(found, DataError) and found.kind in ("field", "empty_answer")
@@ -624,7 +631,8 @@ def test_a_check_names_the_rows_and_a_run_does_not_train_on_them(
     text = tiny_recipe("causal")
     head, _, rest = text.partition("data:\n")
     recipe = parsed(
-        f"{head}data:\n  train: [{{kind: file, path: {path}, form: vqa}}]\n  on_bad_row: skip\n{rest[rest.index('  template:') :]}"
+        f"{head}data:\n  train: [{{kind: file, path: {path}, form: vqa}}]\n  on_bad_row: "
+        f"skip\n{rest[rest.index('  template:') :]}"
     )
     report = vlm_tune.check(recipe)
     assert [

@@ -1,4 +1,7 @@
-"""Forms: one sample written in each is one conversation, each is told from its keys, and bad rows are named."""
+"""Forms: one sample written in each is one conversation.
+
+Each is told from its keys, and bad rows are named.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def pair(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"user": question, "assistant": answer, "source": "somewhere", **more}
 
 
-# One sample: a system text, a question with two images, an answer that says <image>, and a second question.
+# One sample: a system text, a question with two images, an answer that says <image>, and a second
+# question.
 QUESTION, ANSWER = "<image>\nthen <image>\nWhat differs?", "Nothing, <image> is a word here."
 MARKED = [said("human", QUESTION), said("gpt", ANSWER), said("human", "Sure?"), said("gpt", "Yes.")]
 THEN = [{"type": "text", "text": "then "}, {"type": "text", "text": "What differs?"}]
@@ -171,7 +175,7 @@ def test_a_sample_is_the_same_conversation_in_every_form(folder: Path, name: str
 
 
 def renames(form: str, row: dict[str, Any]) -> dict[str, str]:
-    """What a recipe must tell of a row whose turns are under the other form's name, if it gives the form."""
+    """The renames that a recipe with `form` needs for a row with the other form's key."""
     own = "messages" if form == "messages" else "conversations"
     other = "conversations" if own == "messages" else "messages"
     return {own: other} if form in ("messages", "sharegpt") and own not in row else {}
@@ -518,7 +522,7 @@ def test_an_id_names_its_row_and_a_category_is_kept(folder: Path) -> None:
     assert {row.category for row in found} == {"color"}
 
 
-# --- detection -------------------------------------------------------------------------------------------------------
+# --- detection ---------------------------------------------------------------------------------
 
 
 def test_every_form_has_its_needs_written_down() -> None:
@@ -622,7 +626,7 @@ def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> N
     assert (found.messages[0].text, found.messages[1].text) == ("what?", "red")
 
 
-# --- whatever a row holds --------------------------------------------------------------------------------------------
+# --- whatever a row holds ----------------------------------------------------------------------
 
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(b"x").decode()
 WORDS = st.sampled_from(

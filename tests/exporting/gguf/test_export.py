@@ -20,7 +20,8 @@ from vlm_tune.exporting.gguf.writer import read_fields, read_tensors
 from vlm_tune.model.checkpoint import load_model
 
 LLAMA3 = (
-    "rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, "
+    "rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, "
+    "low_freq_factor: 1.0, high_freq_factor: 4.0, "
     "original_max_position_embeddings: 32}"
 )
 DECODERS = {
@@ -68,7 +69,8 @@ def test_every_decoder_gives_the_same_logits(
     assert name == {"tied llama 3": "llama", "mistral": "llama", "gemma 3": "gemma3"}.get(
         decoder, decoder
     )
-    # What is read back here is what transformers' reader leaves out, or takes from its own defaults.
+    # What is read back here is what transformers' reader leaves out, or takes from its own
+    # defaults.
     assert fields[f"{name}.context_length"] == (128 if decoder == "mistral" else 256)
     names = {tensor.name for tensor in GGUFReader(tmp_path / "gguf" / "model-f32.gguf").tensors}
     assert ("output.weight" in names) == ("tie" not in DECODERS[decoder][1])
@@ -139,7 +141,10 @@ def test_queries_and_keys_are_in_llama_cpp_order(
 
 
 def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    """Ids of texts no probe has; rows of the embedding that no token has are marked unused; ends stop llama.cpp."""
+    """Ids of texts no probe has; rows of the embedding that no token has are marked unused.
+
+    Ends stop llama.cpp.
+    """
     text = llava_text(tiny_recipe)
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
     run, _ = saved_model(with_llm(text, llm, "causal"), tmp_path / "saved")

@@ -1,4 +1,7 @@
-"""GGUF files of language models whose tokenizer is SentencePiece's: Llama 2, Vicuna, Mistral, Gemma's."""
+"""GGUF files of language models whose tokenizer is SentencePiece's.
+
+Llama 2, Vicuna, Mistral, Gemma's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ SENTENCES = (
     "for place in range(10):    print(place,        end='')",
     "Wie heißt die Straße? Größer als 12.345 Äpfel, für 3,50 €.",
     "日本語のテスト と 日本語の文章",
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen",
 )
 TEXTS = (
     *SENTENCES,
@@ -74,7 +78,10 @@ def train_pieces(folder: Path, **options: Any) -> Path:
 
 
 def save_base(folder: Path, kind: str) -> Path:
-    """A tiny Llama, Mistral or Gemma 3 with a tokenizer of that kind: Llama's as a tokenizer.model alone."""
+    """A tiny Llama, Mistral or Gemma 3 with a tokenizer of that kind.
+
+    Llama's as a tokenizer.model alone.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     gemma = {
@@ -204,7 +211,7 @@ def test_scores_and_types_are_those_of_the_sentencepiece_model(
 def test_a_saved_tokenizer_is_the_one_of_training(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    """transformers' Llama class makes another of what it wrote, without the `legacy` that Mistral's has."""
+    """transformers' Llama class makes another one of it, without the `legacy` of Mistral's."""
     base = save_base(tmp_path / "base", "llama legacy")
     run, recipe = saved_model(vicuna_text(tiny_recipe, base), tmp_path / "saved")
     trained, saved = (

@@ -1,4 +1,4 @@
-"""Which kernels compute, how that is asked for and told, and that no other user's compiled code is run."""
+"""The choice of kernels, and that no other user's compiled code is run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.load.cache_clear()
 
 
-# --- the choice ------------------------------------------------------------------------------------------------------
+# --- the choice --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["sft", "eval", "chat", "merge", "verify-run", "plan", "check"])
@@ -147,7 +147,8 @@ def test_a_compiler_that_fails_is_one_line_and_plain_torch(
 ) -> None:
     broken = tmp_path / "broken-c++"
     broken.write_text(
-        "#!/bin/sh\necho 'In file included from here:' >&2\necho 'gated.cpp:3:1: error: no such thing' >&2\nexit 1\n"
+        "#!/bin/sh\necho 'In file included from here:' >&2\necho 'gated.cpp:3:1: error: "
+        "no such thing' >&2\nexit 1\n"
     )
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
@@ -157,8 +158,8 @@ def test_a_compiler_that_fails_is_one_line_and_plain_torch(
         assert native.library(native.KERNELS) is None and native.library(native.KERNELS) is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert (
-        line
-        == "the kernels can't be compiled or loaded: gated.cpp:3:1: error: no such thing; the run goes on without"
+        line == "the kernels can't be compiled or loaded: gated.cpp:3:1: error: no such thing; "
+        "the run goes on without"
     )
     assert (
         native.kernel_status().mode == "reference"
@@ -169,7 +170,7 @@ def test_a_compiler_that_fails_is_one_line_and_plain_torch(
         native.library(native.KERNELS)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="needs a C++ compiler")
 

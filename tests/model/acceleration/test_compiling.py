@@ -1,4 +1,7 @@
-"""Compiled blocks compute what the written ones compute, for every shape by one graph, and only while training."""
+"""Compiled blocks compute what the written ones compute.
+
+They do for every shape by one graph, and only while training.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def ready(text: str) -> Any:
 def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
     kind: str, backend: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T5 is traced and differentiated as for the compiler, but not compiled: its five graphs would take minutes."""
+    """T5 is traced and differentiated as for the compiler, but not compiled.
+
+    Its five graphs would take minutes.
+    """
     monkeypatch.setattr(
         torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
     )

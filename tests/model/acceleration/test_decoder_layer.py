@@ -1,4 +1,7 @@
-"""Decoder layers by one kernel against transformers' and PEFT's own in double precision, and where they go back to those."""
+"""Decoder layers by one kernel against transformers' and PEFT's own in double precision.
+
+Also where they go back to those.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def decoder(
     ranks: dict[str, int] | None = None,
     **settings: Any,
 ) -> Any:
-    """A decoder of two layers with LoRA on all that is linear or some of it, and weights that say something."""
+    """A decoder of two layers with LoRA on some or all linear layers, and telling weights."""
     torch.manual_seed(rank)
     sizes = {
         "hidden_size": 128,

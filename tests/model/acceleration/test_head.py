@@ -1,4 +1,7 @@
-"""The kernel of the loss under a frozen head against the formula in double precision, and language models with it and without."""
+"""The kernel of the loss under a frozen head against the formula in double precision.
+
+Also language models with it and without.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ BF16 = 2**-8
 def given(
     positions: int, width: int, vocabulary: int, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a weight whose logits are about as large as `scale`, and targets, some of them nearly sure."""
+    """Hidden states, a weight with logits about as large as `scale`, and targets.
+
+    Some targets are nearly sure.
+    """
     torch.manual_seed(positions + width)
     hidden = torch.randn(positions, width).bfloat16()
     weight = (torch.randn(vocabulary, width) * scale / width**0.5).bfloat16()
@@ -42,7 +48,10 @@ def given(
 
 
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and gradients by position, in double precision and without cancelling where the target is sure."""
+    """Losses and gradients by position, in double precision.
+
+    Without cancelling where the target is sure.
+    """
     logits = hidden.double() @ weight.double().t()
     said = one_hot(targets, len(weight)).bool()
     others = logits.masked_fill(said, -torch.inf).logsumexp(1)
@@ -94,7 +103,10 @@ def test_losses_and_gradients_are_those_of_the_formula(
 @needs_kernel
 @pytest.mark.parametrize("rising", [True, False])
 def test_logits_of_any_size_and_order_neither_overflow_nor_vanish(rising: bool) -> None:
-    """Logits up to 3e4 and down to -3e4 that rise or fall along the vocabulary, so that what is summed already must be scaled."""
+    """Logits up to 3e4 and down to -3e4 that rise or fall along the vocabulary.
+
+    What is summed already must then be rescaled.
+    """
     width, vocabulary, positions = 64, 1700, 40
     weight = torch.zeros(vocabulary, width)
     weight[:, 0] = torch.linspace(-1, 1, vocabulary) * (1 if rising else -1)

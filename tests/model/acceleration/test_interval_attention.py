@@ -1,4 +1,7 @@
-"""Attention by intervals: as near to the truth as plain products, for every shape, and taken where it computes the same."""
+"""Attention by intervals.
+
+As near to the truth as plain products, for every shape, and taken where it computes the same.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,10 @@ def test_nothing_of_queries_times_keys_is_kept_for_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("branches", [4, 70])
 def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int) -> None:
-    """Four tokens after each branch, of which half go on from the third on, against one attention over all keys with a mask."""
+    """Four tokens after each branch, against one attention over all keys with a mask.
+
+    Half of the branches are kept from the third token on.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -261,7 +267,8 @@ def test_training_attends_by_it(
     monkeypatch.setattr(interval_attention, "attend", seen)
     text = tiny_recipe("causal", precision="bf16").replace("hidden_size: 32", WIDE)
     sft(parsed(text, train__gradient_checkpointing=True))
-    # Two layers, four steps, in the forward pass and again in the backward pass of checkpointed blocks.
+    # Two layers, four steps, in the forward pass and again in the backward pass of checkpointed
+    # blocks.
     assert len(taken) == 2 * 4 * 2
     assert (tmp_path / "run" / "report.html").is_file()
     taken.clear()

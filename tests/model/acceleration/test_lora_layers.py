@@ -1,4 +1,7 @@
-"""The fused LoRA layers compute what PEFT's compute, save what PEFT's save, and step aside where they would not."""
+"""The fused LoRA layers compute what PEFT's compute and save what PEFT's save.
+
+They step aside where they would not.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ def assert_near(
     assert max(errors.values()) <= tolerance, max(errors.items(), key=lambda item: item[1])
 
 
-# --- one layer -------------------------------------------------------------------------------------------------------
+# --- one layer ---------------------------------------------------------------------------------
 
 
 class Reader(nn.Module):
@@ -102,7 +105,10 @@ def reader(
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of x (where it wants one) and of what trains, for a loss of the output's squares."""
+    """The output, and the gradients of x (where it wants one) and of what trains.
+
+    The loss is the sum of the output's squares.
+    """
     model.zero_grad(set_to_none=True)
     if x.requires_grad:
         x = x.detach().clone().requires_grad_()
@@ -134,7 +140,8 @@ def test_layers_and_merged_projections_equal_peft(
     shape: list[int],
     needs: bool,
 ) -> None:
-    # In double precision, for a gradient of few numbers may be what two large ones leave of each other.
+    # In double precision, for a gradient of few numbers may be what two large ones leave of each
+    # other.
     options: dict[str, Any] = {"bias": bias, "r": rank, "lora_alpha": 5, "rank_pattern": ranks}
     x = (
         torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
@@ -154,7 +161,10 @@ def test_layers_and_merged_projections_equal_peft(
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None:
-    """Frozen weights in bf16, factors in fp32, computed under autocast: both are compared with the same in fp32."""
+    """Frozen weights in bf16, factors in fp32, computed under autocast.
+
+    Both are compared with the same in fp32.
+    """
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     models = [
         reader(48, (48, 16, 16), r=4, lora_alpha=8, custom=custom)
@@ -231,7 +241,10 @@ def test_trained_weights_and_switched_off_or_merged_adapters_take_pefts_path() -
 
 @torch.no_grad()
 def test_merged_projections_follow_their_weights() -> None:
-    """Weights that are loaded into stay merged; a model that is cast or moved goes on with the weights it then has."""
+    """Weights that are loaded into stay merged.
+
+    A model that is cast or moved goes on with the weights it then has.
+    """
     x = torch.randn(5, 8)
     model, other = reader(8, (8, 4, 4), r=2), reader(8, (8, 4, 4), r=2)
     fuse(model)
@@ -257,7 +270,10 @@ def test_siblings_called_with_other_inputs_are_given_their_own() -> None:
 
 
 def test_the_compiled_pass_is_the_same() -> None:
-    """Traced as one graph and run without a compiler: what is traced differs from the eager pass where projections are merged."""
+    """Traced as one graph and run without a compiler.
+
+    What is traced differs from the eager pass where projections are merged.
+    """
     x = torch.randn(3, 5, 8).requires_grad_()
     for merged in (False, True):
         model = reader(8, (8, 4, 4), bias=True, r=2)
@@ -271,7 +287,7 @@ def test_the_compiled_pass_is_the_same() -> None:
         assert_near(found, wanted, 1e-5)
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------
+# --- whole models ------------------------------------------------------------------------------
 
 
 TUNES = {

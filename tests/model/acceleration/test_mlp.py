@@ -1,4 +1,7 @@
-"""The kernel of gated feed-forward parts against the formula in double precision, and modules that run by it against transformers' own."""
+"""The kernel of gated feed-forward parts against the formula in double precision.
+
+Also modules that run by it against transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +192,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def mlp(change: Callable[[Any], None] = lambda module: None, rank: int = 4) -> tuple[Any, Any]:
-    """A Llama's feed-forward module with LoRA that runs by the operator, and the same with PEFT's layers."""
+    """A Llama's feed-forward module with LoRA by the operator, and the same with PEFT's layers."""
     plain = decoder(LlamaConfig, intermediate_size=96)
     if rank:
         found: Any = inject_adapter_in_model(

@@ -1,4 +1,7 @@
-"""The attention kernel with rotary embedding inside, on a merged buffer of queries, keys and values, against fp32 by torch."""
+"""The attention kernel with rotary embedding inside, against fp32 by torch.
+
+It works on a merged buffer of queries, keys and values.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def reference(
 
 
 def strides(by_head: list[Tensor], by_token: list[Tensor]) -> Any:
-    """Of tensors [B, L, heads, D], as the kernel takes them: by row, head and token, and by row, token and head."""
+    """Strides of tensors [B, L, heads, D]: by row, head and token, and by row, token and head."""
     found = [each.stride(place) for each in by_head for place in (0, 2, 1)] + [
         each.stride(place) for each in by_token for place in range(3)
     ]

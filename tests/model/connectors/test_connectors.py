@@ -1,4 +1,7 @@
-"""Connectors of every kind inside a model: slots, saving, batches without media, cached features, and what text they read."""
+"""Connectors of every kind inside a model.
+
+Slots, saving, batches without media, cached features, and what text they read.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ def test_a_saved_model_is_the_same(kind: str, llm: str, tiny_recipe: Tiny, tmp_p
     [
         "{kind: timm, name: resnet10t, image_size: 32, grid: 2}",
         "{kind: pair, towers: [{kind: timm, name: resnet10t, image_size: 32, grid: 2}, "
-        "{kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 48}, class_token: false}]}",
+        "{kind: open_clip, config: {layers: 1, width: 64, head_width: 32, patch_size: "
+        "16, image_size: 48}, class_token: false}]}",
     ],
 )
 @torch.no_grad()
@@ -187,7 +191,10 @@ def test_a_step_on_cached_features_is_the_same(
 def test_a_batch_generates_as_its_rows_do_one_by_one(
     kind: str, llm: str, tiny_recipe: Tiny
 ) -> None:
-    """Rows with one image, two and none, padded on the left for a decoder; greedy and with beams."""
+    """Rows with one image, two and none, padded on the left for a decoder.
+
+    Greedy and with beams.
+    """
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe)).eval()
     rows = rows_of(recipe)
@@ -216,7 +223,7 @@ def test_a_batch_generates_as_its_rows_do_one_by_one(
 def test_a_lora_run_in_bf16_trains_saves_and_answers(
     kind: str, llm: str, tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
-    """Frozen weights in bf16 beside a connector in fp32, cached features in bf16, and then everything in bf16."""
+    """Frozen bf16 weights beside an fp32 connector, cached bf16 features, then all in bf16."""
     text = with_tune(with_connector(tiny_recipe(llm, precision="bf16"), kind))
     events: list[dict[str, Any]] = []
     recipe = parsed(text, train__steps=2, train__log_every=1)
@@ -235,7 +242,7 @@ def test_a_lora_run_in_bf16_trains_saves_and_answers(
     assert isinstance(again.chat("nothing to see?", max_new_tokens=3), str)
 
 
-# --- text-conditioned ones -------------------------------------------------------------------------------------------
+# --- text-conditioned ones ---------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -322,7 +329,7 @@ def test_a_long_instruction_is_read_from_its_end(tiny_recipe: Tiny) -> None:
     assert largest(found[0], found[2]) > 1e-5
 
 
-# --- in a recipe -----------------------------------------------------------------------------------------------------
+# --- in a recipe -------------------------------------------------------------------------------
 
 
 def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_recipe: Tiny) -> None:
@@ -350,7 +357,7 @@ def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_re
             parsed(text.replace(right, wrong))
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- what does not fit -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every connector with both kinds of LLM learns eight questions about images, as a run from a recipe."""
+"""Every connector with both kinds of LLM learns eight questions about images in a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vlm_tune.api import sft
 def test_eight_image_questions_are_learnt_word_for_word(
     kind: str, llm: str, tiny_recipe: Tiny, color_rows: Path
 ) -> None:
-    """Greedy answers, all right; the same question of four images has four answers, so they must be looked at."""
+    """Greedy answers, all right.
+
+    The same question of four images has four answers, so they must be looked at.
+    """
     recipe = parsed(
         with_connector(tiny_recipe(llm), kind),
         data__validation=[],

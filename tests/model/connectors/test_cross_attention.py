@@ -1,4 +1,7 @@
-"""Gated cross-attention inside the LLM: what it starts as, which image a token sees, and that every way of running agrees."""
+"""Gated cross-attention inside the LLM.
+
+What it starts as, which image a token sees, and that every way of running agrees.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def examples_of(model: VisionLanguageModel, recipe: Any) -> list[Example]:
 @both_llms
 @torch.no_grad()
 def test_it_starts_as_the_text_model(llm: str, tiny_recipe: Tiny) -> None:
-    """Of the image only the marker is there, and a text without images is as if there were no blocks."""
+    """Of the image only the marker is there; a text without images is as without the blocks."""
     model, recipe = model_of(llm, tiny_recipe, open_gates=False)
     batch = batch_of(model, examples_of(model, recipe))
     embeds = model.embed(batch)

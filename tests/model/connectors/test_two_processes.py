@@ -1,4 +1,7 @@
-"""Connectors that read text or look from inside the LLM train on two processes as on one, also where a rank has no image."""
+"""Connectors that read text or look from inside the LLM train on two processes as on one.
+
+Also where a rank has no image.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ def test_two_ranks_train_as_one(
     first, second = tensors_of(one / "model"), tensors_of(tmp_path / "two" / "model")
     assert first.keys() == second.keys()
     assert any(name.startswith("connector") for name in first)
-    # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but rounding.
+    # Adam makes steps of the learning rate's size (3e-3) out of gradients that are nothing but
+    # rounding.
     differences = sorted(
         ((largest(value, second[name]), name) for name, value in first.items()), reverse=True
     )

@@ -1,4 +1,7 @@
-"""Virtual tokens: soft prompts and prefixes compute what PEFT computes, in single, batched, branched and packed rows."""
+"""Virtual tokens.
+
+Soft prompts and prefixes compute what PEFT computes, in single, batched, branched and packed rows.
+"""
 
 from __future__ import annotations
 
@@ -91,8 +94,8 @@ def text_batch(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> B
 def greedy(plain: Any, ids: torch.Tensor, kind: str, steps: int) -> torch.Tensor:
     """What a PEFT model writes, a whole forward pass a token.
 
-    Not PEFT's own `generate`: up to 0.21.2 it looks for the cache by the name that transformers gave up in 5.24, finds none,
-    and puts a decoder's virtual tokens before every new token.
+    Not PEFT's own `generate`: up to 0.21.2 it looks for the cache by the name that transformers
+    gave up in 5.24, finds none, and puts a decoder's virtual tokens before every new token.
     """
     out = torch.zeros(len(ids), 1, dtype=torch.int64) if kind == "seq2seq" else ids
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Recipes that start from an existing vision-language model, through the commands and the folders they write."""
+"""Recipes that start from a vision-language model, by commands and the folders they write."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def instructblip(tiny_recipe: Tiny, tmp_path: Path) -> str:
 def test_a_llava_is_trained_merged_and_exported_by_the_command_line(
     llava: str, tmp_path: Path
 ) -> None:
-    """All that is written is a LLaVA again, with the trained model's logits; the merged folder needs no original."""
+    """All that is written is a LLaVA again, with the trained model's logits.
+
+    The merged folder needs no original.
+    """
     from transformers import LlavaForConditionalGeneration
 
     (tmp_path / "recipe.yaml").write_text(llava)
@@ -141,7 +144,10 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
 def test_quantised_loading_and_the_plan(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """The LLM inside is packed, nothing else; the plan has the same parameters and reads no weights."""
+    """The LLM inside is packed, nothing else.
+
+    The plan has the same parameters and reads no weights.
+    """
     text = request.getfixturevalue(kind).replace("model: {", "model: {llm: {quantize: nf4}, ")
     recipe = parsed(text)
     model = built(recipe)
@@ -175,7 +181,10 @@ def test_what_the_recipe_says_of_tower_and_llm_is_used(llava: str) -> None:
 
 
 def test_a_projector_beside_a_plain_language_model(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    """The LLaVA repository's pretrained projectors: one file, the CLIP and the LLM by their own names."""
+    """The LLaVA repository's pretrained projectors.
+
+    One file, the CLIP and the LLM by their own names.
+    """
     from safetensors.torch import save_file
 
     text = tiny_recipe("causal")

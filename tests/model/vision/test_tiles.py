@@ -1,4 +1,7 @@
-"""Tiles through the whole model: in prompts, in the loss, in cached features, and in a saved model's answers."""
+"""Tiles through the whole model.
+
+In prompts, in the loss, in cached features, and in a saved model's answers.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,12 @@ from vlm_tune.model.build import build
 from vlm_tune.model.vision.feature_cache import tower_features
 
 LLMS = {
-    "seq2seq": "{model_type: t5, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2}}",
-    "causal": "{model_type: llama, config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
+    "seq2seq": (
+        "{model_type: t5, config: {d_model: 32, d_kv: 16, d_ff: 64, num_layers: 1, "
+        "num_decoder_layers: 1, num_heads: 2}}"
+    ),
+    "causal": "{model_type: llama, config: {hidden_size: 32, intermediate_size: 64, "
+    "num_hidden_layers: 1, "
     "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 256}}",
 }
 TOKENS = 4

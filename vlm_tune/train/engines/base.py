@@ -1,4 +1,7 @@
-"""Training in one process, or in several by DDP: each holds the whole model. The other engines build on it."""
+"""Training in one process, or in several with DDP, where each holds the whole model.
+
+The other engines derive from it.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,36 @@ from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, whole_tensor
 
 WRAPS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-"""Under these accelerate wraps the model itself, in ways that change what is computed: weights cast, steps in `backward`."""
+"""Environment variables under which accelerate itself wraps the model.
+
+That changes what is computed: weights are cast, and `backward` takes steps.
+"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state beside its step."""
+"""Keys of AdamW's state besides its step."""
 State = dict[str, torch.Tensor]
-"""An optimizer's tensors on the CPU, each parameter's whole, as `<parameter>|<key>`."""
+"""The optimizer's tensors on the CPU, unsharded, as `<parameter>|<key>`."""
 
 
 class Engine:
-    """One process, or several that hold the whole model and average gradients (DDP), by accelerate."""
+    """One process, or several that average gradients (DDP), by accelerate.
+
+    Each holds the whole model.
+    """
 
     skips = True
-    """Whether a step whose gradient is not finite can be left out."""
+    """Whether a step with a non-finite gradient can be skipped."""
     collects = False
-    """Whether all ranks must take part where what a checkpoint holds is collected."""
+    """Whether all ranks must take part in collecting a checkpoint's content."""
     sharded = False
-    """Whether a rank holds only its share of the weights, so that all must run the same modules in the same order."""
+    """Whether a rank holds only a shard of the weights.
+
+    Then all ranks must run the same modules in the same order.
+    """
     compiles = True
-    """Whether the language model's blocks may be compiled: not where weights or gradients are handled from hooks within them."""
+    """Whether the language model's blocks may be compiled.
+
+    Not where hooks within them handle weights or gradients.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -48,7 +63,7 @@ class Engine:
         self.optimizer: Any = None
 
     def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
-        """Takes a model to train; from now on `self.model` is what the objective calls."""
+        """Takes over a model for training; afterwards the objective must call `self.model`."""
         self.inner = model
         self.names = tuned.names
         self.rates = [group["lr"] for group in tuned.groups]
@@ -67,7 +82,10 @@ class Engine:
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Around a forward and backward pass; gradients are exchanged with the last of a step."""
+        """The context of a forward and backward pass.
+
+        Gradients are exchanged in the `last` one of a step.
+        """
         alone = last or self.accelerator.num_processes == 1
         with (
             self.accelerator.autocast(),
@@ -76,34 +94,35 @@ class Engine:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of a rank's share of the loss."""
+        """Adds the gradient of this rank's part of the loss."""
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def clip(self, factor: float) -> float | None:
-        """Makes a step ready, at `factor` times the full learning rates: the gradient's norm, which is clipped.
+        """Sets the learning rates to `factor` times their full values and clips the gradient.
 
-        None where the engine clips as it steps.
+        Returns the gradient's norm before clipping, None where the engine clips within `step`.
         """
         self._set_rates(factor)
         self.accelerator.unscale_gradients()
         parameters = self._parameters()
-        found = torch.nn.utils.get_total_norm(
+        total = torch.nn.utils.get_total_norm(
             [each.grad for each in parameters if each.grad is not None]
         )
-        norm = float(found)
-        # A gradient that is short enough need not be gone through once more.
+        norm = float(total)
+        # Saves a pass over gradients that need no clipping. NaN must take the branch.
         if not norm <= self.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, found)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total)
         return norm
 
     def step(self) -> None:
-        """Takes the step."""
+        """Takes the optimizer step."""
         self.optimizer.step()
         self.skip()
 
     def skip(self) -> None:
-        """Leaves the step out."""
-        # DDP's gradients lie in what it sends: let go of, they would be made beside it in the next step.
+        """Drops the gradients without a step."""
+        # DDP's gradients are views of its buckets: set to None, they would be allocated again
+        # beside these.
         self.optimizer.zero_grad(set_to_none=not isinstance(self.model, DistributedDataParallel))
 
     def _set_rates(self, factor: float) -> None:
@@ -114,65 +133,70 @@ class Engine:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What trains, by name, in the optimizer's order."""
-        held = dict(named_parameters(self.inner))
+        """Yields the trained parameters with their names, in the optimizer's order."""
+        parameters = dict(named_parameters(self.inner))
         for group in self.names:
             for name in group:
-                yield name, held[name]
+                yield name, parameters[name]
 
     def optimizer_state(self) -> State:
-        """The optimizer's state, whole whatever the engine shards; every rank must ask, the first one gets it."""
+        """The optimizer's state, unsharded, on rank 0; empty on other ranks.
+
+        Every rank must call it.
+        """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         state: State = {}
         for name, parameter in self._named():
             for key, value in inner.state.get(parameter, {}).items():
-                held = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                found = whole_tensor(held) if is_sharded(held) else held
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                whole = whole_tensor(tensor) if is_sharded(tensor) else tensor
                 if self.accelerator.is_main_process:
-                    state[f"{name}|{key}"] = found
+                    state[f"{name}|{key}"] = whole
         return state
 
     def load_optimizer_state(self, state: State) -> None:
-        """Puts a state of `optimizer_state` in place, of whatever engine and number of ranks."""
+        """Loads a state of `optimizer_state`, from any engine and number of ranks."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        kept = by_parameter(state)
+        saved = by_parameter(state)
         for name, parameter in self._named():
-            if name in kept:
+            if name in saved:
                 inner.state[parameter] = {
-                    key: self._share(parameter, key, value) for key, value in kept[name].items()
+                    key: self._share(parameter, key, value) for key, value in saved[name].items()
                 }
 
     def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
         if key == "step":
             return value
-        # In the parameter's own memory format (channels last): the fused step walks both as they lie in memory.
+        # In the parameter's memory format (channels last): the fused step walks both in memory
+        # order.
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Around calls of the model's parts one by one, as generation does."""
+        """The context of calls of the model's parts one by one, as in generation."""
         yield
 
     def release(self) -> None:
-        """Lets go of the model."""
+        """Releases the model and the optimizer."""
         self.optimizer.zero_grad(set_to_none=True)
-        # Takes off the autocast that accelerate wrapped around `forward`: the next stage may train in another precision.
+        # Removes the autocast that accelerate wrapped around `forward`: the next stage may train in
+        # another precision.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         self.model = self.inner = self.optimizer = None
 
 
 def by_parameter(state: State) -> dict[str, State]:
-    """A state's tensors by parameter and key."""
-    found: dict[str, State] = {}
+    """Groups a state's tensors by parameter, then by key."""
+    grouped: dict[str, State] = {}
     for name, value in state.items():
         parameter, _, key = name.rpartition("|")
-        found.setdefault(parameter, {})[key] = value
-    return found
+        grouped.setdefault(parameter, {})[key] = value
+    return grouped
 
 
 def named_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter by the name that optimizer states and the tuning table know it by."""
+    """Yields every parameter with the name that optimizer states and the tuning table use."""
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters():
             yield f"{part}.{name}", parameter
@@ -181,7 +205,10 @@ def named_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Par
 
 
 def fill(parameter: nn.Parameter, device: torch.device) -> None:
-    """Gives a parameter the first rank's value on every rank; those that hold none yet take memory for it now."""
+    """Moves a parameter to the device and gives it rank 0's value.
+
+    Ranks that have it on the meta device allocate it first.
+    """
     if parameter.is_meta:
         empty = torch.empty_like(parameter, device=device, memory_format=torch.contiguous_format)
         torch.utils.swap_tensors(
@@ -193,30 +220,33 @@ def fill(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """As `fill`, for the buffers of a model."""
+    """Moves a model's buffers to the device and gives them rank 0's values, as `fill`."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            held = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-            dist.broadcast(held, 0)
-            module._buffers[name] = held
+            filled = (
+                torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            )
+            dist.broadcast(filled, 0)
+            module._buffers[name] = filled
 
 
 class Filled(nn.Module):
-    """A model whose parameters are filled one at a time, as they are asked for."""
+    """A model whose parameters are filled one at a time, while `parameters` is iterated."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.held = [model]
+        # In a list, so that it is not registered as a submodule.
+        self.wrapped = [model]
         self.device = device
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        for parameter in self.held[0].parameters():
+        for parameter in self.wrapped[0].parameters():
             fill(parameter, self.device)
             yield parameter
 
 
 def shards(section: AnyEngine) -> bool:
-    """Whether an engine's processes hold only shares of the weights."""
+    """Whether an engine's processes hold only shards of the weights."""
     return isinstance(section, FsdpEngine) or (
         isinstance(section, DeepSpeedEngine) and section.stage == 3
     )

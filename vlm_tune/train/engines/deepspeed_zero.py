@@ -30,9 +30,11 @@ from vlm_tune.train.engines.base import (
 
 
 class DeepSpeed(Engine):
-    """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and weights (3) in shares, and on the CPU if asked.
+    """DeepSpeed's ZeRO: shards optimizer states (stage 1), gradients (2) and weights (3).
 
-    Gradients are its own until the step is taken, and added to if it is not: a run stops at one that is not finite.
+    They are offloaded to the CPU if the section says so. DeepSpeed owns the gradients until a step
+    is taken and adds to them if it is not. So no step can be skipped: a run ends at the first that
+    is not finite.
     """
 
     skips = False
@@ -45,7 +47,7 @@ class DeepSpeed(Engine):
         self.collects = section.stage > 0
 
     def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
-        # It says on the standard output what it builds, where a command's result belongs.
+        # DeepSpeed prints what it builds to stdout, which is for a command's result.
         with contextlib.redirect_stdout(sys.stderr):
             self._prepare(model, tuned, train)
 
@@ -64,10 +66,11 @@ class DeepSpeed(Engine):
             deepspeed.zero.Init(
                 module=Filled(model, self.accelerator.device), config_dict_or_path=config
             )
-            # It is gathered as it runs, equally often on every rank.
+            # The head is gathered when it runs, so it must run equally often on every rank.
             model.llm.whole_head = True
         for parameter in model.parameters():
-            # It sends the bytes as they lie in memory, which a channels-last weight's are not in order.
+            # DeepSpeed sends bytes in memory order, which is another order for channels-last
+            # weights.
             parameter.data = parameter.data.contiguous()
         self.model, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw(tuned.groups, train), config=config
@@ -78,9 +81,10 @@ class DeepSpeed(Engine):
             fuse(model)
 
     def _config(self, train: TrainSection, trained: int) -> dict[str, Any]:
-        """DeepSpeed's configuration for so many numbers to train; the recipe's own keys win."""
+        """DeepSpeed's configuration for `trained` trained values; the recipe's keys override it."""
         section = self.section
-        # By default it takes two gigabytes to exchange gradients in, however few there are; this is enough for any link.
+        # By default DeepSpeed allocates two gigabytes of communication buckets, however few values
+        # there are; this size is enough for any link.
         zero: dict[str, Any] = {
             "stage": section.stage,
             "reduce_bucket_size": min(trained, BUCKET // 4),
@@ -94,10 +98,10 @@ class DeepSpeed(Engine):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": train.max_grad_norm or 0.0,
             "zero_optimization": zero | section.config.get("zero_optimization", {}),
-            # Our AdamW stays: it needs no compiler, and its state is the one of every other engine.
+            # Our AdamW stays: it needs no compiler, and its state is that of the other engines.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            # Weights are in their types already; nothing is sent in fewer digits than it has.
+            # Weights have their dtypes already, and nothing may be sent in lower precision.
             "torch_autocast": {
                 "enabled": train.precision != "fp32",
                 "dtype": "bfloat16",
@@ -122,7 +126,10 @@ class DeepSpeed(Engine):
         self.model.step()
 
     def _start_state(self) -> None:
-        """Gives the optimizer its state before the first step: DeepSpeed ties parameters to what the first group's step made."""
+        """Creates the optimizer's state before the first step.
+
+        DeepSpeed links parameters to the state that the first group's step created.
+        """
         flat = (
             self.optimizer.fp32_partitioned_groups_flat
             if self.sharded
@@ -159,18 +166,19 @@ class DeepSpeed(Engine):
             return
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        kept = by_parameter(state)
-        for held in self.optimizer.optimizer.state.values():
-            held["step"].copy_(next(iter(kept.values()))["step"])
+        saved = by_parameter(state)
+        for entry in self.optimizer.optimizer.state.values():
+            entry["step"].copy_(next(iter(saved.values()))["step"])
         if not self.sharded:
             self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._named():
             for key in MOMENTS:
-                value = kept[name][key].float()
+                value = saved[name][key].float()
                 if not self.sharded:
                     safe_set_full_optimizer_state(parameter, value, key)
                     continue
-                # The last rank's share is padded, which setting the whole value does not allow for.
+                # The last rank's shard is padded, which DeepSpeed's function to set a full value
+                # does not handle.
                 size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
                 padded = nn.functional.pad(
                     value.flatten(), (0, size * self.accelerator.num_processes - value.numel())

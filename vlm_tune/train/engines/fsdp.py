@@ -1,4 +1,4 @@
-"""torch's fully sharded data parallel, FSDP2."""
+"""torch's fully sharded data parallel (FSDP2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlm_tune.train.engines.base import Engine, fill, fill_buffers, named_parame
 
 
 class Fsdp(Engine):
-    """torch's fully sharded data parallel (FSDP2): weights, gradients and optimizer states in shares, block by block."""
+    """FSDP2: weights, gradients and optimizer states are sharded block by block."""
 
     collects = sharded = True
     compiles = False
@@ -53,15 +53,17 @@ class Fsdp(Engine):
                 if not hasattr(parameter, "device_mesh"):
                     fill(parameter, device)
             fully_shard(block, **options)
-        held = dict(named_parameters(model))
+        parameters = dict(named_parameters(model))
         for group, names in zip(tuned.groups, tuned.names, strict=True):
-            # In the groups themselves: whoever kept the parameters that were there would keep them whole.
-            group["params"] = [held[name] for name in names]
+            # Replaced in the groups: references to the parameters from before would keep them
+            # unsharded.
+            group["params"] = [parameters[name] for name in names]
         self.model, self.optimizer = model, self._adamw(tuned.groups, train)
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        # Gradients are exchanged with every micro-batch: kept whole until the last they would be as large as the model.
+        # Gradients are exchanged in every micro-batch: unsharded until the last one, they would be
+        # as large as the model.
         with self.accelerator.autocast():
             yield
 
@@ -78,15 +80,16 @@ class Fsdp(Engine):
 
         if key == "step":
             return value
-        held: Any = parameter
-        device = held.to_local().device
+        sharded: Any = parameter
+        device = sharded.to_local().device
         return distribute_tensor(
-            value.to(device), held.device_mesh, held.placements, src_data_rank=None
+            value.to(device), sharded.device_mesh, sharded.placements, src_data_rank=None
         )
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        # Blocks gather their own weights when they run; what lies between them is gathered by the whole model's forward.
+        # Blocks gather their weights when they run; weights outside of blocks are gathered only by
+        # the whole model's forward.
         self.model.unshard()
         try:
             yield
@@ -100,11 +103,11 @@ class Fsdp(Engine):
 
 def _blocks(model: VisionLanguageNetwork) -> list[nn.Module]:
     """The blocks of the language model and the tower."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for part in ("tower", "llm"):
         module = parts(model)[part]
         try:
-            found += [module.get_submodule(name) for name in block_names(module)]
-        except ModelError:  # a small one without blocks is a share of the whole
+            blocks += [module.get_submodule(name) for name in block_names(module)]
+        except ModelError:  # a small part without blocks is sharded with the whole model
             continue
-    return found
+    return blocks

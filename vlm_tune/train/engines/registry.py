@@ -1,4 +1,4 @@
-"""The engines by their kind in a recipe, and which one a launch asks for."""
+"""The engines by their kind in a recipe, and the choice between recipe and accelerate config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vlm_tune.train.engines.fsdp import Fsdp
 
 
 def resolve_engine(section: AnyEngine) -> AnyEngine:
-    """The engine to train with: the recipe's, or where it leaves the choice that of an accelerate config, or DDP.
+    """The engine to train with: the recipe's, else that of an accelerate config, else DDP.
 
-    Takes what the config says out of the environment, so that accelerate itself joins the processes and does no more.
-    Raises `RecipeError` if recipe and config name different ones.
+    Removes the config's engine from the environment, so that accelerate only joins the processes.
+    Raises `RecipeError` if recipe and config name different engines.
     """
     named = _configured()
     for name in WRAPS:
@@ -30,7 +30,8 @@ def resolve_engine(section: AnyEngine) -> AnyEngine:
             [
                 Problem(
                     "engine",
-                    f"the recipe says {section.kind} and the accelerate config {named.kind}; drop one of them",
+                    f"the recipe says {section.kind} and the accelerate config {named.kind}; "
+                    "drop one of them",
                 )
             ]
         )
@@ -38,7 +39,7 @@ def resolve_engine(section: AnyEngine) -> AnyEngine:
 
 
 def _configured() -> AnyEngine | None:
-    """The engine of `accelerate launch`'s config; None where it names none."""
+    """The engine in the config of `accelerate launch`; None where it names none."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return FsdpEngine(
             kind="fsdp", offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
@@ -58,23 +59,23 @@ def _configured() -> AnyEngine | None:
         for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
     }
     offload = [what for what, place in places.items() if place.get("device") == "cpu"]
-    found = {
+    section = {
         "kind": "deepspeed",
         "stage": zero.pop("stage", 2),
         "offload": offload,
         "config": {"zero_optimization": zero},
     }
-    return DeepSpeedEngine.model_validate(found)
+    return DeepSpeedEngine.model_validate(section)
 
 
 def build_engine(section: AnyEngine, accelerator: Accelerator) -> Engine:
-    """The engine of a section that `resolve_engine` gave."""
+    """The engine for a section that `resolve_engine` returned."""
     if isinstance(section, AutoEngine | DdpEngine):
         return Engine(accelerator)
     if not dist.is_initialized():
         from torch._C._distributed_c10d import HashStore
 
-        # A process alone: the engines want a group all the same.
+        # A single process: the engines need a process group all the same.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return (
