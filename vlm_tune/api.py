@@ -25,8 +25,8 @@ from vlm_tune.exporting.merge import MergeReport
 from vlm_tune.exporting.merge import merge as merge_folder
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
 from vlm_tune.precision import dtype_of

@@ -14,8 +14,8 @@ from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores, join_scores, normalise
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vision.feature_cache import tower_features
 
 
 @pytest.mark.parametrize(

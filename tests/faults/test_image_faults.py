@@ -25,7 +25,7 @@ from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
-from vlm_tune.model.vision.feature_cache import tower_features
+from vlm_tune.model.feature_cache import tower_features
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

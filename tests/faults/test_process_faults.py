@@ -24,7 +24,7 @@ from tests.helpers.tiny_models import LORA_TUNE, assert_close, assert_same_bits,
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
 from vlm_tune.model.checkpoint import is_whole
-from vlm_tune.model.vision.feature_cache import FeatureStore
+from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.train import trackers, trainer, watchdog
 from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
 from vlm_tune.train.step_trace import read_trace

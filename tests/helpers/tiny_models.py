@@ -39,9 +39,9 @@ from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.tuning import Tuned, apply_rules
-from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.precision import DTYPES
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress

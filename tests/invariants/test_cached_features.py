@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import (
     with_tower,
 )
 from vlm_tune.api import sft
-from vlm_tune.model.vision.feature_cache import tower_features
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.resources import cache_folder, trim_cache
 
 

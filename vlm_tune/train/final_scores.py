@@ -16,8 +16,8 @@ from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.model.checkpoint import save_model
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vision.feature_cache import tower_features
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.run_folder import check_present
 from vlm_tune.train.resuming import read_json

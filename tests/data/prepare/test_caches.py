@@ -22,7 +22,7 @@ from vlm_tune.data.prepare.worker import ShardMaker
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import RecipeError
 from vlm_tune.files import file_checksum, is_intact, write_checksums
-from vlm_tune.model.vision.feature_cache import tower_features
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.resources import cache_folder
 
 

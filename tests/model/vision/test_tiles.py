@@ -20,7 +20,7 @@ from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
-from vlm_tune.model.vision.feature_cache import tower_features
+from vlm_tune.model.feature_cache import tower_features
 
 LLMS = {
     "seq2seq": (
