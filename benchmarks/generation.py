@@ -169,7 +169,10 @@ class Answering:
         found = json.loads(ended.out.strip().splitlines()[-1])
         rate = len(found["texts"]) / found["seconds"]
         print(
-            f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, {found['seconds']:6.1f} s, loaded in {found['load_s']:.1f} s",
+            (
+                f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, "
+                f"{found['seconds']:6.1f} s, loaded in {found['load_s']:.1f} s"
+            ),
             flush=True,
         )
         return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, **found}

@@ -149,7 +149,8 @@ def main() -> None:
     low = sum(asked.rank * (widths[read] + widths[written]) for read, written in BLOCK.values())
     useful = asked.tokens * (4 * frozen + 6 * low)
     print(
-        f"{asked.tokens} tokens, widths {widths}, r={asked.rank}, bf16; GEMM {rate / 1e12:.2f} TFLOP/s, {torch.get_num_threads()} threads"
+        f"{asked.tokens} tokens, widths {widths}, r={asked.rank}, bf16; GEMM {rate / 1e12:.2f} "
+        f"TFLOP/s, {torch.get_num_threads()} threads"
     )
     print(f"{'':8} {'ms':>8} {'x PEFT':>8} {'of GEMM':>8}")
     for kind in kinds:

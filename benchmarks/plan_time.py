@@ -115,7 +115,8 @@ def main() -> None:
         }
         said = ", ".join(f"{each:.1f}" for each in seconds)
         print(
-            f"{recipe:30} {found[recipe]['median']:5.1f} s (bar {BAR:.0f}): {said}; needs {own[0]['needed'] / 1e9:.2f} GB"
+            f"{recipe:30} {found[recipe]['median']:5.1f} s (bar {BAR:.0f}): {said}; needs "
+            f"{own[0]['needed'] / 1e9:.2f} GB"
         )
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))

@@ -243,7 +243,8 @@ class Bench:
             len(answers) == len(self.answers) and within(self.answers, answers)
         ):
             raise SystemExit(
-                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of the data, e.g. {answers[:3]}"
+                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of "
+                f"the data, e.g. {answers[:3]}"
             )
 
     def work(self, kind: str) -> ours.Work:
@@ -338,6 +339,7 @@ def line(run: Run) -> str:
     if run.failed:
         return f"{run.name:14} {settings:86} failed: {run.failed}"
     return (
-        f"{run.name:14} {settings:86} {run.questions_per_s:7.2f} {run.tokens_per_s:7.0f} {run.supervised_per_s:6.0f} {run.mfu:6.1%} "
-        f"{run.padding:6.1%} {run.stall:6.2%} {run.spread:6.1%} {run.peak_memory_mb:6} {run.seconds_total:5.0f}"
+        f"{run.name:14} {settings:86} {run.questions_per_s:7.2f} {run.tokens_per_s:7.0f} "
+        f"{run.supervised_per_s:6.0f} {run.mfu:6.1%} {run.padding:6.1%} {run.stall:6.2%} "
+        f"{run.spread:6.1%} {run.peak_memory_mb:6} {run.seconds_total:5.0f}"
     )

@@ -192,7 +192,8 @@ def shown(points: Sequence[Point]) -> dict[str, float]:
     for point in points:
         rate = point.operations / point.seconds / 1e12
         print(
-            f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} {point.operations / 1e9:9.1f} {rate:8.3f}"
+            f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} "
+            f"{point.operations / 1e9:9.1f} {rate:8.3f}"
         )
     print(f"time ~ x^{found['time']:.2f} (last two points {ends['time_at_the_end']:.2f}), ", end="")
     print(f"useful work ~ x^{found['work']:.2f} ({ends['work_at_the_end']:.2f})", flush=True)

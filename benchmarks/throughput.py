@@ -281,7 +281,8 @@ class Comparison:
     def table(self) -> None:
         """Prints medians of all that was measured in turns."""
         print(
-            f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image tokens\n{HEADER}"
+            f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image "
+            f"tokens\n{HEADER}"
         )
         fields = (
             "questions_per_s",
@@ -306,12 +307,14 @@ class Comparison:
                 print(line(found))
         for name, (run, ratio) in self.levels.items():
             print(
-                f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its"
+                f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, "
+                f"{ratio:.2f} of its"
             )
         for run in self.epochs:
             before = f", {run.preparing_s:.0f} s of them for features" if run.preparing_s else ""
             print(
-                f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} {run.seconds_total:.0f} s{before}"
+                f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} "
+                f"{run.seconds_total:.0f} s{before}"
             )
 
     # --- how long ----------------------------------------------------------------------------------------------------
@@ -468,7 +471,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if not (asked.decoder / "config.json").is_file():
         parser.error(
-            f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with --decoder"
+            f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with "
+            "--decoder"
         )
     if asked.cpu_time and not asked.sweep_only:
         parser.error("--cpu-time is for --sweep-only: what is compared is the clock's time")
@@ -505,7 +509,10 @@ def main() -> None:
     comparison = Comparison(asked, bench, known)
     sweep, rounds = comparison.expected()
     print(
-        f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: {sweep / 60:.0f} min for the sweep",
+        (
+            f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: "
+            f"{sweep / 60:.0f} min for the sweep"
+        ),
         end="",
     )
     print(

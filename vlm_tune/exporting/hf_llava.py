@@ -189,7 +189,8 @@ def _check_pixels(images: Any, model: VisionLanguageModel, row: Conversation) ->
         ][0]
         if own.shape != found.shape or float((own - found).abs().max()) > PIXEL:
             raise ModelError(
-                f"the exported image processor gives other pixels for {media.name} than the model was trained with; nothing was written"
+                f"the exported image processor gives other pixels for {media.name} than the model "
+                "was trained with; nothing was written"
             )
 
 

@@ -45,7 +45,8 @@ def check_target(config: VisionLanguageConfig, text: Any) -> None:
     reasons = llava_reasons(config, text)
     if reasons:
         raise ModelError(
-            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder"
+            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` "
+            "writes a self-contained folder"
         )
 
 
@@ -68,7 +69,8 @@ def decoder_reasons(text: Any) -> list[str]:
     wholes: Any = AutoModelForCausalLM._model_mapping
     if type(text) not in bodies or type(text) not in wholes:
         return [
-            f"its language model is of type {name}, of which transformers has no decoder without a head"
+            f"its language model is of type {name}, of which transformers has no decoder without "
+            "a head"
         ]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(text)
@@ -78,15 +80,18 @@ def decoder_reasons(text: Any) -> list[str]:
     if llm.rule != HeadRule():
         what = "" if llm.rule is None else f" ({llm.rule})"
         reasons.append(
-            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not"
+            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA "
+            "does not"
         )
     if llm.factor != 1:
         reasons.append(
-            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not"
+            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which "
+            "LLaVA does not"
         )
     if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
         reasons.append(
-            f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them"
+            f"its language model is of type {name}, whose embeddings are not where LLaVA looks "
+            "for them"
         )
     if getattr(whole.get_output_embeddings(), "bias", None) is not None:
         reasons.append("its language model's head has a bias, LLaVA's has none")

@@ -119,7 +119,8 @@ def check_output(output: Path, path: Path) -> None:
     source = find_model(path)
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
         raise ModelError(
-            f"{output}: the output lies in the model folder that is read, {source}; choose another place"
+            f"{output}: the output lies in the model folder that is read, {source}; choose "
+            "another place"
         )
     check_writable(output, "the output folder", folder=True)
     if output.is_dir() and any(output.iterdir()):
@@ -314,16 +315,19 @@ def check_merge(report: MergeReport) -> None:
     """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
     if not report.difference_to_base > 0:  # so that it holds for a difference that is no number
         raise ModelError(
-            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)"
+            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or "
+            "one that was never applied)"
         )
     if not report.difference_to_adapter <= report.allowed:
         raise ModelError(
-            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {report.allowed:g}; "
-            "nothing was written. Try --dtype fp32, or allow it with --tolerance"
+            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more "
+            f"than {report.allowed:g}; nothing was written. Try --dtype fp32, or allow it with "
+            "--tolerance"
         )
     if not passes(report):
         raise ModelError(
-            "the merged model's greedy text differs from the adapter's; nothing was written. Try --dtype fp32, or allow it with --tolerance"
+            "the merged model's greedy text differs from the adapter's; nothing was written. Try "
+            "--dtype fp32, or allow it with --tolerance"
         )
 
 
@@ -433,21 +437,31 @@ print(vlm.chat("What does the image show?", images=["image.png"]))
 def merge_lines(report: MergeReport) -> list[str]:
     """What a merge was compared with and how far it is from that, a sentence each."""
     lines = [
-        f"logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged ({report.allowed:g} is allowed)",
-        f"logits up to {report.difference_to_base:.2g} from those of the base alone (0 would be no merge)",
-        f"greedy answers {'the same as' if report.same_text else 'other than'} with the adapter unmerged",
+        (
+            f"logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged "
+            f"({report.allowed:g} is allowed)"
+        ),
+        (
+            f"logits up to {report.difference_to_base:.2g} from those of the base alone (0 would "
+            "be no merge)"
+        ),
+        (
+            f"greedy answers {'the same as' if report.same_text else 'other than'} with the "
+            "adapter unmerged"
+        ),
     ]
     if report.why_dtype:
         lines.append(f"merged in {report.dtype} because {report.why_dtype}")
     if report.difference_to_run is not None:
         same = "the same" if report.same_text_as_run else "other"
         lines.append(
-            f"logits up to {report.difference_to_run:.2g} from those of the run as it was trained, over its {report.quantized} base "
-            f"({same} greedy answers)"
+            f"logits up to {report.difference_to_run:.2g} from those of the run as it was "
+            f"trained, over its {report.quantized} base ({same} greedy answers)"
         )
         if report.run_accuracy is not None and report.merged_accuracy is not None:
             lines.append(
-                f"exact match on {report.scored} validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
+                f"exact match on {report.scored} validation rows: {report.run_accuracy:.4f} as "
+                f"trained, {report.merged_accuracy:.4f} merged"
             )
         else:
             lines.append(f"not scored on validation rows: {report.unscored}")

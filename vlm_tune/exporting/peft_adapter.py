@@ -66,11 +66,13 @@ def export_adapter(
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(
-            f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava"
+            f"the adapter's base is no model with a name, it is in {source}: use merge, or "
+            "--format llava"
         )
     if find_vlm(config.llm.name) is not None:
         raise ModelError(
-            f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava"
+            f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use "
+            "merge, or --format llava"
         )
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
@@ -148,12 +150,14 @@ def verify_adapter(
     allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
     if not difference <= allowed:
         raise ModelError(
-            f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written"
+            "PEFT's logits with the exported adapter differ from the model's by "
+            f"{difference:.3g}; nothing was written"
         )
     base_says = ", ".join(f"{key} {quoted(value)}" for key, value in model.llm.dropped.items())
     notes = (
         [
-            f"the base's generation config changes what plain PEFT answers, and not answers here: {base_says}"
+            "the base's generation config changes what plain PEFT answers, and not answers here: "
+            f"{base_says}"
         ]
         if base_says
         else []
@@ -170,7 +174,8 @@ def _adapter_card(path: Path, config: VisionLanguageConfig, report: ExportReport
     base = f"{config.llm.name}" + (f" ({config.llm.gguf_file})" if config.llm.gguf_file else "")
     lines = ["---", "library_name: peft", f"base_model: {config.llm.name}", "---", ""]
     lines += [
-        f"The language model's LoRA adapter of a vision-language model, over {base}: {report.parameters:,} parameters."
+        f"The language model's LoRA adapter of a vision-language model, over {base}: "
+        f"{report.parameters:,} parameters."
     ]
     lines += ["Beside it: `connector.safetensors`, and what was changed of the tower."]
     return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -101,12 +101,14 @@ def check_room(parameters: int, output: Path, width: float, copies: float) -> No
     free = shutil.disk_usage(parent).free
     if disk > free:
         raise ModelError(
-            f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing was started"
+            f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing "
+            "was started"
         )
     available = available_memory()
     if memory > available:
         raise ModelError(
-            f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing was started"
+            f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing "
+            "was started"
         )
 
 
@@ -152,7 +154,8 @@ def check_prompt(source: Path) -> None:
     """Raises `ModelError` for a model with a soft prompt or prefix, which other formats have no place for."""
     if (source / PROMPT).is_dir():
         raise ModelError(
-            f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; nothing was started"
+            f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; "
+            "nothing was started"
         )
 
 
@@ -183,7 +186,8 @@ def check_answers(
     difference = float((logits - expected.logits).abs().max())
     if not difference <= tolerance:
         raise ModelError(
-            f"the exported model's logits differ from the model's by {difference:.3g}, more than {tolerance:.2g}; nothing was written"
+            f"the exported model's logits differ from the model's by {difference:.3g}, more than "
+            f"{tolerance:.2g}; nothing was written"
         )
     if texts != expected.texts:
         odd = next(
@@ -192,8 +196,8 @@ def check_answers(
             if pair[0] != pair[1]
         )
         raise ModelError(
-            f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model with {expected.texts[odd]!r}; "
-            "nothing was written"
+            f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model "
+            f"with {expected.texts[odd]!r}; nothing was written"
         )
     return difference
 
@@ -206,8 +210,9 @@ def check_ids(row: Conversation, own: Sequence[int], found: Sequence[int]) -> No
             min(len(own), len(found)),
         )
         raise ModelError(
-            f"the chat template gives other token ids for {row.id} than the model was trained with, from place {place}: "
-            f"{list(found[place : place + 4])}, expected {list(own[place : place + 4])}; nothing was written"
+            f"the chat template gives other token ids for {row.id} than the model was trained "
+            f"with, from place {place}: {list(found[place : place + 4])}, expected "
+            f"{list(own[place : place + 4])}; nothing was written"
         )
 
 

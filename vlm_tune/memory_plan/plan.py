@@ -192,7 +192,10 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
         problems.append(
             Problem(
                 "--offload",
-                f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}",
+                (
+                    f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, "
+                    f"not {setting.zero}"
+                ),
             )
         )
     if quantize and setting.zero == 3:

@@ -66,7 +66,8 @@ def zero_memory(
     """
     if (offload_optimizer and stage == 0) or (offload_parameters and stage < 3):
         raise ValueError(
-            f"ZeRO-{stage} offloads no {'optimizer' if offload_optimizer and stage == 0 else 'parameters'}"
+            f"ZeRO-{stage} offloads no "
+            f"{'optimizer' if offload_optimizer and stage == 0 else 'parameters'}"
         )
 
     def share(size: int, first: int) -> int:

@@ -188,7 +188,10 @@ def verify_gguf(
     moved = _largest(reader.logits(expected.rows, approximate), found)
     notes = [
         *notes_of(model),
-        f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}",
+        (
+            "llama.cpp computes GELU in its tanh form, which moves this model's logits by up to "
+            f"{moved:.2g}"
+        ),
     ]
     return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
 
@@ -348,13 +351,19 @@ def model_card(path: Path, model: VisionLanguageModel, files: Files, report: Exp
         f"A vision-language model for llama.cpp, written by vlm_tune {__version__}.",
         "",
         f"- `{files.language.name}`: the language model, {section.llm.name or 'from scratch'}",
-        f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the connector ({section.connector.kind})",
+        (
+            f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the "
+            f"connector ({section.connector.kind})"
+        ),
         f"- merged adapters: {', '.join(report.merged) or 'none'}",
         f"- {report.parameters:,} parameters; read back and compared: {proof}",
         *(f"- {note}" for note in report.notes),
         "",
         "```sh",
-        f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image image.png -p 'What does the image show?' --temp 0",
+        (
+            f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image "
+            "image.png -p 'What does the image show?' --temp 0"
+        ),
         "```",
     ]
     return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -46,16 +46,19 @@ def mmproj_notes(model: VisionLanguageModel) -> list[str]:
     notes = []
     if vision_weights(model.tower)[0].model_type == "clip_vision_model":
         notes.append(
-            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put a CLIP tower's class token in the "
-            "wrong place, and see images wrongly; SigLIP towers have none"
+            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
+            "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
+            "have none"
         )
     if images.resize != "pad":
         notes.append(
-            f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images"
+            "llama.cpp pads images to squares, this model was trained with resize: "
+            f"{images.resize}; give it square images"
         )
     elif tuple(int(255 * value) for value in images.mean) != PAD:
         notes.append(
-            f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own; give it square images"
+            f"llama.cpp pads images with the colour {PAD}, this model was trained with its "
+            "tower's own; give it square images"
         )
     return notes
 
@@ -74,7 +77,8 @@ def write_mmproj(path: Path, model: VisionLanguageModel, dtype: str) -> None:
     norm: Any = model.connector.norm
     if getattr(norm, "eps", vision.layer_norm_eps) != vision.layer_norm_eps:
         raise ModelError(
-            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's {vision.layer_norm_eps}"
+            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's "
+            f"{vision.layer_norm_eps}"
         )
 
     def describe(writer: GGUFWriter) -> None:

@@ -32,11 +32,13 @@ def pieces_reasons(tokenizer: Any, opens_with_text: bool) -> list[str]:
     reasons = [] if tokenizer.unk_token_id is not None else ["its tokenizer has no unknown token"]
     if opening is None:
         reasons.append(
-            "its tokenizer changes texts, or splits them, otherwise than SentencePiece with spaces as they are"
+            "its tokenizer changes texts, or splits them, otherwise than SentencePiece with "
+            "spaces as they are"
         )
     if opening == "string" and opens_with_text:
         reasons.append(
-            "its tokenizer puts a space before a string's first text alone, and its chat format begins with text"
+            "its tokenizer puts a space before a string's first text alone, and its chat format "
+            "begins with text"
         )
     if not model["vocab"].keys() >= {*BYTES}:
         reasons.append("its tokenizer has no piece for each of the 256 bytes")
@@ -53,7 +55,8 @@ def pieces_notes(described: dict[str, Any]) -> list[str]:
         and opening_of(described) == "section"
     ):
         return [
-            "llama.cpp puts a space also before a text that begins with one, right after an image or a control token"
+            "llama.cpp puts a space also before a text that begins with one, right after an image "
+            "or a control token"
         ]
     return []
 
