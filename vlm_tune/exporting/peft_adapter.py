@@ -1,4 +1,4 @@
-"""The LLM's adapter as a PEFT folder, and the proof that plain PEFT computes the same with it."""
+"""Export of the LLM's adapter to a PEFT folder, verified with plain PEFT."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ BESIDE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What goes with an adapter, where the model's folder has it."""
+"""Files and folders that are copied with an adapter, if the model's folder has them."""
 
 
 def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
-    """Why what a recipe trains will not be an adapter over a model with a name."""
+    """The reasons why a recipe's result can't be exported as an adapter over a named model."""
     rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
     of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
     reasons = [] if any(rule.how == "lora" for rule in of_llm) else ["no rule puts LoRA on the llm"]
@@ -58,7 +58,10 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
 def export_adapter(
     path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice
 ) -> ExportReport:
-    """Writes the LLM's adapter as a PEFT folder. Raises `ModelError` for a model without one, or whose base has no name."""
+    """Writes the LLM's adapter as a PEFT folder.
+
+    Raises `ModelError` for a model without an adapter, or whose base has no name.
+    """
     source = find_model(path)
     config = read_config(source, base)
     verify_folder(source)
@@ -100,14 +103,17 @@ def export_adapter(
 
 
 def _add_own_weights(folder: Path, source: Path) -> None:
-    """Adds the LLM's own trained weights to a PEFT folder, as PEFT's `modules_to_save`; a head that shares them is one too."""
-    own = read_safetensors(source / OWN)
+    """Adds the LLM's own trained weights to a PEFT folder, as PEFT's `modules_to_save`.
+
+    A head that shares them is listed too.
+    """
+    tensors = read_safetensors(source / OWN)
     config = read_json(folder / "adapter_config.json")
-    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in own})
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in tensors})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     weights = folder / "adapter_model.safetensors"
     write_safetensors(
-        read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in own.items()},
+        read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in tensors.items()},
         weights,
     )
 
@@ -116,10 +122,14 @@ def _add_own_weights(folder: Path, source: Path) -> None:
 def verify_adapter(
     folder: Path, path: Path, source: Path, base: BaseChoice
 ) -> tuple[float, float, int, list[str]]:
-    """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
+    """Compares plain PEFT over the base with the model, in fp32, on the text of probe rows.
 
-    With them notes on what answers by plain PEFT depend on beside logits. Raises `ModelError` if that is too far, or if the
-    adapter changes nothing.
+    Returns:
+        The largest difference of logits, the allowed difference, the number of rows, and notes on
+        what else the answers of plain PEFT depend on.
+
+    Raises:
+        ModelError: the logits differ by more than is allowed, or the adapter changes nothing.
     """
     from peft import PeftModel
 
@@ -134,20 +144,20 @@ def verify_adapter(
     untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
     make_room(untuned, len(model.llm.model.get_input_embeddings().weight))
     seq2seq = model.llm.layout == "seq2seq"
-    own, plain = (
+    model_logits, base_logits = (
         [_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned)
     )
     theirs = PeftModel.from_pretrained(untuned, str(folder)).eval()
-    found = [_text_logits(theirs, one, seq2seq) for one in ids]
+    peft_logits = [_text_logits(theirs, one, seq2seq) for one in ids]
     difference, change = (
-        max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
-        for other in (found, plain)
+        max(float((a - b).abs().max()) for a, b in zip(model_logits, other, strict=True))
+        for other in (peft_logits, base_logits)
     )
     if not change > 0:
         raise ModelError(
             "the adapter changes nothing: the model's logits equal its base's; nothing was written"
         )
-    allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
+    allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in model_logits))
     if not difference <= allowed:
         raise ModelError(
             "PEFT's logits with the exported adapter differ from the model's by "
@@ -166,7 +176,7 @@ def verify_adapter(
 
 
 def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
-    """fp32 logits of a text; an encoder-decoder has it as the input and as the answer."""
+    """fp32 logits of a text. An encoder-decoder gets it as the input and as the labels."""
     return module(input_ids=ids, **({"labels": ids} if seq2seq else {})).logits.float()
 
 
