@@ -42,7 +42,7 @@ PIXEL = 1e-3
 def export_llava(
     path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice
 ) -> ExportReport:
-    """Writes a `LlavaForConditionalGeneration`, its processor, a card and a report; see `export`."""
+    """Writes a `LlavaForConditionalGeneration` with processor, card and report; see `export`."""
     source = find_model(path)
     config = read_config(source, base)
     check_prompt(source)

@@ -107,11 +107,11 @@ def _read(
     largest, sampled, count = _chosen(feed)
     works = [work_of(feed.batch(start, place)) for place in sampled]
     mean = Work(
-        *(
+        *(  # type: ignore[arg-type]
             float(np.mean([getattr(work, name) for work in works]))
             for name in Work.__dataclass_fields__
         )
-    )  # type: ignore[arg-type]
+    )
     source = f"the largest of {count:,} batches of the data"
     return Reading(feed.batch(start, largest), mean, len(prepared.media), source, feed.steps(start))
 
