@@ -68,7 +68,7 @@ def overhead(
         "train.checkpoints.keep": 2,
     }
     settings = [*short(folder / "overhead"), *(f"{key}={value}" for key, value in sizes.items())]
-    # Compiling does not pay for so few steps, but a real run does it.
+    # Forced, because so few steps would not be compiled; a real run's are.
     sft(load_recipe(recipe, ["train.compile=true", *overrides, *settings]))
     seconds = [after - before for before, after in pairwise(began)]
     # Windows of steps: one from the step that ends with a save, and one as many steps later.

@@ -29,9 +29,9 @@ from vlm_tune.resources import cache_folder
 
 
 def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
-    """Trains the comparison's LLaVA-shaped model until its answers have the form of the data's.
+    """Trains the comparison's LLaVA-shaped model, so that its answers have the data's form.
 
-    Its tower is a ViT-B/32 of random weights, its decoder SmolLM2. Returns the run's folder; a
+    The tower is a ViT-B/32 with random weights, the decoder SmolLM2. Returns the run's folder; a
     finished run is reused.
     """
     images = 256

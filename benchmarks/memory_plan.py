@@ -100,7 +100,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def write_rows(folder: Path, words: int) -> Path:
-    """32 questions of about `words` words, each with an image."""
+    """Writes 32 questions of about `words` words, each with an image."""
     from PIL import Image
 
     chosen = random.Random(0)

@@ -82,7 +82,7 @@ def processor(template: str = "smollm2", tokens: int = 49) -> Any:
 
 
 def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
-    """Cold and warm preparation of `rows` rows."""
+    """Measures cold and warm preparation of `rows` rows."""
     from vlm_tune.data.prepare.run import prepare
 
     write_rows(folder / "rows.jsonl", rows)
@@ -137,7 +137,7 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
 
 
 def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
-    """Tokens per question on easy-VQA's train part, in padded batches of 8.
+    """Counts tokens per question on easy-VQA's train part, in padded batches of 8.
 
     Batches are drawn at random, and built by the plan.
     """

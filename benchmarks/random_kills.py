@@ -2,6 +2,7 @@
 
 The signal is SIGKILL. Every attempt is a fork of this process, which has loaded the libraries. So
 it starts at once, and dies like any process.
+
 Run: python -m benchmarks.random_kills [--kills 50] [--steps 400] [--seed 0]
 """
 
@@ -69,7 +70,7 @@ evaluate: {{every: {evaluate}, max_new_tokens: 4, samples: 0}}
 
 
 def write_rows(folder: Path) -> Path:
-    """Forty questions about ten noisy images."""
+    """Writes forty questions about ten noisy images."""
     drawn = np.random.default_rng(0)
     rows = []
     for number in range(10):

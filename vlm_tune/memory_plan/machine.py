@@ -66,7 +66,7 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
 
 
 def _lacks(gpu: bool) -> list[str]:
-    """Lists what would make runs faster and this machine lacks."""
+    """Lists missing hardware and software that would make runs faster."""
     if gpu:
         return []
     status = kernel_status()

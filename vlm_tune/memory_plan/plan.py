@@ -345,7 +345,7 @@ def _stage_plan(
         stage=setting.zero,
         processes=setting.processes,
         accumulating=accumulation > 1,
-        # A CPU's own memory is where offloaded parts would go.
+        # On a CPU, offloaded parts would stay in the same memory.
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )

@@ -99,7 +99,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run on each of `processes` devices.
+    """The memory, FLOPs and time of a run, per device of `processes`.
 
     `allocator` is the one that a CPU's holes are computed for. `machine` is this machine, None if
     the plan is for another.
