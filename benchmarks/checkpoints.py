@@ -1,11 +1,14 @@
-"""What checkpoints cost a run, and how long a resumed run takes to its first step, by a recipe's real model and data.
+"""Cost of checkpoints, and time of a resumed run to its first step, with a recipe's model and data.
 
-Overhead: one run whose every step takes the same rows. In turns `--apart` steps begin with a save and as many go without;
-what the first ones take longer, from step to step, is what a save costs, its writing beside the training included. The median
-over the saves is set against the seconds of `--every` steps. A save that is not written when the others begin would spoil
-them: `writer_s` must be less than `apart_s`. Start: from the process's start to the end of its first step, cold and resumed in
-turns, with the prepared rows and the tower's features cached in both.
-Run: python -m benchmarks.checkpoints [RECIPE] [--every 50] [--apart 3] [--saves 3] [--starts 3] [--set key=value ...]
+Overhead: one run whose every step takes the same rows. `--apart` steps that begin with a save
+alternate with as many without. The additional time of the former is the cost of a save, which
+includes writing it beside the training. The median over the saves is divided by the seconds of
+`--every` steps. A save that is still being written when the steps without one begin would spoil
+them, so `writer_s` must be less than `apart_s`. Start: from the process's start to the end of its
+first step, cold and resumed in turns, with prepared rows and the tower's features cached in both.
+
+Run: python -m benchmarks.checkpoints [RECIPE] [--every 50] [--apart 3] [--saves 3] [--starts 3]
+     [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from vlm_tune.config.load import load_recipe
 def overhead(
     recipe: str, overrides: list[str], folder: Path, *, every: int, apart: int, saves: int
 ) -> dict[str, Any]:
-    """Seconds of a step and of a save, and the share that a save every so many steps takes."""
+    """Seconds of a step and of a save, and the overhead of a save every `every` steps."""
     from vlm_tune.api import sft
     from vlm_tune.train.checkpoint import CheckpointWriter
     from vlm_tune.train.trainer import StageLoop
@@ -53,7 +56,11 @@ def overhead(
         write(*arguments)
         written.append(time.perf_counter() - start)
 
-    StageLoop._windows, StageLoop._step, CheckpointWriter._write = same, timed_step, timed_write  # type: ignore[method-assign]
+    StageLoop._windows, StageLoop._step, CheckpointWriter._write = (  # type: ignore[method-assign]
+        same,
+        timed_step,
+        timed_write,
+    )
     # The first saves come after the first steps, which are slower than others.
     sizes = {
         "train.steps": 2 * apart * (saves + 1) + 1,
@@ -61,10 +68,10 @@ def overhead(
         "train.checkpoints.keep": 2,
     }
     settings = [*short(folder / "overhead"), *(f"{key}={value}" for key, value in sizes.items())]
-    # So few steps would not be worth compiling; those of a real run are.
+    # Forced, because so few steps would not be compiled; a real run's are.
     sft(load_recipe(recipe, ["train.compile=true", *overrides, *settings]))
     seconds = [after - before for before, after in pairwise(began)]
-    # From the start of a step whose end is a save, and from as many steps later.
+    # Windows of steps: one from the step that ends with a save, and one as many steps later.
     firsts = range(2 * apart - 1, len(seconds) - 2 * apart + 1, 2 * apart)
     pairs = [
         (sum(seconds[first : first + apart]), sum(seconds[first + apart : first + 2 * apart]))
@@ -72,7 +79,7 @@ def overhead(
     ]
     plain = statistics.median(other for _, other in pairs) / apart
     costs = [saved - other for saved, other in pairs]
-    kept = next((folder / "overhead").glob("stages/*/checkpoints/step-*"))
+    checkpoint = next((folder / "overhead").glob("stages/*/checkpoints/step-*"))
     return {
         "step_s": round(plain, 3),
         "steps_s": [round(second, 3) for second in seconds],
@@ -80,14 +87,14 @@ def overhead(
         "writer_s": round(max(written[:-1]), 3),
         "save_costs_s": [round(cost, 3) for cost in costs],
         "checkpoint_mb": round(
-            sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) / 1e6, 1
+            sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 1e6, 1
         ),
         "overhead": round(statistics.median(costs) / (every * plain), 5),
     }
 
 
 def short(output: Path) -> list[str]:
-    """Overrides for a run of steps alone."""
+    """Overrides for a run that only trains, without validation, test and samples."""
     alone = [
         "train.epochs=null",
         "train.log_every=1",
@@ -99,7 +106,10 @@ def short(output: Path) -> list[str]:
 
 
 def first_step(recipe: str, overrides: list[str], output: Path, *options: str) -> float:
-    """Seconds from the start of a process to the end of its first step; it is then stopped, with a checkpoint."""
+    """Seconds from the start of a process to the end of its first step.
+
+    The process is then stopped, which saves a checkpoint.
+    """
     settings = [*overrides, *short(output), "train.steps=100000"]
     command = [
         sys.executable,
@@ -127,9 +137,9 @@ def first_step(recipe: str, overrides: list[str], output: Path, *options: str) -
         time.sleep(0.02)
     seconds = time.monotonic() - started
     child.send_signal(signal.SIGTERM)
-    said = child.communicate()[1]
+    errors = child.communicate()[1]
     if child.returncode != 130:
-        raise RuntimeError(said[-2000:])
+        raise RuntimeError(errors[-2000:])
     return round(seconds, 2)
 
 
@@ -144,23 +154,28 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found: dict[str, Any] = {"every": asked.every}
-        found |= overhead(
-            asked.recipe, asked.set, folder, every=asked.every, apart=asked.apart, saves=asked.saves
+        figures: dict[str, Any] = {"every": options.every}
+        figures |= overhead(
+            options.recipe,
+            options.set,
+            folder,
+            every=options.every,
+            apart=options.apart,
+            saves=options.saves,
         )
-        print(json.dumps(found), file=sys.stderr, flush=True)
-        found |= {"cold_s": [], "resumed_s": []}
-        for number in range(asked.starts):
+        print(json.dumps(figures), file=sys.stderr, flush=True)
+        figures |= {"cold_s": [], "resumed_s": []}
+        for number in range(options.starts):
             output = folder / f"start-{number}"
-            found["cold_s"].append(first_step(asked.recipe, asked.set, output))
-            found["resumed_s"].append(first_step(asked.recipe, asked.set, output, "--resume"))
-        found["resume_takes_longer_s"] = round(
-            statistics.median(found["resumed_s"]) - statistics.median(found["cold_s"]), 2
+            figures["cold_s"].append(first_step(options.recipe, options.set, output))
+            figures["resumed_s"].append(first_step(options.recipe, options.set, output, "--resume"))
+        figures["resume_takes_longer_s"] = round(
+            statistics.median(figures["resumed_s"]) - statistics.median(figures["cold_s"]), 2
         )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

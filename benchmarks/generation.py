@@ -1,9 +1,12 @@
-"""Evaluation by generation, ours against transformers' batched `generate`: python -m benchmarks.generation [--json FILE]
+"""Evaluation by generation, ours against transformers' batched `generate`.
 
-Both answer the same test questions of easy-VQA with the same merged weights, transformers those of the exported LLaVA
-folder, in processes of their own and in turns. Timed is what follows loading: decoding images, tower, prompts, generating,
-text. The tower's features are computed anew in every run. In fp32 both must give the same texts; bf16 rounds otherwise
-where rows are laid out otherwise, so there the share of equal texts is told.
+Run: python -m benchmarks.generation [--json FILE]
+
+Both answer the same test questions of easy-VQA with the same merged weights, transformers with
+those of the exported LLaVA folder. The runs are separate processes that alternate. The measured
+time follows loading: decoding images, tower, prompts, generation, text. The tower's features are
+recomputed in every run. In fp32 both must give the same texts. In bf16 another layout of rows
+rounds differently, so the share of equal texts is reported.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ from vlm_tune.resources import cache_folder
 
 
 def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
-    """A run of the comparison's LLaVA-shaped model (ViT-B/32 of random weights, SmolLM2) that gives answers of the data's form."""
+    """Trains the comparison's LLaVA-shaped model, so that its answers have the data's form.
+
+    The tower is a ViT-B/32 with random weights, the decoder SmolLM2. Returns the run's folder; a
+    finished run is reused.
+    """
     images = 256
     run = folder / f"generation-{steps}"
     if not (run / "result.json").is_file():
@@ -47,7 +54,10 @@ def trained(folder: Path, decoder: Path, steps: int, threads: int) -> Path:
 
 
 def written(run: Path, folder: Path) -> tuple[Path, Path]:
-    """The run's model merged in fp32, and that as LLaVA: both sides round the same weights."""
+    """Writes the run's model merged in fp32, and exported as LLaVA.
+
+    So both sides round the same weights.
+    """
     from vlm_tune.api import export, merge
 
     merged = folder / "merged"
@@ -58,7 +68,7 @@ def written(run: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> int:
-    """Writes the questions about the first test images as both sides take them; their number."""
+    """Writes the questions about the first test images for both sides; returns their number."""
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data.prepare.run import read_part
     from vlm_tune.model.checkpoint import load_model
@@ -86,15 +96,15 @@ def write_chats(run: Path, merged: Path, folder: Path, images: int | None) -> in
 
 
 def overrides(folder: Path) -> dict[str, Any]:
-    """What of the run's recipe is changed for the evaluation."""
+    """Overrides of the run's recipe for the evaluation."""
     return {
         "data.test": [{"kind": "file", "path": str(folder / "single.jsonl")}],
         "data.validation": [],
     }
 
 
-def answer(given: dict[str, Any]) -> dict[str, Any]:
-    """Ours, in this process."""
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates with our model in this process."""
     import torch
 
     from vlm_tune.api import evaluate_model
@@ -102,83 +112,88 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
     from vlm_tune.model.checkpoint import load_model
     from vlm_tune.precision import DTYPES
 
-    torch.set_num_threads(given["threads"])
+    torch.set_num_threads(request["threads"])
     started = time.perf_counter()
-    model = load_model(Path(given["folder"]), dtype=DTYPES[given["dtype"]])
+    model = load_model(Path(request["folder"]), dtype=DTYPES[request["dtype"]])
     settings = {
-        "evaluate.batch_size": given["batch"],
-        "evaluate.max_new_tokens": given["max_new_tokens"],
+        "evaluate.batch_size": request["batch"],
+        "evaluate.max_new_tokens": request["max_new_tokens"],
     }
-    recipe = load_recipe(given["recipe"], overrides(Path(given["rows"])) | settings)
+    recipe = load_recipe(request["recipe"], overrides(Path(request["rows"])) | settings)
     evaluate_model(model, recipe, limit=32)
     ready = time.perf_counter()
-    found = evaluate_model(model, recipe)
+    evaluation = evaluate_model(model, recipe)
     seconds = time.perf_counter() - ready
     return {
         "seconds": seconds,
-        "texts": [answer.generated.strip() for answer in found.answers],
+        "texts": [answer.generated.strip() for answer in evaluation.answers],
         "load_s": ready - started,
-        "accuracy": found.accuracy,
+        "accuracy": evaluation.accuracy,
     }
 
 
 class Answering:
-    """Runs of both sides on the same questions."""
+    """Runs both sides on the same questions."""
 
-    def __init__(self, asked: argparse.Namespace, run: Path, folder: Path) -> None:
-        self.asked = asked
+    def __init__(self, options: argparse.Namespace, run: Path, folder: Path) -> None:
+        self.options = options
         self.run = run
         self.folder = folder
         self.merged, self.llava = written(run, folder)
         self.counts = {
             images: write_chats(run, self.merged, self.rows(images), images)
-            for images in {asked.images, asked.checked}
+            for images in {options.images, options.checked}
         }
 
     def rows(self, images: int | None) -> Path:
-        """The folder of that many images' questions."""
+        """The folder of the questions about so many images."""
         return self.folder / f"test-{images}"
 
     def once(self, name: str, batch: int, dtype: str, images: int | None) -> dict[str, Any]:
-        """One run: {"name", "batch", "dtype", "questions_per_s", "seconds", "texts", ...}."""
-        given = {
+        """The figures of one run: name, batch, dtype, questions_per_s, seconds, texts, ..."""
+        request = {
             "batch": batch,
             "dtype": dtype,
-            "max_new_tokens": self.asked.max_new_tokens,
-            "threads": self.asked.threads,
+            "max_new_tokens": self.options.max_new_tokens,
+            "threads": self.options.threads,
         }
         if name == "ours":
-            given |= {
+            request |= {
                 "folder": str(self.merged),
                 "recipe": str(self.run / "recipe.yaml"),
                 "rows": str(self.rows(images)),
             }
-            command = [sys.executable, "-m", "benchmarks.generation", "--part", json.dumps(given)]
+            command = [sys.executable, "-m", "benchmarks.generation", "--part", json.dumps(request)]
         else:
-            given |= {"folder": str(self.llava), "rows": str(self.rows(images) / "chats.json")}
-            command = [sys.executable, str(SCRIPTS / "generate_llava.py"), json.dumps(given)]
-        with tempfile.TemporaryDirectory(dir=self.folder) as cache:  # no features of an earlier run
+            request |= {"folder": str(self.llava), "rows": str(self.rows(images) / "chats.json")}
+            command = [sys.executable, str(SCRIPTS / "generate_llava.py"), json.dumps(request)]
+        with tempfile.TemporaryDirectory(
+            dir=self.folder
+        ) as cache:  # without features of an earlier run
             before = os.environ.get("VLM_TUNE_CACHE")
             os.environ["VLM_TUNE_CACHE"] = cache
-            ended = execute(command, self.asked.threads, self.asked.timeout)
+            ended = execute(command, self.options.threads, self.options.timeout)
             os.environ.pop("VLM_TUNE_CACHE") if before is None else os.environ.update(
                 VLM_TUNE_CACHE=before
             )
         if ended.code:
             raise SystemExit(f"{name}, batch {batch}, {dtype}: {ended.why}")
-        found = json.loads(ended.out.strip().splitlines()[-1])
-        rate = len(found["texts"]) / found["seconds"]
+        figures = json.loads(ended.out.strip().splitlines()[-1])
+        rate = len(figures["texts"]) / figures["seconds"]
         print(
-            f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, {found['seconds']:6.1f} s, loaded in {found['load_s']:.1f} s",
+            (
+                f"{name:12} {dtype} batch {batch:4}: {rate:7.1f} answers/s, "
+                f"{figures['seconds']:6.1f} s, loaded in {figures['load_s']:.1f} s"
+            ),
             flush=True,
         )
-        return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, **found}
+        return {"name": name, "batch": batch, "dtype": dtype, "questions_per_s": rate, **figures}
 
     def best_batch(self, name: str) -> int:
-        """The batch with the most answers a second on the smaller part."""
+        """The batch size with the most answers a second on the smaller part."""
         runs = [
-            self.once(name, batch, self.asked.dtype, self.asked.checked)
-            for batch in self.asked.batches
+            self.once(name, batch, self.options.dtype, self.options.checked)
+            for batch in self.options.batches
         ]
         return max(runs, key=lambda run: run["questions_per_s"])["batch"]
 
@@ -191,10 +206,10 @@ def equal(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 def compare(bench: Answering) -> dict[str, Any]:
     """Checks the texts in fp32, finds the best batches, and measures in turns."""
-    asked = bench.asked
-    exact = [bench.once(name, 16, "fp32", asked.checked) for name in ("ours", "transformers")]
+    options = bench.options
+    exact = [bench.once(name, 16, "fp32", options.checked) for name in ("ours", "transformers")]
     same = equal(*exact)
-    print(f"fp32: {same:.2%} of {bench.counts[asked.checked]} texts are equal")
+    print(f"fp32: {same:.2%} of {bench.counts[options.checked]} texts are equal")
     if same < 1:
         odd = next(
             pair
@@ -206,8 +221,8 @@ def compare(bench: Answering) -> dict[str, Any]:
         )
     batches = {name: bench.best_batch(name) for name in ("transformers", "ours")}
     runs = [
-        bench.once(name, batches[name], asked.dtype, asked.images)
-        for _ in range(asked.rounds)
+        bench.once(name, batches[name], options.dtype, options.images)
+        for _ in range(options.rounds)
         for name in batches
     ]
     rates = {
@@ -219,8 +234,8 @@ def compare(bench: Answering) -> dict[str, Any]:
         "ratio": rates["ours"] / rates["transformers"],
         "questions_per_s": rates,
         "batches": batches,
-        "questions": bench.counts[asked.images],
-        "dtype": asked.dtype,
+        "questions": bench.counts[options.images],
+        "dtype": options.dtype,
         "equal_texts": statistics.median(shares),
         "equal_texts_fp32": same,
         "accuracy": runs[-1]["accuracy"],
@@ -237,7 +252,10 @@ def main() -> None:
     add(
         "--run",
         type=Path,
-        help="a finished run that can be exported as LLaVA; without it one is trained for --train-steps",
+        help=(
+            "a finished run that can be exported as LLaVA; without it one is trained for "
+            "--train-steps"
+        ),
     )
     add("--train-steps", type=int, default=60)
     add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
@@ -266,18 +284,18 @@ def main() -> None:
     add("--cache", type=Path, default=cache_folder("throughput"))
     add("--json", type=Path)
     add("--part", type=json.loads, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.part:
-        print(json.dumps(answer(asked.part)))
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(answer(options.part)))
         return
-    asked.images = asked.images or None
-    run = asked.run or trained(
-        asked.cache.absolute(), asked.decoder.absolute(), asked.train_steps, asked.threads
+    options.images = options.images or None
+    run = options.run or trained(
+        options.cache.absolute(), options.decoder.absolute(), options.train_steps, options.threads
     )
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(Answering(asked, run.absolute(), Path(folder)))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1))
+        result = compare(Answering(options, run.absolute(), Path(folder)))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
     print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1))
 
 

@@ -1,7 +1,10 @@
-"""PEFT's LoRA layers against the fused ones, one decoder block's linear layers forward and backward: python -m benchmarks.lora_linear
+"""PEFT's LoRA layers against the fused ones: one decoder block's linear layers, both passes.
 
-Shapes are SmolLM2-135M's. Passes are interleaved and medians compared, so that a busy machine slows all alike. The GEMM
-rate counts useful work only: 4 operations a frozen weight and token (outputs, and gradients of inputs), 6 an adapter's.
+Run: python -m benchmarks.lora_linear
+
+Shapes are SmolLM2-135M's. Passes are interleaved and medians compared, so that a busy machine slows
+all alike. The GEMM rate counts useful work only: per token, 4 operations for each frozen weight
+(outputs, and gradients of inputs) and 6 for each adapter weight.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ BLOCK = {
     "up_proj": (0, 2),
     "down_proj": (2, 0),
 }
-"""Layers of a block, by the places of their input and output widths."""
+"""Layers of a block, with the indices of their input and output widths."""
 
 
 class Block(nn.ModuleDict):
-    """The linear layers of a decoder block, each fed with what it is fed with there, and nothing between them."""
+    """The linear layers of a decoder block, with inputs of the right shapes and nothing between."""
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__(
@@ -48,12 +51,15 @@ class Block(nn.ModuleDict):
         self, normed: torch.Tensor, mixed: torch.Tensor, inner: torch.Tensor
     ) -> list[torch.Tensor]:
         """Outputs of all layers for inputs [B, L, d], [B, L, d] and [B, L, f]."""
-        given = [normed, normed, normed, mixed, mixed, mixed, inner]
-        return [layer(x) for layer, x in zip(self.values(), given, strict=True)]
+        inputs = [normed, normed, normed, mixed, mixed, mixed, inner]
+        return [layer(x) for layer, x in zip(self.values(), inputs, strict=True)]
 
 
 def block(kind: str, widths: tuple[int, int, int], rank: int, dtype: torch.dtype) -> nn.Module:
-    """A block with LoRA on every layer; kind is peft, fused (layer by layer) or merged (projections too)."""
+    """A block with LoRA on every layer.
+
+    `kind` is peft, fused (layer by layer) or merged (projections too).
+    """
     torch.manual_seed(0)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(BLOCK))
     if kind != "peft":
@@ -81,7 +87,7 @@ def timed(work: Callable[[], Any]) -> float:
 def gemm(
     widths: tuple[int, int, int], tokens: int, dtype: torch.dtype, device: str
 ) -> Callable[[], float]:
-    """A plain GEMM of the block's largest shape; called, it gives its operations."""
+    """A function that runs a plain GEMM of the block's largest shape and returns its operations."""
     rows = torch.randn(tokens, widths[0], dtype=dtype, device=device)
     weight = torch.randn(2 * widths[2], widths[0], dtype=dtype, device=device)
 
@@ -106,19 +112,19 @@ def main() -> None:
     parser.add_argument(
         "--plain-malloc", action="store_true", help="leave the C allocator as it is"
     )
-    asked = parser.parse_args()
-    if not asked.plain_malloc:
+    options = parser.parse_args()
+    if not options.plain_malloc:
         keep_freed_memory()
-    widths = (asked.width, asked.kv_width, asked.inner)
+    widths = (options.width, options.kv_width, options.inner)
     dtype = torch.bfloat16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = ["peft", "fused", "merged"]
-    models = {kind: block(kind, widths, asked.rank, dtype).to(device) for kind in kinds}
+    models = {kind: block(kind, widths, options.rank, dtype).to(device) for kind in kinds}
     fuse(models["merged"])
-    shape = (8, asked.tokens // 8)
+    shape = (8, options.tokens // 8)
     inputs = [
         torch.randn(*shape, width, dtype=dtype, device=device).requires_grad_()
-        for width in (asked.width, asked.width, asked.inner)
+        for width in (options.width, options.width, options.inner)
     ]
     outputs = [
         torch.randn(*shape, widths[written], dtype=dtype, device=device)
@@ -130,26 +136,27 @@ def main() -> None:
             torch.autocast(device, torch.bfloat16),
             disable_input_dtype_casting(model, active=True),
         ):
-            found = model(*inputs)
-        torch.autograd.backward(found, outputs)
+            block_outputs = model(*inputs)
+        torch.autograd.backward(block_outputs, outputs)
         for leaf in (*inputs, *model.parameters()):
             leaf.grad = None
 
-    plain = gemm(widths, asked.tokens, dtype, device)
+    plain = gemm(widths, options.tokens, dtype, device)
     seconds: dict[str, list[float]] = {kind: [] for kind in (*kinds, "gemm")}
-    for place in range(asked.repeat + 3):
+    for place in range(options.repeat + 3):
         for kind in kinds:
-            found = timed(lambda kind=kind: work(models[kind]))
+            elapsed = timed(lambda kind=kind: work(models[kind]))
             if place >= 3:
-                seconds[kind].append(found)
+                seconds[kind].append(elapsed)
         if place >= 3:
             seconds["gemm"].append(timed(plain))
     rate = plain() / statistics.median(seconds["gemm"])
     frozen = sum(widths[read] * widths[written] for read, written in BLOCK.values())
-    low = sum(asked.rank * (widths[read] + widths[written]) for read, written in BLOCK.values())
-    useful = asked.tokens * (4 * frozen + 6 * low)
+    low = sum(options.rank * (widths[read] + widths[written]) for read, written in BLOCK.values())
+    useful = options.tokens * (4 * frozen + 6 * low)
     print(
-        f"{asked.tokens} tokens, widths {widths}, r={asked.rank}, bf16; GEMM {rate / 1e12:.2f} TFLOP/s, {torch.get_num_threads()} threads"
+        f"{options.tokens} tokens, widths {widths}, r={options.rank}, bf16; GEMM {rate / 1e12:.2f} "
+        f"TFLOP/s, {torch.get_num_threads()} threads"
     )
     print(f"{'':8} {'ms':>8} {'x PEFT':>8} {'of GEMM':>8}")
     for kind in kinds:

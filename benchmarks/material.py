@@ -1,9 +1,12 @@
-"""What all trainers of a comparison are given: the same questions in two row forms, and models of the same shapes.
+"""Data and models for all trainers of a comparison.
 
-images/ and single.jsonl (a row a question), multi.jsonl (a row an image, its questions as turns)
-tower/   a CLIP vision tower of random weights, ViT-B/32 (49 tokens) or ViT-B/16 (196)
+The questions are written in two row forms, the models have the same shapes:
+
+images/ and single.jsonl (one row per question), multi.jsonl (one row per image, questions as turns)
+tower/   a CLIP vision tower with random weights, ViT-B/32 (49 tokens) or ViT-B/16 (196)
 llava/   LlavaForConditionalGeneration of that tower and a real decoder, with its processor
-t5/      a T5 of flan-t5-base's configuration, random weights, and a tokenizer trained on the questions
+t5/      a T5 of flan-t5-base's configuration with random weights, and a tokenizer trained on the
+         questions
 """
 
 from __future__ import annotations
@@ -15,20 +18,27 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.role == 'assistant' %}{% generation %}{% if message.content is string %}{{ message.content }}{% else %}\
-{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>{% endgeneration %}{% else %}\
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endif %}
+{% if message.role == 'assistant' %}{% generation %}{% if message.content is string %}\
+{{ message.content }}{% else %}\
+{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\
+{% endgeneration %}{% else %}\
+{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}\
+{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\
+<|im_end|>{% endif %}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""ChatML with the image before the first question; what the assistant says is marked for TRL."""
+"""ChatML with the image before the first question; assistant turns are marked for TRL."""
 
 PATCH = {49: 32, 196: 16}
-"""Image tokens of a 224x224 image, by the patch size that gives them."""
+"""Patch size by the number of image tokens of a 224x224 image."""
 
 
 def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str]:
-    """Writes the questions about the first images of a part of easy-VQA in both forms; all answers, sorted."""
+    """Writes the questions about the first images of a part of easy-VQA in both row forms.
+
+    Returns all answers, sorted.
+    """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install easy-vqa")
@@ -44,8 +54,8 @@ def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str
         name = f"images/{image}.png"
         shutil.copy(source / name, folder / name)
         turns = [
-            [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            for asked, said in questions[image]
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for question, answer in questions[image]
         ]
         single += [{"messages": turn, "images": [name]} for turn in turns]
         multi.append(
@@ -57,7 +67,7 @@ def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str
 
 
 def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
-    """Writes the models where they are not there yet."""
+    """Writes the models that do not exist yet."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.utils import logging

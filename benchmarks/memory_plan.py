@@ -1,8 +1,8 @@
 """Predicted against measured memory: `python -m benchmarks.memory_plan [--json]`.
 
-Six models of different shape are planned, and trained for an epoch by `sft`, each in a process of its own. Measured is
-the largest resident set up to the last step (VmHWM, so weights being made count), less what the process took after a run of
-a tiny model. Linux only.
+Six models of different shape are planned, and trained for an epoch by `sft`, each in its own
+process. The measured figure is the largest resident set up to the last step (VmHWM, so weights
+being created count), less that of the process after a run of a tiny model. Linux only.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def write_rows(folder: Path, words: int) -> Path:
-    """32 questions of about `words` words, each with an image."""
+    """Writes 32 questions of about `words` words, each with an image."""
     from PIL import Image
 
     chosen = random.Random(0)
@@ -127,7 +127,7 @@ def write_rows(folder: Path, words: int) -> Path:
 
 
 def recipe_of(run: dict[str, Any], folder: Path) -> Path:
-    """Writes a run's recipe, its rows, and the language model it loads if it is one that is quantised."""
+    """Writes a run's recipe, its rows, and its language model if that is quantised."""
     kind = "seq2seq" if run.get("scratch", {}).get("model_type") == "t5" else "causal"
     settings = ("batch_size", "precision", "gradient_checkpointing", "gradient_accumulation")
     recipe = {
@@ -167,7 +167,7 @@ def recipe_of(run: dict[str, Any], folder: Path) -> Path:
 
 
 def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> Path:
-    """A random decoder in bf16 with a tokenizer of the rows' words, as a hub would hold it."""
+    """Saves a random decoder in bf16 with a tokenizer of the rows' words, as a hub stores it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -187,7 +187,7 @@ def save_llm(folder: Path, scratch: dict[str, Any], recipe: dict[str, Any]) -> P
 
 
 def resident(name: str) -> int:
-    """Bytes of VmRSS, or of VmHWM, the most there was."""
+    """Bytes of VmRSS, or of VmHWM, its peak."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
     )
@@ -195,23 +195,26 @@ def resident(name: str) -> int:
 
 
 def predict(path: Path) -> dict[str, Any]:
-    """What `plan` says of a recipe, without the process's base."""
+    """The figures of `plan` for a recipe, without the process's base."""
     from vlm_tune.memory_plan.plan import plan
 
-    found = plan(path)
-    stage = found.stages[0]
+    planned = plan(path)
+    stage = planned.stages[0]
     return {
-        "predicted": found.needed - stage.memory.base,
+        "predicted": planned.needed - stage.memory.base,
         "memory": vars(stage.memory),
         "loading": stage.loading - stage.memory.base,
     }
 
 
 def measure(path: Path) -> dict[str, Any]:
-    """The peak of a real run up to its last step, and of all of it with checkpoint and saved model, without the base."""
+    """Peaks of a real run without the process's base.
+
+    One is up to the last step, the other of the whole run with its checkpoint and saved model.
+    """
     from vlm_tune.api import sft
 
-    # A run of a tiny model first: what is imported and set up on first use is the process's, not the model's.
+    # A run of a tiny model first: imports and what is set up on first use belong to the base.
     shape = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -231,7 +234,7 @@ def measure(path: Path) -> dict[str, Any]:
     sft(path.parent / "tiny.yaml")
     base = resident("VmRSS")
     steps = []
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def show(event: dict[str, Any]) -> None:
         if event["event"] == "train":
@@ -248,14 +251,14 @@ def child(part: str, path: Path, cache: Path) -> dict[str, Any]:
         "VLM_TUNE_CACHE": str(cache),
     }
     command = [sys.executable, "-m", "benchmarks.memory_plan", "--part", part, str(path)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if found.returncode:
-        raise SystemExit(found.stderr[-3000:])
-    return json.loads(found.stdout.splitlines()[-1])
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(ended.stderr[-3000:])
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Prints predicted and measured peaks; ends with 1 if one is off by more than the bar."""
+    """Prints predicted and measured peaks; exits with 1 if one is off by more than `BAR`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,7 +277,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             path = recipe_of(run, folder)
-            # The run prepares the rows, so the plan knows their lengths however slow the machine is.
+            # The run comes first: it prepares the rows, so that the plan knows their lengths even
+            # on a slow machine.
             measured = child("measure", path, folder / "cache")
             row = {"run": name} | child("predict", path, folder / "cache") | measured
         row["ratio"] = row["predicted"] / row["measured"]

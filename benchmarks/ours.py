@@ -1,4 +1,4 @@
-"""Our side of a comparison: the recipe, a run of `vlm-tune sft`, and the useful work of a question."""
+"""Our side of a comparison: recipes, logs of `vlm-tune sft`, and the useful work of a question."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def recipe(
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
-    """A recipe that trains what the peers train: LoRA on every linear layer and the connector, the tower frozen.
+    """A recipe that trains the same as the peers.
 
-    Without `steps` it trains one epoch.
+    It has LoRA on every linear layer, a trained connector and a frozen tower. Without `steps` it
+    trains one epoch.
     """
     duration = "epochs: 1" if steps is None else f"steps: {steps}"
     name, template = (decoder, "chatml") if kind == "causal" else (material / "t5", "flan")
@@ -46,8 +47,10 @@ data:
 tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "connector.*", how: full, learning_rate: 1.0e-3}}
-  - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, learning_rate: 2.0e-4}}
-train: {{{duration}, batch_size: {batch}, precision: {precision}, compile: true, log_every: 1, checkpoints: {{every: 1000000}}}}
+  - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear, \
+learning_rate: 2.0e-4}}
+train: {{{duration}, batch_size: {batch}, precision: {precision}, compile: true, log_every: 1, \
+checkpoints: {{every: 1000000}}}}
 evaluate: {{samples: 0}}
 """
 
@@ -64,7 +67,10 @@ def recipe_from(
     quantize: str | None = None,
     row_length: int | None = None,
 ) -> str:
-    """A decoder recipe of the user's, its tower, data and length replaced by those of the comparison; without `steps` one epoch."""
+    """A decoder recipe of the user's with the comparison's tower, data and length.
+
+    Without `steps` it trains one epoch.
+    """
     from vlm_tune.config.load import dump_recipe, load_recipe
 
     changes: dict[str, Any] = {
@@ -92,13 +98,16 @@ def recipe_from(
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The training steps of a run's log: rates a second, and the share of padding."""
+    """The training steps of a run's log: rates per second, and the share of padding."""
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "train"]
 
 
 def preparing(run: Path) -> float:
-    """Seconds between the first stage's tuning table and its first step: features of the tower where not cached, batches planned."""
+    """Seconds between the first stage's tuning table and its first step.
+
+    In them the batches are planned, and the tower's features computed if they are not cached.
+    """
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     times = {
         event["event"]: event["time"]
@@ -110,7 +119,11 @@ def preparing(run: Path) -> float:
 
 @dataclass(frozen=True)
 class Amount:
-    """What rows hold: tokens read and (by an encoder-decoder) written, attended pairs of each, supervised tokens."""
+    """Sizes of rows: input tokens, label tokens of an encoder-decoder, pairs and supervised tokens.
+
+    `read_pairs` are the attended pairs of the input, `written_pairs` those of an encoder-decoder's
+    labels.
+    """
 
     tokens: float = 0.0
     labels: float = 0.0
@@ -124,29 +137,30 @@ class Amount:
         )
 
     def over(self, count: float) -> Amount:
-        """A `count`-th of it."""
+        """The amount divided by `count`."""
         return Amount(*(getattr(self, name) / count for name in self.__dataclass_fields__))
 
 
 class Formula:
-    """Operations of a LoRA step: 4·N a token for frozen linear weights N, 6·N for adapters, 12·h·d_h an attended pair and
-    layer, 4·d·V a supervised row for the head.
+    """Operations of a LoRA step.
 
-    What is recomputed, padded, or below the language model (tower, connector) does not count.
+    They are 4·N per token for N frozen linear weights, 6·N for adapters, 12·h·d_h per attended pair
+    and layer, and 4·d·V per supervised row for the head. Recomputation, padding, and what is below
+    the language model (tower, connector) do not count.
     """
 
     def __init__(self, config: Any, rank: int, *, seq2seq: bool) -> None:
         self.each = _seq2seq(config, rank) if seq2seq else _causal(config, rank)
 
     def operations(self, amount: Amount) -> float:
-        """Operations of that amount, forward and backward."""
+        """Operations of an amount, forward and backward."""
         return sum(
             getattr(self.each, name) * getattr(amount, name) for name in amount.__dataclass_fields__
         )
 
 
 def _linear(rank: int, *shapes: tuple[int, int]) -> float:
-    """Operations a token of LoRA layers of these shapes, forward and backward."""
+    """Operations per token of LoRA layers of these shapes, forward and backward."""
     return sum(4.0 * read * written + 6.0 * rank * (read + written) for read, written in shapes)
 
 
@@ -181,7 +195,7 @@ def _seq2seq(config: Any, rank: int) -> Amount:
     attention = [(width, heads)] * 3 + [(heads, width)]
     feed = [(width, inner)] * 2 + [(inner, width)]
     encoder = _linear(rank, *attention, *feed)
-    # The decoder looks at what was read through keys and values of its own.
+    # The decoder attends to the encoder's output through its own key and value projections.
     looked = _linear(rank, (width, heads), (width, heads))
     return Amount(
         tokens=config.num_layers * encoder + config.num_decoder_layers * looked,
@@ -194,21 +208,25 @@ def _seq2seq(config: Any, rank: int) -> Amount:
 
 
 def amount(example: Any, *, seq2seq: bool) -> Amount:
-    """What a prepared row holds."""
+    """The sizes of a prepared row."""
     read = len(example.input_ids)
-    said = len(example.labels)
+    written = len(example.labels)
     if seq2seq:
         return Amount(
-            read, said, float(read) ** 2, said * (said + 1) / 2 + said * read, example.supervised
+            read,
+            written,
+            float(read) ** 2,
+            written * (written + 1) / 2 + written * read,
+            example.supervised,
         )
-    # A token is seen by itself and those after it, as far as its branch goes.
+    # A token is visible to itself and to later tokens, as far as its branch goes.
     pairs = float(((read if example.ends is None else example.ends) - np.arange(read)).sum())
     return Amount(tokens=read, read_pairs=pairs, supervised=example.supervised)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Useful work of a mean question of a recipe's data, the formula it follows, and what answers it is trained on."""
+    """Useful work of a mean question of a recipe's data, its formula, and the trained answers."""
 
     mean: Amount
     formula: Formula
@@ -216,7 +234,7 @@ class Work:
 
     @property
     def operations(self) -> float:
-        """Of a mean question."""
+        """Operations of a mean question."""
         return self.formula.operations(self.mean)
 
 
@@ -229,28 +247,28 @@ def work(text: str) -> Work:
     from vlm_tune.data.types import IGNORE_INDEX
     from vlm_tune.model.build import build_processor
 
-    asked = parse_recipe(text)
-    llm = asked.model.llm
-    seq2seq = asked.model.llm.kind == "seq2seq"
-    processor = build_processor(asked, scratch_texts(asked))
-    prepared = prepare(asked.data, asked.data.train, processor, seed=asked.seed)
+    parsed = parse_recipe(text)
+    llm = parsed.model.llm
+    seq2seq = parsed.model.llm.kind == "seq2seq"
+    processor = build_processor(parsed, scratch_texts(parsed))
+    prepared = prepare(parsed.data, parsed.data.train, processor, seed=parsed.seed)
     config: Any = (
         AutoConfig.for_model(llm.scratch.model_type, **llm.scratch.config)
         if llm.scratch
         else AutoConfig.from_pretrained(str(llm.name))
     )
-    rank = next(rule.r or 16 for rule in asked.tune if rule.how == "lora")
+    rank = next(rule.r or 16 for rule in parsed.tune if rule.how == "lora")
     total = Amount()
     answers = []
     for example in map(prepared.store.__getitem__, range(len(prepared.store))):
         total += amount(example, seq2seq=seq2seq)
-        said: list[int] = []
+        answer_ids: list[int] = []
         for label in example.labels[example.labels != IGNORE_INDEX].tolist():
             if label not in processor.stop_ids:
-                said.append(label)
-            elif said:
-                answers.append(processor.decode(said).strip())
-                said = []
+                answer_ids.append(label)
+            elif answer_ids:
+                answers.append(processor.decode(answer_ids).strip())
+                answer_ids = []
     return Work(
         total.over(prepared.questions), Formula(config, rank, seq2seq=seq2seq), sorted(answers)
     )

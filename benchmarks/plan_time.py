@@ -1,7 +1,10 @@
-"""How long `vlm-tune plan` takes for models that are not there: python -m benchmarks.plan_time [--rounds 3] [--json FILE]
+"""Time of `vlm-tune plan` for models whose weights are not on the machine.
 
-The recipes for LLaVA-1.5-7B (QLoRA) and InstructBLIP with Flan-T5-XL (LoRA) are planned by the command line, each in a
-process of its own, from folders that hold the models' configs and nothing else. Timed is the whole process.
+Run: python -m benchmarks.plan_time [--rounds 3] [--json FILE]
+
+The recipes for LLaVA-1.5-7B (QLoRA) and InstructBLIP with Flan-T5-XL (LoRA) are planned by the
+command line, each in its own process, from folders with nothing but the models' configs. The time
+is that of the whole process.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 BAR = 10.0
-"""Seconds."""
+"""Most seconds that a plan should take."""
 
 
 def write_llava(folder: Path) -> None:
-    """The configs of LLaVA-1.5-7B."""
+    """Writes the configs of LLaVA-1.5-7B."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     shape: dict[str, Any] = {
@@ -42,7 +45,7 @@ def write_llava(folder: Path) -> None:
 
 
 def write_instructblip(folder: Path) -> None:
-    """The configs of InstructBLIP with Flan-T5-XL."""
+    """Writes the configs of InstructBLIP with Flan-T5-XL."""
     from transformers import BlipImageProcessor, InstructBlipConfig, T5Config
 
     shape: dict[str, Any] = {
@@ -66,7 +69,7 @@ RECIPES = {"llava-1.5-7b-qlora": write_llava, "instructblip-flan-t5-xl-lora": wr
 
 
 def planned(recipe: str, folder: Path) -> dict[str, Any]:
-    """Seconds of one command, and what it said the run needs. Raises `SystemExit` if it fails."""
+    """Seconds of one command, and the bytes it predicts. Raises `SystemExit` if it fails."""
     command = [
         sys.executable,
         "-m",
@@ -94,31 +97,32 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         folders = {recipe: Path(root) / recipe for recipe in RECIPES}
         for recipe, write in RECIPES.items():
             write(folders[recipe])
         runs = [
             (recipe, planned(recipe, folders[recipe]))
-            for _ in range(asked.rounds)
+            for _ in range(options.rounds)
             for recipe in RECIPES
         ]
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for recipe in RECIPES:
-        own = [run for name, run in runs if name == recipe]
-        seconds = [run["seconds"] for run in own]
-        found[recipe] = {
+        recipe_runs = [run for name, run in runs if name == recipe]
+        seconds = [run["seconds"] for run in recipe_runs]
+        figures[recipe] = {
             "seconds": seconds,
             "median": statistics.median(seconds),
-            "needed": own[0]["needed"],
+            "needed": recipe_runs[0]["needed"],
         }
-        said = ", ".join(f"{each:.1f}" for each in seconds)
+        times = ", ".join(f"{each:.1f}" for each in seconds)
         print(
-            f"{recipe:30} {found[recipe]['median']:5.1f} s (bar {BAR:.0f}): {said}; needs {own[0]['needed'] / 1e9:.2f} GB"
+            f"{recipe:30} {figures[recipe]['median']:5.1f} s (bar {BAR:.0f}): {times}; needs "
+            f"{recipe_runs[0]['needed'] / 1e9:.2f} GB"
         )
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

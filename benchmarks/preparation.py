@@ -1,10 +1,12 @@
-"""What preparing data costs: `python -m benchmarks.preparation [--rows N] [--stream-rows N] [--json]`.
+"""Cost of preparing data: `python -m benchmarks.preparation [--rows N] [--stream-rows N] [--json]`.
 
-1. 100,000 question-answer rows about the 5,000 images of easy-VQA: rows a second cold, seconds of a warm start.
-2. 10 million such rows streamed: rows a second, and the most memory the process took.
-3. Tokens a question of easy-VQA with 49 image tokens: a row a question, and an image a row with branches, with padding.
+1. 100,000 question-answer rows about the 5,000 images of easy-VQA: rows per second cold, seconds
+   of a warm start.
+2. 10 million such rows streamed: rows per second, and the process's peak memory.
+3. Tokens per question of easy-VQA with 49 image tokens, with padding: one row per question, and one
+   row per image with branches.
 
-Each part runs in a process of its own. Needs `make models` for the tokenizer.
+Each part runs in its own process. Needs `make models` for the tokenizer.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def images() -> list[Path]:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """Rows of {image, question, answer}; questions of 8 to 19 words, each one its own."""
+    """Writes rows of {image, question, answer}, with distinct questions of 8 to 19 words."""
     names = [str(image) for image in images()]
     with path.open("w") as file:
         for number in range(rows):
@@ -80,16 +82,16 @@ def processor(template: str = "smollm2", tokens: int = 49) -> Any:
 
 
 def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
-    """Cold and warm preparation of `rows` rows."""
+    """Measures cold and warm preparation of `rows` rows."""
     from vlm_tune.data.prepare.run import prepare
 
     write_rows(folder / "rows.jsonl", rows)
     data = data_section(folder / "rows.jsonl")
-    made = processor()
+    text_processor = processor()
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        prepared = prepare(data, data.train, made, seed=0)
+        prepared = prepare(data, data.train, text_processor, seed=0)
         assert prepared.questions == rows and len(prepared.media) == len(images())
         seconds.append(time.perf_counter() - started)
     return {
@@ -101,7 +103,7 @@ def measure_prepare(folder: Path, rows: int) -> dict[str, float]:
 
 
 def measure_stream(folder: Path, rows: int) -> dict[str, float]:
-    """All rows read, mixed in a buffer of 10,000; and the first 2,000 batches of 16 made."""
+    """Reads all rows, shuffled in a buffer of 10,000; then builds the first 2,000 batches of 16."""
     from vlm_tune.data.batching.loader import Position
     from vlm_tune.data.batching.streaming import StreamFeed, mixed, shuffled
     from vlm_tune.data.sources.registry import open_source
@@ -110,7 +112,7 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     data = data_section(folder / "rows.jsonl", streaming=True)
     reader = open_source(data.train[0], seed=0, streaming=True)
     started = time.perf_counter()
-    seen = sum(
+    read = sum(
         1
         for _ in islice(
             shuffled(mixed([reader], data.train, 0), data.shuffle_buffer, 0),
@@ -118,8 +120,8 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
         )
     )
     reading = time.perf_counter() - started
-    made = processor()
-    feed = StreamFeed(data, data.train, made, made.images, 16, seed=0)
+    text_processor = processor()
+    feed = StreamFeed(data, data.train, text_processor, text_processor.images, 16, seed=0)
     started = time.perf_counter()
     batches = min(2000, rows // 16)
     questions = sum(
@@ -128,32 +130,39 @@ def measure_stream(folder: Path, rows: int) -> dict[str, float]:
     batching = time.perf_counter() - started
     return {
         "rows": rows,
-        "read": seen,
-        "read_rows_per_s": seen / reading,
+        "read": read,
+        "read_rows_per_s": read / reading,
         "batch_rows_per_s": questions / batching,
     }
 
 
 def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
-    """Tokens a question on easy-VQA's train part: padded batches of 8, as drawn and as the plan makes them."""
+    """Counts tokens per question on easy-VQA's train part, in padded batches of 8.
+
+    Batches are drawn at random, and built by the plan.
+    """
     import numpy as np
 
     from vlm_tune.config.data import DataSection, EasyVqaSource
     from vlm_tune.data.batching.sampler import Plan, Sizes
     from vlm_tune.data.prepare.run import prepare
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     source = EasyVqaSource(kind="easy_vqa", split="train")
     for template in ("smollm2", "chatml", "vicuna", "llama3"):
         lengths: dict[str, Any] = {}
         try:
-            made = processor(template)
+            text_processor = processor(template)
         except Exception as error:
-            found[template] = str(error)
+            figures[template] = str(error)
             continue
         for group in ("none", "image"):
-            data = DataSection(train=[source], template=template, group=group)  # type: ignore[arg-type]
-            prepared = prepare(data, data.train, made, seed=0)
+            data = DataSection(
+                train=[source],
+                template=template,
+                group=group,  # type: ignore[arg-type]
+            )
+            prepared = prepare(data, data.train, text_processor, seed=0)
             plan = Plan(prepared, data, Sizes(8), 0)
             epoch = plan.epoch(0)
             widest = [
@@ -169,24 +178,24 @@ def measure_tokens(folder: Path, rows: int) -> dict[str, Any]:
         joined = lengths["image"]
         drawn = np.random.default_rng(0).permutation(plain[0])
         drawn = drawn[: len(drawn) // 8 * 8].reshape(-1, 8)
-        asked = plain[2]
-        found[template] = {
-            "row_a_question": float(plain[0].sum() / asked),
+        questions = plain[2]
+        figures[template] = {
+            "row_a_question": float(plain[0].sum() / questions),
             "row_a_question_padded": float(drawn.max(1).sum() * 8 / drawn.size),
-            "branches": float(joined[0].sum() / asked),
-            "branches_padded": float(joined[1] / asked),
+            "branches": float(joined[0].sum() / questions),
+            "branches_padded": float(joined[1] / questions),
             "padding": float(1 - joined[0].sum() / joined[1]),
             "ratio": float(plain[0].sum() / joined[0].sum()),
-            "ratio_padded": float(drawn.max(1).sum() * 8 / drawn.size * asked / joined[1]),
+            "ratio_padded": float(drawn.max(1).sum() * 8 / drawn.size * questions / joined[1]),
         }
-    return found
+    return figures
 
 
 PARTS = {"prepare": measure_prepare, "stream": measure_stream, "tokens": measure_tokens}
 
 
 def main() -> None:
-    """Runs the parts and prints what they found."""
+    """Runs the parts and prints their figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,13 +209,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["VLM_TUNE_CACHE"] = f"{folder}/cache"
             rows = arguments.stream_rows if arguments.one == "stream" else arguments.rows
-            found = PARTS[arguments.one](Path(folder), rows)
-            # Child processes are counted too: the largest of them.
+            figures = PARTS[arguments.one](Path(folder), rows)
+            # The larger of this process's peak and that of its largest child process.
             peak = max(
                 resource.getrusage(who).ru_maxrss
                 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
             )
-            print(json.dumps({**found, "peak_memory_mb": peak * 1024 // 1_000_000}))
+            print(json.dumps({**figures, "peak_memory_mb": peak * 1024 // 1_000_000}))
         return
     result = {}
     for part in arguments.parts.split(","):
@@ -229,9 +238,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    for part, found in result.items():
+    for part, figures in result.items():
         print(part)
-        for name, value in found.items():
+        for name, value in figures.items():
             print(
                 f"  {name}: {json.dumps(value)}"
                 if isinstance(value, dict)

@@ -1,6 +1,8 @@
-"""One training run killed with SIGKILL at random moments and resumed each time, against the run that was never killed.
+"""Kills and resumes a training run at random moments, and compares it with an uninterrupted run.
 
-Every attempt is a fork of this process, which has loaded the libraries, so it starts at once and dies as any process does.
+The signal is SIGKILL. Every attempt is a fork of this process, which has loaded the libraries. So
+it starts at once, and dies like any process.
+
 Run: python -m benchmarks.random_kills [--kills 50] [--steps 400] [--seed 0]
 """
 
@@ -35,14 +37,16 @@ RECIPE = """
 name: random-kills
 output: {output}
 model:
-  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  tower: {{kind: open_clip, config: {{layers: 2, width: 64, head_width: 32, patch_size: 16, \
+image_size: 32}}}}
   connector: {{kind: mlp, norm: true}}
   llm:
     kind: causal
     scratch:
       model_type: llama
       vocab_size: 400
-      config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1}}
+      config: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, \
+num_attention_heads: 2, num_key_value_heads: 1}}
 data:
   train: [{{kind: file, path: {rows}}}]
   validation: [{{kind: file, path: {rows}, limit: 4}}]
@@ -66,7 +70,7 @@ evaluate: {{every: {evaluate}, max_new_tokens: 4, samples: 0}}
 
 
 def write_rows(folder: Path) -> Path:
-    """Forty questions about ten noisy images."""
+    """Writes forty questions about ten noisy images."""
     drawn = np.random.default_rng(0)
     rows = []
     for number in range(10):
@@ -90,14 +94,17 @@ def write_rows(folder: Path) -> Path:
 
 @dataclass
 class Moment:
-    """When an attempt is killed: so many seconds after its start, or after the run has made `step` steps."""
+    """When an attempt is killed: `seconds` after its start, or after `step` steps of the run."""
 
     seconds: float
     step: int | None = None
 
 
 def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool, float | None]:
-    """Runs in a fork, which is killed at a moment; whether it came to the end before, and the seconds to its first step."""
+    """Runs in a fork that is killed at a moment.
+
+    Returns whether the run finished before, and the seconds to its first step.
+    """
     trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"
     before = trace.stat().st_mtime_ns if trace.is_file() else 0
     started = time.monotonic()
@@ -121,7 +128,8 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool,
             if code:
                 raise RuntimeError(f"the run ended with code {code}")
             return True, first
-        # What is done again is taken out of the trace first, which makes a new file of it.
+        # A resumed run first removes the steps it will repeat from the trace, which rewrites the
+        # file.
         if trace.is_file() and trace.stat().st_mtime_ns != before:
             first = first or time.monotonic() - started
             if (
@@ -138,7 +146,7 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> tuple[bool,
 
 
 def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Kills a run so many times, at moments drawn from the seed, and compares it with one that was left alone."""
+    """Kills a run `kills` times at moments drawn from `seed`, and compares it with a whole run."""
     rows = write_rows(folder)
     os.environ["VLM_TUNE_CACHE"] = str(folder / "cache")
     recipes = {
@@ -157,8 +165,8 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
     done = 0
     finished = False
     while done < kills:
-        # A third of the kills hit the start; the others come at any moment of the steps that fall to a kill, and of the save
-        # after them.
+        # A third of the kills hit the start. The others hit any moment of the kill's share of the
+        # steps, or of the save after them.
         early = drawn.random() < 1 / 3
         step = int(steps * (done + drawn.random()) / (kills + 1))
         kill = Moment(drawn.uniform(0, start_up)) if early else Moment(drawn.uniform(0, 0.05), step)
@@ -199,26 +207,26 @@ def kill_and_compare(folder: Path, *, kills: int, steps: int, seed: int) -> dict
 
 
 def main() -> None:
-    """Prints what was found as JSON; ends with 1 if the runs differ or ended before the kills were done."""
+    """Prints the comparison as JSON; exits with 1 if the runs differ or not all kills happened."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_compare(
-            Path(folder), kills=asked.kills, steps=asked.steps, seed=asked.seed
+        comparison = kill_and_compare(
+            Path(folder), kills=options.kills, steps=options.steps, seed=options.seed
         )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(comparison, indent=1))
     raise SystemExit(
         not (
-            found["kills"] == asked.kills
-            and found["trace"]
-            and not found["model"]
-            and not found["state"]
+            comparison["kills"] == options.kills
+            and comparison["trace"]
+            and not comparison["model"]
+            and not comparison["state"]
         )
     )
 

@@ -1,4 +1,4 @@
-"""One measured run, of ours or of a peer, in a process of its own; and the machine's GEMM rate."""
+"""Measured runs of ours and of peers, each in its own process; and the machine's GEMM rate."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from benchmarks import material, ours
 from benchmarks.peers import PEERS, SCRIPTS, install
 
 GEMMS = ((2048, 2048, 2048), (1536, 576, 3072))
-"""Products whose better rate is the machine's: a square one, and SmolLM2's widest."""
+"""Products that are measured, of which the faster counts: a square one, and SmolLM2's widest."""
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-"""torch's names of the precisions whose GEMM rates are measured."""
+"""torch's dtypes of the precisions whose GEMM rates are measured."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is: steps that don't count, steps that do, and seconds after which a peer begins no third of them."""
+    """The length of a run: `warm` steps that don't count, and `steps` that do.
+
+    After `seconds` a peer starts no further step once it has two that count.
+    """
 
     warm: int
     steps: int
@@ -37,7 +40,10 @@ class Length:
 
 @dataclass
 class Run:
-    """One measured run: medians over its steps, rates a second; peak memory is the process's largest resident set."""
+    """One measured run: medians over its steps, rates per second.
+
+    Peak memory is the process's largest resident set.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -58,7 +64,7 @@ class Run:
 
 
 def spread(rates: Sequence[float]) -> float:
-    """The range of the middle half over the median."""
+    """The interquartile range divided by the median."""
     if len(rates) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
@@ -66,12 +72,12 @@ def spread(rates: Sequence[float]) -> float:
 
 
 KILLED = -9
-"""Exit code of a process that was killed: by the time limit here, or by the system for want of memory."""
+"""Exit code of a process killed by the time limit, or by the system when memory ran out."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A child process that ended: exit code, output, errors, peak memory in MB, seconds."""
+    """A finished child process: exit code, output, errors, peak memory in MB, seconds."""
 
     code: int
     out: str
@@ -81,7 +87,7 @@ class Ended:
 
     @property
     def why(self) -> str:
-        """The last line of its errors."""
+        """Why it ended: the time limit, the last line of its errors, or its exit code."""
         if self.code == KILLED:
             return f"killed after {self.seconds:.0f} s"
         lines = [line for line in self.errors.strip().splitlines() if line.strip()]
@@ -89,7 +95,10 @@ class Ended:
 
 
 def execute(command: Sequence[str], threads: int, timeout: float, **variables: str) -> Ended:
-    """Runs a command with that many threads and more environment variables; after `timeout` seconds it is killed."""
+    """Runs a command with so many threads and additional environment variables.
+
+    After `timeout` seconds it is killed.
+    """
     environment = (
         os.environ
         | {
@@ -104,8 +113,8 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
         child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
         status = usage = None
         while usage is None:
-            found, code, used = os.wait4(child.pid, os.WNOHANG)
-            if found:
+            pid, code, used = os.wait4(child.pid, os.WNOHANG)
+            if pid:
                 status = os.waitstatus_to_exitcode(code)
                 usage = used
             elif time.perf_counter() - started > timeout:
@@ -127,7 +136,7 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
 
 
 def gemm_rates(threads: int) -> dict[str, float]:
-    """The machine's GEMM rates now by precision, operations a second, by the better of `GEMMS`."""
+    """The machine's current GEMM rates by precision, in operations per second (best of `GEMMS`)."""
     import torch
 
     torch.set_num_threads(threads)
@@ -138,7 +147,10 @@ def gemm_rates(threads: int) -> dict[str, float]:
 
 
 def _gemm_rate(dtype: Any, rows: int, inner: int, wide: int) -> float:
-    """The median of up to 24 products, of which the first four don't count; of fewer where they take over 5 seconds."""
+    """The median rate of 24 products, of which the first four don't count.
+
+    Measuring stops after 5 seconds.
+    """
     import torch
 
     a = torch.randn(rows, inner).to(dtype)
@@ -154,7 +166,7 @@ def _gemm_rate(dtype: Any, rows: int, inner: int, wide: int) -> float:
 
 @dataclass
 class Bench:
-    """What all runs of a comparison share: the data, the models, the environments, and how they are run."""
+    """Data, models, environments and settings that all runs of a comparison share."""
 
     folder: Path
     peers_folder: Path
@@ -177,15 +189,15 @@ class Bench:
 
     @cached_property
     def a_image(self) -> float:
-        """Questions about an image, on average."""
+        """Mean number of questions per image."""
         return len(self.answers) / self.images
 
     def peer(
         self, name: str, settings: dict[str, Any], length: Length, timeout: float | None = None
     ) -> Run:
-        """A run of a peer, stopped after `timeout` seconds, or those of the bench."""
+        """A run of a peer, stopped after `timeout` seconds (by default the bench's)."""
         unchecked = (name, settings["rows"]) not in self.checked
-        given = {
+        request = {
             **settings,
             "material": str(self.material),
             "warm": length.warm,
@@ -195,18 +207,18 @@ class Bench:
             "cpu_time": self.cpu_time,
             "check": unchecked,
         }
-        command = [str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(given)]
+        command = [str(self.pythons[name]), str(SCRIPTS / PEERS[name].script), json.dumps(request)]
         ended = execute(command, self.threads, timeout or self.timeout)
         line = next(
             (line for line in reversed(ended.out.splitlines()) if line.startswith('{"steps"')), None
         )
         if ended.code or line is None:
             return Run(name, settings, seconds_total=ended.seconds, failed=ended.why)
-        found = json.loads(line)
+        report = json.loads(line)
         if unchecked:
-            self.check(name, found["answers"])
+            self.check(name, report["answers"])
             self.checked.add((name, settings["rows"]))
-        counted = [step for step in found["steps"][length.warm :] if step["questions"]]
+        counted = [step for step in report["steps"][length.warm :] if step["questions"]]
         if not counted:
             return Run(name, settings, seconds_total=ended.seconds, failed="no step was measured")
         formula = self.work(PEERS[name].kind).formula
@@ -237,24 +249,28 @@ class Bench:
         )
 
     def check(self, name: str, answers: list[str]) -> None:
-        """Raises `SystemExit` unless a run trains on exactly the answers that were written."""
-        # A loss on whole sequences holds the answers among other text.
+        """Raises `SystemExit` unless a run trains on exactly the answers of the data."""
+        # With a loss on whole sequences, the answers are parts of longer texts.
         if answers != self.answers and not (
             len(answers) == len(self.answers) and within(self.answers, answers)
         ):
             raise SystemExit(
-                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of the data, e.g. {answers[:3]}"
+                f"{name} trains on {len(answers)} answers that are not the {len(self.answers)} of "
+                f"the data, e.g. {answers[:3]}"
             )
 
     def work(self, kind: str) -> ours.Work:
-        """The useful work of a question as we lay it out; what we train on is checked here."""
+        """The useful work of a question in our layout; also checks the answers that we train on."""
         if kind not in self._works:
             self._works[kind] = ours.work(self._recipe(kind, {"batch": 1}, Path("unused"), 1))
             self.check("vlm_tune", self._works[kind].answers)
         return self._works[kind]
 
     def epoch(self, name: str, kind: str, settings: dict[str, Any]) -> Run:
-        """A run over all questions once, by a peer or by ours, which finds nothing of earlier runs: no features, nothing compiled."""
+        """A run of one epoch, by a peer or by ours.
+
+        Ours finds no features and no compiled code of earlier runs.
+        """
         if name not in PEERS:
             return self.ours(kind, settings, None)
         rows = self.images if settings["rows"] == "multi" else len(self.answers)
@@ -273,9 +289,10 @@ class Bench:
         length: Length | None,
         timeout: float | None = None,
     ) -> Run:
-        """A run of ours; settings are batch (images, or rows of row_length tokens), row_length, precision, and quantize.
+        """A run of ours.
 
-        Without `length` it is an epoch, in a cache folder of its own.
+        Settings are batch (images, or rows of row_length tokens), row_length, precision and
+        quantize. Without `length` it is an epoch with an empty cache folder.
         """
         work = self.work(kind)
         name = "ours" if kind == "causal" else f"ours_{kind}"
@@ -317,7 +334,7 @@ class Bench:
 
 
 def within(answers: list[str], texts: list[str]) -> bool:
-    """Whether each answer is in a text of its own."""
+    """Whether each answer is part of a different text."""
     left = list(texts)
     for answer in sorted(answers, key=len, reverse=True):
         place = next((place for place, text in enumerate(left) if answer in text), None)
@@ -327,7 +344,10 @@ def within(answers: list[str], texts: list[str]) -> bool:
     return True
 
 
-HEADER = f"{'':14} {'settings':86} {'qa/s':>7} {'tok/s':>7} {'sup/s':>6} {'MFU':>6} {'pad':>6} {'stall':>6} {'spread':>6} {'MB':>6} {'s':>5}"
+HEADER = (
+    f"{'':14} {'settings':86} {'qa/s':>7} {'tok/s':>7} {'sup/s':>6} {'MFU':>6} {'pad':>6} "
+    f"{'stall':>6} {'spread':>6} {'MB':>6} {'s':>5}"
+)
 
 
 def line(run: Run) -> str:
@@ -338,6 +358,7 @@ def line(run: Run) -> str:
     if run.failed:
         return f"{run.name:14} {settings:86} failed: {run.failed}"
     return (
-        f"{run.name:14} {settings:86} {run.questions_per_s:7.2f} {run.tokens_per_s:7.0f} {run.supervised_per_s:6.0f} {run.mfu:6.1%} "
-        f"{run.padding:6.1%} {run.stall:6.2%} {run.spread:6.1%} {run.peak_memory_mb:6} {run.seconds_total:5.0f}"
+        f"{run.name:14} {settings:86} {run.questions_per_s:7.2f} {run.tokens_per_s:7.0f} "
+        f"{run.supervised_per_s:6.0f} {run.mfu:6.1%} {run.padding:6.1%} {run.stall:6.2%} "
+        f"{run.spread:6.1%} {run.peak_memory_mb:6} {run.seconds_total:5.0f}"
     )

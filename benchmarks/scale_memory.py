@@ -1,13 +1,18 @@
-"""What each rank holds by engine: two processes train a 61M-parameter decoder in full, in fp32, on this machine.
+"""Memory of each rank by engine: two processes train a 61M-parameter decoder in full, in fp32.
 
     python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
 
-For every engine, rank by rank, in MB (10^6 bytes), what malloc has given out beside what it had before the model was built:
-`built`, the most at any moment until the engine has the model; `held`, the most after the backward passes of the second step (which
-has two) and when that step is taken: weights, gradients, the optimizer's state and the engine's own buffers, and no
-activations; `peak`, the most at any moment of both steps, looked at every two milliseconds. `theory` counts 4 bytes a parameter for
-weights, gradients, each of Adam's two moments and, under DeepSpeed, the optimizer's own copy of the weights; what an engine shares
-out counts once over all ranks.
+The figures are bytes allocated by malloc beyond those before the model was built, in MB (10^6
+bytes), for every engine and rank:
+
+- `built`: the peak until the engine has the model.
+- `held`: the largest after the backward passes of the second step (which has two) and at that
+  optimizer step: weights, gradients, the optimizer's state and the engine's own buffers, without
+  activations.
+- `peak`: the peak over both steps, sampled every two milliseconds.
+- `theory`: 4 bytes a parameter for weights, gradients, each of Adam's two moments and, under
+  DeepSpeed, the optimizer's own copy of the weights; what an engine shards counts once over all
+  ranks.
 """
 
 from __future__ import annotations
@@ -30,17 +35,20 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
 }
 WHOLE = {"ddp": 16, "zero0": 16, "zero1": 8, "zero2": 4, "zero3": 0, "fsdp": 0}
-"""Bytes a parameter that every rank holds."""
+"""Bytes per parameter that every rank has."""
 SHARED = {"ddp": 0, "zero0": 0, "zero1": 12, "zero2": 16, "zero3": 20, "fsdp": 16}
-"""Bytes a parameter that the ranks share out."""
+"""Bytes per parameter that are sharded over the ranks."""
 RECIPE = """
 name: memory
 output: {output}
 model:
-  tower: {{kind: open_clip, config: {{layers: 1, width: 64, head_width: 32, patch_size: 16, image_size: 32}}}}
+  tower: {{kind: open_clip, config: {{layers: 1, width: 64, head_width: 32, patch_size: 16, \
+image_size: 32}}}}
   connector: {{kind: linear}}
-  llm: {{kind: causal, scratch: {{model_type: llama, vocab_size: 512, config: {{hidden_size: 640, intermediate_size: 1792,
-    num_hidden_layers: 12, num_attention_heads: 10, num_key_value_heads: 10, max_position_embeddings: 256}}}}}}
+  llm: {{kind: causal, scratch: {{model_type: llama, vocab_size: 512, config: {{hidden_size: 640, \
+intermediate_size: 1792,
+    num_hidden_layers: 12, num_attention_heads: 10, num_key_value_heads: 10, \
+max_position_embeddings: 256}}}}}}
 data:
   train: [{{kind: easy_vqa, split: train, limit: 64}}]
   template: chatml
@@ -73,15 +81,15 @@ class _Mallinfo(ctypes.Structure):
 
 
 def given() -> float:
-    """What malloc has given out and not got back, in MB: tensors of Python and of C++ alike."""
+    """Memory that malloc has allocated and not freed, in MB: tensors of Python and of C++."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
-    found = mallinfo()
-    return (found.used + found.mapped) / 1e6
+    info = mallinfo()
+    return (info.used + info.mapped) / 1e6
 
 
 class Peak(threading.Thread):
-    """The most that malloc has given out since it was last asked."""
+    """A thread that samples the peak of malloc's allocations since the last call of `taken`."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -99,7 +107,7 @@ class Peak(threading.Thread):
 
 
 def worker(recipe: Path, output: Path) -> None:
-    """One rank: trains up to its second step, writes what it held, and ends there."""
+    """One rank: trains up to its second step, writes its figures, and exits."""
     from vlm_tune.api import sft
     from vlm_tune.config.load import load_recipe
     from vlm_tune.train import run
@@ -172,7 +180,10 @@ def main() -> None:
             (folder / "recipe.yaml").write_text(
                 RECIPE.format(output=folder / "run", engine=json.dumps(ENGINES[name]))
             )
-            code = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+            code = (
+                "import sys; from vlm_tune.launching import launch; "
+                "sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+            )
             rank = [
                 sys.executable,
                 "-m",
@@ -186,13 +197,13 @@ def main() -> None:
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-            found = [
+            by_rank = [
                 json.loads((folder / f"found.{rank}.json").read_text())
                 for rank in range(options.processes)
             ]
-        theory = found[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
+        theory = by_rank[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
         columns = [
-            " ".join(f"{figures[key]:7.0f}" for figures in found)
+            " ".join(f"{figures[key]:7.0f}" for figures in by_rank)
             for key in ("held", "built", "peak")
         ]
         print(f"{name:8} {theory:8.0f}  {columns[0]:19} {columns[1]:19} {columns[2]}", flush=True)

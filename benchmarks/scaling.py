@@ -1,9 +1,12 @@
-"""How the cost of a training step grows: python -m benchmarks.scaling [--axes image_tokens,batch] [--json FILE]
+"""Growth of a training step's cost with its sizes.
 
-One figure is changed at a time: image tokens, questions an image, length of the text before a question, images a step,
-vocabulary, model size. A point is the median seconds of some steps of `sft` on easy-VQA, LoRA r=16 on every linear layer
-of a random decoder in bf16. The exponent is the slope of a line through the logarithms; beside it stands that of the
-useful work (the formula of benchmarks/ours.py), so that what is not work shows as the difference.
+Run: python -m benchmarks.scaling [--axes image_tokens,batch] [--json FILE]
+
+One size is changed at a time: image tokens, questions per image, length of the text before a
+question, images per step, vocabulary, model size. A point is the median seconds of some steps of
+`sft` on easy-VQA, with LoRA r=16 on every linear layer of a random decoder in bf16. The exponent is
+the slope of a line through the logarithms. It is printed beside that of the useful work (the
+formula of benchmarks/ours.py), so that the difference shows the overhead.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ from benchmarks import material, ours
 PATCH = 16
 WARM = 2
 QUESTIONS = 8
-"""Questions an image at most: images with fewer are not used."""
+"""Most questions per image; images with fewer are not used."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step is made of; context is words before each image's questions, width and layers are the decoder's."""
+    """The sizes of a step.
+
+    `context` is the number of words before each image's questions; `width` and `layers` are the
+    decoder's.
+    """
 
     image_tokens: int = 49
     questions: int = 8
@@ -58,7 +65,7 @@ AXES: dict[str, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A measured shape: the axis' value, seconds and useful operations of a step, and the spread of the seconds."""
+    """A measured shape: value on the axis, seconds and useful operations of a step, and spread."""
 
     axis: str
     x: float
@@ -69,25 +76,28 @@ class Point:
 
 
 def write_rows(source: Path, path: Path, shape: Shape, images: int) -> None:
-    """Rows about `images` images with exactly `shape.questions` questions each; the context is other images' questions."""
+    """Writes rows about `images` images with exactly `shape.questions` questions each.
+
+    The context before them consists of other images' questions.
+    """
     rows = [json.loads(line) for line in (source / "multi.jsonl").read_text().splitlines()]
     rows = [row for row in rows if len(row["messages"]) >= 2 * QUESTIONS]
     words = " ".join(message["content"] for row in rows for message in row["messages"][::2]).split()
-    made = []
+    output_rows = []
     for place, row in enumerate(rows[:images]):
-        said = " ".join(words[place : place + shape.context])
+        context = " ".join(words[place : place + shape.context])
         for start in range(0, 2 * shape.questions, 2):
             question, answer = row["messages"][start : start + 2]
-            asked = {"role": "user", "content": f"{said} {question['content']}".strip()}
-            made.append(
+            turn = {"role": "user", "content": f"{context} {question['content']}".strip()}
+            output_rows.append(
                 {
-                    "messages": [asked, answer],
+                    "messages": [turn, answer],
                     "images": [str(source / name) for name in row["images"]],
                 }
             )
     if len(rows) < images:
         raise SystemExit(f"{len(rows)} images have {QUESTIONS} questions, {images} are needed")
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    path.write_text("".join(json.dumps(row) + "\n" for row in output_rows))
 
 
 def recipe(shape: Shape, rows: Path, output: Path, steps: int) -> str:
@@ -144,7 +154,7 @@ def recipe(shape: Shape, rows: Path, output: Path, steps: int) -> str:
 
 
 def measure(axis: str, shape: Shape, source: Path, steps: int) -> Point:
-    """Trains a point's steps."""
+    """Measures a point by training its steps."""
     from vlm_tune.api import sft
     from vlm_tune.config.load import parse_recipe
 
@@ -173,14 +183,14 @@ def measure(axis: str, shape: Shape, source: Path, steps: int) -> Point:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The slope of the line through the logarithms."""
+    """The slope of a line fitted through the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def shown(points: Sequence[Point]) -> dict[str, float]:
-    """Prints an axis' table; its exponents."""
+    """Prints an axis' table, and returns its exponents."""
     x = [point.x for point in points]
-    found = {
+    exponents = {
         "time": exponent(x, [p.seconds for p in points]),
         "work": exponent(x, [p.operations for p in points]),
     }
@@ -192,15 +202,19 @@ def shown(points: Sequence[Point]) -> dict[str, float]:
     for point in points:
         rate = point.operations / point.seconds / 1e12
         print(
-            f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} {point.operations / 1e9:9.1f} {rate:8.3f}"
+            f"{point.x:24,.0f} {point.seconds * 1e3:10.1f} {point.spread:7.1%} "
+            f"{point.operations / 1e9:9.1f} {rate:8.3f}"
         )
-    print(f"time ~ x^{found['time']:.2f} (last two points {ends['time_at_the_end']:.2f}), ", end="")
-    print(f"useful work ~ x^{found['work']:.2f} ({ends['work_at_the_end']:.2f})", flush=True)
-    return found | ends
+    print(
+        f"time ~ x^{exponents['time']:.2f} (last two points {ends['time_at_the_end']:.2f}), ",
+        end="",
+    )
+    print(f"useful work ~ x^{exponents['work']:.2f} ({ends['work_at_the_end']:.2f})", flush=True)
+    return exponents | ends
 
 
 def main() -> None:
-    """Prints a table an axis; with --json also saves."""
+    """Prints a table for each axis; with --json also saves the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -215,34 +229,34 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    unknown = [axis for axis in asked.axes if axis not in AXES]
+    options = parser.parse_args()
+    unknown = [axis for axis in options.axes if axis not in AXES]
     if unknown:
         parser.error(f"no axis {', '.join(unknown)}; there are {', '.join(AXES)}")
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(options.threads)
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         material.write_rows(Path(folder), 120)
-        for axis in asked.axes:
+        for axis in options.axes:
             shapes = AXES[axis]
-            if asked.quick:
+            if options.quick:
                 narrow = [64, 128] if axis == "model_size" else [64, 64]
                 shapes = tuple(
                     replace(shape, width=width, layers=2)
                     for shape, width in zip(shapes, narrow, strict=False)
                 )
-            points = [measure(axis, shape, Path(folder), asked.steps) for shape in shapes]
+            points = [measure(axis, shape, Path(folder), options.steps) for shape in shapes]
             result[axis] = {
                 "exponents": shown(points),
                 "points": [asdict(point) for point in points],
             }
-            if asked.json:
-                asked.json.write_text(
-                    json.dumps({"threads": asked.threads, "axes": result}, indent=1)
+            if options.json:
+                options.json.write_text(
+                    json.dumps({"threads": options.threads, "axes": result}, indent=1)
                 )
 
 

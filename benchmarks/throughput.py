@@ -1,8 +1,10 @@
-"""Training speed side by side with other trainers: python -m benchmarks.throughput --against trl,llamafactory,seq2seq
+"""Training speed side by side with other trainers.
 
-Each peer is installed in its own environment and tried with all of its settings in short runs; the best ones are then
-measured in turns with ours, so that a busy machine slows all alike. Every run trains on the same questions, which is
-checked from what its labels hold. How this is done in detail: docs/speed.md.
+Run: python -m benchmarks.throughput --against trl,llamafactory,seq2seq
+
+Each peer is installed in its own environment and tried with all of its settings in short runs. The
+best ones are then measured alternately with ours, so that a busy machine slows all alike. Every run
+trains on the same questions, which is checked from its labels. Details: docs/speed.md.
 """
 
 from __future__ import annotations
@@ -31,38 +33,40 @@ OUR_SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "seq2seq": [{"batch": 4}, {"batch": 2}, {"batch": 8}],
 }
-"""What ours is tried with: images a step, or rows a step into which those of several images are packed.
+"""Settings that ours is tried with: images per step, or packed rows per step.
 
-An encoder-decoder reads an image again with every question, which takes memory.
+An encoder-decoder repeats the image with every question, which takes memory.
 """
 
 OUR_PRECISIONS = ("bf16", "fp32")
 
 HOPELESS = 4.0
-"""A run of a sweep is stopped after so many times the seconds of the fastest run so far."""
+"""A run of a sweep is stopped after this many times the seconds of the fastest run so far."""
 
 OURS = {"causal": "ours", "seq2seq": "ours_seq2seq"}
 
 START = 20.0
-"""Seconds that a run takes before its first step on two cores: imports, loading, preparing."""
+"""Seconds before a run's first step on two cores: imports, loading, preparing."""
 
 OUR_RATES = {"causal": 40.0, "seq2seq": 10.0}
-"""Question-answer pairs a second that the time of a comparison is foretold from, where nothing was measured yet."""
+"""Question-answer pairs per second, from which a comparison's time is estimated beforehand."""
 
 
 class Comparison:
-    """A comparison as it grows: what was measured, and the JSON that is saved after every round."""
+    """A comparison in progress: all measurements so far, and the JSON saved after every round."""
 
     def __init__(
-        self, asked: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]
+        self, options: argparse.Namespace, bench: Bench, known: dict[str, list[dict[str, Any]]]
     ) -> None:
-        self.asked = asked
+        self.options = options
         self.bench = bench
         self.kinds = [
-            kind for kind in OURS if any(PEERS[name].kind == kind for name in asked.against)
+            kind for kind in OURS if any(PEERS[name].kind == kind for name in options.against)
         ]
         self.settings: dict[str, list[dict[str, Any]]] = {
-            name: found[: asked.finalists] for name, found in known.items() if name in self.names
+            name: ranked[: options.finalists]
+            for name, ranked in known.items()
+            if name in self.names
         }
         self.sweep: list[Run] = []
         self.runs: list[Run] = []
@@ -72,16 +76,16 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """All that is swept: ours for each kind of model unless only the peers' settings are asked for, and the peers."""
-        mine = [] if self.asked.sweep_only else [OURS[kind] for kind in self.kinds]
-        return [*mine, *self.asked.against]
+        """The names to sweep: the peers, and ours for each kind of model unless `--sweep-only`."""
+        mine = [] if self.options.sweep_only else [OURS[kind] for kind in self.kinds]
+        return [*mine, *self.options.against]
 
     def kind(self, name: str) -> str:
-        """causal or seq2seq."""
+        """The kind of model that a name trains: causal or seq2seq."""
         return (
             PEERS[name].kind
             if name in PEERS
-            else next(kind for kind, own in OURS.items() if own == name)
+            else next(kind for kind, label in OURS.items() if label == name)
         )
 
     def measure(
@@ -92,7 +96,10 @@ class Comparison:
         runs: list[Run],
         timeout: float | None = None,
     ) -> Run:
-        """One run, printed and added to `runs`, stopped after `timeout` seconds; without `length` it is an epoch."""
+        """Measures one run, prints it and adds it to `runs`.
+
+        It is stopped after `timeout` seconds; without `length` it is an epoch.
+        """
         if length is None:
             run = self.bench.epoch(name, self.kind(name), settings)
         elif name in PEERS:
@@ -105,41 +112,44 @@ class Comparison:
         return run
 
     def compare_with_gemm(self, *runs: Run) -> None:
-        """Sets the MFU of runs: by the best of the GEMM rates, for one that something disturbed would flatter."""
-        if self.rates and not self.asked.cpu_time:  # a rate of the clock's
+        """Sets the MFU of runs, by the best GEMM rate: a disturbed one would flatter."""
+        if self.rates and not self.options.cpu_time:  # GEMM rates are by wall-clock time
             for run in runs:
                 run.mfu = run.operations_per_s / self.gemm
 
     @property
     def gemm(self) -> float | None:
-        """The machine's GEMM rate: the best of either precision and of all measurements."""
+        """The machine's GEMM rate: the best over precisions and measurements."""
         return max((max(rates.values()) for rates in self.rates), default=None)
 
     @property
     def fp32_first(self) -> bool:
-        """Whether this machine multiplies fp32 faster than bf16, as CPUs without instructions for bf16 do."""
+        """Whether fp32 products are faster than bf16 here, as on CPUs without bf16 instructions."""
         return bool(self.rates) and self.rates[0]["fp32"] > self.rates[0]["bf16"]
 
     @property
     def no_bf16(self) -> bool:
-        """Whether torch multiplies bf16 at less than a tenth of fp32's rate here: no setting makes up for that."""
+        """Whether bf16 products reach less than a tenth of fp32's rate here.
+
+        No setting makes up for that.
+        """
         return bool(self.rates) and self.rates[0]["bf16"] < self.rates[0]["fp32"] / 10
 
     def note_gemm(self) -> None:
-        """Measures the GEMM rates now."""
-        self.rates.append(gemm_rates(self.asked.threads))
+        """Measures the current GEMM rates and updates the MFU of all runs."""
+        self.rates.append(gemm_rates(self.options.threads))
         self.compare_with_gemm(*self.sweep, *self.runs)
         rates = ", ".join(f"{name} {rate / 1e12:.3f}" for name, rate in self.rates[-1].items())
-        print(f"GEMM in TFLOP/s, {self.asked.threads} threads: {rates}", flush=True)
+        print(f"GEMM in TFLOP/s, {self.options.threads} threads: {rates}", flush=True)
 
-    # --- the sweep ---------------------------------------------------------------------------------------------------
+    # --- the sweep -------------------------------------------------------------------------------
 
     def tune(self, name: str) -> None:
-        """Finds the fastest settings, one after the other: each key's values are tried with the best of those before it.
+        """Finds the fastest settings, key by key, with the best values of the keys before.
 
         A run that has taken `HOPELESS` times as long as the fastest one before it is stopped.
         """
-        length = Length(1, self.asked.sweep_steps, 15.0)
+        length = Length(1, self.options.sweep_steps, 15.0)
         runs = []
 
         def try_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +166,7 @@ class Comparison:
                 for settings in list(PEERS[name].changes(best, key)):
                     best = try_settings(settings)
         else:
-            first, *others = OUR_SETTINGS[self.kind(name)][: 1 if self.asked.quick else None]
+            first, *others = OUR_SETTINGS[self.kind(name)][: 1 if self.options.quick else None]
             best = first
             for precision in self.our_precisions():
                 best = try_settings({**first, **precision})
@@ -165,32 +175,32 @@ class Comparison:
         ranked = [run.settings for run in sorted(runs, key=speed, reverse=True) if speed(run)]
         if not ranked:
             raise SystemExit(f"no settings of {name} run: {runs[0].failed}")
-        self.settings[name] = ranked[: self.asked.finalists if name in PEERS else 1]
+        self.settings[name] = ranked[: self.options.finalists if name in PEERS else 1]
 
     def our_precisions(self) -> list[dict[str, Any]]:
-        """The precisions to try, the one that the machine multiplies faster first; a recipe's own is not changed."""
-        if self.asked.recipe:
+        """The precisions to try, the machine's faster one first; a recipe's own is not changed."""
+        if self.options.recipe:
             return [{}]
         names = sorted(OUR_PRECISIONS, reverse=self.fp32_first)
-        return [{"precision": name} for name in names[: 1 if self.asked.quick else None]]
+        return [{"precision": name} for name in names[: 1 if self.options.quick else None]]
 
-    # --- the runs in turns -------------------------------------------------------------------------------------------
+    # --- the runs in turns -----------------------------------------------------------------------
 
     def contenders(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What a round measures of one kind of model, ours first."""
+        """The runs of a round for one kind of model, ours first."""
         mine = self.settings[OURS[kind]][0]
         yield OURS[kind], mine
-        if self.asked.nf4 and kind == "causal":
+        if self.options.nf4 and kind == "causal":
             yield OURS[kind], {**mine, "quantize": "nf4"}
-        for name in self.asked.against:
+        for name in self.options.against:
             if PEERS[name].kind == kind:
                 yield from ((name, settings) for settings in self.settings[name])
-                if name == "trl" and not self.asked.no_defaults:
+                if name == "trl" and not self.options.no_defaults:
                     yield name, DEFAULTS
 
     def round(self) -> None:
-        """Everything once."""
-        length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
+        """Measures every contender once."""
+        length = Length(self.options.warm, self.options.steps, self.options.seconds)
         for kind in self.kinds:
             self.note_gemm()
             for name, settings in self.contenders(kind):
@@ -199,18 +209,18 @@ class Comparison:
                     raise SystemExit(f"{run.name}: {run.failed}")
 
     def median(self, name: str, settings: dict[str, Any], key: str = "questions_per_s") -> float:
-        """Over the rounds."""
+        """The median of a figure over the rounds."""
         return statistics.median(
             getattr(run, key) for run in self.runs if run.name == name and run.settings == settings
         )
 
     def best(self, name: str) -> dict[str, Any]:
-        """The fastest of the settings that were measured in turns."""
+        """The fastest of the settings that were measured in rounds."""
         return max(self.settings[name], key=lambda settings: self.median(name, settings))
 
     def level_memory(self) -> None:
-        """Measures our peak memory at the questions a step of each peer's best settings."""
-        for name in self.asked.against:
+        """Measures our peak memory with as many questions per step as each peer's best settings."""
+        for name in self.options.against:
             best = self.best(name)
             theirs = max(
                 run.peak_memory_mb for run in self.runs if run.name == name and run.settings == best
@@ -226,30 +236,30 @@ class Comparison:
                 self.levels[name] = run, run.peak_memory_mb / theirs
 
     def whole_epochs(self) -> None:
-        """Measures one epoch from the process's start to its end, of ours and of each peer's best settings."""
+        """Measures one epoch, from process start to end, of ours and each peer's best settings."""
         for kind in self.kinds:
             self.measure(OURS[kind], self.settings[OURS[kind]][0], None, self.epochs)
-            for name in self.asked.against:
+            for name in self.options.against:
                 if PEERS[name].kind == kind:
                     self.measure(name, self.best(name), None, self.epochs)
 
-    # --- what is saved -----------------------------------------------------------------------------------------------
+    # --- what is saved ---------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any]:
-        """What `--json` holds."""
-        asked = self.asked
+        """The content of the `--json` file."""
+        options = self.options
         ratios = {}
         mfu = {}
         for kind in self.kinds if self.runs else []:
             mine = self.settings[OURS[kind]][0]
             rate = self.median(OURS[kind], mine)
             mfu[kind] = self.median(OURS[kind], mine, "mfu")
-            for name in asked.against:
+            for name in options.against:
                 if PEERS[name].kind == kind:
                     ratios[f"{name}_tuned"] = rate / self.median(name, self.best(name))
-                    if name == "trl" and not asked.no_defaults:
+                    if name == "trl" and not options.no_defaults:
                         ratios["trl_default"] = rate / self.median(name, DEFAULTS)
-            if asked.nf4 and kind == "causal":
+            if options.nf4 and kind == "causal":
                 ratios["nf4_step"] = rate / self.median(OURS[kind], {**mine, "quantize": "nf4"})
         memory = {name: ratio for name, (_, ratio) in self.levels.items()}
         return {
@@ -261,8 +271,8 @@ class Comparison:
             "epoch_seconds": {run.name: run.seconds_total for run in self.epochs if not run.failed},
             "gemm": self.gemm,
             "gemm_by_precision": self.rates,
-            "threads": asked.threads,
-            "image_tokens": asked.image_tokens,
+            "threads": options.threads,
+            "image_tokens": options.image_tokens,
             "questions": len(self.bench.answers),
             "versions": {name: versions(python) for name, python in self.bench.pythons.items()},
             "settings": self.settings,
@@ -274,14 +284,15 @@ class Comparison:
         }
 
     def save(self) -> None:
-        """Writes the JSON where one was asked for."""
-        if self.asked.json:
-            self.asked.json.write_text(json.dumps(self.result(), indent=1))
+        """Writes the `--json` file, if there is one."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps(self.result(), indent=1))
 
     def table(self) -> None:
-        """Prints medians of all that was measured in turns."""
+        """Prints the medians of the rounds, peak memory and epochs."""
         print(
-            f"\nmedians of {self.asked.rounds} rounds, {self.asked.image_tokens} image tokens\n{HEADER}"
+            f"\nmedians of {self.options.rounds} rounds, {self.options.image_tokens} image "
+            f"tokens\n{HEADER}"
         )
         fields = (
             "questions_per_s",
@@ -295,29 +306,31 @@ class Comparison:
         )
         for kind in self.kinds:
             for name, settings in self.contenders(kind):
-                found = Run(
+                medians = Run(
                     name, settings, **{key: self.median(name, settings, key) for key in fields}
                 )
-                found.peak_memory_mb = max(
+                medians.peak_memory_mb = max(
                     run.peak_memory_mb
                     for run in self.runs
                     if run.name == name and run.settings == settings
                 )
-                print(line(found))
+                print(line(medians))
         for name, (run, ratio) in self.levels.items():
             print(
-                f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, {ratio:.2f} of its"
+                f"peak memory at the questions a step of {name}'s best: {run.peak_memory_mb} MB, "
+                f"{ratio:.2f} of its"
             )
         for run in self.epochs:
             before = f", {run.preparing_s:.0f} s of them for features" if run.preparing_s else ""
             print(
-                f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} {run.seconds_total:.0f} s{before}"
+                f"one epoch of {len(self.bench.answers)} questions, all included: {run.name} "
+                f"{run.seconds_total:.0f} s{before}"
             )
 
-    # --- how long ----------------------------------------------------------------------------------------------------
+    # --- how long --------------------------------------------------------------------------------
 
     def seconds_of(self, name: str, settings: dict[str, Any], length: Length) -> float:
-        """What a run will take, roughly."""
+        """A rough estimate of a run's seconds."""
         if name in PEERS:
             rate = PEERS[name].rates[settings["rows"]]
             images = settings["batch"] or 8
@@ -331,8 +344,8 @@ class Comparison:
         return START + length.warm * step + measured
 
     def expected(self) -> tuple[float, float]:
-        """Seconds of the sweep that is left, and of the rounds."""
-        short = Length(1, self.asked.sweep_steps, 15.0)
+        """Expected seconds of the remaining sweep, and of the rounds."""
+        short = Length(1, self.options.sweep_steps, 15.0)
         sweep = 0.0
         for name in self.names:
             if name in self.settings:
@@ -340,40 +353,40 @@ class Comparison:
             if name in PEERS:
                 peer = PEERS[name]
                 start = PEERS[name].start()
-                own = [
+                tried = [
                     start,
                     *(settings for key in peer.sweep for settings in peer.changes(start, key)),
                 ]
-                own += peer.changes(own[-1], "batch")
+                tried += peer.changes(tried[-1], "batch")
             else:
-                own = OUR_SETTINGS[self.kind(name)]
-            sweep += sum(self.seconds_of(name, settings, short) for settings in own)
-        length = Length(self.asked.warm, self.asked.steps, self.asked.seconds)
+                tried = OUR_SETTINGS[self.kind(name)]
+            sweep += sum(self.seconds_of(name, settings, short) for settings in tried)
+        length = Length(self.options.warm, self.options.steps, self.options.seconds)
         turn = 0.0
         for name in self.names:
             first = PEERS[name].start() if name in PEERS else OUR_SETTINGS[self.kind(name)][0]
-            given = self.settings.get(name) or [first] * (
-                self.asked.finalists if name in PEERS else 1
+            finalists = self.settings.get(name) or [first] * (
+                self.options.finalists if name in PEERS else 1
             )
-            turn += sum(self.seconds_of(name, settings, length) for settings in given)
+            turn += sum(self.seconds_of(name, settings, length) for settings in finalists)
             turn += (
                 self.seconds_of(name, DEFAULTS, length)
-                if name == "trl" and not self.asked.no_defaults
+                if name == "trl" and not self.options.no_defaults
                 else 0.0
             )
         turn += (
-            self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.asked.nf4 else 0.0
+            self.seconds_of("ours", OUR_SETTINGS["causal"][0], length) if self.options.nf4 else 0.0
         )
-        return sweep, self.asked.rounds * turn + START * len(self.asked.against)
+        return sweep, self.options.rounds * turn + START * len(self.options.against)
 
 
 def speed(run: Run) -> float:
-    """By what settings are ranked."""
+    """The rate by which settings are ranked."""
     return run.questions_per_s
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -462,54 +475,59 @@ def arguments() -> argparse.Namespace:
         "--peers-folder", type=Path, default=cache_folder("peers"), help="environments of the peers"
     )
     add("--json", type=Path)
-    asked = parser.parse_args()
-    unknown = [name for name in asked.against if name not in PEERS]
+    options = parser.parse_args()
+    unknown = [name for name in options.against if name not in PEERS]
     if unknown:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    if not (asked.decoder / "config.json").is_file():
+    if not (options.decoder / "config.json").is_file():
         parser.error(
-            f"no decoder in {asked.decoder}: `make models` writes one, or name a folder with --decoder"
+            f"no decoder in {options.decoder}: `make models` writes one, or name a folder with "
+            "--decoder"
         )
-    if asked.cpu_time and not asked.sweep_only:
+    if options.cpu_time and not options.sweep_only:
         parser.error("--cpu-time is for --sweep-only: what is compared is the clock's time")
-    if asked.quick:
-        asked.warm = 0
-        asked.steps = 2
-        asked.seconds = 0.0
-        asked.rounds = 1
-        asked.sweep_steps = 1
-    return asked
+    if options.quick:
+        options.warm = 0
+        options.steps = 2
+        options.seconds = 0.0
+        options.rounds = 1
+        options.sweep_steps = 1
+    return options
 
 
 def main() -> None:
-    """Measures and prints; with --json also saves."""
-    asked = arguments()
+    """Runs the comparison and prints it; with --json also saves it."""
+    options = arguments()
     known: dict[str, list[dict[str, Any]]] = {}
-    for path in asked.settings:
+    for path in options.settings:
         earlier = json.loads(path.read_text())
         known |= earlier["settings"]
-        if earlier["image_tokens"] != asked.image_tokens:
+        if earlier["image_tokens"] != options.image_tokens:
             print(f"the settings of {path} were found with {earlier['image_tokens']} image tokens")
     bench = Bench(
-        folder=asked.cache.absolute(),
-        peers_folder=asked.peers_folder.absolute(),
-        decoder=asked.decoder.absolute(),
-        against=asked.against,
-        recipe=asked.recipe,
-        image_tokens=asked.image_tokens,
-        images=asked.images,
-        threads=asked.threads,
-        timeout=asked.timeout,
-        cpu_time=asked.cpu_time,
+        folder=options.cache.absolute(),
+        peers_folder=options.peers_folder.absolute(),
+        decoder=options.decoder.absolute(),
+        against=options.against,
+        recipe=options.recipe,
+        image_tokens=options.image_tokens,
+        images=options.images,
+        threads=options.threads,
+        timeout=options.timeout,
+        cpu_time=options.cpu_time,
     )
-    comparison = Comparison(asked, bench, known)
+    comparison = Comparison(options, bench, known)
     sweep, rounds = comparison.expected()
     print(
-        f"{len(bench.answers)} questions about {asked.images} images; expected on two cores: {sweep / 60:.0f} min for the sweep",
+        (
+            f"{len(bench.answers)} questions about {options.images} images; expected on two cores: "
+            f"{sweep / 60:.0f} min for the sweep"
+        ),
         end="",
     )
     print(
-        "" if asked.sweep_only else f", {rounds / 60:.0f} min for {asked.rounds} rounds", flush=True
+        "" if options.sweep_only else f", {rounds / 60:.0f} min for {options.rounds} rounds",
+        flush=True,
     )
     print(HEADER, flush=True)
     comparison.note_gemm()
@@ -517,14 +535,14 @@ def main() -> None:
         if name not in comparison.settings:
             comparison.tune(name)
             comparison.save()
-    if asked.sweep_only:
+    if options.sweep_only:
         return
-    for _ in range(asked.rounds):
+    for _ in range(options.rounds):
         comparison.round()
         comparison.save()
     comparison.level_memory()
     comparison.save()
-    if not asked.no_epoch:
+    if not options.no_epoch:
         comparison.whole_epochs()
         comparison.save()
     comparison.table()

@@ -1,12 +1,16 @@
-"""Records what tiny runs do, to the bit, and compares two commits by it: python dev/characterise.py [--against COMMIT]
+"""Records the exact outputs of tiny runs, and compares those of two commits.
 
-Ten tiny recipes (a decoder and a T5 with LoRA, in full, in nf4 and packed; two stages; two processes) are checked, planned,
-trained, evaluated, merged, exported and asked from the command line, with each value of VLM_TUNE_KERNELS. Of each run are kept:
-every printed JSON, the trace of losses and samples, and the sha256 of every file of tensors.
+Run: python dev/characterise.py [--against COMMIT]
 
-Bits differ between kinds of machines and releases of libraries, so nothing recorded is compared with another machine's:
-`--against` (HEAD, where not given) records that commit here first, once, in the cache folder, and then the working tree. Exits
-with 1 if anything differs. `--record FILE` writes the working tree's record alone.
+Ten tiny recipes (a decoder and a T5 with LoRA, in full, in nf4 and packed; two stages; two
+processes) are checked, planned, trained, evaluated, merged, exported and chatted with from the
+command line, with each value of VLM_TUNE_KERNELS. The record of a run is every printed JSON, the
+trace of losses and samples, and the sha256 of every file of tensors.
+
+Bits differ between kinds of machines and releases of libraries, so records of different machines
+are not compared: `--against` (by default HEAD) first records that commit on this machine, once, in
+the cache folder, and then the working tree. The exit code is 1 if anything differs. `--record FILE`
+only writes the working tree's record.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ COLORS = {
     "yellow": (220, 210, 40),
 }
 WIDTH = 64
-"""Of every layer: a multiple of 32, which the kernels need."""
+"""Width of every layer; the kernels need a multiple of 32."""
 
 LLAMA = {
     "hidden_size": WIDTH,
@@ -64,18 +68,22 @@ LORA = {"match": "llm.*", "how": "lora", "r": 8, "lora_alpha": 16, "target_modul
 FULL = {"match": "llm.*", "how": "full"}
 
 NOISE = re.compile(
-    r"second|_s$|per_s|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date|fingerprint"
+    r"second|_s$|per_s|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date"
+    r"|fingerprint"
 )
-"""Keys of printed JSON whose values are a clock's, a machine's, or of a path."""
+"""Keys of printed JSON whose values depend on time, the machine or paths."""
 
 
-# --- the recipes -----------------------------------------------------------------------------------------------------
+# --- the recipes --------------------------------------------------------------------------------
 
 
 def recipe(
     kind: str, rule: dict[str, Any], *, base: str | None = None, **data: Any
 ) -> dict[str, Any]:
-    """A recipe of a tiny CLIP tower and a tiny decoder ("causal") or T5 ("seq2seq"), from scratch or over the folder `base`."""
+    """A recipe of a tiny CLIP tower and a tiny decoder ("causal") or T5 ("seq2seq").
+
+    The language model starts from scratch, or from the folder `base`.
+    """
     model_type, config = (
         ("llama", LLAMA | {"max_position_embeddings": 512}) if kind == "causal" else ("t5", T5)
     )
@@ -116,7 +124,7 @@ def recipe(
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """All recipes by name; the quantised ones are trained over what the LoRA runs merged."""
+    """All recipes by name. The quantised ones are trained over the merged LoRA runs."""
     by_name: dict[str, dict[str, Any]] = {}
     for kind, name in (("causal", "decoder"), ("seq2seq", "t5")):
         by_name[f"{name}-lora"] = recipe(kind, LORA)
@@ -137,7 +145,7 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def commands(name: str) -> list[list[str]]:
-    """What is run of a recipe, in order."""
+    """The commands that are run for a recipe, in order."""
     ranks = ["--processes", "2"] if name == "two-processes" else []
     lines = [
         ["check", "recipe.yaml"],
@@ -170,7 +178,7 @@ def commands(name: str) -> list[list[str]]:
 
 
 def write_material(folder: Path) -> None:
-    """Images, rows about them, and a tower of random weights."""
+    """Writes images, rows about them, and a tower of random weights."""
     import torch
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -199,11 +207,11 @@ def write_material(folder: Path) -> None:
     )
 
 
-# --- recording -------------------------------------------------------------------------------------------------------
+# --- recording ----------------------------------------------------------------------------------
 
 
 def record_run(name: str, folder: Path) -> dict[str, Any]:
-    """Runs a recipe's commands in `folder`, in this process, and returns what they printed and wrote."""
+    """Runs a recipe's commands in `folder`, in this process, and returns their record."""
     from vlm_tune.cli import main
 
     write_material(folder)
@@ -233,7 +241,7 @@ def record_run(name: str, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def capture(output: io.StringIO, errors: io.StringIO) -> Iterator[None]:
-    """Takes what is printed in Python, and by processes that are started, which write to the descriptors."""
+    """Captures what Python prints, and what child processes write to the file descriptor."""
     sys.stdout.flush()
     saved = os.dup(1)
     with tempfile.TemporaryFile("w+") as file:
@@ -260,7 +268,10 @@ def without_noise(value: Any, folder: Path) -> Any:
 
 
 def trace(folder: Path) -> list[Any]:
-    """The run's log and its stages' traces: each step's loss, norm of gradients and samples, each evaluation's scores."""
+    """The run's log and its stages' traces.
+
+    They hold each step's loss, gradient norm and samples, and each evaluation's scores.
+    """
     paths = sorted(folder.glob("run/**/*.jsonl"))
     return [
         [path.name, without_noise(json.loads(line), folder)]
@@ -270,7 +281,7 @@ def trace(folder: Path) -> list[Any]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of tensors and every tokenizer that a run, a merge or an export wrote."""
+    """The sha256 of every tensor file and tokenizer of a run, a merge or an export."""
     paths = [
         path
         for path in sorted(folder.rglob("*"))
@@ -284,12 +295,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
-    """The record of a checkout: by mode and recipe. Each run is a process of its own, on one thread."""
+    """The record of a checkout by mode and recipe. Each run is its own process on one thread."""
     records: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
         cache.mkdir(mode=0o700)
-        # What is compiled is shared: its names say what it was compiled from.
+        # Compiled parts are shared: their names have a hash of what they were compiled from.
         compiled = Path(tempfile.gettempdir()) / f"vlm_tune-golden-{os.getuid()}"
         compiled.mkdir(mode=0o700, exist_ok=True)
         (cache / "kernels").symlink_to(compiled)
@@ -322,7 +333,7 @@ def record(tree: Path, modes: list[str], names: list[str]) -> dict[str, Any]:
 
 
 def record_commit(commit: str, modes: list[str], names: list[str]) -> dict[str, Any]:
-    """The record of a commit on this machine, made once."""
+    """The record of a commit on this machine, from the cache folder if it is there."""
     sha = subprocess.run(
         ["git", "rev-parse", commit], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -355,7 +366,7 @@ def record_commit(commit: str, modes: list[str], names: list[str]) -> dict[str, 
 
 
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """Each place where two records differ, with both values."""
+    """Yields each place where two records differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in [*before, *(key for key in after if key not in before)]:
             if key not in after or key not in before:
@@ -370,7 +381,7 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
 
 
 def main() -> int:
-    """Records and compares; 1 where something differs."""
+    """Records and compares; returns 1 if something differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -386,7 +397,7 @@ def main() -> int:
     parser.add_argument("--names", nargs="+", choices=list(recipes()), default=list(recipes()))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # A quantised run is trained over what its LoRA run merged, so that runs too, and first.
+    # A quantised run is trained over its merged LoRA run, so that one runs too, and first.
     bases = {name.replace("-nf4", "-lora") for name in options.names if name.endswith("-nf4")}
     options.names = [name for name in recipes() if name in bases or name in options.names]
     if options.one:

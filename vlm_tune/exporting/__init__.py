@@ -1,4 +1,4 @@
-"""Writes models in the layouts of other libraries, and proves that these compute the same with them."""
+"""Exports models to the layouts of other libraries, and verifies that these compute the same."""
 
 from __future__ import annotations
 
@@ -31,15 +31,32 @@ def export(
     verify: bool = True,
     base: BaseChoice = AS_SAVED,
 ) -> ExportReport:
-    """Writes a run, a checkpoint or a merged folder as a `LlavaForConditionalGeneration` that plain transformers opens.
+    """Exports a run, a checkpoint or a merged folder for another library.
 
-    With `format="adapter"` it is the LLM's adapter as a PEFT folder, with the connector and the tower's changes beside it;
-    with `format="gguf"` the two files that llama.cpp reads, whose `dtype` may also be q8_0.
-    Adapters are merged on the way, verified as by `merge`; where no `dtype` is given it is the merge's, or the model's
-    own. What is written is opened before it gets its name, the LLaVA and the GGUF's language model by transformers alone:
-    it must give the same token ids and greedy text, and logits within 1e-5 of the largest (2e-2 for a LLaVA in 16 bit).
-    Raises `ModelError` for a model that the format can't express, an output that exists, too little memory or disk, and a
-    failed verification; nothing is left then.
+    - `format="llava"`: a `LlavaForConditionalGeneration` that plain transformers opens.
+    - `format="adapter"`: the LLM's adapter as a PEFT folder, with the connector and the tower's
+      changes beside it.
+    - `format="gguf"`: the two files that llama.cpp reads.
+
+    For LLaVA and GGUF, adapters are merged first, with the checks of `merge`. The export is opened
+    again before the output folder gets its name, the LLaVA and the GGUF's language model by
+    transformers alone. It must give the same token ids and greedy text, and logits that differ by
+    at most 1e-5 of the largest logit (2e-2 absolute for a LLaVA in 16 bit).
+
+    Args:
+        path: a run, a checkpoint or a merged folder.
+        output: the folder to write.
+        format: "llava", "adapter" or "gguf".
+        dtype: of the exported weights; for GGUF it may also be q8_0. By default the dtype that the
+            merge chose, or the model's if nothing is merged.
+        max_shard_size: the largest weight file of a LLaVA, as transformers' `save_pretrained`
+            takes it.
+        verify: whether the export is compared with the model.
+        base: which base weights to use, if not those that the folder names.
+
+    Raises:
+        ModelError: the format can't express the model, the output exists, memory or disk are too
+            small, or verification fails. No output is left then.
     """
     path = Path(path)
     output = Path(output)
@@ -54,10 +71,10 @@ def export(
 
 
 def possible_exports(recipe: Recipe) -> dict[str, str | None]:
-    """By format why the model that a recipe trains could not be exported so; None where it could.
+    """For each format, why the model that a recipe trains can't be exported; None if it can.
 
-    Only configs are read, and a tokenizer's fitness for GGUF is left to the export. Raises `ModelError` for a config that
-    can't be read.
+    Only configs are read. Whether the tokenizer fits GGUF is checked by the export itself. Raises
+    `ModelError` for a config that can't be read.
     """
     config, text = planned_config(recipe)
     decoder = text if config.llm.kind == "causal" else None
@@ -72,4 +89,4 @@ def possible_exports(recipe: Recipe) -> dict[str, str | None]:
         "adapter": prompt + adapter_reasons(recipe, config),
         "gguf": prompt + gguf_reasons(config, decoder),
     }
-    return {name: "; ".join(found) or None for name, found in reasons.items()}
+    return {name: "; ".join(why) or None for name, why in reasons.items()}

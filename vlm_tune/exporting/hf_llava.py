@@ -1,4 +1,4 @@
-"""A `LlavaForConditionalGeneration` folder, and the proof that plain transformers computes the same with it."""
+"""Export to a `LlavaForConditionalGeneration` folder, verified with plain transformers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
 
 PIXEL = 1e-3
-"""How far normalised pixels may be apart; one level of 255 is more than ten times that."""
+"""Allowed difference of normalised pixels; one level of 255 is more than ten times that."""
 
 
 def export_llava(
     path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice
 ) -> ExportReport:
-    """Writes a `LlavaForConditionalGeneration`, its processor, a card and a report; see `export`."""
+    """Writes a `LlavaForConditionalGeneration` with processor, card and report; see `export`."""
     source = find_model(path)
     config = read_config(source, base)
     check_prompt(source)
@@ -50,9 +50,8 @@ def export_llava(
     check_target(config, text)
     check_output(output, path)
     parameters = count_parameters(text, config)
-    check_room(
-        parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1
-    )  # it is merged and compared in fp32
+    # The model is merged and compared in fp32.
+    check_room(parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1)
     model, merged = whole_model(path, source, output, dtype, base)
     dtype = model.config.precision
     expected = expected_of(path, model) if verify else None
@@ -85,10 +84,15 @@ def export_llava(
 def verify_llava(
     folder: Path, model: VisionLanguageNetwork, expected: Expected, tolerance: float
 ) -> tuple[float, bool]:
-    """How far an exported folder's logits are from the model's, and that its greedy text is the same.
+    """Compares an exported folder with the model.
 
-    The folder is opened by transformers' own classes, computing in fp32. Raises `ModelError` for other token ids,
-    pixels, logits or text.
+    The folder is opened by transformers' own classes, which compute in fp32.
+
+    Returns:
+        The largest difference of logits, and True: the greedy text is the same.
+
+    Raises:
+        ModelError: token ids, pixels, logits or greedy text differ.
     """
     from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
@@ -107,7 +111,8 @@ def verify_llava(
         )
     theirs = theirs.to(model.device).eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
-    # Pillow resizes as our own preprocessing does; torchvision, which transformers prefers, is off by a level or two.
+    # Pillow resizes as our own preprocessing does. torchvision, which transformers prefers, is off
+    # by a level or two.
     pillow: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     logits = []
     texts = []
@@ -115,14 +120,17 @@ def verify_llava(
         _check_pixels(pillow, model, row)
         logits.append(_their_logits(theirs, processor, model, row))
         texts.append(_their_answer(theirs, processor, model, row))
-    found = torch.cat(logits)[:, : expected.logits.shape[1]]
-    return check_answers(expected, found, texts, tolerance), True
+    exported = torch.cat(logits)[:, : expected.logits.shape[1]]
+    return check_answers(expected, exported, texts, tolerance), True
 
 
 def _messages(
     model: VisionLanguageNetwork, row: Conversation, *, prompt: bool = False
 ) -> list[dict[str, Any]]:
-    """A conversation as transformers' processors take it; images are those the tower sees, already square."""
+    """A conversation in the form that transformers' processors take.
+
+    Its images are those that the tower sees, already square.
+    """
     from PIL import Image
 
     def part(one: str | Media) -> dict[str, Any]:
@@ -149,7 +157,10 @@ def _inputs(
 def _their_logits(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> torch.Tensor:
-    """Logits [S, V] where the model's own example has labels; token ids must be its own."""
+    """The export's logits [S, V] at a row's supervised positions.
+
+    Raises `ModelError` if the export's processor gives other token ids than the model's.
+    """
     image_token = theirs.config.image_token_id
     (example,) = model.processor.examples(row)
     inputs = _inputs(processor, model, _messages(model, row), prompt=False)
@@ -179,22 +190,23 @@ def _their_answer(
 
 
 def _check_pixels(images: Any, model: VisionLanguageNetwork, row: Conversation) -> None:
-    """Raises `ModelError` if a row's images, resized and normalised by the exported processor, are not what the tower sees."""
+    """Raises `ModelError` if the exported image processor's pixels differ from the tower's."""
     for media in row.media:
         scale = model.tower.scale.cpu()
         offset = model.tower.offset.cpu()
-        own = model.processor.images(media).float() * scale[0] - offset[0]
-        found = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")[
+        trained = model.processor.images(media).float() * scale[0] - offset[0]
+        exported = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")[
             "pixel_values"
         ][0]
-        if own.shape != found.shape or float((own - found).abs().max()) > PIXEL:
+        if trained.shape != exported.shape or float((trained - exported).abs().max()) > PIXEL:
             raise ModelError(
-                f"the exported image processor gives other pixels for {media.name} than the model was trained with; nothing was written"
+                f"the exported image processor gives other pixels for {media.name} than the model "
+                "was trained with; nothing was written"
             )
 
 
 def model_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -> str:
-    """The README of an exported folder: what it is made of, how to use it, its recipe and scores where they are known."""
+    """The README of an exported folder: parts, usage, and scores and recipe if they are known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
     verified = (

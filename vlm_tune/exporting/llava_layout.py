@@ -1,4 +1,4 @@
-"""transformers' LLaVA as a target: which models it can express, and the same weights in its layout."""
+"""transformers' LLaVA layout: which models it can express, and a model's weights in it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,20 @@ OPEN_CLIP_STEM = {
 
 
 def check_target(config: VisionLanguageConfig, text: Any) -> None:
-    """Raises `ModelError` with every reason why a model can't be a LLaVA, as `llava_reasons`."""
+    """Raises `ModelError` with every reason of `llava_reasons`."""
     reasons = llava_reasons(config, text)
     if reasons:
         raise ModelError(
-            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` writes a self-contained folder"
+            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` "
+            "writes a self-contained folder"
         )
 
 
 def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
-    """Why a model can't be a LLaVA, given its LLM's transformers config (None for an encoder-decoder); no weights are needed."""
+    """The reasons why a model can't be a LLaVA, from configs alone.
+
+    `text` is the LLM's transformers config, None for an encoder-decoder.
+    """
     language = (
         ["its language model is an encoder-decoder, LLaVA's a decoder"]
         if text is None
@@ -60,7 +64,7 @@ def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
 
 def decoder_reasons(text: Any) -> list[str]:
-    """Why a decoder can't be LLaVA's, from its transformers config."""
+    """The reasons why a decoder can't be LLaVA's, from its transformers config."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     name = text.model_type
@@ -68,7 +72,8 @@ def decoder_reasons(text: Any) -> list[str]:
     wholes: Any = AutoModelForCausalLM._model_mapping
     if type(text) not in bodies or type(text) not in wholes:
         return [
-            f"its language model is of type {name}, of which transformers has no decoder without a head"
+            f"its language model is of type {name}, of which transformers has no decoder without "
+            "a head"
         ]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(text)
@@ -78,15 +83,18 @@ def decoder_reasons(text: Any) -> list[str]:
     if llm.rule != HeadRule():
         what = "" if llm.rule is None else f" ({llm.rule})"
         reasons.append(
-            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA does not"
+            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA "
+            "does not"
         )
     if llm.factor != 1:
         reasons.append(
-            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which LLaVA does not"
+            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which "
+            "LLaVA does not"
         )
     if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
         reasons.append(
-            f"its language model is of type {name}, whose embeddings are not where LLaVA looks for them"
+            f"its language model is of type {name}, whose embeddings are not where LLaVA looks "
+            "for them"
         )
     if getattr(whole.get_output_embeddings(), "bias", None) is not None:
         reasons.append("its language model's head has a bias, LLaVA's has none")
@@ -94,13 +102,16 @@ def decoder_reasons(text: Any) -> list[str]:
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
+    """The reasons why a tower can't be LLaVA's."""
     tower = config.model.tower
     rebuild = config.tower_rebuild
     reasons = []
     if isinstance(tower, TransformersTower):
-        found = rebuild["vision_config"]["model_type"]
-        if found not in VISION_TYPES:
-            reasons.append(f"its tower is of type {found}, LLaVA's {' or '.join(VISION_TYPES)}")
+        model_type = rebuild["vision_config"]["model_type"]
+        if model_type not in VISION_TYPES:
+            reasons.append(
+                f"its tower is of type {model_type}, LLaVA's {' or '.join(VISION_TYPES)}"
+            )
     elif isinstance(tower, OpenClipTower):
         vision = rebuild["vision_cfg"]
         if vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple):
@@ -128,28 +139,30 @@ def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
     return reasons
 
 
-# --- the processor ---------------------------------------------------------------------------------------------------
+# --- the processor --------------------------------------------------------------------------------
 
 
 def llava_processor(model: VisionLanguageNetwork) -> Any:
-    """A `LlavaProcessor` that gives the ids and pixels of the model's own processor; `<image>` is a token of its tokenizer."""
+    """A `LlavaProcessor` that gives the token ids and pixels of the model's own processor.
+
+    `<image>` is a token of its tokenizer.
+    """
     from tokenizers import AddedToken
     from transformers import LlavaProcessor
 
-    own = model.processor
+    processor = model.processor
     tower = model.tower
-    tokenizer: Any = copy.deepcopy(own.tokenizer)
+    tokenizer: Any = copy.deepcopy(processor.tokenizer)
     tokenizer.add_tokens(
         [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
     )
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = (
-        "left"  # the second is what is saved
-    )
+    # `save_pretrained` writes the value in `init_kwargs`.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own.spec.pad_id)
-    if not any(piece.control == "bos" for piece in own.template.start):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(processor.spec.pad_id)
+    if not any(piece.control == "bos" for piece in processor.template.start):
         _add_nothing(tokenizer)
-    tokenizer.chat_template = processor_jinja(own.template, own.system, IMAGE_TOKEN)
+    tokenizer.chat_template = processor_jinja(processor.template, processor.system, IMAGE_TOKEN)
     vision, _ = vision_weights(tower)
     has_class = vision.model_type == "clip_vision_model"
     return LlavaProcessor(
@@ -164,7 +177,10 @@ def llava_processor(model: VisionLanguageNetwork) -> Any:
 
 
 def _add_nothing(tokenizer: Any) -> None:
-    """Keeps a tokenizer from putting tokens around a text, where the chat format has none there."""
+    """Stops a tokenizer from adding special tokens around a text.
+
+    For chat formats that do not begin with a BOS token.
+    """
     from tokenizers import processors
 
     if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
@@ -193,13 +209,14 @@ def _image_processor(model: VisionLanguageNetwork) -> Any:
     return CLIPImageProcessor(size=square, do_center_crop=False, **common)
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def llava_model(model: VisionLanguageNetwork, image_token: int, dtype: torch.dtype) -> Any:
-    """A `LlavaForConditionalGeneration` with the model's weights in `dtype`, not copied where they are in it already.
+    """A `LlavaForConditionalGeneration` with the model's weights in `dtype`.
 
-    Raises `ModelError` for weights that LLaVA has no place for.
+    Weights that have this dtype already are shared, not copied. Raises `ModelError` for weights
+    that LLaVA has no place for.
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -213,7 +230,8 @@ def llava_model(model: VisionLanguageNetwork, image_token: int, dtype: torch.dty
         text_config=language.config,
         image_token_index=image_token,
         image_seq_length=model.processor.spec.tokens_per_image,
-        # With the identity as its second layer and no activation, LLaVA's MLP is a linear connector.
+        # With the identity as its second layer and no activation, LLaVA's MLP is a linear
+        # connector.
         projector_hidden_act="linear" if linear else "gelu",
         vision_feature_select_strategy=_strategy(model.tower, has_class),
         vision_feature_layer=-1,
@@ -255,7 +273,10 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _make_room(language: Any, token: int) -> None:
-    """Gives the embedding and the head rows up to `token`: the mean of the others, whose logit is never the largest."""
+    """Extends the embedding and the head with rows up to `token`.
+
+    A new row is the mean of the old ones, so that its logit is never the largest.
+    """
     rows = language.get_input_embeddings().num_embeddings
     if token < rows:
         return
@@ -277,9 +298,10 @@ def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
-    """transformers' config and state of a tower, without the blocks that its features don't need.
+    """A tower's transformers config and state dict, without blocks that its features don't need.
 
-    The final norm, which features of a layer never pass, is the identity. Raises `ModelError` for other towers.
+    Features are taken before the final norm, which is therefore the identity. Raises `ModelError`
+    for towers that are neither transformers' nor open_clip's.
     """
     if isinstance(tower, TransformersVision):
         config, state = _transformers_vision(tower)
@@ -299,15 +321,15 @@ def _transformers_vision(tower: TransformersVision) -> tuple[Any, dict[str, torc
     config = copy.deepcopy(model.config)
     state = dict(model.state_dict())
     if tower.options:
-        # Positions of another image size are interpolated once, here, and not in every pass.
+        # Positions for another image size are interpolated here once, instead of in every forward.
         embeddings = model.embeddings
         side = tower.side * config.patch_size
         weight = model.embeddings.position_embedding.weight
         with torch.no_grad():
-            found = embeddings.interpolate_pos_encoding(
+            positions = embeddings.interpolate_pos_encoding(
                 torch.empty(1, 2, weight.shape[1], device=weight.device), side, side
             )
-        state["embeddings.position_embedding.weight"] = found[0]
+        state["embeddings.position_embedding.weight"] = positions[0]
     config.image_size = tower.image_size
     config.num_hidden_layers = len(model.encoder.layers)
     if hasattr(model, "use_head"):

@@ -1,4 +1,4 @@
-"""Merges LoRA adapters into the base weights, and proves that the merge did what the adapter does."""
+"""Merges LoRA adapters into the base weights, and verifies that the merge equals the adapter."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from vlm_tune.version import __version__
 
 TOLERANCE = 2e-2
 PROBED = 10_000
-"""Rows that the probes are spread over."""
+"""The first rows of a run's data, over which the probes are spread."""
 PROBES = 4
 SCORED = 256
-"""Validation rows that a quantised run and its merge are scored on, where the recipe sets no smaller limit."""
+"""Most validation rows that a quantised run and its merge are scored on."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge was compared with, by the largest absolute difference of logits and by greedy text.
+    """How a merge compares with the adapter, the base and the run it was made from.
 
-    `rows` were compared, in fp32. "The adapter" is the adapter over the unquantised base, which the merge must equal
-    within `allowed`. A quantised run was trained over other weights than those it is merged into: how far the merge is
-    from the run as trained is `difference_to_run`, and both are scored on `scored` validation rows, where the run has
-    some that can be read (else `unscored` says why not).
+    Differences are the largest absolute difference of logits over `rows` rows, in fp32. "The
+    adapter" is the adapter over the unquantised base, which the merge must equal within `allowed`.
+    A quantised run was trained over other weights than those it is merged into:
+    `difference_to_run` is the merge's difference to the run as trained, and both are scored on
+    `scored` validation rows. `unscored` says why, if no validation rows can be read.
     """
 
     output: str
@@ -57,9 +58,9 @@ class MergeReport:
     allowed: float = TOLERANCE
     dtype: str = "bf16"
     why_dtype: str | None = None
-    """Why it is not bf16, where no dtype was asked for."""
+    """Why the dtype is not bf16, if none was passed."""
     text_may_differ: bool = False
-    """Whether other greedy text is accepted: where a tolerance was given."""
+    """Whether other greedy text is accepted: true if a tolerance was passed."""
     quantized: str | None = None
     difference_to_run: float | None = None
     same_text_as_run: bool | None = None
@@ -77,22 +78,26 @@ def merge(
     tolerance: float | None = None,
     base: BaseChoice = AS_SAVED,
 ) -> MergeReport:
-    """Merges a run's or checkpoint's adapters into 16-bit base weights (fp32 on request) and writes a model folder.
+    """Merges a run's or checkpoint's adapters into its base weights and writes a model folder.
 
-    A 4- or 8-bit run is merged into its base loaded in `dtype`, never into quantised weights. Before anything is
-    written, the merged logits must equal those of the adapter over that base within `tolerance` and differ from the
-    base's.
+    The merged weights are in 16 bit, or in fp32 if `dtype` says so. A 4- or 8-bit run is merged
+    into its base loaded in `dtype`, never into quantised weights. Before anything is written, the
+    merged logits must equal those of the adapter over that base within `tolerance`, and differ
+    from the base's.
 
     Args:
         path: a run, a checkpoint or a model folder.
         output: the folder to write.
-        dtype: of the merged weights. Where not given it is bf16, or, if rounding to bf16 moves the logits further than
-            allowed, fp16 (not for encoder-decoders, which overflow in it), or else fp32; the report says why.
-        tolerance: how far logits may move; 2e-2 where not given, and then the greedy text must be the same too.
-        base: which weights to merge into, where it is not those that the folder names.
+        dtype: of the merged weights. By default bf16. If rounding to bf16 moves the logits further
+            than allowed, fp16 (not for encoder-decoders, which overflow in it), or else fp32; the
+            report says why.
+        tolerance: how far logits may move. By default 2e-2, and then the greedy text must be the
+            same too.
+        base: which base weights to merge into, if not those that the folder names.
 
     Raises:
-        ModelError: there is nothing to merge, the base is not the one that was trained over, or verification fails.
+        ModelError: there is nothing to merge, the base is not the one that was trained over, or
+            verification fails.
         RecipeError: the output can't be written.
     """
     path = Path(path)
@@ -113,14 +118,15 @@ def merge(
 
 
 def check_output(output: Path, path: Path) -> None:
-    """Checks that an output folder is free, can be written, and is not inside the model that is read from `path`.
+    """Raises `ModelError` or `RecipeError` for an output folder that can't be used.
 
-    Raises `ModelError` or `RecipeError`.
+    It must be empty or missing, writable, and not inside the model folder that `path` is read from.
     """
     source = find_model(path)
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
         raise ModelError(
-            f"{output}: the output lies in the model folder that is read, {source}; choose another place"
+            f"{output}: the output lies in the model folder that is read, {source}; choose "
+            "another place"
         )
     check_writable(output, "the output folder", folder=True)
     if output.is_dir() and any(output.iterdir()):
@@ -160,7 +166,7 @@ def merged_model(
             if report.difference_to_adapter > report.allowed
             else f"{precision} changes the greedy text"
         )
-        del model  # two would not fit where one does
+        del model  # memory for one model may not be enough for two
         model, report = merging.into(finer, quantized)
     if too_coarse:
         why = f"{' and '.join(too_coarse)} ({report.allowed:g} is allowed; --tolerance allows more)"
@@ -173,7 +179,7 @@ def merged_model(
 
 @dataclass(frozen=True)
 class _AsTrained:
-    """What a quantised run does with the probe rows and the validation part, over its quantised base."""
+    """Logits, answers and accuracy of a quantised run over its quantised base."""
 
     probes: list[Conversation]
     logits: torch.Tensor
@@ -198,7 +204,7 @@ def _as_trained(path: Path, source: Path, base: BaseChoice) -> _AsTrained:
 def _validation(
     path: Path, model: VisionLanguageNetwork
 ) -> tuple[Recipe | None, list[Conversation], str | None]:
-    """The recipe of a run's last stage and rows of its validation part, or why there are none."""
+    """The recipe of a run's last stage and rows of its validation part, or why it has none."""
     file = _recipe_of(path)
     if file is None:
         return None, [], "the folder is in no run with a recipe"
@@ -223,7 +229,7 @@ def _accuracy(model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe
 
 
 def _compared(model: VisionLanguageNetwork, report: MergeReport, run: _AsTrained) -> MergeReport:
-    """The report with how far the merged model is from the run as it was trained."""
+    """Adds the comparison of the merged model with the run as it was trained to the report."""
     precision = DTYPES[report.dtype]
     cast_parameters(model, torch.float32)
     logits, texts = observe(model, run.probes)
@@ -250,7 +256,7 @@ def _nothing_to_merge(source: Path) -> ModelError:
 
 @dataclass(frozen=True)
 class _Merging:
-    """A merge that is tried in one precision after the other."""
+    """The arguments of a merge, which is tried in one precision after another."""
 
     path: Path
     source: Path
@@ -260,7 +266,7 @@ class _Merging:
     base: BaseChoice
 
     def into(self, dtype: str, quantized: str | None) -> tuple[VisionLanguageNetwork, MergeReport]:
-        """The model merged in one precision, not yet written, and how far it is from adapter and base."""
+        """Merges in one precision, without writing, and compares with the adapter and the base."""
         precision = DTYPES[dtype]
         model = load_model(self.source, dtype=precision, quantize=False, base=self.base)
         if not (model.adapters or model.beside):
@@ -312,19 +318,22 @@ def passes(report: MergeReport) -> bool:
 
 
 def check_merge(report: MergeReport) -> None:
-    """Raises `ModelError` for a merge that changed nothing, or that changed something else than the adapter does."""
-    if not report.difference_to_base > 0:  # so that it holds for a difference that is no number
+    """Raises `ModelError` for a merge that equals the base, or that differs from the adapter."""
+    if not report.difference_to_base > 0:  # written so that it is true for NaN
         raise ModelError(
-            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or one that was never applied)"
+            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or "
+            "one that was never applied)"
         )
     if not report.difference_to_adapter <= report.allowed:
         raise ModelError(
-            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more than {report.allowed:g}; "
-            "nothing was written. Try --dtype fp32, or allow it with --tolerance"
+            f"merged logits differ from the adapter's by {report.difference_to_adapter:.3g}, more "
+            f"than {report.allowed:g}; nothing was written. Try --dtype fp32, or allow it with "
+            "--tolerance"
         )
     if not passes(report):
         raise ModelError(
-            "the merged model's greedy text differs from the adapter's; nothing was written. Try --dtype fp32, or allow it with --tolerance"
+            "the merged model's greedy text differs from the adapter's; nothing was written. Try "
+            "--dtype fp32, or allow it with --tolerance"
         )
 
 
@@ -342,7 +351,7 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _recipe_of(path: Path) -> Path | None:
-    """The recipe of the run that a model folder is, or lies in."""
+    """The recipe file of the run that a model folder is or lies in, None if there is no run."""
     return next(
         (file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()),
         None,
@@ -350,8 +359,9 @@ def _recipe_of(path: Path) -> Path | None:
 
 
 def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
-    """Rows to compare models by: of the run's own data where it can be read, else a blank image and a question.
+    """Up to `PROBES` rows to compare models by.
 
+    They are from the run's own data, or a question about a blank image if that can't be read.
     Raises `RecipeError` for a run whose recipe can't be read.
     """
     file = _recipe_of(path)
@@ -367,7 +377,7 @@ def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
                 PROBED,
             )
         )
-    except DataError:  # the data may have moved since; a merge does not need it
+    except DataError:  # the data may have moved since training; a merge does not need it
         rows = []
     return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
 
@@ -390,19 +400,19 @@ def plain_probe(model: VisionLanguageNetwork) -> Conversation:
 def observe(
     model: VisionLanguageNetwork, rows: Sequence[Conversation]
 ) -> tuple[torch.Tensor, list[str]]:
-    """What a model does with rows: logits of their supervised tokens (fp32, flat), and its greedy answers."""
+    """A model's logits for the supervised tokens of rows (fp32, flat), and its greedy answers."""
     model.eval()
     examples = [example for row in rows for example in model.processor.examples(row)]
-    found: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     for example in examples:
         batch = collate([example], model.processor.spec, fetch=model.processor.images).to(
             model.device
         )
         embeds: Any = model.embed(batch)
-        found.append(model.llm.supervised_logits(embeds, batch).float().flatten())
+        logits.append(model.llm.supervised_logits(embeds, batch).float().flatten())
     prompts = model.processor.prompts(rows)
     texts = answer_prompts(model, prompts, Decoding(16), fetch=model.processor.images)
-    return torch.cat(found), texts
+    return torch.cat(logits), texts
 
 
 def model_card(model: VisionLanguageNetwork, report: MergeReport) -> str:
@@ -433,23 +443,33 @@ print(vlm.chat("What does the image show?", images=["image.png"]))
 
 
 def merge_lines(report: MergeReport) -> list[str]:
-    """What a merge was compared with and how far it is from that, a sentence each."""
+    """The figures of a merge report as sentences."""
     lines = [
-        f"logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged ({report.allowed:g} is allowed)",
-        f"logits up to {report.difference_to_base:.2g} from those of the base alone (0 would be no merge)",
-        f"greedy answers {'the same as' if report.same_text else 'other than'} with the adapter unmerged",
+        (
+            f"logits within {report.difference_to_adapter:.2g} of those with the adapter unmerged "
+            f"({report.allowed:g} is allowed)"
+        ),
+        (
+            f"logits up to {report.difference_to_base:.2g} from those of the base alone (0 would "
+            "be no merge)"
+        ),
+        (
+            f"greedy answers {'the same as' if report.same_text else 'other than'} with the "
+            "adapter unmerged"
+        ),
     ]
     if report.why_dtype:
         lines.append(f"merged in {report.dtype} because {report.why_dtype}")
     if report.difference_to_run is not None:
         same = "the same" if report.same_text_as_run else "other"
         lines.append(
-            f"logits up to {report.difference_to_run:.2g} from those of the run as it was trained, over its {report.quantized} base "
-            f"({same} greedy answers)"
+            f"logits up to {report.difference_to_run:.2g} from those of the run as it was "
+            f"trained, over its {report.quantized} base ({same} greedy answers)"
         )
         if report.run_accuracy is not None and report.merged_accuracy is not None:
             lines.append(
-                f"exact match on {report.scored} validation rows: {report.run_accuracy:.4f} as trained, {report.merged_accuracy:.4f} merged"
+                f"exact match on {report.scored} validation rows: {report.run_accuracy:.4f} as "
+                f"trained, {report.merged_accuracy:.4f} merged"
             )
         else:
             lines.append(f"not scored on validation rows: {report.unscored}")

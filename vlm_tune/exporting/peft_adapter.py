@@ -1,4 +1,4 @@
-"""The LLM's adapter as a PEFT folder, and the proof that plain PEFT computes the same with it."""
+"""Export of the LLM's adapter to a PEFT folder, verified with plain PEFT."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ BESIDE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What goes with an adapter, where the model's folder has it."""
+"""Files and folders that are copied with an adapter, if the model's folder has them."""
 
 
 def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
-    """Why what a recipe trains will not be an adapter over a model with a name."""
+    """The reasons why a recipe's result can't be exported as an adapter over a named model."""
     rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
     of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
     reasons = [] if any(rule.how == "lora" for rule in of_llm) else ["no rule puts LoRA on the llm"]
@@ -58,7 +58,10 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
 def export_adapter(
     path: Path, output: Path, dtype: str | None, verify: bool, base: BaseChoice
 ) -> ExportReport:
-    """Writes the LLM's adapter as a PEFT folder. Raises `ModelError` for a model without one, or whose base has no name."""
+    """Writes the LLM's adapter as a PEFT folder.
+
+    Raises `ModelError` for a model without an adapter, or whose base has no name.
+    """
     source = find_model(path)
     config = read_config(source, base)
     verify_folder(source)
@@ -66,11 +69,13 @@ def export_adapter(
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(
-            f"the adapter's base is no model with a name, it is in {source}: use merge, or --format llava"
+            f"the adapter's base is no model with a name, it is in {source}: use merge, or "
+            "--format llava"
         )
     if find_vlm(config.llm.name) is not None:
         raise ModelError(
-            f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use merge, or --format llava"
+            f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use "
+            "merge, or --format llava"
         )
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
@@ -98,14 +103,17 @@ def export_adapter(
 
 
 def _add_own_weights(folder: Path, source: Path) -> None:
-    """Adds the LLM's own trained weights to a PEFT folder, as PEFT's `modules_to_save`; a head that shares them is one too."""
-    own = read_safetensors(source / OWN)
+    """Adds the LLM's own trained weights to a PEFT folder, as PEFT's `modules_to_save`.
+
+    A head that shares them is listed too.
+    """
+    tensors = read_safetensors(source / OWN)
     config = read_json(folder / "adapter_config.json")
-    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in own})
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in tensors})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     weights = folder / "adapter_model.safetensors"
     write_safetensors(
-        read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in own.items()},
+        read_safetensors(weights) | {f"{PREFIX}{name}": value for name, value in tensors.items()},
         weights,
     )
 
@@ -114,10 +122,14 @@ def _add_own_weights(folder: Path, source: Path) -> None:
 def verify_adapter(
     folder: Path, path: Path, source: Path, base: BaseChoice
 ) -> tuple[float, float, int, list[str]]:
-    """How far the logits of plain PEFT over the base are from the model's and may be, for the text of so many rows, in fp32.
+    """Compares plain PEFT over the base with the model, in fp32, on the text of probe rows.
 
-    With them notes on what answers by plain PEFT depend on beside logits. Raises `ModelError` if that is too far, or if the
-    adapter changes nothing.
+    Returns:
+        The largest difference of logits, the allowed difference, the number of rows, and notes on
+        what else the answers of plain PEFT depend on.
+
+    Raises:
+        ModelError: the logits differ by more than is allowed, or the adapter changes nothing.
     """
     from peft import PeftModel
 
@@ -132,28 +144,30 @@ def verify_adapter(
     untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
     make_room(untuned, len(model.llm.model.get_input_embeddings().weight))
     seq2seq = model.llm.layout == "seq2seq"
-    own, plain = (
+    model_logits, base_logits = (
         [_text_logits(module, one, seq2seq) for one in ids] for module in (model.llm.model, untuned)
     )
     theirs = PeftModel.from_pretrained(untuned, str(folder)).eval()
-    found = [_text_logits(theirs, one, seq2seq) for one in ids]
+    peft_logits = [_text_logits(theirs, one, seq2seq) for one in ids]
     difference, change = (
-        max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
-        for other in (found, plain)
+        max(float((a - b).abs().max()) for a, b in zip(model_logits, other, strict=True))
+        for other in (peft_logits, base_logits)
     )
     if not change > 0:
         raise ModelError(
             "the adapter changes nothing: the model's logits equal its base's; nothing was written"
         )
-    allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in own))
+    allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in model_logits))
     if not difference <= allowed:
         raise ModelError(
-            f"PEFT's logits with the exported adapter differ from the model's by {difference:.3g}; nothing was written"
+            "PEFT's logits with the exported adapter differ from the model's by "
+            f"{difference:.3g}; nothing was written"
         )
     base_says = ", ".join(f"{key} {quoted(value)}" for key, value in model.llm.dropped.items())
     notes = (
         [
-            f"the base's generation config changes what plain PEFT answers, and not answers here: {base_says}"
+            "the base's generation config changes what plain PEFT answers, and not answers here: "
+            f"{base_says}"
         ]
         if base_says
         else []
@@ -162,7 +176,7 @@ def verify_adapter(
 
 
 def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
-    """fp32 logits of a text; an encoder-decoder has it as the input and as the answer."""
+    """fp32 logits of a text. An encoder-decoder gets it as the input and as the labels."""
     return module(input_ids=ids, **({"labels": ids} if seq2seq else {})).logits.float()
 
 
@@ -170,7 +184,8 @@ def _adapter_card(path: Path, config: VisionLanguageConfig, report: ExportReport
     base = f"{config.llm.name}" + (f" ({config.llm.gguf_file})" if config.llm.gguf_file else "")
     lines = ["---", "library_name: peft", f"base_model: {config.llm.name}", "---", ""]
     lines += [
-        f"The language model's LoRA adapter of a vision-language model, over {base}: {report.parameters:,} parameters."
+        f"The language model's LoRA adapter of a vision-language model, over {base}: "
+        f"{report.parameters:,} parameters."
     ]
     lines += ["Beside it: `connector.safetensors`, and what was changed of the tower."]
     return "\n".join([*lines, *run_lines(path)]) + "\n"

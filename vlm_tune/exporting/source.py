@@ -1,4 +1,4 @@
-"""What exports have in common: the whole model to write, the room it takes, and what it answers."""
+"""Shared by all exports: the merged model, checks of memory and disk, and comparison of answers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from vlm_tune.paths import writing
 from vlm_tune.precision import DTYPES
 
 EXACT = 1e-5
-"""How far the logits of an fp32 export may be from the model's, as a share of the largest of them where that is over 1."""
+"""Allowed difference of an fp32 export's logits, relative to the largest logit if over 1."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far its logits are from the model's (largest absolute difference; None if not verified).
+    """The figures of an export, and how its logits compare with the model's.
 
-    `rows` were compared, and `allowed` is how far the logits might have been.
+    `difference` is the largest absolute difference over `rows` rows, None if not verified; at most
+    `allowed` was accepted.
     """
 
     output: str
@@ -45,28 +46,31 @@ class ExportReport:
     difference: float | None
     same_text: bool | None
     notes: list[str] = field(default_factory=list)
-    """What the reader of the format does otherwise than this model was trained with."""
+    """Where the program that reads the format deviates from how the model was trained."""
     rows: int = 0
     allowed: float | None = None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model does with probe rows: fp32 logits [S, V] of their supervised tokens, and greedy answers."""
+    """A model's fp32 logits [S, V] for the supervised tokens of probe rows, and greedy answers."""
 
     rows: list[Conversation]
     logits: torch.Tensor
     texts: list[str]
 
     def tolerance(self, dtype: str) -> float:
-        """How far the logits of an export may be from these."""
+        """The allowed difference of an export's logits from these."""
         return EXACT * max(1.0, float(self.logits.abs().max())) if dtype == "fp32" else TOLERANCE
 
 
 def whole_model(
     path: Path, source: Path, output: Path, dtype: str | None, base: BaseChoice
 ) -> tuple[VisionLanguageNetwork, list[str]]:
-    """The model in 16 bit or fp32 without adapters or quantised weights, and the parts whose adapter was merged."""
+    """The model without adapters or quantised weights, and the parts whose adapter was merged.
+
+    Its weights are in 16 bit or fp32.
+    """
     if any((source / name).is_dir() for name in ADAPTERS.values()):
         model, report = merged_model(path, output, dtype, base=base)
         return model, report.parts
@@ -76,7 +80,10 @@ def whole_model(
 
 
 def commit_export(output: Path, write: Callable[[Path], tuple[ExportReport, str]]) -> ExportReport:
-    """Makes a folder of what `write` puts into it and of its report and card; there is none if `write` raises."""
+    """Writes an output folder: the files of `write`, its report and its card.
+
+    If `write` raises, no folder is left.
+    """
     reports: list[ExportReport] = []
 
     def make(folder: Path) -> None:
@@ -90,23 +97,32 @@ def commit_export(output: Path, write: Callable[[Path], tuple[ExportReport, str]
     return reports[0]
 
 
-# --- room ------------------------------------------------------------------------------------------------------------
+# --- room -----------------------------------------------------------------------------------------
 
 
 def check_room(parameters: int, output: Path, width: float, copies: float) -> None:
-    """Raises `ModelError` if disk or memory hold less than parameters of `width` bytes, and `copies` fp32 copies beside them."""
+    """Raises `ModelError` if an export does not fit on disk or in memory.
+
+    Args:
+        parameters: number of parameters.
+        output: the folder whose disk is checked.
+        width: bytes per parameter in the export.
+        copies: number of fp32 copies in memory beside it.
+    """
     disk = int(parameters * width)
     memory = int(parameters * (4 * copies + width))
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if disk > free:
         raise ModelError(
-            f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing was started"
+            f"{output}: the export takes {_size(disk)} of disk, {_size(free)} are free; nothing "
+            "was started"
         )
     available = available_memory()
     if memory > available:
         raise ModelError(
-            f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing was started"
+            f"the export takes {_size(memory)} of memory, {_size(available)} are free; nothing "
+            "was started"
         )
 
 
@@ -122,15 +138,15 @@ def _size(count: int) -> str:
 
 def text_config(source: Path, config: VisionLanguageConfig) -> Any:
     """transformers' config of a saved model's LLM. Raises `ModelError` if it can't be read."""
-    own = source / "llm"
-    found = llm_config(config.llm, own if own.is_dir() else None)
+    folder = source / "llm"
+    text = llm_config(config.llm, folder if folder.is_dir() else None)
     if config.llm.words:
-        found.vocab_size = max(found.vocab_size, len(load_tokenizer(config.llm, source)))
-    return found
+        text.vocab_size = max(text.vocab_size, len(load_tokenizer(config.llm, source)))
+    return text
 
 
 def count_parameters(text: Any, config: VisionLanguageConfig) -> int:
-    """A decoder model's parameters, adapters left out, from its LLM's config and its own; no weights are loaded."""
+    """The number of a decoder model's parameters without adapters, from configs alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -149,21 +165,23 @@ def count_parameters(text: Any, config: VisionLanguageConfig) -> int:
 
 
 def check_prompt(source: Path) -> None:
-    """Raises `ModelError` for a model with a soft prompt or prefix, which other formats have no place for."""
+    """Raises `ModelError` for a soft prompt or prefix, which other formats have no place for."""
     if (source / PROMPT).is_dir():
         raise ModelError(
-            f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; nothing was started"
+            f"{source} has a soft prompt (how: prompt or prefix), which can't be exported; "
+            "nothing was started"
         )
 
 
-# --- what it answers -------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def expected_of(path: Path, model: VisionLanguageNetwork) -> Expected:
-    """What the model does, weights as they are and computed in fp32."""
+    """The model's logits and answers for probe rows, computed in fp32 with its current weights."""
     cast_parameters(model, torch.float32)
     controls = model.processor.encoder.controls_in
-    # A text that writes a control token is that token to a plain tokenizer: ours keeps it text, so ids may differ.
+    # Rows whose text spells a control token are left out: a plain tokenizer makes it that token,
+    # ours keeps it as text, so ids may differ.
     rows = [
         row
         for row in probe_rows(path, model)
@@ -173,17 +191,25 @@ def expected_of(path: Path, model: VisionLanguageNetwork) -> Expected:
     ]
     rows = rows or [plain_probe(model)]
     logits, texts = observe(model, rows)
-    return Expected(rows, logits.unflatten(0, (-1, model.llm.head.weight.shape[0])), texts)  # type: ignore[union-attr]
+    return Expected(
+        rows,
+        logits.unflatten(0, (-1, model.llm.head.weight.shape[0])),  # type: ignore[union-attr]
+        texts,
+    )
 
 
 def check_answers(
     expected: Expected, logits: torch.Tensor, texts: list[str], tolerance: float
 ) -> float:
-    """How far an export's logits [S, V] are from the model's. Raises `ModelError` where that is too far, and for other texts."""
+    """The largest difference of an export's logits [S, V] from the model's.
+
+    Raises `ModelError` if it is over `tolerance`, or if `texts` differ from the model's answers.
+    """
     difference = float((logits - expected.logits).abs().max())
     if not difference <= tolerance:
         raise ModelError(
-            f"the exported model's logits differ from the model's by {difference:.3g}, more than {tolerance:.2g}; nothing was written"
+            f"the exported model's logits differ from the model's by {difference:.3g}, more than "
+            f"{tolerance:.2g}; nothing was written"
         )
     if texts != expected.texts:
         odd = next(
@@ -192,27 +218,28 @@ def check_answers(
             if pair[0] != pair[1]
         )
         raise ModelError(
-            f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model with {expected.texts[odd]!r}; "
-            "nothing was written"
+            f"the exported model answers {expected.rows[odd].id} with {texts[odd]!r}, the model "
+            f"with {expected.texts[odd]!r}; nothing was written"
         )
     return difference
 
 
-def check_ids(row: Conversation, own: Sequence[int], found: Sequence[int]) -> None:
-    """Raises `ModelError` for token ids that are not the model's own."""
-    if list(own) != list(found):
+def check_ids(row: Conversation, model_ids: Sequence[int], export_ids: Sequence[int]) -> None:
+    """Raises `ModelError` if an export's token ids differ from the model's."""
+    if list(model_ids) != list(export_ids):
         place = next(
-            (n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b),
-            min(len(own), len(found)),
+            (n for n, (a, b) in enumerate(zip(model_ids, export_ids, strict=False)) if a != b),
+            min(len(model_ids), len(export_ids)),
         )
         raise ModelError(
-            f"the chat template gives other token ids for {row.id} than the model was trained with, from place {place}: "
-            f"{list(found[place : place + 4])}, expected {list(own[place : place + 4])}; nothing was written"
+            f"the chat template gives other token ids for {row.id} than the model was trained "
+            f"with, from place {place}: {list(export_ids[place : place + 4])}, expected "
+            f"{list(model_ids[place : place + 4])}; nothing was written"
         )
 
 
 def run_lines(path: Path) -> list[str]:
-    """Scores and recipe of the run that a model lies in."""
+    """Lines for a model card: scores and recipe of the run that a model lies in."""
     run = next(
         (
             folder

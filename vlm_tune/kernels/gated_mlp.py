@@ -1,9 +1,12 @@
-"""Gated feed-forward parts by torch's matrix products: y = (f(x Wg^T) * x Wu^T) Wd^T with LoRA, some rows at a time.
+"""Gated MLPs with LoRA by torch's matrix products, in chunks of rows.
 
-What lies between the layers is as large as some rows make it. The backward pass makes f(x Wg^T) and its product again from
-the outputs of gate and up, which are all of that size that is kept.
+They compute y = (f(x Wg^T) * x Wu^T) Wd^T.
 
-Shapes: T tokens, H inputs and outputs, F numbers between, R the ranks of gate and up together, D that of down.
+Activations between the layers exist for one chunk of rows at a time. The backward pass recomputes
+f(x Wg^T) and the product from the outputs of gate and up, the only saved tensors of that size.
+
+Shapes: T tokens, H inputs and outputs, F inner width, R the ranks of gate and up together, D the
+rank of down.
 """
 
 from __future__ import annotations
@@ -19,16 +22,16 @@ ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     silu,
     functools.partial(gelu, approximate="tanh"),
 )
-"""By the kernel's number of each."""
+"""Activations by the kernels' numbers."""
 
 DERIVATIVES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     torch.ops.aten.silu_backward,
     functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
 )
-"""The gradient of what each is given, from that of its output and what it was given."""
+"""The gradient of each activation's input, from the gradient of its output and the input."""
 
 ROWS = 1024
-"""Rows at a time: fewer have oneDNN pack the weights anew too often, more leave the caches."""
+"""Rows of a chunk: with fewer, oneDNN repacks the weights too often; more do not fit the caches."""
 
 
 def _parts(count: int) -> list[slice]:
@@ -36,7 +39,7 @@ def _parts(count: int) -> list[slice]:
 
 
 class _Adapter:
-    """One layer's A and scaled B in the type of the rows; `rank` 0 where it has none."""
+    """One layer's A and scaled B in the type of the rows; `rank` is 0 for a layer without LoRA."""
 
     def __init__(self, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.rank = len(down)
@@ -45,13 +48,13 @@ class _Adapter:
         self.up = (up * scale).to(dtype)
 
     def add(self, out: Tensor, x: Tensor, low: Tensor | None) -> Tensor:
-        """Adds x A^T (s B)^T [n, O] to `out`, and writes x A^T to `low` [n, r]."""
+        """Adds x A^T (s B)^T [n, O] to `out`, and writes x A^T [n, r] to `low` if it is passed."""
         if not self.rank:
             return out
-        found = x @ self.down.t()
+        x_down = x @ self.down.t()
         if low is not None:
-            low.copy_(found)
-        return out.addmm_(found, self.up.t())
+            low.copy_(x_down)
+        return out.addmm_(x_down, self.up.t())
 
     def flow(
         self,
@@ -62,7 +65,10 @@ class _Adapter:
         of_down: Tensor,
         of_up: Tensor,
     ) -> None:
-        """Adds to the gradients of x [n, I], A [r, I] and B [O, r] what flows back from the outputs [n, O]."""
+        """Adds to the gradients of x [n, I], A [r, I] and B [O, r].
+
+        `flow` is the gradient of the outputs [n, O].
+        """
         if not self.rank:
             return
         back = flow @ self.up
@@ -72,9 +78,9 @@ class _Adapter:
             of_x.addmm_(back, self.down)
 
 
-def _halves(kept: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The outputs of gate and of up [T, F] in what is kept of them, [T or more, 2F]."""
-    first, second = kept.view(2, len(kept), -1)
+def _halves(saved: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The outputs of gate and of up [T, F] in the tensor that saves them, [T or more, 2F]."""
+    first, second = saved.view(2, len(saved), -1)
     return first[:rows], second[:rows]
 
 
@@ -85,18 +91,22 @@ def gated_rows(
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scales: Sequence[float],
-    kept: Sequence[Tensor] | None,
+    saved: Sequence[Tensor] | None,
 ) -> Tensor:
-    """The outputs [T, H] of rows [T, H]; what is `kept` of gate and up [T or more, 2F] and of the A, [T, R] and [T, D], is written."""
+    """The outputs [T, H] of rows [T, H].
+
+    Three tensors of `saved` are written for the backward pass: the outputs of gate and up
+    [T or more, 2F], and x A^T of gate and up [T, R] and of down [T, D].
+    """
     gate, up, down = (_Adapter(*each, rows.dtype) for each in zip(downs, ups, scales, strict=True))
     out = rows.new_empty(rows.shape)
     for part in _parts(len(rows)):
         x = rows[part]
         between = (None, None)
         lows = (None, None, None)
-        if kept is not None:
-            between = tuple(half[part] for half in _halves(kept[0], len(rows)))
-            lows = *kept[1][part].split([gate.rank, up.rank], 1), kept[2][part]
+        if saved is not None:
+            between = tuple(half[part] for half in _halves(saved[0], len(rows)))
+            lows = *saved[1][part].split([gate.rank, up.rank], 1), saved[2][part]
         opened = gate.add(torch.mm(x, weights[0].t(), out=between[0]), x, lows[0])
         passed = up.add(torch.mm(x, weights[1].t(), out=between[1]), x, lows[1])
         product = ACTIVATIONS[activation](opened).mul_(passed)
@@ -107,15 +117,18 @@ def gated_rows(
 def gated_rows_backward(
     gradient: Tensor,
     rows: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     weights: Sequence[Tensor],
     activation: int,
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scales: Sequence[float],
-    found: Sequence[Tensor],
+    gradients: Sequence[Tensor],
 ) -> None:
-    """Writes the gradients of x [T, H] (of no rows where it is not wanted), and those of every A and every B, one after another."""
+    """Writes `gradients`: of x [T, H], of all A concatenated and of all B concatenated.
+
+    The gradient of x has no rows if it is not needed.
+    """
     gate, up, down = (_Adapter(*each, rows.dtype) for each in zip(downs, ups, scales, strict=True))
     of_downs, of_ups = (
         [
@@ -124,21 +137,23 @@ def gated_rows_backward(
                 flat.zero_().split([each.numel() for each in layers]), layers, strict=True
             )
         ]
-        for flat, layers in ((found[1], downs), (found[2], ups))
+        for flat, layers in ((gradients[1], downs), (gradients[2], ups))
     )
-    halves = _halves(kept[0], len(rows))
+    halves = _halves(saved[0], len(rows))
     for part in _parts(len(rows)):
         x = rows[part]
         flow = gradient[part]
         opened, passed = (half[part] for half in halves)
-        low_gate, low_up = kept[1][part].split([gate.rank, up.rank], 1)
+        low_gate, low_up = saved[1][part].split([gate.rank, up.rank], 1)
         active = ACTIVATIONS[activation](opened)
         of_product = flow @ weights[2]
-        down.flow(flow, active * passed, kept[2][part], of_product, of_downs[2], of_ups[2])
+        down.flow(flow, active * passed, saved[2][part], of_product, of_downs[2], of_ups[2])
         of_passed = active.mul_(of_product)
         of_opened = DERIVATIVES[activation](of_product.mul_(passed), opened)
         of_x = None
-        if len(found[0]):
-            of_x = torch.mm(of_opened, weights[0], out=found[0][part]).addmm_(of_passed, weights[1])
+        if len(gradients[0]):
+            of_x = torch.mm(of_opened, weights[0], out=gradients[0][part]).addmm_(
+                of_passed, weights[1]
+            )
         gate.flow(of_opened, x, low_gate, of_x, of_downs[0], of_ups[0])
         up.flow(of_passed, x, low_up, of_x, of_downs[1], of_ups[1])

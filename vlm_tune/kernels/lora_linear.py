@@ -1,10 +1,11 @@
-"""The operator behind fused LoRA layers: y = x W^T + b + x A^T (s B)^T, forward and backward written out.
+"""The custom operator of fused LoRA layers: y = x W^T + b + x A^T (s B)^T, forward and backward.
 
-To a compiler it is one operator, so that what stands around it is fused and its matrix products stay few and large. On
-a CPU with AMX, in bf16, each pass is one kernel of our own (`low_rank.cpp`).
+torch.compile sees one operator, so it fuses the code around it and the matrix products stay few and
+large. On a CPU with AMX, in bf16, each pass is one kernel of our own (`low_rank.cpp`).
 
-Shapes: T tokens, I inputs, O outputs, R the rank. Several layers that read the same x are one: O and R are then sums
-over them, A is stacked, and B is block diagonal, the outputs of a layer against its own ranks.
+Shapes: T tokens, I inputs, O outputs, R the rank. Several layers that read the same x are computed
+as one: O and R are then sums over the layers, A is stacked, and B is block diagonal, each block
+mapping a layer's ranks to its outputs.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from torch.nn.functional import linear
 
 from vlm_tune.kernels.cpu import native
 
-# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+# torch.compile's cache knows an operator by its name alone, so the name has a hash of the code.
 SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 LARGE = 4096
-"""Inputs or outputs of a layer above which the kernel reads its rows too often."""
+"""Number of inputs or outputs of a layer above which the kernel reads its rows too often."""
 
 NO_NORM = ctypes.c_float(0)
-"""What a kernel takes for the epsilon of no norm."""
+"""The epsilon that is passed to a kernel if there is no norm."""
 
 TOGETHER = 2048
-"""Outputs that the kernel's backward pass takes at once; more of them go layer by layer."""
+"""Most outputs that the kernel's backward pass computes at once; more are split by layer."""
 
 
 def parts(sizes: Sequence[int]) -> list[slice]:
-    """Stretches of these sizes, one after another."""
+    """Consecutive slices of these sizes, starting at 0."""
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def wide_rank(rank: int) -> int:
-    """R rounded up so that rows of a matrix [O, I + R] are of whole 16 bytes, which GPU kernels want; the rest is zero."""
+    """R rounded up to a multiple of 8, padded with zeros.
+
+    Rows of a matrix [O, I + R] are then multiples of 16 bytes, which GPU kernels need.
+    """
     return -(-rank // 8) * 8
 
 
@@ -65,7 +69,10 @@ def _fill(tail: Tensor, ups: Sequence[Tensor], scales: Sequence[float]) -> None:
 def unpacked(
     codes: Tensor, scales: Tensor, packing: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The numbers of a weight's 4-bit codes and block scales, packed as `packing` says (nf4:64)."""
+    """Dequantises a weight's 4-bit codes and block scales.
+
+    `packing` is the kind of codes and their block size (nf4:64).
+    """
     import bitsandbytes  # noqa: F401 - registers the operator
 
     kind, block = packing.split(":")
@@ -82,23 +89,23 @@ def joined_weights(
     like: Tensor,
     width: int,
 ) -> Tensor:
-    """[W | room for s B] of [O, I + room]: as it is given, or unpacked for this pass."""
+    """The matrix [W | room for s B] of shape [O, I + room], dequantised if `packing` is set."""
     if not packing:
         return weights[0]
     matrix = like.new_zeros(sum(map(len, ups)), width + room) if room else None
     for codes, scales, up, rows in zip(
         weights[::2], weights[1::2], ups, parts([len(up) for up in ups]), strict=True
     ):
-        found = unpacked(codes, scales, packing, (len(up), width), like.dtype)
+        weight = unpacked(codes, scales, packing, (len(up), width), like.dtype)
         if matrix is None:
-            return found
-        matrix[rows, :width].copy_(found)
+            return weight
+        matrix[rows, :width].copy_(weight)
     assert matrix is not None
     return matrix
 
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
-    """Whether layers with these numbers of outputs, that read rows [T, I] in this type, are computed by the kernel."""
+    """Whether the kernel computes layers with these numbers of outputs for such rows [T, I]."""
     return (
         rows.device.type == "cpu"
         and rows.dtype == torch.bfloat16
@@ -108,17 +115,17 @@ def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """A matrix as a kernel takes it, with the numbers of a row side by side."""
+    """A matrix with contiguous rows, as the kernels need it."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def sizes(*values: int) -> Any:
-    """Numbers as a kernel takes them."""
+    """Integers as a C array."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
 class _Layer(ctypes.Structure):
-    """An adapter as the kernel takes it."""
+    """The kernel's struct of one adapter."""
 
     _fields_ = (
         ("down", ctypes.c_void_p),
@@ -130,7 +137,7 @@ class _Layer(ctypes.Structure):
 
 
 class Adapters:
-    """A and B of layers in fp32, and what each B is scaled by, as a kernel takes them."""
+    """A and B of layers in fp32 and their scales, in the form that the kernels take."""
 
     def __init__(
         self, downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
@@ -139,15 +146,15 @@ class Adapters:
             [each.float().contiguous() for each in some] for some in (downs, ups)
         )
         self.rank, self.outputs = sum(map(len, self.downs)), sum(map(len, self.ups))
-        made = [
+        layers = [
             _Layer(native.address(down), native.address(up), *up.shape, scale)
             for down, up, scale in zip(self.downs, self.ups, scales, strict=True)
         ]
-        self.array = (_Layer * len(made))(*made)
+        self.array = (_Layer * len(layers))(*layers)
 
 
 def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients one after another as those of each layer's A or B, in its type."""
+    """Splits concatenated gradients into those of each layer's A or B, in its type."""
     places = parts([each.numel() for each in layers])
     return [
         flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)
@@ -157,7 +164,7 @@ def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
 def _quick(
     rows: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters
 ) -> tuple[Tensor, Tensor]:
-    """The outputs [T, O] of rows [T, I] and x A^T [T, R] by the kernel."""
+    """The outputs [T, O] of rows [T, I] and x A^T [T, R], computed by the kernel."""
     count, width = rows.shape
     out = rows.new_empty(count, adapters.outputs)
     low = rows.new_empty(count, adapters.rank)
@@ -183,7 +190,10 @@ def _quick(
 def _quick_backward(
     gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, adapters: Adapters, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward` by the kernel: those of A and B in fp32, B's one after another."""
+    """The gradients of `project_backward`, computed by the kernel.
+
+    Those of A and B are in fp32, those of B concatenated.
+    """
     count, width = rows.shape
     x_gradient = gradient.new_empty(count if needs_x else 0, width)
     of_downs = gradient.new_empty(adapters.rank, width, dtype=torch.float32)
@@ -220,26 +230,33 @@ def project(
     ups: Sequence[Tensor],
     scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The outputs [T, O] of rows [T, I], and what the backward pass keeps beside its inputs.
+    """The outputs [T, O] of rows [T, I], and x A^T [T, R], which the backward pass needs.
 
-    `weights` is W [O, I] of one layer (`room` 0), or [W | room for s B] of [O, I + room], and all is one GEMM of
-    [x | x A^T]. Kept is x A^T [T, R], of several layers with `room` for R. With a `packing` (the kind of 4-bit
-    codes and their block, as nf4:64) it is the codes and block scales of each layer, unpacked in either pass and kept
-    by neither. `quick` is by the kernel, which fills no room and keeps x A^T in any case.
+    Args:
+        rows: x [T, I].
+        weights: W [O, I] of one layer (`room` 0), or [W | room for s B] of shape [O, I + room],
+            with which all is one GEMM of [x | x A^T]. With a `packing`, the codes and block scales
+            of each layer, which are dequantised in either pass and saved by neither.
+        packing: kind and block size of 4-bit codes (as nf4:64), or an empty string.
+        room: columns for s B beside W; x A^T then has as many, instead of R.
+        quick: whether the kernel computes it. It leaves `room` unused and returns x A^T [T, R].
+        bias: [O].
+        downs: A of each layer.
+        ups: B of each layer.
+        scales: s of each layer.
     """
     width = rows.shape[1]
     matrix = joined_weights(weights, packing, room, ups, rows, width)
     if quick:
         return _quick(rows_of(rows), matrix, bias, Adapters(downs, ups, scales))
     if not room:
-        kept = rows @ downs[0].to(rows.dtype).t()
-        return linear(rows, matrix, bias).addmm_(
-            kept, (ups[0] * scales[0]).to(rows.dtype).t()
-        ), kept
-    # Written in secret, as far as a compiler knows: the frozen columns stay what they were, and nobody else reads the rest.
+        low = rows @ downs[0].to(rows.dtype).t()
+        return linear(rows, matrix, bias).addmm_(low, (ups[0] * scales[0]).to(rows.dtype).t()), low
+    # `.data` hides this write from torch.compile. It is safe: the frozen columns do not change, and
+    # nobody else reads the others.
     _fill(matrix.data[:, width:], ups, scales)
-    kept = rows @ _down(downs, room, rows.dtype).t()
-    return linear(torch.cat([rows, kept], 1), matrix, bias), kept
+    low = rows @ _down(downs, room, rows.dtype).t()
+    return linear(torch.cat([rows, low], 1), matrix, bias), low
 
 
 @project.register_fake
@@ -254,9 +271,9 @@ def _(
     ups: Any,
     scales: Any,
 ) -> tuple[Tensor, Tensor]:
-    kept = room if room and not quick else sum(map(len, downs))
+    ranks = room if room and not quick else sum(map(len, downs))
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(
-        rows.shape[0], kept
+        rows.shape[0], ranks
     )
 
 
@@ -264,7 +281,7 @@ def _(
 def project_backward(
     gradient: Tensor,
     rows: Tensor,
-    kept: Tensor,
+    low: Tensor,
     weights: Sequence[Tensor],
     packing: str,
     room: int,
@@ -274,18 +291,20 @@ def project_backward(
     scales: Sequence[float],
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x [T, I] (of no rows unless needed), of A [R, I], and of s B as [R, O], given that of the outputs [T, O].
+    """The gradients of x [T, I], of A [R, I] and of s B as [R, O], from that of the outputs [T, O].
 
-    With `quick` they are those of each layer's own B [O_i, R_i] in place of s B, one after another.
+    The gradient of x has no rows unless `needs_x`. With `quick` the last is of each layer's own B
+    [O_i, R_i] instead of s B, concatenated. `low` is x A^T, the other arguments are those of
+    `project`.
     """
     width = downs[0].shape[1]
-    matrix = joined_weights(weights, packing, room, ups, kept, width)
+    matrix = joined_weights(weights, packing, room, ups, low, width)
     if quick:
         return _quick_backward(
-            rows_of(gradient), rows_of(rows), kept, matrix, Adapters(downs, ups, scales), needs_x
+            rows_of(gradient), rows_of(rows), low, matrix, Adapters(downs, ups, scales), needs_x
         )
     if room:
-        # The forward pass left s B beside W, so one GEMM gives what flows back through both.
+        # The forward pass left s B beside W, so one GEMM gives the gradients through both.
         if packing:
             _fill(matrix[:, width:], ups, scales)
         both = gradient @ matrix if needs_x else None
@@ -295,20 +314,20 @@ def project_backward(
             else (both[:, :width], both[:, width:])
         )
     else:
-        low_gradient = gradient @ (ups[0] * scales[0]).to(kept.dtype)
+        low_gradient = gradient @ (ups[0] * scales[0]).to(low.dtype)
         x_gradient = gradient @ matrix if needs_x else None
     if x_gradient is None:
         x_gradient = gradient.new_empty(0, width)
     else:
-        x_gradient.addmm_(low_gradient, _down(downs, kept.shape[1], kept.dtype))
-    return x_gradient, low_gradient.t() @ rows, kept.t() @ gradient
+        x_gradient.addmm_(low_gradient, _down(downs, low.shape[1], low.dtype))
+    return x_gradient, low_gradient.t() @ rows, low.t() @ gradient
 
 
 @project_backward.register_fake
 def _(
     gradient: Tensor,
     rows: Any,
-    kept: Tensor,
+    low: Tensor,
     weights: Any,
     packing: str,
     room: int,
@@ -320,10 +339,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = downs[0].shape[1]
     if quick:
-        of_downs = gradient.new_empty(kept.shape[1], width, dtype=torch.float32)
+        of_downs = gradient.new_empty(low.shape[1], width, dtype=torch.float32)
         of_ups = gradient.new_empty(sum(up.numel() for up in ups), dtype=torch.float32)
         return gradient.new_empty(gradient.shape[0] if needs_x else 0, width), of_downs, of_ups
-    rank = kept.shape[1]
+    rank = low.shape[1]
     count = gradient.shape[0]
     return (
         gradient.new_empty_strided((count, width), (width + room, 1))
@@ -342,16 +361,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
-    rows, kept, *rest = ctx.saved_tensors
-    own, layers = ctx.counts
-    weights = rest[:own]
-    downs = rest[own : own + layers]
-    ups = rest[own + layers :]
+    rows, low, *rest = ctx.saved_tensors
+    count, layers = ctx.counts
+    weights = rest[:count]
+    downs = rest[count : count + layers]
+    ups = rest[count + layers :]
     needs_x = ctx.needs_input_grad[0]
     x, down, up = project_backward(
         gradient,
         rows,
-        kept,
+        low,
         weights,
         ctx.packing,
         ctx.room,
@@ -371,7 +390,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
             (up[rank, where].t().to(each.dtype) * scale).contiguous()
             for rank, where, each, scale in zip(ranks, outputs, ups, ctx.scales, strict=True)
         ]
-    return x if needs_x else None, [None] * own, None, None, None, None, of_downs, of_ups, None
+    return x if needs_x else None, [None] * count, None, None, None, None, of_downs, of_ups, None
 
 
 project.register_autograd(_backward, setup_context=_save)

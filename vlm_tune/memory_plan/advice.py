@@ -1,4 +1,4 @@
-"""Changes of a recipe that lessen its memory: what they set, and how they are written as overrides."""
+"""Changes of a recipe that reduce its memory, and how they are written as overrides."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import TrainSection
 
 Change = Callable[[TrainSection], dict[str, Any]]
-"""What of a train section is set to what."""
+"""Maps a train section to the fields that a change sets, with their new values."""
 
 
 def changes(
     recipe: Recipe, processes: int, zero: int
 ) -> Iterator[tuple[str, Change, str | None, int]]:
-    """Each change in words, what it sets in a train section, the LLM's quantisation, and the ZeRO stage."""
+    """Yields the changes that apply to a recipe.
+
+    Each is a tuple of a description, the change of a train section, the LLM's quantisation (None
+    if unchanged) and the ZeRO stage.
+    """
     stages = [stage for _, stage in recipe.resolved_stages()]
     divided = all(stage.train.batch_size > 1 or stage.train.batch_tokens for stage in stages)
     unchecked = not all(stage.train.gradient_checkpointing for stage in stages)
@@ -43,7 +47,7 @@ def changes(
 
         yield "all of these", all_of_these, "nf4" if packs else None, zero
     ranks = max(processes, 2)
-    # Packed 4- and 8-bit weights can't be divided among processes.
+    # ZeRO-3 can't shard packed 4- and 8-bit weights.
     for stage in (2,) if recipe.model.llm.quantize else (2, 3):
         if zero < stage:
             yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
@@ -70,16 +74,18 @@ def _checkpointed(train: TrainSection) -> dict[str, Any]:
 
 def changed(recipe: Recipe, change: Change, quantize: str | None) -> Recipe:
     """The recipe with every stage's train section changed, and its LLM quantised."""
-    made = recipe.model_dump(exclude_unset=True)
-    made["train"] |= change(recipe.train)
-    for stage, (_, resolved) in zip(made.get("stages", []), recipe.resolved_stages(), strict=False):
-        own = stage.get("train", {})
-        stage["train"] = own | {
-            key: value for key, value in change(resolved.train).items() if key in own
+    fields = recipe.model_dump(exclude_unset=True)
+    fields["train"] |= change(recipe.train)
+    for stage, (_, resolved) in zip(
+        fields.get("stages", []), recipe.resolved_stages(), strict=False
+    ):
+        overrides = stage.get("train", {})
+        stage["train"] = overrides | {
+            key: value for key, value in change(resolved.train).items() if key in overrides
         }
     if quantize:
-        made["model"].setdefault("llm", {})["quantize"] = quantize
-    return Recipe.model_validate(made)
+        fields["model"].setdefault("llm", {})["quantize"] = quantize
+    return Recipe.model_validate(fields)
 
 
 def written(where: str, values: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How large the batches of a stage are: from its data where that is there and quick to prepare, else from `max_length`."""
+"""Batch sizes of a stage, from its data if that is quick to prepare, else from `max_length`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from vlm_tune.model.build import build_processor
 from vlm_tune.model.language.masks import same_sample, tree_mask
 
 PREPARING = 3.0
-"""Seconds that may be spent on preparing data."""
+"""Most seconds that are spent on preparing data."""
 
 SAMPLED = 16
-"""Batches whose mean is the step that FLOPs are counted of."""
+"""Number of batches over whose mean FLOPs are counted."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch as the model sees it: padded rows x length (and labels), and what of it is no padding.
+    """Sizes of a micro-batch.
 
-    `attended` are pairs of positions, the first of which looks at the second, over all stacks' layers of one depth.
+    `rows`, `length` and `labels` are those of the padded batch; the others count without padding.
+    `attended` is the number of pairs of positions of which the first attends to the second, in one
+    layer of every stack.
     """
 
     rows: int
@@ -46,7 +48,10 @@ class Work:
 
 @dataclass
 class Reading:
-    """A stage's largest batch, the mean of some, how many images there are, where this is known from, and steps of an epoch."""
+    """A stage's largest batch, the mean of several, its number of images, and an epoch's steps.
+
+    `source` says where these are from.
+    """
 
     batch: Batch | None
     mean: Work | None
@@ -56,7 +61,7 @@ class Reading:
 
 
 def readings(recipe: Recipe, tokens: int | None, processes: int) -> tuple[Any, list[Reading]]:
-    """The tokenizer, if it can be had, and what is known of each stage's batches."""
+    """The tokenizer, None if it can't be loaded, and the batch statistics of each stage."""
     stages = recipe.resolved_stages()
     processor, why = _processor(recipe)
     tokenizer = processor.tokenizer if processor else None
@@ -81,14 +86,14 @@ def _read(
     until = time.monotonic() + PREPARING
     if processor is None or data.streaming:
         return Reading(None, None, 0, f"max_length ({why or 'rows are streamed'})")
-    own = processor.variant(
+    variant = processor.variant(
         data.template if data.template != recipe.data.template else None, data.system
     )
     try:
         prepared = prepare(
-            data, data.train, own, seed=stage.seed, stop=lambda: time.monotonic() > until
+            data, data.train, variant, seed=stage.seed, stop=lambda: time.monotonic() > until
         )
-        feed = _feed(stage, prepared, own, processes)
+        feed = _feed(stage, prepared, variant, processes)
     except Interrupted:
         return Reading(
             None,
@@ -116,7 +121,7 @@ def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: in
 
 
 def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
-    """The first epoch's micro-batch with most padded tokens, SAMPLED of them, and how many there are."""
+    """The first epoch's micro-batch with most padded tokens, `SAMPLED` others, and their count."""
     epoch = feed.plan.epoch(0)
     lengths = feed.plan.lengths
     places = epoch.places(feed.ranks)
@@ -136,14 +141,14 @@ def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
 
 
 def work_of(batch: Batch) -> Work:
-    """A batch in figures."""
+    """The sizes of a batch."""
     rows, length = batch.input_ids.shape
     labels = batch.labels.shape[1]
     real = batch.attention_mask
     causal = batch.labels.shape == batch.input_ids.shape
-    said = batch.labels != IGNORE_INDEX
+    supervised = batch.labels != IGNORE_INDEX
     inputs = real.sum(1).double()
-    outputs = said.sum(1).double()
+    outputs = supervised.sum(1).double()
     if causal:
         pairs = (
             (tree_mask(batch.ends) & real[:, None, :, None]).sum()
@@ -151,29 +156,32 @@ def work_of(batch: Batch) -> Work:
             else (inputs * (inputs + 1) / 2).sum()
         )
     elif batch.samples is not None and batch.label_samples is not None:
-        own = batch.samples
-        answers = batch.label_samples.masked_fill(~said, -2)
+        samples = batch.samples
+        answers = batch.label_samples.masked_fill(~supervised, -2)
         order = torch.ones(labels, labels, dtype=torch.bool).tril()
-        pairs = (same_sample(own, own)[:, 0] & real[:, None] & real[..., None]).sum()
-        pairs = pairs + (same_sample(answers, own)[:, 0] & real[:, None]).sum()
-        pairs = pairs + (same_sample(answers, answers)[:, 0] & order & said[..., None]).sum()
+        pairs = (same_sample(samples, samples)[:, 0] & real[:, None] & real[..., None]).sum()
+        pairs = pairs + (same_sample(answers, samples)[:, 0] & real[:, None]).sum()
+        pairs = pairs + (same_sample(answers, answers)[:, 0] & order & supervised[..., None]).sum()
     else:
         pairs = (inputs**2 + outputs * (outputs + 1) / 2 + inputs * outputs).sum()
-    answers = 0.0 if causal else float(said.sum())
+    answers = 0.0 if causal else float(supervised.sum())
     return Work(
         rows,
         length,
         labels,
         float(real.sum()),
         answers,
-        float(said.sum()),
+        float(supervised.sum()),
         float(len(set(batch.media_index.tolist()))),
         float(pairs),
     )
 
 
 def longest_batch(stage: Recipe, spec: Any, length: int) -> Batch:
-    """A batch of rows of `length` tokens with one image each, all of whose text is supervised; an answer, for an encoder-decoder."""
+    """A batch of rows of `length` tokens with one image each, whose whole text is supervised.
+
+    For an encoder-decoder, the labels are an answer of the longest length.
+    """
     rows = (
         stage.train.batch_size
         if stage.train.batch_tokens is None

@@ -1,17 +1,19 @@
-"""What an optimizer step sends between processes, and how long that takes: a cost model of ring collectives.
+"""Cost model of ring collectives: bytes that an optimizer step sends between processes, and time.
 
-Of S bytes on P processes, a ring's reduce-scatter or all-gather sends (P - 1) / P S from each, and an all-reduce is one of
-each (arXiv:1910.02054, section 7). The processes of a node are neighbours in the ring, so what one process sends is also
-what leaves a node, however many it has; the links inside a node are taken to be faster.
+For S bytes on P processes, a ring's reduce-scatter or all-gather sends (P - 1) / P S from each
+process, and an all-reduce is one of each (arXiv:1910.02054, section 7). The processes of a node are
+neighbours in the ring, so the bytes that one process sends are also those that leave a node,
+however many processes it has. Links inside a node are assumed to be faster.
 
 | stage | sent for G bytes of gradients, W of weights, A micro-batches, in units of (P - 1) / P |
 |---|---|
 | 0 (DDP) | 2 G: the gradients' all-reduce, once a step |
 | 1 | G + G: gradients reduced once, the trained weights gathered after the step |
-| 2 | A G + G: gradients are divided, so each micro-batch's are reduced |
+| 2 | A G + G: gradients are sharded, so each micro-batch's are reduced |
 | 3 | A G + A (W forward + W backward): every layer's weights are gathered where it runs |
 
-Only what trains has gradients, so under LoRA G is small; ZeRO-3 gathers the frozen weights all the same.
+Only trained weights have gradients, so G is small under LoRA. ZeRO-3 gathers the frozen weights all
+the same.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIGABIT = 1e9 / 8
-"""Bytes of a gigabit."""
+"""Bytes per gigabit."""
 
 GOOD = 0.9
-"""The efficiency that a step's computing time is given for."""
+"""Efficiency for which the needed computing time of a step is given."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one process sends in an optimizer step, by what they are."""
+    """Bytes that one process sends in an optimizer step, by kind."""
 
     gradients: float
     updated: float
@@ -36,7 +38,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all kinds."""
         return self.gradients + self.updated + self.forward + self.backward
 
 
@@ -44,9 +46,12 @@ class Traffic:
 class Communication:
     """A step's traffic over links of `bandwidth` bytes a second, and the efficiency to expect.
 
-    `seconds` are those on the link; `good` are the seconds of computing a step from which on efficiency is GOOD with nothing
-    overlapped. Where a device's speed is known `computing` are a step's seconds, and the efficiency (the share of one
-    process's speed that each keeps) lies between `least`, nothing overlapped, and `most`, all of it overlapped.
+    Efficiency is the share of its single-process speed that a process keeps.
+
+    - `seconds`: on the link.
+    - `good`: seconds of computing per step from which on the efficiency is `GOOD` without overlap.
+    - `computing`: seconds of computing per step, None if the device's speed is not known.
+    - `least`, `most`: efficiency with no overlap and with full overlap, None without `computing`.
     """
 
     traffic: Traffic
@@ -62,7 +67,16 @@ class Communication:
 def traffic(
     trained: int, ran: int, returned: int, *, stage: int, processes: int, accumulation: int = 1
 ) -> Traffic:
-    """What a process sends a step; `trained` are bytes of gradients, `ran` of weights that run forward, `returned` backward."""
+    """The bytes that a process sends in a step.
+
+    Args:
+        trained: bytes of gradients.
+        ran: bytes of weights that run in the forward pass.
+        returned: bytes of weights that run in the backward pass.
+        stage: of ZeRO, 0 for DDP.
+        processes: number of processes.
+        accumulation: micro-batches per step.
+    """
     ring = (processes - 1) / processes
     micro = accumulation if stage >= 2 else 1
     return Traffic(
@@ -76,7 +90,10 @@ def traffic(
 def communication(
     sent: Traffic, flops: float, *, nodes: int, bandwidth: float, speed: float | None = None
 ) -> Communication:
-    """The time of a step's traffic at `bandwidth` bytes/s, beside `flops` computed at `speed` FLOP/s where that is known."""
+    """The time of a step's traffic beside its computing.
+
+    `bandwidth` is in bytes/s, `speed` in FLOP/s if it is known.
+    """
     seconds = sent.total / bandwidth
     computing = flops / speed if speed else None
     least = most = None

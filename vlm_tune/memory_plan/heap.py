@@ -1,6 +1,7 @@
-"""How much larger the memory of tensors gets than what lives in it: the storages of two steps put where training puts them.
+"""Fragmentation of tensor memory, from placing the storages of two steps as training places them.
 
-A hole is left over wherever what comes after a storage is of another size or lives longer, and no page of it goes back.
+A hole is left wherever the storage that follows is of another size or lives longer, and none of its
+pages is returned to the system.
 """
 
 from __future__ import annotations
@@ -14,40 +15,40 @@ from vlm_tune.memory_plan.tracer import Trace
 from vlm_tune.resources import SMALLEST_BLOCK
 
 GRAIN = 64
-"""Bytes that a block of the range of our own is a multiple of (`allocator.cpp`)."""
+"""Block sizes of our own allocator are multiples of this many bytes (`allocator.cpp`)."""
 
 ASIDE = 112
-"""Bytes that glibc asks for beside a storage: its header (16), and to find an address that 64 divides (64 + 32)."""
+"""Bytes that glibc needs beside a storage: a header (16), and 64 + 32 to align it to 64."""
 
 
 Allocator = Literal["range", "malloc"]
-"""What places a CPU's tensors in training: a range of addresses of our own, or the C library."""
+"""What allocates a CPU's tensors in training: our own range of addresses, or the C library."""
 
 
 def allocator() -> Allocator:
-    """The one that training on this machine uses (`train.allocator`)."""
+    """The allocator that training on this machine uses (`train.allocator`)."""
     return "malloc" if native.range_allocator() is None else "range"
 
 
 class Range:
-    """First fit from the lowest address, with holes joined to their neighbours: what `allocator.cpp` does."""
+    """First fit from the lowest address, with adjacent holes joined, as in `allocator.cpp`."""
 
     def __init__(self) -> None:
         self.top = self.largest = self.live = self.fullest = 0
         self.holes: list[tuple[int, int]] = []
-        """Place and size of each, by place."""
+        """Address and size of each, sorted by address."""
         self.blocks: dict[int, int] = {}
 
     def taken(self, size: int) -> int:
-        """What a storage of `size` bytes takes; 0 if it lies elsewhere."""
+        """Bytes of the block for a storage of `size` bytes; 0 if it is allocated elsewhere."""
         return -(-size // GRAIN) * GRAIN if size >= SMALLEST_BLOCK else 0
 
     def fitting(self, size: int) -> int | None:
-        """The number of the hole that a block goes to."""
+        """The index of the hole that a block is put into, None if there is none."""
         return next((number for number, (_, hole) in enumerate(self.holes) if hole >= size), None)
 
     def take(self, size: int) -> int:
-        """Where a block comes to lie."""
+        """Allocates a block and returns its address."""
         number = self.fitting(size)
         if number is None:
             place = self.top
@@ -62,7 +63,7 @@ class Range:
         return place
 
     def give(self, place: int) -> None:
-        """Frees the block there."""
+        """Frees the block at an address."""
         size = self.blocks.pop(place)
         self.live -= size
         number = bisect_left(self.holes, (place, 0))
@@ -79,7 +80,10 @@ class Range:
 
 
 class Glibc(Range):
-    """Best fit, as glibc's malloc has it while freed memory is kept; what it cuts off a block for other uses is not followed."""
+    """Best fit, as glibc's malloc works while freed memory is not returned.
+
+    What malloc cuts off a block for other uses is not modelled.
+    """
 
     def taken(self, size: int) -> int:
         return size + ASIDE
@@ -92,7 +96,7 @@ class Glibc(Range):
 
 
 def holes(trace: Trace, placed_by: Allocator, *, accumulating: bool) -> int:
-    """Bytes that lie idle where memory is largest in two steps of a trace."""
+    """Idle bytes between storages, over two steps of a trace: peak memory less peak live bytes."""
     heap = Range() if placed_by == "range" else Glibc()
     places: dict[object, int] = {}
     for key, size in _two_steps(trace, accumulating=accumulating):
@@ -105,20 +109,23 @@ def holes(trace: Trace, placed_by: Allocator, *, accumulating: bool) -> int:
 
 
 def _two_steps(trace: Trace, *, accumulating: bool) -> Iterator[tuple[object, int | None]]:
-    """What is taken (with its size) and given back (None): AdamW's states are new in the first step and there in the second."""
+    """Allocations (key and size) and releases (key and None) of two steps.
+
+    AdamW's states are allocated in the first step and exist in the second.
+    """
     gradients = [number for number, kind in enumerate(trace.kinds) if kind == "gradients"]
-    kept = set(gradients)
+    persistent = set(gradients)
     sizes = trace.sizes
     for step in range(2):
         for micro in range(1 + accumulating):
             alive = set()
             for event in trace.events:
                 number = abs(event)
-                if number not in kept:
+                if number not in persistent:
                     yield number, sizes[number] if event > 0 else None
                     alive ^= {number}
                 elif event > 0:
-                    # With accumulation it is added to the one that is there.
+                    # With accumulation it is added to the gradient that exists.
                     yield (number, micro), sizes[number]
                     if micro:
                         yield (number, micro), None

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies, for an estimate of a run's time, and what it lacks."""
+"""Measures this machine's matrix products to estimate a run's time, and lists what it lacks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import torch
 from vlm_tune.kernels.cpu.native import compiler, kernel_status
 
 MEASURING = 0.3
-"""Seconds that are spent on measuring."""
+"""Seconds that a measurement takes."""
 SHAPE = (256, 512, 512)
-"""Rows, inputs and outputs of the product that is measured: of the size of small language models' layers."""
+"""Rows, inputs and outputs of the measured product, as in layers of small language models."""
 SHARES = (0.2, 1.0)
-"""The shares of that rate which whole training steps reach, from those of small tensors to those of large ones (docs/plan.md)."""
+"""Shares of the measured rate that whole training steps reach, with small and with large tensors
+(docs/plan.md)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that a run would take here, the FLOP/s of its matrix products in the run's precision, and what it lacks."""
+    """The device that a run would use here.
+
+    `rate` is the FLOP/s of its matrix products in the run's precision, `lacks` what would make runs
+    faster.
+    """
 
     device: str
     precision: str
@@ -27,12 +32,12 @@ class Machine:
     lacks: list[str]
 
     def seconds(self, flops: float) -> tuple[float, float]:
-        """The least and the most seconds that so many FLOPs of training steps are expected to take."""
+        """The least and the most seconds expected for training steps of so many FLOPs."""
         return flops / (self.rate * SHARES[1]), flops / (self.rate * SHARES[0])
 
 
 def measure(precision: str, dtype: torch.dtype) -> Machine:
-    """Multiplies matrices for `MEASURING` seconds, after a first time that does not count."""
+    """Multiplies matrices for `MEASURING` seconds after a warm-up, and takes the median."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     rows, inputs, outputs = (16 * size for size in SHAPE) if gpu else SHAPE
@@ -50,7 +55,7 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
     times = [product()]
     while sum(times) < MEASURING:
         times.append(product())
-    # The median: others may use the machine, and a run will share it with them, too.
+    # The median: others may use the machine, and a run will share it with them too.
     middle = sorted(times)[len(times) // 2]
     name = (
         torch.cuda.get_device_name(device)
@@ -61,7 +66,7 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
 
 
 def _lacks(gpu: bool) -> list[str]:
-    """What would make runs faster and is not here."""
+    """Lists missing hardware and software that would make runs faster."""
     if gpu:
         return []
     status = kernel_status()

@@ -1,7 +1,8 @@
-"""What a recipe needs before it runs: parameters, memory by cause and FLOPs, from configs and fake tensors alone.
+"""Predicts what a recipe needs: parameters, memory by cause and FLOPs, from configs alone.
 
-The model is made on the meta device and tuned by the real rules; its real forward and backward pass is traced on fake
-tensors (`model.tracing`). What each process holds of weights, gradients and optimizer follows from ZeRO's definition.
+The model is built on the meta device and tuned by the real rules. Its real forward and backward
+pass is traced on fake tensors (`memory_plan.tracer`). The share of weights, gradients and optimizer
+states of each process follows from ZeRO's definition.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from vlm_tune.quoting import quoted
 from vlm_tune.resources import KERNEL_BYTES, KERNELS
 
 CONTEXT = 600_000_000
-"""Bytes that CUDA's context and the libraries' work space take of a GPU."""
+"""Bytes that the CUDA context and the libraries' work space take on a GPU."""
 MOST_PROCESSES = 1_000_000
 UNITS = {
     "": 1,
@@ -54,7 +55,7 @@ UNITS = {
     "TIB": 2**40,
 }
 LONGEST = 1_000_000
-"""Tokens of a row that a plan may be asked for."""
+"""Most tokens of a row that `tokens` may set."""
 
 
 def plan(
@@ -71,12 +72,28 @@ def plan(
     tokens: int | None = None,
     advise: bool = False,
 ) -> Plan:
-    """What a recipe's run needs, without its weights; `gpu_memory` is bytes or a text as 24GB, `tokens` a row's length.
+    """Predicts what a recipe's run needs, without loading weights.
 
-    `processes` of all `nodes` together; `bandwidth` in Gbit/s is that of a node's link, or of a device's on one node, and
-    `tflops` what a device reaches. Where it does not fit, or with `advise`, `advice` holds changes with the figure each
-    gives. Raises `RecipeError` for a memory that is no size and for settings that can't be, `ModelError` for names and
-    rules that don't fit.
+    Args:
+        recipe: a recipe or its path.
+        overrides: of the recipe's fields.
+        gpu_memory: of each device, in bytes or as a text like 24GB.
+        processes: on all nodes together.
+        zero: DeepSpeed's ZeRO stage, 0 for DDP.
+        offload: what DeepSpeed offloads to the host.
+        nodes: number of nodes.
+        bandwidth: in Gbit/s, of a node's link, or of a device's link on one node.
+        tflops: speed that a device reaches, if it is known.
+        tokens: length of a row, instead of the data's lengths.
+        advise: whether changes that need less are planned even if the run fits.
+
+    Returns:
+        The plan. If the run does not fit, or with `advise`, its `advice` lists changes and the
+        memory that each needs.
+
+    Raises:
+        RecipeError: `gpu_memory` is not a size, or settings are impossible.
+        ModelError: names or rules don't fit the model.
     """
     started = time.perf_counter()
     loaded = as_recipe(recipe, overrides)
@@ -96,7 +113,7 @@ def plan(
     )
     _check(loaded, setting)
     stages = _stage_plans(loaded, *readings(loaded, tokens, processes), setting)
-    found = Plan(
+    planned = Plan(
         name=loaded.name,
         device="gpu" if gpu else "cpu",
         precision=loaded.train.precision,
@@ -109,13 +126,13 @@ def plan(
         allocator=None if gpu else allocator(),
         stages=stages,
         seconds=0.0,
-        # A memory that is named, and several processes, are of other machines.
+        # A given memory size, and several processes, mean another machine than this one.
         machine=measure(loaded.train.precision, DTYPES[loaded.train.precision])
         if limit is None and processes == 1
         else None,
     )
-    advice = _advice(loaded, found, setting) if advise or found.fits is False else []
-    return replace(found, advice=advice, seconds=round(time.perf_counter() - started, 2))
+    advice = _advice(loaded, planned, setting) if advise or planned.fits is False else []
+    return replace(planned, advice=advice, seconds=round(time.perf_counter() - started, 2))
 
 
 def _check_arguments(
@@ -142,7 +159,7 @@ def _check_arguments(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text as 24GB or 22.5 GiB. Raises `RecipeError` for any other."""
+    """Bytes of a text like 24GB or 22.5 GiB. Raises `RecipeError` for any other text."""
     number = text.strip().rstrip("BGMTbgmti ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
@@ -160,9 +177,10 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Where a run is to happen; `tokens` is a row's length where the user says it, `base` bytes that are taken before.
+    """The devices and options of a plan.
 
-    `known` are the stages that were traced, so that a change of processes alone needs no new trace.
+    `tokens` is a row's length if the user sets it, `base` the bytes that are taken before the run.
+    `known` caches the traced stages, so that a change of processes alone needs no new trace.
     """
 
     processes: int
@@ -192,7 +210,10 @@ def _check(recipe: Recipe, setting: _Setting) -> None:
         problems.append(
             Problem(
                 "--offload",
-                f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, not {setting.zero}",
+                (
+                    f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, "
+                    f"not {setting.zero}"
+                ),
             )
         )
     if quantize and setting.zero == 3:
@@ -221,16 +242,17 @@ def _stage_plans(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a stage's model and one step of a batch of its are, however many processes there are.
+    """Sizes of a stage's model and of one step, which do not depend on the number of processes.
 
-    `made` are the bytes it takes to make weights new, `features` the shape of an image's and `feature_bytes` of one,
-    `figures` and `holes` those of `traced`.
+    `creation` is the bytes that creating random weights takes, `features` the shape of an image's
+    features and `feature_bytes` their size. `still` says that the tower is frozen, `cached` that
+    its features are cached. `figures` and `holes` are those of `traced`.
     """
 
     sizes: list[PartSize]
-    held: Held
+    weights: Held
     tuning: list[TuneRow]
-    made: int
+    creation: int
     still: bool
     cached: bool
     features: tuple[int, int]
@@ -246,15 +268,18 @@ def _stage(
     number: int,
     stage: Recipe,
     tokenizer: Any,
-    given: Batch | None,
+    largest: Batch | None,
     setting: _Setting,
 ) -> _Stage:
-    """Makes and traces a stage's model with the batch given, or the longest, if that was not done before."""
-    key = (recipe.model_dump_json(), number, pickle.dumps(given))
+    """Builds and traces a stage's model with its `largest` batch, or the longest possible if None.
+
+    Stages in `setting.known` are not traced again.
+    """
+    key = (recipe.model_dump_json(), number, pickle.dumps(largest))
     if key in setting.known:
         return setting.known[key]
     model, features = bare_model(recipe, tokenizer, attention="sdpa" if setting.gpu else None)
-    made = _weights(model) if recipe.scratch else 0
+    creation = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate
     with torch.device("meta"):
@@ -265,7 +290,7 @@ def _stage(
             precision=precision,
             exact=trained_later(recipe, number),
         )
-    batch = given or longest_batch(
+    batch = largest or longest_batch(
         stage, model.processor.spec, setting.tokens or stage.data.max_length
     )
     still = not any(parameter.requires_grad for parameter in model.tower.parameters())
@@ -273,21 +298,21 @@ def _stage(
         still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
     )
     if recipe.scratch:
-        # The largest that is cast is there in fp32 and in the precision it runs in.
-        made += max(
+        # The largest weight that is cast exists in fp32 and in its final precision at once.
+        creation += max(
             (p.numel() * p.element_size() for p in model.parameters() if p.element_size() < 4),
             default=0,
         )
     sizes = _sizes(model)
-    held = _held(model)
+    weights = _held(model)
     attention = _attention_width(model)
     item = next(model.tower.parameters()).element_size()
     figures, holes = traced(model, stage, batch, features if cached else None, gpu=setting.gpu)
-    found = _Stage(
+    traced_stage = _Stage(
         sizes,
-        held,
+        weights,
         tuned.table,
-        made,
+        creation,
         still,
         cached,
         features,
@@ -297,57 +322,70 @@ def _stage(
         figures,
         holes,
     )
-    setting.known[key] = found
-    return found
+    setting.known[key] = traced_stage
+    return traced_stage
 
 
 def _stage_plan(
     recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: _Setting
 ) -> StagePlan:
-    found = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
+    traced_stage = _stage(recipe, number, stage, tokenizer, reading.batch, setting)
     accumulation = stage.train.gradient_accumulation
-    held = found.held
+    resident_weights = traced_stage.weights
     weights = 0
-    if found.cached and not setting.gpu and setting.processes == 1:
-        # No step reads the tower: the run moves it out of memory once its features are there.
-        held = replace(held, frozen=held.frozen - found.sizes[0].bytes)
-        weights = sum(size.bytes for size in found.sizes)
+    if traced_stage.cached and not setting.gpu and setting.processes == 1:
+        # No step reads the tower: the run moves it out of memory once its features are cached.
+        resident_weights = replace(
+            resident_weights, frozen=resident_weights.frozen - traced_stage.sizes[0].bytes
+        )
+        weights = sum(size.bytes for size in traced_stage.sizes)
     shares = zero_memory(
-        held,
-        sum(size.trained for size in found.sizes),
+        resident_weights,
+        sum(size.trained for size in traced_stage.sizes),
         stage=setting.zero,
         processes=setting.processes,
         accumulating=accumulation > 1,
-        # A CPU's own memory is where offloaded parts would go.
+        # On a CPU, offloaded parts would stay in the same memory.
         offload_optimizer=setting.gpu and setting.offload != "none",
         offload_parameters=setting.gpu and setting.offload == "all",
     )
     memory = _memory(
-        found.figures[:12], found.holes, shares, setting, half=stage.train.precision != "fp32"
+        traced_stage.figures[:12],
+        traced_stage.holes,
+        shares,
+        setting,
+        half=stage.train.precision != "fp32",
     )
-    mean = reading.mean or found.peak
+    mean = reading.mean or traced_stage.peak
     tower = (
         0.0
-        if found.cached
-        else mean.images * found.features[0] * (2 if found.still else 6) * found.sizes[0].total
+        if traced_stage.cached
+        else mean.images
+        * traced_stage.features[0]
+        * (2 if traced_stage.still else 6)
+        * traced_stage.sizes[0].total
     )
-    products = float(sum(found.figures[12:] * [getattr(mean, name) for name in ROWS]))
-    flops = accumulation * (products + tower + 12 * found.attention * mean.attended)
+    products = float(sum(traced_stage.figures[12:] * [getattr(mean, name) for name in ROWS]))
+    flops = accumulation * (products + tower + 12 * traced_stage.attention * mean.attended)
     known = reading.batch is not None or setting.tokens
     return StagePlan(
         name=recipe.resolved_stages()[number][0],
-        parts=found.sizes,
-        tuning=found.tuning,
-        peak=found.peak,
+        parts=traced_stage.sizes,
+        tuning=traced_stage.tuning,
+        peak=traced_stage.peak,
         mean=mean,
-        source=reading.source if known else f"{reading.source}: {found.peak.length:,} tokens a row",
+        source=reading.source
+        if known
+        else f"{reading.source}: {traced_stage.peak.length:,} tokens a row",
         memory=memory,
         host=shares.host,
-        loading=max(found.made, weights) + memory.base,
+        loading=max(traced_stage.creation, weights) + memory.base,
         flops=flops,
-        feature_cache=reading.images * found.feature_bytes if found.cached else 0,
-        cached=found.cached,
-        communication=_communication(found.sizes, accumulation, flops, found.cached, setting)
+        feature_cache=reading.images * traced_stage.feature_bytes if traced_stage.cached else 0,
+        cached=traced_stage.cached,
+        communication=_communication(
+            traced_stage.sizes, accumulation, flops, traced_stage.cached, setting
+        )
         if setting.processes > 1
         else None,
         steps=_steps(stage, reading),
@@ -355,7 +393,7 @@ def _stage_plan(
 
 
 def _steps(stage: Recipe, reading: Reading) -> int | None:
-    """Optimizer steps of a stage; None where its epochs are of rows that are not known."""
+    """Optimizer steps of a stage; None if it is set in epochs and its rows are not known."""
     if stage.train.steps is not None or reading.steps is None:
         return stage.train.steps
     return planned_steps(stage.train, reading.steps)
@@ -364,7 +402,10 @@ def _steps(stage: Recipe, reading: Reading) -> int | None:
 def _communication(
     sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: _Setting
 ) -> Communication:
-    """What joins the processes: the weights that run are all but a tower's whose features are kept."""
+    """Traffic and time between the processes.
+
+    All weights run, except those of a tower whose features are cached.
+    """
     tower, connector, llm = sizes
     returned = (
         llm.bytes
@@ -409,7 +450,7 @@ def _weights(module: nn.Module) -> int:
 
 
 def _held(model: VisionLanguageNetwork) -> Held:
-    """Bytes of frozen weights, trained ones, and adapters, and of the module with most weights of its own."""
+    """Bytes of frozen weights, trained weights and adapters, and of the largest single module."""
     named = [
         (name, p.requires_grad, p.numel() * p.element_size())
         for m in parts(model).values()
@@ -427,7 +468,10 @@ def _held(model: VisionLanguageNetwork) -> Held:
 
 
 def _attention_width(model: VisionLanguageNetwork) -> float:
-    """Layers x heads x head width of the LLM, as in 12 L h d_h A; of each stack, for an encoder-decoder."""
+    """Layers x heads x head width of the LLM, as in 12 L h d_h A.
+
+    Of each stack, for an encoder-decoder.
+    """
     config = model.llm.model.config.get_text_config()
     head = (
         getattr(config, "head_dim", None)
@@ -440,8 +484,12 @@ def _attention_width(model: VisionLanguageNetwork) -> float:
 def _memory(
     peaks: np.ndarray, holes: int, shares: Shares, setting: _Setting, *, half: bool
 ) -> Memory:
-    """One process's share at the fullest moment; a CPU multiplies by oneDNN's kernels in `half` precision alone."""
-    # The optimizer's step comes after the backward pass: it finds all gradients and no activations.
+    """Memory of one process at its peak.
+
+    `half` says that the run is in 16 bit: only then a CPU uses oneDNN's compiled kernels.
+    """
+    # The optimizer's step comes after the backward pass: all gradients exist then, and no
+    # activations.
     moments = [
         (a, o, g / setting.processes if setting.zero >= 2 else g)
         for a, o, g in peaks.reshape(-1, 3)
@@ -463,7 +511,10 @@ def _memory(
 
 
 def resident() -> int:
-    """Bytes of this process in memory, which are the interpreter's and the libraries' as long as no model is loaded."""
+    """Resident bytes of this process.
+
+    As long as no model is loaded, they are the interpreter's and the libraries'.
+    """
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -472,8 +523,8 @@ def resident() -> int:
         )
 
 
-def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
-    """Changes that need less than the plan, each planned as the plan was; the least first."""
+def _advice(recipe: Recipe, planned: Plan, setting: _Setting) -> list[Advice]:
+    """Changes that need less than the plan, each planned in the same way, least memory first."""
     advice = []
     for text, change, quantize, at in changes(recipe, setting.processes, setting.zero):
         other = changed(recipe, change, quantize)
@@ -485,13 +536,15 @@ def _advice(recipe: Recipe, found: Plan, setting: _Setting) -> list[Advice]:
         stages = _stage_plans(other, *readings(other, where.tokens, where.processes), where)
         sets = written("train", change(recipe.train))
         for number, stage in enumerate(recipe.stages):
-            # What a stage sets itself is not changed by the common part.
-            own = {
+            # A field that a stage sets itself is not changed by the common train section.
+            overrides = {
                 key: value
                 for key, value in change(recipe.resolved_stages()[number][1].train).items()
                 if key in stage.train
             }
-            sets += written(f"stages.{number}.train", own)
+            sets += written(f"stages.{number}.train", overrides)
         sets += [f"model.llm.quantize={quantize}"] if quantize else []
         advice.append(Advice(text, sets, at, max(stage.needed for stage in stages)))
-    return sorted((one for one in advice if one.needed < found.needed), key=lambda one: one.needed)
+    return sorted(
+        (one for one in advice if one.needed < planned.needed), key=lambda one: one.needed
+    )

@@ -1,4 +1,4 @@
-"""What a plan says: bytes by cause, sizes and steps of each stage, and changes that need less."""
+"""The parts of a plan: bytes by cause, sizes and steps of each stage, and advice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlm_tune.memory_plan.machine import Machine
 from vlm_tune.model.tuning import TuneRow
 
 Offload = Literal["none", "optimizer", "all"]
-"""What DeepSpeed keeps in the machine's memory: nothing, optimizer states, or those and the weights."""
+"""What DeepSpeed offloads to the host: nothing, optimizer states, or those and the weights."""
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Numbers of parameters of one part, LoRA's among them, and the bytes that its weights take."""
+    """Parameter counts of one part, LoRA's included, and the bytes of its weights."""
 
     part: str
     total: int
@@ -30,8 +30,10 @@ class PartSize:
 class Memory:
     """Bytes of one process at its peak, by cause.
 
-    `exchange` is what joins the processes: gradient buckets, under ZeRO-3 also the layers that are gathered. On a CPU
-    `holes` are what lies idle between a step's storages, and `kernels` what oneDNN keeps of compiled ones.
+    - `exchange`: communication buffers: gradient buckets, under ZeRO-3 also gathered layers.
+    - `holes`: idle memory between a step's storages, on a CPU.
+    - `kernels`: kernels that oneDNN has compiled, on a CPU.
+    - `base`: memory that is taken before the run.
     """
 
     frozen: int
@@ -48,17 +50,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all causes."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: sizes, memory, and FLOPs of an optimizer step of one process.
+    """One stage: sizes, memory, and FLOPs of one process in an optimizer step.
 
-    `loading` is the peak before the first step, where weights are made in fp32 or the tower runs for the last time;
-    `source` says where lengths are from; `host` are the bytes offloaded to the machine's memory; `communication` is None
-    for one process; `steps` are all optimizer steps, None where the data is not known.
+    - `loading`: the peak before the first step, when weights are created in fp32 or the tower runs
+      for the last time.
+    - `source`: where lengths are from.
+    - `host`: bytes offloaded to the host's memory.
+    - `communication`: None for one process.
+    - `steps`: all optimizer steps, None if the data is not known.
     """
 
     name: str
@@ -84,7 +89,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Advice:
-    """A change that lessens memory, as overrides of the recipe or a ZeRO stage, and what the run then needs."""
+    """A change that reduces memory: recipe overrides, a ZeRO stage, and the bytes then needed."""
 
     text: str
     changes: list[str]
@@ -94,9 +99,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on each of `processes` devices; `fits` is None where no memory was named.
+    """The memory, FLOPs and time of a run, per device of `processes`.
 
-    `allocator` is what a CPU's holes are counted for; `machine` is this one, None where the plan is for another.
+    `allocator` is the one that a CPU's holes are computed for. `machine` is this machine, None if
+    the plan is for another.
     """
 
     name: str
@@ -121,17 +127,17 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether that is within the memory named."""
+        """Whether the run fits into `gpu_memory`; None if that is not set."""
         return None if self.gpu_memory is None else self.needed <= self.gpu_memory
 
     def time(self, stage: StagePlan) -> tuple[float, float] | None:
-        """The least and the most seconds that a stage's steps are expected to take here; None where that is not known."""
+        """The least and the most seconds expected for a stage on this machine; None if unknown."""
         if self.machine is None or stage.steps is None:
             return None
         return self.machine.seconds(stage.flops * stage.steps)
 
     def summary(self) -> dict[str, Any]:
-        """The plan as JSON."""
+        """The plan as a dict for JSON."""
         stages = [
             asdict(stage) | {"needed": stage.needed, "time": self.time(stage)}
             for stage in self.stages

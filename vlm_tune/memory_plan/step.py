@@ -1,4 +1,4 @@
-"""What a training step takes: the bytes of its fullest moments and its FLOPs, from the real pass on fake tensors."""
+"""Memory peaks and FLOPs of a training step, from the real forward and backward on fake tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")
-"""What the rows of a matrix product are a multiple of, as `Work` names it."""
+"""The fields of `Work` that the rows of a matrix product are proportional to."""
 
 
 def traced(
@@ -37,7 +37,12 @@ def traced(
     *,
     gpu: bool,
 ) -> tuple[np.ndarray, int]:
-    """Bytes of the four peaks by kind (12 figures) and FLOPs for each row of ROWS (4 figures); bytes of holes, on a CPU."""
+    """Traces one training step of a stage.
+
+    Returns:
+        An array of 16 figures: bytes of the four peaks by kind (12), and FLOPs per row of each of
+        `ROWS` (4). And bytes of holes, 0 on a GPU.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tower = model.tower
     dtype = next(tower.parameters()).dtype
@@ -53,7 +58,7 @@ def traced(
             shown = torch.empty(count, *features, dtype=dtype)
         elif count:
             shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-    given = replace(batch, **{"features" if features else "pixels": shown})
+    model_batch = replace(batch, **{"features" if features else "pixels": shown})
     half = DTYPES[stage.train.precision]
     vocabulary = model.llm.model.get_input_embeddings().num_embeddings
     align = stage.objective.kind == "contrastive"
@@ -61,14 +66,17 @@ def traced(
     idle = [0]
 
     def step() -> torch.Tensor:
-        found = model(given, align=align)
+        output = model(model_batch, align=align)
         return (
-            found.images.sum() + found.captions.sum() if isinstance(found, Alignment) else found.sum
+            output.images.sum() + output.captions.sum()
+            if isinstance(output, Alignment)
+            else output.sum
         )
 
     def measure() -> np.ndarray:
         to_fake(model, fake)
-        # Around both passes, as the engines have it: what autocast keeps of weights it cast lives as long.
+        # autocast is around both passes, as in the engines: its cache of cast weights lives as
+        # long.
         with (
             _multiplied(model, batch, gpu) as products,
             torch.autocast("cpu", dtype=half, enabled=half != torch.float32),
@@ -77,7 +85,8 @@ def traced(
         for parameter in model.parameters():
             parameter.grad = None
         if not gpu:
-            # More layers than these three leave little more idle: what differs in size is at the step's ends.
+            # More than these three layers leave little more idle: storages of other sizes are at
+            # the ends of the step.
             idle[0] = holes(trace, allocator(), accumulating=accumulating)
         return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
@@ -89,23 +98,29 @@ def traced(
 
 
 def _counted(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules that are linear layers or run theirs in one: a hook within would keep them from it."""
+    """The outermost modules that are linear layers, or run their linear layers as one kernel.
+
+    A hook on a layer inside would stop them from using the kernel.
+    """
     if is_linear(module) or isinstance(module, DecoderLayer | GatedModule | LoraLinear):
         return [module]
     return [layer for child in module.children() for layer in _counted(child)]
 
 
 def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
-    """The linear layers in one of `_counted`, and whether a gradient of what each reads is wanted; `flows` is whether of what it reads."""
+    """The linear layers in a module of `_counted`, each with whether its input needs a gradient.
+
+    `flows` says whether the input of the module needs one.
+    """
     if isinstance(module, DecoderLayer):
-        found: list[tuple[Any, bool]] = []
-        # What each of them reads comes out of those before, of which all that read the same x stand in one group.
+        layers: list[tuple[Any, bool]] = []
+        # The layers of a group read the same input, which depends on the groups before.
         for group in (module.projections()[:3], module.projections()[3:], [module.mlp]):
-            found += [pair for layer in group for pair in _linear(layer, flows)]
+            layers += [pair for layer in group for pair in _linear(layer, flows)]
             flows = flows or any(
                 parameter.requires_grad for layer in group for parameter in layer.parameters()
             )
-        return found
+        return layers
     if isinstance(module, GatedModule):
         *outer, inner = (module.get_submodule(name) for name in module.layer_names)
         trains = flows or any(
@@ -122,23 +137,26 @@ def _linear(module: Any, flows: bool) -> list[tuple[Any, bool]]:
 
 @contextmanager
 def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterator[np.ndarray]:
-    """Counts FLOPs of the matrix products with weights, recomputed ones once: 2 a weight forward and for each gradient."""
+    """Counts FLOPs of the matrix products with weights, recomputed ones once.
+
+    They are 2 per weight and row in the forward pass, and 2 for each gradient.
+    """
     products = np.zeros(len(ROWS))
-    seen = set()
+    counted = set()
     handles = []
     head: Any = model.llm.head
     rows = batch.input_ids.numel()
-    said = int((batch.labels != IGNORE_INDEX).sum())
-    place_of = {said: 2, batch.labels.numel(): 1, rows: 0}
-    per_row = (rows, batch.labels.numel(), max(said, 1), max(len(batch.media_index), 1))
+    supervised = int((batch.labels != IGNORE_INDEX).sum())
+    place_of = {supervised: 2, batch.labels.numel(): 1, rows: 0}
+    per_row = (rows, batch.labels.numel(), max(supervised, 1), max(len(batch.media_index), 1))
 
-    def count(module: Any, given: tuple[torch.Tensor, ...], answer: Any) -> None:
+    def count(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         of_head = module is head or module is model.llm
-        flows = answer.sum.requires_grad if module is model.llm else given[0].requires_grad
-        if id(head if of_head else module) in seen:
+        flows = output.sum.requires_grad if module is model.llm else inputs[0].requires_grad
+        if id(head if of_head else module) in counted:
             return
-        seen.add(id(head if of_head else module))
-        taken = said if of_head else given[0].numel() // given[0].shape[-1]
+        counted.add(id(head if of_head else module))
+        taken = supervised if of_head else inputs[0].numel() // inputs[0].shape[-1]
         place = 2 if of_head else place_of.get(taken, 3)
         for layer, needed in _linear(head if of_head else module, flows):
             if layer.weight is not None:
@@ -150,14 +168,15 @@ def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterat
                 )
 
     for part in (model.connector, model.llm):
-        # A GPU runs no kernel of a CPU's: there a hook within each layer has the layers run one by one.
-        # On a CPU the head may run by a kernel too, so the hook is at what calls it.
-        found = (
+        # On a GPU, which has no CPU kernels, a hook on each linear layer makes the layers run one
+        # by one. On a CPU the head may run in a kernel too, so the hook is on the LLM, which calls
+        # it.
+        layers = (
             [layer for layer in part.modules() if is_linear(layer)]
             if gpu
             else [model.llm if layer is head else layer for layer in _counted(part)]
         )
-        handles += [layer.register_forward_hook(count) for layer in found]
+        handles += [layer.register_forward_hook(count) for layer in layers]
     try:
         yield products
     finally:

@@ -1,6 +1,7 @@
-"""What one of several data-parallel processes holds under each stage of DeepSpeed's ZeRO (arXiv:1910.02054).
+"""Memory of one data-parallel process under each stage of DeepSpeed's ZeRO (arXiv:1910.02054).
 
-Numbers train in fp32, N of them on P processes, under AdamW. Bytes a process holds of them and of the frozen weights F:
+For N parameters trained in fp32 by AdamW on P processes, and F bytes of frozen weights, the bytes
+of one process are:
 
 | stage | frozen | trained | gradients | optimizer |
 |---|---|---|---|---|
@@ -16,15 +17,16 @@ import math
 from dataclasses import dataclass
 
 BUCKET = 50_000_000 * 4
-"""Bytes of fp32 gradients that DeepSpeed exchanges at once, unless the recipe says otherwise; its own default is ten times that."""
+"""Bytes of fp32 gradients that DeepSpeed exchanges at once, unless the recipe says otherwise.
+DeepSpeed's own default is ten times that."""
 
 GATHERED = 2
-"""Layers of ZeRO-3 that are whole at once: the one that runs, and the one that is fetched meanwhile."""
+"""Layers that ZeRO-3 has gathered at once: the one that runs, and the one being prefetched."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes before they are divided: frozen weights, trained ones, adapters, and the largest module's own weights."""
+    """Bytes before sharding: frozen weights, trained weights, adapters, and the largest module."""
 
     frozen: int
     trained: int
@@ -34,9 +36,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Shares:
-    """One process's bytes: on its device, and `host` in the machine's memory where parts are offloaded.
+    """One process's bytes on its device, and `host` in the host's memory if parts are offloaded.
 
-    `gradients` are those that are there when the optimizer steps; `exchange` is what joins the processes.
+    `gradients` are those that exist at the optimizer's step, `exchange` the communication buffers.
     """
 
     frozen: int
@@ -49,7 +51,7 @@ class Shares:
 
 
 def zero_memory(
-    held: Held,
+    weights: Held,
     numbers: int,
     *,
     stage: int,
@@ -58,22 +60,34 @@ def zero_memory(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
 ) -> Shares:
-    """The share of one of `processes` under ZeRO `stage`, of a model that holds `held`, of which `numbers` train.
+    """The memory of one of `processes` under ZeRO `stage`.
 
-    DDP's gradients lie in what it sends, but for those of the first step of several micro-batches (`accumulating`).
+    DDP's gradients lie in its communication buckets, except in the first step of several
+    micro-batches (`accumulating`).
 
-    Raises `ValueError` for an offload that the stage does not have.
+    Args:
+        weights: bytes of the model's weights.
+        numbers: trained parameters.
+        stage: of ZeRO, 0 for DDP.
+        processes: number of data-parallel processes.
+        accumulating: whether a step has several micro-batches.
+        offload_optimizer: whether optimizer states are on the host.
+        offload_parameters: whether weights are on the host too.
+
+    Raises:
+        ValueError: the stage does not have this offload.
     """
     if (offload_optimizer and stage == 0) or (offload_parameters and stage < 3):
         raise ValueError(
-            f"ZeRO-{stage} offloads no {'optimizer' if offload_optimizer and stage == 0 else 'parameters'}"
+            f"ZeRO-{stage} offloads no "
+            f"{'optimizer' if offload_optimizer and stage == 0 else 'parameters'}"
         )
 
     def share(size: int, first: int) -> int:
         return math.ceil(size / processes) if stage >= first else size
 
     frozen, trained, adapters = (
-        share(size, 3) for size in (held.frozen, held.trained, held.adapters)
+        share(size, 3) for size in (weights.frozen, weights.trained, weights.adapters)
     )
     gradients = share(4 * numbers, 2)
     optimizer = share((12 if stage else 8) * numbers, 1)
@@ -81,7 +95,7 @@ def zero_memory(
     if processes > 1:
         exchange = 4 * numbers * accumulating if stage == 0 else min(4 * numbers, BUCKET)
     if stage == 3 and (processes > 1 or offload_parameters):
-        exchange += GATHERED * held.largest
+        exchange += GATHERED * weights.largest
     host = 0
     if offload_optimizer:
         # The step runs on the host, so its gradients are brought there.

@@ -301,7 +301,7 @@ def _connected(
     with torch.device("meta"):
         check_memory(build_connector(section.connector, measured[1], llm.width), "model.connector")
     connector = build_connector(section.connector, measured[1], llm.width)
-    connector.attach(llm)
+    connector.attach(language)
     return llm, connector, connector.tokens(measured[0])
 
 

@@ -1,4 +1,4 @@
-"""The language model and the mmproj file that llama.cpp reads, read back and compared before they get their names."""
+"""Export to the two GGUF files of llama.cpp, read back and verified before they get their names."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ from vlm_tune.model.weights import cast_parameters
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
 
-HELD = "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP ViT without its class token"
+HELD = (
+    "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP "
+    "ViT without its class token"
+)
 
 
 def export_gguf(
@@ -72,9 +75,8 @@ def export_gguf(
     text = check_target(source, config)
     check_output(output, path)
     parameters = count_parameters(text, config)
-    check_room(
-        parameters, output, WIDTHS[dtype or config.precision], copies=2
-    )  # the model, and the one read back
+    # Two copies: the model, and the one that is read back.
+    check_room(parameters, output, WIDTHS[dtype or config.precision], copies=2)
     model, merged = whole_model(path, source, output, None if dtype == "q8_0" else dtype, base)
     dtype = dtype or model.config.precision
     precision = model.config.precision
@@ -90,15 +92,18 @@ def export_gguf(
             str(output), "gguf", dtype, merged, parameters, None, None, notes_of(model)
         )
         if expected is not None:
-            found = verify_gguf(files, model, expected, dtype)
-            report = replace(report, **asdict(found), rows=len(expected.rows))
+            verified = verify_gguf(files, model, expected, dtype)
+            report = replace(report, **asdict(verified), rows=len(expected.rows))
         return report, model_card(path, model, files, report)
 
     return commit_export(output, write)
 
 
 def check_target(source: Path, config: VisionLanguageConfig) -> Any:
-    """transformers' config of the LLM. Raises `ModelError` with every reason why a model can't be GGUF, before weights are read."""
+    """transformers' config of the LLM, read before any weights.
+
+    Raises `ModelError` with every reason why the model can't be written as GGUF.
+    """
     check_prompt(source)
     text = text_config(source, config) if config.llm.kind == "causal" else None
     reasons = gguf_reasons(config, text)
@@ -114,7 +119,10 @@ def check_target(source: Path, config: VisionLanguageConfig) -> Any:
 
 
 def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
-    """Why a model can't be GGUF, its tokenizer apart, given its LLM's transformers config (None for an encoder-decoder)."""
+    """The reasons why a model can't be written as GGUF, its tokenizer apart.
+
+    `text` is the LLM's transformers config, None for an encoder-decoder.
+    """
     language = (
         ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
     )
@@ -122,7 +130,7 @@ def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
 
 def notes_of(model: VisionLanguageNetwork) -> list[str]:
-    """What llama.cpp does otherwise with an image or a text than the model was trained with."""
+    """Where llama.cpp's handling of images and text deviates from how the model was trained."""
     return [*mmproj_notes(model), *pieces_notes(described_of(model.processor.tokenizer))]
 
 
@@ -135,7 +143,7 @@ class Files:
 
 
 def write_files(files: Files, model: VisionLanguageNetwork, dtype: str) -> None:
-    """Writes both files, the language model in `dtype`, tower and connector in the model's own precision."""
+    """Writes the language model in `dtype`, and tower and connector in the model's precision."""
     language: Any = model.llm.model
     rows = language.get_input_embeddings().num_embeddings
     name = FAMILIES[language.config.model_type]
@@ -144,14 +152,15 @@ def write_files(files: Files, model: VisionLanguageNetwork, dtype: str) -> None:
     write_mmproj(files.mmproj, model, model.config.precision)
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
+# --- verification ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verified:
-    """How far the logits of the files are from the model's, whether greedy text is the same, and what llama.cpp does otherwise.
+    """How the files' logits and greedy text compare with the model's, and where llama.cpp deviates.
 
-    `allowed` is how far logits may be from those of what was to be stored: of q8_0 that is less than `difference`.
+    `difference` is to the model. `allowed` limits the difference to the weights as stored, which
+    q8_0 rounds: there `difference` is larger than `allowed`.
     """
 
     difference: float
@@ -165,8 +174,9 @@ def verify_gguf(
 ) -> Verified:
     """Compares the files with the model: token ids, logits, and greedy text.
 
-    The language model is opened by transformers, the mmproj file computed as llama.cpp does, the tokenizer made from
-    the file's metadata. Raises `ModelError` where anything is not what was to be stored, which q8_0 rounds.
+    The language model is opened by transformers, the mmproj file computed as llama.cpp does, and
+    the tokenizer built from the file's metadata. Raises `ModelError` if anything differs from the
+    model as stored, which q8_0 rounds.
     """
     stored = expected
     if dtype == "q8_0":
@@ -181,16 +191,19 @@ def verify_gguf(
     reader = Reader(theirs.to(model.device), fields, model)
     trained = Mmproj(files.mmproj, exact=activation)
     approximate = Mmproj(files.mmproj)
-    found = reader.logits(expected.rows, trained)
+    file_logits = reader.logits(expected.rows, trained)
     texts = reader.texts(expected.rows, trained)
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
-    check_answers(stored, found, texts, allowed)
-    moved = _largest(reader.logits(expected.rows, approximate), found)
+    check_answers(stored, file_logits, texts, allowed)
+    moved = _largest(reader.logits(expected.rows, approximate), file_logits)
     notes = [
         *notes_of(model),
-        f"llama.cpp computes GELU in its tanh form, which moves this model's logits by up to {moved:.2g}",
+        (
+            "llama.cpp computes GELU in its tanh form, which moves this model's logits by up to "
+            f"{moved:.2g}"
+        ),
     ]
-    return Verified(_largest(found, expected.logits), texts == expected.texts, notes, allowed)
+    return Verified(_largest(file_logits, expected.logits), texts == expected.texts, notes, allowed)
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -198,7 +211,7 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The language model as transformers reads it from a file, and the file's metadata.
+    """The language model as transformers reads it from a GGUF file, and the file's metadata.
 
     Raises `ModelError` for tensors that are missing or misshapen.
     """
@@ -207,7 +220,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     fields = read_fields(path)
     name = path.name
     config = AutoConfig.from_pretrained(path.parent, gguf_file=name)
-    # transformers reads it for some architectures only.
+    # transformers reads the head width for some architectures only.
     config.head_dim = fields[f"{fields['general.architecture']}.attention.key_length"]
     if config.model_type == "gemma3_text":
         config.query_pre_attn_scalar = (
@@ -215,15 +228,15 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
             if config.num_hidden_layers == 62
             else config.head_dim
         )
-    with redirect_stderr(StringIO()):  # its progress bar has no switch
-        found: Any = AutoModelForCausalLM.from_pretrained(
+    with redirect_stderr(StringIO()):  # the progress bar can't be switched off
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=name,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
         )
-    theirs, info = found
+    theirs, info = loaded
     faults = [
         str(key)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -242,7 +255,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
 def _check_texts(
     fields: dict[str, Any], model: VisionLanguageNetwork, rows: Sequence[Conversation]
 ) -> None:
-    """Raises `ModelError` if the file's tokenizer and chat template give other ids than the model was trained with."""
+    """Raises `ModelError` if the file's tokenizer and chat template give other token ids."""
     tokenizer = read_tokenizer(fields)
     for row in rows:
         turns = [
@@ -250,9 +263,9 @@ def _check_texts(
             for turn in row.messages
         ]
         pieces = tokenizer.apply_chat_template(turns, tokenize=False).split(MARKER)
-        found = tokenizer.encode(pieces[0], add_special_tokens=False)
+        file_ids = tokenizer.encode(pieces[0], add_special_tokens=False)
         for piece in pieces[1:]:
-            found += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(
+            file_ids += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(
                 piece, add_special_tokens=False
             )
         (example,) = model.processor.examples(row)
@@ -262,7 +275,7 @@ def _check_texts(
             .masked_fill(torch.from_numpy(example.image_mask), -1)
             .tolist()
         )
-        check_ids(row, [*ids, int(example.labels[-1])], found[: len(ids) + 1])
+        check_ids(row, [*ids, int(example.labels[-1])], file_ids[: len(ids) + 1])
 
 
 def _part(part: str | Media) -> dict[str, str]:
@@ -271,7 +284,7 @@ def _part(part: str | Media) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A language model that was read from a file, and how rows of a model of ours go through it."""
+    """Runs rows through a language model that was read from a GGUF file."""
 
     theirs: Any
     fields: dict[str, Any]
@@ -280,27 +293,27 @@ class Reader:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Conversation], mmproj: Mmproj) -> torch.Tensor:
         """Logits [S, V] of the rows' supervised tokens."""
-        found = []
+        logits = []
         for row in rows:
             (example,) = self.model.processor.examples(row)
             supervised = torch.from_numpy(example.labels).to(self.model.device) != IGNORE_INDEX
-            found.append(
+            logits.append(
                 self.theirs(inputs_embeds=self._embeds(example, row, mmproj))
                 .logits[0, supervised]
                 .float()
             )
-        return torch.cat(found)
+        return torch.cat(logits)
 
     @torch.inference_mode()
     def texts(self, rows: Sequence[Conversation], mmproj: Mmproj) -> list[str]:
-        """Greedy answers."""
+        """Greedy answers to the rows."""
         stops = [
             self.fields[key]
             for kind in ("eos", "eot", "eom")
             if (key := f"tokenizer.ggml.{kind}_token_id") in self.fields
         ]
         pad = self.fields["tokenizer.ggml.padding_token_id"]
-        found = []
+        answers = []
         for row in rows:
             embeds = self._embeds(self.model.processor.prompt(row), row, mmproj)
             ids = self.theirs.generate(
@@ -311,8 +324,8 @@ class Reader:
                 eos_token_id=stops,
                 pad_token_id=pad,
             )
-            found.append(self.model.processor.decode(ids[0].tolist()))
-        return found
+            answers.append(self.model.processor.decode(ids[0].tolist()))
+        return answers
 
     def _embeds(self, example: Example, row: Conversation, mmproj: Mmproj) -> torch.Tensor:
         ids, mask = (
@@ -326,11 +339,11 @@ class Reader:
         return embeds[None]
 
 
-# --- the card --------------------------------------------------------------------------------------------------------
+# --- the card -------------------------------------------------------------------------------------
 
 
 def model_card(path: Path, model: VisionLanguageNetwork, files: Files, report: ExportReport) -> str:
-    """The README of an exported folder: its files, how to use them, its recipe and scores where they are known."""
+    """The README of an exported folder: its files, usage, and scores and recipe if known."""
     section = model.config.model
     tower = getattr(section.tower, "name", None) or "from scratch"
     proof = (
@@ -348,13 +361,19 @@ def model_card(path: Path, model: VisionLanguageNetwork, files: Files, report: E
         f"A vision-language model for llama.cpp, written by vlm_tune {__version__}.",
         "",
         f"- `{files.language.name}`: the language model, {section.llm.name or 'from scratch'}",
-        f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the connector ({section.connector.kind})",
+        (
+            f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the "
+            f"connector ({section.connector.kind})"
+        ),
         f"- merged adapters: {', '.join(report.merged) or 'none'}",
         f"- {report.parameters:,} parameters; read back and compared: {proof}",
         *(f"- {note}" for note in report.notes),
         "",
         "```sh",
-        f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image image.png -p 'What does the image show?' --temp 0",
+        (
+            f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image "
+            "image.png -p 'What does the image show?' --temp 0"
+        ),
         "```",
     ]
     return "\n".join([*lines, *run_lines(path)]) + "\n"

@@ -1,4 +1,4 @@
-"""Decoders in GGUF's form: which ones it can express, and their metadata and tensors under llama.cpp's names."""
+"""Decoders as GGUF: which ones it can express, and their metadata and tensors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ FAMILIES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3",
 }
-"""llama.cpp's architecture for each model type of transformers that is exported."""
+"""llama.cpp's architecture for each transformers model type that is exported."""
 ROPES = ("default", "llama3")
 ROTATED_IN_PAIRS = ("llama",)
-"""Architectures whose rotary embedding turns neighbouring pairs; transformers turns a head's two halves."""
+"""Architectures whose rotary embedding rotates neighbouring pairs, not a head's two halves as in
+transformers."""
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def decoder_reasons(text: Any) -> list[str]:
-    """Why a language model can't be written for llama.cpp, from its transformers config."""
+    """The reasons why llama.cpp can't hold a language model, from its transformers config."""
     if text.model_type not in FAMILIES:
         return [f"its language model is of type {text.model_type}, not {', '.join(FAMILIES)}"]
     if text.model_type == "gemma3_text":
@@ -49,14 +50,14 @@ def decoder_reasons(text: Any) -> list[str]:
 
 
 def _gemma_reasons(text: Any) -> list[str]:
-    """Why a Gemma 3 isn't what llama.cpp takes every Gemma 3 for, beside what the file says."""
+    """Where a Gemma 3 differs from what llama.cpp hard-codes for every Gemma 3."""
     every_sixth = [
         "full_attention" if place % 6 == 5 else "sliding_attention"
         for place in range(text.num_hidden_layers)
     ]
     local = text.rope_parameters["sliding_attention"]
     full = text.rope_parameters["full_attention"]
-    # The largest, of 62 layers, scales scores by another width than a head's.
+    # The largest Gemma 3, with 62 layers, scales scores by another width than a head's.
     width = (
         text.hidden_size // text.num_attention_heads
         if text.num_hidden_layers == 62
@@ -85,12 +86,13 @@ def _head_dim(text: Any) -> int:
 
 
 def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: int) -> None:
-    """Adds all metadata of a language model file; its embedding has `rows` rows."""
+    """Adds all metadata of a language model file, whose embedding has `rows` rows."""
     window = getattr(text, "sliding_window", None)
     gemma = text.model_type == "gemma3_text"
     writer.add_name(f"{text.model_type} in a vision-language model")
     writer.add_block_count(text.num_hidden_layers)
-    # llama.cpp looks through no window in the other architectures: within one it computes the same.
+    # llama.cpp has no sliding window in the other architectures; up to one window's length it
+    # computes the same, so that is the context length.
     writer.add_context_length(
         min(
             text.max_position_embeddings,
@@ -115,9 +117,9 @@ def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: 
 
 
 def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A transformers decoder's tensors under llama.cpp's names.
+    """A transformers decoder's tensors by llama.cpp's names.
 
-    Raises `ModelError` for one that has no place there.
+    Raises `ModelError` for a tensor that has no name there.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -133,27 +135,27 @@ def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if factors is not None:
         yield ROPE_FACTORS, factors
     for key, tensor in language.state_dict().items():
-        found = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        stored_name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if stored_name is None:
             raise ModelError(f"llama.cpp's {name} has no place for the language model's {key}")
-        if found == "output.weight" and tied:
-            continue  # llama.cpp takes the embedding where there is no head
-        if name in ROTATED_IN_PAIRS and ".attn_q." in found:
+        if stored_name == "output.weight" and tied:
+            continue  # llama.cpp uses the embedding if there is no head
+        if name in ROTATED_IN_PAIRS and ".attn_q." in stored_name:
             tensor = _paired(tensor, text.num_attention_heads)
-        elif name in ROTATED_IN_PAIRS and ".attn_k." in found:
+        elif name in ROTATED_IN_PAIRS and ".attn_k." in stored_name:
             tensor = _paired(tensor, text.num_key_value_heads)
-        elif name == "gemma3" and found.endswith("norm.weight"):
-            tensor = tensor.float() + 1  # transformers adds it in every pass
-        yield found, tensor
+        elif name == "gemma3" and stored_name.endswith("norm.weight"):
+            tensor = tensor.float() + 1  # transformers adds 1 in every forward
+        yield stored_name, tensor
 
 
 def _paired(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a projection [heads * d, ...] in the order of turned pairs: i and i + d/2 side by side."""
+    """Reorders a projection's rows [H * D, ...] for rotated pairs: i and i + D/2 side by side."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _rope_factors(language: Any) -> torch.Tensor | None:
-    """By what each rotary frequency of a Llama 3 is divided [d / 2], None where none is."""
+    """The divisors [D / 2] of a Llama 3's rotary frequencies, None if they are not scaled."""
     rope = language.config.rope_parameters
     if rope.get("rope_type", "default") == "default":
         return None

@@ -1,4 +1,4 @@
-"""llama.cpp's mmproj file: which towers and connectors it can hold, how one is written, and what its tensors compute."""
+"""llama.cpp's mmproj file: what it can hold, how it is written, and what its tensors compute."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 PAD = (122, 116, 104)
-"""The colour that llama.cpp makes an image square with: CLIP's mean."""
+"""The colour with which llama.cpp pads an image to a square: CLIP's mean."""
 GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new")
 ACTIVATIONS = (*GELUS, "quick_gelu", "silu")
 CONNECTOR = {"layers.0": "mm.0", "layers.2": "mm.2", "norm": "v.post_ln"}
-"""A LayerNorm before the MLP is what mmproj has after the tower's last block."""
+"""mmproj names of the connector's layers. A LayerNorm before the MLP is stored as the norm that
+mmproj has after the tower's last block."""
 
 
 def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
-    """Why a tower or a connector can't be written for llama.cpp; no weights are needed to tell."""
+    """The reasons why llama.cpp can't hold a tower or a connector, from configs alone."""
     tower = config.model.tower
     connector = config.model.connector
     reasons = tower_reasons(config)
@@ -41,27 +42,33 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
 
 
 def mmproj_notes(model: VisionLanguageNetwork) -> list[str]:
-    """What llama.cpp does otherwise with an image than the model was trained with."""
+    """Where llama.cpp's handling of images deviates from how the model was trained."""
     images = model.processor.images
     notes = []
     if vision_weights(model.tower)[0].model_type == "clip_vision_model":
         notes.append(
-            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put a CLIP tower's class token in the "
-            "wrong place, and see images wrongly; SigLIP towers have none"
+            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
+            "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
+            "have none"
         )
     if images.resize != "pad":
         notes.append(
-            f"llama.cpp pads images to squares, this model was trained with resize: {images.resize}; give it square images"
+            "llama.cpp pads images to squares, this model was trained with resize: "
+            f"{images.resize}; give it square images"
         )
     elif tuple(int(255 * value) for value in images.mean) != PAD:
         notes.append(
-            f"llama.cpp pads images with the colour {PAD}, this model was trained with its tower's own; give it square images"
+            f"llama.cpp pads images with the colour {PAD}, this model was trained with its "
+            "tower's own; give it square images"
         )
     return notes
 
 
 def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
-    """Writes the tower and the connector. Raises `ModelError` for an activation, a norm or a width that llama.cpp has not."""
+    """Writes the tower and the connector.
+
+    Raises `ModelError` for an activation, a norm or a width that llama.cpp does not support.
+    """
     vision, state = vision_weights(model.tower)
     if vision.hidden_act not in ACTIVATIONS:
         raise ModelError(
@@ -74,7 +81,8 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
     norm: Any = model.connector.norm
     if getattr(norm, "eps", vision.layer_norm_eps) != vision.layer_norm_eps:
         raise ModelError(
-            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's {vision.layer_norm_eps}"
+            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's "
+            f"{vision.layer_norm_eps}"
         )
 
     def describe(writer: GGUFWriter) -> None:
@@ -94,7 +102,7 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
         writer.add_vision_image_std(list(model.tower.std))
         writer.add_vision_use_gelu(vision.hidden_act in GELUS)
         writer.add_vision_use_silu(vision.hidden_act == "silu")
-        # Without it llama.cpp leaves out the last of the blocks.
+        # Without this field llama.cpp leaves out the last block.
         writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
 
     write_gguf(
@@ -110,26 +118,27 @@ def _tensors(
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     for key, tensor in state.items():
         if key.startswith("post_layernorm") or key.endswith("position_ids"):
-            continue  # no feature passes the tower's last norm
-        found = names.get_name(
+            continue  # features are taken before the tower's last norm
+        stored_name = names.get_name(
             f"vision_tower.vision_model.{key}", try_suffixes=(".weight", ".bias")
         )
-        if found is None:
+        if stored_name is None:
             raise ModelError(f"mmproj has no place for the tower's {key}")
-        yield found, tensor
+        yield stored_name, tensor
     for key, tensor in connector.state_dict().items():
         owner, _, kind = key.rpartition(".")
         yield f"{CONNECTOR[owner]}.{kind}", tensor
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class Mmproj:
-    """What llama.cpp computes with an mmproj file, in fp32 from the file's own tensors and metadata.
+    """llama.cpp's computation with an mmproj file, in fp32 from the file's tensors and metadata.
 
-    llama.cpp's GELU is the tanh form throughout (arXiv:1606.08415); with `exact` it is what the model was trained with,
-    which in a connector is the exact one and in a tower whose activation is `exact`.
+    llama.cpp's GELU is the tanh form throughout (arXiv:1606.08415). With `exact`, the name of the
+    tower's activation, it is what the model was trained with: in the connector the exact form, in
+    the tower the form of that activation.
     """
 
     def __init__(self, path: Path, exact: str | None = None) -> None:
@@ -149,13 +158,13 @@ class Mmproj:
             torch.tensor(self.vision[f"image_{kind}"])[:, None, None] for kind in ("mean", "std")
         )
         kernel = self.tensors["v.patch_embd.weight"]
-        found = conv2d(
+        patches = conv2d(
             (pixels / 255 - mean) / std,
             kernel,
             self.tensors.get("v.patch_embd.bias"),
             stride=self.vision["patch_size"],
         )
-        hidden = found.flatten(2).transpose(1, 2)
+        hidden = patches.flatten(2).transpose(1, 2)
         first = self.tensors.get("v.class_embd")
         if first is not None:
             hidden = torch.cat([first.expand(len(hidden), 1, -1), hidden], dim=1)

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF's form: which ones llama.cpp has, what a file says of one, and the same tokenizer made from the file."""
+"""Tokenizers as GGUF: which ones llama.cpp has, how they are written, and how they are read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 MARKER = "<__media__>"
-"""What stands in a text where llama.cpp puts an image."""
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""The text that llama.cpp replaces with an image."""
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 SPLITS: dict[str, tuple[tuple[tuple[str, Any], ...], bool]] = {
     "gpt-2": ((("bytes", True),), False),
@@ -28,13 +31,15 @@ SPLITS: dict[str, tuple[tuple[tuple[str, Any], ...], bool]] = {
     "dbrx": ((("split", LLAMA3), ("bytes", False)), False),
     "qwen2": ((("split", QWEN2), ("bytes", False)), False),
 }
-"""How llama.cpp splits a text before it merges, by the name it has for it, and whether a whole piece in the vocabulary is not merged."""
+"""llama.cpp's pre-tokenizers by name: the steps that split a text before merging, and whether a
+piece that is in the vocabulary as a whole is not merged (`ignore_merges`)."""
 NORMALIZERS = (None, "NFC")
-"""llama.cpp composes no characters; for a text in NFC, as nearly all are, that is the same."""
+"""Normalizers that are accepted. llama.cpp composes no characters; for a text in NFC, as nearly all
+are, that is the same."""
 
 
 def _steps(part: dict[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
-    """A tokenizer.json's pre-tokenizer in the terms of SPLITS, None for what has none."""
+    """A tokenizer.json's pre-tokenizer as steps of `SPLITS`, None if it can't be expressed so."""
     if part is None:
         return None
     if part["type"] == "Sequence":
@@ -55,7 +60,10 @@ def _name(described: dict[str, Any]) -> str | None:
 
 
 def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list[str]:
-    """Why a tokenizer, for an embedding of so many rows and a chat format, can't be written for llama.cpp."""
+    """The reasons why a tokenizer can't be written for llama.cpp.
+
+    `rows` is the number of rows of the embedding, `template` the chat format.
+    """
     described = described_of(tokenizer)
     kind = described["model"]["type"]
     if is_pieces(described):
@@ -81,7 +89,10 @@ def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list
 
 
 def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> None:
-    """Adds a processor's tokenizer, special ids and chat template to a file; rows without a token are marked unused."""
+    """Adds a processor's tokenizer, special ids and chat template to a file's metadata.
+
+    Embedding rows without a token are marked unused.
+    """
     from gguf import TokenType
 
     tokenizer: Any = processor.tokenizer
@@ -113,7 +124,7 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
         writer.add_add_space_prefix(False)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # Each of these ends an answer in llama.cpp.
+    # llama.cpp stops an answer at each of these three.
     for add, number in zip(
         (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id),
         processor.stop_ids,
@@ -133,7 +144,10 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Any:
-    """A tokenizer with a chat template, made from nothing but a file's metadata, that splits as llama.cpp does by its name."""
+    """A tokenizer with a chat template, built from nothing but a file's metadata.
+
+    It splits texts as llama.cpp does for the pre-tokenizer that the file names.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -148,23 +162,25 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
             {token: number for number, token in enumerate(tokens)}, merges, ignore_merges=whole
         )
     )
-    made = {
+    builders = {
         "bytes": lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex),
         "digits": lambda single: pre_tokenizers.Digits(individual_digits=single),
         "split": lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated"),
     }
-    backend.pre_tokenizer = pre_tokenizers.Sequence([made[kind](value) for kind, value in steps])  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [builders[kind](value) for kind, value in steps]
+    )
     for kind, special in ((3, True), (4, False)):
-        found = [
+        added = [
             AddedToken(token, normalized=False, special=special)
             for token, one in zip(tokens, types, strict=True)
             if one == kind
         ]
-        (backend.add_special_tokens if special else backend.add_tokens)(found)
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    own: dict[str, Any] = {
+    special_tokens: dict[str, Any] = {
         f"{name}_token": tokens[number] for name, number in named.items() if number is not None
     }
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **own
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **special_tokens
     )

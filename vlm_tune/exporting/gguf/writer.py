@@ -1,4 +1,4 @@
-"""GGUF files: tensors in the types that llama.cpp computes with, written one by one and read back."""
+"""Writes and reads GGUF files, tensor by tensor, in the types that llama.cpp computes with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
-"""What a recipe calls a precision, and GGUF does."""
+"""GGUF's name for each precision of a recipe."""
 WIDTHS = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
-"""Bytes a weight takes."""
+"""Bytes per weight."""
 BLOCK = 32
-"""Weights of a row that q8_0 gives one scale."""
+"""Number of consecutive weights of a row that share a scale in q8_0."""
 
 
 def check_gguf() -> None:
@@ -29,7 +29,10 @@ def check_gguf() -> None:
 
 
 def tensor_type(name: str, tensor: torch.Tensor, dtype: str) -> GGMLQuantizationType:
-    """The type a tensor is stored in: llama.cpp wants norms, biases, positions and most patch kernels in fp32."""
+    """The type that a tensor is stored in.
+
+    llama.cpp expects norms, biases, positions and most patch kernels in fp32.
+    """
     from gguf import GGMLQuantizationType
 
     if tensor.dim() == 1 or "position_embd" in name:
@@ -48,7 +51,7 @@ def _stored(tensor: torch.Tensor, kind: GGMLQuantizationType) -> Any:
 
 
 def as_stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """A tensor rounded as its stored form is, in fp32."""
+    """A tensor in fp32, rounded as it would be stored."""
     from gguf import quants
 
     kind = tensor_type(name, tensor, dtype)
@@ -73,15 +76,15 @@ def write_gguf(
         LlamaFileType[f"{'ALL' if dtype == 'fp32' else 'MOSTLY'}_{TYPES[dtype].upper()}"]
     )
     writer.add_quantization_version(2)
-    found = [(name, tensor, tensor_type(name, tensor, dtype)) for name, tensor in tensors]
-    for name, tensor, kind in found:
+    entries = [(name, tensor, tensor_type(name, tensor, dtype)) for name, tensor in tensors]
+    for name, tensor, kind in entries:
         shape = quant_shape_to_byte_shape(tuple(tensor.shape), kind)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor, kind in found:
+        for _, tensor, kind in entries:
             writer.write_tensor_data(_stored(tensor, kind).view(np.uint8))
     finally:
         writer.close()
@@ -95,7 +98,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, only: str | None = None) -> dict[str, torch.Tensor]:
-    """A file's tensors by name, in fp32; with `only` no other than that one."""
+    """A file's tensors by name, in fp32; with `only`, just the one of that name."""
     from gguf import GGUFReader, quants
 
     return {

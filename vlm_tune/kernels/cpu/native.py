@@ -1,7 +1,8 @@
-"""Parts of ours in C++: compiled by the machine's compiler when first wanted, and kept in the cache folder.
+"""The package's C++ parts: compiled by the machine's compiler on first use, and cached in a folder.
 
-The kernels are written for CPUs with AMX. For others the same sources are compiled with `emulation.h` before them, which
-writes the AMX instructions in AVX-512, or in plain C++ where a CPU lacks that too.
+The kernels are written for CPUs with AMX. For other CPUs the same sources are compiled with
+`emulation.h` included first, which implements the AMX instructions in AVX-512, or in plain C++ for
+a CPU without AVX-512.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ PARTS = {
     KERNELS: ("gated", "tree_attention", "low_rank", "head", "decoder"),
     "allocator": ("allocator",),
 }
-"""The files that each part is made of."""
+"""The source files of each part."""
 
 SIZES = {KERNELS: ("decoder_room", "decoder_scratch")}
-"""Functions that give a number of bytes."""
+"""Functions that return a number of bytes, as int64."""
 
 THREADS = 16
-"""Threads above which each has too few rows for the weights that the kernels pack."""
+"""Most threads: with more, each has too few rows to repay the packing of weights."""
 
 COMPILE_SECONDS = 1200
-"""How long the compiler may take for one file, on a machine with much else to do."""
+"""Timeout of the compiler for one file, on a busy machine."""
 
 Mode = Literal["amx", "avx512", "portable", "reference"]
-"""What computes: kernels for AMX, the same emulated in AVX-512 or in plain C++, or plain torch."""
+"""Implementations: kernels for AMX, the same emulated in AVX-512 or plain C++, or plain torch."""
 
 IN_WORDS: dict[Mode, str] = {
     "amx": "kernels for AMX",
@@ -61,7 +62,7 @@ IN_WORDS: dict[Mode, str] = {
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """What computes attention, LoRA layers, feed-forward parts and the loss in bf16 on this CPU, and why, in one line."""
+    """Which implementation runs attention, LoRA, MLPs and the loss in bf16 on this CPU, and why."""
 
     choice: str
     mode: Mode
@@ -72,12 +73,12 @@ class KernelStatus:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch's own compiler would take too."""
+    """The path of the C++ compiler, the one that torch.compile would use too; None if missing."""
     return next(
         (
-            found
+            path
             for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
-            if (found := shutil.which(name))
+            if (path := shutil.which(name))
         ),
         None,
     )
@@ -85,12 +86,12 @@ def compiler() -> str | None:
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether the CPU multiplies tiles of bf16."""
+    """Whether the CPU has AMX with bf16."""
     return torch.cpu._is_amx_tile_supported()
 
 
 def emulation() -> Mode | None:
-    """How AMX is emulated on this machine; None where it can't be, which is on all but x86-64."""
+    """How AMX is emulated on this machine; None if it can't be, which is on all but x86-64."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     return "avx512" if torch.cpu._is_avx512_supported() else "portable"
@@ -98,14 +99,18 @@ def emulation() -> Mode | None:
 
 @functools.cache
 def prefers_portable() -> bool:
-    """Whether the kernels in plain C++ were measured to be faster than torch here: with AVX2, but without AVX-512 (`docs/speed.md`)."""
+    """Whether the kernels in plain C++ are faster than torch on this CPU.
+
+    By measurement that is so with AVX2 but without AVX-512 (`docs/speed.md`).
+    """
     return emulation() == "portable" and torch.cpu._is_avx2_supported()
 
 
 def kernel_status() -> KernelStatus:
-    """What would compute on this machine now, by $VLM_TUNE_KERNELS, the CPU and the compiler; nothing is compiled to find out.
+    """The implementation that this machine would use now, found without compiling anything.
 
-    Raises `RecipeError` for a value of $VLM_TUNE_KERNELS that is none, or that asks for what this machine can't do.
+    It depends on $VLM_TUNE_KERNELS, the CPU and the compiler. Raises `RecipeError` if
+    $VLM_TUNE_KERNELS is invalid or requires what this machine can't do.
     """
     choice = kernel_choice()
     emulated = emulation()
@@ -124,7 +129,10 @@ def kernel_status() -> KernelStatus:
     else:
         reasons: dict[Mode, str] = {
             "amx": "the CPU has AMX",
-            "portable": "the CPU has neither AMX nor AVX-512, and torch's own products of bf16 are slower there",
+            "portable": (
+                "the CPU has neither AMX nor AVX-512, and torch's own products of bf16 are slower "
+                "there"
+            ),
             "reference": "the CPU has no AMX",
         }
         return KernelStatus(choice, _mode(choice), reasons[_mode(choice)])
@@ -134,14 +142,17 @@ def kernel_status() -> KernelStatus:
 
 
 def _mode(choice: str) -> Mode:
-    """The mode of a choice, as far as the CPU decides it: asked before each layer, so that nothing is looked for."""
+    """The mode of a choice, as far as the CPU decides it.
+
+    It is called before each layer, so it does not look for a compiler.
+    """
     if choice == "auto":
         return "amx" if has_amx() else "portable" if prefers_portable() else "reference"
     return (emulation() if choice == "emulate" else None) or "reference"
 
 
 def code(name: str) -> bytes:
-    """All that a part is made of."""
+    """The contents of all source files of a part, headers included."""
     folder = Path(__file__).parent
     return b"".join(
         path.read_bytes()
@@ -150,7 +161,7 @@ def code(name: str) -> bytes:
 
 
 def options(name: str, mode: Mode) -> list[str]:
-    """What a part is compiled with."""
+    """The compiler flags of a part."""
     always = ["-O3", "-std=c++20", "-fPIC"]
     if name != KERNELS:
         return always
@@ -165,7 +176,7 @@ def options(name: str, mode: Mode) -> list[str]:
             *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []),
             *before,
         ]
-    # What a CPU with AVX2 has beside it is all of that level.
+    # A CPU with AVX2 has all of x86-64-v3.
     return [
         *always,
         "-march=x86-64-v3" if torch.cpu._is_avx2_supported() else "-march=x86-64",
@@ -178,66 +189,76 @@ _failures: dict[tuple[str, Mode], str] = {}
 
 
 def library(name: str) -> ctypes.CDLL | None:
-    """A part, compiled; None where it is not to be used on this machine, or can't be compiled (which is logged once).
+    """A compiled part; None if this machine does not use it or can't compile it.
 
-    Raises `RecipeError` for the kernels where $VLM_TUNE_KERNELS is none of its values, or asks for emulated ones in vain.
+    A failed compilation is logged once. Raises `RecipeError` for the kernels if $VLM_TUNE_KERNELS
+    is invalid, or requires emulated kernels that can't be had.
     """
     choice = kernel_choice() if name == KERNELS else "auto"
     mode = _mode(choice) if name == KERNELS else "reference"
     if name == KERNELS and mode == "reference" and choice != "emulate":
         return None
-    found = load(name, mode)
-    if found is None and choice == "emulate":
+    part = load(name, mode)
+    if part is None and choice == "emulate":
         kernel_status()  # raises with the reason
-    return found
+    return part
 
 
 @functools.cache
 def load(name: str, mode: Mode) -> ctypes.CDLL | None:
-    """A part for a mode, from the cache folder or compiled; None where that fails, which is logged once."""
+    """A part for a mode, from the cache folder or compiled.
+
+    None if that fails, which is logged once.
+    """
     cxx = compiler()
     if cxx is None or (name == KERNELS and mode == "reference"):
         return None
-    given = options(name, mode)
-    key = hashlib.sha256(code(name) + f"{torch.__version__} {cxx} {given}".encode()).hexdigest()[
+    flags = options(name, mode)
+    key = hashlib.sha256(code(name) + f"{torch.__version__} {cxx} {flags}".encode()).hexdigest()[
         :16
     ]
     file = f"{name}-{mode}-{key}.so" if name == KERNELS else f"{name}-{key}.so"
     try:
-        found = _load(cxx, name, given, file)
+        part = _load(cxx, name, flags, file)
     except (OSError, subprocess.SubprocessError) as error:
         _failures[name, mode] = f"the {name} can't be compiled or loaded: {_in_one_line(error)}"
         logging.getLogger(__name__).warning("%s; the run goes on without", _failures[name, mode])
         return None
     for function in SIZES.get(name, ()):
-        getattr(found, function).restype = ctypes.c_int64
-    return found
+        getattr(part, function).restype = ctypes.c_int64
+    return part
 
 
 def kernels() -> ctypes.CDLL:
-    """The kernels, where `has_kernels`."""
-    found = library(KERNELS)
-    assert found is not None
-    return found
+    """The kernels. They must exist (`has_kernels`)."""
+    part = library(KERNELS)
+    assert part is not None
+    return part
 
 
 @torch.compiler.assume_constant_result
 def has_kernels() -> bool:
-    """Whether they are there, and a thread has enough rows for them."""
+    """Whether the kernels exist, and there are few enough threads for them."""
     return torch.get_num_threads() <= THREADS and library(KERNELS) is not None
 
 
 def range_allocator() -> ctypes.CDLL | None:
-    """The allocator of tensors; None also where addresses are limited (ulimit -v), as many of which it takes as there is memory."""
+    """The allocator of tensors; None if it can't be compiled, or if addresses are limited.
+
+    It reserves as many addresses as there is memory, which a limit (ulimit -v) would forbid.
+    """
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     return None if limited else library("allocator")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def why_not_trusted(state: os.stat_result) -> str | None:
-    """Why a file or folder may be another user's work: None where it is this user's or root's, and nobody else may write to it."""
+    """Why another user may have written a file or folder.
+
+    None if it belongs to this user or root, and nobody else may write to it.
+    """
     if state.st_uid not in (0, os.getuid()):
         return f"it belongs to user {state.st_uid}"
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -245,28 +266,34 @@ def why_not_trusted(state: os.stat_result) -> str | None:
     return None
 
 
-def _load(cxx: str, name: str, given: list[str], file: str) -> ctypes.CDLL:
-    """A part from the first folder that may be trusted, compiled there if it is not; raises OSError and those of subprocess."""
+def _load(cxx: str, name: str, flags: list[str], file: str) -> ctypes.CDLL:
+    """A part from the first trusted folder, compiled into it if missing.
+
+    Raises `OSError` and `subprocess.SubprocessError`.
+    """
     for folder in (cache_folder("kernels"), cache_folder(f"kernels-{os.getuid()}")):
         path = _private(folder)
         if path is None:
             continue
-        found = _open(path / file)
-        if found is None and os.access(path, os.W_OK):
+        part = _open(path / file)
+        if part is None and os.access(path, os.W_OK):
             with _alone(path):
-                found = _open(path / file)  # another process may have been quicker
-                if found is None:
-                    _compile(cxx, name, given, path / file)
-                    found = _open(path / file)
-        if found is not None:
-            return found
+                part = _open(path / file)  # another process may have been quicker
+                if part is None:
+                    _compile(cxx, name, flags, path / file)
+                    part = _open(path / file)
+        if part is not None:
+            return part
     with tempfile.TemporaryDirectory(prefix="vlm_tune-") as folder:
-        _compile(cxx, name, given, Path(folder) / file)
+        _compile(cxx, name, flags, Path(folder) / file)
         return ctypes.CDLL(str(Path(folder) / file))
 
 
 def _private(folder: Path) -> Path | None:
-    """A folder without links in its path that nobody but this user and root may write to; None where there can't be one."""
+    """Creates a folder that only this user and root may write to, and returns its resolved path.
+
+    None if there can't be one.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir(mode=0o700)
@@ -286,7 +313,7 @@ def _private(folder: Path) -> Path | None:
 
 
 def _open(path: Path) -> ctypes.CDLL | None:
-    """A compiled part; None where there is none, or it may be another user's work, which is logged."""
+    """Loads a compiled part; None if it does not exist, or may be another user's (logged)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -301,15 +328,16 @@ def _open(path: Path) -> ctypes.CDLL | None:
         os.close(descriptor)
         logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, reason)
         return None
-    # By its descriptor: nobody can put another file in its place after it was looked at. It stays open, because the loader knows
-    # a library by its name, and would take the next one that got the same number for this one.
-    own = Path(f"/proc/self/fd/{descriptor}")
-    return ctypes.CDLL(str(own if own.exists() else path))
+    # It is loaded by its descriptor, so that nobody can replace the file after the check. The
+    # descriptor stays open: the loader knows a library by its name, and would take the next file
+    # with the same descriptor number for this one.
+    by_descriptor = Path(f"/proc/self/fd/{descriptor}")
+    return ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else path))
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other process compiles into a folder: the ranks of a job would all compile the same."""
+    """Locks a folder for compilation, because all ranks of a job would compile the same."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -318,13 +346,13 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _compile(cxx: str, name: str, given: list[str], path: Path) -> None:
+def _compile(cxx: str, name: str, flags: list[str], path: Path) -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         linked = Path(folder) / "part.so"
         sources = [Path(__file__).with_name(f"{file}.cpp") for file in PARTS[name]]
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        compile_one = [cxx, *given, "-c", f"-I{root}/include"]
+        compile_one = [cxx, *flags, "-c", f"-I{root}/include"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
                 pool.submit(_run, [*compile_one, str(source), "-o", to])
@@ -332,7 +360,7 @@ def _compile(cxx: str, name: str, given: list[str], path: Path) -> None:
             ]
             for job in jobs:
                 job.result()
-        # Linked without OpenMP's library: a second one beside torch's would have threads of its own.
+        # Linked without an OpenMP library: a second one beside torch's would have its own threads.
         _run([cxx, "-shared", *objects, "-o", str(linked), f"-L{root}/lib", "-ltorch_cpu", "-lc10"])
         linked.chmod(0o755)
         linked.replace(path)
@@ -343,7 +371,7 @@ def _run(command: list[str]) -> None:
 
 
 def _in_one_line(error: OSError | subprocess.SubprocessError) -> str:
-    """What went wrong: the compiler's first error, or what the system says."""
+    """A one-line message about an error: the compiler's first error, or the system's message."""
     output = getattr(error, "stderr", None) or b""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     first = next(
@@ -353,10 +381,10 @@ def _in_one_line(error: OSError | subprocess.SubprocessError) -> str:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor begins; None for none, and for a plan's tensors, which have shapes alone."""
+    """A tensor's address; None for None, and for the fake tensors of a memory plan."""
     return None if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """Where tensors begin, as a kernel takes them; null for None."""
+    """The addresses of tensors as C pointers, null for None."""
     return [ctypes.c_void_p(address(tensor)) for tensor in tensors]

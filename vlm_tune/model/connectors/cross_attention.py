@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import places
 from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, splice
-
-if TYPE_CHECKING:
-    from vlm_tune.model.language.base import LanguageModel
 
 
 @dataclass
@@ -100,12 +97,12 @@ class CrossAttention(Connector):
         self.base.tokens(tower_tokens)
         return 1
 
-    def attach(self, llm: LanguageModel) -> None:
+    def attach(self, model: Any) -> None:
         """Creates the blocks and hooks them before the LLM's layers.
 
         Raises `ModelError` for an LLM with too few layers.
         """
-        layers = text_layers(llm)
+        layers = text_layers(model)
         every = self.config.every
         if every > len(layers):
             raise ModelError(
@@ -179,13 +176,13 @@ class CrossAttention(Connector):
         return mask
 
 
-def text_layers(llm: LanguageModel) -> nn.ModuleList:
-    """The layers of a decoder, or of an encoder-decoder's encoder.
+def text_layers(model: Any) -> nn.ModuleList:
+    """The layers of a decoder of transformers, or of an encoder-decoder's encoder.
 
     Raises `ModelError` if they are not found.
     """
-    root = llm.model.get_encoder() if llm.layout == "seq2seq" else llm.body
-    count = llm.model.config.get_text_config().num_hidden_layers
+    root = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    count = model.config.get_text_config().num_hidden_layers
     stacks = (
         module
         for module in root.modules()
@@ -194,6 +191,6 @@ def text_layers(llm: LanguageModel) -> nn.ModuleList:
     stack = next(stacks, None)
     if stack is None:
         raise ModelError(
-            f"the layers of {type(llm.model).__name__} were not found, so none can look at images"
+            f"the layers of {type(model).__name__} were not found, so none can look at images"
         )
     return stack

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +24,6 @@ from vlm_tune.config.model import (
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
-
-if TYPE_CHECKING:
-    from vlm_tune.model.language.base import LanguageModel
 
 
 class Connector(nn.Module):
@@ -50,7 +47,7 @@ class Connector(nn.Module):
         """
         return tower_tokens
 
-    def attach(self, llm: LanguageModel) -> None:
+    def attach(self, model: Any) -> None:
         """Adds the connector's modules to the LLM; none for connectors that only fill slots."""
 
     def join(
