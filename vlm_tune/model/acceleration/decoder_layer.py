@@ -223,7 +223,7 @@ class Prepared:
         return type(None), ()
 
     def place(self, x: Tensor) -> None:
-        """Writes the weights' addresses to `structure`; packed weights are unpacked for one pass."""
+        """Writes the weights' addresses to `structure`; packed ones are unpacked for one pass."""
         inner = self.inner
         outer = self.outer
         gated = self.gated

@@ -1,4 +1,4 @@
-"""The cross-entropy operator under a frozen output head: computes the loss and its gradient at once.
+"""The cross-entropy operator under a frozen output head: the loss and its gradient in one pass.
 
 The kernel (`head.cpp`) is for a CPU with AMX, in bf16. It writes no logits to memory: only the
 gradient is saved for the backward pass.
@@ -19,7 +19,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.lora_linear import rows_of, sizes
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 
-# A compiler's cache identifies an operator by its name alone, so the name holds a hash of the code.
+# A compiler's cache identifies an operator by its name alone, so the name has a hash of its code.
 SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 LARGE = 2048
@@ -67,7 +67,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Empty fp32 outputs of `losses`: losses [S], and gradients [S, E] or, without `keep`, [0, E]."""
+    """Empty fp32 outputs of `losses`: losses [S], and gradients [S, E], [0, E] without `keep`."""
     return (
         rows.new_empty(len(rows), dtype=torch.float32),
         rows.new_empty(len(rows) if keep else 0, rows.shape[1], dtype=torch.float32),
@@ -76,14 +76,14 @@ def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"vlm_tune::head_losses_{SOURCE}", mutates_args=())
 def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """fp32 cross-entropy [S] of bf16 hidden states [S, E], and with `keep` its gradients fp32[S, E].
+    """fp32 cross-entropy [S] of bf16 hidden states [S, E], with `keep` its gradients fp32[S, E].
 
     Raises:
         IndexError: A target is not in the vocabulary.
     """
     rows = rows_of(rows)
     targets = targets.contiguous()
-    cross_entropies, gradient = _room(rows, keep)
+    loss, gradient = _room(rows, keep)
     if len(rows):
         low, high = (int(each) for each in targets.aminmax())
         if low < 0 or high >= len(weight):
@@ -92,10 +92,9 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
             )
         shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
         native.kernels().head(
-            shape,
-            *native.pointers(rows, weight, targets, cross_entropies, gradient if keep else None),
+            shape, *native.pointers(rows, weight, targets, loss, gradient if keep else None)
         )
-    return cross_entropies, gradient
+    return loss, gradient
 
 
 @losses.register_fake
