@@ -318,7 +318,7 @@ def test_loss_and_gradients_equal_plain_peft(
     )
     found.append(step(merged, recipe))
     assert not any(
-        layer.siblings and layer.siblings.held
+        layer.siblings and layer.siblings.pending
         for layer in merged.modules()
         if isinstance(layer, LoraLinear)
     )

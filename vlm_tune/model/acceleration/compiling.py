@@ -1,8 +1,9 @@
-"""The language model's blocks compiled: one graph for all that are alike, for every batch size and length.
+"""Compiles the language model's blocks: one graph for each kind of block, for all input shapes.
 
-What is compiled is kept on disk, so that the next run takes it from there. Compiled are training steps, but for decoder layers
-that are one kernel there, and the reading of many questions about images and the tokens of their answers (`reading`); tokens
-beside a cache stay eager.
+Compiled code is cached on disk, and the next run loads it from there. Blocks are compiled for
+training steps, except decoder layers that one kernel computes there, and for answering many
+questions about images (`reading`): for the prefill and for the decode steps of the answers. Tokens
+beside a transformers KV cache run eagerly.
 """
 
 from __future__ import annotations
@@ -24,55 +25,72 @@ from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder
 
 LARGE = 50_000_000
-"""Parameters from which a language model is worth the compiler's half minute."""
+"""Parameters of a language model from which compiling, which takes half a minute, pays."""
 
 LONG = 50
-"""Optimizer steps from which a stage is."""
+"""Optimizer steps of a stage from which compiling pays."""
 
 MANY = 2000
-"""Questions from which their reading is."""
+"""Questions from which compiling for their prefill pays."""
 
 
-def why_not(llm: LanguageModel, asked: bool | str, steps: int) -> str | None:
-    """Why the blocks are not compiled: empty where that is no news, None where they are."""
-    if asked is False:
+def why_not(llm: LanguageModel, setting: bool | str, steps: int) -> str | None:
+    """The reason why the blocks are not compiled.
+
+    Args:
+        llm: The language model, on the device where it runs.
+        setting: The recipe's `compile`: True, False or "auto".
+        steps: Optimizer steps of the stage.
+
+    Returns:
+        A message for the user; an empty string where they need none; None if blocks are compiled.
+    """
+    if setting is False:
         return ""
-    if asked == "auto" and (
+    if setting == "auto" and (
         steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE
     ):
         return ""
     device = next(llm.parameters()).device.type
     if device == "cpu" and compiler() is None:
-        return "no C++ compiler was found, so the blocks are not compiled and a step takes about a third longer"
+        return (
+            "no C++ compiler was found, so the blocks are not compiled and a step takes about a "
+            "third longer"
+        )
     if any(getattr(parameter, "CB", None) is not None for parameter in llm.parameters()):
         return "the blocks are not compiled: int8 layers can't be traced"
     return None
 
 
 def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
-    """Those that a compiler is given: in training none that is one kernel, for there it would find nothing to do."""
-    found = [llm.model.get_submodule(name) for name in block_names(llm.model)]
+    """The blocks to compile.
+
+    For training, decoder layers that one kernel computes are left out: in them nothing is left to
+    compile.
+    """
+    candidates = [llm.model.get_submodule(name) for name in block_names(llm.model)]
     quick = training and llm.supports_intervals
     return [
         block
-        for block in found
+        for block in candidates
         if not (quick and isinstance(block, DecoderLayer) and block.is_ready())
     ]
 
 
 @contextlib.contextmanager
 def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks run compiled within; compiled when they are first called."""
+    """Runs these blocks compiled within the context; each is compiled at its first call."""
     if not blocks:
         yield
         return
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-        # torch's own place is a temporary folder.
+        # torch's default cache is in a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
     for block in blocks:
-        # Batch size and length are symbols: static shapes would be compiled anew for each of a run's many.
+        # Batch size and length are symbolic: static shapes would be compiled anew for each of the
+        # many shapes of a run.
         block.compile(dynamic=True)
     try:
         with recompute_operator_inputs():
@@ -83,13 +101,19 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def reading(
-    llm: LanguageModel, asked: bool | str, questions: int
+    llm: LanguageModel, setting: bool | str, questions: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Within, the blocks run compiled while they read so many questions, where `asked` and the model allow it."""
+    """Runs the blocks compiled while questions are answered, where the setting and model allow it.
+
+    Args:
+        llm: The language model, on the device where it runs.
+        setting: The recipe's `compile`: True, False or "auto" (compile from `MANY` questions).
+        questions: How many questions are answered within the context.
+    """
     if (
-        asked is False
-        or (asked == "auto" and questions < MANY)
-        or why_not(llm, asked, LONG) is not None
+        setting is False
+        or (setting == "auto" and questions < MANY)
+        or why_not(llm, setting, LONG) is not None
     ):
         return contextlib.nullcontext()
     ready = llm.supports_intervals and not any(
@@ -99,5 +123,5 @@ def reading(
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Within, compiled blocks run as they are written."""
+    """Runs compiled blocks eagerly within the context."""
     return torch.compiler.set_stance("force_eager")

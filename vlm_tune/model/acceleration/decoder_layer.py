@@ -1,10 +1,12 @@
-"""Decoder layers as one call a pass: x + attention of x normed, and that + the feed-forward part of it normed.
+"""Decoder layers as one kernel call per pass: h = x + attention(norm(x)), y = h + mlp(norm(h)).
 
-They are for a CPU with AMX, in bf16, and for frozen weights with plain LoRA: between the kernels of projections, attention
-and the feed-forward part nothing is left to compute, so nothing is written to memory that a later pass does not read, and
-nothing has to be compiled. Elsewhere, and for whatever the kernels do not compute, a layer runs as transformers wrote it.
+They are for a CPU with AMX, in bf16, and for frozen weights with plain LoRA. Between the kernels of
+projections, attention and the MLP nothing is left to compute, so nothing is written to memory that
+a later pass does not read, and nothing has to be compiled. On other devices, and for whatever the
+kernels do not compute, a layer runs the forward pass of transformers.
 
-Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width, O = (H + 2G) D.
+Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width,
+O = (H + 2G) D.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def join(model: nn.Module) -> int:
-    """Lets the decoder layers of a language model run by the kernels where they can; how many there are."""
-    found = 0
+    """Makes decoder layers of a language model `DecoderLayer`s where possible; returns how many."""
+    joined = 0
     for module in list(model.modules()):
         if (
             isinstance(module, DecoderLayer)
@@ -49,12 +51,16 @@ def join(model: nn.Module) -> int:
             and _is_formula(layer)
         ):
             module.__class__ = _joined_class(type(module))
-            found += 1
-    return found
+            joined += 1
+    return joined
 
 
 def _is_formula(layer: Any) -> bool:
-    """Whether layers like this one compute the formula, by what a small one in its place answers: some are no like their neighbours."""
+    """Whether a layer computes `_formula`.
+
+    A small layer of its class, config and index is run and compared: some layers of a model differ
+    from their neighbours.
+    """
     config = copy.deepcopy(getattr(layer.self_attn, "config", None))
     heads = 4
     groups = 2
@@ -80,16 +86,17 @@ def _is_formula(layer: Any) -> bool:
             cos = torch.randn(2, length, width)
             sin = torch.randn(2, length, width)
             mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-            answer = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
-            return isinstance(answer, Tensor) and torch.allclose(
-                answer, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3
+            output = small(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
+            return isinstance(output, Tensor) and torch.allclose(
+                output, _formula(small, x, cos, sin, heads, groups), rtol=1e-3, atol=1e-3
             )
     except Exception:
-        # Whatever a class of layers can't do with so small a config: it is none of these.
+        # A class that fails with so small a config, whatever the reason, is none of these layers.
         return False
 
 
 def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
+    """The output [B, L, E] of a decoder layer of Llama's kind, by torch's operators."""
     attention = layer.self_attn
     first, second = (getattr(layer, name) for name in NORMS)
     normed = rms_norm(x, x.shape[-1:], first.weight, first.variance_epsilon)
@@ -100,13 +107,15 @@ def _formula(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, groups
     query = turned(query, cos, sin)
     key = turned(key, cos, sin).repeat_interleave(heads // groups, 1)
     value = value.repeat_interleave(heads // groups, 1)
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=attention.scaling)
-    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    context = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=attention.scaling
+    )
+    x = x + attention.o_proj(context.transpose(1, 2).flatten(2))
     return x + layer.mlp(rms_norm(x, x.shape[-1:], second.weight, second.variance_epsilon))
 
 
 def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [B, H, L, D] at their positions, given rotary tables [B, L, D]."""
+    """Applies rotary tables [B, L, D] to queries or keys [B, H, L, D]."""
     one, other = heads.chunk(2, -1)
     return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
 
@@ -141,7 +150,7 @@ POINTERS = (
 
 
 class _Decoder(ctypes.Structure):
-    """A layer as the kernel takes it."""
+    """A layer's sizes, strides and addresses: the C struct that the kernel reads."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in (*SIZES, *STRIDES)),
@@ -151,7 +160,10 @@ class _Decoder(ctypes.Structure):
 
 
 class Prepared:
-    """What a layer computes with, ready for the kernel: `adapted` are A of its seven layers, then B of them."""
+    """A layer's weights and sizes, laid out for the kernel.
+
+    `adapted` lists the LoRA A of its seven linear layers, then their B.
+    """
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         attention = layer.self_attn
@@ -166,12 +178,13 @@ class Prepared:
             *(up for of in parts for up in of.ups),
         ]
         self.numbers = sum(each.numel() for each in self.adapted)
-        self.held = (
+        # Kept alive: `structure` holds their addresses.
+        self.addressed = (
             [Adapters(of.downs, of.ups, of.scales) for of in parts],
             first.weight,
             second.weight,
         )
-        inner, outer, gated = self.held[0]
+        inner, outer, gated = self.addressed[0]
         heads = self.outer.downs[0].shape[1] // attention.head_dim
         groups = len(self.inner.ups[1]) // attention.head_dim
         down = gated.downs[2]
@@ -184,8 +197,8 @@ class Prepared:
             layer.mlp.activation,
         )
         ranks = inner.rank, outer.rank, gated.rank - len(down), len(down)
-        made = (ctypes.addressof(each.array) for each in (inner, outer, gated))
-        lie = [
+        adapters = (ctypes.addressof(each.array) for each in (inner, outer, gated))
+        addresses = [
             native.address(each)
             for each in (self.inner.bias, self.outer.bias, first.weight, second.weight)
         ]
@@ -195,8 +208,8 @@ class Prepared:
             *ranks,
             *[0] * len(STRIDES),
             *[None] * 5,
-            *lie,
-            *made,
+            *addresses,
+            *adapters,
             *epsilons,
             attention.scaling,
         )
@@ -206,11 +219,11 @@ class Prepared:
             self.place(x)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Where things lie is of no use to a copy of the layer.
+        # Addresses are of no use to a copy of the layer.
         return type(None), ()
 
     def place(self, x: Tensor) -> None:
-        """Says where the weights lie: for good, or unpacked for a pass."""
+        """Writes the weights' addresses to `structure`; packed ones are unpacked for one pass."""
         inner = self.inner
         outer = self.outer
         gated = self.gated
@@ -226,7 +239,7 @@ class Prepared:
 
     @contextmanager
     def placed(self, x: Tensor) -> Iterator[None]:
-        """Within, the weights lie somewhere."""
+        """Unpacks 4-bit weights for the context, and drops them after it."""
         if self.inner.packing:
             self.place(x)
         yield
@@ -235,16 +248,19 @@ class Prepared:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer that runs by the kernels for frozen weights with plain LoRA; else as its class does."""
+    """A decoder layer that runs by the kernels for frozen weights with plain LoRA.
+
+    In any other case it runs the forward pass of its original class.
+    """
 
     self_attn: Any
     mlp: Any
-    # Asking all layers of all that could have changed takes longer than some kernels do.
+    # By `_state()`: checking all conditions anew takes longer than some kernels do.
     prepared: tuple[list[Any], Prepared | None] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Hidden states [B, L, E] after the layer, of those before it."""
-        # A compiler is given what the class does: it would look into all that is asked here, call by call.
+        """Hidden states [B, L, E] after the layer, from those before it."""
+        # A compiler gets the original forward pass: it would trace all conditions below.
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         tables = kwargs.get("position_embeddings")
@@ -257,22 +273,22 @@ class DecoderLayer(nn.Module):
             or kwargs.get("output_attentions")
         ):
             return super().forward(hidden_states, *args, **kwargs)
-        # Tables of some of a head's numbers turn only those.
+        # Narrower tables rotate only a part of each head, which the kernel does not do.
         prepared = (
             self._prepare(hidden_states) if tables[0].shape[-1] == self.self_attn.head_dim else None
         )
         if prepared is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.contiguous()
-        found: Any = _Layer.apply(x, *_tables(x, tables, mask), prepared, *prepared.adapted)
-        return found
+        hidden: Any = _Layer.apply(x, *_tables(x, tables, mask), prepared, *prepared.adapted)
+        return hidden
 
     def projections(self) -> list[Any]:
-        """q, k, v and o."""
+        """The projections q, k, v and o."""
         return [self.self_attn._modules[name] for name in PROJECTIONS]
 
     def is_ready(self) -> bool:
-        """Whether what the layer is made of is what the kernels compute."""
+        """Whether the kernels can compute the layer as it is built, whatever its input."""
         norms: list[Any] = [self._modules[name] for name in NORMS]
         layers = self.projections()
         if any(
@@ -282,7 +298,7 @@ class DecoderLayer(nn.Module):
             return False
         if any(norm.weight.requires_grad or norm.weight.dtype != torch.bfloat16 for norm in norms):
             return False
-        # Heads of other widths are attended to in blocks, outside of the kernels.
+        # Attention with other head widths runs in blocks of queries, outside of the kernels.
         if (
             self.self_attn.head_dim % 32
             or not all(isinstance(layer, LoraLinear) for layer in layers)
@@ -291,14 +307,14 @@ class DecoderLayer(nn.Module):
             return False
         merged = layers[0].siblings
         outputs = [layer.base_layer.out_features for layer in layers]
-        # A plan's weights have shapes alone, and are not merged.
+        # The weights of a memory plan have shapes alone, and are not merged.
         whole = isinstance(layers[0].base_layer.weight, FakeTensor) or (
             merged is not None and merged.layers == layers[:3]
         )
         return whole and sum(outputs[:3]) <= TOGETHER and max(outputs) <= LARGE
 
     def _prepare(self, x: Tensor) -> Prepared | None:
-        """What the kernel takes; None where it does not compute what the layer does now."""
+        """The kernel's operands; None where it does not compute what the layer does now."""
         attention = self.self_attn
         if (
             attention.config._attn_implementation != NAME
@@ -312,12 +328,13 @@ class DecoderLayer(nn.Module):
         if isinstance(x, FakeTensor):
             return Prepared(self, x) if self._is_plain(x) else None
         state = self._state()
-        known = self.prepared
-        if known is None or known[0] != state:
-            known = self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
-        return known[1]
+        cached = self.prepared
+        if cached is None or cached[0] != state:
+            cached = self.prepared = state, Prepared(self, x) if self._is_plain(x) else None
+        return cached[1]
 
     def _is_plain(self, x: Tensor) -> bool:
+        """Whether the kernels compute what the layer does: frozen weights with plain fp32 LoRA."""
         attention = self.self_attn
         gated = self.mlp.layers()
         mlp: Any = self.mlp
@@ -328,7 +345,7 @@ class DecoderLayer(nn.Module):
             merged is None or merged.together(x)
         ):
             return False
-        # What is kept of masters of another type would not be what an optimizer changes.
+        # Of adapters of another type, fp32 copies would be kept, which no optimizer updates.
         layers: list[Any] = [
             layer
             for layer in (*attention._modules.values(), *gated)
@@ -343,10 +360,10 @@ class DecoderLayer(nn.Module):
         )
 
     def _state(self) -> list[Any]:
-        """All that can change what the layer computes: hooks, adapters, what trains, and where weights lie."""
+        """All that can change what the layer computes: hooks, adapters, training, addresses."""
         attention = self.self_attn._modules
         mlp = self.mlp._modules
-        found: list[Any] = []
+        state: list[Any] = []
         for module in (
             self.self_attn,
             self.mlp,
@@ -354,38 +371,46 @@ class DecoderLayer(nn.Module):
             *attention.values(),
             *mlp.values(),
         ):
-            own: Any = module.__dict__
-            found += own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-            if "base_layer" in own["_modules"]:
-                found += (
-                    id(own.get("siblings")),
-                    id(own.get("packed")),
-                    own["_disable_adapters"],
-                    len(own["merged_adapters"]),
-                    str(own["_active_adapter"]),
+            fields: Any = module.__dict__
+            state += (
+                fields["training"],
+                len(fields["_forward_hooks"]),
+                len(fields["_forward_pre_hooks"]),
+            )
+            if "base_layer" in fields["_modules"]:
+                state += (
+                    id(fields.get("siblings")),
+                    id(fields.get("packed")),
+                    fields["_disable_adapters"],
+                    len(fields["merged_adapters"]),
+                    str(fields["_active_adapter"]),
                 )
-                own = own["_modules"]["base_layer"].__dict__
-                found += len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-            for each in own["_parameters"].values():
+                fields = fields["_modules"]["base_layer"].__dict__
+                state += len(fields["_forward_hooks"]), len(fields["_forward_pre_hooks"])
+            for each in fields["_parameters"].values():
                 if each is not None:
-                    found += each.requires_grad, each.data_ptr()
+                    state += each.requires_grad, each.data_ptr()
         # Adapters move where their layers do: one stands for all.
         query = attention["q_proj"]
         if "lora_A" in query._modules:
-            found += (each.weight.data_ptr() for each in query._modules["lora_A"]._modules.values())
-        return found
+            state += (each.weight.data_ptr() for each in query._modules["lora_A"]._modules.values())
+        return state
 
 
-_told: tuple[Tensor, Tensor, list[Tensor]] | None = None
+_shared: tuple[Tensor, Tensor, list[Tensor]] | None = None
+"""Arguments and results of the last call of `_tables`."""
 
 
 def _tables(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> list[Tensor]:
-    """Rotary tables [B, L, D] and int32[B, L] where tokens cease to be seen, made once for all layers that are given the same."""
-    global _told
-    if _told is None or _told[0] is not tables[0] or _told[1] is not mask:
-        turns = [table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables]
-        _told = tables[0], mask, [*turns, mask[:, 0, 0].contiguous()]
-    return _told[2]
+    """Rotary tables cos and sin [B, L, D], and `ends` int32[B, L], where tokens stop being seen.
+
+    They are computed once for all layers that take the same tables and mask.
+    """
+    global _shared
+    if _shared is None or _shared[0] is not tables[0] or _shared[1] is not mask:
+        rotary = [table.to(x.dtype).expand(*x.shape[:2], -1).contiguous() for table in tables]
+        _shared = tables[0], mask, [*rotary, mask[:, 0, 0].contiguous()]
+    return _shared[2]
 
 
 @functools.cache
@@ -394,7 +419,11 @@ def _joined_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Layer(torch.autograd.Function):
-    """A layer's output [B, L, E] of bf16 x [B, L, E], rotary tables, where tokens cease to be seen, and all A and B of it."""
+    """A layer's output [B, L, E] for bf16 x [B, L, E].
+
+    `cos` and `sin` are rotary tables [B, L, D], `ends` int32[B, L] where tokens stop being seen.
+    The last arguments are all LoRA A and B of the layer.
+    """
 
     @staticmethod
     def forward(
@@ -405,29 +434,29 @@ class _Layer(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         with of.placed(x):
             out = torch.empty_like(x)
-            kept = x.new_empty(
+            saved = x.new_empty(
                 kernels.decoder_room(of.address, rows, length, keep), dtype=torch.uint8
             )
             if not isinstance(x, FakeTensor):
                 kernels.decoder(
-                    of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, kept)
+                    of.address, rows, length, keep, *native.pointers(x, cos, sin, ends, out, saved)
                 )
         if keep:
             ctx.of = of
-            ctx.save_for_backward(x, cos, sin, ends, kept)
+            ctx.save_for_backward(x, cos, sin, ends, saved)
         count_run()
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, cos, sin, ends, kept = ctx.saved_tensors
+    def backward(ctx: Any, *flows: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, cos, sin, ends, saved = ctx.saved_tensors
         of: Prepared = ctx.of
         rows, length = x.shape[:2]
-        flow = gradients[0].contiguous()
+        flow = flows[0].contiguous()
         kernels = native.kernels()
         with of.placed(x):
             out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-            found = x.new_empty(of.numbers, dtype=torch.float32)
+            gradients = x.new_empty(of.numbers, dtype=torch.float32)
             scratch = x.new_empty(
                 kernels.decoder_scratch(of.address, rows, length), dtype=torch.uint8
             )
@@ -437,6 +466,6 @@ class _Layer(torch.autograd.Function):
                     rows,
                     length,
                     TOGETHER,
-                    *native.pointers(flow, x, cos, sin, ends, kept, scratch, out, found),
+                    *native.pointers(flow, x, cos, sin, ends, saved, scratch, out, gradients),
                 )
-        return out, None, None, None, None, *_unflatten_dense_tensors(found, of.adapted)
+        return out, None, None, None, None, *_unflatten_dense_tensors(gradients, of.adapted)

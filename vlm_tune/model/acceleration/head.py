@@ -1,6 +1,7 @@
-"""The operator behind the loss of supervised positions under a frozen output head: cross-entropy, its gradient formed with it.
+"""The cross-entropy operator under a frozen output head: the loss and its gradient in one pass.
 
-The kernel (`head.cpp`) is for a CPU with AMX, in bf16. It writes no logits to memory: what is kept is the gradient.
+The kernel (`head.cpp`) is for a CPU with AMX, in bf16. It writes no logits to memory: only the
+gradient is saved for the backward pass.
 
 Shapes: S supervised positions, E width, V vocabulary.
 """
@@ -18,15 +19,18 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.lora_linear import rows_of, sizes
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 
-# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+# A compiler's cache identifies an operator by its name alone, so the name has a hash of its code.
 SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
 
 LARGE = 2048
-"""E above which too few positions fit a core's cache beside the weights that pass."""
+"""E above which too few positions fit a core's cache beside the weights streamed through it."""
 
 
 def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
-    """Whether the loss of hidden states [S, E] under a head is the kernel's: a frozen bf16 weight and nothing else."""
+    """Whether the kernel computes the loss of hidden states [S, E] under this head.
+
+    The head must be a plain linear layer with a frozen bf16 weight and no bias.
+    """
     if (
         hidden.device.type != "cpu"
         or compute_dtype(hidden) != torch.bfloat16
@@ -40,9 +44,8 @@ def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
         and not weight.requires_grad
         and weight.device == hidden.device
         and weight.stride(1) == 1
-        and not hasattr(
-            weight, "ds_id"
-        )  # ZeRO-3 gathers a sharded weight only for the module that owns it
+        # ZeRO-3 gathers a sharded weight only for the module that owns it.
+        and not hasattr(weight, "ds_id")
         and not (head._forward_hooks or head._forward_pre_hooks)
         and weight.shape[1] % 32 == 0
         and weight.shape[1] <= LARGE
@@ -51,13 +54,20 @@ def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy (fp32 scalar) of hidden states [S, E] under a bf16 weight [V, E] against targets int64[S]; S may be 0."""
+    """Summed cross-entropy, an fp32 scalar.
+
+    Args:
+        hidden: Hidden states [S, E]; S may be 0.
+        weight: The head's bf16 weight [V, E].
+        targets: Token ids int64[S].
+    """
     return losses(
         hidden.to(torch.bfloat16), weight, targets, torch.is_grad_enabled() and hidden.requires_grad
     )[0].sum()
 
 
 def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Empty fp32 outputs of `losses`: losses [S], and gradients [S, E], [0, E] without `keep`."""
     return (
         rows.new_empty(len(rows), dtype=torch.float32),
         rows.new_empty(len(rows) if keep else 0, rows.shape[1], dtype=torch.float32),
@@ -66,13 +76,14 @@ def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"vlm_tune::head_losses_{SOURCE}", mutates_args=())
 def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """fp32 cross-entropy [S] of bf16 hidden states [S, E], and with `keep` its fp32 gradients [S, E].
+    """fp32 cross-entropy [S] of bf16 hidden states [S, E], with `keep` its gradients fp32[S, E].
 
-    Raises IndexError for a target that the vocabulary does not have.
+    Raises:
+        IndexError: A target is not in the vocabulary.
     """
     rows = rows_of(rows)
     targets = targets.contiguous()
-    found, gradient = _room(rows, keep)
+    loss, gradient = _room(rows, keep)
     if len(rows):
         low, high = (int(each) for each in targets.aminmax())
         if low < 0 or high >= len(weight):
@@ -81,9 +92,9 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
             )
         shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
         native.kernels().head(
-            shape, *native.pointers(rows, weight, targets, found, gradient if keep else None)
+            shape, *native.pointers(rows, weight, targets, loss, gradient if keep else None)
         )
-    return found, gradient
+    return loss, gradient
 
 
 @losses.register_fake

@@ -1,8 +1,9 @@
-"""Attention of decoder rows whose tokens see intervals, block by block: nothing of [L, L] is kept for the backward pass.
+"""Attention of decoders in which every key is visible to an interval of queries.
 
-A kernel of our own computes it in bf16 where there is one (`native`): scores are made, used and dropped inside a core's
-cache. Elsewhere, and in other types, blocks of queries go through torch's matrix products (`block_attention`). In both,
-keys that no query of a block sees are left out.
+It is computed block by block, so nothing of size [L, L] is saved for the backward pass. In bf16 the
+project's own kernel computes it where there is one (`native`): scores are computed, used and
+dropped inside a core's cache. On other devices and in other types, blocks of queries go through
+torch's matrix products (`block_attention`). Both skip keys that no query of a block sees.
 
 Shapes: B rows, H query heads, G key heads, L tokens, D head width.
 """
@@ -28,7 +29,7 @@ from vlm_tune.kernels.cpu.native import pointers
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 
 NAME = "vlm_tune_tree"
-"""What transformers knows the attention by."""
+"""The name under which the attention is registered with transformers."""
 
 UNSUPPORTED = (
     "sliding_window",
@@ -40,11 +41,11 @@ UNSUPPORTED = (
     "reorder_and_upcast_attn",
     "alibi",
 )
-"""Settings of a language model with which attention is something else."""
+"""Settings of a language model with which its attention is not what `attend` computes."""
 
 
 def _plain(config: Any) -> bool:
-    """Whether attention is softmax(q k) v and nothing else."""
+    """Whether attention is softmax(q k) v and nothing else in all layers."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return kinds == {"full_attention"} and not any(
         getattr(config, name, None) for name in UNSUPPORTED
@@ -52,9 +53,9 @@ def _plain(config: Any) -> bool:
 
 
 def usable(decoder: Any) -> bool:
-    """Whether a decoder of transformers that is on a CPU can attend by `attend`: its attention is that and nothing else."""
+    """Whether `attend` can replace the attention of a transformers decoder, which is on a CPU."""
     config = decoder.config
-    # A plan's model has shapes alone.
+    # The model of a memory plan has shapes alone, on the meta device.
     if (
         next(decoder.parameters()).device.type not in ("cpu", "meta")
         or not decoder._supports_attention_backend
@@ -64,7 +65,7 @@ def usable(decoder: Any) -> bool:
 
 
 def _by_kernel(query: Tensor) -> bool:
-    """Whether attention of a query [B, H, L, D] is the kernel's to compute."""
+    """Whether the kernel computes attention for this query [B, H, L, D]."""
     return (
         query.dtype == torch.bfloat16
         and query.shape[-1] % 32 == 0
@@ -74,7 +75,7 @@ def _by_kernel(query: Tensor) -> bool:
 
 @contextmanager
 def attending(model: Any, name: str = NAME) -> Iterator[None]:
-    """Within, a model of transformers attends by the function of that name, ours by default."""
+    """Sets a transformers model's attention function within the context, `attend` by default."""
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -85,99 +86,113 @@ def attending(model: Any, name: str = NAME) -> Iterator[None]:
 
 
 def attends(model: Any) -> bool:
-    """Whether a model attends by `attend` now, and so takes where tokens end, int32[B, 1, 1, L], for its mask."""
+    """Whether a model's attention is now `attend`, whose mask is `ends` as int32[B, 1, 1, L]."""
     return model.config._attn_implementation == NAME
 
 
 class Branches:
-    """Branches of rows that grow by a token a call of the model: what each sees of its row, and its own tokens.
+    """The KV cache of branches that continue shared rows, one token per decode step.
 
-    `kept` are the keys and values [B, G, L, D] of every layer, `seen` bool[B, K, L] what the K branches see of them.
+    Args:
+        prefix: Keys and values [B, G, L, D] of the rows, for every layer.
+        visible: bool[B, K, L], which tokens of its row each of the K branches sees.
+
+    `grown` holds, for every layer, the keys and values [B, G, K, D] of each decode step.
     """
 
-    def __init__(self, kept: list[tuple[Tensor, Tensor]], seen: Tensor) -> None:
-        self.kept = kept
+    def __init__(self, prefix: list[tuple[Tensor, Tensor]], visible: Tensor) -> None:
+        self.prefix = prefix
         self.calls = 0
-        self.seen = seen.contiguous()
-        self.own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept]
+        self.visible = visible.contiguous()
+        self.grown: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prefix]
 
     def keep(self, places: Tensor) -> None:
-        """Only the branches at `places` int64[B, K'] grow on."""
+        """Drops all branches but those at `places` int64[B, K']."""
         rows = torch.arange(len(places), device=places.device)[:, None]
-        self.seen = self.seen[rows, places]
-        self.own = [
+        self.visible = self.visible[rows, places]
+        self.grown = [
             [
                 (key[rows, :, places].transpose(1, 2), value[rows, :, places].transpose(1, 2))
-                for key, value in own
+                for key, value in layer
             ]
-            for own in self.own
+            for layer in self.grown
         ]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Outputs [B, K, H, D] of the newest tokens' query [B, H, K, D], key and value [B, G, K, D], layer by layer."""
-        keys, values = self.kept[self.calls % len(self.kept)]
-        own = self.own[self.calls % len(self.kept)]
+        """Attention outputs [B, K, H, D] of a decode step in one layer.
+
+        It must be called for the layers in order, and appends the step's keys and values.
+
+        Args:
+            query: The newest tokens' query [B, H, K, D].
+            key: Their key [B, G, K, D].
+            value: Their value [B, G, K, D].
+            scale: What scores are multiplied by.
+        """
+        keys, values = self.prefix[self.calls % len(self.prefix)]
+        steps = self.grown[self.calls % len(self.prefix)]
         self.calls += 1
-        own.append((key.clone(), value.clone()))
+        steps.append((key.clone(), value.clone()))
         if not _by_kernel(query):
-            return attend_grown(query, keys, values, self.seen, own, scale)
+            return attend_grown(query, keys, values, self.visible, steps, scale)
         rows, heads, branches, width = query.shape
         query = _rows(query)
         out = query.new_empty(rows, branches, heads, width)
-        grown = [each for pair in own for each in pair]
+        grown = [each for pair in steps for each in pair]
         shape = (ctypes.c_int64 * 7)(
-            rows, heads, key.shape[1], keys.shape[2], width, branches, len(own)
+            rows, heads, key.shape[1], keys.shape[2], width, branches, len(steps)
         )
         native.kernels().grow_branches(
             shape,
             ctypes.c_float(scale),
             _strides(query, keys, values, *grown),
-            *pointers(query, keys, values, self.seen),
+            *pointers(query, keys, values, self.visible),
             (ctypes.c_void_p * len(grown))(*(each.data_ptr() for each in grown)),
             *pointers(out),
         )
         return out
 
 
-_kept: list[tuple[Tensor, Tensor]] | None = None
+_recorded: list[tuple[Tensor, Tensor]] | None = None
 _growing: Branches | None = None
 _runs = 0
 
 
 def runs() -> int:
-    """How often attention's forward pass has run in this process, by itself or within a kernel of whole layers."""
+    """How often attention's forward pass has run in this process, alone or in a decoder layer."""
     return _runs
 
 
 def count_run() -> None:
-    """Attention's forward pass has run, within a kernel of whole layers."""
+    """Counts a forward pass of attention that ran within the kernel of a decoder layer."""
     global _runs
     _runs += 1
 
 
 def is_generating() -> bool:
-    """Whether what is attended to is kept, or branches grow by it."""
-    return _kept is not None or _growing is not None
+    """Whether `attend` now records keys and values (`keeping`) or decodes branches (`growing`)."""
+    return _recorded is not None or _growing is not None
 
 
 @contextmanager
 def keeping() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within, the keys and values [B, G, L, D] of every layer that attends by `attend` are kept, in the list it gives.
+    """Records the keys and values [B, G, L, D] of every layer that attends by `attend`.
 
-    So a compiled block needs no cache among its arguments, and no second graph for one.
+    The context gives the list that they are appended to. So a compiled block needs no cache among
+    its arguments, and no second graph for one.
     """
-    global _kept
-    kept: list[tuple[Tensor, Tensor]] = []
-    _kept = kept
+    global _recorded
+    layers: list[tuple[Tensor, Tensor]] = []
+    _recorded = layers
     try:
-        yield kept
+        yield layers
     finally:
-        _kept = None
+        _recorded = None
 
 
 @contextmanager
 def growing(branches: Branches) -> Iterator[None]:
-    """Within, a model that attends by `attend` is given the newest tokens of branches, and they attend as branches do."""
+    """Makes `attend` decode within the context: its input is the newest tokens of the branches."""
     global _growing
     _growing = branches
     try:
@@ -187,12 +202,13 @@ def growing(branches: Branches) -> Iterator[None]:
 
 
 def _strides(*tensors: Tensor) -> Any:
-    found = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    return (ctypes.c_int64 * len(found))(*found)
+    """The strides of 4-dimensional tensors but the last, as a C array."""
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(strides))(*strides)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """With the values of a head side by side."""
+    """The tensor with its last dimension contiguous in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -202,7 +218,7 @@ def _shape(query: Tensor, key: Tensor) -> Any:
     return (ctypes.c_int64 * 5)(rows, heads, groups, length, width)
 
 
-# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+# A compiler's cache identifies an operator by its name alone, so the name has a hash of its code.
 PARTS = (Path(__file__), Path(block_attention.__file__))
 KERNEL = hashlib.sha256(
     native.code(native.KERNELS) + b"".join(part.read_bytes() for part in PARTS)
@@ -210,7 +226,10 @@ KERNEL = hashlib.sha256(
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the outputs [B, L, H, D] and fp32 logs [B, H, L] of a query [B, H, L, D]; blocks keep no logs."""
+    """Empty outputs [B, L, H, D] and fp32 logsumexp [B, H, L] for a query [B, H, L, D].
+
+    The logsumexp is [B, H, 0] where attention runs in blocks, which do not save it.
+    """
     rows, heads, length, width = query.shape
     logged = length if _by_kernel(query) else 0
     return query.new_empty(rows, length, heads, width), query.new_empty(
@@ -219,7 +238,7 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of query as [B, L, H, D], and of key and value as [B, L, G, D]."""
+    """Empty gradients of query as [B, L, H, D], and of key and value as [B, L, G, D]."""
     rows, heads, length, width = query.shape
     keys, values = (query.new_empty(rows, length, key.shape[1], width) for _ in range(2))
     return query.new_empty(rows, length, heads, width), keys, values
@@ -229,9 +248,18 @@ def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention outputs [B, L, H, D] of query [B, H, L, D], key and value [B, G, L, D], and the kernel's fp32 [B, H, L] logs of their sums.
+    """Attention in which query i sees key j where j <= i < ends[b, j].
 
-    Query i sees key j where j <= i < ends[b, j] (int32[B, L]); one that sees none has zeros.
+    Args:
+        query: [B, H, L, D].
+        key: [B, G, L, D].
+        value: [B, G, L, D].
+        ends: int32[B, L], the first query after each key that no longer sees it.
+        scale: What scores are multiplied by.
+
+    Returns:
+        Outputs [B, L, H, D], zeros for a query that sees no key, and the scores' fp32 logsumexp
+        [B, H, L], by the kernel only (see `_outputs`).
     """
     if _growing is not None:
         return _growing.attend(query, key, value, scale), _outputs(query)[1]
@@ -241,8 +269,8 @@ def attend(
     ends = ends.contiguous()
     global _runs
     _runs += 1
-    if _kept is not None:
-        _kept.append((key.clone(), value.clone()))
+    if _recorded is not None:
+        _recorded.append((key.clone(), value.clone()))
     if not _by_kernel(query):
         return attend_blocks(query, key, value, ends, scale), _outputs(query)[1]
     out, logs = _outputs(query)
@@ -273,7 +301,10 @@ def attend_backward(
     ends: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D], given that of the outputs [B, L, H, D]."""
+    """The gradients of query as [B, L, H, D], and of key and value as [B, L, G, D].
+
+    `gradient` is that of the outputs, [B, L, H, D]; `out` and `logs` are what `attend` returned.
+    """
     query = _rows(query)
     key = _rows(key)
     value = _rows(value)
@@ -281,14 +312,14 @@ def attend_backward(
     gradient = _rows(gradient)
     if not _by_kernel(query):
         return attend_blocks_backward(gradient, query, key, value, ends, scale)
-    found = _gradients(query, key)
+    gradients = _gradients(query, key)
     native.kernels().attend_backward(
         _shape(query, key),
         ctypes.c_float(scale),
-        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *found),
-        *pointers(gradient, query, key, value, None, None, out, logs, ends, *found),
+        _strides(gradient.transpose(1, 2), query, key, value, out.transpose(1, 2), *gradients),
+        *pointers(gradient, query, key, value, None, None, out, logs, ends, *gradients),
     )
-    return found
+    return gradients
 
 
 @attend_backward.register_fake
@@ -313,8 +344,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out, logs, ends = ctx.saved_tensors
-    found = attend_backward(gradient, query, key, value, out, logs, ends, ctx.scale)
-    return *(each.transpose(1, 2) for each in found), None, None
+    gradients = attend_backward(gradient, query, key, value, out, logs, ends, ctx.scale)
+    return *(each.transpose(1, 2) for each in gradients), None, None
 
 
 attend.register_autograd(_backward, setup_context=_save)
@@ -329,11 +360,11 @@ def _attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it, with int32[B, 1, 1, L] for a mask."""
+    """`attend` with transformers' signature; the mask is `ends` as int32[B, 1, 1, L]."""
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     dtype = compute_dtype(query)
     query, key, value = (each.to(dtype) for each in (query, key, value))
-    # Values are often a view of all that q, k and v are computed in, which would be kept with them.
+    # Values are often a view into the merged output of q, k and v, all of which would be saved.
     value = value.contiguous()
     return attend(query, key, value, attention_mask[:, 0, 0], scale)[0], None
 

@@ -1,7 +1,8 @@
-"""LoRA linear layers whose forward and backward are written out, and projections that share their input as one GEMM.
+"""LoRA linear layers with fused forward and backward; projections of the same input are one GEMM.
 
-The layers are PEFT's own with another `forward`: names, files, merging and switching off stay PEFT's. What is computed
-is y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for one layer, or for several that read the same x (q, k and v).
+The layers are PEFT's with another `forward`: names, files, merging and disabling stay PEFT's. They
+compute y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for one layer, or for several that read the same x
+(q, k and v).
 
 Shapes: T tokens, I inputs, O_i outputs of a layer, O their sum, r_i ranks, R their sum.
 """
@@ -24,15 +25,18 @@ SIBLINGS = (
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
 )
-"""Names of layers that read the same input, as Llama's family and T5's call them."""
+"""Names of layers that read the same input, in models of the Llama and T5 families."""
 
 CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention"}
-"""Modules whose first sibling, the query, reads another input than the other two."""
+"""Attention modules whose query projection reads another input than key and value."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer's 4-bit codes, a scale a block of them, and how they are packed: the kind and the block, as nf4:64."""
+    """A layer's weight in 4 bits: the codes, and a scale for each block of them.
+
+    `packing` is the kind of codes and the block's size, as in `nf4:64`.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -40,10 +44,11 @@ class Packed:
 
 
 class LoraLinear(Linear):
-    """PEFT's LoRA linear layer with a fused pass where that computes the same: plain LoRA on a frozen weight.
+    """PEFT's LoRA linear layer, fused where that computes the same: plain LoRA on a frozen weight.
 
-    The weight may be packed in 4 bits, once `fuse` has seen it. DoRA and other variants, dropout in training, several
-    adapters, merged or disabled ones, and weights that are trained, sharded or offloaded take PEFT's own path.
+    The weight may be packed in 4 bits, after a call of `fuse`. DoRA and other variants, dropout in
+    training, several adapters, merged or disabled ones, and weights that are trained, sharded or
+    offloaded run PEFT's forward pass.
     """
 
     base_layer: Any
@@ -57,11 +62,11 @@ class LoraLinear(Linear):
 
     @property
     def name(self) -> str:
-        """That of the adapter it runs with."""
+        """The name of the active adapter."""
         return self.active_adapters[0]
 
     def _holds_codes(self) -> bool:
-        """Whether `packed` still is what the layer holds: a move of the model makes other codes."""
+        """Whether `packed` still is the layer's weight: a moved model has other codes."""
         packed = self.packed
         return packed is not None and (
             torch.compiler.is_compiling()
@@ -69,7 +74,7 @@ class LoraLinear(Linear):
         )
 
     def is_plain(self, x: torch.Tensor) -> bool:
-        """Whether what it computes of x now is a frozen weight with plain LoRA and nothing else."""
+        """Whether the layer now applies a frozen weight with plain LoRA to x and nothing else."""
         base = self.base_layer
         active = self.active_adapters
         if (
@@ -88,23 +93,24 @@ class LoraLinear(Linear):
             and not (self.training and isinstance(self.lora_dropout[active[0]], nn.Dropout))
             and self.lora_B[active[0]].bias is None
             and weight.device == x.device
-            and not hasattr(
-                weight, "ds_id"
-            )  # ZeRO-3 gathers a sharded weight only for the module that owns it
+            # ZeRO-3 gathers a sharded weight only for the module that owns it.
+            and not hasattr(weight, "ds_id")
             and not (base._forward_hooks or base._forward_pre_hooks)
         )
 
 
 class Siblings:
-    """Layers that read the same input: the first one called computes all, the others take what is theirs.
+    """Layers that read the same input: the first one called computes the outputs of all.
 
-    Their frozen weights become views into one matrix [O, I + R], whose last columns hold the scaled B of each layer
-    in its own rows and ranks: [x | x A^T] times it is all outputs in one GEMM.
+    The others then return theirs from `pending`: that input, and the outputs not yet returned.
+
+    The frozen weights become views into one matrix [O, I + R]. Its last columns hold the scaled B
+    of each layer, in that layer's rows and ranks: [x | x A^T] times it is all outputs in one GEMM.
     """
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         self.layers = list(layers)
-        self.held: tuple[torch.Tensor, list[Any]] | None = None
+        self.pending: tuple[torch.Tensor, list[Any]] | None = None
         self.matrix: torch.Tensor | None = None
         if layers[0].packed is not None:
             return
@@ -123,20 +129,23 @@ class Siblings:
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., O_i] for x [..., I]."""
         place = self.layers.index(layer)
-        held = self.held
-        if held is None or held[0] is not x or held[1][place] is None:
+        pending = self.pending
+        if pending is None or pending[0] is not x or pending[1][place] is None:
             if not self.together(x):
                 return _project(x, [layer])[0]
             outputs: list[Any] = list(_project(x, self.layers, self.matrix))
-            held = self.held = (x, outputs)
-        found = held[1][place]
-        held[1][place] = None
-        if not any(left is not None for left in held[1]):
-            self.held = None
-        return found
+            pending = self.pending = (x, outputs)
+        output = pending[1][place]
+        pending[1][place] = None
+        if not any(left is not None for left in pending[1]):
+            self.pending = None
+        return output
 
     def together(self, x: torch.Tensor) -> bool:
-        """Whether the weights still are views into the matrix (a move or cast of the model parts them) and all layers are plain."""
+        """Whether all layers are plain and their weights still are views into the matrix.
+
+        A move or cast of the model gives them tensors of their own.
+        """
         if self.layers[0].packed is not None:
             return all(layer.is_plain(x) for layer in self.layers)
         if (
@@ -158,30 +167,33 @@ class Siblings:
 
 
 def fuse(model: nn.Module) -> int:
-    """Merges the projections of a model that share their input, anew at each call; how many groups it found.
+    """Merges the projections of a model that read the same input, anew at each call.
 
-    To be called when the model is where it will run and in its final types, before it is compiled, and not for
-    sharded weights (ZeRO-3, FSDP). Without it each layer is fused by itself.
+    Call it when the model is on its device and in its final types, before it is compiled, and not
+    for sharded weights (ZeRO-3, FSDP). Without it each layer is fused by itself.
+
+    Returns:
+        The number of groups merged.
     """
-    found = 0
+    groups = 0
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             layer.siblings, layer.packed = None, _packed(layer.base_layer)
     for name, parent in model.named_modules():
         children = dict(parent.named_children())
         for names in SIBLINGS:
-            wanted = names[1:] if name.rsplit(".", 1)[-1] in CROSS_ATTENTION else names
-            layers = [layer for layer in map(children.get, wanted) if isinstance(layer, LoraLinear)]
+            shared = names[1:] if name.rsplit(".", 1)[-1] in CROSS_ATTENTION else names
+            layers = [layer for layer in map(children.get, shared) if isinstance(layer, LoraLinear)]
             if len(layers) > 1 and _alike(layers):
                 group = Siblings(layers)
-                found += 1
+                groups += 1
                 for layer in layers:
                     layer.siblings = group
-    return found
+    return groups
 
 
 def _packed(base: Any) -> Packed | None:
-    """The 4-bit codes of a layer whose block scales are not packed in turn; None for any other."""
+    """The 4-bit weight of a layer, None if it has none or its block scales are quantized too."""
     state = getattr(base.weight, "quant_state", None)
     if state is None or state.nested or state.quant_type not in ("nf4", "fp4"):
         return None
@@ -193,6 +205,7 @@ def _packed(base: Any) -> Packed | None:
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:
+    """Whether layers are plain and agree in inputs, type, device, packing and having a bias."""
     kinds = {
         (
             layer.base_layer.in_features,
@@ -207,14 +220,14 @@ def _alike(layers: Sequence[LoraLinear]) -> bool:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type that matrix products with x are in now."""
+    """The type of matrix products with x: autocast's where it is on, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What layers that read the same x compute with: as `project` takes it."""
+    """The operands of layers that read the same x, as `project` takes them."""
 
     weights: list[torch.Tensor]
     packing: str
@@ -228,7 +241,13 @@ class Operands:
 def operands(
     layers: Sequence[LoraLinear], dtype: torch.dtype, matrix: torch.Tensor | None = None
 ) -> Operands:
-    """Those of layers that compute in `dtype`; `matrix` holds the frozen weights of several and room for B."""
+    """The operands of layers that read the same x.
+
+    Args:
+        layers: The layers, all plain.
+        dtype: The type to compute in.
+        matrix: The merged weights [O, I + R] of several layers, with room for B.
+    """
     names = [layer.name for layer in layers]
     bases = [layer.base_layer for layer in layers]
     biases = [base.bias.to(dtype) for base in bases if base.bias is not None]
@@ -261,7 +280,10 @@ def _weights(layers: Sequence[Any]) -> list[torch.Tensor]:
 def _project(
     x: torch.Tensor, layers: Sequence[LoraLinear], matrix: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs [..., O_i] of layers that read x [..., I]; `matrix` holds their frozen weights and room for B."""
+    """The outputs [..., O_i] of layers that read x [..., I].
+
+    `matrix` is their merged weights [O, I + R], with room for B.
+    """
     dtype = compute_dtype(x)
     outputs = [layer.base_layer.out_features for layer in layers]
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -270,6 +292,6 @@ def _project(
     out, _ = project(
         rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales
     )
-    # A 4-bit layer answers in the type that it was asked in.
+    # A 4-bit layer's output has the type of its input.
     out = out.to(x.dtype) if of.packing else out
     return out.view(*x.shape[:-1], out.shape[-1]).split(outputs, -1)

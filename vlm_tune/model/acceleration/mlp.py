@@ -1,10 +1,12 @@
-"""The operator behind gated feed-forward parts: y = (f(x Wg^T) * x Wu^T) Wd^T, each with LoRA or without.
+"""The operator of gated MLPs: y = (f(x Wg^T) * x Wu^T) Wd^T, each layer with LoRA or without.
 
-In bf16 each pass is one kernel (`gated.cpp`) where there is one. Elsewhere on a CPU a training step goes through torch's
-matrix products, some rows at a time (`gated_rows.py`): of what lies between, only the outputs of gate and up are kept. For
-whatever the operator does not compute, a module runs as transformers wrote it.
+In bf16 each pass is one kernel call (`gated.cpp`) where the kernel is available. Else a training
+step on a CPU goes through torch's matrix products, some rows at a time (`gated_rows`): of the
+intermediate tensors only the outputs of gate and up are saved. For whatever the operator does not
+compute, a module runs the forward pass of transformers.
 
-Shapes: T tokens, H inputs and outputs, F numbers between, R the ranks of gate and up together, D that of down.
+Shapes: T tokens, H inputs and outputs, F intermediate width, R the ranks of gate and up together,
+D the rank of down.
 """
 
 from __future__ import annotations
@@ -25,25 +27,31 @@ from vlm_tune.kernels.gated_mlp import ACTIVATIONS, gated_rows, gated_rows_backw
 from vlm_tune.kernels.lora_linear import NO_NORM, Adapters, by_layer, rows_of, sizes, unpacked
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, Operands, compute_dtype
 
-# A compiler's cache knows an operator by its name alone, so what it does is part of that.
+# A compiler's cache identifies an operator by its name alone, so the name has a hash of its code.
 PARTS = (Path(__file__), Path(gated_mlp.__file__))
 SOURCE = hashlib.sha256(
     b"".join(part.read_bytes() for part in PARTS) + native.code(native.KERNELS)
 ).hexdigest()[:8]
 
 NAMES = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("wi_0", "wi_1", "wo", "act"))
-"""What Llama's family and T5's call the three layers and the activation."""
+"""Names of the three layers and the activation in models of the Llama and T5 families."""
 
 LARGE = 6144
-"""H + 2F above which too few rows fit a core's cache beside the weights that pass."""
+"""H + 2F above which too few rows fit a core's cache beside the weights streamed through it."""
 
 FEW = 32
-"""Rows a thread below which the kernel's blocks are not filled."""
+"""Rows per thread below which the kernel's blocks are not full."""
 
 
 def gate(model: nn.Module) -> int:
-    """Lets the gated feed-forward parts of a language model run by the operator where they can; how many there are."""
-    found = 0
+    """Lets the gated MLPs of a language model run by the operator where it computes the same.
+
+    The class of each such module is replaced in place by a subclass of `GatedModule`.
+
+    Returns:
+        The number of modules replaced.
+    """
+    replaced = 0
     for module in model.modules():
         for *names, act in NAMES:
             if isinstance(module, GatedModule) or not all(
@@ -53,14 +61,17 @@ def gate(model: nn.Module) -> int:
             number = _activation(type(module), (*names, act), module._modules[act])
             if number is not None:
                 module.__class__ = _gated_class(type(module), tuple(names), number)
-                found += 1
-    return found
+                replaced += 1
+    return replaced
 
 
 def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | None:
-    """The number of the activation by which a class of modules computes, by what a small one answers; None where it does anything else."""
+    """The index in `ACTIVATIONS` of the activation that a class of modules uses.
+
+    A small module of the class is run and compared; None if its output fits none of them.
+    """
     with torch.device("cpu"), torch.no_grad():
-        # No numbers are drawn: a recipe's seed gives the same model with it as without.
+        # No random numbers are drawn, so a recipe's seed gives the same model with this as without.
         layers: list[Any] = [
             skip_init(nn.Linear, *shape, bias=False, device="cpu", dtype=torch.float32)
             for shape in ((3, 5), (3, 5), (5, 3))
@@ -72,34 +83,35 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
         nn.Module.__init__(small)
         for name, layer in zip(names, (*layers, act), strict=True):
             setattr(small, name, layer)
-        # What T5's drops in training is none of the formula's business.
+        # T5's module has a dropout, which the formula leaves out.
         small.dropout = nn.Identity()
         try:
-            answer = kind.forward(small, x)
-            wanted = [layers[2](f(layers[0](x)) * layers[1](x)) for f in ACTIVATIONS]
+            output = kind.forward(small, x)
+            candidates = [layers[2](f(layers[0](x)) * layers[1](x)) for f in ACTIVATIONS]
         except (AttributeError, TypeError, RuntimeError):
             return None
         return next(
             (
                 number
-                for number, found in enumerate(wanted)
-                if torch.allclose(answer, found, rtol=1e-5, atol=1e-5)
+                for number, candidate in enumerate(candidates)
+                if torch.allclose(output, candidate, rtol=1e-5, atol=1e-5)
             ),
             None,
         )
 
 
 class GatedModule(nn.Module):
-    """A gated feed-forward module that runs by the operator for frozen weights, with plain LoRA or none; else as its class does.
+    """A gated MLP that runs by the operator for frozen weights, with plain LoRA or none.
 
-    A subclass is made of each class of modules: code that all modules share is compiled once.
+    In any other case it runs the forward pass of its original class. Each original class gets one
+    subclass (`_gated_class`), so that code that its modules share is compiled once.
     """
 
     layer_names: tuple[str, ...]
     activation: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs [..., H] of x [..., H]."""
+        """The outputs [..., H] for x [..., H]."""
         layers = self.layers()
         if not self.is_plain(x, layers):
             return super().forward(x)
@@ -115,11 +127,11 @@ class GatedModule(nn.Module):
         )[0].view(x.shape)
 
     def layers(self) -> list[Any]:
-        """Gate, up and down."""
+        """The linear layers gate, up and down."""
         return [self._modules[name] for name in self.layer_names]
 
     def is_quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
-        """Whether the kernel computes what the module does of x now."""
+        """Whether the kernel computes what the module does with x now."""
         if not self.is_plain(x, layers):
             return False
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
@@ -131,7 +143,7 @@ class GatedModule(nn.Module):
         )
 
     def is_plain(self, x: Tensor, layers: Sequence[Any]) -> bool:
-        """Whether the operator computes what the module does of x now."""
+        """Whether the operator computes what the module does with x now."""
         if x.device.type != "cpu":
             return False
         dropout = self._modules.get("dropout")
@@ -157,7 +169,7 @@ class GatedModule(nn.Module):
 
 
 def _by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
-    """Whether gated parts of these sizes are the kernel's to compute in this type."""
+    """Whether the kernel computes MLPs of these widths H and F in this type."""
     return (
         dtype == torch.bfloat16
         and not (inner % 32 or width % 32)
@@ -167,7 +179,7 @@ def _by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
 
 
 def gated_operands(layers: Sequence[Any]) -> Operands:
-    """What gate, up and down compute with, each with LoRA or without, then of no ranks."""
+    """The operands of gate, up and down. A layer without LoRA has an A and a B of rank 0."""
     lora = [isinstance(layer, LoraLinear) for layer in layers]
     bases = [
         layer.base_layer if with_lora else layer
@@ -201,7 +213,7 @@ def _gated_class(kind: type[nn.Module], names: tuple[str, ...], activation: int)
 
 
 def _frozen(layer: Any, x: Tensor) -> bool:
-    """Whether a layer without LoRA is a frozen weight and nothing else."""
+    """Whether a layer without LoRA is a plain frozen linear layer, on the device of x."""
     return (
         type(layer) is nn.Linear
         and not layer.weight.requires_grad
@@ -217,7 +229,7 @@ def gated_weights(
     downs: Sequence[Tensor],
     like: Tensor,
 ) -> list[Tensor]:
-    """Gate and up [F, H] and down [H, F]: as they are given, or unpacked for this pass."""
+    """The weights of gate and up [F, H] and down [H, F], unpacked for this pass if in 4 bits."""
     if not packing:
         return list(weights)
     shapes = [(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)]
@@ -249,37 +261,50 @@ def gated(
     scales: Sequence[float],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs [T, H] of rows [T, H], and with `keep` what the backward pass wants beside its inputs.
+    """A gated MLP's outputs, and with `keep` the tensors that its backward pass needs.
 
-    `weights` are gate and up [F, H] and down [H, F], or with a `packing` (as nf4:64) the codes and block scales of each. `downs` and
-    `ups` are A and B of each, of no ranks where it has none. Kept are the outputs of gate and up, by blocks of the kernel's own
-    [32 ceil(T / 32), 2F] or one after the other, and those of the A: [T, R] and [T, D].
+    Args:
+        rows: The inputs [T, H].
+        weights: Gate and up [F, H] and down [H, F], or with a `packing` the codes and block scales
+            of each.
+        packing: The kind and block size of 4-bit codes, as in `nf4:64`, or an empty string.
+        activation: The index in `ACTIVATIONS`.
+        downs: LoRA A of each layer, of rank 0 where it has none.
+        ups: LoRA B of each layer.
+        scales: What each B is scaled by.
+        keep: Whether a backward pass follows; without it the saved tensors have no rows.
+
+    Returns:
+        The outputs [T, H] and three saved tensors: the outputs of gate and up, in the kernel's
+        block layout [32 ceil(T / 32), 2F] or all of gate before all of up; the outputs of A of gate
+        and up [T, R]; and those of A of down [T, D].
     """
     matrices = gated_weights(weights, packing, ups, downs, rows)
     rows = rows_of(rows)
-    kept = _kept(rows, downs, ups, keep)
+    saved = _saved(rows, downs, ups, keep)
     few = not keep and len(rows) < FEW * torch.get_num_threads()
     if few or not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
         return gated_rows(
-            rows, matrices, activation, downs, ups, scales, kept if keep else None
-        ), *kept
+            rows, matrices, activation, downs, ups, scales, saved if keep else None
+        ), *saved
     adapters = Adapters(downs, ups, scales)
     out = rows.new_empty(rows.shape)
-    held = kept if keep else (None,) * 3
+    saved_or_none = saved if keep else (None,) * 3
     shape = _shape(rows, matrices, activation)
     native.kernels().gated(
         shape,
         adapters.array,
         *native.pointers(rows, None),
         NO_NORM,
-        *native.pointers(None, *matrices, out, *held),
+        *native.pointers(None, *matrices, out, *saved_or_none),
     )
-    return out, *kept
+    return out, *saved
 
 
-def _kept(
+def _saved(
     rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what `gated` saves for the backward pass, without rows unless `keep`."""
     count = rows.shape[0] if keep else 0
     # Only the kernel, which computes in bf16, writes blocks of 32 rows.
     blocks = (count + 31) // 32 * 32 if rows.dtype == torch.bfloat16 else count
@@ -301,14 +326,14 @@ def _(
     scales: Any,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return rows.new_empty(rows.shape), *_kept(rows, downs, ups, keep)
+    return rows.new_empty(rows.shape), *_saved(rows, downs, ups, keep)
 
 
 @torch.library.custom_op(f"vlm_tune::gated_backward_{SOURCE}", mutates_args=())
 def gated_backward(
     gradient: Tensor,
     rows: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     weights: Sequence[Tensor],
     packing: str,
     activation: int,
@@ -317,23 +342,39 @@ def gated_backward(
     scales: Sequence[float],
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x [T, H] (of no rows unless needed) and fp32 ones of every A and of every B, one after another, given [T, H]."""
+    """The gradients of a gated MLP, given that of its outputs, `gradient` [T, H].
+
+    `saved` are the three tensors that `gated` saved; the other operands are those of `gated`.
+
+    Returns:
+        The gradient of x [T, H], or [0, H] if not needed; and in fp32 those of all A and of all B,
+        flattened one after another.
+    """
     matrices = gated_weights(weights, packing, ups, downs, rows)
     rows = rows_of(rows)
     gradient = rows_of(gradient)
-    found = _gradients(gradient, downs, ups, needs_x)
+    gradients = _gradients(gradient, downs, ups, needs_x)
     if not _by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
-        gated_rows_backward(gradient, rows, kept, matrices, activation, downs, ups, scales, found)
-        return found
+        gated_rows_backward(
+            gradient, rows, saved, matrices, activation, downs, ups, scales, gradients
+        )
+        return gradients
     adapters = Adapters(downs, ups, scales)
     native.kernels().gated_backward(
         _shape(rows, matrices, activation, gradient.stride(0)),
         adapters.array,
         *native.pointers(
-            gradient, rows, None, None, *matrices, *kept, found[0] if needs_x else None, *found[1:]
+            gradient,
+            rows,
+            None,
+            None,
+            *matrices,
+            *saved,
+            gradients[0] if needs_x else None,
+            *gradients[1:],
         ),
     )
-    return found
+    return gradients
 
 
 def _gradients(
@@ -351,7 +392,7 @@ def _gradients(
 def _(
     gradient: Tensor,
     rows: Tensor,
-    kept: Any,
+    saved: Any,
     weights: Any,
     packing: str,
     activation: int,
@@ -367,22 +408,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     rows, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, _ = inputs
     ctx.count = len(weights)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
+    ctx.set_materialize_grads(False)  # zeros for the saved outputs would be as large as they are
     ctx.save_for_backward(rows, *output[1:], *weights, *downs, *ups)
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     rows, *rest = ctx.saved_tensors
-    kept = rest[:3]
+    saved = rest[:3]
     weights = rest[3 : 3 + ctx.count]
     downs = rest[3 + ctx.count : 6 + ctx.count]
     ups = rest[6 + ctx.count :]
     needs_x = ctx.needs_input_grad[0]
-    x, *found = gated_backward(
-        gradient, rows, kept, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x
+    x, *flat_gradients = gated_backward(
+        gradient, rows, saved, weights, ctx.packing, ctx.activation, downs, ups, ctx.scales, needs_x
     )
     of_downs, of_ups = (
-        by_layer(flat, layers) for flat, layers in zip(found, (downs, ups), strict=True)
+        by_layer(flat, layers) for flat, layers in zip(flat_gradients, (downs, ups), strict=True)
     )
     return x if needs_x else None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
 

@@ -1,4 +1,4 @@
-"""The language model behind two small adapters with the same verbs: embed, forward, generate.
+"""The base class of language models, decoders and encoder-decoders: embed, forward, generate.
 
 Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 """
@@ -39,27 +39,36 @@ Read = tuple[
     Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     Callable[[torch.Tensor], None],
 ]
-"""Hidden states [B, L, E] of rows; what gives those [B, K, E] of new tokens' embeds [B, K, E] and positions, call by call; and
-what leaves only the branches at places [B, K'] to grow on."""
+"""The result of a prefill: the hidden states [B, L, E] and two functions.
+
+The first is a decode step: from embeds [B, K, E] and positions [B, K] of new tokens to their hidden
+states [B, K, E]. The second drops all branches but those at places [B, K'].
+"""
 PROBED = 6
-"""Tokens of a row by which a model is compared with its own forward pass."""
+"""Tokens per row of the batch with which `LanguageModel.check` compares logits."""
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)$")
-"""Tables of learned positions, as transformers names them."""
+"""Names of tables of learned positions in transformers models."""
 
 
 @dataclass
 class TokenLoss:
-    """Cross-entropy summed over supervised tokens (fp32 scalar), and how many there are."""
+    """Cross-entropy summed over supervised tokens (fp32 scalar), and the number of those."""
 
     sum: torch.Tensor
     count: int
 
 
 class LanguageModel(nn.Module):
-    """Base of the adapters; `model` is the transformers model, LoRA layers injected in place.
+    """Base class of the language models: a transformers model with one interface.
 
-    `prompt` holds virtual tokens that every row begins with, where prompt or prefix tuning made some. With `whole_head`
-    the output head runs once a batch, not chunk by chunk.
+    Attributes:
+        model: The transformers model, with LoRA layers injected in place.
+        rule: How logits follow from the head's outputs; None where the model's forward pass has to
+            be called for them.
+        factor: What the embeddings of ids are multiplied by.
+        prompt: The virtual tokens of prompt or prefix tuning that every row begins with, or None.
+        whole_head: Whether the output head runs once per batch, not chunk by chunk.
+        dropped: The settings of the generation config that are left out (`plain_generation`).
     """
 
     layout: Literal["causal", "seq2seq"]
@@ -81,12 +90,15 @@ class LanguageModel(nn.Module):
 
     @property
     def virtual(self) -> int:
-        """How many virtual tokens stand before every row."""
+        """The number of virtual tokens before every row."""
         return 0 if self.prompt is None else self.prompt.tokens
 
     @cached_property
     def longest(self) -> int | None:
-        """Tokens of the longest row that the model has positions for; None where positions are computed, not looked up."""
+        """The longest row, in tokens, that the model has learned positions for.
+
+        None where positions are computed and not looked up in a table.
+        """
         sizes = [
             module.num_embeddings - int(getattr(module, "offset", 0))
             for name, module in self.model.named_modules()
@@ -95,42 +107,53 @@ class LanguageModel(nn.Module):
         return min(sizes, default=None)
 
     def check_length(self, length: int) -> None:
-        """Raises `ModelError` for rows of more tokens than the model has positions for, virtual tokens included."""
+        """Checks that the model has positions for rows of `length` tokens, virtual tokens included.
+
+        Raises:
+            ModelError: The rows are longer.
+        """
         if self.longest is not None and length > self.longest:
             raise ModelError(
-                f"a row of {length} tokens (images and virtual tokens included), and {type(self.model).__name__} has positions for "
-                f"{self.longest}: set data.max_length to at most {self.longest - self.virtual}, or ask less"
+                f"a row of {length} tokens (images and virtual tokens included), and "
+                f"{type(self.model).__name__} has positions for {self.longest}: set "
+                f"data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
 
     @property
     def supports_intervals(self) -> bool:
-        """Whether attention can be computed from where each token stops being seen, without a mask, on this device."""
+        """Whether attention on this device can take the batch's `ends` in place of a mask."""
         return False
 
     @cached_property
     def unjoined(self) -> str | None:
-        """Why samples can't be joined to one row, None where they can."""
+        """The reason why samples can't be joined to one row, None if they can."""
         raise NotImplementedError
 
     def check_joined(self) -> None:
-        """Raises `ModelError` where samples can't be joined to one row."""
+        """Raises `ModelError` if samples can't be joined to one row."""
         if self.unjoined:
             raise ModelError(
-                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: set data.group: none and data.packing: false"
+                f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: "
+                "set data.group: none and data.packing: false"
             )
 
     def room(self, decoding: Decoding, length: int) -> Decoding:
-        """The decoding with as many new tokens after `length` others as there are positions for, one at least."""
+        """The decoding with `max_new_tokens` limited to the positions left after `length` tokens.
+
+        One new token is always left.
+        """
         if self.longest is None or length + decoding.max_new_tokens <= self.longest + 1:
             return decoding
-        return replace(
-            decoding, max_new_tokens=self.longest - length + 1
-        )  # the last one is read by nobody
+        # The last new token needs no position: it is not fed back.
+        return replace(decoding, max_new_tokens=self.longest - length + 1)
 
     def prompted(
         self, embeds: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """embeds [B, L, E] and attention mask [B, L] with the virtual tokens before them; a prefix stands in the mask alone."""
+        """Puts the virtual tokens before embeds [B, L, E] and their attention mask [B, L].
+
+        A prefix of keys and values is added to the mask alone.
+        """
         return embeds if self.prompt is None else self.prompt.before(embeds), pad(
             mask, (self.virtual, 0), value=True
         )
@@ -148,27 +171,33 @@ class LanguageModel(nn.Module):
 
     @property
     def bodies(self) -> list[nn.Module]:
-        """What puts out the hidden states that the head takes: one module, or one inside another that passes them on."""
+        """The modules that output the hidden states which the head takes.
+
+        One module, or two where the outer one returns the inner one's output.
+        """
         raise NotImplementedError
 
     @property
     def body(self) -> Any:
-        """What makes hidden states of embeddings; transformers misnames it in Llama4ForCausalLM."""
+        """The model without its head; transformers misnames it in Llama4ForCausalLM."""
         return (
             self.model.base_model if self.model.base_model is not self.model else self.model.model
         )
 
     def prefill(self, input_ids: torch.Tensor) -> Any:
-        """transformers' KV cache of self-attention over text after ids [B, L], the first at position 0."""
+        """The transformers KV cache of self-attention after a prefill of ids [B, L].
+
+        The first token is at position 0.
+        """
         return self.body(input_ids=input_ids, use_cache=True)[cache_name()]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings [B, L, E] of ids [B, L]."""
+        """Input embeddings [B, L, E] of ids [B, L], as the model scales them."""
         embeds = self.model.get_input_embeddings()(input_ids)
         return embeds if self.factor == 1 else embeds * self.factor
 
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
-        """Loss of the batch's supervised labels, given its embeds [B, L, E]."""
+        """The loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
         head: Any = self.head
         scale = None if self.rule is None else self.rule.scale
@@ -183,7 +212,7 @@ class LanguageModel(nn.Module):
         )
 
     def head_parts(self) -> nn.ModuleList:
-        """The modules that `logits` calls: the head, and all beside the bodies where the model does more than a rule holds."""
+        """The modules that `logits` calls: the head, and without a rule all outside of `bodies`."""
         if self.rule is not None:
             return nn.ModuleList([self.head])
         bodies = [*self.bodies, *([self.model.get_encoder()] if self.layout == "seq2seq" else [])]
@@ -199,16 +228,19 @@ class LanguageModel(nn.Module):
     def check(self) -> None:
         """Compares the logits of a few tokens with those of the model's own forward pass.
 
-        Raises `ModelError` for a model that is called in another way than it is made for: one whose logits differ, and a
-        decoder whose tokens see what comes after them.
+        It also logs a warning for settings that were dropped from its generation config.
+
+        Raises:
+            ModelError: The logits differ, so the model expects to be called in another way; or it
+                is a decoder whose tokens see later tokens.
         """
         name = type(self.model).__name__
         if self.dropped:
-            told = ", ".join(f"{key} {quoted(value)}" for key, value in self.dropped.items())
+            settings = ", ".join(f"{key} {quoted(value)}" for key, value in self.dropped.items())
             logging.getLogger("vlm_tune").warning(
                 "%s: left out of its generation config, for answers follow its logits: %s",
                 name,
-                told,
+                settings,
             )
         rows = self.model.get_input_embeddings().num_embeddings
         ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
@@ -224,7 +256,8 @@ class LanguageModel(nn.Module):
             ours = self.supervised_logits(self.embed(ids), batch).view_as(theirs)
         except FAULTS as error:
             raise ModelError(
-                f"a {name} can't be trained here: its forward pass does not take text alone, as embeddings ({first_line(error)})"
+                f"a {name} can't be trained here: its forward pass does not take text alone, "
+                f"as embeddings ({first_line(error)})"
             ) from None
         finally:
             self.train(was)
@@ -234,22 +267,24 @@ class LanguageModel(nn.Module):
         difference = float((ours - theirs.float()).abs().max())
         if not difference <= allowed:
             raise ModelError(
-                f"a {name} can't be trained here: called with embeddings its logits are others than with ids, by {difference:.3g}"
+                f"a {name} can't be trained here: called with embeddings its logits are others "
+                f"than with ids, by {difference:.3g}"
             )
         if (
             self.layout == "causal"
             and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed
         ):
             raise ModelError(
-                f"a {name} is no decoder as it is configured: its tokens see what comes after them (is_decoder: false?)"
+                f"a {name} is no decoder as it is configured: its tokens see what comes after "
+                "them (is_decoder: false?)"
             )
 
     def theirs(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, T, V] of the model's own forward pass of a batch of text."""
+        """Logits [B, T, V] of the model's own forward pass for a batch of text."""
         raise NotImplementedError
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hidden states [S, E] that the head makes supervised tokens of, and those tokens [S], in row order."""
+        """The hidden states [S, E] that predict supervised tokens, and those tokens [S], by row."""
         raise NotImplementedError
 
     def supervised_logits(self, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -257,7 +292,7 @@ class LanguageModel(nn.Module):
         return self.logits(self.supervised(embeds, batch)[0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32[S, V] of hidden states [S, E], as the transformers model makes them."""
+        """fp32 logits [S, V] of hidden states [S, E], as the transformers model computes them."""
         return (
             own_logits(self.model, self.bodies, hidden).float()
             if self.rule is None
@@ -272,10 +307,22 @@ class LanguageModel(nn.Module):
         pad_id: int,
         stop_ids: list[int],
     ) -> torch.Tensor:
-        """New ids [B, at most max_new_tokens]; decoders want their rows padded on the left."""
+        """Generates answers.
+
+        Args:
+            embeds: Input embeddings [B, L, E]; for a decoder, rows are padded on the left.
+            attention_mask: bool[B, L], False for padding.
+            decoding: The number of new tokens and of beams.
+            pad_id: The id after a row's end.
+            stop_ids: Ids that end an answer.
+
+        Returns:
+            New ids [B, at most max_new_tokens].
+        """
         raise NotImplementedError
 
     def _options(self, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> dict[str, Any]:
+        """Options for `generate` of transformers."""
         from transformers import GenerationConfig
 
         start = getattr(self.model.generation_config, "decoder_start_token_id", None)

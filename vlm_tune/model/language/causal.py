@@ -28,7 +28,7 @@ from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 SPARED = 0.8
-"""Share of the branches that are left below which the others are let go."""
+"""Share of unfinished branches below which the finished ones are dropped from the batch."""
 
 
 class CausalLLM(LanguageModel):
@@ -38,7 +38,7 @@ class CausalLLM(LanguageModel):
 
     @property
     def bodies(self) -> list[nn.Module]:
-        # Bart's decoder stands in a wrapper, whose decoder is called.
+        # Bart's body is a wrapper that calls the decoder inside it.
         inner = self.model.get_decoder()
         return [
             self.body,
@@ -68,7 +68,7 @@ class CausalLLM(LanguageModel):
         positions = batch.positions
         ends = batch.ends
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
-        # The positions of joined rows begin anew with each of them.
+        # In joined rows, each sample's positions start from its own beginning.
         self.check_length(
             virtual
             + (length if positions is None or self.longest is None else int(positions.max()) + 1)
@@ -77,39 +77,40 @@ class CausalLLM(LanguageModel):
         if ends is not None:
             self.check_joined()
         if virtual and ends is not None:
-            # Every sample of a joined row sees the virtual tokens, and its own tokens come after them.
+            # Every sample of a joined row sees the virtual tokens, placed before its own tokens.
             ends = pad(
                 torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length
             )
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
-        own = None if positions is None else positions[:, -embeds.shape[1] :]
+        row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
         before = runs()
         if attends(self.model):
-            seen: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[
+            visible: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[
                 :, None, None
             ]
-        elif ends is None or positions is None or own is None:
-            seen = mask.long()
+        elif ends is None or positions is None or row_positions is None:
+            visible = mask.long()
         else:
-            seen = layer_masks(
+            visible = layer_masks(
                 self.model.config,
                 tree_mask(ends)[:, :, -embeds.shape[1] :],
-                own,
+                row_positions,
                 positions,
                 embeds.dtype,
             )
         output = self.body(
             inputs_embeds=embeds,
-            attention_mask=seen,
-            position_ids=own,
+            attention_mask=visible,
+            position_ids=row_positions,
             use_cache=False,
             **{cache_name(): cache},
         )
         if attends(self.model) and runs() == before and not isinstance(embeds, FakeTensor):
             raise ModelError(
-                f"{type(self.model).__name__} does not attend by the function it is given; train in fp32, or report it"
+                f"{type(self.model).__name__} does not attend by the function it is given; train "
+                "in fp32, or report it"
             )
         hidden = output.last_hidden_state[:, -length:]
         supervised = batch.labels != IGNORE_INDEX
@@ -127,7 +128,7 @@ class CausalLLM(LanguageModel):
         self.check_length(mask.shape[1])
         options = self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
-            # transformers wants the whole input beside a cache, and drops what the cache stands for.
+            # transformers takes the whole input beside a cache, and drops the part that is cached.
             options[cache_name()] = self.prompt.cache(
                 len(embeds) * decoding.num_beams, embeds.dtype
             )
@@ -143,49 +144,54 @@ class CausalLLM(LanguageModel):
         max_new_tokens: int,
         stop_ids: list[int],
     ) -> torch.Tensor:
-        """New ids [B, K, at most max_new_tokens], greedy, after each of the tokens `leaves` int64[B, K] of a row of branches.
+        """Continues each branch of rows greedily after its last token, `leaves` int64[B, K].
 
-        The rows are read once; then every branch grows by a token a step, and sees what its leaf sees and itself.
+        The rows, embeds [B, L, E], are prefilled once. Then every branch grows by one token per
+        decode step, and sees what its leaf sees and its own new tokens.
+
+        Returns:
+            New ids [B, K, N], where N is max_new_tokens, or less if the model has fewer positions.
+            Ended answers are filled up with the first of `stop_ids`.
         """
         assert batch.ends is not None and batch.positions is not None
         rising = self.rule is not None and self.rule.rising
         self.check_length(int(batch.positions.max()) + 1)
         if self.longest is not None:
             max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
-        seen = tree_mask(batch.ends)
+        mask = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible = seen[:, 0][rows, leaves]
+        visible = mask[:, 0][rows, leaves]
         positions = batch.positions[rows, leaves]
         if self.supports_intervals:
             hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
         else:
-            hidden, grow, keep = self._read_masked(embeds, seen, batch.positions, visible)
+            hidden, grow, keep = self._read_masked(embeds, mask, batch.positions, visible)
         hidden = hidden[rows, leaves]
         stops = torch.tensor(stop_ids, device=embeds.device)
         ended = torch.zeros_like(leaves, dtype=torch.bool)
-        found = stops[0].repeat(*leaves.shape, max_new_tokens)
-        place = torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
+        answers = stops[0].repeat(*leaves.shape, max_new_tokens)
+        places = torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
         for step in range(max_new_tokens):
-            # As they are where neither a wider type nor a soft cap moves the largest.
-            said = largest(
+            # The head's outputs suffice where neither the fp32 cast nor a cap changes their argmax.
+            tokens = largest(
                 self.head(hidden)
                 if rising
                 else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
             )
-            found[..., step].scatter_(1, place, torch.where(ended, stops[0], said))
-            ended = ended | torch.isin(said, stops)
-            left = int((~ended).sum(1).max())
-            if left == 0 or step + 1 == max_new_tokens:
+            answers[..., step].scatter_(1, places, torch.where(ended, stops[0], tokens))
+            ended = ended | torch.isin(tokens, stops)
+            unfinished = int((~ended).sum(1).max())
+            if unfinished == 0 or step + 1 == max_new_tokens:
                 break
             positions = positions + 1
-            if left < SPARED * ended.shape[1]:
-                order = ended.int().argsort(dim=1, stable=True)[:, :left]
+            if unfinished < SPARED * ended.shape[1]:
+                order = ended.int().argsort(dim=1, stable=True)[:, :unfinished]
                 keep(order)
-                place, said, ended, positions = (
-                    each.gather(1, order) for each in (place, said, ended, positions)
+                places, tokens, ended, positions = (
+                    each.gather(1, order) for each in (places, tokens, ended, positions)
                 )
-            hidden = grow(self.embed(said), positions)
-        return found
+            hidden = grow(self.embed(tokens), positions)
+        return answers
 
     def _read(
         self,
@@ -194,19 +200,22 @@ class CausalLLM(LanguageModel):
         positions: torch.Tensor,
         visible: torch.Tensor,
     ) -> Read:
-        """Reads rows by the kernel. Compiled blocks run in every call: a graph knows neither a cache nor what is kept."""
+        """Prefills rows by `attend`.
+
+        Compiled blocks run in every call: their graph has no cache, neither as input nor as output.
+        """
 
         def run(embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            # A size of 1 would be a graph of its own.
+            # For a size of 1 a graph of its own would be compiled.
             with (
                 attending(self.model),
                 torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"),
             ):
                 return self._hidden(embeds, ends.int()[:, None, None], positions, None)
 
-        with keeping() as kept:
+        with keeping() as row_cache:
             hidden = run(embeds, ends, positions)
-        branches = Branches(kept, visible)
+        branches = Branches(row_cache, visible)
 
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with growing(branches):
@@ -215,28 +224,38 @@ class CausalLLM(LanguageModel):
         return hidden, grow, branches.keep
 
     def _read_masked(
-        self, embeds: torch.Tensor, seen: torch.Tensor, held: torch.Tensor, visible: torch.Tensor
+        self,
+        embeds: torch.Tensor,
+        row_mask: torch.Tensor,
+        cached_positions: torch.Tensor,
+        visible: torch.Tensor,
     ) -> Read:
-        """Reads rows by the attention that transformers chose, given masks and a cache; `held` [B, L] are positions."""
+        """Prefills rows by the model's transformers attention, with masks and a cache.
+
+        `row_mask` is bool[B, 1, L, L], `cached_positions` int64[B, L] are the rows' positions, and
+        `visible` bool[B, K, L] is what each branch sees of its row.
+        """
         from transformers import DynamicCache
 
         config = self.model.config
-        cache = (
-            DynamicCache()
-        )  # of no config, so it keeps all: what a window leaves out differs by branch
+        # Without a config it keeps all tokens: which ones a window leaves out differs by branch.
+        cache = DynamicCache()
         hidden = self._hidden(
-            embeds, layer_masks(config, seen, held, held, embeds.dtype), held, cache
+            embeds,
+            layer_masks(config, row_mask, cached_positions, cached_positions, embeds.dtype),
+            cached_positions,
+            cache,
         )
 
         def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            nonlocal visible, held
-            own = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(
+            nonlocal visible, cached_positions
+            new_tokens = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(
                 len(visible), -1, -1
             )
-            visible = torch.cat([visible, own], -1)
-            held = torch.cat([held, positions], -1)
-            mask = layer_masks(config, visible[:, None], positions, held, embeds.dtype)
-            # With a cache that grows, compiled blocks would be compiled anew.
+            visible = torch.cat([visible, new_tokens], -1)
+            cached_positions = torch.cat([cached_positions, positions], -1)
+            mask = layer_masks(config, visible[:, None], positions, cached_positions, embeds.dtype)
+            # With a growing cache, compiled blocks would be compiled anew at each step.
             with torch.compiler.set_stance("force_eager"):
                 return self._hidden(embeds, mask, positions, cache)
 
@@ -249,7 +268,10 @@ class CausalLLM(LanguageModel):
     def _hidden(
         self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """Hidden states [B, S, E] of tokens that follow those in the cache, given the mask or masks of what they see."""
+        """Hidden states [B, S, E] of tokens that follow those in the cache.
+
+        `mask` is one mask of what they see, or one for each kind of layer.
+        """
         options = {cache_name(): cache, "use_cache": cache is not None}
         return self.body(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **options

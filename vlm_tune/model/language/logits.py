@@ -1,7 +1,7 @@
-"""From hidden states to logits as a transformers model makes them: its head, and what it scales, caps or adds around it.
+"""Logits from hidden states as a transformers model computes them: head, scales, caps and biases.
 
-What that is stands in the code of its `forward` alone, so it is found by calling that with other things in place of body
-and head, not by the names of settings.
+A model's scales and caps are written in the code of its `forward` alone. They are determined by
+calling that with stand-ins for body and head, not from the names of settings.
 
 Shapes: S positions, E width, V vocabulary.
 """
@@ -27,14 +27,17 @@ FAULTS = (
     NotImplementedError,
     AssertionError,
 )
-"""What the forward pass of an architecture raises that can't be called with hidden states alone."""
+"""Errors of a forward pass that can't be called with hidden states alone."""
 PROBED = 3
-"""Positions of a probe."""
+"""Positions in the inputs with which a model is probed."""
 
 
 @dataclass(frozen=True)
 class HeadRule:
-    """logits = cap(after * head(before * hidden)), where cap(x) is `cap * tanh(x / cap)`, or x without one."""
+    """The formula logits = soft_cap(after * head(before * hidden)).
+
+    soft_cap(x) is cap * tanh(x / cap), or x if `cap` is None.
+    """
 
     before: float = 1.0
     after: float = 1.0
@@ -42,23 +45,23 @@ class HeadRule:
 
     @property
     def scale(self) -> float | None:
-        """What the head's outputs are multiplied by in all, None where a cap does more than that."""
+        """The factor from the head's outputs to the logits; None if they are capped as well."""
         return self.before * self.after if self.cap is None else None
 
     @property
     def rising(self) -> bool:
-        """Whether the largest logit is the head's largest output."""
+        """Whether the argmax of the logits is that of the head's outputs."""
         return self.before * self.after > 0
 
     def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32[..., V] of hidden states [..., E]."""
-        found = head(hidden if self.before == 1 else hidden * self.before).float()
-        found = found if self.after == 1 else found * self.after
-        return found if self.cap is None else torch.tanh(found / self.cap) * self.cap
+        """fp32 logits [..., V] of hidden states [..., E]."""
+        logits = head(hidden if self.before == 1 else hidden * self.before).float()
+        logits = logits if self.after == 1 else logits * self.after
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class _States(tuple[torch.Tensor]):
-    """The output of a body, of which only the hidden states are known; all else is None."""
+    """A stand-in for a body's output, with hidden states; every other attribute is None."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -71,20 +74,23 @@ class _States(tuple[torch.Tensor]):
 
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, the module's forward pass is another."""
-    own = module.__dict__.get("forward")
+    """Replaces a module's forward pass within the context."""
+    original = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
         del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
+        if original is not None:
+            module.__dict__["forward"] = original
 
 
 @contextmanager
 def _real_buffers(model: nn.Module) -> Iterator[None]:
-    """Within, the model's own buffers that are on the meta device, as Bart's bias of logits, are zeros on the CPU."""
+    """Puts zeros on the CPU in place of the model's meta-device buffers within the context.
+
+    Only buffers of the model itself, not of its submodules, such as Bart's bias of logits.
+    """
     bare = {name: buffer for name, buffer in model.named_buffers(recurse=False) if buffer.is_meta}
     for name, buffer in bare.items():
         model._buffers[name] = torch.zeros_like(buffer, device="cpu")
@@ -95,9 +101,10 @@ def _real_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [S, V] of hidden states [S, E] as the model's own forward pass makes them of what `bodies` put out.
+    """Logits [S, V] of hidden states [S, E], by the model's own forward pass.
 
-    A decoder is called with the states as its input, an encoder-decoder with them as the encoder's output.
+    In it `bodies` are replaced: they output the states. A decoder is called with the states as its
+    input embeddings, an encoder-decoder with them as the encoder's output.
     """
     states = hidden[None]
     inputs: dict[str, Any] = {"inputs_embeds": states}
@@ -110,76 +117,84 @@ def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> tor
 
 
 def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule | None:
-    """The rule by which a model makes its logits, None where it does more than a rule holds.
+    """The rule by which a model computes its logits.
 
-    No weights are read: the head is replaced too. Raises `ModelError` for a model that makes no logits of hidden states.
+    No weights are read: the head is replaced too.
+
+    Returns:
+        The rule, or None if the model does more than a rule can express.
+
+    Raises:
+        ModelError: The model can't compute logits from hidden states.
     """
-    seen: list[torch.Tensor] = []
+    head_inputs: list[torch.Tensor] = []
     weight: Any = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None
-    # Packed weights have another shape than the layer.
+    # Packed 4-bit weights have another shape than the layer.
     rows = getattr(head, "out_features", weight.shape[0])
     width = getattr(head, "in_features", weight.shape[1])
     hidden = torch.linspace(-2, 3, PROBED * width, device="cpu").view(PROBED, width)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    given = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (
+    head_outputs = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (
         cap or 1.0
     )
 
     def note(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        seen.append(x)
-        return given
+        head_inputs.append(x)
+        return head_outputs
 
     was = model.training
     try:
         with torch.no_grad(), _real_buffers(model), _computing(head, note):
-            found = own_logits(model.eval(), bodies, hidden)
+            logits = own_logits(model.eval(), bodies, hidden)
     except FAULTS as error:
         raise ModelError(
-            f"a {type(model).__name__} can't be trained here: it makes no logits of hidden states ({first_line(error)})"
+            f"a {type(model).__name__} can't be trained here: it makes no logits of hidden states "
+            f"({first_line(error)})"
         ) from None
     finally:
         model.train(was)
-    if len(seen) != 1 or seen[0].device.type != "cpu" or found.device.type != "cpu":
+    if len(head_inputs) != 1 or head_inputs[0].device.type != "cpu" or logits.device.type != "cpu":
         return None
-    before = _factor(seen[0].reshape(-1), hidden.reshape(-1))
-    if before is None or found.shape != given[0].shape:
+    before = _factor(head_inputs[0].reshape(-1), hidden.reshape(-1))
+    if before is None or logits.shape != head_outputs[0].shape:
         return None
     capped = HeadRule(before, cap=float(cap)) if cap else None
     if capped is not None and torch.allclose(
-        capped.logits(nn.Identity(), given[0] / before), found, rtol=1e-5, atol=1e-6
+        capped.logits(nn.Identity(), head_outputs[0] / before), logits, rtol=1e-5, atol=1e-6
     ):
         return capped
-    after = _factor(found, given[0])
+    after = _factor(logits, head_outputs[0])
     return None if after is None else HeadRule(before, after)
 
 
 class _Reached(Exception):
-    """What the first layer is given, to go no further."""
+    """Stops a forward pass at its first layer, with that layer's input."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
 
 
 def embedding_factor(body: Any, embedding: Any) -> float:
-    """What a decoder multiplies the embeddings of ids by before its layers, but not embeddings that it is given.
+    """The factor by which a decoder scales embeddings of ids, but not embeddings passed to it.
 
-    1 where it is the same for both, or can't be told without weights; `LanguageModel.check` compares the whole.
+    1 if it treats both alike, or if the factor can't be determined without weights;
+    `LanguageModel.check` compares the logits of the whole.
     """
-    given = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device="cpu").view(
+    embeds = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device="cpu").view(
         1, PROBED, -1
     )
     ids = torch.arange(PROBED, device="cpu")[None]
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
+        for tensor in (*args, *kwargs.values()):
             if (
-                isinstance(value, torch.Tensor)
-                and value.shape == given.shape
-                and value.is_floating_point()
+                isinstance(tensor, torch.Tensor)
+                and tensor.shape == embeds.shape
+                and tensor.is_floating_point()
             ):
-                raise _Reached(value)
+                raise _Reached(tensor)
 
     def reached(**inputs: torch.Tensor) -> torch.Tensor | None:
         try:
@@ -192,11 +207,11 @@ def embedding_factor(body: Any, embedding: Any) -> float:
 
     layers = [module for module in body.modules() if module is not body and module is not embedding]
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(_computing(embedding, lambda *_, **__: given))
+        stack.enter_context(_computing(embedding, lambda *_, **__: embeds))
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(stop, with_kwargs=True).remove)
         of_ids = reached(input_ids=ids)
-        of_embeds = reached(inputs_embeds=given.clone())
+        of_embeds = reached(inputs_embeds=embeds.clone())
     if (
         of_ids is None
         or of_embeds is None
@@ -208,17 +223,17 @@ def embedding_factor(body: Any, embedding: Any) -> float:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _factor(found: torch.Tensor, given: torch.Tensor) -> float | None:
-    """The number by which all of `found` is `given` multiplied, None if there is none."""
-    if found.shape != given.shape:
+def _factor(scaled: torch.Tensor, original: torch.Tensor) -> float | None:
+    """The number x with scaled = x * original, None if there is none."""
+    if scaled.shape != original.shape:
         return None
-    if torch.equal(found, given.to(found.dtype)):
+    if torch.equal(scaled, original.to(scaled.dtype)):
         return 1.0
-    one = found.double()
-    other = given.double()
-    factor = float((one * other).sum() / (other * other).sum())
-    return factor if torch.allclose(one, factor * other, rtol=1e-5, atol=1e-6) else None
+    left = scaled.double()
+    right = original.double()
+    factor = float((left * right).sum() / (right * right).sum())
+    return factor if torch.allclose(left, factor * right, rtol=1e-5, atol=1e-6) else None

@@ -1,6 +1,7 @@
-"""Cross-entropy of supervised positions, chunk by chunk, with its gradient formed in the forward pass.
+"""Cross-entropy of supervised positions, in chunks; the forward pass also computes the gradient.
 
-The logits of a chunk, the largest tensors of a step by far, are gone before the next chunk's are made.
+The logits of a chunk, the largest tensors of a step by far, are freed before those of the next
+chunk are computed.
 
 Shapes: S supervised positions, E width, V vocabulary.
 """
@@ -14,10 +15,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 CHUNK_BYTES = 1 << 25
-"""How large the fp32 logits of a chunk may be; two tensors of that size live at once."""
+"""The most bytes of a chunk's fp32 logits; two tensors of that size are alive at once."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""fp32 logits [S, V] of hidden states [S, E]."""
+"""A function from hidden states [S, E] to fp32 logits [S, V]."""
 
 
 def token_loss(
@@ -28,10 +29,14 @@ def token_loss(
     *,
     whole: bool = False,
 ) -> torch.Tensor:
-    """The summed cross-entropy (fp32 scalar) of hidden states [S, E] against targets int64[S]; S may be 0.
+    """Summed cross-entropy, an fp32 scalar.
 
-    `head` is the module that `logits` calls, whose trained parameters get their gradient too. With `whole` it is called
-    once, and the backward pass is autograd's.
+    Args:
+        logits: Computes logits [S, V] from hidden states.
+        hidden: Hidden states [S, E]; S may be 0.
+        targets: Token ids int64[S].
+        head: The modules that `logits` calls; their trained parameters get gradients too.
+        whole: Whether to call `logits` once for all positions, with autograd's backward pass.
     """
     if whole:
         return cross_entropy(logits(hidden), targets, reduction="sum")
@@ -40,19 +45,22 @@ def token_loss(
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         losses = [
-            cross_entropy(logits(part), said, reduction="sum")
-            for part, said in _parts(hidden, targets, chunk)
+            cross_entropy(logits(part), labels, reduction="sum")
+            for part, labels in _parts(hidden, targets, chunk)
         ]
         return torch.stack(losses).sum()
     return _TokenLoss.apply(logits, hidden, targets, chunk, *trained)
 
 
 def _parts(hidden: torch.Tensor, targets: torch.Tensor, chunk: int) -> Any:
-    # At least one, though empty: every rank must run the head, or the others would wait for it.
+    # There is always one chunk, though it may be empty: every rank must run the head, or the others
+    # would wait for it.
     return zip(hidden.split(chunk), targets.split(chunk), strict=True)
 
 
 class _TokenLoss(torch.autograd.Function):
+    """The chunked loss; its backward pass scales the gradients that the forward pass computed."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -65,23 +73,24 @@ class _TokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden: list[torch.Tensor] = []
         of_trained: Sequence[torch.Tensor] = [torch.zeros_like(parameter) for parameter in trained]
-        for part, said in _parts(hidden.detach(), targets, chunk):
+        for part, labels in _parts(hidden.detach(), targets, chunk):
             with torch.enable_grad():
                 part.requires_grad_()
                 scores = logits(part)
-            # The gradient, softmax less one at the target, is written over the logarithms that give the loss.
+            # The gradient, softmax minus one at the target, overwrites the log-probabilities that
+            # the loss is read from.
             logs = scores.detach().log_softmax(-1)
-            total -= logs.gather(1, said[:, None]).sum()
+            total -= logs.gather(1, labels[:, None]).sum()
             gradient = logs.exp_().scatter_add_(
-                1, said[:, None], logs.new_full((len(said), 1), -1.0)
+                1, labels[:, None], logs.new_full((len(labels), 1), -1.0)
             )
-            found, *rest = torch.autograd.grad(
+            part_gradient, *rest = torch.autograd.grad(
                 scores, [part, *trained], gradient, materialize_grads=True
             )
             del scores, logs, gradient
-            of_hidden.append(found)
-            for kept, added in zip(of_trained, rest, strict=True):
-                kept += added
+            of_hidden.append(part_gradient)
+            for total_gradient, added in zip(of_trained, rest, strict=True):
+                total_gradient += added
         ctx.save_for_backward(torch.cat(of_hidden), *of_trained)
         return total
 

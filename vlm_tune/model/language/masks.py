@@ -1,6 +1,6 @@
-"""What tokens of joined rows see, in a decoder's layers of every kind and in an encoder-decoder.
+"""Attention masks of joined rows, for every kind of decoder layer and for encoder-decoders.
 
-Shapes: B rows, L tokens, R tokens that look, C tokens that may be seen.
+Shapes: B rows, L tokens, R query tokens, C key tokens.
 """
 
 from __future__ import annotations
@@ -11,29 +11,38 @@ from typing import Any
 import torch
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Kinds of layers that see a part of what stands before, as transformers calls them, and the setting with its size in tokens."""
+"""transformers' kinds of layers that attend to a part of the earlier tokens only.
+
+The values are the settings of the config that hold the part's size in tokens.
+"""
 KINDS = ("full_attention", *WINDOWS)
 
 
 def tree_mask(ends: torch.Tensor) -> torch.Tensor:
-    """bool[B, 1, L, L]: token i sees token j where j <= i < ends[j]; padding, whose end is 0, sees itself alone."""
+    """The mask bool[B, 1, L, L] in which token i sees token j where j <= i < ends[b, j].
+
+    `ends` is int[B, L]. Every token sees itself, so padding, whose end is 0, sees itself alone.
+    """
     place = torch.arange(ends.shape[1], device=ends.device)
-    seen = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :])
-    return (seen | torch.eye(len(place), dtype=torch.bool, device=ends.device))[:, None]
+    visible = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :])
+    return (visible | torch.eye(len(place), dtype=torch.bool, device=ends.device))[:, None]
 
 
 def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """bool[B, 1, R, C]: whether token r of rows [B, R] and token c of columns [B, C] belong to one sample."""
+    """The mask bool[B, 1, R, C] that is True where query and key belong to one sample.
+
+    `rows` [B, R] and `columns` [B, C] are the queries' and keys' numbers of samples (or of chunks).
+    """
     return (rows[:, :, None] == columns[:, None, :])[:, None]
 
 
-def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask to add to attention scores: 0 where seen, the least number elsewhere."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to add to attention scores: 0 where `visible`, else the type's least number."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def layer_kinds(config: Any) -> set[str]:
-    """The kinds of a decoder's layers, by what they see, from its transformers config."""
+    """The attention kinds of a decoder's layers, from its transformers config."""
     kinds = getattr(config, "layer_types", None)
     return (
         set(kinds)
@@ -48,11 +57,17 @@ def layer_kinds(config: Any) -> set[str]:
 
 
 def joining_reason(model: Any, body: Any) -> str | None:
-    """Why rows of a transformers decoder with that body can't be joined, None where they can: a sample must see what it sees alone."""
+    """The reason why samples can't be joined in rows of a transformers decoder, None if they can.
+
+    In a joined row, a sample must see exactly what it sees in a row of its own.
+    """
     config = model.config.get_text_config()
     odd = sorted(layer_kinds(config) - {*KINDS})
     if model._is_stateful or odd:
-        return f"its layers carry a state from token to token, or choose what they see ({', '.join(odd) or 'recurrent'})"
+        return (
+            "its layers carry a state from token to token, or choose what they see "
+            f"({', '.join(odd) or 'recurrent'})"
+        )
     if "local" in getattr(config, "attention_layers", ()):
         return "its local layers count tokens by their place in the row"
     if "position_ids" not in inspect.signature(body.forward).parameters or getattr(
@@ -63,7 +78,10 @@ def joining_reason(model: Any, body: Any) -> str | None:
 
 
 def packing_reason(model: Any) -> str | None:
-    """Why rows of a transformers encoder-decoder can't be packed, None where they can: samples share a row's positions."""
+    """The reason why rows of a transformers encoder-decoder can't be packed, None if they can.
+
+    Samples of a packed row share its positions, so positions must be relative.
+    """
     encoder = model.get_encoder()
     if any("relative_attention_bias" in name for name, _ in encoder.named_parameters()):
         return None
@@ -71,22 +89,37 @@ def packing_reason(model: Any) -> str | None:
 
 
 def layer_masks(
-    config: Any, seen: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
+    config: Any,
+    visible: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The masks [B, 1, R, C] that a decoder's layers add, from what its samples let tokens see, bool[B, 1, R, C].
+    """The additive masks of a decoder's layers.
 
-    `rows` [B, R] and `columns` [B, C] are positions in the samples, by which windows and chunks are counted. One mask
-    where all layers are of a kind, else one for each kind, as transformers' decoders take them.
+    Args:
+        config: The model's transformers config.
+        visible: bool[B, 1, R, C], what tokens see by their samples.
+        rows: Positions [B, R] of queries in their samples, from which windows and chunks are
+            counted.
+        columns: Positions [B, C] of keys.
+        dtype: The type of the masks.
+
+    Returns:
+        One mask [B, 1, R, C] if all layers are of one kind, else one for each kind by name, as
+        transformers decoders take them.
     """
     text = config.get_text_config()
-    found: dict[str, torch.Tensor] = {}
+    masks: dict[str, torch.Tensor] = {}
     for kind in layer_kinds(text):
-        near = seen
+        near = visible
         if kind == "sliding_attention":
-            near = seen & (rows[:, None, :, None] - columns[:, None, None, :] < text.sliding_window)
+            near = visible & (
+                rows[:, None, :, None] - columns[:, None, None, :] < text.sliding_window
+            )
         elif kind == "chunked_attention":
-            near = seen & same_sample(
+            near = visible & same_sample(
                 rows // text.attention_chunk_size, columns // text.attention_chunk_size
             )
-        found[kind] = additive(near, dtype)
-    return found if len(found) > 1 else next(iter(found.values()))
+        masks[kind] = additive(near, dtype)
+    return masks if len(masks) > 1 else next(iter(masks.values()))

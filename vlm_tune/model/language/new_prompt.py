@@ -1,4 +1,4 @@
-"""Virtual tokens at the beginning of training."""
+"""Initial virtual tokens for prompt and prefix tuning."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from vlm_tune.model.language.virtual_tokens import KeyValuePrefix, SoftPrompt, V
 
 
 def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> VirtualTokens:
-    """Virtual tokens that begin as `tokens` tokens drawn from the vocabulary: as their embeddings, or their keys and values.
+    """Virtual tokens, initialized from tokens that are drawn at random from the vocabulary.
 
-    Raises `ModelError` for a prefix of an LLM whose layers don't keep keys and values of one shape.
+    Args:
+        llm: The language model.
+        how: "prompt" takes the drawn tokens' embeddings, "prefix" their keys and values.
+        tokens: The number of virtual tokens n.
+        name: The base model's name or path in PEFT's config.
+
+    Raises:
+        ModelError: For a prefix, the LLM's layers have keys and values of several shapes.
     """
     from peft import PrefixTuningConfig, PromptTuningConfig
 
@@ -44,13 +51,13 @@ def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> V
         or layers[0].keys.shape != layers[0].values.shape
     ):
         raise ModelError(
-            f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; use how: prompt"
+            f"the layers of {type(llm.model).__name__} keep keys and values of several shapes; "
+            "use how: prompt"
         )
     heads = layers[0].keys.shape[1]
     width = layers[0].keys.shape[3]
-    held = torch.stack(
-        [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
-    )  # [layers, 2, H, n, D]
+    # [layers, 2, H, n, D]
+    cache = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
     both = 2 if llm.layout == "seq2seq" else 1
     shape = {
         "num_layers": both * len(layers),
@@ -58,4 +65,4 @@ def new_prompt(llm: LanguageModel, how: str, tokens: int, name: str | None) -> V
         "num_attention_heads": heads,
     }
     config = PrefixTuningConfig(**{**common, **shape}, token_dim=heads * width)
-    return KeyValuePrefix(config, held.permute(3, 0, 1, 2, 4).flatten(1))
+    return KeyValuePrefix(config, cache.permute(3, 0, 1, 2, 4).flatten(1))

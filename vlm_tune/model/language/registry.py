@@ -1,4 +1,4 @@
-"""The language models by their kind in a recipe."""
+"""The classes of language models by their kind in a recipe."""
 
 from __future__ import annotations
 

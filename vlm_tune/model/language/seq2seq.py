@@ -35,7 +35,7 @@ class Seq2SeqLLM(LanguageModel):
     def prompted(
         self, embeds: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A prefix stands before what the decoder writes.
+        # A prefix of keys and values is the decoder's, so the encoder's input has none.
         if isinstance(self.prompt, SoftPrompt):
             return super().prompted(embeds, mask)
         return embeds, mask
@@ -53,11 +53,12 @@ class Seq2SeqLLM(LanguageModel):
         return packing_reason(self.model)
 
     def shifted(self, labels: torch.Tensor) -> torch.Tensor:
-        """What the decoder reads, int64[B, T], to write labels [B, T]: its start token, then the labels but the last."""
+        """The decoder's input ids int64[B, T]: the start token, then labels [B, T] but the last."""
         start = getattr(self.model.config, "decoder_start_token_id", None)
         if start is None:
             raise ModelError(
-                f"{type(self.model).__name__}'s config names no decoder_start_token_id (T5's is its pad_token_id)"
+                f"{type(self.model).__name__}'s config names no decoder_start_token_id "
+                "(T5's is its pad_token_id)"
             )
         if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
             return self.model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -65,7 +66,7 @@ class Seq2SeqLLM(LanguageModel):
         return inputs.masked_fill(inputs == IGNORE_INDEX, self.model.config.pad_token_id)
 
     def _prefix(self, rows: int, dtype: torch.dtype) -> Any:
-        """transformers' cache of a decoder that begins with the prefix; None where there is none."""
+        """The decoder's transformers cache that holds the prefix, None if there is no prefix."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache = None if self.prompt is None else self.prompt.cache(rows, dtype)
@@ -75,32 +76,40 @@ class Seq2SeqLLM(LanguageModel):
         inputs = self.shifted(batch.labels)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         self.check_length(mask.shape[1])
-        mask, seen, order = mask.long(), mask.long(), None
+        mask, cross_mask, causal_mask = mask.long(), mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
             self.check_joined()
             if self.virtual:
                 raise ModelError(
-                    "virtual tokens stand before one sample of an encoder-decoder: it takes no packed rows (data.packing)"
+                    "virtual tokens stand before one sample of an encoder-decoder: it takes no "
+                    "packed rows (data.packing)"
                 )
-            own = batch.samples
-            said = batch.label_samples
-            # Every sample's decoder begins with the start token. Relative positions are differences, so those inside
-            # a sample are what they would be without its neighbours.
-            inputs[:, 1:][said[:, 1:] != said[:, :-1]] = self.model.config.decoder_start_token_id
+            samples = batch.samples
+            label_samples = batch.label_samples
+            # In the decoder every sample begins with the start token. Relative positions are
+            # differences, so inside a sample they are what they would be without its neighbours.
+            inputs[:, 1:][label_samples[:, 1:] != label_samples[:, :-1]] = (
+                self.model.config.decoder_start_token_id
+            )
             earlier = torch.ones(
-                said.shape[1], said.shape[1], dtype=torch.bool, device=said.device
+                label_samples.shape[1],
+                label_samples.shape[1],
+                dtype=torch.bool,
+                device=label_samples.device,
             ).tril()
-            mask = additive(same_sample(own, own), embeds.dtype)
-            seen = additive(same_sample(said, own), embeds.dtype)
-            order = additive(same_sample(said, said) & earlier, embeds.dtype)
+            mask = additive(same_sample(samples, samples), embeds.dtype)
+            cross_mask = additive(same_sample(label_samples, samples), embeds.dtype)
+            causal_mask = additive(
+                same_sample(label_samples, label_samples) & earlier, embeds.dtype
+            )
         encoded = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask
         ).last_hidden_state
         hidden = self.model.get_decoder()(
             input_ids=inputs,
-            attention_mask=order,
+            attention_mask=causal_mask,
             encoder_hidden_states=encoded,
-            encoder_attention_mask=seen,
+            encoder_attention_mask=cross_mask,
             use_cache=False,
             **{cache_name(): self._prefix(len(embeds), embeds.dtype)},
         ).last_hidden_state
@@ -121,7 +130,8 @@ class Seq2SeqLLM(LanguageModel):
         options = self._options(decoding, pad_id, stop_ids)
         first = 1
         if isinstance(self.prompt, KeyValuePrefix):
-            # transformers wants the whole output so far beside a cache, and drops what the cache stands for.
+            # transformers takes the whole output so far beside a cache, and drops the part that is
+            # cached.
             first += self.virtual
             options[cache_name()] = self._prefix(len(embeds) * decoding.num_beams, embeds.dtype)
             options["decoder_input_ids"] = mask.new_full(

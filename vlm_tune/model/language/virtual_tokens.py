@@ -1,4 +1,6 @@
-"""Virtual tokens before an LLM's input: soft prompts (arXiv:2104.08691) and prefixes of keys and values (arXiv:2101.00190).
+"""Virtual tokens before an LLM's input: soft prompts and prefixes of keys and values.
+
+Soft prompts are arXiv:2104.08691, prefixes arXiv:2101.00190.
 
 Shapes: B rows, L tokens, n virtual tokens, E LLM width, H heads of keys and values, D their width.
 """
@@ -17,11 +19,11 @@ from vlm_tune.model.weights import read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of
 
 KEY = "prompt_embeddings"
-"""The name PEFT gives the values on disk."""
+"""The name of the values in PEFT's files."""
 
 
 class VirtualTokens(nn.Module):
-    """What every row begins with, `values` fp32[n, ...]; `config` is PEFT's."""
+    """Trained `values` fp32[n, ...] that every row begins with; `config` is PEFT's."""
 
     values: nn.Parameter
 
@@ -32,15 +34,15 @@ class VirtualTokens(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """n, how many virtual tokens there are."""
+        """n, the number of virtual tokens."""
         return len(self.values)
 
     def before(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The input [B, L, E] with what stands for the virtual tokens before it, where that is part of the input."""
+        """Puts the virtual tokens' embeddings, if they have any, before the input [B, L, E]."""
         raise NotImplementedError
 
     def cache(self, rows: int, dtype: torch.dtype) -> Any:
-        """transformers' cache with the virtual tokens in it, where they are kept there."""
+        """A transformers cache that holds the virtual tokens' keys and values; None for others."""
         raise NotImplementedError
 
 
@@ -55,10 +57,11 @@ class SoftPrompt(VirtualTokens):
 
 
 class KeyValuePrefix(VirtualTokens):
-    """Trained keys and values of every layer's self-attention, [n, layers * 2 * H * D], which all tokens of a decoder attend to.
+    """Trained keys and values of every layer's self-attention, [n, layers * 2 * H * D].
 
-    An encoder-decoder has them in its decoder, as PEFT does; what is read stays as it is. PEFT's config then counts two
-    layers for each of the decoder's (`_laid_out`).
+    All tokens of a decoder attend to them. An encoder-decoder has them in its decoder, as in PEFT;
+    its encoder has none. PEFT's config then counts two layers for each one of the decoder
+    (`_laid_out`).
     """
 
     def before(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -71,35 +74,40 @@ class KeyValuePrefix(VirtualTokens):
         values = self.values.to(dtype).view(
             self.tokens, -1, 2, heads, self.config.token_dim // heads
         )
-        found = DynamicCache()
-        for number, (keys, held) in enumerate(
-            values.permute(1, 2, 3, 0, 4)
-        ):  # [layers, 2, H, n, D]
-            found.update(keys.expand(rows, -1, -1, -1), held.expand(rows, -1, -1, -1), number)
-        return found
+        cache = DynamicCache()
+        # [layers, 2, H, n, D]
+        for number, (layer_keys, layer_values) in enumerate(values.permute(1, 2, 3, 0, 4)):
+            cache.update(
+                layer_keys.expand(rows, -1, -1, -1), layer_values.expand(rows, -1, -1, -1), number
+            )
+        return cache
 
 
 KINDS: dict[str, type[VirtualTokens]] = {"prompt": SoftPrompt, "prefix": KeyValuePrefix}
-"""By the rule's `how`."""
+"""The classes by the tuning rule's `how`."""
 
 
 def _laid_out(config: Any, values: torch.Tensor) -> torch.Tensor:
-    """Values as PEFT reads them: of an encoder-decoder's prefix with room for cross-attention's, which it drops, after each layer's."""
+    """The values in PEFT's layout.
+
+    In an encoder-decoder's prefix, each layer's values are followed by zeros for cross-attention,
+    which PEFT drops.
+    """
     if config.peft_type != "PREFIX_TUNING" or config.num_transformer_submodules == 1:
         return values
-    own = values.view(len(values), -1, 2 * config.token_dim)
-    return torch.stack([own, torch.zeros_like(own)], dim=2).flatten(1)
+    layers = values.view(len(values), -1, 2 * config.token_dim)
+    return torch.stack([layers, torch.zeros_like(layers)], dim=2).flatten(1)
 
 
 def _taken_in(config: Any, laid_out: torch.Tensor) -> torch.Tensor:
-    """What `_laid_out` was given."""
+    """The inverse of `_laid_out`: values from PEFT's layout."""
     if config.peft_type != "PREFIX_TUNING" or config.num_transformer_submodules == 1:
         return laid_out
     return laid_out.view(len(laid_out), -1, 2, 2 * config.token_dim)[:, :, 0].flatten(1)
 
 
 def write_prompt(config: Any, values: torch.Tensor, folder: Path) -> None:
-    """A standard PEFT folder of prompt or prefix tuning."""
+    """Writes a standard PEFT folder of prompt or prefix tuning."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = deepcopy(config)
     plain.inference_mode = True
@@ -108,7 +116,11 @@ def write_prompt(config: Any, values: torch.Tensor, folder: Path) -> None:
 
 
 def read_prompt(folder: Path) -> VirtualTokens:
-    """The virtual tokens of a PEFT folder. Raises `ModelError` if it holds something else."""
+    """Reads the virtual tokens of a PEFT folder.
+
+    Raises:
+        ModelError: The folder is unreadable, or holds something else.
+    """
     from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
 
     try:
@@ -121,9 +133,9 @@ def read_prompt(folder: Path) -> VirtualTokens:
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     width = config.token_dim * (1 if kind is SoftPrompt else 2 * (config.num_layers or 0))
     expected = {KEY: [config.num_virtual_tokens, width]}
-    found = {name: list(value.shape) for name, value in tensors.items()}
-    if found != expected:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
         raise ModelError(
-            f"{folder}: the prompt does not fit its config: {found}, expected {expected}"
+            f"{folder}: the prompt does not fit its config: {shapes}, expected {expected}"
         )
     return kind(config, _taken_in(config, tensors[KEY]))
