@@ -23,11 +23,10 @@ from vlm_tune.quoting import quoted
 
 
 class VisionLanguageModel(VisionLanguageNetwork):
-    """The model that users hold: it answers prompts with images, and is loaded from and saved to a folder.
+    """The model that users hold: it answers prompts with images, loads and saves itself.
 
     It adds `chat`, `chat_batch`, `from_pretrained` and `save_pretrained` to its base class
-    `VisionLanguageNetwork`, which is only the forward pass (tower, connector, splice, LLM) that
-    training runs.
+    `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice, LLM.
     """
 
     def chat(
@@ -53,7 +52,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
 
         Raises:
             DataError: turns or images are invalid, or places and images differ in number.
-            ArgumentError: `max_new_tokens` or `num_beams` is not a positive integer.
+            ArgumentError: `max_new_tokens` or `num_beams` is not an integer, or out of range.
         """
         return self.chat_batch(
             [{"prompt": prompt, "images": images}],
@@ -144,6 +143,6 @@ class VisionLanguageModel(VisionLanguageNetwork):
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` loads: all weights except unchanged base weights."""
+        """Writes a folder for `from_pretrained`, with all weights except unchanged base weights."""
         check_path("path", path)
         save_model(self, Path(path))

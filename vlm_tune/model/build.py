@@ -273,7 +273,10 @@ def assemble(
 def _connect_words(
     config: VisionLanguageConfig, connector: Connector, tokenizer: Any, words: Any
 ) -> None:
-    """Gives a connector the reader of instructions that uses its own tokenizer, `words`."""
+    """Gives a connector a reader of instructions with its own tokenizer, `words`.
+
+    Raises `ModelError` if the tokenizer has more tokens than the connector's embedding.
+    """
     section = config.model.connector
     assert isinstance(section, QFormerConnector)
     if len(words) > (section.vocab_size or 0):
