@@ -1,4 +1,4 @@
-"""The model that users hold: it answers questions about images, loads and saves itself."""
+"""The model that users hold: chat about images, loading and saving."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from vlm_tune.quoting import quoted
 
 
 class VisionLanguageModel(VisionLanguageNetwork):
-    """A network of tower, connector and LLM that is asked in words, loaded and saved as a folder."""
+    """The model that users hold: it answers prompts with images, loads and saves itself.
+
+    It adds `chat`, `chat_batch`, `from_pretrained` and `save_pretrained` to its base class
+    `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice, LLM.
+    """
 
     def chat(
         self,
@@ -33,18 +37,22 @@ class VisionLanguageModel(VisionLanguageNetwork):
         max_new_tokens: int = 128,
         num_beams: int = 1,
     ) -> str:
-        r"""The greedy answer to one question, or with `num_beams` the likeliest of beams.
+        r"""Answers one question, by greedy search or with `num_beams` by beam search.
 
         Args:
-            prompt: a text, or turns `{"role", "content"}` whose contents are texts or lists of parts, `{"type": "text", "text": ...}`
-                and `{"type": "image"}`, which may hold its own `image`. `<image>` in a text is a place of an image,
-                `\<image>` the text itself.
-            images: one image or a list, taken by the places in order; without a place they go before the first question. An
-                image is a path, a data URL, bytes, a file object, a PIL image or a uint8 array [H, W, 3].
+            prompt: a text, or a list of turns `{"role": ..., "content": ...}`. A content is a text
+                or a list of parts, `{"type": "text", "text": ...}` or `{"type": "image"}`, which
+                may hold its image under the key `image`. `<image>` in a text marks the place of an
+                image, `\<image>` is the literal text.
+            images: one image or a list, assigned to the places in order; without places they go
+                before the first question. An image is a path, a data URL, bytes, a file object, a
+                PIL image or a uint8 array [H, W, 3].
+            max_new_tokens: the most tokens of the answer.
+            num_beams: the number of beams; 1 is greedy search.
 
         Raises:
-            DataError: for turns or images that can't be used, and places and images that differ in number.
-            ArgumentError: for numbers of tokens or beams that are none.
+            DataError: turns or images are invalid, or places and images differ in number.
+            ArgumentError: `max_new_tokens` or `num_beams` is not an integer, or out of range.
         """
         return self.chat_batch(
             [{"prompt": prompt, "images": images}],
@@ -60,9 +68,18 @@ class VisionLanguageModel(VisionLanguageNetwork):
         num_beams: int = 1,
         batch_size: int = 32,
     ) -> list[str]:
-        """The answers to many questions, in their order: texts, or `{"prompt": ..., "image" or "images": ...}` as in `chat`.
+        """Answers many questions, in their order.
 
-        Raises as `chat`; a `DataError` names the request, from 1.
+        Args:
+            requests: texts, or mappings `{"prompt": ..., "images": ...}` (or `"image"`) with values
+                as in `chat`.
+            max_new_tokens: the most tokens of an answer.
+            num_beams: the number of beams; 1 is greedy search.
+            batch_size: the approximate number of requests in a batch.
+
+        Raises:
+            DataError: as `chat`; the message has the request's number, from 1.
+            ArgumentError: as `chat`, also for `batch_size`, and if `requests` is not a list.
         """
         if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
             raise ArgumentError(f"chat_batch takes a list of requests, got {quoted(requests)}")
@@ -71,13 +88,13 @@ class VisionLanguageModel(VisionLanguageNetwork):
         prompts = self.processor.prompts(
             [request_conversation(number, request) for number, request in enumerate(requests, 1)]
         )
-        was = self.training
+        was_training = self.training
         self.eval()
         try:
             images = PixelCache(self.processor.images)
             return answer_prompts(self, prompts, decoding, fetch=images, batch_size=batch_size)
         finally:
-            self.train(was)
+            self.train(was_training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
         copied = type(self).__new__(type(self))
@@ -89,7 +106,8 @@ class VisionLanguageModel(VisionLanguageNetwork):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModelError(
-            "a model can't be pickled: write a folder by save_pretrained and read it by from_pretrained"
+            "a model can't be pickled: "
+            "write a folder by save_pretrained and read it by from_pretrained"
         )
 
     @classmethod
@@ -101,17 +119,20 @@ class VisionLanguageModel(VisionLanguageNetwork):
         base: BaseArgument = None,
         accept_other_base: bool = False,
     ) -> VisionLanguageModel:
-        """The model of a run, a checkpoint or a merged folder, in eval mode.
+        """Loads the model of a run, a checkpoint or a merged folder, in eval mode.
 
         Args:
             path: the folder.
-            dtype: of the weights, torch.bfloat16, "bfloat16" or "bf16"; the folder's own where not given.
-            base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; where it was where not given.
-            accept_other_base: whether to load over weights other than those it was trained over.
+            dtype: of the weights, such as torch.bfloat16, "bfloat16" or "bf16"; by default the
+                precision in the folder's config.
+            base: the LLM's new location, or `{"llm": ..., "tower": ...}`; by default the recorded
+                locations of the base weights.
+            accept_other_base: whether base weights other than those that it was trained over are
+                accepted.
 
         Raises:
             ModelError: as `load_model`.
-            RecipeError: what is given as a path is none.
+            RecipeError: an argument is not a path.
         """
         check_path("path", path)
         return load_model(
@@ -122,6 +143,6 @@ class VisionLanguageModel(VisionLanguageNetwork):
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` reads: all that was trained, and what its bases don't hold."""
+        """Writes a folder for `from_pretrained`, with all weights except unchanged base weights."""
         check_path("path", path)
         save_model(self, Path(path))

@@ -1,4 +1,8 @@
-"""The places of the weights that a saved model relies on and does not hold: noted, and found again when they moved."""
+"""The locations of a saved model's base weights, those that its own folder does not hold.
+
+They are written with the model. When the model or its base weights have been moved, they are
+searched for again.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,17 @@ NOTES = "bases.json"
 
 
 class Place(Config):
-    """Where a path in a recipe led when the model was saved; `relative` starts at the model folder."""
+    """The location of a recipe's path when the model was saved.
+
+    `relative` is relative to the model folder.
+    """
 
     absolute: str
     relative: str
 
 
 class Base(Config):
-    """One part's weights: a digest of each tensor by name, and what its config.json says."""
+    """The fingerprint of a part's weights: a digest of each tensor by name, and its config.json."""
 
     name: str
     revision: str | None = None
@@ -37,7 +44,10 @@ class Base(Config):
 
 
 class BaseNotes(Config):
-    """What `bases.json` holds: by part (llm, tower) its weights, and by the recipe's path where it led."""
+    """The content of `bases.json`.
+
+    `parts` has the base weights by part (llm, tower), `places` the locations by the recipe's path.
+    """
 
     parts: dict[str, Base] = Field(default={})
     places: dict[str, Place] = Field(default={})
@@ -45,10 +55,11 @@ class BaseNotes(Config):
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which weights a saved model is loaded over.
+    """The base weights that a saved model is loaded over.
 
-    `places` are new places by part (llm, tower, tower.0, tower.1); with `accept_other` weights that differ are taken.
-    `resumed` says that a run goes on, whose recipe names the places.
+    `places` are new locations by part (llm, tower, tower.0, tower.1). With `accept_other`, weights
+    that differ from the recorded ones are accepted. `resumed` is true for a resumed run, whose
+    recipe names the locations.
     """
 
     places: Mapping[str, str]
@@ -56,7 +67,7 @@ class BaseChoice:
     resumed: bool = False
 
     def remedy(self, part: str) -> str:
-        """How a user names another place of a part's weights."""
+        """The option that names another location of a part's weights, for messages."""
         if self.resumed:
             key = "model.llm.name" if part == "llm" else "model.tower"
             return f"with --resume --accept-changes and --set {key}=..."
@@ -68,22 +79,34 @@ BaseArgument = str | Path | Mapping[str, str | Path] | None
 
 
 def base_choice(base: BaseArgument, accept_other: bool = False) -> BaseChoice:
-    """A choice from what a user gives: the LLM's new place, or new places by part. Raises `ModelError` for unknown parts."""
-    given = {} if base is None else dict(base) if isinstance(base, Mapping) else {"llm": base}
-    unknown = [part for part in given if part not in ("llm", "tower", "tower.0", "tower.1")]
+    """The choice of base weights that a user's argument describes.
+
+    Args:
+        base: the LLM's new location, or new locations by part.
+        accept_other: whether weights that differ from the recorded ones are accepted.
+
+    Raises:
+        ModelError: a part is unknown, or a location does not exist.
+    """
+    new_places = {} if base is None else dict(base) if isinstance(base, Mapping) else {"llm": base}
+    unknown = [part for part in new_places if part not in ("llm", "tower", "tower.0", "tower.1")]
     if unknown:
         raise ModelError(
-            f"base: no part {quoted(unknown[0])} has weights of its own; there are llm, tower, and of a pair tower.0, tower.1"
+            f"base: no part {quoted(unknown[0])} has weights of its own; "
+            "there are llm, tower, and of a pair tower.0, tower.1"
         )
-    for part, place in given.items():
+    for part, place in new_places.items():
         check_path("base" if part == "llm" else f"base {part}", place)
         if is_path(str(place)) and not exists(place):
             raise ModelError(f"base: no such file or folder: {shown_path(place)} (for the {part})")
-    return BaseChoice({part: str(place) for part, place in given.items()}, accept_other)
+    return BaseChoice({part: str(place) for part, place in new_places.items()}, accept_other)
 
 
 def _tower_fields(tower: AnyTower) -> Iterator[tuple[str, str]]:
-    """The keys of a tower that may name a place on disk, the one its weights come from last, and their values."""
+    """Yields the keys of a tower that may name a location on disk, with their values.
+
+    The last one is the one that its weights come from.
+    """
     for key in ("name", "pretrained", "weights"):
         value = getattr(tower, key, None)
         if isinstance(value, str):
@@ -91,17 +114,26 @@ def _tower_fields(tower: AnyTower) -> Iterator[tuple[str, str]]:
 
 
 def tower_paths(tower: AnyTower) -> list[str]:
+    """The names and paths in a tower's section, both towers' for a pair."""
     parts = tower.towers if isinstance(tower, PairTower) else [tower]
     return [value for part in parts for _, value in _tower_fields(part)]
 
 
 def _on_disk(name: str) -> str:
-    """The path in a name; open_clip's local-dir: stands before one."""
+    """The path in a name, without open_clip's prefix `local-dir:`."""
     return name.removeprefix("local-dir:")
 
 
 def places_of(section: ModelSection, parts: Mapping[str, Base], folder: Path) -> dict[str, Place]:
-    """Where the paths of a section lead, of those parts that are not in the model folder themselves."""
+    """The locations of a section's paths, for parts whose weights are not in the model folder.
+
+    Paths that do not exist are left out.
+
+    Args:
+        section: the recipe's section `model`.
+        parts: the parts (llm, tower) whose weights are not in the model folder.
+        folder: the model folder.
+    """
     names = ([str(section.llm.name)] if "llm" in parts else []) + (
         tower_paths(section.tower) if "tower" in parts else []
     )
@@ -116,7 +148,10 @@ def places_of(section: ModelSection, parts: Mapping[str, Base], folder: Path) ->
 
 
 def read_notes(folder: Path) -> BaseNotes:
-    """What a model folder notes of its bases. Raises `ModelError` for a file that was changed."""
+    """The record of base weights in a model folder, empty if it has none.
+
+    Raises `ModelError` for a file that was changed.
+    """
     if not (folder / NOTES).is_file():
         return BaseNotes()
     try:
@@ -126,12 +161,13 @@ def read_notes(folder: Path) -> BaseNotes:
 
 
 def moved(folder: Path, section: ModelSection, choice: BaseChoice) -> ModelSection:
-    """A saved model's section with the places where its bases are now.
+    """A saved model's section with the current locations of its base weights.
 
-    A path is looked for where it was, then as far from the model folder as it was, then from the working folder.
+    A path is tried at its old absolute location, then relative to the model folder as before, then
+    relative to the working directory.
 
     Raises:
-        ModelError: it is in none of them, with the old place and what to do.
+        ModelError: it exists at none of them; the message has the old location and what to do.
     """
     replaced = {}
     for path, place in read_notes(folder).places.items():
@@ -145,8 +181,12 @@ def moved(folder: Path, section: ModelSection, choice: BaseChoice) -> ModelSecti
             raise ModelError("base: the tower is a pair; name tower.0=PATH or tower.1=PATH")
         tower = _with_weights(tower, choice.places["tower"])
     if isinstance(tower, PairTower):
-        towers = [_with_weights(part, choice.places[key]) if (key := f"tower.{number}") in choice.places else part
-                  for number, part in enumerate(tower.towers)]  # fmt: skip
+        towers = [
+            _with_weights(part, choice.places[key])
+            if (key := f"tower.{number}") in choice.places
+            else part
+            for number, part in enumerate(tower.towers)
+        ]
         tower = tower.model_copy(update={"towers": [_replaced(part, replaced) for part in towers]})
     else:
         tower = _replaced(tower, replaced)
@@ -154,7 +194,7 @@ def moved(folder: Path, section: ModelSection, choice: BaseChoice) -> ModelSecti
 
 
 def _with_weights(tower: Any, place: str) -> Any:
-    """A tower whose weights come from another place."""
+    """The tower's section with another location of its weights."""
     fields = dict(_tower_fields(tower))
     if not fields:
         raise ModelError("base: the tower has no name, its weights are in the model's folder")
@@ -165,6 +205,7 @@ def _with_weights(tower: Any, place: str) -> Any:
 
 
 def _replaced(part: Any, places: Mapping[str, str]) -> Any:
+    """The section of a part with its paths replaced by the new ones in `places`."""
     changes = {}
     for key in ("name", "pretrained", "weights"):
         value = getattr(part, key, None)
@@ -174,17 +215,20 @@ def _replaced(part: Any, places: Mapping[str, str]) -> Any:
 
 
 def _found(folder: Path, section: ModelSection, path: str, place: Place, choice: BaseChoice) -> str:
-    """Where a noted path leads now."""
+    """The current path for a recorded one; raises `ModelError` if it exists nowhere."""
     is_llm = path == section.llm.name
-    given = choice.places.keys() & ({"llm"} if is_llm else {"tower", "tower.0", "tower.1"})
-    if given:
-        return path  # what was given is put in its place by the caller
+    replaced_by_user = choice.places.keys() & (
+        {"llm"} if is_llm else {"tower", "tower.0", "tower.1"}
+    )
+    if replaced_by_user:
+        return path  # the caller puts the user's location in its place
     candidates = [Path(place.absolute), folder / place.relative, Path(path)]
     existing = next((candidate for candidate in candidates if candidate.exists()), None)
     if existing is None:
         raise ModelError(
-            f"{folder}: it needs the weights of {quoted(path)}, and they are gone from {place.absolute}. Put them back, or name their new "
-            f"place {choice.remedy('llm' if is_llm else 'tower')}"
+            f"{folder}: it needs the weights of {quoted(path)}, and they are gone from "
+            f"{place.absolute}. Put them back, or name their new place "
+            f"{choice.remedy('llm' if is_llm else 'tower')}"
         )
     if Path(path).exists() and existing.samefile(path):
         return path

@@ -1,7 +1,8 @@
-"""The weights that a saved model relies on and does not hold: noted with a fingerprint, found again, and compared.
+"""Fingerprints of a saved model's base weights, those that its own folder does not hold.
 
-A model folder whose LLM or tower is that of a name keeps `bases.json`: where each was, and a digest of every tensor.
-Another checkpoint of the same shape in its place is then refused with the tensors that differ.
+A model folder whose LLM or tower still has the weights of its name in the recipe has a
+`bases.json`: the location of each, and a digest of every tensor. Another checkpoint of the same
+shape in its place is then rejected, with the tensors that differ.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vlm_tune.quoting import quoted
 from vlm_tune.resources import cache_folder
 
 DIGEST = 32
-"""Hexadecimal digits of a tensor's sha256 that are kept."""
+"""Hexadecimal digits to which a tensor's sha256 is truncated."""
 UNSHAPED = {
     "_name_or_path",
     "architectures",
@@ -41,16 +42,17 @@ UNSHAPED = {
 }
 """Keys of a config.json that the weights' meaning does not depend on."""
 SHOWN = 4
+"""Most names that a message lists."""
 
 
 def recipe_choice(recipe: Recipe) -> BaseChoice:
-    """What a resumed run is loaded over: the LLM where its recipe says that it is, which may be a new place."""
+    """The base weights of a resumed run: the LLM at its recipe's path, which may have changed."""
     llm = model_section(recipe).llm
     return BaseChoice({} if llm.name is None else {"llm": llm.name}, resumed=True)
 
 
 def _file_digests(path: Path) -> dict[str, str]:
-    """A digest of each tensor of a safetensors file; remembered in the cache until the file changes."""
+    """A safetensors file's digests by tensor name, cached on disk until the file changes."""
     real = path.resolve()
     state = real.stat()
     key = hashlib.sha256(
@@ -73,7 +75,7 @@ def _file_digests(path: Path) -> dict[str, str]:
                 content.update(part)
             return content.hexdigest()[:DIGEST]
 
-        with ThreadPoolExecutor() as pool:  # Python lets go of its lock while it hashes
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             names = [name for name in header if name != "__metadata__"]
             digests = dict(
                 zip(names, pool.map(digest, [header[name] for name in names]), strict=True)
@@ -93,17 +95,17 @@ def _whole_file_digest(path: Path) -> str:
 
 
 def _snapshot(name: str) -> Path | None:
-    """The folder that holds a hub model's files on this machine."""
+    """The local cache folder with a hub model's files; None if the model is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    config_path = try_to_load_from_cache(name, "config.json")
+    return Path(config_path).parent if isinstance(config_path, str) else None
 
 
 def llm_base(llm: Llm) -> Base:
-    """The fingerprint of the language model that a section names, whose files must be here.
+    """The fingerprint of a section's language model, whose files must be on this machine.
 
-    Raises `ModelError` for files that are missing or cut.
+    Raises `ModelError` for missing or truncated files.
     """
     name = str(llm.name)
     folder = Path(name) if is_folder(name) else _snapshot(name)
@@ -132,7 +134,7 @@ def llm_base(llm: Llm) -> Base:
 
 
 def tower_base(section: AnyTower, tower: nn.Module) -> Base:
-    """The fingerprint of a tower as it was loaded, before anything is trained."""
+    """The fingerprint of a tower as it was loaded, before training."""
 
     def digest(value: torch.Tensor) -> str:
         content = hashlib.sha256(str(list(value.shape)).encode())
@@ -148,7 +150,7 @@ def tower_base(section: AnyTower, tower: nn.Module) -> Base:
 
 
 def differences(before: Base, now: Base) -> list[str]:
-    """What of the weights and their config differs, in words; empty where all is the same."""
+    """The differences between two fingerprints, in words; empty if they are equal."""
     lines: list[str] = []
     common = before.tensors.keys() & now.tensors.keys()
     for word, names in (
@@ -171,11 +173,20 @@ def differences(before: Base, now: Base) -> list[str]:
 
 
 def check_same(folder: Path, part: str, before: Base, now: Base, choice: BaseChoice) -> None:
-    """Raises `ModelError` with what differs if weights are not those that a folder's model was trained over."""
+    """Raises `ModelError` with the differences if the weights are not those of the saved model.
+
+    Args:
+        folder: the model folder, for the message.
+        part: llm or tower.
+        before: the fingerprint of the weights that the model was trained over.
+        now: the fingerprint of the weights that it would be loaded over.
+        choice: the user's choice; with `accept_other` nothing is compared.
+    """
     changed = [] if choice.accept_other else differences(before, now)
     if changed:
         other = "" if choice.resumed else ", or take these as they are with --accept-other-base"
         raise ModelError(
-            f"{folder}: its {part} was {quoted(before.name)}, and other weights are in {quoted(now.name)}: {'; '.join(changed)}. "
+            f"{folder}: its {part} was {quoted(before.name)}, and other weights are in "
+            f"{quoted(now.name)}: {'; '.join(changed)}. "
             f"Name the right ones {choice.remedy(part)}{other}"
         )

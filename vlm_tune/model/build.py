@@ -1,4 +1,4 @@
-"""From a recipe to a model: the tower, the language model and its tokenizer, quantised where asked."""
+"""Builds a model from a recipe: the tower, the connector, the language model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from vlm_tune.quoting import quoted
 CONNECTOR = "connector.safetensors"
 TOWER = "tower.safetensors"
 WORDS = "connector_tokenizer"
-"""What a model folder calls the connector's weights, the tower's where it holds them, and the connector's own tokenizer."""
+"""Names in a model folder: the connector's weights, the tower's, the connector's own tokenizer."""
 
 
 def build(
@@ -65,17 +65,23 @@ def build(
     bare: bool = False,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
-    """The recipe's model before training, an instance of `model_class`.
+    """Builds the recipe's model before training.
 
-    `conversations` are what a scratch tokenizer is trained on. A `bare` one has its language model on the meta device, for a process that is given its share of the weights by another.
+    Args:
+        recipe: its section `model` names the parts, or a model to start from.
+        conversations: the text that the tokenizer of a language model from scratch is trained on.
+        bare: leaves the language model on the meta device, for a process that receives its shards
+            of the weights from another one.
+        model_class: the class of the model that is returned.
 
-    Raises `ModelError` for weights that can't be loaded whole and names that don't exist.
+    Raises:
+        ModelError: weights can't be loaded completely, or a name does not exist.
     """
     torch.manual_seed(recipe.seed)
     section = model_section(recipe)
     template = load_template(recipe.data.template)
-    own = own_folder(recipe)
-    own_tower = own / TOWER if own and (own / TOWER).is_file() else None
+    start_folder = own_folder(recipe)
+    own_tower = start_folder / TOWER if start_folder and (start_folder / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
         tokenizer = add_words(
@@ -91,13 +97,15 @@ def build(
             else load_llm(section.llm, dtype=load_dtype(recipe))
         )
     changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
-    words = load_words(section.connector, own / WORDS if own else None)
+    words = load_words(section.connector, start_folder / WORDS if start_folder else None)
     config = _config(recipe, section, tower)
     model = assemble(
         config, tower, tokenizer, language, words, changed=changed, model_class=model_class
     )
-    if own:
-        load_into(model.connector, read_safetensors(own / CONNECTOR), own / CONNECTOR)
+    if start_folder:
+        load_into(
+            model.connector, read_safetensors(start_folder / CONNECTOR), start_folder / CONNECTOR
+        )
     else:
         start_connector(model.connector, section.connector)
     model.bases = bases_of(model, bare=bare)
@@ -105,13 +113,16 @@ def build(
 
 
 def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, Base]:
-    """The fingerprints of the parts whose weights are still those of their name; a `bare` model's LLM has none."""
-    found = {}
+    """The fingerprints of the parts whose weights are still those of their name in the recipe.
+
+    A `bare` model's LLM has none.
+    """
+    bases = {}
     if "llm" not in model.changed and not bare:
-        found["llm"] = llm_base(model.config.llm)
+        bases["llm"] = llm_base(model.config.llm)
     if "tower" not in model.changed:
-        found["tower"] = tower_base(model.config.model.tower, model.tower)
-    return found
+        bases["tower"] = tower_base(model.config.model.tower, model.tower)
+    return bases
 
 
 def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> VisionLanguageConfig:
@@ -126,21 +137,22 @@ def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> Vision
 
 
 def _from_scratch(tower: AnyTower) -> bool:
-    """Whether a tower's weights, or some of them, are random: then no name gives them again."""
+    """Whether some of a tower's weights are random, so that they can't be reloaded by its name."""
     if isinstance(tower, PairTower):
         return any(_from_scratch(part) for part in tower.towers)
     if isinstance(tower, OpenClipTower):
-        kept = str(tower.name).startswith(("hf-hub:", "local-dir:"))
-        return tower.config is not None or (tower.pretrained is None and not kept)
+        has_weights = str(tower.name).startswith(("hf-hub:", "local-dir:"))
+        return tower.config is not None or (tower.pretrained is None and not has_weights)
     return isinstance(tower, TimmTower) and tower.pretrained is False
 
 
 def build_processor(
     recipe: Recipe, conversations: Iterable[Conversation], *, saved: Path | None = None
 ) -> Processor:
-    """The recipe's processor alone: tokenizer, template and the image's token count, no weights loaded.
+    """Builds the recipe's processor alone: tokenizer, template and tokens per image, no weights.
 
-    The tokenizer is that of the model folder `saved` where one is given, else the LLM's, or one trained on `conversations`.
+    The tokenizer is loaded from the model folder `saved` if there is one. Otherwise it is the
+    LLM's, or for an LLM from scratch one trained on `conversations`.
     """
     section = model_section(recipe)
     template = load_template(recipe.data.template)
@@ -153,7 +165,8 @@ def build_processor(
     with torch.device("meta"):
         tower = bare_tower(section.tower, own_rebuild(recipe))
         tokens, width = tower.measure()
-        # An image's slots don't depend on the LLM's width: any will do that the connector's heads divide.
+        # The number of slots of an image does not depend on the LLM's width: any multiple of the
+        # connector's heads will do.
         connector = build_connector(
             section.connector, width, 8 * getattr(section.connector, "heads", 1)
         )
@@ -169,9 +182,9 @@ def build_processor(
 
 
 def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
-    """The recipe's tower with random weights in place of pretrained ones; of those only configs are read.
+    """The recipe's tower with random weights instead of pretrained ones; only configs are read.
 
-    `rebuild` is the architecture where it is known.
+    `rebuild` is its architecture, if already known.
     """
     return build_tower(section, rebuild or architecture(section))
 
@@ -213,10 +226,20 @@ def assemble(
     changed: set[str],
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
-    """A model from its parts, with a connector of random weights; `words` is the connector's own tokenizer, where it has one.
+    """Assembles a model from its parts, with a connector of random weights.
 
-    Raises `ModelError` for a tokenizer with more tokens than the embedding that it is for, and for a language model whose
-    logits are not its own when it is called as it is here.
+    Args:
+        config: the model's config, saved with it.
+        tower: the vision tower.
+        tokenizer: the LLM's tokenizer.
+        language: the transformers model of the LLM.
+        words: the connector's own tokenizer; None if it has none.
+        changed: the parts (tower, llm) whose weights are no longer those of their name.
+        model_class: the class of the model that is returned.
+
+    Raises:
+        ModelError: a tokenizer has more tokens than its embedding has rows, or the language model's
+            own forward pass gives other logits than the way it is called here.
     """
     rows = language.get_input_embeddings().num_embeddings
     without = [
@@ -226,8 +249,10 @@ def assemble(
     ]
     if without:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: none for {', '.join(sorted(without)[:4])}. "
-            "Use the tokenizer that the model was made with, or name these in model.llm.added_tokens: then they get rows, which are trained"
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: "
+            f"none for {', '.join(sorted(without)[:4])}. "
+            "Use the tokenizer that the model was made with, or name these in "
+            "model.llm.added_tokens: then they get rows, which are trained"
         )
     if config.llm.words:
         make_room(language, len(tokenizer))
@@ -248,19 +273,25 @@ def assemble(
 def _connect_words(
     config: VisionLanguageConfig, connector: Connector, tokenizer: Any, words: Any
 ) -> None:
+    """Gives a connector a reader of instructions with its own tokenizer, `words`.
+
+    Raises `ModelError` if the tokenizer has more tokens than the connector's embedding.
+    """
     section = config.model.connector
     assert isinstance(section, QFormerConnector)
     if len(words) > (section.vocab_size or 0):
         raise ModelError(
-            f"the connector's tokenizer has {len(words)} tokens, its embedding {section.vocab_size} (model.connector.vocab_size)"
+            f"the connector's tokenizer has {len(words)} tokens, "
+            f"its embedding {section.vocab_size} (model.connector.vocab_size)"
         )
     connector.reader = Reader(tokenizer, words, section.max_text)
 
 
 def check_packed(model: VisionLanguageNetwork) -> None:
-    """Asserts that every linear layer of the LLM's blocks is packed as the recipe says, and nothing else is.
+    """Checks that all linear layers of the LLM's blocks are quantised as configured, and no others.
 
-    Raises `ModelError` naming layers that are packed by mistake (tower, connector, head, embeddings) or were left out.
+    Raises `ModelError` with the layers that are quantised by mistake (tower, connector, head,
+    embeddings) or were left out.
     """
     quantize = model.config.llm.quantize
     language = model.llm.model
@@ -272,14 +303,17 @@ def check_packed(model: VisionLanguageNetwork) -> None:
             "quant_type",
             "int8" if type(layer).__name__ == "Linear8bitLt" else None,
         )
-        # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may be left out.
-        kept = name.rsplit(".", 1)[-1] in (getattr(language, "_keep_in_fp32_modules", None) or ())
+        # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may
+        # be left out.
+        stays_fp32 = name.rsplit(".", 1)[-1] in (
+            getattr(language, "_keep_in_fp32_modules", None) or ()
+        )
         wanted = (
             quantize
-            if isinstance(layer, nn.Linear) and name.startswith(blocks) and not kept
+            if isinstance(layer, nn.Linear) and name.startswith(blocks) and not stays_fp32
             else None
         )
-        if kind != wanted and not (kept and kind == quantize):
+        if kind != wanted and not (stays_fp32 and kind == quantize):
             wrong.append(f"{name} is {kind or 'not packed'}, expected {wanted or 'not packed'}")
     if wrong:
         raise ModelError(
@@ -290,13 +324,20 @@ def check_packed(model: VisionLanguageNetwork) -> None:
 def _connected(
     section: ModelSection, measured: tuple[int, int], language: Any
 ) -> tuple[LanguageModel, Connector, int]:
-    """The language model's adapter, a connector of random weights attached to it, and the slots an image takes.
+    """Wraps the language model and attaches a connector of random weights.
 
-    `measured` are the tokens and the width that the tower gives.
+    Args:
+        section: the recipe's section `model`.
+        measured: tokens per image and width of the tower's features.
+        language: the transformers model of the LLM.
+
+    Returns:
+        The wrapped language model, the connector, and the number of slots of an image.
     """
     llm = LLMS[section.llm.kind](language)
     if language.device.type != "meta":
-        # Before a connector's blocks go into its layers: those may be of another type yet.
+        # Before a connector's blocks are inserted into its layers: they may still be of another
+        # dtype.
         llm.check()
     with torch.device("meta"):
         check_memory(build_connector(section.connector, measured[1], llm.width), "model.connector")
@@ -308,10 +349,19 @@ def _connected(
 def bare_model(
     recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None
 ) -> tuple[VisionLanguageNetwork, tuple[int, int]]:
-    """The recipe's model on the meta device, and its tower's tokens an image and width.
+    """Builds the recipe's model on the meta device; only configs are read.
 
-    Of the weights only configs are read, and a tokenizer is not needed. The model's processor knows the layout and the
-    special ids, and nothing of words. Raises `ModelError` for unknown names.
+    Args:
+        recipe: its section `model` names the parts, or a model to start from.
+        tokenizer: gives the special ids and the vocabulary's size, if there is one.
+        attention: transformers' attention implementation; the default for this machine if None.
+
+    Returns:
+        The model, whose processor has the layout and the special ids but no tokenizer, and the
+        tower's tokens per image and width.
+
+    Raises:
+        ModelError: a name is unknown.
     """
     section = model_section(recipe)
     ids = tokenizer or SimpleNamespace(
@@ -339,7 +389,7 @@ def bare_model(
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:
-    """The parts whose own weights a stage after this one trains: rounding them meanwhile would lose digits."""
+    """The parts whose base weights a later stage trains: rounding them now would lose precision."""
     rules = [
         rule
         for _, later in recipe.resolved_stages()[stage + 1 :]
@@ -354,9 +404,10 @@ def trained_later(recipe: Recipe, stage: int) -> set[str]:
 
 
 def load_dtype(recipe: Recipe) -> torch.dtype:
-    """Half precision to load frozen weights in; fp32 where any stage trains the LLM's own weights, so no digit is lost.
+    """The dtype to load the LLM in: the training precision, or fp32 if a stage trains its weights.
 
-    What trains beside quantised weights is kept apart, in fp32.
+    fp32 keeps the base weights exact. A quantised LLM is always loaded in the training precision:
+    the parameters that train beside its quantised weights are separate fp32 tensors.
     """
     full = recipe.model.llm.quantize is None and any(
         rule.trains_base and (rule.match.startswith("llm") or rule.match.startswith("*"))
@@ -367,7 +418,7 @@ def load_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
-    """The config of the model that a recipe trains, and transformers' config of its LLM; only configs are read.
+    """The config of the recipe's model and transformers' config of its LLM; no weights are read.
 
     Raises `ModelError` for unknown names.
     """
@@ -385,7 +436,10 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
 def restore_tower(
     section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None
 ) -> VisionTower:
-    """A tower from its own weights where it has some, by its architecture `rebuild`, else from its name."""
+    """Builds a tower from the file `weights` and its architecture `rebuild`, or from its name.
+
+    The name is used if `weights` is None.
+    """
     if weights is None:
         return build_tower(section)
     tower = build_tower(section, rebuild)

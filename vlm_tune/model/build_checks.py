@@ -1,7 +1,8 @@
-"""Whether the parts of a recipe that start from random weights can be built, found out from their numbers alone.
+"""Checks that a recipe's parts with random weights can be built from the numbers in the recipe.
 
-The keys and defaults are those of the libraries that build them, so this loads transformers (and open_clip): it runs
-where a recipe's model is first needed, before data and weights, and its errors have the recipe's places.
+The keys and defaults are those of the libraries that build the parts, so this module imports
+transformers (and open_clip). It runs where a recipe's model is first needed, before data and
+weights are loaded, and its errors have the locations in the recipe.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.quoting import REASON, cut, quoted
 
 LARGEST = 2**31 - 1
+"""The largest absolute value of a number in a config."""
 LAYERS = 2048
-"""More layers than any model has: each is an object in memory, however small."""
+"""Limit of the number of layers, more than any model has: each is an object, however small."""
 UNDECLARED = {"rope_theta", "rope_scaling", "head_dim"}
-"""Keys that models of transformers read though their configs don't declare them all."""
+"""Keys that transformers' models read although not all of their configs declare them."""
 Fault = tuple[tuple[str | int, ...], str]
+"""A location in the recipe, and the message about what is wrong there."""
 
 
 def check_model(recipe: Recipe) -> None:
-    """Raises `RecipeError` with the places of all numbers that make no model, and of keys that nothing reads."""
+    """Checks the numbers and keys of a recipe's parts with random weights.
+
+    Raises `RecipeError` with the locations of all values from which no model can be built, and of
+    unknown keys.
+    """
     if not isinstance(recipe.model, ModelSection):
         return
     faults: list[Fault] = []
@@ -50,16 +57,21 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_memory(module: nn.Module, name: str) -> None:
-    """Raises `ModelError` if a module, which may be on the meta device, does not fit into this machine's memory in fp32."""
+    """Raises `ModelError` if a module does not fit into the free memory in fp32.
+
+    The module may be on the meta device. `name` begins the message.
+    """
     needed = 4 * sum(parameter.numel() for parameter in module.parameters())
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelError(
-            f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, and {free / 1e9:.1f} GB are free"
+            f"{name} has {needed // 4:,} parameters, {needed / 1e9:,.1f} GB in fp32, "
+            f"and {free / 1e9:.1f} GB are free"
         )
 
 
 def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
+    """The faults of a language model from scratch."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -85,7 +97,8 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     if faults:
         return [((*at, "config", *path), message) for path, message in faults]
     try:
-        # The tokenizer's ids come later; a family's own may be past a small vocabulary.
+        # The tokenizer's ids are set later; a family's default ids may be outside a small
+        # vocabulary.
         ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
         config = CONFIG_MAPPING[scratch.model_type](
             **{"vocab_size": scratch.vocab_size, **ids, **scratch.config}
@@ -96,7 +109,8 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
             with torch.device("meta"):
                 model = factory.from_config(config)
             check_memory(model, "it")
-    # What a library raises for numbers of which it can't make a model; it reads nothing else here.
+    # What a library raises for numbers from which it can't build a model; the numbers are all that
+    # it reads here.
     except (
         ValueError,
         TypeError,
@@ -116,7 +130,7 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
 
 
 def _kind_fault(model_type: str, kind: str) -> str | None:
-    """Why transformers has no such model of a kind; None where it has one."""
+    """The message about a model type that transformers lacks in a kind; None if it has it."""
     from transformers import (
         CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -136,17 +150,21 @@ def _kind_fault(model_type: str, kind: str) -> str | None:
 
 
 def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
-    """Why heads don't share out a width, where a head's own width is not given."""
+    """The message about a width or key-value heads that the attention heads do not divide.
+
+    The width counts only if the config in the recipe, `given`, sets no width of a head. None if all
+    is well.
+    """
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     groups = getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
-    own = any(key in given for key in ("head_dim", "d_kv"))
+    sets_head_width = any(key in given for key in ("head_dim", "d_kv"))
     if (
         isinstance(heads, int)
         and isinstance(width, int)
-        and not own
+        and not sets_head_width
         and not hasattr(config, "d_kv")
         and width % heads
     ):
@@ -156,39 +174,44 @@ def _heads_fault(config: Any, given: Mapping[str, Any]) -> str | None:
         and isinstance(width, int)
         and getattr(config, "rope_parameters", None)
     ):
-        own_width = getattr(config, "head_dim", None) or width // heads
-        if isinstance(own_width, int) and own_width % 2:
-            return f"{heads} heads of width {own_width} can't be rotated: their width must be even"
+        head_width = getattr(config, "head_dim", None) or width // heads
+        if isinstance(head_width, int) and head_width % 2:
+            return f"{heads} heads of width {head_width} can't be rotated: their width must be even"
     return None
 
 
 def _vision_faults(tower: OpenClipTower) -> list[Fault]:
+    """The faults of an open_clip tower's own config; locations are relative to the tower."""
     from open_clip.model import CLIPVisionCfg
 
     known: dict[str, Any] = {
         field.name: None if field.default is MISSING else field.default
         for field in fields(CLIPVisionCfg)  # type: ignore[arg-type]
     }
-    given = dict(tower.config or {})
+    config = dict(tower.config or {})
     faults: list[Fault] = [
         (("config", *path), message)
-        for path, message in _value_faults(given, known, "an open_clip vision_cfg")
+        for path, message in _value_faults(config, known, "an open_clip vision_cfg")
     ]
-    if faults or given.get("timm_model_name"):
+    if faults or config.get("timm_model_name"):
         return faults
     width, head, patch = (
-        given.get(key, known[key]) for key in ("width", "head_width", "patch_size")
+        config.get(key, known[key]) for key in ("width", "head_width", "patch_size")
     )
-    image = tower.image_size or given.get("image_size", known["image_size"])
-    resnet = isinstance(given.get("layers"), list)
-    side, what = (
+    image = tower.image_size or config.get("image_size", known["image_size"])
+    resnet = isinstance(config.get("layers"), list)
+    side, multiple_of = (
         (32, "32, by which a ResNet shrinks it") if resnet else (patch, f"the patch_size {patch}")
     )
     if isinstance(image, int) and isinstance(side, int) and (image % side or image < side):
         near = sorted({max(image // side, 1) * side, (image // side + 1) * side})
         key = ("image_size",) if tower.image_size else ("config",)
         faults.append(
-            (key, f"image_size {image} is no multiple of {what}; {' or '.join(map(str, near))} is")
+            (
+                key,
+                f"image_size {image} is no multiple of {multiple_of}; "
+                f"{' or '.join(map(str, near))} is",
+            )
         )
     if not resnet and width % head:
         faults.append((("config",), f"width {width} is no multiple of the head_width {head}"))
@@ -196,7 +219,13 @@ def _vision_faults(tower: OpenClipTower) -> list[Fault]:
 
 
 def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> list[Fault]:
-    """Keys that are not known, and values of another type or range than their defaults."""
+    """The faults of unknown keys, and of values of another type or range than their defaults.
+
+    Args:
+        given: the config in the recipe.
+        known: the library's default of each key, None where it has none.
+        what: the kind of config, for the messages.
+    """
     faults: list[Fault] = []
     for key, value in given.items():
         if key not in known:
@@ -213,6 +242,7 @@ def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str)
 
 
 def _value_fault(key: str, value: Any, default: Any) -> str | None:
+    """The expectation that a value does not meet, as a phrase; None if it meets all."""
     numbers = list(_numbers(value))
     if any(not math.isfinite(number) for number in numbers):
         return "expected a finite number"
@@ -248,7 +278,7 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
 
 
 def _numbers(value: Any) -> Iterable[int | float]:
-    """The numbers in a value, those of lists and mappings too."""
+    """Yields the numbers in a value, including those in lists and mappings."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, list):

@@ -1,16 +1,17 @@
-"""Self-contained model folders: written whole or not at all, and loaded only when their manifest holds.
+"""Self-contained model folders, written atomically and verified by their manifest when loaded.
 
 config.json            VisionLanguageConfig
 connector.safetensors
-bases.json             fingerprints of the weights that are not here, and where they were
-tower.safetensors      where the tower's weights are not those of its name
-llm/                   the language model in transformers' layout, where its weights are not those of its name
-llm.safetensors        the LLM's own weights that were trained where the others are its base's (beside 4-bit layers, new tokens)
+bases.json             fingerprints and locations of the base weights, which are not in the folder
+tower.safetensors      the tower's weights, if they are not those of its name
+llm/                   the LLM in transformers' layout, if its weights are not those of its name
+llm.safetensors        the LLM's individually trained weights, if the rest is unchanged (trained
+                       beside 4-bit layers, or rows of new tokens)
 adapter/               the LLM's LoRA adapter in PEFT's layout
-tower_adapter/         the tower's
+tower_adapter/         the tower's LoRA adapter in PEFT's layout
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
 tokenizer.json, ...    the tokenizer, chat_template.jinja
-connector_tokenizer/   the connector's own, where it has one
+connector_tokenizer/   the connector's own tokenizer, if it has one
 manifest.json          sizes and sha256 of all the other files
 """
 
@@ -73,13 +74,13 @@ from vlm_tune.run_folder import MANIFEST, strangers
 
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
-"""What the names of folders in the making, and of those that make room, go on with."""
+"""Infixes in the names of folders that are being written, and of folders that they replace."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
 BESIDE = "llm.safetensors"
 
 
-# --- folders that are whole ------------------------------------------------------------------------------------------
+# --- complete folders -----------------------------------------------------------------------------
 
 
 def _digest(path: Path) -> str:
@@ -99,10 +100,15 @@ def _sync(path: Path) -> None:
 
 
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes `target` from what `write` puts into a temporary folder: synced, with a manifest, then renamed.
+    """Writes a folder atomically: under a temporary name, synced, with a manifest, then renamed.
 
-    A folder that was there is replaced only once the new one is whole; files in it that no manifest lists are kept. What
-    fails leaves no partial folder, and what a killed process leaves `recover_folders` puts right.
+    An existing folder is replaced only when the new one is complete; its files that no manifest
+    lists are moved to the new one. A failure leaves no partial folder. What a killed process leaves
+    is repaired by `recover_folders`.
+
+    Args:
+        target: the folder.
+        write: writes all files into the temporary folder that it is called with.
     """
     target = target.resolve()  # "." has no name to rename
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,18 +141,19 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _keep_strangers(old: Path, target: Path) -> None:
-    """Moves the files that are not a model's own from a folder to the one that took its place."""
+    """Moves the files that no manifest lists from a folder to the one that replaced it."""
     for path in strangers(old):
-        kept = target / path.relative_to(old)
-        if not os.path.lexists(kept):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept)
+        destination = target / path.relative_to(old)
+        if not os.path.lexists(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(destination)
 
 
 def recover_folders(parent: Path) -> None:
-    """Puts right what a killed `commit_folder` or `remove_folder` left: a replaced folder without its successor comes back.
+    """Cleans up after a killed `commit_folder` or `remove_folder`.
 
-    For the one process that may write there.
+    A replaced folder without its successor is restored; partial folders are removed. To be called
+    only by the process that may write to `parent`.
     """
     for left in [*parent.glob(f".*{REPLACED}*"), *parent.glob(f".*{TEMPORARY}*")]:
         name, _, _ = left.name[1:].rpartition(REPLACED)
@@ -157,14 +164,14 @@ def recover_folders(parent: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that none is ever seen under its name with files missing."""
+    """Removes a folder atomically: it is renamed before its files are deleted."""
     leaving = folder.parent / f".{folder.name}{TEMPORARY}{os.getpid()}"
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 
 def verify_folder(folder: Path) -> None:
-    """Raises `ModelError` unless every file of the manifest is there with its size and sha256."""
+    """Raises `ModelError` unless every file of the manifest exists with its size and sha256."""
     try:
         files = {
             str(name): (int(entry["size"]), entry["sha256"])
@@ -183,7 +190,7 @@ def verify_folder(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder's manifest holds."""
+    """Whether the folder has all files of its manifest, unchanged."""
     try:
         verify_folder(folder)
     except ModelError:
@@ -191,7 +198,7 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-# --- saving ----------------------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -208,7 +215,7 @@ def save_model(
 
 
 def write_model(model: VisionLanguageNetwork, folder: Path) -> None:
-    """The files of a model folder, without the manifest."""
+    """Writes the files of a model folder, without the manifest."""
     capture_model(model)(folder)
 
 
@@ -218,9 +225,17 @@ Tensors = Mapping[str, torch.Tensor]
 def capture_model(
     model: VisionLanguageNetwork, copied: Callable[[Tensors], Tensors] = lambda tensors: tensors
 ) -> Callable[[Path], None]:
-    """What writes the model as it is now to a folder, at once or later; `copied` takes the tensors that must not change until then.
+    """Captures the model's state, to be written at once or later.
 
-    Of sharded weights every process must ask, and what the first one gets may write.
+    If weights are sharded, every rank must call this; only rank 0's function may write.
+
+    Args:
+        model: the model.
+        copied: copies tensors that must not change until they are written; the default copies
+            nothing.
+
+    Returns:
+        A function that writes the captured state to a folder.
     """
     language: Any = model.llm.model
     connector = copied(whole_state(model.connector))
@@ -244,7 +259,8 @@ def capture_model(
             write_safetensors(tower, folder / TOWER)
         if llm is not None:
             language.save_pretrained(folder / "llm", state_dict=llm)
-            # With it the folder is a whole model to transformers, and to a next recipe.
+            # With the tokenizer the folder is a complete model for transformers, and for a later
+            # recipe.
             model.processor.tokenizer.save_pretrained(folder / "llm")
             pin_tokenizer(folder / "llm")
         if beside is not None:
@@ -265,10 +281,12 @@ def capture_model(
 
 
 def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """A module's state dict without adapters, restricted to `names` if they are not None."""
+
     def wanted(name: str) -> bool:
         return not is_adapter(name) and (names is None or clean(name) in names)
 
-    # Contiguous, as merged projections' weights are not: they are views into one matrix.
+    # Merged projections' weights are not contiguous: they are views into one matrix.
     return {clean(name): value.contiguous() for name, value in whole_state(module, wanted).items()}
 
 
@@ -277,7 +295,10 @@ def _adapter(model: VisionLanguageNetwork, part: str) -> dict[str, torch.Tensor]
 
 
 def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
-    """A standard PEFT folder: adapter_config.json and adapter_model.safetensors; how PiSSA goes on training is in pissa/."""
+    """Writes a standard PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+    For PiSSA the subfolder pissa/ has the config with which training continues.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain_config(config).save_pretrained(folder)
     if config.init_lora_weights == PISSA:
@@ -285,12 +306,13 @@ def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
     write_safetensors(tensors, folder / "adapter_model.safetensors")
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def find_model(path: Path) -> Path:
-    """The model folder meant by a path: itself, a run's finished model, or the best or last checkpoint of a run.
+    """The model folder that a path stands for.
 
+    That is the path itself, a run's finished model, or else the run's newest complete checkpoint.
     Raises `ModelError` if there is none.
     """
     if is_file(path / "config.json"):
@@ -308,14 +330,15 @@ def find_model(path: Path) -> Path:
         if is_whole(folder):
             return folder
     raise ModelError(
-        f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a whole checkpoint"
+        f"{shown_path(path)} holds no model: "
+        "neither config.json, nor model/, nor a whole checkpoint"
     )
 
 
 def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
-    """The config of a model folder, its paths those where its bases are now.
+    """The config of a model folder, with the current locations of its base weights.
 
-    Raises `ModelError` if it is none of ours, and for a base that is gone.
+    Raises `ModelError` if it is not a vlm_tune model folder, or base weights are gone.
     """
     try:
         config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
@@ -335,10 +358,22 @@ def load_model(
     base: BaseChoice = AS_SAVED,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
-    """A saved model in eval mode, on the CPU unless a GPU is there; weights in `dtype` (the folder's own where not given).
+    """Loads a saved model in eval mode, with all parameters frozen.
 
-    With `quantize=False` a 4- or 8-bit run's base is loaded in 16 bit; with `adapters=False` without what was trained of it.
-    Raises `ModelError` for folders that are not whole, weights that don't fit, and a base that is gone or was replaced.
+    Args:
+        path: a model folder, a run, or a checkpoint.
+        dtype: the weights' dtype; the precision in the model's config if None.
+        quantize: False loads the base of a 4- or 8-bit run in `dtype`.
+        adapters: False leaves out adapters, virtual tokens and individually trained weights.
+        base: the base weights to load over.
+        model_class: the class of the model that is returned.
+
+    Returns:
+        The model, on the GPU if there is one.
+
+    Raises:
+        ModelError: the folder is not complete, weights do not fit, or base weights are gone or were
+            replaced.
     """
     with without_harmless_warnings():
         model = restore_model(
@@ -368,7 +403,20 @@ def restore_model(
     base: BaseChoice = AS_SAVED,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
-    """A saved model to train on: the LLM in `dtype`, all the rest exactly as saved; a `bare` one as by `build`."""
+    """Loads a saved model to continue training: the LLM in `dtype`, all the rest exactly as saved.
+
+    Args:
+        folder: the model folder.
+        dtype: the LLM's dtype; the precision in the model's config if None.
+        quantize: False loads the base of a 4- or 8-bit run in `dtype`.
+        adapters: False leaves out adapters, virtual tokens and individually trained weights.
+        bare: leaves the LLM on the meta device, as in `build`.
+        base: the base weights to load over.
+        model_class: the class of the model that is returned.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
     kernel_status()
     verify_folder(folder)
     config = read_config(folder, base)
@@ -381,7 +429,7 @@ def restore_model(
     own_llm = folder / "llm"
     own_tower = folder / TOWER
     local = Path(str(config.llm.name)).is_dir()
-    if "llm" in notes.parts and local:  # before weights are loaded, which take longer
+    if "llm" in notes.parts and local:  # before the weights are loaded, which takes longer
         check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
     tower = restore_tower(
         config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None
@@ -391,12 +439,12 @@ def restore_model(
             folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base
         )
     precision = dtype or DTYPES[config.precision]
-    own = own_llm if own_llm.is_dir() else None
+    llm_folder = own_llm if own_llm.is_dir() else None
     if bare:
-        language = bare_llm(config.llm, precision, folder=own)
+        language = bare_llm(config.llm, precision, folder=llm_folder)
     else:
-        language = load_llm(config.llm, dtype=precision, folder=own, quantize=quantize)
-        if "llm" in notes.parts and not local:  # only now the hub's files are here
+        language = load_llm(config.llm, dtype=precision, folder=llm_folder, quantize=quantize)
+        if "llm" in notes.parts and not local:  # the hub's files are downloaded only now
             check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
     changed = ({"tower"} if own_tower.is_file() else set()) | (
         {"llm"} if own_llm.is_dir() else set()
@@ -425,23 +473,26 @@ def restore_model(
 
 
 def _read_beside(model: VisionLanguageNetwork, path: Path) -> None:
-    """Puts the LLM's own trained weights in the place of its base's, exactly as saved."""
+    """Loads the LLM's individually trained weights over those of its base, exactly as saved."""
     tensors = read_safetensors(path)
-    own = dict(model.llm.model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.llm.model.named_parameters(remove_duplicate=False))
     for name, value in tensors.items():
-        if name not in own or own[name].shape != value.shape:
-            found = list(own[name].shape) if name in own else "nothing of that name"
-            raise ModelError(
-                f"{path} does not fit the model: {name} is {list(value.shape)}, and the LLM has {found}"
+        if name not in parameters or parameters[name].shape != value.shape:
+            expected = (
+                list(parameters[name].shape) if name in parameters else "nothing of that name"
             )
-        own[name].data = value
+            raise ModelError(
+                f"{path} does not fit the model: {name} is {list(value.shape)}, "
+                f"and the LLM has {expected}"
+            )
+        parameters[name].data = value
     model.beside = set(tensors)
 
 
 def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
-    """Puts a PEFT folder's adapter into a part.
+    """Loads a PEFT folder's adapter into a part.
 
-    Raises `ModelError` if any of its tensors applies to nothing, or any LoRA layer is left without.
+    Raises `ModelError` if one of its tensors matches no LoRA layer, or a LoRA layer gets no tensor.
     """
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""The blocks of a part, from the input up: what `layers` counts and learning rates decay along."""
+"""The blocks of a part, numbered from the input: counted by `layers`, followed by `layer_decay`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.vision.registry import PairVision
 
 Depths = dict[str, int]
-"""By a parameter's name: how many steps it lies under the top of its part; the last block's are at 1, what follows it at 0."""
+"""The depth of each parameter under the top of its part, by name.
+
+0 is what follows the last block, 1 the last block, and so on.
+"""
 
 
 def columns(part: nn.Module) -> dict[str, nn.Module]:
-    """What a part's blocks are counted in, by the prefix of its names: each of two towers side by side, or the part itself."""
+    """The modules whose blocks are numbered separately, by the prefix of their names.
+
+    These are the two towers of a pair, or the part itself with an empty prefix.
+    """
     return (
         {f"towers.{name}.": tower for name, tower in part.towers.named_children()}
         if isinstance(part, PairVision)
@@ -21,55 +27,64 @@ def columns(part: nn.Module) -> dict[str, nn.Module]:
 
 
 def block_names(module: nn.Module) -> list[str]:
-    """Names of the repeated blocks in the order data goes through them; of an encoder-decoder the encoder's come first.
+    """The names of the repeated blocks in execution order; an encoder's come before its decoder's.
 
-    A convolutional backbone's are the blocks of its stages. Raises `ModelError` for a module without any.
+    Those of a convolutional backbone are the blocks of its stages. Raises `ModelError` for a module
+    without repeated blocks.
     """
-    found = [
+    names = [
         f"{name}.{child}"
         for name, stack in _stacks(module).items()
         for child, _ in stack.named_children()
     ]
-    if not found:
+    if not names:
         raise ModelError(f"{type(module).__name__} has no repeated blocks that could be counted")
-    return found
+    return names
 
 
 def _stacks(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost lists of blocks of one class, each block of several modules, by name."""
-    found: dict[str, nn.Module] = {}
+    """The outermost lists of blocks by name.
+
+    All blocks of a list are of one class, and each has submodules and parameters.
+    """
+    stacks: dict[str, nn.Module] = {}
     for name, stack in module.named_modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential) and not any(
-            name.startswith(f"{outer}.") for outer in found
+            name.startswith(f"{outer}.") for outer in stacks
         ):
             blocks = list(stack.children())
             alike = len({type(block) for block in blocks}) == 1
             if alike and all(
                 list(block.children()) and any(True for _ in block.parameters()) for block in blocks
             ):
-                found[name] = stack
-    return found
+                stacks[name] = stack
+    return stacks
 
 
 def depths(module: nn.Module, *, language: bool) -> Depths:
-    """How deep under the top each parameter lies: what follows the last block 0, the last block 1, the embeddings deepest.
+    """The depth of each parameter: 0 after the last block, 1 in the last block, embeddings deepest.
 
-    Outside the blocks a parameter goes with the block that follows it in the module. Of a language model only embedding
-    tables lie under the first block; a norm that it lists before the blocks lies over them.
+    A parameter outside the blocks has the depth of the block that follows it in the module.
+    Exception: in a language model only embedding tables are below the first block; a norm that is
+    registered before the blocks is above them.
+
+    Args:
+        module: the part, or one tower of a pair.
+        language: whether the module is a language model.
     """
     blocks = block_names(module)
     tables = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    found: Depths = {}
+    depth_of: Depths = {}
     passed = 0
     for name, parameter in module.named_parameters():
-        own = next(
+        block_index = next(
             (place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None
         )
-        if own is not None:
-            passed = level = own + 1
+        if block_index is not None:
+            passed = level = block_index + 1
         elif id(parameter) in tables or (not passed and not language):
             level = 0
         else:
             level = passed + 1 if passed else len(blocks) + 1
-        found[name] = len(blocks) + 1 - level
-    return found
+        depth_of[name] = len(blocks) + 1 - level
+    return depth_of

@@ -1,8 +1,9 @@
-"""LoRA adapters of a part (LoRA, rsLoRA, DoRA, PiSSA): put in place, written as tensors under PEFT's names, merged.
+"""LoRA adapters of a part (LoRA, rsLoRA, DoRA, PiSSA): attached, saved under PEFT's names, merged.
 
-PiSSA (arXiv:2404.02948) trains the principal part of a weight: W x + s B A x - s B0 A0 x, where B0 and A0 are the
-values that B and A start from. They are kept as a second, frozen adapter (`initial`, B0 negated), so the base weight
-stays what its name gives, in every precision, and on disk the two are one plain LoRA of double rank.
+PiSSA (arXiv:2404.02948) trains the principal part of a weight: W x + s B A x - s B0 A0 x, where B0
+and A0 are the initial values of B and A. These are a second, frozen adapter (`initial`, B0
+negated). So the base weight stays that of its name, in every precision, and on disk the two
+adapters are one plain LoRA of double rank.
 """
 
 from __future__ import annotations
@@ -28,36 +29,41 @@ SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_l
 
 
 def parts(model: VisionLanguageNetwork) -> dict[str, nn.Module]:
-    """The model's parts under the names that rules use; llm.* continues with transformers' own names."""
+    """The model's parts under the names that rules use; names after `llm.` are transformers'."""
     return {"tower": model.tower, "connector": model.connector, "llm": model.llm.model}
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
+    """Whether a parameter's name is that of an adapter."""
     return "lora_" in name
 
 
 def is_trained_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's trained half: all but what PiSSA started from."""
+    """Whether a parameter's name is that of a trained adapter, which PiSSA's `initial` is not."""
     return is_adapter(name) and f".{INITIAL}." not in name
 
 
 def clean(name: str) -> str:
-    """A parameter's name without what PEFT adds to it."""
+    """A parameter's name without the `base_layer` that PEFT inserts."""
     return name.replace(".base_layer.", ".")
 
 
 def same_adapter(one: Any, other: Any) -> bool:
-    """Whether two LoRA configs make the same adapter."""
+    """Whether two LoRA configs describe the same adapter."""
     return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and set(
         one.target_modules
     ) == set(other.target_modules)
 
 
 def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fresh: bool) -> None:
-    """Puts LoRA layers into a part, in place, in fp32: a change of nothing.
+    """Attaches LoRA layers to a part in place, in fp32; its outputs stay the same.
 
-    With `fresh=False` the values are about to be loaded, so PiSSA's singular vectors are not computed.
+    Args:
+        model: the model; its `adapters` get the tuner.
+        part: tower, connector or llm.
+        config: PEFT's LoRA config.
+        fresh: False if the values will be loaded afterwards, so that PiSSA's singular vectors are
+            not computed.
     """
     from peft.tuners.lora import LoraModel
 
@@ -66,7 +72,7 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
     if not model.config.llm.quantize or part != "llm":
         config._register_custom_module({nn.Linear: LoraLinear})
     elif model.config.llm.quantize != "int8":
-        # Layers of int8 pack what they read as well, and stay PEFT's.
+        # int8 layers quantise their inputs as well, so they stay PEFT's.
         from bitsandbytes.nn.modules import Linear4bit
 
         config._register_custom_module({Linear4bit: LoraLinear})
@@ -89,7 +95,8 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
     model.adapters[part] = tuner
     for name, parameter in module.named_parameters():
         if is_adapter(name):
-            # PEFT makes them as the base is, and what is read into half precision is no longer what was saved.
+            # PEFT gives them the base's dtype, and values loaded into half precision would no
+            # longer be the saved ones.
             parameter.data = parameter.data.float()
     if pissa and fresh:
         for layer in module.modules():
@@ -99,7 +106,11 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
 
 @torch.no_grad()
 def _start_from_singular_vectors(layer: Any) -> None:
-    """A and B of the r largest singular values of the weight, their scale included; the initial ones take them off again."""
+    """Sets A and B from the r largest singular values of the weight, divided by the scale.
+
+    The frozen initial adapter subtracts them. Raises `ModelError` if the rank exceeds a side of the
+    weight.
+    """
     weight = layer.get_base_layer().weight
     weight = (weight.T if layer.fan_in_fan_out else weight).float()
     rank = layer.r[TRAINED]
@@ -107,7 +118,8 @@ def _start_from_singular_vectors(layer: Any) -> None:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if len(values) < rank:
         raise ModelError(
-            f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: the rank can't be larger than either side"
+            f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: "
+            "the rank can't be larger than either side"
         )
     root = (values[:rank] / scale).sqrt()
     for name, sign in ((TRAINED, 1.0), (INITIAL, -1.0)):
@@ -116,13 +128,15 @@ def _start_from_singular_vectors(layer: Any) -> None:
 
 
 def merge_adapter(model: VisionLanguageNetwork, part: str) -> None:
-    """Adds a part's LoRA change to its base weights and removes the adapter.
+    """Merges a part's adapter into its base weights and removes the adapter.
 
-    Raises `ModelError` for quantised base weights, which can't hold the sum, and for sums that are not finite.
+    Raises `ModelError` for quantised base weights, which can't represent the sum, and for sums that
+    are not finite.
     """
     if part == "llm" and model.config.llm.quantize:
         raise ModelError(
-            "an adapter can't be merged into quantised weights; load the 16-bit base and merge into that"
+            "an adapter can't be merged into quantised weights; "
+            "load the 16-bit base and merge into that"
         )
     if part == "llm":
         _untie(model.llm.model)
@@ -134,23 +148,28 @@ def merge_adapter(model: VisionLanguageNetwork, part: str) -> None:
 
 
 def _untie(language: Any) -> None:
-    """Gives the head a weight of its own where it shares the embedding's and one of the two is about to change."""
+    """Unties the head's weight from the embedding's if one of the two has an adapter."""
     head = language.get_output_embeddings()
     embedding = language.get_input_embeddings()
     if not (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
         return
-    own = getattr(head, "base_layer", head)
-    shared = getattr(embedding, "base_layer", embedding)
-    if own.weight is shared.weight:
-        own.weight = nn.Parameter(shared.weight.detach().clone(), requires_grad=False)
+    head_layer = getattr(head, "base_layer", head)
+    embedding_layer = getattr(embedding, "base_layer", embedding)
+    if head_layer.weight is embedding_layer.weight:
+        head_layer.weight = nn.Parameter(
+            embedding_layer.weight.detach().clone(), requires_grad=False
+        )
         language.config.tie_word_embeddings = False
 
 
-# --- on disk ---------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
 def plain_config(config: Any) -> Any:
-    """The config under which plain PEFT reads `adapter_tensors`: of PiSSA, LoRA of double rank and the same scale."""
+    """The config with which plain PEFT loads `adapter_state`.
+
+    For PiSSA this is LoRA of double rank and the same scale.
+    """
     plain = deepcopy(config)
     plain.inference_mode = True
     if config.init_lora_weights == PISSA:
@@ -163,13 +182,17 @@ def plain_config(config: Any) -> Any:
 
 
 def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Under each key that PEFT writes the tensors that are its value, joined along the rank where they are two."""
+    """The adapter's tensors by the keys that PEFT writes.
+
+    A key has one tensor, or for PiSSA two that are concatenated along the rank.
+    """
     state = whole_state(module, is_adapter)
     tensors = {}
     for name, value in state.items():
         if is_trained_adapter(name):
             initial = name.replace(f".{TRAINED}.", f".{INITIAL}.")
-            # An embedding's names end with TRAINED: they have no other of PiSSA's, which is of linear layers.
+            # An embedding's names end with TRAINED. They have no initial tensor: PiSSA is for
+            # linear layers only.
             tensors[_key(name)] = (
                 [value, state[initial]] if initial != name and initial in state else [value]
             )
@@ -177,41 +200,47 @@ def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def _key(name: str) -> str:
+    """The key under which PEFT writes an adapter's parameter."""
     name = name.replace(f".{TRAINED}", "")
     return PREFIX + (name.removesuffix(".weight") if "lora_magnitude_vector" in name else name)
 
 
 def rank_axis(key: str) -> int:
-    """The axis of a tensor that the rank lies along."""
+    """The axis of an adapter's tensor that has the rank as its size."""
     return 0 if "lora_A" in key else 1
 
 
 def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the keys PEFT writes."""
+    """The adapter's state dict under the keys that PEFT writes."""
     return {
-        key: torch.cat(found, rank_axis(key)) if len(found) > 1 else found[0]
-        for key, found in adapter_tensors(module).items()
+        key: torch.cat(pieces, rank_axis(key)) if len(pieces) > 1 else pieces[0]
+        for key, pieces in adapter_tensors(module).items()
     }
 
 
 def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts tensors into a part's adapter, all of them and nothing else. Raises `ModelError` for those that don't fit."""
+    """Loads tensors into a part's adapter.
+
+    Raises `ModelError` for missing, unexpected and misshapen tensors.
+    """
     wanted = adapter_tensors(module)
     missing = sorted(wanted.keys() - tensors.keys())
     extra = sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        said = "; ".join(
+        message = "; ".join(
             f"{word} {', '.join(keys[:4])}"
             for word, keys in (("missing", missing), ("applies to nothing:", extra))
             if keys
         )
-        raise ModelError(said)
-    for key, found in wanted.items():
+        raise ModelError(message)
+    for key, targets in wanted.items():
         shape = (
-            list(torch.cat(found, rank_axis(key)).shape) if len(found) > 1 else list(found[0].shape)
+            list(torch.cat(targets, rank_axis(key)).shape)
+            if len(targets) > 1
+            else list(targets[0].shape)
         )
         if shape != list(tensors[key].shape):
             raise ModelError(f"{key} is {list(tensors[key].shape)}, expected {shape}")
-        pieces = tensors[key].chunk(2, rank_axis(key)) if len(found) > 1 else [tensors[key]]
-        for value, piece in zip(found, pieces, strict=True):
-            value.copy_(piece)
+        pieces = tensors[key].chunk(2, rank_axis(key)) if len(targets) > 1 else [tensors[key]]
+        for target, piece in zip(targets, pieces, strict=True):
+            target.copy_(piece)

@@ -1,4 +1,4 @@
-"""Layers that stand for quantised ones where no weights are: as many bytes, and the same temporaries."""
+"""Stand-ins for quantised layers, without weights: the same bytes and the same temporaries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 BLOCK = 64
-"""Weights that share one fp32 scale in nf4, as bitsandbytes has it."""
+"""Weights per fp32 scale in nf4, as in bitsandbytes."""
 
 
 class _Unpacked(torch.autograd.Function):
-    """A linear layer whose weight is unpacked in the forward pass and again in the backward pass, and kept by neither."""
+    """A linear layer that unpacks its weight in the forward pass and again in the backward pass.
+
+    Neither pass keeps the unpacked weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -27,7 +30,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer of nf4 or int8 weights, without their values."""
+    """A frozen linear layer with nf4 or int8 weights on the meta device."""
 
     def __init__(self, layer: nn.Linear, quantize: str) -> None:
         nn.Module.__init__(self)
@@ -36,7 +39,8 @@ class PackedLinear(nn.Linear):
         self.bias = layer.bias
         self.dtype = layer.weight.dtype
         count = layer.weight.numel()
-        # Half a byte and a scale a block, or a byte and a scale a row.
+        # nf4: half a byte per weight and a scale per block; int8: a byte per weight, a scale per
+        # row.
         size, scales = (
             (-(-count // 2), -(-count // BLOCK))
             if quantize == "nf4"
@@ -52,15 +56,18 @@ class PackedLinear(nn.Linear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        found: Any = _Unpacked.apply(input.to(self.dtype), (self.out_features, self.in_features))
-        found = found if self.bias is None else found + self.bias
-        return found.to(input.dtype)
+        output: Any = _Unpacked.apply(input.to(self.dtype), (self.out_features, self.in_features))
+        output = output if self.bias is None else output + self.bias
+        return output.to(input.dtype)
 
 
 def pack_linears(model: nn.Module, quantize: str, *, keep: nn.Module) -> None:
-    """Puts a `PackedLinear` in the place of every linear layer except `keep`, and those that transformers keeps as they are."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Replaces every linear layer by a `PackedLinear`.
+
+    Exceptions are `keep` and the layers that transformers keeps in fp32.
+    """
+    fp32_names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child is not keep and name not in kept:
+            if isinstance(child, nn.Linear) and child is not keep and name not in fp32_names:
                 setattr(module, name, PackedLinear(child, quantize))

@@ -1,4 +1,7 @@
-"""Ordered rules decide what trains, how, and at which rate; every parameter is covered, every rule matches something."""
+"""Ordered tune rules: which parameters train, how, and at which learning rate.
+
+Every parameter must be covered by a rule, and every rule must match a parameter.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted
 
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA}
-"""PEFT's names of how LoRA's values begin."""
+"""PEFT's names of the initialisations of LoRA."""
 TOKENS = 20
-"""Virtual tokens where a rule does not say how many."""
+"""Default number of virtual tokens."""
 
 
 @dataclass(frozen=True)
 class TuneRow:
-    """One line of the tuning table: a rule and the parameters it decides about."""
+    """One line of the tuning table: a rule, and how many parameters it covers and trains."""
 
     match: str
     how: str
@@ -52,7 +55,7 @@ class TuneRow:
 
 @dataclass
 class Tuned:
-    """Optimizer groups by rule, and the table that is printed and saved."""
+    """Optimizer groups with their parameters' names, and the table that is printed and saved."""
 
     groups: list[dict[str, Any]]
     names: list[list[str]]
@@ -60,7 +63,7 @@ class Tuned:
 
 
 def base_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter that is not an adapter's, by rule name."""
+    """Yields every parameter that is not an adapter's, with the name that rules match."""
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters():
             if not is_adapter(name):
@@ -68,7 +71,10 @@ def base_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Para
 
 
 def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) -> None:
-    """Raises `ModelError` where a language model can't read a stage's rows: too long for its positions, or joined."""
+    """Checks that a language model supports a stage's rows.
+
+    Raises `ModelError` if they are longer than its positions, or joined and it can't separate them.
+    """
     virtual = max(
         (rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0
     )
@@ -85,23 +91,34 @@ def apply_rules(
     precision: torch.dtype,
     exact: Collection[str] = (),
 ) -> Tuned:
-    """Freezes, unfreezes and adds LoRA as the rules say; frozen weights go to `precision`, trained ones to fp32.
+    """Freezes, unfreezes and adds LoRA as the rules say, and builds the optimizer groups.
 
-    The parts named in `exact` stay in fp32 though frozen: a later stage trains them in full.
+    Adapters of an earlier stage stay if the rules describe the same ones; otherwise they are merged
+    first. Virtual tokens of an earlier stage stay.
 
-    Adapters of an earlier stage stay if the rules ask for the same ones, else they are merged first; its virtual tokens
-    stay. Raises `ModelError` for parameters no rule covers, rules that match nothing or nothing that they could train,
-    adapters that would have to be merged into quantised weights, and other virtual tokens than those that are there.
+    Args:
+        model: the model, changed in place.
+        rules: the stage's rules; the first one that matches a parameter decides about it.
+        learning_rate: for rules without one of their own.
+        precision: the dtype of frozen weights; trained ones are fp32.
+        exact: parts that stay in fp32 even if frozen, because a later stage trains them in full.
+
+    Raises:
+        ModelError: no rule covers a parameter; a rule matches no parameter, or none that it can
+            train; adapters would have to be merged into quantised weights; or other virtual tokens
+            exist already.
     """
     owner, uncovered = _owners(model, rules)
     if uncovered:
         raise ModelError(
-            f"no tune rule covers {', '.join(uncovered[:5])}{' ...' if len(uncovered) > 5 else ''}; end the list with a catch-all"
+            f"no tune rule covers {', '.join(uncovered[:5])}"
+            f"{' ...' if len(uncovered) > 5 else ''}; end the list with a catch-all"
         )
     for place, rule in enumerate(rules):
         if place not in owner.values():
             raise ModelError(
-                f"tune: the rule {quoted(rule.match)} matches nothing; parameters are named as {', '.join(list(owner)[:3])}, ..."
+                f"tune: the rule {quoted(rule.match)} matches nothing; "
+                f"parameters are named as {', '.join(list(owner)[:3])}, ..."
             )
     _adapters(model, rules, owner)
     _prompt(model, rules, precision)
@@ -112,6 +129,7 @@ def apply_rules(
 def _owners(
     model: VisionLanguageNetwork, rules: Sequence[TuneRule]
 ) -> tuple[dict[str, int], list[str]]:
+    """The index of the rule that covers each parameter, by name, and the names without a rule."""
     owner: dict[str, int] = {}
     uncovered: list[str] = []
     for names in _all_names(model):
@@ -131,7 +149,10 @@ def _owners(
 
 
 def _all_names(model: VisionLanguageNetwork) -> list[list[str]]:
-    """The names of every parameter that is not an adapter's; a head that shares the embedding's weight is a second name of it."""
+    """The names of every parameter that is not an adapter's.
+
+    A weight that the head shares with the embedding has two names.
+    """
     names: dict[int, list[str]] = {}
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -143,20 +164,28 @@ def _all_names(model: VisionLanguageNetwork) -> list[list[str]]:
 def _adapters(
     model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
 ) -> None:
-    """Brings each part's LoRA layers to what the rules ask for."""
+    """Attaches, keeps or merges each part's LoRA layers as the rules require.
+
+    `owner` has the index of each parameter's rule by name.
+    """
     for part, module in parts(model).items():
-        asked = [
+        lora_places = [
             place
             for place, rule in enumerate(rules)
             if rule.how == "lora"
-            and any(name.startswith(f"{part}.") and where == place for name, where in owner.items())
+            and any(
+                name.startswith(f"{part}.") and owner_place == place
+                for name, owner_place in owner.items()
+            )
         ]
-        if len(asked) > 1:
+        if len(lora_places) > 1:
             raise ModelError(
-                f"tune: {len(asked)} LoRA rules match the {part}; a part has one adapter"
+                f"tune: {len(lora_places)} LoRA rules match the {part}; a part has one adapter"
             )
         config = (
-            _lora_config(part, module, rules[asked[0]], asked[0], owner, model) if asked else None
+            _lora_config(part, module, rules[lora_places[0]], lora_places[0], owner, model)
+            if lora_places
+            else None
         )
         present = model.adapters.get(part)
         if (
@@ -179,10 +208,14 @@ def _lora_config(
     owner: dict[str, int],
     model: VisionLanguageNetwork,
 ) -> Any:
+    """PEFT's LoRA config of a part, for the rule at index `place`.
+
+    Raises `ModelError` if the rule or one of its target modules matches no linear layer.
+    """
     from peft import LoraConfig
 
     named = rule.target_modules if isinstance(rule.target_modules, list) else []
-    # The head and the embedding get LoRA where they are named, and else not.
+    # The head and the embedding get LoRA only if target_modules names them.
     apart = {id(model.llm.head), id(model.llm.model.get_input_embeddings())}
     apart |= {
         id(getattr(layer, "base_layer", None))
@@ -201,7 +234,8 @@ def _lora_config(
     }
     if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
         raise ModelError(
-            f"tune: the LoRA rule {quoted(rule.match)} is init: pissa, which takes linear layers' weights, and names the embedding"
+            f"tune: the LoRA rule {quoted(rule.match)} is init: pissa, "
+            "which takes linear layers' weights, and names the embedding"
         )
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     if isinstance(rule.target_modules, list):
@@ -218,7 +252,8 @@ def _lora_config(
         if unused:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
             raise ModelError(
-                f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; it has {', '.join(kinds)}"
+                f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; "
+                f"it has {', '.join(kinds)}"
             )
     else:
         chosen = matched
@@ -248,8 +283,9 @@ def _lora_config(
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether LoRA can go beside a layer: a linear one, of torch or of GPT-2's kind, that is called."""
-    # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there would change nothing.
+    """Whether LoRA can be attached to a layer: torch's or GPT-2's linear one that is called."""
+    # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there
+    # would change nothing.
     uncalled = isinstance(layer, NonDynamicallyQuantizableLinear)
     return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
 
@@ -257,77 +293,94 @@ def is_linear(layer: nn.Module) -> bool:
 def _prompt(
     model: VisionLanguageNetwork, rules: Sequence[TuneRule], precision: torch.dtype
 ) -> None:
-    """Makes the virtual tokens the rules ask for; those of an earlier stage stay, and train on if asked for again."""
-    asked = [rule for rule in rules if rule.how in KINDS]
-    if len(asked) > 1:
+    """Creates the virtual tokens that a rule requires.
+
+    Those of an earlier stage stay, and train if a rule requires the same ones again. Raises
+    `ModelError` for several such rules, and for a rule that would replace existing virtual tokens.
+    """
+    prompt_rules = [rule for rule in rules if rule.how in KINDS]
+    if len(prompt_rules) > 1:
         raise ModelError(
-            f"tune: {len(asked)} rules put virtual tokens before the llm's input; one can"
+            f"tune: {len(prompt_rules)} rules put virtual tokens before the llm's input; one can"
         )
     present = model.llm.prompt
-    if asked:
-        kind = KINDS[asked[0].how]
-        tokens = asked[0].tokens or TOKENS
+    if prompt_rules:
+        kind = KINDS[prompt_rules[0].how]
+        tokens = prompt_rules[0].tokens or TOKENS
         if present is None:
             with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
                 model.llm.prompt = new_prompt(
-                    model.llm, asked[0].how, tokens, model.config.llm.name
+                    model.llm, prompt_rules[0].how, tokens, model.config.llm.name
                 )
         elif type(present) is not kind or present.tokens != tokens:
             raise ModelError(
-                f"the llm has a {type(present).__name__} of {present.tokens} tokens already; a later stage can train it on "
+                f"the llm has a {type(present).__name__} of {present.tokens} tokens already; "
+                "a later stage can train it on "
                 "(with the same how and tokens) or leave it as it is, but not replace it"
             )
     if model.llm.prompt is not None:
-        model.llm.prompt.requires_grad_(bool(asked))
+        model.llm.prompt.requires_grad_(bool(prompt_rules))
 
 
 def _trained(
     model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
 ) -> set[str]:
-    """Names of the base parameters that train. Raises `ModelError` for a rule that finds nothing of its kind."""
-    # The rows of new tokens have values only from training, whatever rule they fall under.
+    """The names of the base parameters that train.
+
+    Raises `ModelError` for a rule that matches no parameter of its kind.
+    """
+    # The rows of new tokens get their values only from training, whichever rule matches them.
     trained = vocabulary_weights(model) if model.config.llm.words else set[str]()
     for place, rule in enumerate(rules):
         if not rule.trains_base:
             continue
-        owned = {name for name, where in owner.items() if where == place}
-        found = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
-        if not found:
+        owned = {name for name, owner_place in owner.items() if owner_place == place}
+        rule_names = owned if rule.how == "full" else owned & _of_kind(model, rule, owned)
+        if not rule_names:
             raise ModelError(
-                f"tune: the rule {quoted(rule.match)} is how: {rule.how}, and there are none in what it matches"
+                f"tune: the rule {quoted(rule.match)} is how: {rule.how}, "
+                "and there are none in what it matches"
             )
-        trained |= found
+        trained |= rule_names
     return trained
 
 
 def _of_kind(model: VisionLanguageNetwork, rule: TuneRule, owned: set[str]) -> set[str]:
-    """Of all base parameters those in the last of the owned blocks, or all norms, or all biases."""
-    found: set[str] = set()
+    """The names of the base parameters that a rule's `how` selects.
+
+    These are the parameters in the last of the blocks that it owns, all norms, or all biases.
+    """
+    names: set[str] = set()
     for part, module in parts(model).items():
         if rule.how == "last_layers":
             if any(name.startswith(f"{part}.") for name in owned):
-                found |= _last_blocks(part, module, rule, owned)
+                names |= _last_blocks(part, module, rule, owned)
             continue
         for name, layer in module.named_modules():
-            for own, _ in layer.named_parameters(recurse=False):
+            for leaf, _ in layer.named_parameters(recurse=False):
                 norm = "norm" in type(layer).__name__.lower()
-                if norm if rule.how == "norms" else own == "bias" or own.endswith("_bias"):
-                    found.add(clean(f"{part}.{name}.{own}"))
-    return found
+                if norm if rule.how == "norms" else leaf == "bias" or leaf.endswith("_bias"):
+                    names.add(clean(f"{part}.{name}.{leaf}"))
+    return names
 
 
 def _last_blocks(part: str, module: nn.Module, rule: TuneRule, owned: set[str]) -> set[str]:
-    found: set[str] = set()
+    """Of the `owned` names those in the part's last `rule.layers` blocks, in each tower of a pair.
+
+    Raises `ModelError` if the rule matches some blocks but fewer than that.
+    """
+    names: set[str] = set()
     for prefix, column in columns(module).items():
         blocks = [f"{part}.{prefix}{block}." for block in block_names(column)]
         matched = [block for block in blocks if any(name.startswith(block) for name in owned)]
         wanted = rule.layers or 1
         if 0 < len(matched) < wanted:
             raise ModelError(
-                f"tune: the rule {quoted(rule.match)} wants the last {wanted} blocks, and matches {len(matched)}"
+                f"tune: the rule {quoted(rule.match)} wants the last {wanted} blocks, "
+                f"and matches {len(matched)}"
             )
-        found |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
-    return found
+        names |= {name for name in owned if name.startswith(tuple(matched[-wanted:]))}
+    return names
 
 
 def _freeze_and_cast(
@@ -337,6 +390,11 @@ def _freeze_and_cast(
     precision: torch.dtype,
     exact: Collection[str],
 ) -> None:
+    """Sets `requires_grad` and the dtype of every parameter, and records which weights will change.
+
+    The model's `changed` and `beside` are updated. Raises `ModelError` for trained base weights
+    that are quantised.
+    """
     for part, module in parts(model).items():
         changes = False
         halves = set() if part in exact else {id(parameter) for parameter in castable(module)}
@@ -346,7 +404,8 @@ def _freeze_and_cast(
             changes |= base
             if base and not parameter.dtype.is_floating_point:
                 raise ModelError(
-                    f"{part}.{clean(name)} is packed in {model.config.llm.quantize}, and quantised weights can't be trained; use how: lora "
+                    f"{part}.{clean(name)} is packed in {model.config.llm.quantize}, "
+                    "and quantised weights can't be trained; use how: lora "
                     "for what its rule matches, or drop model.llm.quantize"
                 )
             if parameter.dtype.is_floating_point:
@@ -362,7 +421,10 @@ def _freeze_and_cast(
 
 
 def _kept_apart(model: VisionLanguageNetwork, trained: set[str]) -> bool:
-    """Whether what trains of the LLM is saved without the rest, which is its base's: beside quantised layers, and new tokens' rows."""
+    """Whether the LLM's trained weights are saved without its other weights, which stay its base's.
+
+    This is so beside quantised layers, and if only the rows of new tokens train.
+    """
     if "llm" in model.changed or model.config.llm.name is None:
         return False
     names = {name for name in trained if name.startswith("llm.")}
@@ -372,7 +434,7 @@ def _kept_apart(model: VisionLanguageNetwork, trained: set[str]) -> bool:
 
 
 def vocabulary_weights(model: VisionLanguageNetwork) -> set[str]:
-    """The names of the embedding's and the head's own parameters, as rules match them."""
+    """The names of the embedding's and the head's base parameters, as rules match them."""
     language = model.llm.model
     layers = [language.get_input_embeddings(), language.get_output_embeddings()]
     wanted = {
@@ -389,15 +451,18 @@ def vocabulary_weights(model: VisionLanguageNetwork) -> set[str]:
 
 
 def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]:
-    """A norm's frozen weight stays in its trained bias's precision, and the reverse: torch takes no norm of two."""
-    found: set[int] = set()
+    """The ids of a norm's parameters if one of them trains.
+
+    The frozen ones stay in fp32 too: torch has no norm whose weight and bias differ in dtype.
+    """
+    ids: set[int] = set()
     for name, layer in module.named_modules():
-        own = dict(layer.named_parameters(recurse=False))
-        if all(value.dim() < 2 for value in own.values()) and any(
-            clean(f"{part}.{name}.{key}") in trained for key in own
+        layer_parameters = dict(layer.named_parameters(recurse=False))
+        if all(value.dim() < 2 for value in layer_parameters.values()) and any(
+            clean(f"{part}.{name}.{key}") in trained for key in layer_parameters
         ):
-            found |= {id(value) for value in own.values()}
-    return found
+            ids |= {id(value) for value in layer_parameters.values()}
+    return ids
 
 
 def _collect(
@@ -406,6 +471,7 @@ def _collect(
     owner: dict[str, int],
     learning_rate: float,
 ) -> Tuned:
+    """Builds the optimizer groups, one per rule and factor of its learning rate, and the table."""
     members: list[list[tuple[str, nn.Parameter, float]]] = [[] for _ in rules]
     totals = [0] * len(rules)
     for part, module in parts(model).items():
@@ -434,23 +500,29 @@ def _collect(
     groups = []
     names = []
     table = []
-    for rule, found, total in zip(rules, members, totals, strict=True):
+    for rule, rule_members, total in zip(rules, members, totals, strict=True):
         rate = rule.learning_rate or learning_rate
-        factors = sorted({factor for _, _, factor in found}, reverse=True)
+        factors = sorted({factor for _, _, factor in rule_members}, reverse=True)
         for factor in factors:
             groups.append(
                 {
-                    "params": [parameter for _, parameter, own in found if own == factor],
+                    "params": [
+                        parameter
+                        for _, parameter, parameter_factor in rule_members
+                        if parameter_factor == factor
+                    ],
                     "lr": rate * factor,
                 }
             )
-            names.append([name for name, _, own in found if own == factor])
-        trained = sum(parameter.numel() for _, parameter, _ in found)
+            names.append(
+                [name for name, _, parameter_factor in rule_members if parameter_factor == factor]
+            )
+        trained = sum(parameter.numel() for _, parameter, _ in rule_members)
         table.append(
             TuneRow(
                 rule.match,
                 rule.how,
-                rate if found else None,
+                rate if rule_members else None,
                 trained,
                 total,
                 _detail(rule, rate, factors),
@@ -462,7 +534,7 @@ def _collect(
 def _depths(
     part: str, module: nn.Module, rules: Sequence[TuneRule], owner: dict[str, int]
 ) -> dict[str, int]:
-    """How deep the part's parameters lie, where a rule lets its rate decay along them."""
+    """The depths of the part's parameters, if a rule for it has a layer decay; empty otherwise."""
     decayed = {place for place, rule in enumerate(rules) if rule.layer_decay is not None}
     if not any(where in decayed and name.startswith(f"{part}.") for name, where in owner.items()):
         return {}
@@ -474,34 +546,34 @@ def _depths(
 
 
 def _factor(rule: TuneRule, name: str, under: dict[str, int]) -> float:
-    """What a parameter's rate is multiplied by."""
+    """The factor of a parameter's learning rate, from LoRA+ or the layer decay."""
     if rule.lora_plus_ratio is not None:
         return rule.lora_plus_ratio if "lora_B" in name else 1.0
     return 1.0 if rule.layer_decay is None else rule.layer_decay ** under[name]
 
 
 def _detail(rule: TuneRule, rate: float, factors: Sequence[float]) -> str:
-    """What the table says of a rule beside its rate."""
-    said = []
+    """The table's details of a rule beside its learning rate."""
+    phrases = []
     if rule.how == "last_layers":
-        said.append(f"last {rule.layers}")
+        phrases.append(f"last {rule.layers}")
     if rule.layer_decay is not None and factors:
-        said.append(
+        phrases.append(
             f"decay={rule.layer_decay:g}, from {rate * factors[0]:.2g} to {rate * factors[-1]:.2g}"
         )
     if rule.how in KINDS:
-        said.append(f"{rule.tokens or TOKENS} tokens")
+        phrases.append(f"{rule.tokens or TOKENS} tokens")
     if rule.how == "lora":
-        said.append(f"r={rule.r or 16}, alpha={rule.lora_alpha or 2 * (rule.r or 16):g}")
-        said += [
+        phrases.append(f"r={rule.r or 16}, alpha={rule.lora_alpha or 2 * (rule.r or 16):g}")
+        phrases += [
             name for name in (rule.variant, rule.init) if name not in (None, "lora", "default")
         ]
         if rule.lora_plus_ratio is not None:
-            said.append(f"B at {rate * rule.lora_plus_ratio:.2g}")
-    return ", ".join(said)
+            phrases.append(f"B at {rate * rule.lora_plus_ratio:.2g}")
+    return ", ".join(phrases)
 
 
 def count_of(parameter: nn.Parameter) -> int:
-    """Numbers a parameter stands for: bitsandbytes packs two 4-bit weights in a byte."""
+    """The number of weights in a parameter; bitsandbytes packs two 4-bit weights in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

@@ -1,6 +1,7 @@
-"""The vision-language model: tower, connector, LLM; readable in one sitting.
+"""The forward pass of a vision-language model: tower, connector, splice into the text, LLM.
 
-Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens a media item, D tower width, E LLM width.
+Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens of a media item,
+D tower width, E LLM width.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from vlm_tune.model.weights import is_sharded
 
 
 class VisionLanguageConfig(Config):
-    """What `config.json` holds: all that makes the model again, weights apart; `precision` is what it is loaded in."""
+    """The content of `config.json`: all that is needed to rebuild the model, except its weights.
+
+    `precision` is the dtype in which it is loaded by default.
+    """
 
     model_type: str = "vlm_tune"
     model: ModelSection
@@ -38,24 +42,36 @@ class VisionLanguageConfig(Config):
 
     @property
     def llm(self) -> Llm:
-        """The language model's section."""
+        """The recipe's section `model.llm`."""
         return self.model.llm
 
 
 @dataclass
 class Alignment:
-    """Unit vectors in the LLM's embedding space: image fp32[B, E] and caption fp32[B, E] of each row."""
+    """Unit vectors of each row's image and caption in the LLM's embedding space, fp32[B, E]."""
 
     images: torch.Tensor
     captions: torch.Tensor
 
 
 class VisionLanguageNetwork(nn.Module):
-    """A vision tower whose features a connector projects into a language model.
+    """The network: forward pass from pixels and token ids to the loss, and nothing else.
 
-    `changed` names the parts (tower, llm) whose base weights are no longer those of their name in the recipe;
-    `adapters` holds the LoRA tuner of each part that has one; `bases` are the fingerprints of the weights that parts started from.
-    `beside` names the LLM's own weights that were trained where all others are still its base's.
+    The tower turns images into features, the connector projects them to the LLM's width, `embed`
+    splices them into the text's embeddings, and the LLM computes the loss. Generating answers,
+    chat, loading and saving are not here: `vlm_tune.generation.chat.VisionLanguageModel`, the class
+    that users hold, adds them.
+
+    Attributes:
+        config: the model's config.
+        processor: tokenizer, chat template and image processing.
+        tower, connector, llm: the parts.
+        changed: the parts (tower, llm) whose base weights are no longer those of their name in the
+            recipe.
+        beside: names of the LLM's weights that were trained individually while the rest is
+            unchanged.
+        adapters: the LoRA tuner of each part that has one.
+        bases: fingerprints of the weights that parts started from.
     """
 
     def __init__(
@@ -79,18 +95,21 @@ class VisionLanguageNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> VisionLanguageNetwork:
-        """As in torch, but a frozen tower stays in eval mode, so its batch statistics don't move."""
+        """Sets the mode as in torch, but a frozen tower stays in eval mode.
+
+        So its batch statistics do not change.
+        """
         super().train(mode)
         if mode and not any(parameter.requires_grad for parameter in self.tower.parameters()):
             self.tower.eval()
         return self
 
     def media(self, batch: Batch) -> torch.Tensor | None:
-        """Connected features [M, N, E] of the batch's media places, in row order; None where it has none."""
+        """The connector's outputs [M, N, E] in order of the media places; None without media."""
         if batch.features is None and batch.pixels is None:
             return None
         features = self.tower(batch.pixels) if batch.features is None else batch.features
@@ -100,13 +119,14 @@ class VisionLanguageNetwork(nn.Module):
         return self.connector(features[batch.media_index], self._text(batch, *where))
 
     def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
+        """The instructions that a text-conditioned connector reads, for media at these places."""
         embeds = self.llm.embed(batch.input_ids)
         return instructions(
             batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal"
         )
 
     def _blank(self, batch: Batch) -> torch.Tensor:
-        """Connected features [1, N, E] of a black image, for a batch that has none."""
+        """The connector's outputs [1, N, E] for a black image, for a batch without media."""
         size = self.tower.image_size
         first = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
         if batch.cached:  # other ranks don't run the tower either
@@ -122,39 +142,50 @@ class VisionLanguageNetwork(nn.Module):
         )
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """The LLM's input [B, L, E], media joined to the text. Raises `ModelError` if slots and media differ in number."""
+        """The LLM's input [B, L, E]: the text's embeddings with the media spliced in.
+
+        Raises `ModelError` if slots and media differ in number.
+        """
         connected = self.media(batch)
         if connected is None and batch.image_mask.any():
             raise ModelError(
                 f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}"
             )
         if connected is None and self.training and self._runs_blank:
-            # Every rank must run the same modules, so a batch without media runs a blank one that counts nothing.
+            # Every rank must run the same modules, so a batch without media runs a blank image that
+            # does not count.
             connected = self._blank(batch)
         return self.connector.join(self.llm.embed(batch.input_ids), connected, batch)
 
     @property
     def _runs_blank(self) -> bool:
-        """Whether other ranks wait for what a batch without media would leave out: its gradients, or its share of weights."""
-        found = (
+        """Whether a batch without media must run the tower and connector for other ranks.
+
+        They wait for its gradients, or for its shards of the weights.
+        """
+        parameters = (
             parameter for part in (self.tower, self.connector) for parameter in part.parameters()
         )
-        return any(parameter.requires_grad or is_sharded(parameter) for parameter in found)
+        return any(parameter.requires_grad or is_sharded(parameter) for parameter in parameters)
 
     def forward(self, batch: Batch, *, align: bool = False) -> TokenLoss | Alignment:
-        """The language modelling loss of a batch, or with `align` its images and captions as vectors."""
+        """The language modelling loss of a batch, or with `align` its image and caption vectors."""
         if align:
             return self._align(batch)
         return self.llm(self.embed(batch), batch)
 
     def _align(self, batch: Batch) -> Alignment:
+        """Mean image features and summed caption embeddings, normalised.
+
+        Raises `DataError` unless each row has exactly one image.
+        """
         connected = self.media(batch)
         if connected is None or len(batch.media_index) != len(batch.ids):
             raise DataError("a contrastive objective needs exactly one image a row")
-        said = batch.labels != IGNORE_INDEX
+        caption_mask = batch.labels != IGNORE_INDEX
         for stop in self.processor.stop_ids:
-            said &= batch.labels != stop
-        words = self.llm.embed(batch.labels.clamp(min=0)).float() * said[..., None]
+            caption_mask &= batch.labels != stop
+        words = self.llm.embed(batch.labels.clamp(min=0)).float() * caption_mask[..., None]
         return Alignment(
             normalize(connected.float().mean(1), dim=-1),
             normalize(words.sum(1), dim=-1),
@@ -162,4 +193,4 @@ class VisionLanguageNetwork(nn.Module):
 
 
 Network = TypeVar("Network", bound=VisionLanguageNetwork)
-"""The class that a function which makes a model is asked for."""
+"""The class of the model that a function builds or loads."""

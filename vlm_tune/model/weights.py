@@ -1,4 +1,4 @@
-"""Reading and writing weights: safetensors only, checked against the file's size before memory is taken."""
+"""Loading and saving weights: safetensors only, checked against the file's size beforehand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ MAX_HEADER = 100_000_000
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
-    """The file's header. Raises `ModelError` if the file is missing, cut, or its header can't be true."""
+    """Reads and checks a file's header.
+
+    Raises `ModelError` if the file is missing or truncated, or its header is not valid.
+    """
     if not is_file(path):
         raise ModelError(f"{shown_path(path)}: no such weights file")
     size = path.stat().st_size
@@ -44,13 +47,14 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path}: its safetensors header can't be read") from None
     if size != 8 + length + end:
         raise ModelError(
-            f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file was cut or changed"
+            f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; "
+            "the file was cut or changed"
         )
     return header
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file on the CPU. Raises `ModelError` as `check_safetensors`."""
+    """Loads all tensors of a file to the CPU. Raises `ModelError` as `check_safetensors` does."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -62,66 +66,75 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes tensors to a file; tensors that share memory are written apart."""
+    """Writes tensors to a file; tensors that share memory are written separately."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     written = {}
-    seen = set()
+    storages = set()
     for name, value in tensors.items():
-        own = value.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        # Copied only where it must be: a thread that writes beside training should not keep the cores busy.
+        cpu_tensor = value.detach().cpu().contiguous()
+        storage = cpu_tensor.untyped_storage()
+        # Copied only if necessary: a thread that writes during training should not keep the cores
+        # busy.
         alone = (
-            storage.data_ptr() not in seen and storage.nbytes() == own.numel() * own.element_size()
+            storage.data_ptr() not in storages
+            and storage.nbytes() == cpu_tensor.numel() * cpu_tensor.element_size()
         )
-        seen.add(storage.data_ptr())
-        written[name] = own if alone else own.clone()
+        storages.add(storage.data_ptr())
+        written[name] = cpu_tensor if alone else cpu_tensor.clone()
     save_file(written, path, metadata={"format": "pt"})
 
 
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:
-    """A tensor whole on the CPU; of one that processes hold in shares (ZeRO-3, FSDP) every one of them must ask for it."""
-    held: Any = value
-    if hasattr(held, "ds_id"):
+    """The full tensor on the CPU; one that is sharded (ZeRO-3, FSDP) is gathered.
+
+    Every rank must call this for a sharded tensor.
+    """
+    tensor: Any = value
+    if hasattr(tensor, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([held]):
+        with GatheredParameters([tensor]):
             return value.detach().cpu().clone()
-    if hasattr(held, "full_tensor"):
-        # Offloaded shares are gathered where the processes can talk to each other.
-        return held.detach().to(held.device_mesh.device_type).full_tensor().cpu()
+    if hasattr(tensor, "full_tensor"):
+        # Offloaded shards are gathered on the device on which the ranks can communicate.
+        return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
     return value.detach().cpu()
 
 
 def whole_state(
     module: nn.Module, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, torch.Tensor]:
-    """The wanted part of a module's state dict; of sharded weights every process must ask, and the first one gets them whole."""
-    held: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
-    found = {}
+    """The entries of a module's state dict whose names are `wanted`.
+
+    Sharded tensors are gathered: every rank must call this, and only rank 0 gets them.
+    """
+    parameters: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    state = {}
     for name, value in module.state_dict().items():
         if not wanted(name):
             continue
-        own = held.get(name, value)
-        if not is_sharded(own):
-            found[name] = value
+        tensor = parameters.get(name, value)
+        if not is_sharded(tensor):
+            state[name] = value
             continue
-        whole = whole_tensor(own)
+        whole = whole_tensor(tensor)
         if torch.distributed.get_rank() == 0:
-            found[name] = whole
-    return found
+            state[name] = whole
+    return state
 
 
 def is_sharded(value: torch.Tensor) -> bool:
-    """Whether processes hold a tensor in shares."""
+    """Whether a tensor is sharded across ranks."""
     return hasattr(value, "ds_id") or hasattr(value, "full_tensor")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Loads tensors into a module, all of them and nothing else.
+    """Loads tensors into a module; every one must match.
 
-    Raises `ModelError` with the lists of missing, unexpected and misshapen tensors.
+    Raises `ModelError` with the lists of missing, unexpected and misshapen tensors. `name` begins
+    the message.
     """
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
@@ -132,10 +145,10 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
         if tensors[key].shape != wanted[key].shape
     ]
     faults = [
-        f"{word}: {', '.join(found[:8])}"
-        + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-        for word, found in (("missing", missing), ("unexpected", extra), ("misshapen", shapes))
-        if found
+        f"{word}: {', '.join(entries[:8])}"
+        + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")
+        for word, entries in (("missing", missing), ("unexpected", extra), ("misshapen", shapes))
+        if entries
     ]
     if faults:
         raise ModelError(f"{name} does not fit the model; " + "; ".join(faults))
@@ -143,9 +156,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
 
 
 def check_folder(folder: Path) -> list[Path]:
-    """The weight files of a local transformers folder, checked before they are loaded.
+    """The weight files of a local transformers folder, whose headers are checked.
 
-    Raises `ModelError` for cut files, missing shards, and folders that hold pickled weights only.
+    Raises `ModelError` for truncated files, missing shards, and folders with pickled weights only.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -162,7 +175,8 @@ def check_folder(folder: Path) -> list[Path]:
     if not files:
         pickled = [path.name for path in folder.glob("*.bin")]
         hint = (
-            f" (found {', '.join(pickled)}: pickled weights are not loaded, convert them to safetensors)"
+            f" (found {', '.join(pickled)}: pickled weights are not loaded, "
+            "convert them to safetensors)"
             if pickled
             else ""
         )
@@ -173,7 +187,10 @@ def check_folder(folder: Path) -> list[Path]:
 
 
 def castable(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Floating-point parameters that may be in half precision: all but those beside batch statistics."""
+    """Yields the floating-point parameters that may be in half precision.
+
+    These are all but those of layers with batch statistics.
+    """
     for owner in module.modules():
         if getattr(owner, "running_mean", None) is None:
             yield from (
@@ -184,28 +201,44 @@ def castable(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts what may be cast, in place. Buffers stay as they are: pixel scales, running statistics and rotary frequencies need fp32."""
+    """Casts the parameters that `castable` yields, in place.
+
+    Buffers keep their dtype: pixel scales, running statistics and rotary frequencies need fp32.
+    """
     for parameter in castable(module):
         parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
 def own_memory(module: nn.Module) -> None:
-    """Copies every parameter: as long as one is read from the mapping of its file, all pages that were touched stay in memory."""
+    """Copies every parameter to anonymous memory.
+
+    While one parameter is still a mapping of its file, all of the file's touched pages stay in
+    memory.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 
 
 ALIGNMENT = 64
-"""Bytes that a tensor's place in a file is a multiple of: rounding may depend on where in a vector register a row begins."""
+"""Alignment of tensors in a file, in bytes.
+
+Rounding may depend on where in a vector register a row begins.
+"""
 
 
 def page_out(module: nn.Module, folder: Path) -> int:
-    """Moves a CPU module's frozen weights to an unnamed temporary file in `folder`; returns the bytes moved.
+    """Moves a CPU module's frozen weights to an unnamed temporary file in `folder`.
 
-    The weights are the file's mapping then, with the same values: they take memory again, page by page, only when they are
-    read. A write goes to memory and not to the file, which lasts as long as the weights. Raises `OSError` where the file
-    can't be written; then nothing has changed.
+    The weights are then a mapping of the file with the same values, and take memory again, page by
+    page, only when they are read. A write goes to memory and not to the file, which exists as long
+    as the weights.
+
+    Returns:
+        The number of bytes moved.
+
+    Raises:
+        OSError: the file can't be written; the module is unchanged.
     """
     parameters = [
         each
@@ -231,7 +264,7 @@ def page_out(module: nn.Module, folder: Path) -> int:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 of a module's tensors by name, dtype, shape and bytes."""
+    """The sha256 of a module's tensors: their names, dtypes, shapes and bytes."""
 
     def one(item: tuple[str, torch.Tensor]) -> bytes:
         name, value = item
@@ -239,7 +272,7 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 
-    with ThreadPoolExecutor() as pool:  # Python lets go of its lock while it hashes
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return hashlib.sha256(
             b"".join(pool.map(one, sorted(module.state_dict().items())))
         ).hexdigest()

@@ -1,4 +1,4 @@
-"""Connectors that start from weights: a projector's file, or the connector of an existing vision-language model."""
+"""Pretrained connector weights: a projector's file, or the connector of a vision-language model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QFORMER_LAYER = {
     "text_feed.2": "output.dense",
     "text_norm": "output.LayerNorm",
 }
-"""Our names of a Q-Former layer's modules, and transformers'."""
+"""The names of a Q-Former layer's modules here, and in transformers."""
 QFORMER_STEM = {
     "qformer.layernorm": "norm",
     "qformer.embeddings.layernorm": "norm",
@@ -44,13 +44,14 @@ QFORMER_STEM = {
     "qformer.embeddings.position_embeddings": "positions",
     "language_projection": "project",
 }
-"""transformers' names of what is around the layers, and ours."""
+"""The names of the modules around the layers in transformers, and here."""
 
 
 def start_connector(connector: nn.Module, config: AnyConnector) -> None:
-    """Loads the weights that the recipe names into a connector, all of them and nothing else; none are named for most.
+    """Loads the weights that the recipe names into a connector, if it names any.
 
-    Raises `ModelError` for weights of another kind of connector, missing, unexpected and misshapen tensors, and pickles.
+    Raises `ModelError` for weights of another kind of connector, missing, unexpected and misshapen
+    tensors, and pickled weights.
     """
     if isinstance(config, FusionConnector | CrossAttentionConnector):
         start_connector(connector.base, config.base)  # type: ignore[arg-type]
@@ -61,7 +62,10 @@ def start_connector(connector: nn.Module, config: AnyConnector) -> None:
 
 
 def _read(weights: str) -> Tensors:
-    """A connector's tensors as their file names them, without what stands before all of them."""
+    """Loads a connector's tensors, under the names in their file without its common prefix.
+
+    `weights` is a safetensors file, or the name of a vision-language model.
+    """
     path = Path(weights)
     if is_file(path) or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         if path.suffix != ".safetensors":
@@ -73,55 +77,69 @@ def _read(weights: str) -> Tensors:
     vlm = find_vlm(weights)
     if vlm is None:
         raise ModelError(
-            f"model.connector.weights: {quoted(weights)} is neither a safetensors file nor a vision-language model of a known kind "
+            f"model.connector.weights: {quoted(weights)} is neither a safetensors file "
+            "nor a vision-language model of a known kind "
             "(LLaVA-1.5, BLIP-2, InstructBLIP)"
         )
     return part_tensors(vlm, "connector")
 
 
-def _renamed(connector: nn.Module, found: Tensors, name: str) -> Tensors:
-    """Tensors under the connector's own names, where their names are a kind's of another library."""
-    if found.keys() == connector.state_dict().keys():
-        return found
+def _renamed(connector: nn.Module, tensors: Tensors, name: str) -> Tensors:
+    """Renames tensors from another library's names to the connector's own.
+
+    Args:
+        connector: the connector that they are for.
+        tensors: the tensors by their names in the file.
+        name: the file or model, for messages.
+
+    Raises:
+        ModelError: the tensors are those of another kind of connector.
+    """
+    if tensors.keys() == connector.state_dict().keys():
+        return tensors
     other = next(
         (
             kind
             for key, kind in (("query_tokens", QFormer), ("linear_1.weight", None))
-            if key in found
+            if key in tensors
         ),
         Mlp,
     )
     if (other is QFormer) != isinstance(connector, QFormer):
-        held, wanted = (
+        saved_kind, expected_kind = (
             ("a Q-Former", "a projector") if other is QFormer else ("a projector", "a Q-Former")
         )
         raise ModelError(
-            f"{name} holds {held}, and model.connector.kind is {type(connector).__name__.lower()}: expected {wanted}"
+            f"{name} holds {saved_kind}, and model.connector.kind is "
+            f"{type(connector).__name__.lower()}: expected {expected_kind}"
         )
     if isinstance(connector, QFormer):
-        return _qformer(connector, found)
+        return _qformer(connector, tensors)
     if other is None and isinstance(connector, Linear):
-        return _product(found)
+        return _product(tensors)
     if other is None:
         names = {"linear_1.": "layers.0.", "linear_2.": "layers.2."}
-        return {names.get(key[:9], key[:9]) + key[9:]: value for key, value in found.items()}
+        return {names.get(key[:9], key[:9]) + key[9:]: value for key, value in tensors.items()}
     return {
         f"{'linear' if isinstance(connector, Linear) else 'layers'}.{key}": value
-        for key, value in found.items()
+        for key, value in tensors.items()
     }
 
 
-def _product(found: Tensors) -> Tensors:
-    """Two linear layers with nothing between them as one; a linear connector is exported as LLaVA with the identity second."""
-    first = found["linear_1.weight"].double()
-    second = found["linear_2.weight"].double()
-    bias = second @ found["linear_1.bias"].double() + found["linear_2.bias"].double()
+def _product(tensors: Tensors) -> Tensors:
+    """The product of two linear layers with no activation between them, as one layer.
+
+    A linear connector is exported to LLaVA's layout with the identity as the second layer.
+    """
+    first = tensors["linear_1.weight"].double()
+    second = tensors["linear_2.weight"].double()
+    bias = second @ tensors["linear_1.bias"].double() + tensors["linear_2.bias"].double()
     return {"linear.weight": (second @ first).float(), "linear.bias": bias.float()}
 
 
-def _qformer(connector: QFormer, found: Tensors) -> Tensors:
-    """transformers' BLIP-2 or InstructBLIP connector under our names."""
-    left = dict(found)
+def _qformer(connector: QFormer, tensors: Tensors) -> Tensors:
+    """Renames tensors of transformers' BLIP-2 or InstructBLIP connector to those of `QFormer`."""
+    left = dict(tensors)
     named: Tensors = {}
     queries = left.pop("query_tokens", None)
     if queries is not None:
@@ -136,7 +154,7 @@ def _qformer(connector: QFormer, found: Tensors) -> Tensors:
             theirs = f"qformer.encoder.layer.{place}.{QFORMER_LAYER[stem]}.{kind}"
             if theirs in left:
                 named[f"layers.{place}.{key}"] = left.pop(theirs)
-    # What the last layer makes of the text is read by nobody: ours has no weights for it.
+    # The last layer's output for the text is unused, so the connector has no weights for it.
     last = f"qformer.encoder.layer.{len(connector.layers) - 1}."
     unread = (f"{last}intermediate.", f"{last}output.") if connector.needs_text else ()
     return named | {
@@ -145,9 +163,10 @@ def _qformer(connector: QFormer, found: Tensors) -> Tensors:
 
 
 def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
-    """The tokenizer that a connector reads instructions by, from a saved folder or its name; None if that is the LLM's.
+    """Loads a connector's own tokenizer for instructions, from a saved folder or by its name.
 
-    Raises `ModelError` if it can't be loaded.
+    Returns None if it uses the LLM's tokenizer. Raises `ModelError` if it can't be
+    loaded.
     """
     from transformers import AutoTokenizer
 
@@ -163,5 +182,6 @@ def load_words(config: AnyConnector, folder: Path | None = None) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.connector.tokenizer: no tokenizer in {quoted(str(folder or name))}: {reason_of(error)}"
+            f"model.connector.tokenizer: no tokenizer in {quoted(str(folder or name))}: "
+            f"{reason_of(error)}"
         ) from None

@@ -1,4 +1,4 @@
-"""Language models of transformers: loaded, quantised, from scratch, or without weights."""
+"""Language models of transformers: pretrained, quantised, from scratch, or without weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from vlm_tune.quoting import quoted, reason_of
 
 
 def make_room(language: Any, rows: int) -> None:
-    """Gives an LLM's embedding and head as many rows as a vocabulary has; new ones are the mean of the others."""
+    """Enlarges an LLM's embedding and head to `rows` if they are smaller.
+
+    New rows are the mean of the others.
+    """
     before = language.get_input_embeddings().num_embeddings
     if rows <= before:
         return
@@ -37,7 +40,20 @@ def make_room(language: Any, rows: int) -> None:
 def bare_llm(
     llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None
 ) -> Any:
-    """The language model of a name or folder by its config alone, on the meta device, with layers that stand for quantised ones."""
+    """Builds a language model on the meta device from its config alone.
+
+    Args:
+        llm: the recipe's section `model.llm`.
+        dtype: the dtype of its weights.
+        folder: a saved folder to take the config from, instead of the section's name.
+        attention: transformers' attention implementation; the default for this machine if None.
+
+    Returns:
+        The transformers model, with stand-ins for quantised layers.
+
+    Raises:
+        ModelError: the config can't be read, or no model can be built from it.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = llm_config(llm, folder)
@@ -47,10 +63,11 @@ def bare_llm(
             model = factory.from_config(config, dtype=dtype, **_attention(attention))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.llm.name: can't build the language model of {quoted(llm.name)}: {load_reason(str(llm.name), error)}"
+            f"model.llm.name: can't build the language model of {quoted(llm.name)}: "
+            f"{load_reason(str(llm.name), error)}"
         ) from None
     if getattr(config, "scale_decoder_outputs", True) is False:
-        # Flan-T5's head is its own; transformers ties it until it sees the weights.
+        # Flan-T5's head is untied; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     if llm.quantize:
         pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
@@ -58,7 +75,10 @@ def bare_llm(
 
 
 def llm_config(llm: Llm, folder: Path | None = None) -> Any:
-    """transformers' config of a language model by its name, or of a saved folder. Raises `ModelError` if it can't be read."""
+    """transformers' config of a language model, by its name or from a saved folder.
+
+    Raises `ModelError` if it can't be read.
+    """
     from transformers import AutoConfig
 
     if folder is None:
@@ -76,14 +96,15 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
     except (OSError, ValueError, TypeError) as error:  # the last for JSON that is no object
         name = str(folder or llm.name)
         raise ModelError(
-            f"can't read the config of the language model {quoted(name)}: {load_reason(name, error)}"
+            f"can't read the config of the language model {quoted(name)}: "
+            f"{load_reason(name, error)}"
         ) from None
 
 
 def scratch_llm(
     llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None
 ) -> Any:
-    """A language model of random weights; `tokenizer` is asked for the ids of its special tokens."""
+    """Builds a language model with random weights; `tokenizer` gives the ids of special tokens."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = scratch_config(llm, scratch, tokenizer, vocabulary)
@@ -95,7 +116,10 @@ def scratch_llm(
 
 
 def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
-    """transformers' config of an LLM of random weights."""
+    """transformers' config of an LLM with random weights.
+
+    Raises `ModelError` if the config rejects the recipe's values.
+    """
     from transformers import AutoConfig
 
     ids = {
@@ -114,6 +138,7 @@ def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) 
 
 
 def _attention(kind: str | None = None) -> dict[str, Any]:
+    """transformers' option for an attention implementation, or for this machine's default."""
     # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
     return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
 
@@ -121,9 +146,20 @@ def _attention(kind: str | None = None) -> dict[str, Any]:
 def load_llm(
     llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True
 ) -> Any:
-    """The transformers model of a name or a folder, quantised as `llm.quantize` says unless told not to.
+    """Loads a language model with its weights.
 
-    Raises `ModelError` for names and files that don't exist, cut files, missing or unexpected tensors.
+    Args:
+        llm: the recipe's section `model.llm`.
+        dtype: the dtype of its weights.
+        folder: a saved folder to load, instead of the section's name.
+        quantize: False ignores `llm.quantize`.
+
+    Returns:
+        The transformers model.
+
+    Raises:
+        ModelError: a name or file does not exist, a file is truncated, or tensors are missing,
+            unexpected or misshapen.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -160,7 +196,10 @@ def load_llm(
 
 
 def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = None) -> Any:
-    """A whole language model, or the one inside a vision-language model."""
+    """Loads a language model, or the one inside the vision-language model `vlm`.
+
+    Raises `ModelError` as `load_llm` does.
+    """
     try:
         model, info = factory.from_pretrained(
             name,
@@ -175,11 +214,12 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
-            f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; merge it first and name the merged model"
+            f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; "
+            "merge it first and name the merged model"
         )
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
-        # It is a language model now: saved under its own names, not under those it was found by.
+        # Else it would be saved under the names of the vision-language model.
         del model._weight_conversions
     faults = [
         f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
@@ -196,13 +236,14 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         own_memory(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no gradient, and they stay so.
+            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no
+            # gradient, and they stay so.
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def forget_gguf(model: Any) -> None:
-    """A de-quantised GGUF model is a plain one; as long as it claims otherwise transformers won't save it."""
+    """Marks a de-quantised GGUF model as not quantised: transformers would refuse to save it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -211,6 +252,7 @@ def forget_gguf(model: Any) -> None:
 
 
 def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
+    """transformers' config of bitsandbytes for `llm.quantize`; the head is not quantised."""
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_
 
 
 def add_words(tokenizer: Any, llm: Llm) -> Any:
-    """The tokenizer with the tokens that a recipe adds to it; those that it has keep their ids."""
+    """Adds a recipe's tokens to a tokenizer and returns it; those that it has keep their ids."""
     from tokenizers import AddedToken
 
     for words, special in ((llm.added_tokens, False), (llm.added_special_tokens, True)):
@@ -35,12 +35,17 @@ def add_words(tokenizer: Any, llm: Llm) -> Any:
 def train_tokenizer(
     conversations: Iterable[Conversation], vocab_size: int, template: ChatTemplate
 ) -> Any:
-    """A byte-level BPE tokenizer trained on the conversations' text; the template's control tokens are in it."""
+    """Trains a byte-level BPE tokenizer on the conversations' text.
+
+    Its special tokens include the template's control tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(  # type: ignore[assignment]
+        add_prefix_space=False
+    )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -48,7 +53,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The distinct texts, sorted: the vocabulary depends on what is said, not on the order of rows.
+    # Distinct texts, sorted: the vocabulary must not depend on the order of rows.
     texts = sorted(
         {str(s.payload) for c in conversations for s in template.segments(c) if s.kind == "text"}
     )
@@ -59,9 +64,10 @@ def train_tokenizer(
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
-    """The tokenizer of a language model, or of a saved folder. Raises `ModelError` if it can't be loaded.
+    """Loads the tokenizer of a language model or a saved folder, with the recipe's tokens added.
 
-    A chat template that comes with it is left out: it is a program of whoever made the folder, and ours renders.
+    Its chat template is removed: it is a program by the author of the folder, and vlm_tune renders
+    chats itself. Raises `ModelError` if the tokenizer can't be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -84,7 +90,10 @@ def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:
 
 
 def pin_tokenizer(folder: Path) -> None:
-    """Makes transformers read a folder's tokenizer.json as it is; a model's own class would make it anew, and Llama's loses `legacy`."""
+    """Makes transformers load a saved folder's tokenizer.json unchanged.
+
+    The tokenizer class of a model would rebuild it, and Llama's loses `legacy`.
+    """
     path = folder / "tokenizer_config.json"
     path.write_text(
         json.dumps(

@@ -1,7 +1,8 @@
-"""Existing vision-language models to start from: which parts they have, and whose tensor is whose.
+"""Existing vision-language models to start from: their parts, and which tensors belong to which.
 
-Known are LLaVA-1.5 in transformers' layout and in the LLaVA repository's own, BLIP-2 and InstructBLIP. Each part of ours
-can name such a model: the tower, the connector and the LLM then take what is theirs in it.
+Supported are LLaVA-1.5 in transformers' layout and in the LLaVA repository's, BLIP-2 and
+InstructBLIP. A recipe's tower, connector and LLM can each name such a model; each then loads its
+part of it.
 """
 
 from __future__ import annotations
@@ -44,14 +45,16 @@ from vlm_tune.quoting import quoted, reason_of
 
 Part = Literal["tower", "connector"]
 QFORMER_TOKENIZER = "qformer_tokenizer"
-"""The folder of InstructBLIP's second tokenizer."""
+"""The subfolder of InstructBLIP's second tokenizer."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose tensor a name is: patterns of how the tower's and the connector's begin, and the LLM's new names.
+    """The names of tensors in a kind of checkpoint.
 
-    In `language`, `{base}` stands for what the LLM's class calls all of it but the head.
+    `tower` and `connector` are patterns of the prefixes of these parts. `language` maps patterns of
+    the LLM's names to the names in its own class, where `{base}` stands for the class's name of
+    everything but the head.
     """
 
     tower: str
@@ -79,7 +82,7 @@ LAYOUTS = {
     "blip-2": BLIP,
     "instructblip": BLIP,
 }
-"""By kind."""
+"""The layouts by kind."""
 
 ORIGINAL_TYPES = {
     "llava": "llama",
@@ -87,12 +90,15 @@ ORIGINAL_TYPES = {
     "llava_mistral": "mistral",
     "llava_qwen": "qwen2",
 }
-"""The LLaVA repository's model types, and transformers' of the language model inside."""
+"""transformers' model types of the language models, by the LLaVA repository's model types."""
 
 
 @dataclass(frozen=True)
 class Vlm:
-    """A vision-language model of a known kind, by its hub name or folder; `config` is its config.json."""
+    """A vision-language model of a known kind.
+
+    `name` is its hub name or folder, `config` its config.json.
+    """
 
     name: str
     kind: str
@@ -100,30 +106,34 @@ class Vlm:
 
     @property
     def layout(self) -> Layout:
-        """Whose tensor is whose in its weights."""
+        """The names of its tensors."""
         return LAYOUTS[self.kind]
 
     def foreign(self, tensor: str) -> bool:
-        """Whether a tensor is the tower's or the connector's, and no concern of the LLM."""
+        """Whether a tensor is not the LLM's, but the tower's or the connector's."""
         return any(
             re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector)
         )
 
 
 def own_folder(recipe: Recipe) -> Path | None:
-    """The model folder of ours that a recipe starts from with all parts (`model.pretrained`); None where it names none."""
+    """The vlm_tune model folder that `model.pretrained` names; None if it names none."""
     folder = Path(recipe.model.pretrained) if isinstance(recipe.model, PretrainedModel) else None
     return folder if folder is not None and is_folder(folder) and is_ours(folder) else None
 
 
 def own_rebuild(recipe: Recipe) -> dict[str, Any] | None:
-    """The tower's architecture as the model folder of ours that a recipe starts from keeps it."""
+    """The tower's architecture in the vlm_tune model folder that `model.pretrained` names."""
     folder = own_folder(recipe)
     return read_json(folder / "config.json").get("tower_rebuild") if folder else None
 
 
-def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
-    """The parts of a model folder of ours: its LLM by the folder in it, where it has one."""
+def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
+    """The parts of a vlm_tune model folder as a recipe's section, with the overrides in `source`.
+
+    The LLM's name is the folder's subfolder llm/, if it has one. Raises `ModelError` for a folder
+    with parts that are not merged, and for a config.json that was changed.
+    """
     from vlm_tune.model.base_places import AS_SAVED, moved
 
     if unmerged(folder):
@@ -139,32 +149,40 @@ def _own_section(folder: Path, asked: PretrainedModel) -> ModelSection:
             f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})"
         ) from None
     section = moved(folder, section, AS_SAVED)
-    llm = section.llm.model_copy(update=asked.llm.model_dump())
+    llm = section.llm.model_copy(update=source.llm.model_dump())
     if (folder / "llm").is_dir():
-        llm = Llm(kind=llm.kind, name=str(folder / "llm"), **asked.llm.model_dump())
-    tower = section.tower.model_copy(update=asked.tower.model_dump(exclude_unset=True))
+        llm = Llm(kind=llm.kind, name=str(folder / "llm"), **source.llm.model_dump())
+    tower = section.tower.model_copy(update=source.tower.model_dump(exclude_unset=True))
     return section.model_copy(update={"llm": llm, "tower": tower})
 
 
 def find_vlm(name: str) -> Vlm | None:
-    """The vision-language model of a hub name or folder; None where there is none, or none of a known kind."""
+    """The vision-language model of a hub name or folder; None if there is none of a known kind."""
     from transformers.configuration_utils import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(config_source(name))
     except (OSError, ValueError):
         return None
-    found = config.get("model_type")
-    if found in ORIGINAL_TYPES and "mm_vision_tower" in config:
+    model_type = config.get("model_type")
+    if model_type in ORIGINAL_TYPES and "mm_vision_tower" in config:
         return Vlm(name, "llava_original", config)
-    return Vlm(name, found, config) if found in LAYOUTS and "vision_config" in config else None
+    return (
+        Vlm(name, model_type, config)
+        if model_type in LAYOUTS and "vision_config" in config
+        else None
+    )
 
 
 def model_section(recipe: Recipe) -> ModelSection:
-    """The recipe's tower, connector and LLM, those of `model.pretrained` where it names a model to start from.
+    """The recipe's tower, connector and LLM, or those of the model that `model.pretrained` names.
 
-    Of that model only configs are read. Raises `ModelError` for a model that can't be taken over, with what was expected,
-    and `RecipeError` where the rest of the recipe does not go with its parts, or random weights can't be made of its numbers.
+    Of that model only configs are read.
+
+    Raises:
+        ModelError: the model is not supported; the message says what was expected.
+        RecipeError: the rest of the recipe does not fit the model's parts, or parts with random
+            weights can't be built from the recipe's numbers.
     """
     if isinstance(recipe.model, ModelSection):
         check_model(recipe)
@@ -174,33 +192,36 @@ def model_section(recipe: Recipe) -> ModelSection:
     return section
 
 
-def _section(asked: PretrainedModel) -> ModelSection:
-    folder = Path(asked.pretrained)
+def _section(source: PretrainedModel) -> ModelSection:
+    """The parts of the model that `model.pretrained` names, with the overrides in `source`."""
+    folder = Path(source.pretrained)
     if is_folder(folder) and is_ours(folder):
-        return _own_section(folder, asked)
-    check_base(asked.pretrained, "model.pretrained")
-    vlm = find_vlm(asked.pretrained)
+        return _own_section(folder, source)
+    check_base(source.pretrained, "model.pretrained")
+    vlm = find_vlm(source.pretrained)
     if vlm is None:
         raise ModelError(
-            f"model.pretrained: {quoted(asked.pretrained)} is no vision-language model of a known kind "
-            "(LLaVA-1.5 in transformers' layout or the LLaVA repository's, BLIP-2, InstructBLIP): expected its config.json"
+            f"model.pretrained: {quoted(source.pretrained)} is no vision-language model "
+            "of a known kind (LLaVA-1.5 in transformers' layout or the LLaVA repository's, "
+            "BLIP-2, InstructBLIP): expected its config.json"
         )
     tower, connector, kind = SECTIONS[vlm.kind](vlm)
     return ModelSection(
-        tower=tower.model_copy(update=asked.tower.model_dump(exclude_unset=True)),
+        tower=tower.model_copy(update=source.tower.model_dump(exclude_unset=True)),
         connector=connector,
-        llm=Llm(kind=kind, name=vlm.name, **asked.llm.model_dump()),
+        llm=Llm(kind=kind, name=vlm.name, **source.llm.model_dump()),
     )
 
 
-Found = tuple[TransformersTower, BaseConnector | QFormerConnector, Literal["causal", "seq2seq"]]
-"""A model's tower and connector as a recipe describes them, and the kind of its LLM."""
+VlmParts = tuple[TransformersTower, BaseConnector | QFormerConnector, Literal["causal", "seq2seq"]]
+"""A model's tower and connector as sections of a recipe, and the kind of its LLM."""
 
 
-# --- LLaVA -----------------------------------------------------------------------------------------------------------
+# --- LLaVA ----------------------------------------------------------------------------------------
 
 
-def _llava(vlm: Vlm) -> Found:
+def _llava(vlm: Vlm) -> VlmParts:
+    """The parts of a LLaVA-1.5 in transformers' layout; unsupported variants raise `ModelError`."""
     whole = _transformers_config(vlm)
     vision = whole.vision_config
     layer = whole.vision_feature_layer
@@ -216,7 +237,8 @@ def _llava(vlm: Vlm) -> Found:
     if not has_class and strategy == "default":
         _refuse(
             vlm,
-            "all patches but the first of a tower without a class token (vision_feature_select_strategy)",
+            "all patches but the first of a tower without a class token "
+            "(vision_feature_select_strategy)",
             "full",
         )
     connector = (
@@ -234,7 +256,8 @@ def _llava(vlm: Vlm) -> Found:
     return tower, connector, "causal"
 
 
-def _llava_original(vlm: Vlm) -> Found:
+def _llava_original(vlm: Vlm) -> VlmParts:
+    """The parts of a LLaVA-1.5 in the LLaVA repository's layout, as `_llava`."""
     config = vlm.config
     projector = str(config.get("mm_projector_type", "linear"))
     shape = config.get("image_aspect_ratio") or "square"
@@ -267,10 +290,11 @@ def _llava_original(vlm: Vlm) -> Found:
     return tower, connector, "causal"
 
 
-# --- BLIP-2 and InstructBLIP -----------------------------------------------------------------------------------------
+# --- BLIP-2 and InstructBLIP ----------------------------------------------------------------------
 
 
-def _blip(vlm: Vlm) -> Found:
+def _blip(vlm: Vlm) -> VlmParts:
+    """The parts of a BLIP-2 or InstructBLIP; unsupported variants raise `ModelError`."""
     whole = _transformers_config(vlm)
     former = whole.qformer_config
     text = vlm.kind == "instructblip"
@@ -289,7 +313,7 @@ def _blip(vlm: Vlm) -> Found:
             f"a decoder ({whole.text_config.model_type}) as its language model",
             "Flan-T5 or another encoder-decoder",
         )
-    own = (
+    text_options = (
         {
             "tokenizer": vlm.name,
             "vocab_size": former.vocab_size,
@@ -307,9 +331,10 @@ def _blip(vlm: Vlm) -> Found:
         every=former.cross_attention_frequency,
         text=text,
         weights=vlm.name,
-        **own,
+        **text_options,
     )
-    # The norm after the last block is in transformers' tower; the features of all tokens are read.
+    # transformers' tower includes the norm after the last block; the features of all tokens are
+    # used.
     tower = TransformersTower(
         kind="transformers",
         name=vlm.name,
@@ -327,55 +352,66 @@ SECTIONS = {
     "blip-2": _blip,
     "instructblip": _blip,
 }
-"""By kind."""
+"""The functions that describe a model's parts, by kind."""
 
 
-# --- what all have ---------------------------------------------------------------------------------------------------
+# --- shared by all kinds --------------------------------------------------------------------------
 
 
-def _refuse(vlm: Vlm, found: str, expected: str) -> None:
+def _refuse(vlm: Vlm, feature: str, expected: str) -> None:
+    """Raises `ModelError` for a model with a feature that is not supported."""
     raise ModelError(
-        f"model.pretrained: {quoted(vlm.name)} has {found}, which can't be taken over; expected {expected}"
+        f"model.pretrained: {quoted(vlm.name)} has {feature}, which can't be taken over; "
+        f"expected {expected}"
     )
 
 
 def _transformers_config(vlm: Vlm) -> Any:
+    """transformers' config of the whole model. Raises `ModelError` if it can't be read."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(config_source(vlm.name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.pretrained: can't read the config of {quoted(vlm.name)}: {load_reason(vlm.name, error)}"
+            f"model.pretrained: can't read the config of {quoted(vlm.name)}: "
+            f"{load_reason(vlm.name, error)}"
         ) from None
 
 
 def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
-    """How the checkpoint's own image processor makes an image square, and its size where that is not the tower's."""
+    """The tower's options that reproduce the checkpoint's own image processor.
+
+    These are `resize`, how an image is made square, and `image_size` if it is not `side`, the
+    tower's. Raises `ModelError` for an image processor that is missing or not supported.
+    """
     from transformers import AutoImageProcessor
 
     try:
-        found: Any = AutoImageProcessor.from_pretrained(
+        processor: Any = AutoImageProcessor.from_pretrained(
             config_source(vlm.name), backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: {reason_of(error)}"
+            f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: "
+            f"{reason_of(error)}"
         ) from None
-    if found.resample != 3 or not (found.do_resize and found.do_rescale and found.do_normalize):
+    if processor.resample != 3 or not (
+        processor.do_resize and processor.do_rescale and processor.do_normalize
+    ):
         _refuse(
             vlm,
             "an image processor that does not resize, rescale and normalise, or not bicubically",
             "resample: 3",
         )
-    if abs(found.rescale_factor * 255 - 1) > 1e-6:
-        _refuse(vlm, f"pixels scaled by {found.rescale_factor}", "1/255")
-    size = found.size
-    crop = found.crop_size
-    if getattr(found, "do_pad", None):
+    if abs(processor.rescale_factor * 255 - 1) > 1e-6:
+        _refuse(vlm, f"pixels scaled by {processor.rescale_factor}", "1/255")
+    size = processor.size
+    crop = processor.crop_size
+    if getattr(processor, "do_pad", None):
         how = "pad"
         sides = {size.height, size.width} - {None} or {size.shortest_edge}
-    elif getattr(found, "do_center_crop", None):
+    elif getattr(processor, "do_center_crop", None):
         how = "crop" if size.shortest_edge else "squash"
         sides = {crop.height, crop.width, size.shortest_edge or size.height}
     else:
@@ -387,12 +423,12 @@ def _preprocessing(vlm: Vlm, side: int) -> dict[str, Any]:
             f"an image processor with size {dict(size)} and crop_size {dict(crop or {})}",
             "one square size",
         )
-    own = sides.pop()
-    return {"resize": how} | ({} if own == side else {"image_size": own})
+    input_size = sides.pop()
+    return {"resize": how} | ({} if input_size == side else {"image_size": input_size})
 
 
 def language_config(vlm: Vlm) -> Any:
-    """transformers' config of the language model inside."""
+    """transformers' config of the language model inside a vision-language model."""
     if vlm.kind != "llava_original":
         return _transformers_config(vlm).text_config
     from transformers import AutoConfig
@@ -409,7 +445,7 @@ def language_config(vlm: Vlm) -> Any:
 
 
 def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
-    """Patterns of the LLM's tensors in the model's files, and what its own class calls them."""
+    """The names of the LLM's tensors in its own class, by patterns of their names in the files."""
     from transformers import AutoModelForCausalLM
 
     mapping: Any = AutoModelForCausalLM._model_mapping
@@ -420,27 +456,33 @@ def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
     }
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def part_tensors(vlm: Vlm, part: Part) -> dict[str, torch.Tensor]:
-    """The tensors of a part, the part's own prefix removed. Raises `ModelError` for missing, cut and pickled files."""
+    """Loads the tensors of a part, with the part's prefix removed from their names.
+
+    Raises `ModelError` for missing, truncated and pickled files.
+    """
     from safetensors import safe_open
 
     pattern = re.compile(getattr(vlm.layout, part))
-    found = {}
+    tensors = {}
     for file in _files(vlm.name):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 match = pattern.match(key)
-                # Old checkpoints hold the numbers of positions, which are no weights.
+                # Old checkpoints contain position ids, which are not weights.
                 if match and not key.endswith(".position_ids"):
-                    found[key[match.end() :]] = opened.get_tensor(key)
-    return found
+                    tensors[key[match.end() :]] = opened.get_tensor(key)
+    return tensors
 
 
 def _tensor_names(vlm: Vlm) -> set[str]:
-    """The names of all tensors, from the index of shards where there is one: a plan fetches no weights."""
+    """The names of all tensors, from the index of shards if there is one.
+
+    So a plan downloads no weights.
+    """
     from transformers.utils.hub import cached_file
 
     try:
@@ -451,7 +493,7 @@ def _tensor_names(vlm: Vlm) -> set[str]:
 
 
 def _files(name: str) -> list[Path]:
-    """The weight files of a folder or a hub name, fetched where they are not here."""
+    """The weight files of a folder or a hub name, downloaded if they are not cached."""
     if is_folder(name):
         return check_folder(Path(name))
     from huggingface_hub import snapshot_download
