@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlm_tune.quoting import QUOTED, cut, escaped, quoted
+from vlm_tune.quoting import QUOTED, REASON, cut, escaped, quoted, reason_of
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,20 @@ def test_a_value_is_named_in_few_words(value: Any, shown: str) -> None:
 def test_a_mapping_of_long_keys_is_cut() -> None:
     assert len(quoted({f"{number}" * 200: 1 for number in range(9)})) < 2 * QUOTED
     assert cut("short") == "short" and cut("y" * 300) == f"{'y' * QUOTED}... (300 characters)"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("one\n\n  two \n"), "one; two"),
+        (KeyError(), "KeyError"),
+        (OSError("\x1b[31m" + "x" * 9), r"\x1b[31mxxxxxxxxx"),
+    ],
+)
+def test_a_library_s_error_is_one_line(error: Exception, shown: str) -> None:
+    assert reason_of(error) == shown
+
+
+def test_a_long_error_of_a_library_is_cut() -> None:
+    text = reason_of(ValueError("line\n" * 1000))
+    assert len(text) < REASON + 40 and "\n" not in text

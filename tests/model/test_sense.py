@@ -82,6 +82,16 @@ SCRATCH = [
     ),
     ("model_type: llama", "model_type: lama", "no model type 'lama'; did you mean"),
     (
+        "model_type: llama",
+        "model_type: t5",
+        "no language model of kind causal and type 't5'; it has one of kind seq2seq",
+    ),
+    (
+        "model_type: llama",
+        "model_type: clip",
+        "no language model of kind causal and type 'clip'$",
+    ),
+    (
         "layers: 2, width",
         "layrs: 2, width",
         "an open_clip vision_cfg has no key 'layrs'; did you mean layers",

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.tiny_models import interrupted, parsed
 from vlm_tune.api import sft, verify_run
-from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.errors import RecipeError, TrainingError, VlmTuneError
 from vlm_tune.rendering.report import write_report
 
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
@@ -53,6 +53,23 @@ def test_spoiled_files_are_made_anew_and_told(
     assert json.loads((run / "samples.json").read_text())[0]["after"] is not None
     write_report(run)
     verify_run(run, steps=1)
+
+
+@pytest.mark.parametrize("key", ["digest", "blocks", "rows", "source"])
+def test_a_flipped_byte_in_the_fingerprints_of_data_is_no_traceback(
+    key: str, tiny_recipe: Callable[..., str]
+) -> None:
+    """The fingerprints may then contradict themselves, or say that the data is another."""
+    recipe = parsed(tiny_recipe("causal"), **QUICK)
+    interrupted(lambda show: sft(recipe, show=show), stage=0, step=2)
+    path = Path(recipe.output) / "data.json"
+    text = path.read_text()
+    at = text.index(f'"{key}": ') + len(f'"{key}": ') + 2
+    path.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    try:
+        sft(recipe, resume=True)
+    except VlmTuneError as error:
+        assert "data" in str(error)
 
 
 def test_no_whole_checkpoint_begins_anew_and_says_so(tiny_recipe: Callable[..., str]) -> None:
