@@ -208,7 +208,7 @@ class Prepared:
         return places[~self.prompts_fit(places)]
 
     def prompts_fit(self, places: np.ndarray) -> np.ndarray:
-        """Whether each row's prompt, without the last answer, fits `max_length`: bool[rows]."""
+        """bool[rows]: true where the prompt, without the last answer, fits `max_length`."""
         return self.column("prompt")[places] <= self.data.max_length
 
     def _held_out(self, part: str) -> np.ndarray:

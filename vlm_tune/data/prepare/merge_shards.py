@@ -170,7 +170,7 @@ class _Rows:
 
     @property
     def trained_on(self) -> np.ndarray:
-        """Whether a row's examples are trained on."""
+        """bool[rows]: true where the examples of a row are trained on."""
         return (self.status == OK) & (self.part == 0)
 
     def images(self, row: int) -> np.ndarray:
