@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from vlm_tune.config.load import parse_recipe
-from vlm_tune.data.chat.requests import image_media
 from vlm_tune.data.images.decode import FORMATS, ImageProcessor, decode_image, image_size
 from vlm_tune.data.prepare.duplicates import inspect_image, look_alikes
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.generation.requests import image_media
 from vlm_tune.model.build import build
 from vlm_tune.model.feature_cache import tower_features
 

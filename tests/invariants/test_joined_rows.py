@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import (
     wake_adapters,
     with_tune,
 )
-from vlm_tune.data.batching.packing import pack_layout
+from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.generation.answering import answer_prompts

@@ -21,12 +21,13 @@ from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.data_check.findings import CheckReport, Part, PartReport, SourceReport, histogram
-from vlm_tune.data_check.leakage import PartRows, leaks
+from vlm_tune.data_check.leakage import leaks
 from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count

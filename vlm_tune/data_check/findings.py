@@ -12,7 +12,7 @@ import numpy as np
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data_check.leakage import PartRows
+from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data_check.padding import Waste
 from vlm_tune.errors import EXIT_DATA, EXIT_DONE
 

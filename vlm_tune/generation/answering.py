@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
-from vlm_tune.data.batching.packing import Tree, trees
+from vlm_tune.data.packing import Tree, trees
 from vlm_tune.data.types import Batch, Example
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding

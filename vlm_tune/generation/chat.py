@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from vlm_tune.data.chat.requests import request_conversation
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.errors import ArgumentError, ModelError
 from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.requests import request_conversation
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import load_model, save_model
 from vlm_tune.model.language.decoding import Decoding, check_count

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.batching.packing import branch_layout
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit
+from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.prepare.run import conversations, scratch_texts
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.model.build import build_processor

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.batching.packing import branch_layout, pack_layout
+from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media
 
 A, B = Media(b"a"), Media(b"b")

@@ -30,7 +30,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.config.model import AvgPoolConnector, PixelShuffleConnector, ResamplerConnector
 from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.batching.packing import pack_layout
+from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.generation.answering import answer_prompts

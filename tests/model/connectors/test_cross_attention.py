@@ -31,7 +31,7 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
-from vlm_tune.data.batching.packing import branch_layout
+from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import generate

@@ -16,9 +16,9 @@ import numpy as np
 
 from vlm_tune.config.data import Augment
 from vlm_tune.data.batching.collate import Fetch, collate
-from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
 from vlm_tune.data.images.decode import augment_pixels
+from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 from vlm_tune.errors import DataError

@@ -18,9 +18,9 @@ import numpy as np
 from vlm_tune.config.data import DataSection, Source
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.loader import Augmented, Position, blank
-from vlm_tune.data.batching.packing import pack_layout
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit
+from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.dataset import Group
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source, read_all

@@ -14,8 +14,8 @@ import numpy as np
 
 from vlm_tune.config.data import Source
 from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data.sources.registry import open_source
-from vlm_tune.data_check.leakage import PartRows
 
 BLOCK = 1000
 """The number of rows that share a hash, to locate where a source differs."""

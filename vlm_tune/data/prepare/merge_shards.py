@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.config.data import Source, Split
-from vlm_tune.data.batching.packing import branch_layout
+from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.prepare.arrow_store import (
     BLOB,
     ExampleStore,

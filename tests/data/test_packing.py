@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.chat_samples import IMAGE, IMAGE_SLOTS, processor, turns
-from vlm_tune.data.batching.packing import branch_layout, pack_layout
+from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]

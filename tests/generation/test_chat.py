@@ -18,10 +18,10 @@ from PIL import Image
 
 from tests.helpers.tiny_models import built, parsed, png, rows_of, save_llm, with_llm
 from vlm_tune import check, sft
-from vlm_tune.data.chat.requests import request_conversation
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ArgumentError, DataError, ModelError, VlmTuneError
 from vlm_tune.evaluation.metrics import normalise
+from vlm_tune.generation.requests import request_conversation
 from vlm_tune.model.language.decoding import Decoding
 
 RED, BLUE = png((200, 30, 30)), png((30, 30, 200))
