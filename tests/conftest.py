@@ -102,7 +102,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def skip_faults(config: pytest.Config) -> list[str]:
-    """What is wrong with the session's skips, a line each."""
+    """Faults of the session's skips, a line each."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     patterns = allowed_skips()

@@ -437,7 +437,7 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, list)
         else []
     )
-    return [prefix, *(path for key, child in children for path in paths(child, (*prefix, key)))]
+    return [prefix, *(inner for key, child in children for inner in paths(child, (*prefix, key)))]
 
 
 DEMO = read_yaml(resource_folder("recipes") / "demo.yaml").value
@@ -597,9 +597,9 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
 def schema_faults(
     value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe"
 ) -> list[str]:
-    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes.
+    """Errors of `value` under JSON Schema 2020-12, for the keywords that pydantic writes.
 
-    An unknown word is an error.
+    An unknown keyword is an error.
     """
     types = {
         "object": dict,

@@ -54,8 +54,8 @@ def tuned(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
     )
 
 
-def trained(tuned: Tuned) -> dict[str, int]:
-    return {row.match: row.trained for row in tuned.table}
+def trained(tuning: Tuned) -> dict[str, int]:
+    return {row.match: row.trained for row in tuning.table}
 
 
 def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:

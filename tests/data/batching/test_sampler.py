@@ -224,12 +224,12 @@ def test_no_unit_comes_again_before_all_of_its_source_came(
     )
     drawn: Counter[int] = Counter()
     for epoch in range(5):
-        epoch_counts = Counter(unit for batch in flat(mixed_plan.epoch(epoch), 0) for unit in batch)
+        counts = Counter(unit for batch in flat(mixed_plan.epoch(epoch), 0) for unit in batch)
         assert (
-            sum(epoch_counts[unit] for unit in range(first)) == one
-            and sum(epoch_counts.values()) == one + other
+            sum(counts[unit] for unit in range(first)) == one
+            and sum(counts.values()) == one + other
         )
-        drawn += epoch_counts
+        drawn += counts
         for units in (range(first), range(first, first + second)):
             seen = [drawn[unit] for unit in units]
             assert max(seen) - min(seen) <= 1

@@ -1,4 +1,4 @@
-"""What caches hold is checked whenever it is opened.
+"""The contents of a cache are checked whenever it is opened.
 
 Damage is noticed and made anew, never used, and never a traceback.
 """

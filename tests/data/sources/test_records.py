@@ -68,10 +68,10 @@ def test_opening_and_taking_some_rows_reads_no_further(
     tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    conversations = read_all([open_source(file_source(path), seed=0)])
-    assert isinstance(next(conversations), Conversation)
+    row_stream = read_all([open_source(file_source(path), seed=0)])
+    assert isinstance(next(row_stream), Conversation)
     path.write_bytes(path.read_bytes()[:400_000])
-    assert len([next(conversations) for _ in range(1500)]) == 1500
+    assert len([next(row_stream) for _ in range(1500)]) == 1500
 
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -193,22 +193,22 @@ def test_a_folder_a_class_is_a_classification(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     (root / "dog" / "out.png").symlink_to(tmp_path / "outside.png")
     source = FolderSource(kind="folder", path=str(root))
-    rows = read(source)
-    assert [row.row for row in rows] == [1, 2, 3, 4]
-    bad = rows.pop()
+    parsed = read(source)
+    assert [row.row for row in parsed] == [1, 2, 3, 4]
+    bad = parsed.pop()
     assert (
         isinstance(bad, DataError)
         and "lies outside the image root" in str(bad)
         and "row 4" in str(bad)
     )
-    assert [(row.id, row.category, row.messages[-1].text) for row in good(rows)] == [
+    assert [(row.id, row.category, row.messages[-1].text) for row in good(parsed)] == [
         ("animals/cat/1.jpg", "cat", "cat"),
         ("animals/cat/2.png", "cat", "cat"),
         ("animals/dog/deep/x.png", "dog", "dog"),
     ]
     assert all(
         "cat, dog" in row.messages[0].text and row.media[0].source == root / row.id[8:]
-        for row in good(rows)
+        for row in good(parsed)
     )
     reader = open_source(source, seed=0)
     assert reader.form == "classify" and len(list(reader.chunks())) == 2

@@ -37,9 +37,9 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 def only(folder: Path, row: dict[str, Any], **options: Any) -> Conversation | DataError:
-    """What one row in a file of its own is read as."""
-    (parsed,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), **options))
-    return parsed
+    """The conversation or error that one row, in a file of its own, is read as."""
+    (outcome,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), **options))
+    return outcome
 
 
 def message_of(folder: Path, row: dict[str, Any], **options: Any) -> str:

@@ -191,9 +191,9 @@ def test_a_sample_is_the_same_conversation_in_every_form(folder: Path, name: str
 
 def renames(form: str, row: dict[str, Any]) -> dict[str, str]:
     """The renames that a recipe with `form` needs for a row with the other form's key."""
-    key = "messages" if form == "messages" else "conversations"
-    other = "conversations" if key == "messages" else "messages"
-    return {key: other} if form in ("messages", "sharegpt") and key not in row else {}
+    field = "messages" if form == "messages" else "conversations"
+    other = "conversations" if field == "messages" else "messages"
+    return {field: other} if form in ("messages", "sharegpt") and field not in row else {}
 
 
 @pytest.mark.parametrize(
