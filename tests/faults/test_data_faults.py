@@ -385,15 +385,11 @@ def test_fault_15_formats_that_train_nothing_never_end_or_begin_twice(
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
 def test_fault_15_a_conversation_begins_with_one_start_token(name: str) -> None:
-    chat_processor = processor(name)
+    chat = processor(name)
     turns = tuple(Message("assistant" if n % 2 else "user", (f"text {n}",)) for n in range(6))
-    ids = chat_processor._lay_out(Conversation("r", turns), prompt_only=False)[
-        -1
-    ].input_ids.tolist()
-    starts = [
-        place for place, token in enumerate(ids) if token == chat_processor.tokenizer.bos_token_id
-    ]
-    assert starts == ([0] if chat_processor.template.start else [])
+    ids = chat._lay_out(Conversation("r", turns), prompt_only=False)[-1].input_ids.tolist()
+    starts = [place for place, token in enumerate(ids) if token == chat.tokenizer.bos_token_id]
+    assert starts == ([0] if chat.template.start else [])
 
 
 def test_fault_16_paths_that_leave_the_image_root_are_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
         ("evaluation", trainer, "score", 1, signal.SIGINT),
         ("save", CheckpointWriter, "_write", 0, signal.SIGTERM),
     ):
-        recipe, printed = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
+        recipe, log = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
 
         def act(
             recipe: Any = recipe,
@@ -86,14 +86,11 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
             setattr(owner, name, once(kill)(getattr(owner, name)))
             sft(recipe)
 
-        assert ended(start(act, printed, ranks=2)) == [130, 130], Path(f"{printed}.0").read_text()
-        assert "go on with --resume" in Path(f"{printed}.1").read_text()
+        assert ended(start(act, log, ranks=2)) == [130, 130], Path(f"{log}.0").read_text()
+        assert "go on with --resume" in Path(f"{log}.1").read_text()
         stopped = read_trace(stage_of(tmp_path / where))[-1].step
         assert stopped < 4 and is_whole(step_folder(stage_of(tmp_path / where), stopped))
-        assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), printed, ranks=2)) == [
-            0,
-            0,
-        ]
+        assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), log, ranks=2)) == [0, 0]
         assert read_trace(stage_of(tmp_path / where)) == read_trace(stage_of(tmp_path / "whole"))
         # Dropout draws from each rank's own random numbers.
         assert_same_bits(tmp_path / where / "model", tmp_path / "whole" / "model")
@@ -142,10 +139,10 @@ def test_fault_43_another_number_of_ranks_sees_the_same_order(
         if event["event"] == "train" and event["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    one, other, printed = recipe("one"), recipe("other"), tmp_path / "said"
-    assert ended(start(lambda: sft(one), printed)) == [0]
-    assert ended(start(lambda: sft(other, show=stop), printed)) == [130]
-    assert ended(start(lambda: sft(other, resume=True), printed, ranks=2)) == [0, 0], (
+    one, other, log = recipe("one"), recipe("other"), tmp_path / "said"
+    assert ended(start(lambda: sft(one), log)) == [0]
+    assert ended(start(lambda: sft(other, show=stop), log)) == [130]
+    assert ended(start(lambda: sft(other, resume=True), log, ranks=2)) == [0, 0], (
         tmp_path / "said.1"
     ).read_text()
     whole, parts = (read_trace(stage_of(tmp_path / name)) for name in ("one", "other"))

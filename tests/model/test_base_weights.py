@@ -91,13 +91,11 @@ def test_another_base_in_the_place_of_the_old_one_is_refused(
     # that is said.
     merge(saved, tmp_path / "merged", dtype="fp32", base=tmp_path / "copy")
     merge(saved, tmp_path / "merged other", dtype="fp32", accept_other_base=True)
-    over_copy, other = (
+    copied, other = (
         load_file(tmp_path / name / "llm" / "model.safetensors")
         for name in ("merged", "merged other")
     )
-    assert [name for name in over_copy if not torch.equal(over_copy[name], other[name])] == [
-        CHANGED
-    ]
+    assert [name for name in copied if not torch.equal(copied[name], other[name])] == [CHANGED]
 
 
 def test_the_bases_config_is_part_of_it(tiny_recipe: Tiny, tmp_path: Path) -> None:

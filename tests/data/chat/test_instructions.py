@@ -149,11 +149,9 @@ SHIPPED = {
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_sets_that_models_were_trained_with_stay_as_they_are(name: str) -> None:
-    prompt_set = load_instructions(name, name.split("-")[0])
+    shipped = load_instructions(name, name.split("-")[0])
     assert (
-        hashlib.sha256(json.dumps([prompt_set.prompts, prompt_set.answer]).encode()).hexdigest()[
-            :12
-        ]
+        hashlib.sha256(json.dumps([shipped.prompts, shipped.answer]).encode()).hexdigest()[:12]
         == SHIPPED[name]
     )
 

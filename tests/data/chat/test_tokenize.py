@@ -176,11 +176,9 @@ def test_a_decoders_answer_is_the_same_with_and_without_the_formats_space(kind: 
 
     The format's own must not come on top of it, nor be lost.
     """
-    chat_processor = processor("flan", kind, "seq2seq")
-    tokens = chat_processor.tokenizer
-    labels = chat_processor.examples(Conversation("a", turns("What color is it?", "red")))[
-        0
-    ].labels.tolist()
+    flan = processor("flan", kind, "seq2seq")
+    tokens = flan.tokenizer
+    labels = flan.examples(Conversation("a", turns("What color is it?", "red")))[0].labels.tolist()
     assert tokens.decode(labels[:-1]).strip() == "red"
     text = tokens.backend_tokenizer.encode("is red", add_special_tokens=False).tokens
     assert tokens.convert_ids_to_tokens(labels[:-1]) == text[-len(labels) + 1 :]

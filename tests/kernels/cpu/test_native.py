@@ -260,16 +260,14 @@ def test_a_library_that_may_be_another_user_s_is_compiled_anew(
 def test_a_folder_of_another_user_is_left_alone(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    library_path = part()
+    module = part()
     give_away(fresh, monkeypatch)
     native.load.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert native.library("allocator") is not None
     assert any("belongs to user" in record.getMessage() for record in caplog.records)
     private = fresh.with_name(f"kernels-{os.getuid()}")
-    assert [path.name for path in private.glob("*.so")] == [library_path.name] and mode(
-        private
-    ) == 0o700
+    assert [path.name for path in private.glob("*.so")] == [module.name] and mode(private) == 0o700
     if os.getuid() == 0:
         # Nor by a link of one's own to such a folder.
         link = fresh.with_name("link")
