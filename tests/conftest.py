@@ -102,7 +102,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def skip_faults(config: pytest.Config) -> list[str]:
-    """What is wrong with the session's skips, a line each."""
+    """Faults of the session's skips, a line each."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     patterns = allowed_skips()
@@ -122,9 +122,9 @@ def skip_faults(config: pytest.Config) -> list[str]:
 def _sees_all(config: pytest.Config) -> bool:
     """Whether all tests were collected: nothing narrower than the folder was asked for."""
     here = Path(__file__).parent
-    asked = [Path(config.invocation_params.dir, argument).resolve() for argument in config.args]
+    paths = [Path(config.invocation_params.dir, argument).resolve() for argument in config.args]
     return (
-        all(path in (here, here.parent) for path in asked)
+        all(path in (here, here.parent) for path in paths)
         and not config.getoption("ignore")
         and not config.getoption("deselect")
     )

@@ -91,13 +91,13 @@ def test_errors_as_json_carry_every_problem(
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: x\nnme: y\noutput: 5\n")
     assert call_main(monkeypatch, "sft", str(bad), "--json") == 2
-    said = json.loads(capsys.readouterr().out)
-    assert said["error"] == "RecipeError"
-    assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in said[
+    report = json.loads(capsys.readouterr().out)
+    assert report["error"] == "RecipeError"
+    assert {"where": f"{bad}:2:1", "message": "unknown key 'nme'; did you mean name?"} in report[
         "problems"
     ]
-    assert {"where": f"{bad}:3:9", "message": "output: expected text, got 5"} in said["problems"]
-    assert said["message"].count("\n") + 1 == len(said["problems"])
+    assert {"where": f"{bad}:3:9", "message": "output: expected text, got 5"} in report["problems"]
+    assert report["message"].count("\n") + 1 == len(report["problems"])
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,11 @@ def test_what_the_command_line_can_not_read_is_code_2_and_one_object_as_json(
         assert message in capsys.readouterr().err
         arguments = [*arguments, "--json"]
     assert call_main(monkeypatch, *arguments) == 2
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert (
-        told["error"] == "UsageError" and message in told["message"] and len(told["problems"]) == 1
+        report["error"] == "UsageError"
+        and message in report["message"]
+        and len(report["problems"]) == 1
     )
 
 
@@ -272,8 +274,8 @@ def test_an_unforeseen_error_keeps_its_traceback_and_asks_for_a_report(
 ) -> None:
     error = KeyError("odd")
     report_bug(type(error), error, None)
-    told = capsys.readouterr().err
-    assert "KeyError: 'odd'" in told and "fault of vlm_tune" in told and __version__ in told
+    stderr = capsys.readouterr().err
+    assert "KeyError: 'odd'" in stderr and "fault of vlm_tune" in stderr and __version__ in stderr
 
 
 @pytest.mark.parametrize(

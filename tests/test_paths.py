@@ -56,7 +56,7 @@ def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(
 
 @pytest.mark.parametrize("folder", [True, False])
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "reason"),
     [
         ("file/run", "is a file, and no folder"),
         ("file/deep/run", "is a file, and no folder"),
@@ -70,12 +70,14 @@ def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(
     ],
 )
 def test_one_that_can_not_is_refused_with_the_reason(
-    path: str, said: str, folder: bool, tmp_path: Path
+    path: str, reason: str, folder: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     before = everything(tmp_path)
-    with pytest.raises(RecipeError, match=f"(?s)the output can't be written: .*{said}") as refused:
+    with pytest.raises(
+        RecipeError, match=f"(?s)the output can't be written: .*{reason}"
+    ) as refused:
         check_writable(tmp_path / path, "the output", folder=folder)
     assert refused.value.exit_code == 2 and len(str(refused.value)) < 800
     str(refused.value).encode()

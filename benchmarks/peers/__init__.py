@@ -1,6 +1,7 @@
-"""What our training is compared with: each peer's packages, script and settings to try.
+"""The peers: trainers that ours is compared with, their packages, scripts and settings to sweep.
 
-The scripts run in the peer's own environment, import nothing of vlm_tune, and print one JSON line (see probe.py).
+The scripts run in the peer's own environment, import nothing of vlm_tune, and print one JSON line
+(see probe.py).
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ SCRIPTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Peer:
-    """A trainer: what pip installs, its settings out of the box, the values to sweep, and what to expect on two cores.
+    """A trainer: its pip packages, its script, the settings to sweep, and its rate on two cores.
 
-    `sweep` goes from what is quickest to try, fp32 is its last precision; `batches` are rows a step by row form, the first
-    of which the others are tried with; `rates` are question-answer pairs a second, from which the time of a comparison is foretold.
+    Attributes:
+        kind: Of the language model, "causal" or "seq2seq".
+        script: File name of its training script in this folder.
+        packages: Requirements that pip installs.
+        sweep: Values of each setting, the quickest to try first; fp32 is the last precision.
+        batches: Rows a step, by row form; other settings are tried with the first number.
+        rates: Question-answer pairs a second, by row form; the time of a comparison is estimated
+            from them.
     """
 
     kind: str
@@ -32,7 +39,11 @@ class Peer:
     rates: dict[str, float]
 
     def start(self, *, fp32: bool = False) -> dict[str, Any]:
-        """The settings that a sweep begins with: the first value of everything, or the last precision, which is fp32."""
+        """The settings that a sweep begins with: the first value of each.
+
+        Args:
+            fp32: Take the last precision, which is fp32, in place of the first.
+        """
         first = {
             key: values[-1 if fp32 and key == "precision" else 0]
             for key, values in self.sweep.items()
@@ -40,7 +51,10 @@ class Peer:
         return {**first, "batch": self.batches[first["rows"]][0]}
 
     def changes(self, settings: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
-        """Settings with another value for one key; another row form comes with its own first batch."""
+        """Yields the settings with each other value of one key.
+
+        Another row form comes with its own first batch.
+        """
         for value in self.batches[settings["rows"]] if key == "batch" else self.sweep[key]:
             if value != settings[key]:
                 batch = {"batch": self.batches[value][0]} if key == "rows" else {}
@@ -48,13 +62,13 @@ class Peer:
 
 
 DEFAULTS = {"rows": "single", "batch": None, "precision": None, "checkpointing": None}
-"""Out of the box: rows as they come, and nothing said of the rest."""
+"""The peer's own defaults: rows of one question, and None for all else."""
 
 BATCHES = {"single": (8, 16, 32), "multi": (4, 2, 8)}
-"""Rows of one question, and rows of all questions of an image."""
+"""Rows a step by row form: one question a row, or all questions of an image."""
 
 PRECISIONS = ("bf16", "bf16_weights", "bf16_both", "fp32")
-"""Autocast over fp32 weights; weights that are loaded in bf16 without autocast; and with it; fp32 alone."""
+"""Autocast over fp32 weights; bf16 weights without autocast; bf16 weights with it; fp32."""
 
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "pillow")
 
@@ -75,7 +89,8 @@ PEERS = {
         kind="causal",
         script="train_llamafactory.py",
         packages=("llamafactory==0.9.5", *TORCH),
-        # It loads weights in bf16 wherever it computes in bf16, and refuses its `pure_bf16` on a CPU.
+        # It loads weights in bf16 wherever it computes in bf16, and refuses its `pure_bf16` on a
+        # CPU.
         sweep={
             "precision": ("bf16", None),
             "checkpointing": (False, True),
@@ -96,7 +111,10 @@ PEERS = {
 
 
 def install(name: str, folder: Path) -> Path:
-    """The Python of the peer's own environment, made where it is not there yet."""
+    """Returns the Python of the peer's own environment.
+
+    The environment is created where it does not exist or has other packages.
+    """
     home = folder / name
     packages = PEERS[name].packages
     python = home / "bin" / "python"
@@ -121,7 +139,7 @@ def install(name: str, folder: Path) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Versions of what matters for speed in an environment."""
+    """Versions of the packages in an environment that matter for speed."""
     names = [
         "trl",
         "llamafactory",
@@ -139,7 +157,7 @@ def versions(python: Path) -> dict[str, str]:
         "known = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({name: known[name] for name in sys.argv[1:] if name in known}))"
     )
-    found = subprocess.run(
+    printed = subprocess.run(
         [str(python), "-c", code, *names], check=True, capture_output=True, text=True
     )
-    return json.loads(found.stdout)
+    return json.loads(printed.stdout)

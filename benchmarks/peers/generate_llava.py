@@ -1,7 +1,8 @@
 """transformers' own batched `generate` on an exported LLaVA folder; imports nothing of vlm_tune.
 
-Takes one JSON argument: folder, rows (a JSON file of chats, images as paths), batch, dtype, max_new_tokens, threads. Prints
-one line: {"seconds", "texts", "load_s"}; prompts of like length are batched together.
+Takes one JSON argument: folder, rows (a JSON file of chats, images as paths), batch, dtype,
+max_new_tokens, threads. Prints one line: {"seconds", "texts", "load_s"}. Prompts of similar length
+are batched together.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, chats: list[Any], given: dict[str, Any]) -> list[str]:
-    """The greedy answers to chats, in their order."""
+def answer(model: Any, processor: Any, chats: list[Any], request: dict[str, Any]) -> list[str]:
+    """Greedy answers to the chats, in the order of the chats."""
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     paths = [
         [part["path"] for turn in chat for part in turn["content"] if part["type"] == "image"]
         for chat in chats
     ]
     order = sorted(range(len(chats)), key=lambda place: len(prompts[place]))
-    found = [""] * len(chats)
-    for start in range(0, len(order), given["batch"]):
-        chosen = order[start : start + given["batch"]]
+    answers = [""] * len(chats)
+    for start in range(0, len(order), request["batch"]):
+        chosen = order[start : start + request["batch"]]
         images = [[Image.open(path).convert("RGB") for path in paths[place]] for place in chosen]
         inputs = processor(
             images=images,
@@ -39,31 +40,31 @@ def answer(model: Any, processor: Any, chats: list[Any], given: dict[str, Any]) 
             return_tensors="pt",
         )
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=given["max_new_tokens"], do_sample=False)[
+        ids = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[
             :, inputs["input_ids"].shape[1] :
         ]
         for place, text in zip(
             chosen, processor.batch_decode(ids, skip_special_tokens=True), strict=True
         ):
-            found[place] = text.strip()
-    return found
+            answers[place] = text.strip()
+    return answers
 
 
 def main() -> None:
-    """Answers all, after the first batch once for warming up."""
-    given = json.loads(sys.argv[1])
-    torch.set_num_threads(given["threads"])
+    """Answers all chats; the first batch is run once before, as a warm-up."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
     started = time.perf_counter()
     model: Any = LlavaForConditionalGeneration.from_pretrained(
-        given["folder"], dtype=DTYPES[given["dtype"]]
+        request["folder"], dtype=DTYPES[request["dtype"]]
     ).eval()
-    processor: Any = AutoProcessor.from_pretrained(given["folder"])
+    processor: Any = AutoProcessor.from_pretrained(request["folder"])
     # Pillow resizes as the model was trained with; torchvision's pixels are off by a level or two.
-    processor.image_processor = AutoImageProcessor.from_pretrained(given["folder"], backend="pil")
-    chats = json.loads(Path(given["rows"]).read_text())
-    answer(model, processor, chats[: min(given["batch"], 32)], given)
+    processor.image_processor = AutoImageProcessor.from_pretrained(request["folder"], backend="pil")
+    chats = json.loads(Path(request["rows"]).read_text())
+    answer(model, processor, chats[: min(request["batch"], 32)], request)
     ready = time.perf_counter()
-    texts = answer(model, processor, chats, given)
+    texts = answer(model, processor, chats, request)
     print(
         json.dumps(
             {"seconds": time.perf_counter() - ready, "texts": texts, "load_s": ready - started}

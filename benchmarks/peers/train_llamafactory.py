@@ -22,10 +22,10 @@ DATASET = {
 }
 
 
-def options(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The arguments of a run; what is None stays LLaMA-Factory's default."""
-    given: dict[str, Any] = {
-        "model_name_or_path": f"{asked['material']}/llava",
+def options(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments of a LLaMA-Factory run; settings that are None keep its defaults."""
+    overrides: dict[str, Any] = {
+        "model_name_or_path": f"{request['material']}/llava",
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "lora",
@@ -35,49 +35,49 @@ def options(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         "freeze_multi_modal_projector": False,
         "additional_target": "multi_modal_projector",
         "template": "llava",
-        "default_system": "",  # as long a prompt as the others have
+        "default_system": "",  # so that prompts are as long as the other peers'
         "dataset": "questions",
         "dataset_dir": str(folder),
         "output_dir": str(folder / "run"),
         "overwrite_cache": True,
-        "max_steps": asked["steps"],
+        "max_steps": request["steps"],
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,
         "use_cpu": not torch.cuda.is_available(),
         "cutoff_len": 4096,
     }
-    if asked["batch"] is not None:
-        given["per_device_train_batch_size"] = asked["batch"]
-    if asked["precision"] is not None:
-        given["bf16"] = asked["precision"] == "bf16"
-    if asked["checkpointing"] is not None:
-        given["disable_gradient_checkpointing"] = not asked["checkpointing"]
-    return given
+    if request["batch"] is not None:
+        overrides["per_device_train_batch_size"] = request["batch"]
+    if request["precision"] is not None:
+        overrides["bf16"] = request["precision"] == "bf16"
+    if request["checkpointing"] is not None:
+        overrides["disable_gradient_checkpointing"] = not request["checkpointing"]
+    return overrides
 
 
 def main() -> None:
-    """Trains some steps and prints what they took."""
-    asked = arguments()
-    torch.set_num_threads(asked["threads"])
+    """Trains for some steps and prints their times."""
+    request = arguments()
+    torch.set_num_threads(request["threads"])
     from llamafactory.train.sft import workflow
     from llamafactory.train.tuner import run_exp
 
-    rows = read_rows(asked)
+    rows = read_rows(request)
     for row in rows:
         row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
     times = Times()
-    kept: dict[str, Any] = {}
+    captured: dict[str, Any] = {}
     inner = workflow.CustomSeq2SeqTrainer
 
     class Trainer(inner):
-        """Theirs, whose collator and data are looked at."""
+        """LLaMA-Factory's trainer, with its collator wrapped and its data captured."""
 
         def __init__(self, **named: Any) -> None:
-            named["data_collator"] = kept["counted"] = Counted(named["data_collator"])
+            named["data_collator"] = captured["counted"] = Counted(named["data_collator"])
             super().__init__(**named)
-            kept["rows"] = self.train_dataset
-            kept["tokenizer"] = named["tokenizer"]
+            captured["rows"] = self.train_dataset
+            captured["tokenizer"] = named["tokenizer"]
 
     workflow.CustomSeq2SeqTrainer = Trainer
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,9 +86,9 @@ def main() -> None:
         (folder / "dataset_info.json").write_text(
             json.dumps({"questions": {"file_name": "rows.json", **DATASET}})
         )
-        run_exp(options(asked, folder), callbacks=[clock(asked, times)])
-    counted = kept["counted"]
-    answers = counted.answers(asked, kept["rows"], kept["tokenizer"])
+        run_exp(options(request, folder), callbacks=[clock(request, times)])
+    counted = captured["counted"]
+    answers = counted.answers(request, captured["rows"], captured["tokenizer"])
     report(times, counted, answers)
 
 

@@ -1,4 +1,7 @@
-"""transformers' Seq2SeqTrainer on a T5 that reads a CLIP tower's features before the question, LoRA on every linear."""
+"""transformers' Seq2SeqTrainer on a T5 with a CLIP tower.
+
+The tower's features come before the question's tokens; LoRA is on every linear layer of T5.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ TARGETS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 
 
 class Reader(nn.Module):
-    """Frozen tower, trained projector, T5 with LoRA."""
+    """A frozen CLIP tower, a trained projector and a T5 with LoRA."""
 
     def __init__(self, tower: Any, language: Any) -> None:
         super().__init__()
@@ -40,7 +43,14 @@ class Reader(nn.Module):
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
     ) -> Any:
-        """The language model's output; attention_mask covers the image's slots, which come first."""
+        """The language model's output.
+
+        Args:
+            pixel_values: [rows, 3, height, width].
+            input_ids: [rows, text length].
+            attention_mask: [rows, image slots + text length]; the image's slots come first.
+            labels: [rows, label length], -100 at padding.
+        """
         with torch.no_grad():
             features = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[:, 1:]
         words = self.language.get_input_embeddings()(input_ids)
@@ -50,13 +60,13 @@ class Reader(nn.Module):
         return self.language(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Asked by the trainer."""
+        """Turns checkpointing on in the language model; the trainer calls this."""
         self.language.enable_input_require_grads()
         self.language.gradient_checkpointing_enable(**options)
 
 
 def collator(tokenizer: Any, images: Any, slots: int) -> Any:
-    """Rows of one question to padded tensors."""
+    """A collator that turns rows of one question into padded tensors."""
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         text = tokenizer(
@@ -83,11 +93,11 @@ def collator(tokenizer: Any, images: Any, slots: int) -> Any:
 
 
 def main() -> None:
-    """Trains some steps and prints what they took."""
-    asked = arguments()
-    torch.set_num_threads(asked["threads"])
-    folder = asked["material"]
-    half = asked["precision"] in ("bf16_weights", "bf16_both")
+    """Trains for some steps and prints their times."""
+    request = arguments()
+    torch.set_num_threads(request["threads"])
+    folder = request["material"]
+    half = request["precision"] in ("bf16_weights", "bf16_both")
     dtype = torch.bfloat16 if half else torch.float32
     tower = CLIPVisionModel.from_pretrained(f"{folder}/tower", dtype=dtype)
     language: Any = T5ForConditionalGeneration.from_pretrained(f"{folder}/t5", dtype=dtype)
@@ -96,13 +106,13 @@ def main() -> None:
         language, LoraConfig(**LORA, target_modules=TARGETS, task_type="SEQ_2_SEQ_LM")
     )
     slots = (tower.config.image_size // tower.config.patch_size) ** 2
-    given: dict[str, Any] = {
-        "bf16": asked["precision"] in ("bf16", "bf16_both"),
-        "gradient_checkpointing": bool(asked["checkpointing"]),
+    overrides: dict[str, Any] = {
+        "bf16": request["precision"] in ("bf16", "bf16_both"),
+        "gradient_checkpointing": bool(request["checkpointing"]),
     }
-    if asked["batch"] is not None:
-        given["per_device_train_batch_size"] = asked["batch"]
-    rows = read_rows(asked)
+    if request["batch"] is not None:
+        overrides["per_device_train_batch_size"] = request["batch"]
+    rows = read_rows(request)
     times = Times()
     counted = Counted(
         collator(tokenizer, CLIPImageProcessor.from_pretrained(f"{folder}/llava"), slots),
@@ -113,18 +123,18 @@ def main() -> None:
             model=Reader(tower, language),
             args=Seq2SeqTrainingArguments(
                 output_dir=output,
-                max_steps=asked["steps"],
+                max_steps=request["steps"],
                 save_strategy="no",
                 report_to="none",
                 remove_unused_columns=False,
                 use_cpu=not torch.cuda.is_available(),
-                **given,
+                **overrides,
             ),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=counted,
-            callbacks=[clock(asked, times)],
+            callbacks=[clock(request, times)],
         )
-        answers = counted.answers(asked, rows, tokenizer)
+        answers = counted.answers(request, rows, tokenizer)
         trainer.train()
     report(times, counted, answers)
 

@@ -15,30 +15,30 @@ from trl import SFTConfig, SFTTrainer
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def options(asked: dict[str, Any]) -> dict[str, Any]:
-    """SFTConfig's arguments; what is None stays TRL's default."""
-    given: dict[str, Any] = {}
-    if asked["batch"] is not None:
-        given["per_device_train_batch_size"] = asked["batch"]
-    if asked["precision"] is not None:
-        given["bf16"] = asked["precision"] in ("bf16", "bf16_both")
-    if asked["checkpointing"] is not None:
-        given["gradient_checkpointing"] = asked["checkpointing"]
-    return given
+def options(request: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SFTConfig; settings that are None keep TRL's defaults."""
+    overrides: dict[str, Any] = {}
+    if request["batch"] is not None:
+        overrides["per_device_train_batch_size"] = request["batch"]
+    if request["precision"] is not None:
+        overrides["bf16"] = request["precision"] in ("bf16", "bf16_both")
+    if request["checkpointing"] is not None:
+        overrides["gradient_checkpointing"] = request["checkpointing"]
+    return overrides
 
 
 def main() -> None:
-    """Trains some steps and prints what they took."""
-    asked = arguments()
-    torch.set_num_threads(asked["threads"])
-    folder = f"{asked['material']}/llava"
-    half = asked["precision"] in ("bf16_weights", "bf16_both")
+    """Trains for some steps and prints their times."""
+    request = arguments()
+    torch.set_num_threads(request["threads"])
+    folder = f"{request['material']}/llava"
+    half = request["precision"] in ("bf16_weights", "bf16_both")
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.bfloat16 if half else torch.float32
     )
     processor = AutoProcessor.from_pretrained(folder)
-    rows: Any = read_rows(asked)
-    if asked["rows"] == "single":
+    rows: Any = read_rows(request)
+    if request["rows"] == "single":
         rows = [
             {
                 "prompt": row["messages"][:-1],
@@ -54,23 +54,23 @@ def main() -> None:
             model=model,
             args=SFTConfig(
                 output_dir=output,
-                max_steps=asked["steps"],
+                max_steps=request["steps"],
                 save_strategy="no",
                 report_to="none",
-                assistant_only_loss=asked["rows"] == "multi",
+                assistant_only_loss=request["rows"] == "multi",
                 max_length=None,
                 use_cpu=not torch.cuda.is_available(),
-                **options(asked),
+                **options(request),
             ),
             train_dataset=data,
             processing_class=processor,
             peft_config=LoraConfig(
                 **LORA, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]
             ),
-            callbacks=[clock(asked, times)],
+            callbacks=[clock(request, times)],
         )
         counted = trainer.data_collator = Counted(trainer.data_collator)
-        answers = counted.answers(asked, data, processor.tokenizer)
+        answers = counted.answers(request, data, processor.tokenizer)
         trainer.train()
     report(times, counted, answers)
 

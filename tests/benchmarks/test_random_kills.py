@@ -14,7 +14,7 @@ from benchmarks.random_kills import kill_and_compare
 
 @pytest.mark.slow
 def test_a_run_killed_three_times_is_bit_equal(tmp_path: Path) -> None:
-    found = kill_and_compare(tmp_path, kills=3, steps=40, seed=1)
-    assert found["kills"] == 3
-    assert found["tensors"] > 50
-    assert (found["model"], found["state"], found["trace"]) == ([], [], True)
+    report = kill_and_compare(tmp_path, kills=3, steps=40, seed=1)
+    assert report["kills"] == 3
+    assert report["tensors"] > 50
+    assert (report["model"], report["state"], report["trace"]) == ([], [], True)

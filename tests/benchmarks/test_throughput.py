@@ -35,7 +35,7 @@ def test_both_row_forms_hold_the_same_questions(tmp_path: Path) -> None:
         form: [json.loads(line) for line in (tmp_path / f"{form}.jsonl").read_text().splitlines()]
         for form in ("single", "multi")
     }
-    said = {
+    questions = {
         form: sorted(
             (row["images"][0], question["content"], answer["content"])
             for row in rows
@@ -43,8 +43,8 @@ def test_both_row_forms_hold_the_same_questions(tmp_path: Path) -> None:
         )
         for form, rows in forms.items()
     }
-    assert said["single"] == said["multi"]
-    assert sorted(answer for _, _, answer in said["multi"]) == answers
+    assert questions["single"] == questions["multi"]
+    assert sorted(answer for _, _, answer in questions["multi"]) == answers
     assert (len(forms["single"]), len(forms["multi"])) == (len(answers), 3)
     assert all((tmp_path / row["images"][0]).is_file() for row in forms["single"])
 
@@ -68,20 +68,20 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
     rows = list(conversations(parse_recipe(blank).data, parse_recipe(blank).data.train, 0))
     folder = save_llm(tmp_path / ("llm" if kind == "causal" else "t5"), kind, rows)
     text = ours.recipe(kind, tmp_path, folder, tmp_path / "run", batch=2, steps=1)
-    found = ours.work(text)
-    assert found.answers == answers
-    asked = parse_recipe(text)
+    work = ours.work(text)
+    assert work.answers == answers
+    recipe = parse_recipe(text)
     examples = examples_of(
-        prepare(asked.data, asked.data.train, build_processor(asked, []), seed=asked.seed)
+        prepare(recipe.data, recipe.data.train, build_processor(recipe, []), seed=recipe.seed)
     )
-    assert found.mean.tokens == pytest.approx(
+    assert work.mean.tokens == pytest.approx(
         sum(len(example.input_ids) for example in examples) / len(answers)
     )
-    assert found.mean.supervised == pytest.approx(
+    assert work.mean.supervised == pytest.approx(
         sum(example.supervised for example in examples) / len(answers)
     )
     if kind == "seq2seq":
-        assert found.operations > 4 * found.mean.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
+        assert work.operations > 4 * work.mean.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)
         return
     pairs = 0
     for example in examples:
@@ -93,14 +93,14 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
         pairs += int(tree_mask(torch.as_tensor(np.array(ends))[None]).sum())
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     frozen, low = sum(a * b for a, b in shapes), sum(16 * (a + b) for a, b in shapes)
-    tokens, supervised = found.mean.tokens * len(answers), found.mean.supervised * len(answers)
+    tokens, supervised = work.mean.tokens * len(answers), work.mean.supervised * len(answers)
     config = json.loads((folder / "config.json").read_text())
     wanted = (
         2 * tokens * (4 * frozen + 6 * low)
         + 12 * 2 * 32 * pairs
         + 4 * supervised * 32 * config["vocab_size"]
     )
-    assert found.operations * len(answers) == pytest.approx(wanted)
+    assert work.operations * len(answers) == pytest.approx(wanted)
 
 
 def test_answers_are_matched_one_to_one() -> None:
@@ -111,27 +111,35 @@ def test_answers_are_matched_one_to_one() -> None:
 def test_a_peers_batches_are_counted_as_our_rows_are(tmp_path: Path) -> None:
     """Padded labels and masks give the amounts of the rows: one formula serves all trainers."""
     ignored, rows = probe.IGNORED, [[0, 0, 1, 1, 0, 1], [0, 1, 1]]
-    labels = [[5 if said else ignored for said in row] + [ignored] * (7 - len(row)) for row in rows]
+    labels = [
+        [5 if supervised else ignored for supervised in row] + [ignored] * (7 - len(row))
+        for row in rows
+    ]
     mask = [[1] * len(row) + [0] * (7 - len(row)) for row in rows]
-    found = probe.counts(labels, mask, seq2seq=False)
-    assert (found["questions"], found["padded"]) == (3, 14)
-    asked = [
+    counts = probe.counts(labels, mask, seq2seq=False)
+    assert (counts["questions"], counts["padded"]) == (3, 14)
+    examples = [
         SimpleNamespace(input_ids=row, labels=row, ends=None, supervised=sum(row)) for row in rows
     ]
-    assert _amount(found) == sum((ours.amount(row, seq2seq=False) for row in asked), ours.Amount())
+    assert _amount(counts) == sum(
+        (ours.amount(row, seq2seq=False) for row in examples), ours.Amount()
+    )
     answers = [[5, 5, 1], [5, 1]]
-    found = probe.counts(
+    counts = probe.counts(
         [[*row, *[ignored] * (4 - len(row))] for row in answers], mask, seq2seq=True
     )
     pairs = zip(rows, answers, strict=True)
-    asked = [
-        SimpleNamespace(input_ids=row, labels=said, supervised=len(said)) for row, said in pairs
+    examples = [
+        SimpleNamespace(input_ids=row, labels=answer, supervised=len(answer))
+        for row, answer in pairs
     ]
-    assert _amount(found) == sum((ours.amount(row, seq2seq=True) for row in asked), ours.Amount())
+    assert _amount(counts) == sum(
+        (ours.amount(row, seq2seq=True) for row in examples), ours.Amount()
+    )
 
 
-def _amount(found: dict[str, int]) -> ours.Amount:
-    return ours.Amount(**{key: found[key] for key in ours.Amount.__dataclass_fields__})
+def _amount(counts: dict[str, int]) -> ours.Amount:
+    return ours.Amount(**{key: counts[key] for key in ours.Amount.__dataclass_fields__})
 
 
 @pytest.mark.parametrize("name", list(PEERS))
@@ -156,11 +164,11 @@ def test_the_sweep_finds_the_fastest_of_separable_settings(name: str) -> None:
             )
             return runs[-1]
 
-    asked = Namespace(
+    options = Namespace(
         against=[name], finalists=2, sweep_only=False, sweep_steps=1, quick=False, recipe=None
     )
-    found = Known(asked, None, {})  # type: ignore[arg-type]
-    found.tune(name)
+    comparison = Known(options, None, {})  # type: ignore[arg-type]
+    comparison.tune(name)
     peer = PEERS[name]
     all_settings = [
         dict(zip(peer.sweep, values, strict=True)) for values in product(*peer.sweep.values())
@@ -173,13 +181,13 @@ def test_the_sweep_finds_the_fastest_of_separable_settings(name: str) -> None:
     best = max(
         every, key=lambda settings: math.prod(gains.get(value, 1.0) for value in settings.values())
     )
-    assert found.settings[name][0] == best
-    tried = [run.settings for run in found.sweep]
+    assert comparison.settings[name][0] == best
+    tried = [run.settings for run in comparison.sweep]
     assert all(
         {settings[key] for settings in tried} == set(values) for key, values in peer.sweep.items()
     )
-    again = Known(asked, None, {name: found.settings[name]})  # type: ignore[arg-type]
-    assert again.settings == found.settings
+    again = Known(options, None, {name: comparison.settings[name]})  # type: ignore[arg-type]
+    assert again.settings == comparison.settings
 
 
 def test_exponent_of_a_power() -> None:

@@ -176,34 +176,34 @@ def test_a_stages_errors_are_placed_at_the_stage(
     old: str, new: str, place: str, message: str
 ) -> None:
     assert old in STAGED
-    found = problems(STAGED.replace(old, new, 1))
-    assert len(found) == 1, found
-    assert message in found[0][1]
-    assert found[0][0] == f"r.yaml:{place}"
+    errors = problems(STAGED.replace(old, new, 1))
+    assert len(errors) == 1, errors
+    assert message in errors[0][1]
+    assert errors[0][0] == f"r.yaml:{place}"
 
 
 def test_a_fault_of_the_common_part_is_told_once_and_where_it_is() -> None:
-    found = problems(
+    errors = problems(
         STAGED.replace("template: chatml", "template: chatml\n  max_length: 0\n  bogus: 1")
     )
-    assert [where for where, _ in found] == ["r.yaml:9:15", "r.yaml:10:3"]
-    found = problems(STAGED.replace("{epochs: 1}", "{epochs: 1}\nobjective: {kind: contrastive}"))
-    assert [where for where, _ in found] == ["r.yaml:7:3"]
-    found = problems(STAGED.replace("  template: chatml\n", ""))
-    assert found == [("r.yaml:7:3", "data.template is required")]
+    assert [where for where, _ in errors] == ["r.yaml:9:15", "r.yaml:10:3"]
+    errors = problems(STAGED.replace("{epochs: 1}", "{epochs: 1}\nobjective: {kind: contrastive}"))
+    assert [where for where, _ in errors] == ["r.yaml:7:3"]
+    errors = problems(STAGED.replace("  template: chatml\n", ""))
+    assert errors == [("r.yaml:7:3", "data.template is required")]
 
 
 def test_a_missing_key_is_placed_at_its_parent_and_unions_hide_nothing() -> None:
     assert problems(SMALL.replace("{kind: file, path: rows.jsonl}", "{kind: file}")) == [
         ("r.yaml:7:11", "data.train.0.path is required")
     ]
-    (found,) = problems(SMALL.replace("kind: transformers, ", ""))
-    assert found == ("r.yaml:4:10", "model.tower: needs a `kind`")
-    (found,) = problems(SMALL.replace("kind: file", "kind: fil"))
-    assert found[0] == "r.yaml:7:11" and "did you mean file?" in found[1]
-    found = problems(SMALL.replace("[q_proj]", "[q_proj, 5]"))
-    assert "r.yaml:12:80" in [where for where, _ in found]
-    assert not [message for _, message in found if "list[" in message or "literal[" in message]
+    (error,) = problems(SMALL.replace("kind: transformers, ", ""))
+    assert error == ("r.yaml:4:10", "model.tower: needs a `kind`")
+    (error,) = problems(SMALL.replace("kind: file", "kind: fil"))
+    assert error[0] == "r.yaml:7:11" and "did you mean file?" in error[1]
+    errors = problems(SMALL.replace("[q_proj]", "[q_proj, 5]"))
+    assert "r.yaml:12:80" in [where for where, _ in errors]
+    assert not [message for _, message in errors if "list[" in message or "literal[" in message]
 
 
 def test_folded_and_quoted_texts_are_what_yaml_says() -> None:
@@ -437,7 +437,7 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, list)
         else []
     )
-    return [prefix, *(found for key, child in children for found in paths(child, (*prefix, key)))]
+    return [prefix, *(inner for key, child in children for inner in paths(child, (*prefix, key)))]
 
 
 DEMO = read_yaml(resource_folder("recipes") / "demo.yaml").value
@@ -563,32 +563,32 @@ def test_contradictions_and_ranges(old: str, new: str, count: int) -> None:
 def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
     assert parse_recipe(quantised).model.llm.quantize == "nf4"
-    (found,) = problems(
+    (error,) = problems(
         quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: full")
     )
-    assert "quantised weights can't be trained" in found[1] and found[0].startswith("r.yaml:12:")
-    (found,) = problems(
+    assert "quantised weights can't be trained" in error[1] and error[0].startswith("r.yaml:12:")
+    (error,) = problems(
         quantised.replace(
             "how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]",
             "how: last_layers, layers: 1",
         )
     )
-    assert "quantised weights can't be trained" in found[1]
+    assert "quantised weights can't be trained" in error[1]
     parse_recipe(
         quantised.replace("how: lora, r: 8, lora_alpha: 16, target_modules: [q_proj]", "how: norms")
     )
-    (found,) = problems(quantised.replace("how: lora, r: 8,", "how: lora, r: 8, init: pissa,"))
-    assert "PiSSA takes the singular vectors of 16-bit weights" in found[1]
+    (error,) = problems(quantised.replace("how: lora, r: 8,", "how: lora, r: 8, init: pissa,"))
+    assert "PiSSA takes the singular vectors of 16-bit weights" in error[1]
     seq2seq = SMALL.replace("kind: causal", "kind: seq2seq").replace(
         "{epochs: 1}", "{epochs: 1, precision: fp16}"
     )
     assert problems(seq2seq) == [
         ("r.yaml:13:31", "T5's activations overflow in fp16; use bf16 or fp32")
     ]
-    (found,) = problems(
+    (error,) = problems(
         SMALL.replace("name: llama", "quantize: int8, scratch: {model_type: llama, config: {}}")
     )
-    assert "nothing to quantise" in found[1]
+    assert "nothing to quantise" in error[1]
 
 
 # --- the schema --------------------------------------------------------------------------------
@@ -597,9 +597,9 @@ def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
 def schema_faults(
     value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "recipe"
 ) -> list[str]:
-    """What JSON Schema 2020-12 says against `value`, for the words that pydantic writes.
+    """Errors of `value` under JSON Schema 2020-12, for the keywords that pydantic writes.
 
-    An unknown word is an error.
+    An unknown keyword is an error.
     """
     types = {
         "object": dict,
@@ -610,47 +610,47 @@ def schema_faults(
         "integer": int,
         "number": (int, float),
     }
-    found: list[str] = []
+    faults: list[str] = []
     for word, rule in schema.items():
         if word == "$ref":
             target = root
             for part in rule.removeprefix("#/").split("/"):
                 target = target[part]
-            found += schema_faults(value, target, root, place)
+            faults += schema_faults(value, target, root, place)
         elif word in ("anyOf", "oneOf"):
             fits = [option for option in rule if not schema_faults(value, option, root, place)]
             if not fits or (word == "oneOf" and len(fits) > 1):
-                found.append(f"{place}: fits {len(fits)} of {word}")
+                faults.append(f"{place}: fits {len(fits)} of {word}")
         elif word == "type":
             is_number = rule in ("integer", "number") and isinstance(value, bool)
             if is_number or not isinstance(value, types[rule]):
-                found.append(f"{place}: not of type {rule}")
+                faults.append(f"{place}: not of type {rule}")
         elif word == "properties":
             for name, inner in rule.items():
                 if isinstance(value, dict) and name in value:
-                    found += schema_faults(value[name], inner, root, f"{place}.{name}")
+                    faults += schema_faults(value[name], inner, root, f"{place}.{name}")
         elif word == "required":
-            found += [
+            faults += [
                 f"{place}.{name} is missing"
                 for name in rule
                 if isinstance(value, dict) and name not in value
             ]
         elif word == "additionalProperties":
             if rule is False and isinstance(value, dict):
-                found += [
+                faults += [
                     f"{place}.{name} is unknown"
                     for name in value
                     if name not in schema.get("properties", {})
                 ]
         elif word == "items":
-            found += [
+            faults += [
                 fault
                 for n, item in enumerate(value if isinstance(value, list) else [])
                 for fault in schema_faults(item, rule, root, f"{place}.{n}")
             ]
         elif word in ("enum", "const"):
             if value not in (rule if word == "enum" else [rule]):
-                found.append(f"{place}: {value!r} is not {rule}")
+                faults.append(f"{place}: {value!r} is not {rule}")
         elif word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             if (
                 isinstance(value, int | float)
@@ -661,15 +661,15 @@ def schema_faults(
                     "exclusiveMaximum": value < rule,
                 }[word]
             ):
-                found.append(f"{place}: {value} against {word} {rule}")
+                faults.append(f"{place}: {value} against {word} {rule}")
         elif word in ("minItems", "maxItems"):
             if isinstance(value, list) and (
                 len(value) < rule if word == "minItems" else len(value) > rule
             ):
-                found.append(f"{place}: {word}")
+                faults.append(f"{place}: {word}")
         elif word == "pattern":
             if isinstance(value, str) and not re.search(rule, value):
-                found.append(f"{place}: {value!r} against {rule}")
+                faults.append(f"{place}: {value!r} against {rule}")
         else:
             assert word in (
                 "title",
@@ -679,7 +679,7 @@ def schema_faults(
                 "$schema",
                 "discriminator",
             ), word
-    return found
+    return faults
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -709,7 +709,7 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "changes", "said"),
+    ("engine", "changes", "message"),
     [
         (
             "{kind: deepspeed, stage: 3}",
@@ -738,13 +738,13 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
     ],
 )
 def test_engines_refuse_what_they_cant_train(
-    engine: str, changes: dict[str, Any], said: str, tmp_path: Path
+    engine: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"{SMALL}engine: {engine}\n")
     with pytest.raises(RecipeError) as refused:
         load_recipe(path, changes)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert len(refused.value.problems) == 1
 
 

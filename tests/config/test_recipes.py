@@ -54,8 +54,8 @@ def tuned(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
     )
 
 
-def trained(found: Tuned) -> dict[str, int]:
-    return {row.match: row.trained for row in found.table}
+def trained(tuning: Tuned) -> dict[str, int]:
+    return {row.match: row.trained for row in tuning.table}
 
 
 def test_flan_t5_xl_with_clip_builds_and_tunes_at_its_real_shape() -> None:
@@ -164,5 +164,5 @@ def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Pa
 def test_the_header_says_what_the_recipe_is_for_and_what_was_measured(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert header and path.read_text().startswith("# ")
-    said = " ".join(header)
-    assert "Not run on a GPU" in said or "Measured on two CPU cores" in said
+    text = " ".join(header)
+    assert "Not run on a GPU" in text or "Measured on two CPU cores" in text

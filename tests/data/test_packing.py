@@ -45,14 +45,14 @@ def rows_in(joined: Example) -> list[Row]:
     length = len(joined.input_ids)
     ends = np.full(length, length) if joined.ends is None else joined.ends
     positions = np.arange(length) if joined.positions is None else joined.positions
-    found = []
+    rows = []
     for leaf in range(length):
         if leaf + 1 < length and ends[leaf] > leaf + 1:
             continue
         seen = [place for place in range(leaf + 1) if leaf < ends[place]]
         assert positions[seen].tolist() == list(range(len(seen)))
-        found.append((tuple(joined.input_ids[seen].tolist()), tuple(joined.labels[seen].tolist())))
-    return found
+        rows.append((tuple(joined.input_ids[seen].tolist()), tuple(joined.labels[seen].tolist())))
+    return rows
 
 
 def as_row(example: Example) -> Row:
@@ -122,12 +122,12 @@ def test_joined_rows_are_the_rows_they_came_from(
     prefix: list[int], rest: list[tuple[list[int], list[int]]], data: st.DataObject
 ) -> None:
     rows = [
-        row([*prefix, *asked, *said], [0] * (len(prefix + asked) - 1) + [*said, 4])
-        for asked, said in rest
+        row([*prefix, *question, *answer], [0] * (len(prefix + question) - 1) + [*answer, 4])
+        for question, answer in rest
     ]
     limit = data.draw(st.integers(5, 60))
     joined = branch_layout(rows, limit)
-    assert sorted(found for example in joined for found in rows_in(example)) == sorted(
+    assert sorted(branch for example in joined for branch in rows_in(example)) == sorted(
         map(as_row, rows)
     )
     assert sum(example.supervised for example in joined) == sum(r.supervised for r in rows)
@@ -143,9 +143,9 @@ def test_joined_rows_are_the_rows_they_came_from(
 
 
 def test_branches_of_a_real_format_share_system_text_image_and_first_words() -> None:
-    made = processor("smollm2", "bytes", "causal")
+    chat_processor = processor("smollm2", "bytes", "causal")
     rows = [
-        made.examples(Conversation(q, turns(q, "yes", image=True)))[0]
+        chat_processor.examples(Conversation(q, turns(q, "yes", image=True)))[0]
         for q in ("one?", "only?", "two?")
     ]
     (joined,) = branch_layout(rows, 4096)

@@ -155,7 +155,7 @@ def test_twelve_planted_faults_are_found_with_their_rows(
     sources, errors, warnings = planted
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(tiny_recipe, sources))
-    found = json.loads(
+    report = json.loads(
         cli(
             "check",
             str(path),
@@ -167,13 +167,13 @@ def test_twelve_planted_faults_are_found_with_their_rows(
             code=3,
         )
     )
-    assert named(found["errors"]) == errors and named(found["warnings"]) == warnings
-    assert len(found["errors"]) == sum(found["counts"]["errors"].values()) == 12
+    assert named(report["errors"]) == errors and named(report["warnings"]) == warnings
+    assert len(report["errors"]) == sum(report["counts"]["errors"].values()) == 12
     assert all(
         finding["kind"] in KINDS and finding["message"]
-        for finding in [*found["errors"], *found["warnings"]]
+        for finding in [*report["errors"], *report["warnings"]]
     )
-    train, validation, test = found["counts"]["parts"]
+    train, validation, test = report["counts"]["parts"]
     assert [
         (source["rows"], source["usable"], source["bad"], source["form"])
         for source in train["sources"]
@@ -196,11 +196,11 @@ def test_bad_rows_within_the_cap_are_warnings_where_they_are_left_out(
     text = recipe_text(
         tiny_recipe, {"train": sources["train"]}, more="  overlong: drop\n  on_bad_row: skip\n"
     )
-    found = vlm_tune.check(parsed(text))
+    report = vlm_tune.check(parsed(text))
     bad = {(file, row, kind) for file, row, kind in errors if kind in BAD_ROWS}
-    assert found.exit_code == 0 and not found.errors
-    assert named(found.summary()["warnings"]) >= bad and found.warning_counts["overlong"] == 1
-    (long,) = [finding.message for finding in found.warnings if finding.kind == "overlong"]
+    assert report.exit_code == 0 and not report.errors
+    assert named(report.summary()["warnings"]) >= bad and report.warning_counts["overlong"] == 1
+    (long,) = [finding.message for finding in report.warnings if finding.kind == "overlong"]
     assert long.endswith("tokens, more than data.max_length 128: dropped")
     capped = vlm_tune.check(parsed(text, data__max_bad_rows=8))
     assert capped.exit_code == 3 and capped.error_counts == {"too_many_bad": 1}
@@ -217,7 +217,7 @@ def test_what_is_done_with_long_rows_is_told(
     ]
     path = write(tmp_path / "rows.jsonl", [chat("q", "a"), {"messages": turns}])
 
-    def told(how: str) -> str:
+    def message_for(how: str) -> str:
         report = vlm_tune.check(
             parsed(
                 recipe_text(tiny_recipe, {"train": [path]}),
@@ -229,9 +229,9 @@ def test_what_is_done_with_long_rows_is_told(
         assert finding.row == 2 and not report.errors
         return finding.message
 
-    assert told("split").endswith("more than data.max_length 100: split into 2")
-    assert told("trim").endswith("more than data.max_length 100: questions trimmed")
-    assert told("drop").endswith("more than data.max_length 100: dropped")
+    assert message_for("split").endswith("more than data.max_length 100: split into 2")
+    assert message_for("trim").endswith("more than data.max_length 100: questions trimmed")
+    assert message_for("drop").endswith("more than data.max_length 100: dropped")
 
 
 def test_a_row_to_score_is_an_error_only_if_its_prompt_is_too_long(
@@ -242,9 +242,9 @@ def test_a_row_to_score_is_an_error_only_if_its_prompt_is_too_long(
         tmp_path / "test.jsonl",
         [chat("q", "word " * 100), chat("word " * 100, "a"), chat("other", "a")],
     )
-    found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [train], "test": [test]})))
-    assert [(finding.row, finding.kind) for finding in found.errors] == [(2, "overlong")]
-    assert [finding.row for finding in found.warnings if finding.kind == "overlong"] == [1]
+    report = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [train], "test": [test]})))
+    assert [(finding.row, finding.kind) for finding in report.errors] == [(2, "overlong")]
+    assert [finding.row for finding in report.warnings if finding.kind == "overlong"] == [1]
 
 
 def test_odd_images_duplicates_and_look_alikes_are_warnings(
@@ -259,12 +259,12 @@ def test_odd_images_duplicates_and_look_alikes_are_warnings(
     rows: list[Row] = [chat("q", "a", name) for name in ("tiny.png", "narrow.png", "a.png")]
     train = write(tmp_path / "train.jsonl", [*rows, chat("Q ", "a", "a.png")])
     validation = write(tmp_path / "validation.jsonl", [chat("other", "b", "again.jpg")])
-    found = vlm_tune.check(
+    report = vlm_tune.check(
         parsed(recipe_text(tiny_recipe, {"train": [train], "validation": [validation]}))
     )
-    assert not found.errors
-    told = {(finding.part, finding.row, finding.kind) for finding in found.warnings}
-    assert told == {
+    assert not report.errors
+    warnings = {(finding.part, finding.row, finding.kind) for finding in report.warnings}
+    assert warnings == {
         ("train", 1, "image_tiny"),
         ("train", 1, "image_plain"),
         ("train", 2, "image_narrow"),
@@ -272,7 +272,7 @@ def test_odd_images_duplicates_and_look_alikes_are_warnings(
         ("validation", 1, "leak_look"),
     }
     assert "repeats row 3 of" in next(
-        finding.message for finding in found.warnings if finding.kind == "duplicate"
+        finding.message for finding in report.warnings if finding.kind == "duplicate"
     )
 
 
@@ -299,32 +299,32 @@ def test_a_check_prepares_the_run_and_a_sample_says_so(tiny_recipe: Callable[...
 
 
 def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
-    found = vlm_tune.check(parsed(tiny_recipe("causal"), data__group="image", train__batch_size=2))
-    train = found.parts[0]
+    report = vlm_tune.check(parsed(tiny_recipe("causal"), data__group="image", train__batch_size=2))
+    train = report.parts[0]
     (source,) = train.sources
     assert train.lengths and sum(train.lengths.counts) == source.rows == 8 and source.images == 4
     assert train.image_sides and train.image_sides.counts == [4] and train.image_sides.most == 32
-    alone, own, packed = train.padding
+    alone, grouped, packed = train.padding
     assert [waste.name for waste in train.padding] == [
         "rows one by one",
         "this recipe",
         "with packing",
     ]
     # Rows of one image share it, so that a question takes fewer tokens than alone.
-    assert own.tokens_per_question < alone.tokens_per_question
+    assert grouped.tokens_per_question < alone.tokens_per_question
     assert packed.padding == 0 and source.tokens / 8 <= alone.tokens_per_question
 
 
 def test_a_source_that_is_not_there_does_not_hide_the_others(
     tmp_path: Path, color_rows: Path, tiny_recipe: Callable[..., str]
 ) -> None:
-    found = vlm_tune.check(
+    report = vlm_tune.check(
         parsed(recipe_text(tiny_recipe, {"train": [tmp_path / "none.jsonl", color_rows]}))
     )
-    assert [(finding.kind, finding.row, finding.message) for finding in found.errors] == [
+    assert [(finding.kind, finding.row, finding.message) for finding in report.errors] == [
         ("source", 0, "no such file")
     ]
-    assert [source.rows for source in found.parts[0].sources] == [8] and found.exit_code == 3
+    assert [source.rows for source in report.parts[0].sources] == [8] and report.exit_code == 3
 
 
 def test_held_out_rows_are_a_part_of_their_own(
@@ -333,13 +333,13 @@ def test_held_out_rows_are_a_part_of_their_own(
     text = recipe_text(
         tiny_recipe, {"train": [color_rows]}, more="  split: {validation: 0.25, test: 0.25}\n"
     )
-    found = vlm_tune.check(parsed(text))
-    assert {part.part: sum(source.usable for source in part.sources) for part in found.parts} == {
+    report = vlm_tune.check(parsed(text))
+    assert {part.part: sum(source.usable for source in part.sources) for part in report.parts} == {
         "train": 4,
         "validation": 2,
         "test": 2,
     }
-    assert not found.error_counts
+    assert not report.error_counts
 
 
 def test_a_recipe_error_is_exit_2_and_a_good_recipe_exit_0(
@@ -356,11 +356,11 @@ def test_listed_findings_are_bounded_and_all_are_counted(
     tmp_path: Path, tiny_recipe: Callable[..., str]
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [chat("q", "a"), *["{"] * 1200])
-    found = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]})))
+    report = vlm_tune.check(parsed(recipe_text(tiny_recipe, {"train": [path]})))
     assert (
-        len(found.errors) == 1000
-        and found.error_counts["not_json"] == 1200
-        and found.errors[-1].row == 1001
+        len(report.errors) == 1000
+        and report.error_counts["not_json"] == 1200
+        and report.errors[-1].row == 1001
     )
 
 
@@ -390,15 +390,15 @@ def test_the_page_shows_rows_as_text_and_is_complete_in_itself(
 
 
 def test_a_histogram_counts_every_value_once() -> None:
-    found = histogram(np.array([7, 7, 12, 30, 99]))
-    assert found and (found.start, found.width, found.least, found.middle, found.most) == (
+    bins = histogram(np.array([7, 7, 12, 30, 99]))
+    assert bins and (bins.start, bins.width, bins.least, bins.middle, bins.most) == (
         0,
         10,
         7,
         12,
         99,
     )
-    assert found.counts == [2, 1, 0, 1, 0, 0, 0, 0, 0, 1] and histogram(np.array([])) is None
+    assert bins.counts == [2, 1, 0, 1, 0, 0, 0, 0, 0, 1] and histogram(np.array([])) is None
 
 
 def test_every_kind_is_in_the_documentation() -> None:

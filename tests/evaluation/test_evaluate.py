@@ -75,15 +75,15 @@ def test_joined_scores_are_those_of_all_answers() -> None:
         answer("c", correct=True, category="color"),
         answer("a", correct=True, category="color"),
     )
-    found = join_scores([first, second])
-    assert (found.n, found.accuracy) == (3, 2 / 3)
-    assert found.loss == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
-    assert found.tokens == 40
-    assert found.by_category == {
+    scores = join_scores([first, second])
+    assert (scores.n, scores.accuracy) == (3, 2 / 3)
+    assert scores.loss == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
+    assert scores.tokens == 40
+    assert scores.by_category == {
         "color": {"accuracy": 1.0, "n": 2},
         "shape": {"accuracy": 0.0, "n": 1},
     }
-    assert found.by_source == {"a": {"accuracy": 2 / 3, "n": 3, "loss": found.loss, "tokens": 40}}
+    assert scores.by_source == {"a": {"accuracy": 2 / 3, "n": 3, "loss": scores.loss, "tokens": 40}}
     assert join_scores([shard(None, 0, answer("a", correct=False))]).loss is None
 
 
@@ -91,12 +91,12 @@ def test_scores_of_ranks_are_joined_by_source() -> None:
     """Rows of two files may have the same id, and are two questions."""
     first = shard(2.0, 10, answer("x", correct=True, source="a"))
     second = shard(1.0, 30, answer("x", correct=False, source="b"))
-    found = join_scores([first, second])
-    assert found.by_source == {
+    scores = join_scores([first, second])
+    assert scores.by_source == {
         "a": {"accuracy": 1.0, "n": 1, "loss": 2.0, "tokens": 10},
         "b": {"accuracy": 0.0, "n": 1, "loss": 1.0, "tokens": 30},
     }
-    assert (found.n, found.accuracy, found.loss) == (2, 0.5, pytest.approx(50 / 40))
+    assert (scores.n, scores.accuracy, scores.loss) == (2, 0.5, pytest.approx(50 / 40))
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
@@ -114,18 +114,18 @@ def test_scores_of_a_model(
         "long", (Message("user", ("word " * 20,)), Message("assistant", ("Word",))), "text"
     )
     rows.insert(3, long)
-    said: dict[str, str] = {row.id: row.messages[-1].text.upper() + ". " for row in rows}
-    said[rows[0].id] = "wrong"
+    answers: dict[str, str] = {row.id: row.messages[-1].text.upper() + ". " for row in rows}
+    answers[rows[0].id] = "wrong"
 
     def fake(prompts: Any, decoding: Decoding, **named: Any) -> list[str]:
         assert not model.training and named["batch_size"] == 4
         named["progress"](len(prompts), len(prompts))
-        return [said[prompt.id] for prompt in prompts]
+        return [answers[prompt.id] for prompt in prompts]
 
     monkeypatch.setattr(model, "answers", fake)
     steps: list[tuple[int, int]] = []
     model.train()
-    found = score(
+    scores = score(
         model,
         rows,
         decoding=Decoding(4),
@@ -134,18 +134,18 @@ def test_scores_of_a_model(
     )
     assert model.training
     assert steps == [(9, 9)]
-    assert (found.n, found.accuracy) == (9, 8 / 9)
-    assert found.by_category == {
+    assert (scores.n, scores.accuracy) == (9, 8 / 9)
+    assert scores.by_category == {
         "color": {"accuracy": 3 / 4, "n": 4},
         "text": {"accuracy": 1.0, "n": 1},
         "yes_no": {"accuracy": 1.0, "n": 4},
     }
-    assert [one.id for one in found.answers] == [row.id for row in rows]
-    assert [one.id for one in found.answers if not one.correct] == [rows[0].id]
-    assert found.answers[0].question == "what color is it?"
-    assert found.answers[0].image.endswith("red.png")
-    assert (found.answers[0].expected, found.answers[0].generated) == ("red", "wrong")
-    assert "answers" not in found.summary()
+    assert [one.id for one in scores.answers] == [row.id for row in rows]
+    assert [one.id for one in scores.answers if not one.correct] == [rows[0].id]
+    assert scores.answers[0].question == "what color is it?"
+    assert scores.answers[0].image.endswith("red.png")
+    assert (scores.answers[0].expected, scores.answers[0].generated) == ("red", "wrong")
+    assert "answers" not in scores.summary()
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
@@ -166,9 +166,9 @@ def test_the_loss_is_the_mean_over_the_references_tokens(
         model.eval(), [example for row in rows for example in model.processor.examples(row)]
     )
     expected = float(loss_and_gradients(model, [batch])[0]) / batch.supervised
-    for found in scores:
-        assert found.loss == pytest.approx(expected, rel=1e-5)
-        assert found.tokens == batch.supervised
+    for scored in scores:
+        assert scored.loss == pytest.approx(expected, rel=1e-5)
+        assert scored.tokens == batch.supervised
     assert [one.generated for one in scores[0].answers] == [
         one.generated for one in scores[1].answers
     ]

@@ -118,7 +118,7 @@ def test_a_file_is_scored_as_the_same_rows_of_a_recipe(folder: Path) -> None:
 
 def test_predict_and_eval_of_the_command_line_say_which_model(folder: Path) -> None:
     path = write(folder / "one.jsonl", {"image": "red.png", "question": "what color?"})
-    told = json.loads(
+    report = json.loads(
         cli(
             "predict",
             str(folder / "model"),
@@ -132,9 +132,9 @@ def test_predict_and_eval_of_the_command_line_say_which_model(folder: Path) -> N
         )
     )
     assert (
-        told["n"] == 1
-        and told["model"]["folder"] == str(folder / "model")
-        and told["output"] == str(folder / "out.jsonl")
+        report["n"] == 1
+        and report["model"]["folder"] == str(folder / "model")
+        and report["output"] == str(folder / "out.jsonl")
     )
 
 

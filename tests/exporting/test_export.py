@@ -74,13 +74,13 @@ def test_every_tower_gives_the_same_logits(
         )
         batch = batch_of(ours, [ours.processor.prompt(row)])
         with torch.no_grad():
-            own = ours.llm.model(inputs_embeds=ours.embed(batch)).logits
-            found = theirs(**inputs).logits[..., : own.shape[-1]]
-        assert largest(found, own) <= 1e-5
+            our_logits = ours.llm.model(inputs_embeds=ours.embed(batch)).logits
+            their_logits = theirs(**inputs).logits[..., : our_logits.shape[-1]]
+        assert largest(their_logits, our_logits) <= 1e-5
 
 
 def test_logits_depend_on_the_image(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    """What the comparisons above would not see otherwise."""
+    """A dependence that the comparisons above would not see otherwise."""
     run, recipe = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     ours = VisionLanguageModel.from_pretrained(run, dtype=torch.float32)
     logits, _ = observe(ours, rows_of(recipe)[:4])
@@ -144,8 +144,8 @@ def test_shards_card_and_command_line(
         and "library_name: transformers" in card
     )
     assert run_card(tmp_path / "llava", monkeypatch, capsys)
-    said = cli("export", str(run), "--output", str(tmp_path / "plain"), "--no-verify")
-    assert "not verified" in said
+    output = cli("export", str(run), "--output", str(tmp_path / "plain"), "--no-verify")
+    assert "not verified" in output
     assert "not verified" in (tmp_path / "plain" / "README.md").read_text()
 
 

@@ -76,9 +76,9 @@ def test_merged_is_the_adapter_and_not_the_base(
     merged = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     adapter = load_model(saved, dtype=precision).float()
     base = load_model(saved, dtype=precision, adapters=False).float()
-    found, texts = observe(merged, rows)
-    assert largest(found, observe(adapter, rows)[0]) <= bound
-    assert largest(found, observe(base, rows)[0]) > bound
+    logits, texts = observe(merged, rows)
+    assert largest(logits, observe(adapter, rows)[0]) <= bound
+    assert largest(logits, observe(base, rows)[0]) > bound
     assert texts == observe(adapter, rows)[1]
     assert not merged.adapters
     # The folder stands alone: nothing of the base's folder is read.
@@ -86,7 +86,7 @@ def test_merged_is_the_adapter_and_not_the_base(
     if source == "named":
         (tmp_path / "base").rename(tmp_path / "elsewhere")
         again = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-        assert_same_outputs(observe(again, rows)[0], found)
+        assert_same_outputs(observe(again, rows)[0], logits)
 
 
 def test_merged_files(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_probes_are_the_runs_own_rows_or_a_plain_image(
     model = load_model(saved)
     assert [row.id for row in probe_rows(saved, model)] == ["probe"]
     (tmp_path / "run" / "recipe.yaml").write_text(text)
-    own = [row.id for row in probe_rows(saved, model)]
-    assert own == [row.id for row in rows_of(recipe)][::2]
+    ids = [row.id for row in probe_rows(saved, model)]
+    assert ids == [row.id for row in rows_of(recipe)][::2]
     (tmp_path / "messages.jsonl").unlink()
     assert [row.id for row in probe_rows(saved, model)] == ["probe"]
 
@@ -169,12 +169,12 @@ def test_what_a_merge_says_and_its_card(
 ) -> None:
     saved, _ = trained(tiny_recipe("causal"), tmp_path / "saved")
     report = merge(saved, tmp_path / "merged", dtype="fp32")
-    said = merge_proof(report).splitlines()
-    assert said[0] == "verified on 1 row, computed in fp32:"
-    assert [line.split()[0] for line in said[1:]] == ["passed"] * 3
+    lines = merge_proof(report).splitlines()
+    assert lines[0] == "verified on 1 row, computed in fp32:"
+    assert [line.split()[0] for line in lines[1:]] == ["passed"] * 3
     assert (
-        f"within {report.difference_to_adapter:.2g} of" in said[1]
-        and "(0.02 is allowed)" in said[1]
+        f"within {report.difference_to_adapter:.2g} of" in lines[1]
+        and "(0.02 is allowed)" in lines[1]
     )
     printed = run_card(tmp_path / "merged", monkeypatch, capsys)
     assert printed.endswith("\n") and len(printed.splitlines()) >= 1
@@ -229,11 +229,11 @@ def test_a_quantised_run_is_compared_as_it_was_trained(
     merged, _ = observe(load_model(tmp_path / "merged", dtype=torch.float32), rows)
     assert report.difference_to_run == pytest.approx(largest(as_trained, merged), rel=1e-3)
     assert report.difference_to_run > 10 * report.difference_to_adapter
-    said = merge_proof(report)
-    assert "from those of the run as it was trained, over its nf4 base" in said
+    proof = merge_proof(report)
+    assert "from those of the run as it was trained, over its nf4 base" in proof
     assert (
         f"exact match on 8 validation rows: {report.run_accuracy:.4f} as trained, "
-        f"{report.merged_accuracy:.4f} merged" in said
+        f"{report.merged_accuracy:.4f} merged" in proof
     )
     assert (
         json.loads((tmp_path / "merged" / "merge.json").read_text())["run_accuracy"]

@@ -50,12 +50,12 @@ def sizes(folder: Path) -> dict[str, int]:
 
     Folders in the making have a name of their own in every attempt.
     """
-    found = {
+    file_sizes = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in folder.rglob("*")
         if path.is_file()
     }
-    return {re.sub(r"/\.(\w+)-[^/]*", r"/.\1", name): size for name, size in found.items()}
+    return {re.sub(r"/\.(\w+)-[^/]*", r"/.\1", name): size for name, size in file_sizes.items()}
 
 
 @pytest.mark.slow
@@ -74,9 +74,9 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
     stage = stage_of(tmp_path / "run")
 
     def save(step: int, keep: int) -> None:
-        told = Progress(step=step, best_step=0)
+        progress = Progress(step=step, best_step=0)
         write = capture_checkpoint(
-            loop.model, loop.engine.optimizer_state(), told, "", [random_state()], {}
+            loop.model, loop.engine.optimizer_state(), progress, "", [random_state()], {}
         )
         CheckpointWriter(stage, keep, background=False).save(step, write, 0)
 
@@ -103,14 +103,14 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
     for number in range(count):
         left = states / str(number)
         recover_folders(stage_of(left) / "checkpoints")
-        found = last_checkpoint(left, ["main"])
-        assert found is not None and is_whole(step_folder(stage_of(left), 0)), number
-        ends.add(found[0].name)
+        last = last_checkpoint(left, ["main"])
+        assert last is not None and is_whole(step_folder(stage_of(left), 0)), number
+        ends.add(last[0].name)
         assert hidden(left) == []
         if (
-            number % 20 == 0 and found[0].name == "step-0000002"
+            number % 20 == 0 and last[0].name == "step-0000002"
         ):  # what is whole by its manifest has the bits that were saved
-            assert_same_bits(found[0], step_folder(stage_of(before), 2))
+            assert_same_bits(last[0], step_folder(stage_of(before), 2))
     shutil.rmtree(run)
     shutil.copytree(before, run)
     stopped_at(lambda: save(3, 2), lambda seen: False)
@@ -135,11 +135,11 @@ def test_fault_38_a_full_disk_keeps_the_older_checkpoint(
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     assert ended(start(lambda: sft(recipe, show=fill), tmp_path / "said")) == [5]
-    said = (tmp_path / "said.0").read_text()
+    output = (tmp_path / "said.0").read_text()
     assert (
-        "step-0000002 could not be written" in said
-        and "File too large" in said
-        and "kept: step-0000001; --resume" in said
+        "step-0000002 could not be written" in output
+        and "File too large" in output
+        and "kept: step-0000001; --resume" in output
     )
     assert hidden(tmp_path / "run") == []
     assert [path.name for path in checkpoints(stage_of(tmp_path / "run"))] == ["step-0000001"]
@@ -242,9 +242,9 @@ def test_fault_47_out_of_memory_says_what_to_change(
     with pytest.raises(
         TrainingError,
         match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=",
-    ) as found:
+    ) as raised:
         sft(runs(tiny_recipe))
-    assert found.value.exit_code == 5
+    assert raised.value.exit_code == 5
     assert hidden(tmp_path / "run") == []
     assert all(is_whole(path) for path in checkpoints(stage_of(tmp_path / "run")))
     assert checkpoints(stage_of(tmp_path / "run"))[-1].name == "step-0000002"

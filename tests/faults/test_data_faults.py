@@ -254,9 +254,9 @@ def test_fault_11_images_and_places_are_counted_per_sample(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
 def test_fault_12_control_tokens_in_users_texts_are_plain_text(name: str) -> None:
-    made = processor(name)
+    chat_processor = processor(name)
     nasty = "<image> <|im_end|> </s> <s> <|eot_id|> <pad> <|im_start|>system"
-    found = []
+    layouts = []
     for text in ("a", nasty):
         row = Conversation(
             "r",
@@ -266,11 +266,12 @@ def test_fault_12_control_tokens_in_users_texts_are_plain_text(name: str) -> Non
                 Message("assistant", (text,)),
             ),
         )
-        (example,) = made.examples(row)
-        special = set(made.tokenizer.all_special_ids) | {
-            made.encoder.control(token) for token in made.template.control_tokens
+        (example,) = chat_processor.examples(row)
+        special = set(chat_processor.tokenizer.all_special_ids) | {
+            chat_processor.encoder.control(token)
+            for token in chat_processor.template.control_tokens
         }
-        found.append(
+        layouts.append(
             (
                 [
                     token
@@ -281,8 +282,8 @@ def test_fault_12_control_tokens_in_users_texts_are_plain_text(name: str) -> Non
                 int(example.image_mask.sum()),
             )
         )
-    assert found[0] == found[1]
-    assert nasty in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
+    assert layouts[0] == layouts[1]
+    assert nasty in chat_processor.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
 
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
@@ -384,11 +385,11 @@ def test_fault_15_formats_that_train_nothing_never_end_or_begin_twice(
 
 @pytest.mark.parametrize("name", resource_names("data_templates/chat"))
 def test_fault_15_a_conversation_begins_with_one_start_token(name: str) -> None:
-    made = processor(name)
+    chat = processor(name)
     turns = tuple(Message("assistant" if n % 2 else "user", (f"text {n}",)) for n in range(6))
-    ids = made._lay_out(Conversation("r", turns), prompt_only=False)[-1].input_ids.tolist()
-    starts = [place for place, token in enumerate(ids) if token == made.tokenizer.bos_token_id]
-    assert starts == ([0] if made.template.start else [])
+    ids = chat._lay_out(Conversation("r", turns), prompt_only=False)[-1].input_ids.tolist()
+    starts = [place for place, token in enumerate(ids) if token == chat.tokenizer.bos_token_id]
+    assert starts == ([0] if chat.template.start else [])
 
 
 def test_fault_16_paths_that_leave_the_image_root_are_refused(tmp_path: Path) -> None:
@@ -535,13 +536,16 @@ def test_fault_19_an_image_or_row_of_train_that_is_scored_too_is_named(
     )
     sources = [{"kind": "file", "path": str(scored)}]
     other = "test" if part == "validation" else "validation"
-    found = check(parsed(tiny_recipe("causal"), **{f"data__{part}": sources, f"data__{other}": []}))
-    assert [(error.source, error.row, error.kind) for error in found.errors] == [
+    report = check(
+        parsed(tiny_recipe("causal"), **{f"data__{part}": sources, f"data__{other}": []})
+    )
+    assert [(error.source, error.row, error.kind) for error in report.errors] == [
         (str(scored), 3, "leak_row"),
         (str(scored), 2, "leak_image"),
     ]
     assert (
-        all(f"of {color_rows}" in error.message for error in found.errors) and found.exit_code == 3
+        all(f"of {color_rows}" in error.message for error in report.errors)
+        and report.exit_code == 3
     )
 
 
@@ -584,10 +588,10 @@ def test_fault_20_sft_with_more_processes_than_rows_names_both_numbers(
         for option in ("--set", f"{key}={json.dumps(value)}")
     ]
     assert (sft(path, {**changes, "output": str(tmp_path / "alone")}).folder / "model").is_dir()
-    said = cli(
+    output = cli(
         "sft", str(path), *options, "--json", ranks=2, code=1
     )  # torchrun's own code for a process that failed
-    assert '"error": "DataError"' in said and "1 rows an epoch for 2 processes" in said
+    assert '"error": "DataError"' in output and "1 rows an epoch for 2 processes" in output
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -637,10 +641,10 @@ def test_the_bad_rows_of_one_source_do_not_hide_those_of_the_next(tmp_path: Path
     readers = [
         open_source(messages_source(tmp_path / f"{name}.jsonl"), seed=0) for name in ("one", "two")
     ]
-    found = list(read_all(readers))
+    rows_and_errors = list(read_all(readers))
     rows, bad = (
-        [row for row in found if isinstance(row, Conversation)],
-        [error for error in found if isinstance(error, DataError)],
+        [row for row in rows_and_errors if isinstance(row, Conversation)],
+        [error for error in rows_and_errors if isinstance(error, DataError)],
     )
     assert [row.id for row in rows] == ["one:2:2", "two:2:2"] and [
         Path(error.source).stem for error in bad

@@ -80,7 +80,7 @@ def test_fault_54_any_corrupted_tensor_is_found(
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("file", "change", "message"),
     [
         ("chat_template.jinja", ("assistant", "Assistant"), "other token ids"),
         ("processor_config.json", ('"shortest_edge": 32', '"shortest_edge": 40'), "other pixels"),
@@ -90,7 +90,7 @@ def test_fault_54_any_corrupted_tensor_is_found(
 def test_fault_54_a_processor_that_does_something_else_is_found(
     file: str,
     change: tuple[str, str],
-    said: str,
+    message: str,
     tiny_recipe: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,7 +105,7 @@ def test_fault_54_a_processor_that_does_something_else_is_found(
         return verify_llava(folder, *rest)
 
     monkeypatch.setattr(hf_llava, "verify_llava", corrupted)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         export(run, tmp_path / "llava")
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
 
@@ -198,20 +198,20 @@ def test_fault_57_plain_transformers_opens_it_offline_and_answers_the_same(
     run, _ = saved_model(text, tmp_path / "saved", sharpen=2.0)
     export(run, tmp_path / "llava", dtype="fp32")
     images = sorted(map(str, tmp_path.glob("*.png")))
-    asked = [
+    questions = [
         (image, question)
         for image in images
         for question in ("what color is it?", "is it red? say yes or no, please")
     ]
     ours = VisionLanguageModel.from_pretrained(run, dtype=torch.float32)
-    requests = [{"prompt": question, "images": [image]} for image, question in asked]
+    requests = [{"prompt": question, "images": [image]} for image, question in questions]
     greedy, beams = (
         ours.chat_batch(requests, max_new_tokens=8),
         ours.chat_batch(requests, max_new_tokens=8, num_beams=3),
     )
     shutil.rmtree(run)
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "llava"), json.dumps(asked)],
+        [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "llava"), json.dumps(questions)],
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
         cwd="/",
         capture_output=True,
@@ -220,15 +220,15 @@ def test_fault_57_plain_transformers_opens_it_offline_and_answers_the_same(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["modules"] == []
-    assert found["greedy"] == found["greedy batch"] == greedy
-    assert found["beams"] == found["beams batch"] == beams
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers["modules"] == []
+    assert answers["greedy"] == answers["greedy batch"] == greedy
+    assert answers["beams"] == answers["beams batch"] == beams
     assert len(set(greedy)) > 1 and any(greedy)
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "reason"),
     [
         ("seq2seq", ("", ""), "an encoder-decoder"),
         ("causal", ("norm: true", "norm: true"), "begins with a LayerNorm"),
@@ -240,14 +240,14 @@ def test_fault_57_plain_transformers_opens_it_offline_and_answers_the_same(
     ],
 )
 def test_fault_58_an_impossible_target_is_refused_first(
-    kind: str, change: tuple[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+    kind: str, change: tuple[str, str], reason: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     text = tiny_recipe(kind)
     assert change[0] in text
     built(parsed(text.replace(*change))).save_pretrained(tmp_path / "saved")
     for path in tmp_path.glob("saved/**/*.safetensors"):
         path.unlink()  # no weights are needed to tell
-    with pytest.raises(ModelError, match=f"can't be exported as LLaVA: .*{said}"):
+    with pytest.raises(ModelError, match=f"can't be exported as LLaVA: .*{reason}"):
         export(tmp_path / "saved", tmp_path / "llava")
     assert not (tmp_path / "llava").exists()
 
@@ -274,7 +274,7 @@ def test_fault_58_other_towers_of_open_clip_and_transformers(
         )
     ).save_pretrained(tmp_path / "dino")
     vit = "layers: 2, width: 32, head_width: 16, patch_size: 16, image_size: 32"
-    for number, (tower, said) in enumerate(
+    for number, (tower, reason) in enumerate(
         {
             f"{{kind: transformers, name: {tmp_path / 'dino'}}}": "of type dinov2",
             "{kind: open_clip, config: {layers: [1, 1, 1, 1], width: 16, image_size: 64, "
@@ -286,7 +286,7 @@ def test_fault_58_other_towers_of_open_clip_and_transformers(
         built(parsed(with_tower(llava_text(tiny_recipe), tower))).save_pretrained(
             tmp_path / f"saved{number}"
         )
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=reason):
             export(tmp_path / f"saved{number}", tmp_path / "llava")
     assert not (tmp_path / "llava").exists()
 
@@ -422,7 +422,7 @@ def test_fault_56_an_interrupted_gguf_export_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "said"),
+    ("kind", "changes", "reason"),
     [
         ("seq2seq", {}, "an encoder-decoder"),
         ("causal", {"{kind: mlp, norm: true}": "{kind: linear}"}, "of kind linear"),
@@ -446,7 +446,7 @@ def test_fault_56_an_interrupted_gguf_export_leaves_no_folder(
     ],
 )
 def test_fault_58_what_llama_cpp_can_not_hold_is_refused_first(
-    kind: str, changes: dict[str, str], said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+    kind: str, changes: dict[str, str], reason: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     text = tiny_recipe(kind)
     for old, new in changes.items():
@@ -458,7 +458,7 @@ def test_fault_58_what_llama_cpp_can_not_hold_is_refused_first(
     for path in tmp_path.glob("saved/**/*.safetensors"):
         path.unlink()  # no weights are needed to tell
     with pytest.raises(
-        ModelError, match=f"can't be exported as GGUF: .*{said}.*llama.cpp holds a decoder"
+        ModelError, match=f"can't be exported as GGUF: .*{reason}.*llama.cpp holds a decoder"
     ):
         export(tmp_path / "saved", tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "gguf").exists()

@@ -298,12 +298,12 @@ def test_fault_31_connector_tensors_that_do_not_fit_are_listed(change: str, save
     else:
         weights["layers.0.bias"] = torch.zeros(3)
     save_file(weights, path)
-    said = {
+    messages = {
         "missing": r"missing: layers\.0\.bias",
         "unexpected": r"unexpected: layers\.9\.bias",
         "misshapen": r"layers\.0\.bias is \[3\]",
     }
-    with pytest.raises(ModelError, match=said[change]):
+    with pytest.raises(ModelError, match=messages[change]):
         load_model(resealed(saved))
 
 
@@ -427,7 +427,7 @@ def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("a packed tower", r"tower\.extra is nf4, expected not packed"),
         ("a packed connector", r"connector\.extra is nf4, expected not packed"),
@@ -437,7 +437,7 @@ def test_fault_35_t5_in_fp16_is_refused_when_it_is_loaded(
     ],
 )
 def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(
-    fault: str, said: str, tiny_recipe: Callable[..., str], tmp_path: Path
+    fault: str, message: str, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
@@ -460,7 +460,7 @@ def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(
         mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
     else:
         mlp.up_proj = Linear4bit(64, 128, bias=False, quant_type="fp4")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         check_packed(model)
 
 

@@ -44,7 +44,7 @@ def llava(tiny_recipe: Tiny, tmp_path: Path) -> tuple[Path, str]:
 
 def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path, str]) -> None:
     folder, text = llava
-    kept = (folder / "model.safetensors").read_bytes()
+    original = (folder / "model.safetensors").read_bytes()
     cases = {
         "vision_tower.embeddings.class_embedding": (
             r"the tower in .* does not fit the model; missing: embeddings.class_embedding"
@@ -54,20 +54,20 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
         ),
         "language_model.model.norm.weight": r"do not fit the model: missing model.norm.weight",
     }
-    for name, said in cases.items():
+    for name, message in cases.items():
         change_tensors(folder, lambda tensors, name=name: tensors.pop(name))
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             built(parsed(text))
-        (folder / "model.safetensors").write_bytes(kept)
-    for name, said in {
+        (folder / "model.safetensors").write_bytes(original)
+    for name, message in {
         "vision_tower.extra": "unexpected: extra",
         "multi_modal_projector.extra": "unexpected: extra",
         "image_newline": "unexpected image_newline",
     }.items():
         change_tensors(folder, lambda tensors, name=name: tensors.update({name: torch.zeros(3)}))
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             built(parsed(text))
-        (folder / "model.safetensors").write_bytes(kept)
+        (folder / "model.safetensors").write_bytes(original)
     change_tensors(
         folder,
         lambda tensors: tensors.update(
@@ -109,7 +109,7 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "llava_next"}, "is no vision-language model of a known kind"),
         (
@@ -121,16 +121,16 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
     ],
 )
 def test_llavas_of_another_shape_are_refused(
-    changes: dict[str, Any], said: str, llava: tuple[Path, str]
+    changes: dict[str, Any], message: str, llava: tuple[Path, str]
 ) -> None:
     folder, text = llava
     change_config(folder, **changes)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         model_section(parsed(text))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"mm_projector_type": "mlp1x_gelu"}, "expected linear or mlp2x_gelu"),
         (
@@ -141,14 +141,14 @@ def test_llavas_of_another_shape_are_refused(
     ],
 )
 def test_original_llavas_of_another_shape_are_refused(
-    changes: dict[str, Any], said: str, llava: tuple[Path, str], tmp_path: Path
+    changes: dict[str, Any], message: str, llava: tuple[Path, str], tmp_path: Path
 ) -> None:
     from transformers import LlavaForConditionalGeneration
 
     folder, text = llava
     theirs = LlavaForConditionalGeneration.from_pretrained(folder)
     save_llava_original(tmp_path / "original", theirs, folder, tower=False, **changes)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         model_section(parsed(text.replace(str(folder), str(tmp_path / "original"))))
 
 
@@ -158,18 +158,22 @@ def test_image_processors_of_another_kind_are_refused(llava: tuple[Path, str]) -
         path for path in folder.glob("*processor_config.json") if "image_mean" in path.read_text()
     )
     whole = json.loads(path.read_text())
-    own = whole.get("image_processor", whole)
-    for changes, said in (
+    image_processor = whole.get("image_processor", whole)
+    for changes, message in (
         ({"resample": 2}, "not bicubically"),
         ({"crop_size": {"height": 16, "width": 32}}, "expected one square size"),
     ):
         path.write_text(
             json.dumps(
                 whole
-                | ({"image_processor": own | changes} if "image_processor" in whole else changes)
+                | (
+                    {"image_processor": image_processor | changes}
+                    if "image_processor" in whole
+                    else changes
+                )
             )
         )
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             model_section(parsed(text))
     path.unlink()
     with pytest.raises(ModelError, match=r"needs its preprocessor_config\.json"):
@@ -210,7 +214,7 @@ def test_a_recipe_that_does_not_go_with_the_parts_found_is_told(
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (
             "{pretrained: x, llm: {quantise: nf4}}",
@@ -225,8 +229,8 @@ def test_a_recipe_that_does_not_go_with_the_parts_found_is_told(
     ],
 )
 def test_faults_of_the_models_section_are_told_with_their_place(
-    model: str, said: str, tiny_recipe: Tiny
+    model: str, message: str, tiny_recipe: Tiny
 ) -> None:
     head, _, rest = tiny_recipe("causal").partition("\nmodel:")
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         parsed(f"{head}\nmodel: {model}{rest[rest.index(chr(10) + 'data:') :]}")

@@ -70,7 +70,7 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
         ("evaluation", trainer, "score", 1, signal.SIGINT),
         ("save", CheckpointWriter, "_write", 0, signal.SIGTERM),
     ):
-        recipe, said = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
+        recipe, log = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"
 
         def act(
             recipe: Any = recipe,
@@ -86,11 +86,11 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
             setattr(owner, name, once(kill)(getattr(owner, name)))
             sft(recipe)
 
-        assert ended(start(act, said, ranks=2)) == [130, 130], Path(f"{said}.0").read_text()
-        assert "go on with --resume" in Path(f"{said}.1").read_text()
+        assert ended(start(act, log, ranks=2)) == [130, 130], Path(f"{log}.0").read_text()
+        assert "go on with --resume" in Path(f"{log}.1").read_text()
         stopped = read_trace(stage_of(tmp_path / where))[-1].step
         assert stopped < 4 and is_whole(step_folder(stage_of(tmp_path / where), stopped))
-        assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), said, ranks=2)) == [0, 0]
+        assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), log, ranks=2)) == [0, 0]
         assert read_trace(stage_of(tmp_path / where)) == read_trace(stage_of(tmp_path / "whole"))
         # Dropout draws from each rank's own random numbers.
         assert_same_bits(tmp_path / where / "model", tmp_path / "whole" / "model")
@@ -112,9 +112,9 @@ def test_fault_39_a_second_signal_leaves_at_once_without_harm(
 
     recipe = runs(tiny_recipe)
     assert ended(start(lambda: sft(recipe, show=twice), tmp_path / "said")) == [130]
-    found = checkpoints(stage_of(tmp_path / "run"))
+    saved = checkpoints(stage_of(tmp_path / "run"))
     # That of step 2 may still have been in the making.
-    assert found[0].name == "step-0000001" and all(is_whole(path) for path in found)
+    assert saved[0].name == "step-0000001" and all(is_whole(path) for path in saved)
     sft(recipe, resume=True)
     assert hidden(tmp_path / "run") == []
 
@@ -139,10 +139,10 @@ def test_fault_43_another_number_of_ranks_sees_the_same_order(
         if event["event"] == "train" and event["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    one, other, said = recipe("one"), recipe("other"), tmp_path / "said"
-    assert ended(start(lambda: sft(one), said)) == [0]
-    assert ended(start(lambda: sft(other, show=stop), said)) == [130]
-    assert ended(start(lambda: sft(other, resume=True), said, ranks=2)) == [0, 0], (
+    one, other, log = recipe("one"), recipe("other"), tmp_path / "said"
+    assert ended(start(lambda: sft(one), log)) == [0]
+    assert ended(start(lambda: sft(other, show=stop), log)) == [130]
+    assert ended(start(lambda: sft(other, resume=True), log, ranks=2)) == [0, 0], (
         tmp_path / "said.1"
     ).read_text()
     whole, parts = (read_trace(stage_of(tmp_path / name)) for name in ("one", "other"))
@@ -245,10 +245,10 @@ def test_fault_45_a_killed_loader_worker_names_the_sample(
     monkeypatch.setattr(FeatureStore, "__call__", fetch)
     with pytest.raises(
         DataError, match=r"a loader process was killed .*at step 1 of epoch 1"
-    ) as found:
+    ) as raised:
         sft(runs(tiny_recipe, train__batch_size=8, train__loader_workers=2))
-    assert "messages:2" in str(found.value) or "messages:3" in str(found.value)
-    assert found.value.exit_code == 3
+    assert "messages:2" in str(raised.value) or "messages:3" in str(raised.value)
+    assert raised.value.exit_code == 3
 
 
 @pytest.mark.slow
@@ -287,10 +287,12 @@ def test_fault_46_a_lost_rank_is_named_and_the_others_leave(
     finally:
         os.kill(pids[1], signal.SIGKILL)
     assert ended(pids[1:]) == [-9]
-    said = (tmp_path / "said.0").read_text()
-    assert f"rank 1 (process {pids[1]} on " in said and "is lost" in said and "--resume" in said
-    kept = checkpoints(stage_of(tmp_path / "run"))
-    assert kept and any(is_whole(path) for path in kept)
+    output = (tmp_path / "said.0").read_text()
+    assert (
+        f"rank 1 (process {pids[1]} on " in output and "is lost" in output and "--resume" in output
+    )
+    saved = checkpoints(stage_of(tmp_path / "run"))
+    assert saved and any(is_whole(path) for path in saved)
 
 
 @pytest.mark.slow
@@ -316,29 +318,29 @@ def test_fault_46_a_stuck_collective_names_who_is_waited_for(
     finally:
         os.kill(pids[1], signal.SIGKILL)
     ended(pids[1:])
-    said = (tmp_path / "said.0").read_text()
-    assert "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3" in said, (
-        said
-    )
+    output = (tmp_path / "said.0").read_text()
+    assert (
+        "the least advanced first: rank 1 at the batches of step 3; rank 0 at step 3" in output
+    ), output
 
 
 def test_fault_46_a_step_that_was_slow_once_ends_nobody_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A diagnosis of a wait that has ended counts no more: later steps may take seconds."""
-    found = watchdog.Watch(
+    watch = watchdog.Watch(
         SimpleNamespace(process_index=0, num_processes=1),  # type: ignore[arg-type]
         1800.0,
     )
     ended: list[int] = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
     monkeypatch.setattr(watchdog, "GRACE", -1.0)
-    found._judge(1790.0)
-    found._judge(0.1)
-    found._judge(10.0)
+    watch._judge(1790.0)
+    watch._judge(0.1)
+    watch._judge(10.0)
     assert ended == []
     for _ in range(2):
-        found._judge(1790.0)
+        watch._judge(1790.0)
     assert ended == [5]
 
 
@@ -358,7 +360,7 @@ class _OthersLive:
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (
             "ProcessGroupGloo::allgather: invalid tensor type at index 0",
@@ -371,7 +373,7 @@ class _OthersLive:
     ],
 )
 def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(
-    raised: str, told: str
+    raised: str, message: str
 ) -> None:
     one = watchdog.Watch(
         SimpleNamespace(process_index=0, num_processes=2),  # type: ignore[arg-type]
@@ -379,7 +381,7 @@ def test_fault_46_an_exchange_that_fails_at_once_is_not_told_as_a_wait(
     )
     one._store = _OthersLive()
     error = one.lost(RuntimeError(raised))
-    assert str(error).startswith(told) and raised[:30] in str(error)
+    assert str(error).startswith(message) and raised[:30] in str(error)
 
 
 @pytest.mark.slow

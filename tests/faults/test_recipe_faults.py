@@ -124,8 +124,8 @@ def test_fault_03_numbers_and_words_are_what_they_look_like_or_refused() -> None
     assert train("gradient_checkpointing: true").gradient_checkpointing is True
     assert train("batch_size: 1_000").batch_size == 1000
     for text in ("no", "yes", "off", "'true'", "0", "1"):
-        found = refused(SMALL.replace("epochs: 1", f"epochs: 1, gradient_checkpointing: {text}"))
-        assert "train.gradient_checkpointing: expected true or false" in found
+        message = refused(SMALL.replace("epochs: 1", f"epochs: 1, gradient_checkpointing: {text}"))
+        assert "train.gradient_checkpointing: expected true or false" in message
         assert "expected true or false" in refused(
             "%YAML 1.1\n---\n"
             + SMALL.replace("epochs: 1", f"epochs: 1, gradient_checkpointing: {text}")
@@ -184,12 +184,12 @@ for name in ("bomb", "huge", "deep", "loop", "wide"):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert set(said) == {"bomb", "huge", "deep", "loop", "wide"}
+    messages = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert set(messages) == {"bomb", "huge", "deep", "loop", "wide"}
     assert (
-        "larger than" in said["huge"]
-        and "more than 50,000" in said["bomb"]
-        and "more than 50,000" in said["wide"]
+        "larger than" in messages["huge"]
+        and "more than 50,000" in messages["bomb"]
+        and "more than 50,000" in messages["wide"]
     )
 
 
@@ -232,7 +232,7 @@ def test_fault_06_values_out_of_range_and_contradictions_are_all_told(
     for _, new, value in marks:
         before = text[: text.index(new.format(value)) + len(new.split("{}")[0].replace("{{", "{"))]
         line, column = before.count("\n") + 1, len(before.rsplit("\n", 1)[-1]) + 1
-        assert any(found.startswith(f"r.yaml:{line}:{column}: ") for found in lines), (
+        assert any(message.startswith(f"r.yaml:{line}:{column}: ") for message in lines), (
             line,
             column,
             lines,
@@ -300,9 +300,13 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(
         open_run(run, recipe, text, resume=False, overwrite=False, accept_changes=False)
     open_run(run, recipe, text, resume=False, overwrite=True, accept_changes=False)
     left = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
-    own = ["model/mine.bin", "stages/1-main/checkpoints/step-0000001/mine.txt", "sub/mine.txt"]
+    user_files = [
+        "model/mine.bin",
+        "stages/1-main/checkpoints/step-0000001/mine.txt",
+        "sub/mine.txt",
+    ]
     assert left == sorted(
-        [".vlm_tune-run", *own, "recipe.yaml"]
+        [".vlm_tune-run", *user_files, "recipe.yaml"]
     )  # only what a run wrote is removed
     before = sorted(run.rglob("*"))
     code = f"""
@@ -315,9 +319,9 @@ except SystemExit as end:
     assert end.code == 2, end.code
 assert "torch" not in sys.modules, "torch was loaded"
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "--resume goes on with it, --overwrite starts anew" in told.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--resume goes on with it, --overwrite starts anew" in process.stderr
     assert sorted(run.rglob("*")) == before
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")

@@ -61,15 +61,21 @@ def test_fault_52_a_frozen_weight_changes(
     recipe = parsed(text, train__steps=2, train__batch_size=8, train__max_grad_norm=None)
     model = built(recipe)
     loop = stage_loop(model, recipe, tmp_path / "run")
-    before = {own: digest(parameter) for own, parameter in model.named_parameters()}
-    trained = {own for own, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {
+        parameter_name: digest(parameter) for parameter_name, parameter in model.named_parameters()
+    }
+    trained = {
+        parameter_name
+        for parameter_name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     steps: list[dict[str, float]] = []
 
     def note(optimizer: Any, arguments: Any, named: Any) -> None:
         steps.append(
             {
-                own: float(p.grad.abs().sum())
-                for own, p in model.named_parameters()
+                parameter_name: float(p.grad.abs().sum())
+                for parameter_name, p in model.named_parameters()
                 if p.grad is not None
             }
         )
@@ -80,14 +86,18 @@ def test_fault_52_a_frozen_weight_changes(
     assert len(steps) == 2
     assert all(step.keys() == trained for step in steps)
     # LoRA's A gets its first gradient once B has left zero.
-    assert {own for own, value in steps[1].items() if value} == trained
+    assert {parameter_name for parameter_name, value in steps[1].items() if value} == trained
     changed = {
-        own for own, parameter in model.named_parameters() if digest(parameter) != before[own]
+        parameter_name
+        for parameter_name, parameter in model.named_parameters()
+        if digest(parameter) != before[parameter_name]
     }
     assert changed == trained
     row, rest = loop.tuned.table
     assert (row.trained, rest.trained) == (
-        sum(p.numel() for own, p in model.named_parameters() if own in trained),
+        sum(
+            p.numel() for parameter_name, p in model.named_parameters() if parameter_name in trained
+        ),
         0,
     )
     assert (

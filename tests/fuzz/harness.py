@@ -342,7 +342,7 @@ PLACE = re.compile(
 
 
 def missing_place(error: Any) -> str:
-    """What is wrong with an error's message; empty where it has a place and is short enough."""
+    """The fault of an error's message; empty where it has a place and is short enough."""
     from vlm_tune.errors import RecipeError
 
     if isinstance(error, RecipeError):
@@ -355,7 +355,7 @@ def missing_place(error: Any) -> str:
 
 
 def bad_output(case: Case, printed: str) -> str:
-    """What should not be in the output of a command.
+    """The fault of a command's output, empty where it has none.
 
     A traceback of a thread, or characters that a terminal acts on.
     """

@@ -105,7 +105,7 @@ def outcomes(log: Path, code: int) -> list[dict[str, Any]]:
 
 
 def report(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is printed and saved of all outcomes."""
+    """The summary of all outcomes, which is printed and saved."""
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     sites: Counter[str] = Counter()
     examples: dict[str, str] = {}

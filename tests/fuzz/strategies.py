@@ -1,4 +1,4 @@
-"""What the fuzzer tries: recipes, rows, images, command lines, Python calls and damaged folders.
+"""The fuzzer's cases: recipes, rows, images, command lines, Python calls and damaged folders.
 
 A case is plain data that says what to write and what to call, so that its repr reproduces it.
 Hypothesis draws the cases.
@@ -494,7 +494,7 @@ def rows_file(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @st.composite
 def image_bytes(draw: st.DrawFn) -> tuple[str, Any]:
-    """What is done to red.png: ("cut", share), ("bytes", ...), ("save", format, mode, size)."""
+    """A change of red.png: ("cut", share), ("bytes", ...), ("save", format, mode, size)."""
     return draw(
         st.tuples(st.just("cut"), st.floats(0, 1))
         | st.tuples(

@@ -1,4 +1,4 @@
-"""What is asked in a chat.
+"""Chat requests.
 
 Images where they stand, one behaviour batched or single, and errors that name the request.
 """

@@ -124,7 +124,7 @@ def turns(*texts: str, system: str | None = None, image: bool = False) -> tuple[
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """What `apply_chat_template` takes."""
+    """Messages as dicts, which `apply_chat_template` takes."""
     return [{"role": message.role, "content": message.text} for message in messages]
 
 

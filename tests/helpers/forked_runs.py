@@ -58,7 +58,7 @@ _stores: dict[int, Any] = {}
 """By a process's pid the store that it meets the others in, held here until all have ended."""
 
 
-def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
+def start(act: Callable[[], Any], output: Path, *, ranks: int = 1) -> list[int]:
     """Forks `ranks` processes that call `act` as one launch.
 
     What rank n prints goes to the file `said` with .n added.
@@ -70,7 +70,7 @@ def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
         if pid == 0:
             os.close(writing)
             port = int(os.read(reading, 16)) if ranks > 1 else 0
-            _run(act, Path(f"{said}.{rank}"), rank, ranks, port)
+            _run(act, Path(f"{output}.{rank}"), rank, ranks, port)
         pids.append(pid)
     if ranks > 1:
         from torch.distributed import TCPStore
@@ -87,12 +87,12 @@ def start(act: Callable[[], Any], said: Path, *, ranks: int = 1) -> list[int]:
     return pids
 
 
-def _run(act: Callable[[], Any], said: Path, rank: int, ranks: int, port: int) -> None:
+def _run(act: Callable[[], Any], output: Path, rank: int, ranks: int, port: int) -> None:
     from accelerate.state import AcceleratorState
 
     code = 1
     try:
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for place in (1, 2):
             os.dup2(descriptor, place)
         sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(
@@ -138,8 +138,8 @@ def ended(pids: list[int]) -> list[int]:
     seen, since = 0.0, time.monotonic()
     while len(codes) < len(pids):
         for pid in pids:
-            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(found[1])
+            if pid not in codes and (waited := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(waited[1])
                 _stores.pop(pid, None)
                 since = time.monotonic()
         time.sleep(0.02)

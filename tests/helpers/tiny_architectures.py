@@ -134,7 +134,7 @@ def tiny_config(kind: type[Any], layout: Layout) -> Any:
 
 def odd(config: Any) -> dict[str, float]:
     """The settings that scale, cap or multiply, each at an odd value."""
-    found: dict[str, float] = {}
+    settings: dict[str, float] = {}
     for name, value in config.to_dict().items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if (
@@ -142,8 +142,8 @@ def odd(config: Any) -> dict[str, float]:
             and (number or (value is None and "logit" in name))
             and name not in KEPT
         ):
-            found[name] = ODD
-    return found
+            settings[name] = ODD
+    return settings
 
 
 DECODERS = (
@@ -176,16 +176,16 @@ def tiny(kind: type[Any], model: Any, layout: Layout) -> Any:
     if count > LARGEST:
         raise ValueError(f"{count:,} parameters")
     torch.manual_seed(0)
-    made = factory(config)
+    network = factory(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in network.parameters():
             if parameter.is_floating_point():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        for name, buffer in made.named_buffers():
+        for name, buffer in network.named_buffers():
             if "bias" in name and buffer.is_floating_point() and "logits" in name:
                 buffer.add_(torch.randn(buffer.shape, generator=generator))
-    return made.eval()
+    return network.eval()
 
 
 @dataclass(frozen=True)
@@ -254,13 +254,13 @@ def compare(layout: Layout, model: Any) -> Compared:
     else:
         expected = model(**inputs, labels=given)
         loss = expected.loss
-    found = llm(llm.embed(ids), batch)
+    our_loss = llm(llm.embed(ids), batch)
     logits, wanted = (
         llm.supervised_logits(llm.embed(ids), batch),
         expected.logits[supervised].float(),
     )
     return Compared(
-        float(found.sum) / found.count,
+        float(our_loss.sum) / our_loss.count,
         float(loss),
         float((logits - wanted).abs().max() / wanted.abs().max()),
     )

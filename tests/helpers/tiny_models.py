@@ -107,7 +107,7 @@ def rows_of(recipe: Recipe) -> list[Conversation]:
     return list(conversations(recipe.data, recipe.data.train, recipe.seed))
 
 
-def prepare_rows(path: Path, rows: Sequence[Any], made: Processor, **options: Any) -> Prepared:
+def prepare_rows(path: Path, rows: Sequence[Any], processor: Processor, **options: Any) -> Prepared:
     """Rows (conversations, or dicts written unchanged) as a JSONL file of messages, prepared."""
     written = []
     for number, row in enumerate(rows):
@@ -121,13 +121,13 @@ def prepare_rows(path: Path, rows: Sequence[Any], made: Processor, **options: An
     path.write_text("".join(written))
     data = DataSection(
         train=[FileSource(kind="file", path=str(path), form="messages")],
-        template=made.template.name,
+        template=processor.template.name,
         **options,
     )
     limited = data.model_copy(
-        update={"max_length": options.get("max_length", made.spec.max_length)}
+        update={"max_length": options.get("max_length", processor.spec.max_length)}
     )
-    return prepare(limited, limited.train, made, seed=0)
+    return prepare(limited, limited.train, processor, seed=0)
 
 
 def _part(part: str | Media, folder: Path) -> dict[str, str]:
@@ -192,9 +192,9 @@ def loss_and_gradients(
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     for batch in batches:
-        found: Any = model(batch)
-        found.sum.backward()
-        total += found.sum.detach()
+        loss: Any = model(batch)
+        loss.sum.backward()
+        total += loss.sum.detach()
     return total, {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
@@ -312,12 +312,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files, by file and name."""
     from safetensors.torch import load_file
 
-    found = {}
+    tensors = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        found |= {
+        tensors |= {
             f"{path.relative_to(folder)}|{name}": value for name, value in load_file(path).items()
         }
-    return found
+    return tensors
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
@@ -417,12 +417,12 @@ def run(
         start_new_session=True,
     )
     try:
-        out, said = child.communicate(timeout=seconds)
+        out, stderr = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        out, said = child.communicate()
-        raise AssertionError(f"hangs; it said {out[-2000:]}{said[-4000:]}") from None
-    assert child.returncode == code, out[-2000:] + said[-4000:]
+        out, stderr = child.communicate()
+        raise AssertionError(f"hangs; it said {out[-2000:]}{stderr[-4000:]}") from None
+    assert child.returncode == code, out[-2000:] + stderr[-4000:]
     return out
 
 

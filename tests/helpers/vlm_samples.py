@@ -52,8 +52,8 @@ def with_pretrained(recipe: str, name: Path | str, template: str, extra: str = "
     """A tiny recipe's text that starts from an existing model."""
     head, _, rest = recipe.partition("\nmodel:")
     rest = rest[rest.index("\ndata:") :]
-    for own in ("flan", "chatml"):
-        rest = rest.replace(f"template: {own}\n", f"template: {template}\n")
+    for original in ("flan", "chatml"):
+        rest = rest.replace(f"template: {original}\n", f"template: {template}\n")
     return f"{head}\nmodel: {{pretrained: {name}{extra}}}{rest}"
 
 
@@ -217,10 +217,10 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
     images = BlipImageProcessor(size={"height": 32, "width": 32})
     name = "Blip2" if kind == "blip-2" else "InstructBlip"
     words: dict[str, Any] = {} if kind == "blip-2" else {"qformer_tokenizer": bert}
-    made = getattr(transformers, f"{name}Processor")(
+    processor = getattr(transformers, f"{name}Processor")(
         images, tokenizer, num_query_tokens=QUERIES, **words
     )
-    made.save_pretrained(folder)
+    processor.save_pretrained(folder)
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -258,15 +258,15 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
 
 
 def their_inputs(folder: Path, row: Conversation, text: str) -> Any:
-    """What a model's own processor makes of a row's image and a text."""
+    """Inputs that a model's own processor makes of a row's image and a text."""
     from PIL import Image
     from transformers import AutoImageProcessor, AutoProcessor
 
-    made: Any = AutoProcessor.from_pretrained(folder)
-    made.image_processor = AutoImageProcessor.from_pretrained(
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
         folder, backend="pil"
     )  # Pillow resizes as we do
-    return made(
+    return processor(
         images=Image.open(row.media[0].source).convert("RGB"), text=text, return_tensors="pt"
     )  # type: ignore[arg-type]
 

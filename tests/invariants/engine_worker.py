@@ -32,7 +32,7 @@ from vlm_tune.train.trainer import StageLoop
 
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:
     """The gradient that a step is about to be taken with, whole, by parameter."""
-    found = {}
+    by_name = {}
     for name, parameter in engine._named():
         if isinstance(engine, DeepSpeed):
             from deepspeed.utils import safe_get_full_grad
@@ -41,8 +41,8 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
         else:
             value = parameter.grad
         assert value is not None, f"{name} has no gradient"
-        found[name] = whole_tensor(value).clone(memory_format=torch.contiguous_format)
-    return found
+        by_name[name] = whole_tensor(value).clone(memory_format=torch.contiguous_format)
+    return by_name
 
 
 def record(noted: dict[str, Any]) -> None:
@@ -82,9 +82,9 @@ def main(runs: list[dict[str, Any]]) -> None:
         try:
             folder = sft(load_recipe(path), resume=run.get("resume", False)).folder
             if run.get("verify"):
-                found = verify_run(folder)
+                report = verify_run(folder)
                 if rank == "0":
-                    path.with_suffix(".verified.json").write_text(json.dumps(found.summary()))
+                    path.with_suffix(".verified.json").write_text(json.dumps(report.summary()))
         except Interrupted:
             assert run.get("stop")
         except BaseException as error:

@@ -109,7 +109,7 @@ def test_other_feature_maps_of_one_backbone_have_their_own_cache(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     """The same weights, and only the choice of feature maps differs."""
-    found = []
+    features = []
     for stages in ([0, 2], [1, 2]):
         text = with_tower(
             tiny_recipe("seq2seq"),
@@ -123,8 +123,8 @@ def test_other_feature_maps_of_one_backbone_have_their_own_cache(
         with torch.no_grad():
             expected = model.tower(model.processor.images(media[0])[None])[0]
         assert torch.allclose(tower_features(model, media)(media[0]), expected, atol=1e-5)
-        found.append(expected)
-    assert found[0].shape == found[1].shape
+        features.append(expected)
+    assert features[0].shape == features[1].shape
 
 
 @pytest.mark.slow

@@ -99,12 +99,12 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
 
     Where there are two ranks, one has none.
     """
-    kind, tune, connector, own = MODELS[model]
+    kind, tune, connector, settings = MODELS[model]
     text = tiny_text(kind, folder / "messages.jsonl", folder / name)
     if connector:
         text = with_connector(text, connector)
     return parsed(
-        with_tune(text, tune), **{**ONE_STEP, "train__batch_size": size, **own, **changes}
+        with_tune(text, tune), **{**ONE_STEP, "train__batch_size": size, **settings, **changes}
     )
 
 
@@ -155,8 +155,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "messages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plan: list[dict[str, Any]] = []
 
-    def add(name: str, made: Recipe, **how: Any) -> None:
-        (folder / f"{name}.yaml").write_text(dump_recipe(made))
+    def add(name: str, run_recipe: Recipe, **how: Any) -> None:
+        (folder / f"{name}.yaml").write_text(dump_recipe(run_recipe))
         plan.append({"recipe": str(folder / f"{name}.yaml"), **how})
 
     for model, engine in RUNS:
@@ -167,7 +167,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     interrupted(lambda show: sft(goes_on, show=show), stage=0, step=3)
     add("one-two-one", goes_on, resume=True, stop=6)
     for stage, how in ((2, {"stop": 3}), (3, {"resume": True})):
-        made = recipe(
+        run_recipe = recipe(
             folder,
             "zero2-zero3",
             "t5-full",
@@ -175,7 +175,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             engine={"kind": "deepspeed", "stage": stage},
             **GOES_ON,
         )
-        add(f"zero2-zero3-{stage}", made, **how)
+        add(f"zero2-zero3-{stage}", run_recipe, **how)
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     base = save_llm(
         folder / "base", "causal", rows_of(recipe(folder, "rows", "decoder-lora", size=4)), **sizes
@@ -225,13 +225,15 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
         half(trained, trained / "base", "alone", model, train__batch_size=8), tmp_path
     )
     alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
-    found = {engine: load_file(trained / f"{model}-{engine}.safetensors") for engine in HALF[model]}
-    for engine, value in found.items():
+    by_engine = {
+        engine: load_file(trained / f"{model}-{engine}.safetensors") for engine in HALF[model]
+    }
+    for engine, value in by_engine.items():
         # Products of other shapes, unfused under ZeRO-3 and FSDP, are rounded elsewhere; ZeRO-2 and
         # less do what DDP does.
         assert_close(alone, value, relative=3e-2)
         if engine not in SHARDED:
-            assert_close(found["ddp"], value)
+            assert_close(by_engine["ddp"], value)
 
 
 @pytest.mark.slow
@@ -258,15 +260,15 @@ def test_stages_train_as_one_process_does(engine: str, trained: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", *SHARDED])
 def test_two_ranks_verify_their_run(engine: str, trained: Path) -> None:
-    found = json.loads((trained / f"stages-{engine}.verified.json").read_text())
-    assert found["agrees"]
-    assert (found["stage"], found["start"], found["end"], found["checkpoints"]) == (
+    report = json.loads((trained / f"stages-{engine}.verified.json").read_text())
+    assert report["agrees"]
+    assert (report["stage"], report["start"], report["end"], report["checkpoints"]) == (
         "second",
         2,
         3,
         [3],
     )
-    assert found["compared"] == ["samples", "loss", "norm"]
+    assert report["compared"] == ["samples", "loss", "norm"]
 
 
 def losses(folder: Path) -> list[float]:
@@ -287,17 +289,17 @@ def order(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The ids of each step that this process takes."""
     from vlm_tune.train.trainer import StageLoop
 
-    found: dict[str, list[str]] = {}
+    ids_by_step: dict[str, list[str]] = {}
     whole: Callable[..., float] = StageLoop._step
 
     def noted(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
-        found[str(step)] = sorted(
+        ids_by_step[str(step)] = sorted(
             identity for batch in batches if batch.supervised for identity in batch.ids
         )
         return whole(loop, batches, step, *rest)
 
     monkeypatch.setattr(StageLoop, "_step", noted)
-    return found
+    return ids_by_step
 
 
 @pytest.mark.slow
@@ -324,8 +326,10 @@ def test_a_run_goes_on_with_other_ranks_and_stages(
     assert {step: ids[step] for step in order} == order
     traces = [read_trace(trained / run / "stages" / "1-main") for run in (f"{name}-whole", name)]
     assert [step.samples for step in traces[0]] == [step.samples for step in traces[1]]
-    found = losses(trained / name)
-    assert max(abs(one - other) for one, other in zip(expected, found, strict=True)) <= 1e-4
+    resumed_losses = losses(trained / name)
+    assert (
+        max(abs(one - other) for one, other in zip(expected, resumed_losses, strict=True)) <= 1e-4
+    )
 
 
 def test_an_engine_named_by_accelerate_is_the_recipes_or_refused(

@@ -56,10 +56,10 @@ def many_questions(color_rows: Path) -> Path:
 def joined(model: Any, recipe: Any) -> list[Example]:
     """The recipe's rows, one example an image."""
     grouped = recipe.data.model_copy(update={"group": "image"})
-    found = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
-    assert len(found) == 4
-    assert all(example.ends is not None for example in found)
-    return found
+    examples = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
+    assert len(examples) == 4
+    assert all(example.ends is not None for example in examples)
+    return examples
 
 
 def test_losses_and_lora_gradients_equal_rows_one_by_one(
@@ -75,16 +75,16 @@ def test_losses_and_lora_gradients_equal_rows_one_by_one(
         len(example.input_ids) for example in rows
     )
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    together, found = loss_and_gradients(model, [batch_of(model, branches)])
-    assert any("lora_A" in name for name in found)
+    together, gradients = loss_and_gradients(model, [batch_of(model, branches)])
+    assert any("lora_A" in name for name in gradients)
     assert float(together) == pytest.approx(float(alone), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
 
 
 def test_a_step_through_the_loop_is_the_same(
     many_questions: Path, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    found = {}
+    steps = {}
     for group, size in (("none", 12), ("image", 4)):
         changes: dict[str, Any] = {
             "data__group": group,
@@ -93,9 +93,9 @@ def test_a_step_through_the_loop_is_the_same(
             "train__max_grad_norm": None,
         }
         recipe = parsed(with_tune(tiny_recipe("causal"), LORA_TUNE), **changes, train__log_every=1)
-        found[group] = one_step(recipe, tmp_path / group, prepare_model=wake_adapters)
-    assert found["image"][0] == pytest.approx(found["none"][0], rel=1e-5)
-    assert_close(found["image"][1], found["none"][1])
+        steps[group] = one_step(recipe, tmp_path / group, prepare_model=wake_adapters)
+    assert steps["image"][0] == pytest.approx(steps["none"][0], rel=1e-5)
+    assert_close(steps["image"][1], steps["none"][1])
 
 
 @torch.no_grad()
@@ -156,10 +156,10 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(
     packed = packed_rows(model, rows)
     assert {len(example.media) for example in packed} != {1}
     padded, expected = loss_and_gradients(model, [batch_of(model, rows)])
-    together, found = loss_and_gradients(model, [batch_of(model, packed)])
-    assert any("lora_A" in name for name in found)
+    together, gradients = loss_and_gradients(model, [batch_of(model, packed)])
+    assert any("lora_A" in name for name in gradients)
     assert float(together) == pytest.approx(float(padded), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -181,8 +181,8 @@ def test_no_packed_sample_sees_another(
             )
             chosen[changed] = replace(rows[changed], input_ids=ids.astype(np.int32))
         batch = batch_of(model, [pack_layout(chosen, kind)])
-        found = model.llm.supervised_logits(model.embed(batch), batch)
-        return list(found.split([row.supervised for row in rows]))
+        supervised = model.llm.supervised_logits(model.embed(batch), batch)
+        return list(supervised.split([row.supervised for row in rows]))
 
     before = logits(None)
     for changed in range(len(rows)):
@@ -197,18 +197,18 @@ def test_packed_branches_are_the_rows_one_by_one(
     model = built(recipe)
     rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    together, found = loss_and_gradients(
+    together, gradients = loss_and_gradients(
         model, [batch_of(model, [pack_layout(joined(model, recipe), "causal")])]
     )
     assert float(together) == pytest.approx(float(alone), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_a_packed_step_through_the_loop_is_the_same(
     kind: str, many_questions: Path, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    found = {}
+    steps = {}
     for packing, size in ((False, 12), (True, 3)):
         changes: dict[str, Any] = {
             "data__packing": packing,
@@ -219,9 +219,9 @@ def test_a_packed_step_through_the_loop_is_the_same(
         recipe = parsed(
             with_tune(tiny_recipe(kind)), **changes, train__max_grad_norm=None, train__log_every=1
         )
-        found[packing] = one_step(recipe, tmp_path / str(packing), prepare_model=wake_adapters)
-    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
-    assert_close(found[True][1], found[False][1])
+        steps[packing] = one_step(recipe, tmp_path / str(packing), prepare_model=wake_adapters)
+    assert steps[True][0] == pytest.approx(steps[False][0], rel=1e-5)
+    assert_close(steps[True][1], steps[False][1])
 
 
 # --- answers -----------------------------------------------------------------------------------

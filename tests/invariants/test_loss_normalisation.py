@@ -42,7 +42,7 @@ def uneven_rows(color_rows: Path) -> Path:
 def test_any_accumulation_gives_the_same_gradient(
     kind: str, uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    found: dict[tuple[int, int], Any] = {}
+    steps: dict[tuple[int, int], Any] = {}
     for size, accumulation in ((8, 1), (1, 8), (3, 3)):
         changes: dict[str, Any] = {
             "train__batch_size": size,
@@ -50,11 +50,11 @@ def test_any_accumulation_gives_the_same_gradient(
             "train__steps": 1,
         }
         recipe = parsed(tiny_recipe(kind), **changes, train__max_grad_norm=None, train__log_every=1)
-        found[size, accumulation] = one_step(recipe, tmp_path / f"{size}x{accumulation}")
-    loss, gradients = found[8, 1]
+        steps[size, accumulation] = one_step(recipe, tmp_path / f"{size}x{accumulation}")
+    loss, gradients = steps[8, 1]
     for other in ((1, 8), (3, 3)):
-        assert found[other][0] == pytest.approx(loss, rel=1e-5)
-        assert_close(gradients, found[other][1])
+        assert steps[other][0] == pytest.approx(loss, rel=1e-5)
+        assert_close(gradients, steps[other][1])
     # The mean of the rows' means, as trainers take it that divide every micro-batch by its own
     # tokens, is another number.
     recipe = parsed(tiny_recipe(kind))

@@ -1,4 +1,4 @@
-"""What is frozen keeps its bytes; what trains gets a gradient and changes."""
+"""Frozen weights keep their bytes; trained weights get a gradient and change."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def test_each_stage_trains_in_its_own_precision(
     forward = torch.nn.functional.linear
 
     def linear(value: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        found = forward(value, *rest)
-        if found.requires_grad:
-            seen.setdefault(stage[0], set()).add(found.dtype)
-        return found
+        output = forward(value, *rest)
+        if output.requires_grad:
+            seen.setdefault(stage[0], set()).add(output.dtype)
+        return output
 
     def show(event: dict[str, Any]) -> None:
         if event["event"] == "stage":

@@ -80,8 +80,8 @@ def joined_rows(model: Any, recipe: Any, join: str) -> tuple[list[Example], list
     if join == "packed":
         return rows, [pack_layout(rows[:3], "causal"), pack_layout(rows[3:], "causal")]
     grouped = recipe.data.model_copy(update={"group": "image", "row_length": 512})
-    found = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
-    return rows, found if join == "branches" else [pack_layout(found, "causal")]
+    examples = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
+    return rows, examples if join == "branches" else [pack_layout(examples, "causal")]
 
 
 @pytest.mark.parametrize("join", ["branches", "packed", "packed branches"])
@@ -101,10 +101,10 @@ def test_losses_and_gradients_equal_rows_one_by_one(
     wake_adapters(model)
     rows, together = joined_rows(model, recipe, join)
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    joined, found = loss_and_gradients(model, [batch_of(model, together)])
-    assert any("lora_A" in name for name in found)
+    joined, gradients = loss_and_gradients(model, [batch_of(model, together)])
+    assert any("lora_A" in name for name in gradients)
     assert float(joined) == pytest.approx(float(alone), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
     # Past its window the decoder would see something else.
     setattr(
         model.llm.model.config,
@@ -137,10 +137,10 @@ train:"""
         )
     rows, together = joined_rows(model, recipe, join)
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    joined, found = loss_and_gradients(model, [batch_of(model, together)])
+    joined, gradients = loss_and_gradients(model, [batch_of(model, together)])
     assert float(expected["llm.prompt.values"].abs().max()) > 1e-4
     assert float(joined) == pytest.approx(float(alone), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -184,14 +184,14 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
         f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, "
         f"n_head: 2{rest[rest.index('}}') :]}"
     )
-    for scratch, said in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
+    for scratch, reason in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
         recipe = parsed(scratch)
         model = built(recipe).eval()
         assert isinstance(model.llm, CausalLLM)
         _, together = joined_rows(model, recipe, "branches")
         with pytest.raises(
             ModelError,
-            match=f"can't be joined, .*{said}.* set data.group: none and data.packing: false",
+            match=f"can't be joined, .*{reason}.* set data.group: none and data.packing: false",
         ):
             model(batch_of(model, together))
         prompts, fetch = model.processor.prompts(rows_of(recipe)), model.processor.images

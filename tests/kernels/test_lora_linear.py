@@ -53,7 +53,8 @@ class Layers:
         """Output, and gradients of x, every A and every B, of the operator."""
         leaf = self.x.clone().requires_grad_() if x is None else x.requires_grad_()
         downs, ups = (
-            [each.clone().requires_grad_() for each in made] for made in (self.downs, self.ups)
+            [each.clone().requires_grad_() for each in tensors]
+            for tensors in (self.downs, self.ups)
         )
         weight, room = self.weight, 0
         if len(downs) > 1:
@@ -108,10 +109,8 @@ def test_it_errs_no_more_than_torch_s_products(name: str, threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert len(mine) == len(torchs) == len(exact) == 2 + 2 * len(layers.outputs)
-    for found, other, wanted in zip(mine, torchs, exact, strict=True):
-        error, allowed = (
-            (each.double() - wanted).norm() / wanted.norm() for each in (found, other)
-        )
+    for ours, other, wanted in zip(mine, torchs, exact, strict=True):
+        error, allowed = ((each.double() - wanted).norm() / wanted.norm() for each in (ours, other))
         assert error <= max(1.1 * float(allowed), 1e-3)
 
 
@@ -120,8 +119,8 @@ def test_rows_and_gradients_may_lie_in_larger_tensors() -> None:
     layers = Layers(50, 64, (48,), (8,))
     wide, flowing = torch.zeros(50, 80).bfloat16(), torch.zeros(50, 64).bfloat16()
     wide[:, :64], flowing[:, :48] = layers.x, layers.gradient
-    found = layers.run(quick=True, x=wide[:, :64].detach(), gradient=flowing[:, :48])
-    for one, other in zip(found, layers.run(quick=True), strict=True):
+    outputs = layers.run(quick=True, x=wide[:, :64].detach(), gradient=flowing[:, :48])
+    for one, other in zip(outputs, layers.run(quick=True), strict=True):
         assert torch.equal(one, other)
 
 
@@ -133,13 +132,13 @@ def test_a_weight_that_is_strided_and_an_input_that_needs_no_gradient() -> None:
     downs, ups = layers.downs[0].clone().requires_grad_(), layers.ups[0].clone().requires_grad_()
     weight = torch.zeros(48, 96).bfloat16()
     weight[:, :64] = layers.weight
-    out, kept = project(
+    out, saved = project(
         layers.x, [weight[:, :64]], "", 0, True, None, [downs], [ups], layers.scales
     )
     out.backward(layers.gradient)
-    assert kept.shape == (45, 8)
-    for found, other in zip((out, downs.grad, ups.grad), (wanted[0], *wanted[2:]), strict=True):
-        assert found is not None and torch.equal(found, other)
+    assert saved.shape == (45, 8)
+    for ours, other in zip((out, downs.grad, ups.grad), (wanted[0], *wanted[2:]), strict=True):
+        assert ours is not None and torch.equal(ours, other)
 
 
 @needs_kernel

@@ -71,8 +71,8 @@ def test_parameters_and_bytes_are_those_of_the_model_that_is_built(
         stage.parts, (model.tower, model.connector, model.llm.model), strict=True
     ):
         parameters = list(module.parameters())
-        held = sum(t.nbytes for t in (*parameters, *module.buffers()))
-        assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), held)
+        size = sum(t.nbytes for t in (*parameters, *module.buffers()))
+        assert (part.total, part.bytes) == (sum(p.numel() for p in parameters), size)
         assert part.trained == sum(p.numel() for p in parameters if p.requires_grad)
     # The tower's features are cached, so that no step reads it: a CPU has it in memory before the
     # first step alone.
@@ -97,20 +97,20 @@ def test_what_the_trace_holds_is_what_autograd_saves(tiny_recipe: TinyRecipe, ki
     spec = model.processor.spec
     batch = longest_batch(recipe, spec, 64)
     batch.pixels = torch.zeros(len(batch.media_index), 3, 32, 32, dtype=torch.uint8)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     model.train()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(batch).sum  # noqa: B018
     (traced,) = plan(recipe, tokens=64).stages
-    held = traced.memory.activations + traced.memory.logits
-    assert sum(kept.values()) <= held <= 1.5 * sum(kept.values())
+    planned = traced.memory.activations + traced.memory.logits
+    assert sum(saved.values()) <= planned <= 1.5 * sum(saved.values())
     assert stage.peak.length < 64
 
 
@@ -230,7 +230,7 @@ def test_zero_divides_what_its_definition_says(
 
     Optimizer and host in B a number.
     """
-    found = zero_memory(
+    memory = zero_memory(
         Held(8_000, 2_000, 400, 500),
         600,
         stage=zero,
@@ -238,14 +238,14 @@ def test_zero_divides_what_its_definition_says(
         offload_optimizer=offload != "none",
         offload_parameters=offload == "all",
     )
-    assert (found.frozen, found.trained, found.adapters) == (
+    assert (memory.frozen, memory.trained, memory.adapters) == (
         8_000 * frozen,
         2_000 * trained,
         400 * trained,
     )
-    assert (found.gradients, found.optimizer) == (2_400 * gradients, 600 * optimizer)
-    assert found.host == 600 * host + (10_400 / 4 if offload == "all" else 0)
-    assert found.exchange == {0: 0, 3: 3_400}.get(zero, 2_400)
+    assert (memory.gradients, memory.optimizer) == (2_400 * gradients, 600 * optimizer)
+    assert memory.host == 600 * host + (10_400 / 4 if offload == "all" else 0)
+    assert memory.exchange == {0: 0, 3: 3_400}.get(zero, 2_400)
 
 
 def test_memory_per_process_falls_with_the_stage_and_their_number() -> None:
@@ -315,17 +315,17 @@ def test_holes_are_those_of_two_steps() -> None:
     )
     # Second step of it: states 0-2, activations 2-4 and 4-5, gradient 5-6.
     assert holes(longer, "range", accumulating=False) == 0
-    kept = Trace(
+    trace = Trace(
         [1, 2, -1, 3, -3, -2],
         [0, unit, unit, 3 * unit],
         ["activations", "activations", "gradients", "activations"],
     )
     # Second step: states 0 and 2, activation 1, gradient 3; where the activation was nothing of 3
     # fits.
-    assert holes(kept, "range", accumulating=False) == unit
+    assert holes(trace, "range", accumulating=False) == unit
     # With accumulation the second gradient goes where the third storage was, and is gone before it
     # comes.
-    assert holes(kept, "range", accumulating=True) == unit
+    assert holes(trace, "range", accumulating=True) == unit
 
 
 def test_holes_are_a_cpus_and_kernels_those_of_bf16(tiny_recipe: TinyRecipe) -> None:
@@ -344,24 +344,25 @@ def test_without_a_compiler_the_plan_counts_on_malloc(
     recipe = parsed(tiny_recipe("causal"))
     assert plan(recipe, tokens=60).allocator == "range"
     monkeypatch.setattr(native, "library", lambda name: None)
-    found = plan(recipe, tokens=60)
+    planned = plan(recipe, tokens=60)
     assert (
-        found.allocator == "malloc" and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
+        planned.allocator == "malloc"
+        and plan(recipe, tokens=60, gpu_memory="1GB").allocator is None
     )
-    show_plan(Console(), found)
+    show_plan(Console(), planned)
     assert "no C++ compiler" in capsys.readouterr().out
 
 
 def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
     shares = zero_memory(Held(0, 0, 0, 0), 1_000, stage=0, processes=1)
-    found = _memory(
+    memory = _memory(
         np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]),
         0,
         shares,
         _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT),
         half=True,
     )
-    assert (found.exchange, found.activations, found.gradients) == (0, 0, 4_000)
+    assert (memory.exchange, memory.activations, memory.gradients) == (0, 0, 4_000)
 
 
 @pytest.mark.parametrize(
@@ -391,9 +392,14 @@ def test_zero_3_gathers_weights_in_both_passes_of_every_micro_batch() -> None:
 
 def test_efficiency_is_the_share_of_a_step_that_computes() -> None:
     sent = traffic(800, 0, 0, stage=0, processes=4)
-    found = communication(sent, 6e12, nodes=2, bandwidth=600.0, speed=2e12)
-    assert (found.seconds, found.computing, found.least, found.most) == (2.0, 3.0, 0.6, 1.0)
-    assert found.good / (found.good + found.seconds) == pytest.approx(0.9)
+    estimate = communication(sent, 6e12, nodes=2, bandwidth=600.0, speed=2e12)
+    assert (estimate.seconds, estimate.computing, estimate.least, estimate.most) == (
+        2.0,
+        3.0,
+        0.6,
+        1.0,
+    )
+    assert estimate.good / (estimate.good + estimate.seconds) == pytest.approx(0.9)
     slow = communication(sent, 1e12, nodes=2, bandwidth=600.0, speed=1e12)
     assert (slow.least, slow.most) == (pytest.approx(1 / 3), 0.5)
     assert communication(sent, 1e12, nodes=2, bandwidth=600.0).least is None
@@ -405,10 +411,10 @@ def test_lora_sends_its_own_gradients_and_zero_3_all_weights(tiny_recipe: TinyRe
         plan(recipe, processes=4, nodes=2, zero=zero, tokens=60).stages[0] for zero in (0, 2, 3)
     ]
     tower, connector, llm = by_stage[0].parts
-    own = 4 * (connector.trained + llm.trained)
-    assert tower.trained == 0 and own < llm.bytes
+    gradient_bytes = 4 * (connector.trained + llm.trained)
+    assert tower.trained == 0 and gradient_bytes < llm.bytes
     sent = [stage.communication.traffic for stage in by_stage if stage.communication]
-    assert [one.total for one in sent[:2]] == [2 * own * 3 / 4] * 2
+    assert [one.total for one in sent[:2]] == [2 * gradient_bytes * 3 / 4] * 2
     # The still tower's features are kept, so it does not run.
     assert (sent[2].forward, sent[2].backward) == ((llm.bytes + connector.bytes) * 3 / 4,) * 2
     assert plan(recipe, tokens=60).stages[0].communication is None
@@ -416,9 +422,9 @@ def test_lora_sends_its_own_gradients_and_zero_3_all_weights(tiny_recipe: TinyRe
 
 def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> None:
     recipe = parsed(tiny_recipe("causal"))
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as raised:
         plan(recipe, processes=3, nodes=2, offload="all", zero=2, tflops=-1.0)
-    assert [problem.where for problem in told.value.problems] == [
+    assert [problem.where for problem in raised.value.problems] == [
         "--nodes",
         "--offload",
         "--tflops",
@@ -470,9 +476,9 @@ def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(
 
 def test_advice_is_a_plan_of_its_own(tiny_recipe: TinyRecipe) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
-    found = plan(recipe, gpu_memory=1, tokens=100)
-    assert found.fits is False
-    changed = [advice for advice in found.advice if advice.changes]
+    planned = plan(recipe, gpu_memory=1, tokens=100)
+    assert planned.fits is False
+    changed = [advice for advice in planned.advice if advice.changes]
     assert len(changed) >= 2
     for advice in changed:
         values = dict(change.split("=") for change in advice.changes)
@@ -480,14 +486,14 @@ def test_advice_is_a_plan_of_its_own(tiny_recipe: TinyRecipe) -> None:
             with_tune(tiny_recipe("causal", precision="bf16")),
             **{k.replace(".", "__"): json.loads(v) for k, v in values.items()},
         )
-        assert plan(again, gpu_memory=1, tokens=100).needed == advice.needed < found.needed
+        assert plan(again, gpu_memory=1, tokens=100).needed == advice.needed < planned.needed
     assert plan(recipe, gpu_memory="1TB", tokens=100).fits is True
 
 
 def test_advice_reaches_stages_that_set_what_it_changes(tiny_recipe: TinyRecipe) -> None:
     stages = "stages:\n  - {name: one, train: {batch_size: 8}}\n  - {name: two}\n"
-    found = plan(parsed(tiny_recipe("causal") + stages), gpu_memory=1, tokens=100)
-    (halved,) = [advice for advice in found.advice if advice.text.startswith("half")]
+    planned = plan(parsed(tiny_recipe("causal") + stages), gpu_memory=1, tokens=100)
+    (halved,) = [advice for advice in planned.advice if advice.text.startswith("half")]
     assert halved.changes == [
         "train.batch_size=2",
         "train.gradient_accumulation=2",
@@ -578,7 +584,7 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(
     path = tmp_path / "recipe.yaml"
     path.write_text(tiny_recipe("causal"))
     assert "optimizer (AdamW)" in cli("plan", str(path))
-    found = json.loads(
+    report = json.loads(
         cli(
             "plan",
             str(path),
@@ -592,10 +598,10 @@ def test_command_prints_the_plan_and_ends_with_5_where_it_does_not_fit(
             code=5,
         )
     )
-    assert found["fits"] is False
-    assert found["advice"]
-    assert found["stages"][0]["memory"]["exchange"] > 0
-    assert found["stages"][0]["communication"]["traffic"]["gradients"] > 0
+    assert report["fits"] is False
+    assert report["advice"]
+    assert report["stages"][0]["memory"]["exchange"] > 0
+    assert report["stages"][0]["communication"]["traffic"]["gradients"] > 0
 
 
 # --- steps and time ----------------------------------------------------------------------------
@@ -605,19 +611,19 @@ def test_steps_are_those_of_the_run_and_time_follows_from_a_measured_rate(
     tiny_recipe: Callable[..., str],
 ) -> None:
     recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=3, train__batch_size=4)
-    found = plan(recipe)
-    stage = found.stages[0]
+    planned = plan(recipe)
+    stage = planned.stages[0]
     assert stage.steps == 6  # eight rows, four a batch, three times
     assert (
-        found.machine is not None
-        and found.machine.rate > 0
-        and "no GPU" in " ".join(found.machine.lacks)
+        planned.machine is not None
+        and planned.machine.rate > 0
+        and "no GPU" in " ".join(planned.machine.lacks)
     )
-    least, most = found.time(stage) or (0.0, 0.0)
-    assert least == pytest.approx(6 * stage.flops / found.machine.rate) and most == pytest.approx(
+    least, most = planned.time(stage) or (0.0, 0.0)
+    assert least == pytest.approx(6 * stage.flops / planned.machine.rate) and most == pytest.approx(
         5 * least
     )
-    assert found.summary()["stages"][0]["time"] == (least, most)
+    assert planned.summary()["stages"][0]["time"] == (least, most)
 
 
 def test_no_time_is_told_of_another_machine_or_of_rows_that_are_not_known(

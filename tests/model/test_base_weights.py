@@ -91,11 +91,11 @@ def test_another_base_in_the_place_of_the_old_one_is_refused(
     # that is said.
     merge(saved, tmp_path / "merged", dtype="fp32", base=tmp_path / "copy")
     merge(saved, tmp_path / "merged other", dtype="fp32", accept_other_base=True)
-    own, other = (
+    copied, other = (
         load_file(tmp_path / name / "llm" / "model.safetensors")
         for name in ("merged", "merged other")
     )
-    assert [name for name in own if not torch.equal(own[name], other[name])] == [CHANGED]
+    assert [name for name in copied if not torch.equal(copied[name], other[name])] == [CHANGED]
 
 
 def test_the_bases_config_is_part_of_it(tiny_recipe: Tiny, tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_a_base_that_moved(
         assert "it needs the weights of 'models/base'" in str(
             gone.exception
         ) and "--base PATH" in str(gone.exception)
-        found = CliRunner().invoke(
+        invocation = CliRunner().invoke(
             app, [*command, "--base", str(tmp_path / "new place")], catch_exceptions=False
         )
-        assert found.exit_code == 0, found.output
+        assert invocation.exit_code == 0, invocation.output
     with pytest.raises(ModelError, match="base: no such file or folder: /nowhere"):
         VisionLanguageModel.from_pretrained(
             tmp_path / "elsewhere" / "runs" / "saved", base="/nowhere"
@@ -242,11 +242,11 @@ def test_a_run_starts_from_a_merged_folder(kind: str, tiny_recipe: Tiny, tmp_pat
     assert list(notes["parts"]) == ["llm"] and notes["parts"]["llm"]["name"] == str(
         tmp_path / "merged" / "llm"
     )
-    own = built(parsed(with_llm(tiny_recipe(kind), tmp_path / "merged" / "llm", kind)))
+    from_llm = built(parsed(with_llm(tiny_recipe(kind), tmp_path / "merged" / "llm", kind)))
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(own.llm.parameters(), merged.llm.parameters(), strict=True)
+        for a, b in zip(from_llm.llm.parameters(), merged.llm.parameters(), strict=True)
     )
 
 

@@ -56,13 +56,13 @@ def llm_recipe(text: str, model_type: str) -> Any:
 
 def trained(model: Any, *rules: TuneRule) -> set[str]:
     tuned = apply_rules(model, [*rules, FROZEN], learning_rate=1e-3, precision=torch.float32)
-    found = {
+    trainable = {
         f"{name.replace('llm.model.', 'llm.', 1)}"
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    assert found == {name for names in tuned.names for name in names}
-    return found
+    assert trainable == {name for names in tuned.names for name in names}
+    return trainable
 
 
 @pytest.mark.parametrize("model_type", LLMS)
@@ -83,29 +83,29 @@ def test_an_llms_depths(model_type: str, tiny_recipe: Callable[..., str]) -> Non
 def test_an_encoder_decoders_blocks_count_on(tiny_recipe: Callable[..., str]) -> None:
     model = built(parsed(tiny_recipe("seq2seq")))
     assert block_names(model.llm.model) == ["encoder.block.0", "encoder.block.1", "decoder.block.0"]
-    found = depths(model.llm.model, language=True)
-    assert found["shared.weight"] == 4
-    assert found["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == 3
+    by_name = depths(model.llm.model, language=True)
+    assert by_name["shared.weight"] == 4
+    assert by_name["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == 3
     assert (
-        found["encoder.final_layer_norm.weight"]
-        == found["decoder.block.0.layer.0.SelfAttention.q.weight"]
+        by_name["encoder.final_layer_norm.weight"]
+        == by_name["decoder.block.0.layer.0.SelfAttention.q.weight"]
         == 1
     )
-    assert found["decoder.final_layer_norm.weight"] == 0
+    assert by_name["decoder.final_layer_norm.weight"] == 0
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_towers_depths(tower: str, tiny_recipe: Callable[..., str]) -> None:
     text, count = TOWERS[tower]
     model = built(parsed(with_tower(tiny_recipe("causal"), text)))
-    names, found = block_names(model.tower), depths(model.tower, language=False)
+    names, by_name = block_names(model.tower), depths(model.tower, language=False)
     assert len(names) == count
     for place, block in enumerate(names):
-        inside = {depth for name, depth in found.items() if name.startswith(f"{block}.")}
+        inside = {depth for name, depth in by_name.items() if name.startswith(f"{block}.")}
         assert inside == {count - place}
     outside = {
         name: depth
-        for name, depth in found.items()
+        for name, depth in by_name.items()
         if not name.startswith(tuple(f"{block}." for block in names))
     }
     assert outside
@@ -125,16 +125,16 @@ def test_the_last_blocks_train(kind: str, tiny_recipe: Callable[..., str]) -> No
     assert "llm" in model.changed
     with pytest.raises(ModelError, match=r"wants the last 4 blocks, and matches [23]"):
         trained(model, TuneRule(match="llm.*", how="last_layers", layers=4))
-    found = trained(model, TuneRule(match="tower.*", how="last_layers", layers=1))
-    assert found == {
+    names = trained(model, TuneRule(match="tower.*", how="last_layers", layers=1))
+    assert names == {
         f"tower.{name}" for name, _ in model.tower.named_parameters() if "resblocks.1." in name
     }
 
 
 def test_the_last_blocks_of_the_matched_ones(tiny_recipe: Callable[..., str]) -> None:
     model = built(parsed(tiny_recipe("seq2seq")))
-    found = trained(model, TuneRule(match="llm.encoder.*", how="last_layers", layers=1))
-    assert found == {
+    names = trained(model, TuneRule(match="llm.encoder.*", how="last_layers", layers=1))
+    assert names == {
         f"llm.{name}"
         for name, _ in model.llm.model.named_parameters()
         if name.startswith("encoder.block.1.")
@@ -146,10 +146,10 @@ def test_each_of_two_towers_trains_its_last_blocks(tiny_recipe: Callable[..., st
     model = built(
         parsed(with_tower(tiny_recipe("causal"), f"{{kind: pair, towers: [{one}, {one}]}}"))
     )
-    found = trained(model, TuneRule(match="tower.*", how="last_layers", layers=2))
-    assert {".".join(name.split(".")[2:6]) for name in found} == {
+    names = trained(model, TuneRule(match="tower.*", how="last_layers", layers=2))
+    assert {".".join(name.split(".")[2:6]) for name in names} == {
         f"{tower}.visual.transformer.resblocks" for tower in (0, 1)
-    } and {name.split(".")[6] for name in found} == {"1", "2"}
+    } and {name.split(".")[6] for name in names} == {"1", "2"}
 
 
 def test_norms_and_biases(tiny_recipe: Callable[..., str]) -> None:

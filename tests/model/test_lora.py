@@ -133,9 +133,9 @@ def test_saved_found_again_opened_in_plain_peft_and_merged(
     )
     with torch.no_grad():
         ours = model.llm.model.eval()(**inputs).logits
-        found: Any = PeftModel.from_pretrained(plain, str(tmp_path / "saved" / "adapter"))
+        theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path / "saved" / "adapter"))
         # Of PiSSA plain PEFT sums both halves in one product.
-        assert largest(ours, found(**inputs).logits) <= (5e-5 if "pissa" in variant else 1e-5)
+        assert largest(ours, theirs(**inputs).logits) <= (5e-5 if "pissa" in variant else 1e-5)
 
     merge_adapter(again, "llm")
     assert not any("lora_" in name for name, _ in again.named_parameters())

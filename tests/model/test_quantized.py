@@ -243,7 +243,7 @@ def test_fused_layers_on_packed_weights_compute_what_pefts_do(
         examples = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
         return loss_and_gradients(model.train(), [batch_of(model, examples)])
 
-    found, gradients = step(fused=True)
+    fused_loss, gradients = step(fused=True)
     loss, wanted = step(fused=False)
-    assert float((found - loss).abs() / loss) <= 1e-5
+    assert float((fused_loss - loss).abs() / loss) <= 1e-5
     assert_close(gradients, wanted, 1e-4)

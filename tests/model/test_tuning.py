@@ -143,9 +143,9 @@ def test_only_the_named_modules_get_lora(model: Any) -> None:
 def test_only_the_matched_layers_get_lora(tiny_recipe: Callable[..., str]) -> None:
     model = built(parsed(tiny_recipe("causal")))
     applied(model, lora("llm.model.layers.1.*"), FROZEN)
-    found = {name for name, _ in model.named_parameters() if "lora_A" in name}
-    assert len(found) == 7
-    assert all(".layers.1." in name for name in found)
+    names = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert len(names) == 7
+    assert all(".layers.1." in name for name in names)
 
 
 def test_target_modules_that_do_not_exist_are_named_with_those_that_do(model: Any) -> None:
@@ -276,8 +276,8 @@ def test_the_adapter_folder_opens_in_plain_peft(
     with torch.no_grad():
         plain = base(**inputs).logits
         ours = model.llm.model.eval()(**inputs).logits
-        found: Any = PeftModel.from_pretrained(base, str(tmp_path / "saved" / "adapter"))
-        theirs = found(**inputs).logits
+        peft_model: Any = PeftModel.from_pretrained(base, str(tmp_path / "saved" / "adapter"))
+        theirs = peft_model(**inputs).logits
     assert largest(ours, plain) > 1e-2
     assert largest(ours, theirs) <= 1e-5
 

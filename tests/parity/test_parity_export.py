@@ -36,7 +36,7 @@ def test_an_open_clip_vit_b_32_as_clip_vision_model(name: str, layer: int, activ
     hidden = theirs(
         pixel_values=pixels.float() * tower.scale - tower.offset, output_hidden_states=True
     ).hidden_states
-    own = tower(pixels)
-    assert own.shape == (1, 50, 768)
-    difference = float((hidden[-1] - own).abs().max())
-    assert difference <= 1e-5 * max(1.0, float(own.abs().max()))
+    features = tower(pixels)
+    assert features.shape == (1, 50, 768)
+    difference = float((hidden[-1] - features).abs().max())
+    assert difference <= 1e-5 * max(1.0, float(features.abs().max()))

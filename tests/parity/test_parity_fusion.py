@@ -93,15 +93,15 @@ def test_fusion_equals_its_formula(how: Any, rank: int | None) -> None:
     )
     features, words = torch.randn(2, 4, 5), torch.randn(2, 6, WIDTH)
     lengths, ids = [6, 2], torch.zeros(2, 6, dtype=torch.int64)
-    found = connector(features, Text(words, torch.arange(6) < torch.tensor(lengths)[:, None], ids))
+    fused = connector(features, Text(words, torch.arange(6) < torch.tensor(lengths)[:, None], ids))
     image = connector.base(features)
     for row, length in enumerate(lengths):
         expected = expected_fusion(
             connector.fusion, how, image[row], normed(connector.norm, words[row, :length])
         )
-        assert largest(found[row], expected) <= 1e-5
+        assert largest(fused[row], expected) <= 1e-5
     other = connector(features, Text(words.flip(0), torch.ones(2, 6, dtype=torch.bool), ids))
-    assert largest(found, other) > 1e-2
+    assert largest(fused, other) > 1e-2
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_gated_block_equals_its_formula() -> None:
         [[[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]],
         dtype=torch.bool,
     )
-    found = block(states, Seen(media, mask))
+    output = block(states, Seen(media, mask))
     for row in range(2):
         for token in range(3):
             x, seen = states[row, token : token + 1], mask[row, token].nonzero().flatten().tolist()
@@ -122,10 +122,10 @@ def test_gated_block_equals_its_formula() -> None:
                 )
             hidden = gelu(normed(block.feed_norm, x) @ block.feed[0].weight.T)
             x = x + torch.tanh(block.feed_gate) * (hidden @ block.feed[2].weight.T)
-            assert largest(found[row, token], x[0]) <= 1e-5
+            assert largest(output[row, token], x[0]) <= 1e-5
     blind = block(states, None)
-    assert largest(found[0, 1], blind[0, 1]) <= 1e-6
-    assert largest(found[0, 0], blind[0, 0]) > 1e-2
+    assert largest(output[0, 1], blind[0, 1]) <= 1e-6
+    assert largest(output[0, 0], blind[0, 0]) > 1e-2
 
 
 @torch.no_grad()

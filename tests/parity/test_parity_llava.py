@@ -104,8 +104,8 @@ def test_logits_equal_llava(pair: tuple[VisionLanguageModel, Any, list[Any]]) ->
     expected, loss = their_logits(theirs, ours, examples)
     assert logits.shape == expected.shape
     assert largest(logits, expected) <= 1e-5
-    found: Any = ours(batch)
-    assert float(found.sum) / found.count == pytest.approx(float(loss), abs=1e-5)
+    our_loss: Any = ours(batch)
+    assert float(our_loss.sum) / our_loss.count == pytest.approx(float(loss), abs=1e-5)
 
 
 @torch.no_grad()

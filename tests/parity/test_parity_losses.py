@@ -51,7 +51,7 @@ def test_the_loss_is_transformers_own_of_every_architecture(
     for layout, kind, model in mappings():
         name = f"{layout} {kind.__name__}"
         try:
-            made = tiny(kind, model, layout)
+            network = tiny(kind, model, layout)
         except (
             Exception
         ) as error:  # whatever a class raises that can't be made tiny by the sizes of its config
@@ -61,14 +61,14 @@ def test_the_loss_is_transformers_own_of_every_architecture(
             )
             continue
         try:
-            found = compare(layout, made)
+            compared = compare(layout, network)
         except ModelError as error:
             refused.append(name)
             lines.append(f"{name}: refused, {error}")
             continue
-        (same if found.same else other).append(name)
-        if not found.same:
-            lines.append(f"{name}: {found}")
+        (same if compared.same else other).append(name)
+        if not compared.same:
+            lines.append(f"{name}: {compared}")
     with capsys.disabled():
         print(
             f"\n{len(same)} the same, {len(refused)} refused, {len(absent)} not built, "

@@ -61,11 +61,11 @@ def test_t5_loss_equals_transformers(tiny_recipe: Callable[..., str], tmp_path: 
 
     theirs = T5ForConditionalGeneration.from_pretrained(folder).eval()
     batch = batch_of(ours, text_examples(ours.processor))
-    found: Any = ours(batch)
+    loss: Any = ours(batch)
     expected = theirs(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
     )
-    assert float(found.sum) / found.count == pytest.approx(float(expected.loss), abs=1e-5)
+    assert float(loss.sum) / loss.count == pytest.approx(float(expected.loss), abs=1e-5)
     logits = ours.llm.supervised_logits(ours.embed(batch), batch)
     assert largest(logits, expected.logits[batch.labels != -100]) <= 1e-5
 
@@ -79,11 +79,11 @@ def test_causal_loss_equals_transformers(tiny_recipe: Callable[..., str], tmp_pa
 
     theirs = LlamaForCausalLM.from_pretrained(folder).eval()
     batch = batch_of(ours, text_examples(ours.processor))
-    found: Any = ours(batch)
-    own = unshifted(batch.labels)
-    ids = torch.nn.functional.pad(batch.input_ids, (0, 1)).where(own == -100, own)
-    expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=own)
-    assert float(found.sum) / found.count == pytest.approx(float(expected.loss), abs=1e-5)
+    loss: Any = ours(batch)
+    labels = unshifted(batch.labels)
+    ids = torch.nn.functional.pad(batch.input_ids, (0, 1)).where(labels == -100, labels)
+    expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    assert float(loss.sum) / loss.count == pytest.approx(float(expected.loss), abs=1e-5)
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3])
@@ -118,9 +118,9 @@ def test_open_clip_tower_gives_the_intermediate_of_its_layer(layer: int) -> None
         text_cfg=text,  # type: ignore[arg-type]
     ).visual.eval()
     known = theirs.state_dict()
-    own = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
-    assert own.keys() <= known.keys()
-    theirs.load_state_dict(known | own)
+    weights = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
+    assert weights.keys() <= known.keys()
+    theirs.load_state_dict(known | weights)
     pixels = noise(2, 3, 32, 32)
     normalised = pixels.float() * ours.scale - ours.offset
     blocks = theirs.forward_intermediates(normalised, intermediates_only=True)[
@@ -148,8 +148,8 @@ def test_the_last_open_clip_block_gives_its_class_embedding_when_pooled_as_open_
         vision_cfg=config,  # type: ignore[arg-type]
         text_cfg=text,  # type: ignore[arg-type]
     ).visual.eval()
-    own = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict(theirs.state_dict() | own)
+    weights = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(theirs.state_dict() | weights)
     pixels = noise(2, 3, 32, 32)
     pooled = theirs.ln_post(ours(pixels)).mean(1) @ theirs.proj
     assert largest(pooled, theirs(pixels.float() * ours.scale - ours.offset)) <= 1e-5

@@ -49,7 +49,7 @@ def wide(path: Path, text: str) -> None:
         file.write(json.dumps({"messages": turns, "images": ["wide.png"]}) + "\n")
 
 
-def made(recipe: str) -> tuple[VisionLanguageModel, list[Conversation]]:
+def model_and_rows(recipe: str) -> tuple[VisionLanguageModel, list[Conversation]]:
     loaded: Recipe = parsed(recipe)
     return built(loaded).eval(), rows_of(loaded)
 
@@ -58,8 +58,8 @@ def our_step(model: VisionLanguageModel, batch: Any) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss, by name."""
     model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
-    found: Any = model(batch)
-    (found.sum / found.count).backward()
+    loss: Any = model(batch)
+    (loss.sum / loss.count).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -68,25 +68,25 @@ def their_step(
 ) -> dict[str, torch.Tensor]:
     """Gradients under our names; those of parameters that ours has not are all none."""
     loss.backward()
-    found = {}
+    gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and (ours := names(name)) is not None:
-            found[ours] = parameter.grad.clone()
-    return found
+            gradients[ours] = parameter.grad.clone()
+    return gradients
 
 
-def same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def same_gradients(actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     """Asserts that gradients agree within 1e-5 (of the largest, where that is over 1).
 
     None that matters may be left out.
     """
     assert not [
-        name for name, gradient in wanted.items() if name not in found and gradient.abs().max() > 0
+        name for name, gradient in wanted.items() if name not in actual and gradient.abs().max() > 0
     ]
-    known = {name: wanted[name] for name in found}
+    known = {name: wanted[name] for name in actual}
     for name, gradient in known.items():
-        assert largest(found[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
-    assert_close(found, known, relative=1e-3)
+        assert largest(actual[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+    assert_close(actual, known, relative=1e-3)
 
 
 def llava_name(name: str) -> str | None:
@@ -134,11 +134,13 @@ def same_as_llava(
         prompt = their_inputs(
             source, row, f"{SYSTEM} USER: <image>{row.messages[0].text} ASSISTANT:"
         )
-        said = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[
+        generated = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[
             0, prompt["input_ids"].shape[1] :
         ].tolist()
         stops = model.processor.stop_ids
-        expected = said[: next((n for n, token in enumerate(said) if token in stops), len(said))]
+        expected = generated[
+            : next((n for n, token in enumerate(generated) if token in stops), len(generated))
+        ]
         answer = answer_prompts(
             model, [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
         )
@@ -154,7 +156,7 @@ def test_a_llava_of_transformers(
     text = tiny_recipe("causal")
     folder = tmp_path / "llava"
     theirs = save_llava(folder, rows_of(parsed(text)), pad=pad)
-    model, rows = made(with_pretrained(text, folder, "vicuna"))
+    model, rows = model_and_rows(with_pretrained(text, folder, "vicuna"))
     tower: Any = model.config.model.tower
     assert (tower.layer, tower.resize, tower.class_token) == (-2, "pad" if pad else "crop", False)
     same_as_llava(model, theirs, folder, rows)
@@ -178,7 +180,7 @@ def test_a_llava_with_class_token_another_layer_and_new_key_names(
         )
         renamed[f"model.{new}" if new.startswith(("vision_tower", "multi_modal")) else new] = value
     save_file(renamed, file, metadata={"format": "pt"})
-    model, rows = made(with_pretrained(text, folder, "vicuna"))
+    model, rows = model_and_rows(with_pretrained(text, folder, "vicuna"))
     tower: Any = model.config.model.tower
     assert (tower.layer, tower.class_token, model.processor.spec.tokens_per_image) == (-3, True, 5)
     _, batch = one_batch(model, rows[0])
@@ -199,7 +201,7 @@ def test_a_llava_of_the_original_layout(
     theirs = save_llava(tmp_path / "llava", rows_of(parsed(text)), pad=True)
     folder = tmp_path / "original"
     save_llava_original(folder, theirs, tmp_path / "llava", tower=tower)
-    model, rows = made(with_pretrained(text, folder, "vicuna"))
+    model, rows = model_and_rows(with_pretrained(text, folder, "vicuna"))
     assert model.config.model.tower.resize == "pad"
     same_as_llava(model, theirs, tmp_path / "llava", rows)
 
@@ -235,7 +237,7 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
     text = tiny_recipe("seq2seq")
     folder = tmp_path / "blip"
     theirs = save_blip(folder, rows_of(parsed(text)), kind)
-    model, rows = made(with_pretrained(text, folder, "blip2"))
+    model, rows = model_and_rows(with_pretrained(text, folder, "blip2"))
     assert model.processor.images.resize == "squash"
     outputs = []
     for row in (rows[0], rows[-1]):
@@ -249,12 +251,13 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
         logits = model.llm.supervised_logits(model.embed(batch), batch)
         assert largest(logits, output.logits[0]) <= 1e-5
         wanted = their_step(theirs, output.loss, blip_name)
-        found = our_step(model, batch)
-        same_gradients(found, wanted)
-        said = theirs.generate(**given, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
-        expected = said[
+        gradients = our_step(model, batch)
+        same_gradients(gradients, wanted)
+        generated = theirs.generate(**given, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
+        expected = generated[
             : next(
-                (n for n, token in enumerate(said) if token in model.processor.stop_ids), len(said)
+                (n for n, token in enumerate(generated) if token in model.processor.stop_ids),
+                len(generated),
             )
         ]
         answer = answer_prompts(

@@ -52,11 +52,11 @@ def transformers_model(family: str, folder: Path) -> Any:
 
     config, model, extra, _ = FAMILIES[family]
     torch.manual_seed(2)
-    found = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **extra)).eval()
-    for parameter in found.parameters():
+    tower = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **extra)).eval()
+    for parameter in tower.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    found.save_pretrained(folder)
-    return found
+    tower.save_pretrained(folder)
+    return tower
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,12 +100,12 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path: Path) -> None:
         transformers_model(family, tmp_path / family)
         config = TransformersTower(kind="transformers", name=str(tmp_path / family))
         assert build_tower(config).mean[0] == pytest.approx(mean)
-        own = {
+        processor_config = {
             "image_processor_type": "CLIPImageProcessor",
             "image_mean": [0.1, 0.2, 0.3],
             "image_std": [0.4, 0.5, 0.6],
         }
-        (tmp_path / family / "preprocessor_config.json").write_text(json.dumps(own))
+        (tmp_path / family / "preprocessor_config.json").write_text(json.dumps(processor_config))
         tower = build_tower(config)
         assert tower.mean == (0.1, 0.2, 0.3)
         assert tower.std == (0.4, 0.5, 0.6)
@@ -216,14 +216,14 @@ def test_timm_class_token_and_channels_last_maps() -> None:
     ours: Any = build_tower(config).eval()
     pixels = noise(1, 3, 32, 32)
     normalised = pixels.float() * ours.scale - ours.offset
-    found = ours.trunk.model.forward_intermediates(
+    intermediates = ours.trunk.model.forward_intermediates(
         normalised,
         indices=[10, 11],
         intermediates_only=True,
         output_fmt="NLC",
         return_prefix_tokens=True,
     )
-    expected = torch.cat([torch.cat([prefix, patches], 1) for patches, prefix in found], 2)
+    expected = torch.cat([torch.cat([prefix, patches], 1) for patches, prefix in intermediates], 2)
     assert largest(ours(pixels), expected) <= 1e-5
     swin = build_tower(TimmTower(kind="timm", name="swin_tiny_patch4_window7_224", grid=None))
     assert swin.measure() == (49, 768)
@@ -276,9 +276,9 @@ def test_open_clip_timm_tower_gives_the_intermediate_of_its_layer(
     config = OpenClipTower(kind="open_clip", config=vision, layer=layer, image_size=size)
     ours: Any = build_tower(config).eval()
     theirs = _bare_open_clip({"vision_cfg": vision, "quick_gelu": False}, size).eval()
-    own = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
-    assert own.keys() <= theirs.state_dict().keys()
-    theirs.load_state_dict(theirs.state_dict() | own)
+    weights = {name.removeprefix("visual."): value for name, value in ours.state_dict().items()}
+    assert weights.keys() <= theirs.state_dict().keys()
+    theirs.load_state_dict(theirs.state_dict() | weights)
     pixels = noise(1, 3, 64, 64)
     normalised = pixels.float() * ours.scale - ours.offset
     expected = theirs.forward_intermediates(normalised, intermediates_only=True)[
@@ -374,15 +374,15 @@ def test_open_clip_class_token_comes_first() -> None:
     one: Any = build_tower(OpenClipTower(kind="open_clip", config=vision, class_token=True)).eval()
     pixels = noise(2, 3, 32, 32)
     with torch.no_grad():
-        found = one.visual.forward_intermediates(
+        intermediates = one.visual.forward_intermediates(
             pixels.float() * one.scale - one.offset,
             intermediates_only=True,
             output_extra_tokens=True,
         )
         expected = torch.cat(
             [
-                found["image_intermediates_prefix"][-1],
-                found["image_intermediates"][-1].flatten(2).transpose(1, 2),
+                intermediates["image_intermediates_prefix"][-1],
+                intermediates["image_intermediates"][-1].flatten(2).transpose(1, 2),
             ],
             1,
         )
@@ -460,14 +460,17 @@ def test_pairs_that_can_not_be(tmp_path: Path) -> None:
 
 
 def towers_to_train(folder: Path) -> list[AnyTower]:
-    found: list[AnyTower] = [
+    towers: list[AnyTower] = [
         OpenClipTower(kind="open_clip", config=TIMM_VIT, image_size=32, layer=-2)
     ]
     for family in FAMILIES:
         transformers_model(family, folder / family)
-        found.append(TransformersTower(kind="transformers", name=str(folder / family)))
-    found.append(TimmTower(kind="timm", name="vit_tiny_patch16_224", image_size=32))
-    return [*found, PairTower(kind="pair", towers=[found[1], found[3]])]  # type: ignore[list-item]
+        towers.append(TransformersTower(kind="transformers", name=str(folder / family)))
+    towers.append(TimmTower(kind="timm", name="vit_tiny_patch16_224", image_size=32))
+    return [
+        *towers,
+        PairTower(kind="pair", towers=[towers[1], towers[3]]),  # type: ignore[list-item]
+    ]
 
 
 def test_every_parameter_of_a_trained_tower_has_a_gradient(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self._open: list[str] = []
         self.feed(text)
@@ -37,12 +37,12 @@ class Page(HTMLParser):
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
@@ -52,7 +52,7 @@ class Page(HTMLParser):
             self.text.append(data.strip())
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
+        return [attributes for name, attributes in self.elements if name == tag]
 
     @property
     def words(self) -> str:
@@ -248,7 +248,7 @@ def test_images_are_small_inline_pngs(uncharted: Path) -> None:
 
 @pytest.mark.parametrize("hostile", [HOSTILE, BREAKOUT])
 def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
-    plain = {tag for tag, _ in report(uncharted)[1].found} | {"section", "ul", "li"}
+    plain = {tag for tag, _ in report(uncharted)[1].elements} | {"section", "ul", "li"}
     run = uncharted
     (run / "recipe.yaml").write_text(
         f"name: {json.dumps(hostile)}\nseed: {json.dumps(hostile)}\n# {hostile}\n"
@@ -269,8 +269,8 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     write_log(run, [*stage_events(0, hostile)[:1], {"event": "note", "text": hostile}])
     text, page = report(run)
     assert hostile not in text
-    assert {tag for tag, _ in page.found} <= plain
-    assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
+    assert {tag for tag, _ in page.elements} <= plain
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     # title, h1, seed, question, three answers, type, stage heading, stage of the table, match, how,
     # detail, note; three in the recipe
     assert page.words.count(hostile) == 17
@@ -280,7 +280,7 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
 def test_is_self_contained(run: Path) -> None:
     text, page = report(run)
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
-    assert not {tag for tag, _ in page.found} & {
+    assert not {tag for tag, _ in page.elements} & {
         "script",
         "link",
         "iframe",
@@ -300,7 +300,7 @@ def test_is_self_contained(run: Path) -> None:
     )
     references = [
         value
-        for _, attributes in page.found
+        for _, attributes in page.elements
         for name, value in attributes.items()
         if name in ("href", "xlink:href")
     ]

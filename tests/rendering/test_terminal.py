@@ -1,4 +1,4 @@
-"""What is shown of work that goes on.
+"""Progress display.
 
 Lines where the output is no terminal, with a clock of the test's own.
 """

@@ -38,15 +38,17 @@ assert open_range()
 start = torch.empty(1 << 20).data_ptr()  # an empty range's first block lies at its start
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
     train()
-found, left = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+events, left = [], list(profiled.profiler.kineto_results.experimental_event_tree())
 while left:
     event = left.pop()
     left += event.children
     if event.tag.name == "Allocation":
-        found.append(
+        events.append(
             (event.start_time_ns, event.extra_fields.ptr - start, event.extra_fields.alloc_size)
         )
 # The order of what happened at one time is not known: there is no such thing on one thread.
 print(
-    json.dumps({"highest": range_state().highest, "events": [event[1:] for event in sorted(found)]})
+    json.dumps(
+        {"highest": range_state().highest, "events": [event[1:] for event in sorted(events)]}
+    )
 )

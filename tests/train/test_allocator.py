@@ -67,14 +67,14 @@ def block(size: int) -> torch.Tensor:
 def test_blocks_are_aligned_side_by_side_and_counted(opened: None) -> None:
     before = range_state()
     sizes = [SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 100_000, 3 * MB + 7, 64 * MB]
-    held = [block(size) for size in sizes]
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in held)
+    tensors = [block(size) for size in sizes]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
     after = range_state()
     assert after.blocks - before.blocks == len(sizes)
     assert after.live - before.live == sum(-(-size // 64) * 64 for size in sizes)
     small = block(SMALLEST_BLOCK - 1)
     assert range_state() == after and small.data_ptr() % 64 == 0
-    del held
+    del tensors
     assert (range_state().live, range_state().blocks) == (before.live, before.blocks)
 
 
@@ -102,7 +102,7 @@ def test_pages_stay_while_it_is_open_and_go_back_when_it_is_shut(opened: None) -
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    kept = block(MB).fill_(7)
+    small = block(MB).fill_(7)
     tensor = block(256 * MB).fill_(1)
     del tensor
     before, full = faults(), resident()
@@ -111,7 +111,7 @@ def test_pages_stay_while_it_is_open_and_go_back_when_it_is_shut(opened: None) -
     del tensor
     shut_range()
     assert full - resident() > 250 * MB
-    assert range_state().highest <= full and int(kept.sum()) == 7 * MB
+    assert range_state().highest <= full and int(small.sum()) == 7 * MB
 
 
 @needs_range
@@ -148,12 +148,14 @@ def test_threads_and_forks_share_it(opened: None) -> None:
     before, wrong = range_state(), []
 
     def work(seed: int) -> None:
-        generator, held = torch.Generator().manual_seed(seed), []
+        generator, blocks = torch.Generator().manual_seed(seed), []
         for round_ in range(300):
             size = int(torch.randint(SMALLEST_BLOCK, 40 * SMALLEST_BLOCK, (), generator=generator))
-            held.append((block(size).fill_(seed), seed))
-            if len(held) > 8:
-                tensor, expected = held.pop(int(torch.randint(len(held), (), generator=generator)))
+            blocks.append((block(size).fill_(seed), seed))
+            if len(blocks) > 8:
+                tensor, expected = blocks.pop(
+                    int(torch.randint(len(blocks), (), generator=generator))
+                )
                 if not bool((tensor == expected).all()):
                     wrong.append((round_, seed))
 
@@ -175,25 +177,27 @@ def test_threads_and_forks_share_it(opened: None) -> None:
 
 @needs_range
 def test_what_no_memory_could_hold_is_refused_by_name(opened: None) -> None:
-    with pytest.raises(RuntimeError) as told:
+    with pytest.raises(RuntimeError) as raised:
         block(1 << 50)
-    assert is_out_of_memory(told.value)
+    assert is_out_of_memory(raised.value)
 
 
 @needs_range
 def test_the_plan_s_range_puts_every_block_of_real_steps_where_the_allocator_does() -> None:
     """Four steps of a small network of different lengths, as torch's profiler recorded them."""
     command = [sys.executable, str(Path(__file__).with_name("recorded_step.py"))]
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    recorded = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     planned, places = Range(), []
-    for place, size in said["events"]:
+    for place, size in recorded["events"]:
         if size > 0 and (taken := planned.taken(size)):
             places.append((place, planned.take(taken)))
         elif size < 0 and planned.taken(-size):
             planned.give(place)
     assert len(places) > 60
     assert [real for real, _ in places] == [simulated for _, simulated in places]
-    assert planned.largest == said["highest"] > planned.fullest
+    assert planned.largest == recorded["highest"] > planned.fullest
 
 
 @needs_range
@@ -246,13 +250,13 @@ def test_results_are_the_same_with_and_without_it(
             f"{path.name}:{key}": value for path in files for key, value in load_file(path).items()
         }
 
-    own = trained("own")
+    with_range = trained("own")
     request.getfixturevalue("no_range")
     assert not open_range()
     losses, tensors = trained("malloc")
-    assert losses == own[0] and len(losses) == 4
-    assert tensors.keys() == own[1].keys() and len(tensors) > 4
-    assert all(torch.equal(tensor, own[1][name]) for name, tensor in tensors.items())
+    assert losses == with_range[0] and len(losses) == 4
+    assert tensors.keys() == with_range[1].keys() and len(tensors) > 4
+    assert all(torch.equal(tensor, with_range[1][name]) for name, tensor in tensors.items())
 
 
 @needs_range

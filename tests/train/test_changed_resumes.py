@@ -1,4 +1,4 @@
-"""What a run does when it is resumed with another recipe, and says of it."""
+"""Runs that are resumed with another recipe: what they do, and their messages."""
 
 from __future__ import annotations
 
@@ -119,18 +119,18 @@ def test_changed_data_is_refused_by_file_and_taken_when_accepted(
     recipe = stopped(tiny_recipe)
     run = Path(recipe.output)
     tokenizer = next(run.glob("stages/*/checkpoints/step-*/tokenizer.json")).read_text()
-    kept = run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text()
+    saved = run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text()
     edit(color_rows, how)
     with pytest.raises(
         DataError, match=r"(?s)began with.*data\.train .*messages\.jsonl.*8 rows.*--accept-changes"
     ) as error:
         sft(recipe, resume=True)
     assert error.value.exit_code == 3
-    assert kept == (run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text())
+    assert saved == (run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text())
     sft(recipe, resume=True, accept_changes=True)
     assert any("resumed with changed data" in event["text"] for event in events(run, "note"))
     assert (run / "model" / "tokenizer.json").read_text() == tokenizer
-    assert run.joinpath("data.json").read_text() != kept[1]
+    assert run.joinpath("data.json").read_text() != saved[1]
     # What is accepted is what the run has now.
     sft(recipe, resume=True)
 
@@ -181,7 +181,7 @@ train:"""
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("r: 4", "r: 8", r"tune\.2\.r: 4 -> 8"),
         (
@@ -196,7 +196,7 @@ train:"""
     ],
 )
 def test_what_a_checkpoint_holds_can_not_be_changed(
-    old: str, new: str, said: str, tiny_recipe: Callable[..., str]
+    old: str, new: str, message: str, tiny_recipe: Callable[..., str]
 ) -> None:
     text = with_tune(tiny_recipe("causal"), LORA)
     assert old in text
@@ -205,7 +205,7 @@ def test_what_a_checkpoint_holds_can_not_be_changed(
     saved = (Path(recipe.output) / "recipe.yaml").read_text()
     changed = parsed(text.replace(old, new), **QUICK)
     for accept in (True, False):
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             sft(changed, resume=True, accept_changes=accept)
     assert (Path(recipe.output) / "recipe.yaml").read_text() == saved
 

@@ -81,10 +81,10 @@ def test_full_training_learns_the_rows_by_heart(
     (tmp_path / "recipe.yaml").write_text(long_enough(tiny_recipe(kind), kind))
     done = json.loads(cli("sft", str(tmp_path / "recipe.yaml"), "--json").splitlines()[-1])
     assert Path(done["run"]) == tmp_path / "run"
-    found = json.loads(
+    scores = json.loads(
         cli("eval", str(tmp_path / "run"), "--split", "validation", "--json").splitlines()[-1]
     )
-    assert (found["accuracy"], found["n"]) == (1.0, 8)
+    assert (scores["accuracy"], scores["n"]) == (1.0, 8)
     ask_all(VisionLanguageModel.from_pretrained(tmp_path / "run"), tmp_path)
     checkpoint = sorted((tmp_path / "run").glob("stages/*/checkpoints/step-*"))[-1]
     ask_all(VisionLanguageModel.from_pretrained(checkpoint), tmp_path)

@@ -47,8 +47,8 @@ def test_spoiled_files_are_made_anew_and_told(
         ),
     )
     if spoiled in GARBAGE[:3]:
-        said = "\n".join(notes)
-        assert all(name in said for name in ("tuning.json", "samples.json", "data.json"))
+        text = "\n".join(notes)
+        assert all(name in text for name in ("tuning.json", "samples.json", "data.json"))
     assert json.loads((run / "tuning.json").read_text())[0]["stage"] == "main"
     assert json.loads((run / "samples.json").read_text())[0]["after"] is not None
     write_report(run)

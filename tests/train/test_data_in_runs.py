@@ -1,4 +1,4 @@
-"""What the data section asks for, in whole runs.
+"""Settings of the data section, in whole runs.
 
 Bad rows, streams, packing, token batches, workers, held-out parts.
 """
@@ -161,8 +161,8 @@ def test_held_out_rows_are_scored_and_never_trained_on(
     assert stage["questions"] == 4 and stage["images"] == 2
     assert run.result["n"] == 2 and events(run.folder, "evaluate")[0]["n"] == 2
     again = {split: evaluate(run.folder, split=split) for split in ("validation", "test")}
-    assert {split: found.n for split, found in again.items()} == {"validation": 2, "test": 2}
-    shown = [{answer.image for answer in found.answers} for found in again.values()]
+    assert {split: scores.n for split, scores in again.items()} == {"validation": 2, "test": 2}
+    shown = [{answer.image for answer in scores.answers} for scores in again.values()]
     assert len(shown[0] | shown[1]) == 2
 
 

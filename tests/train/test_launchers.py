@@ -108,21 +108,21 @@ def test_every_launcher_starts_the_same_run(
         ]
         try:
             for job in jobs:
-                said = job.communicate(timeout=400)[0]
-                assert job.returncode == 0, f"{name}: {said[-4000:]}"
+                output = job.communicate(timeout=400)[0]
+                assert job.returncode == 0, f"{name}: {output[-4000:]}"
         finally:
             for job in jobs:
                 if job.poll() is None:
                     os.killpg(job.pid, signal.SIGKILL)
         events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        (told,) = (event for event in events if event["event"] == "environment")
-        assert (told["processes"], told["engine"]) == (2, engine)
+        (environment_event,) = (event for event in events if event["event"] == "environment")
+        assert (environment_event["processes"], environment_event["engine"]) == (2, engine)
         assert (run / "result.json").is_file()
         traces[name] = read_trace(run / "stages" / "1-main")
     first = traces["processes"]
     assert [step.step for step in first] == [1, 2]
-    for found in traces.values():
-        assert [step.samples for step in found] == [step.samples for step in first]
-        assert [step.loss for step in found] == pytest.approx(
+    for trace in traces.values():
+        assert [step.samples for step in trace] == [step.samples for step in first]
+        assert [step.loss for step in trace] == pytest.approx(
             [step.loss for step in first], rel=1e-6
         )

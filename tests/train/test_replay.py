@@ -67,19 +67,19 @@ def test_a_replay_agrees_and_changes_of_the_run_are_named(
     run = a_run(tiny_recipe)
     stage = run / "stages" / "2-two"
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found: ReplayReport = vlm_tune.verify_run(run)
-    assert found.agrees
-    assert (found.stage, found.start, found.end, found.checkpoints) == ("two", 4, 6, [6])
-    found = vlm_tune.verify_run(run, steps=3)
-    assert (found.agrees, found.start, found.end, found.checkpoints) == (True, 3, 6, [4, 6])
+    report: ReplayReport = vlm_tune.verify_run(run)
+    assert report.agrees
+    assert (report.stage, report.start, report.end, report.checkpoints) == ("two", 4, 6, [6])
+    report = vlm_tune.verify_run(run, steps=3)
+    assert (report.agrees, report.start, report.end, report.checkpoints) == (True, 3, 6, [4, 6])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
     capsys.readouterr()
-    code, said = verified(capsys, str(run))
+    code, output = verified(capsys, str(run))
     assert code == 0
     assert (
-        "sample ids: equal" in said
-        and "checkpoint of step 6: equal, bit for bit" in said
-        and said.endswith("the run agrees\n")
+        "sample ids: equal" in output
+        and "checkpoint of step 6: equal, bit for bit" in output
+        and output.endswith("the run agrees\n")
     )
 
     lines = [json.loads(line) for line in (stage / NAME).read_text().splitlines()]
@@ -97,16 +97,16 @@ def test_a_replay_agrees_and_changes_of_the_run_are_named(
             save_file(tensors, folder / path.relative_to(step_folder(stage, 6)))
 
     commit_folder(step_folder(stage, 6), nudged)
-    code, said = verified(capsys, str(run), "--json")
-    told = json.loads(said.splitlines()[-1])
-    assert code == 5 and not told["agrees"]
-    assert [(one["what"], one["step"]) for one in told["differences"]] == [("loss", 6)]
-    assert [name.split("|")[0] for name in told["tensors"]["6"]] == ["connector.safetensors"]
-    code, said = verified(capsys, str(run))
+    code, output = verified(capsys, str(run), "--json")
+    summary = json.loads(output.splitlines()[-1])
+    assert code == 5 and not summary["agrees"]
+    assert [(one["what"], one["step"]) for one in summary["differences"]] == [("loss", 6)]
+    assert [name.split("|")[0] for name in summary["tensors"]["6"]] == ["connector.safetensors"]
+    code, output = verified(capsys, str(run))
     assert (
         code == 5
-        and "losses: differ first at step 6" in said
-        and "checkpoint of step 6: 1 tensors differ: connector" in said
+        and "losses: differ first at step 6" in output
+        and "checkpoint of step 6: 1 tensors differ: connector" in output
     )
 
 

@@ -44,12 +44,12 @@ def test_granite_trained_through_sft_has_transformers_loss(
     examples = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
     batch = batch_of(model, examples)
     with torch.no_grad():
-        found: Any = model(batch)
+        our_loss: Any = model(batch)
         embeds = torch.nn.functional.pad(model.embed(batch), (0, 0, 0, 1)).float()
         mask = torch.nn.functional.pad(batch.attention_mask, (0, 1)).long()
         loss = theirs(
             inputs_embeds=embeds, attention_mask=mask, labels=unshifted(batch.labels)
         ).loss
-    assert float(found.sum) / found.count == pytest.approx(float(loss), rel=1e-4)
+    assert float(our_loss.sum) / our_loss.count == pytest.approx(float(loss), rel=1e-4)
     losses = [event["loss"] for event in events if event["event"] == "train"]
     assert losses[-1] < losses[0]

@@ -34,12 +34,14 @@ def plan(
 ) -> Plan:
     """A plan over units of these lengths, `of` which source each is."""
     sources = sources or [source()]
-    made = PREPARED()
-    made.unit_costs = lambda image_cost: np.array(lengths, dtype=np.float64)
-    made.unit_lengths = np.column_stack([lengths, lengths]).astype(np.int64).reshape(-1, 2)
-    made.unit_sources = np.array(of or [0] * len(lengths))
-    made.sources = sources
-    return Plan(made, DataSection(train=list(sources), template="chatml", **options), sizes, seed=3)
+    prepared = PREPARED()
+    prepared.unit_costs = lambda image_cost: np.array(lengths, dtype=np.float64)
+    prepared.unit_lengths = np.column_stack([lengths, lengths]).astype(np.int64).reshape(-1, 2)
+    prepared.unit_sources = np.array(of or [0] * len(lengths))
+    prepared.sources = sources
+    return Plan(
+        prepared, DataSection(train=list(sources), template="chatml", **options), sizes, seed=3
+    )
 
 
 def flat(epoch: Epoch, rank: int = 0, ranks: int = 1) -> list[list[int]]:
@@ -74,34 +76,34 @@ def test_every_unit_comes_once_over_all_ranks(
 ) -> None:
     assume(len(lengths) >= ranks)
     sizes = Sizes(size, ranks=ranks, accumulation=accumulation)
-    found = plan(lengths, sizes, packing=packing, row_length=64).epoch(epoch)
-    shares = [flat(found, rank, ranks) for rank in range(ranks)]
+    epoch_plan = plan(lengths, sizes, packing=packing, row_length=64).epoch(epoch)
+    shares = [flat(epoch_plan, rank, ranks) for rank in range(ranks)]
     assert Counter(unit for share in shares for batch in share for unit in batch) == Counter(
         range(len(lengths))
     )
     rows = [
-        [len(found.rows(*place, rank, ranks)) for rank in range(ranks)]
-        for place in found.places(ranks)
+        [len(epoch_plan.rows(*place, rank, ranks)) for rank in range(ranks)]
+        for place in epoch_plan.places(ranks)
     ]
     assert all(max(numbers) <= size and max(numbers) - min(numbers) <= 1 for numbers in rows)
-    assert all(len(step) == size * accumulation * ranks for step in found.steps[:-1])
+    assert all(len(step) == size * accumulation * ranks for step in epoch_plan.steps[:-1])
     # Every split of a step takes the same rows, in the same order of steps.
     whole = steps_of(
         plan(lengths, Sizes(size * accumulation * ranks), packing=packing, row_length=64).epoch(
             epoch
         )
     )
-    assert steps_of(found) == whole
+    assert steps_of(epoch_plan) == whole
     for other in range(1, 4):
         taken = [
             sorted(
                 unit
-                for number in range(len(found.shares(step, other)))
+                for number in range(len(epoch_plan.shares(step, other)))
                 for rank in range(other)
-                for row in found.rows(step, number, rank, other)
+                for row in epoch_plan.rows(step, number, rank, other)
                 for unit in row
             )
-            for step in range(len(found))
+            for step in range(len(epoch_plan))
         ]
         assert taken == [sorted(step) for step in whole]
 
@@ -113,16 +115,20 @@ def test_token_batches_hold_their_budget(
 ) -> None:
     assume(len(lengths) >= ranks)
     sizes = Sizes(1, tokens, ranks, accumulation=accumulation)
-    found = plan(lengths, sizes, packing=packing, row_length=64).epoch(0)
+    epoch_plan = plan(lengths, sizes, packing=packing, row_length=64).epoch(0)
     whole = plan(
         lengths, Sizes(1, tokens * accumulation * ranks), packing=packing, row_length=64
     ).epoch(0)
-    assert steps_of(found) == steps_of(whole)
-    drawn = [unit for rank in range(ranks) for batch in flat(found, rank, ranks) for unit in batch]
+    assert steps_of(epoch_plan) == steps_of(whole)
+    drawn = [
+        unit for rank in range(ranks) for batch in flat(epoch_plan, rank, ranks) for unit in batch
+    ]
     assert Counter(drawn) == Counter(range(len(lengths)))
-    for place in found.places(ranks):
+    for place in epoch_plan.places(ranks):
         for rank in range(ranks):
-            rows = [sum(lengths[unit] for unit in row) for row in found.rows(*place, rank, ranks)]
+            rows = [
+                sum(lengths[unit] for unit in row) for row in epoch_plan.rows(*place, rank, ranks)
+            ]
             assert not rows or len(rows) == 1 or len(rows) * max(rows) <= tokens
 
 
@@ -142,11 +148,11 @@ def test_another_plan_goes_on_with_what_is_left(
 
 
 def test_units_that_come_several_times_an_epoch_are_left_out_as_often_as_they_came() -> None:
-    def made(size: int) -> Plan:
+    def plan_of_size(size: int) -> Plan:
         return plan([1] * 4, Sizes(size), sources=[source(count=10)])
 
-    first = made(3).epoch(0)
-    rest = made(2).epoch(0, np.bincount(first.drawn(2), minlength=4))
+    first = plan_of_size(3).epoch(0)
+    rest = plan_of_size(2).epoch(0, np.bincount(first.drawn(2), minlength=4))
     assert Counter(first.drawn(2).tolist()) + Counter(rest.drawn(len(rest)).tolist()) == Counter(
         first.drawn(len(first)).tolist()
     )
@@ -155,8 +161,8 @@ def test_units_that_come_several_times_an_epoch_are_left_out_as_often_as_they_ca
 @given(lengths_of, st.integers(1, 90))
 @settings(max_examples=150, deadline=None)
 def test_packed_rows_are_full_and_never_too_long(lengths: list[int], limit: int) -> None:
-    found = plan(lengths, Sizes(1), packing=True, row_length=limit).epoch(0)
-    rows = [found.rows(number, 0, 0, 1)[0] for number in range(len(found))]
+    epoch_plan = plan(lengths, Sizes(1), packing=True, row_length=limit).epoch(0)
+    rows = [epoch_plan.rows(number, 0, 0, 1)[0] for number in range(len(epoch_plan))]
     totals = [sum(lengths[unit] for unit in row) for row in rows]
     assert all(total <= limit or len(row) == 1 for total, row in zip(totals, rows, strict=True))
     # No two rows could have been one.
@@ -176,8 +182,8 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 400, 4000).tolist()
-    found = plan(lengths, Sizes(8)).epoch(0)
-    batches = [[lengths[unit] for unit in batch] for batch in flat(found, 0)]
+    epoch_plan = plan(lengths, Sizes(8)).epoch(0)
+    batches = [[lengths[unit] for unit in batch] for batch in flat(epoch_plan, 0)]
     padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
     assert padding < 0.05
     means = np.array([np.mean(batch) for batch in batches])
@@ -210,7 +216,7 @@ def test_shares_of_an_epoch(
 def test_no_unit_comes_again_before_all_of_its_source_came(
     first: int, second: int, one: int, other: int
 ) -> None:
-    made = plan(
+    mixed_plan = plan(
         [1] * (first + second),
         Sizes(4),
         sources=[source(count=one), source(count=other)],
@@ -218,23 +224,26 @@ def test_no_unit_comes_again_before_all_of_its_source_came(
     )
     drawn: Counter[int] = Counter()
     for epoch in range(5):
-        own = Counter(unit for batch in flat(made.epoch(epoch), 0) for unit in batch)
-        assert sum(own[unit] for unit in range(first)) == one and sum(own.values()) == one + other
-        drawn += own
+        counts = Counter(unit for batch in flat(mixed_plan.epoch(epoch), 0) for unit in batch)
+        assert (
+            sum(counts[unit] for unit in range(first)) == one
+            and sum(counts.values()) == one + other
+        )
+        drawn += counts
         for units in (range(first), range(first, first + second)):
             seen = [drawn[unit] for unit in units]
             assert max(seen) - min(seen) <= 1
 
 
 def test_ratios_hold_within_an_epoch_too() -> None:
-    made = plan(
+    mixed_plan = plan(
         [1] * 4000,
         Sizes(8),
         sources=[source(weight=3.0), source(weight=1.0)],
         of=[0] * 2000 + [1] * 2000,
         epoch_size=2000,
     )
-    batches = flat(made.epoch(0), 0)
+    batches = flat(mixed_plan.epoch(0), 0)
     first = [unit < 2000 for batch in batches[: len(batches) // 2] for unit in batch]
     assert abs(np.mean(first) - 0.75) < 0.05
 

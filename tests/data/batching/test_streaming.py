@@ -67,10 +67,10 @@ def fetch(media: Media) -> torch.Tensor:
     raise DataError(f"{media.name}: cut")
 
 
-def draw(made: StreamFeed, steps: int, first: int = 0) -> list[Batch]:
+def draw(stream: StreamFeed, steps: int, first: int = 0) -> list[Batch]:
     """The micro-batches of a number of steps."""
     return [
-        batch for window in islice(made.windows(Position(step=first)), steps) for batch in window
+        batch for window in islice(stream.windows(Position(step=first)), steps) for batch in window
     ]
 
 
@@ -79,23 +79,23 @@ def ids(batches: list[Batch]) -> list[list[str]]:
 
 
 def test_ratios_hold_to_the_row(files: list[Path]) -> None:
-    made = feed(files)
-    drawn = [number for number, _ in islice(mixed(made.readers, made.sources, 5), 400)]
+    stream = feed(files)
+    drawn = [number for number, _ in islice(mixed(stream.readers, stream.sources, 5), 400)]
     for end in range(4, 401):
         assert abs(drawn[:end].count(0) - 0.75 * end) < 1
     rows = Counter(
         row.id  # type: ignore[union-attr]
-        for _, row in islice(mixed(made.readers, made.sources, 5), 400)
+        for _, row in islice(mixed(stream.readers, stream.sources, 5), 400)
     )
     assert set(rows.values()) == {10}
 
 
 def test_a_buffer_mixes_and_loses_nothing() -> None:
     rows: Any = ((0, number) for number in range(1000))
-    found = [row for _, row in islice(shuffled(rows, 50, 1), 900)]
-    assert len(set(found)) == 900 and found != sorted(found)
+    shuffled_rows = [row for _, row in islice(shuffled(rows, 50, 1), 900)]
+    assert len(set(shuffled_rows)) == 900 and shuffled_rows != sorted(shuffled_rows)
     # A row is never drawn before it was read.
-    assert all(row <= place + 50 for place, row in enumerate(found))
+    assert all(row <= place + 50 for place, row in enumerate(shuffled_rows))
 
 
 def test_batches_are_a_function_of_their_number(files: list[Path]) -> None:
@@ -119,19 +119,19 @@ def test_bad_rows_leave_a_batch_smaller_and_are_counted(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=r"rows\.jsonl, row [23]: "):
         draw(feed([path], shuffle_buffer=1), 3)
-    told: list[DataError] = []
-    made = feed([path], size=3, shuffle_buffer=1, on_bad_row="skip", max_bad_rows=6)
-    made.report = told.append
-    assert ids(draw(made, 3)) == [["good"]] * 3
-    assert made.bad == 6 and {error.row for error in told} == {2, 3}
+    errors: list[DataError] = []
+    stream = feed([path], size=3, shuffle_buffer=1, on_bad_row="skip", max_bad_rows=6)
+    stream.report = errors.append
+    assert ids(draw(stream, 3)) == [["good"]] * 3
+    assert stream.bad == 6 and {error.row for error in errors} == {2, 3}
     with pytest.raises(DataError, match="more than 6 bad rows"):
-        draw(made, 1)
+        draw(stream, 1)
 
 
 def test_a_batch_without_a_usable_row_counts_nothing(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [talk("good"), {"messages": []}])
-    made = feed([path], size=1, shuffle_buffer=1, on_bad_row="skip")
-    batches = draw(made, 6)
+    stream = feed([path], size=1, shuffle_buffer=1, on_bad_row="skip")
+    batches = draw(stream, 6)
     assert sorted(batch.supervised > 0 for batch in batches) == [False] * 3 + [True] * 3
     assert [batch.questions for batch in batches if not batch.supervised] == [0] * 3
 
@@ -162,9 +162,9 @@ def shards(tmp_path: Path, rank: int, ranks: int, planned: int = 2) -> StreamFee
     data = DataSection(
         train=[source], template="chatml", streaming=True, own_shards=True, shuffle_buffer=8
     )
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     return StreamFeed(
-        data, [source], made, fetch, 2, seed=5, rank=rank, ranks=ranks, planned=planned
+        data, [source], chat_processor, fetch, 2, seed=5, rank=rank, ranks=ranks, planned=planned
     )
 
 
@@ -182,11 +182,11 @@ def test_other_processes_go_on_with_the_shards_of_those_before(tmp_path: Path, r
     taken = [
         [
             [name for batch in window if batch.supervised for name in ids([batch])[0]]
-            for window in islice(made.windows(Position()), 6)
+            for window in islice(stream.windows(Position()), 6)
         ]
-        for made in (shards(tmp_path, rank, ranks) for rank in range(ranks))
+        for stream in (shards(tmp_path, rank, ranks) for rank in range(ranks))
     ]
-    assert [sorted(name for own in taken for name in own[step]) for step in range(6)] == whole
+    assert [sorted(name for steps in taken for name in steps[step]) for step in range(6)] == whole
 
 
 @pytest.mark.parametrize(
@@ -196,19 +196,20 @@ def test_the_rows_of_a_step_do_not_depend_on_how_it_is_split(
     files: list[Path], size: int, accumulation: int, ranks: int
 ) -> None:
     whole = ids(draw(feed(files, size=4, shuffle_buffer=8), 6))
-    made = [
+    streams = [
         feed(files, size=size, rank=rank, ranks=ranks, shuffle_buffer=8, accumulation=accumulation)
         for rank in range(ranks)
     ]
-    windows = [list(islice(one.windows(Position()), 6)) for one in made]
+    windows = [list(islice(one.windows(Position()), 6)) for one in streams]
     assert all(
         len(window) == accumulation and len(batch.ids) == size
-        for own in windows
-        for window in own
+        for rank_windows in windows
+        for window in rank_windows
         for batch in window
     )
     taken = [
-        [name for own in windows for batch in ids(own[step]) for name in batch] for step in range(6)
+        [name for rank_windows in windows for batch in ids(rank_windows[step]) for name in batch]
+        for step in range(6)
     ]
     assert [sorted(step) for step in taken] == [sorted(step) for step in whole]
 

@@ -24,31 +24,33 @@ ROW = Conversation(
 
 def golden(name: str) -> dict[str, Any]:
     """Ids (of bytes: the tokenizer has no merges) and labels, by layout."""
-    found: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     for layout in [layout for other, layout in LAYOUTS if other == name]:
-        made = processor(name, "bytes", layout)
-        found[layout] = [
+        chat_processor = processor(name, "bytes", layout)
+        examples[layout] = [
             {
-                "text": made.tokenizer.decode(example.input_ids[~example.image_mask].tolist()),
+                "text": chat_processor.tokenizer.decode(
+                    example.input_ids[~example.image_mask].tolist()
+                ),
                 "ids": example.input_ids.tolist(),
                 "image": [int(place) for place in example.image_mask.nonzero()[0]],
                 "labels": example.labels.tolist(),
             }
-            for example in made.examples(ROW)
+            for example in chat_processor.examples(ROW)
         ]
-    return found
+    return examples
 
 
 @pytest.mark.parametrize("name", CHAT)
 def test_ids_and_masks_are_those_of_the_golden_file(name: str) -> None:
     path = FOLDER / f"{name}.json"
-    found = golden(name)
+    examples = golden(name)
     if os.environ.get("REGENERATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+            json.dumps(examples, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
         )
-    assert found == json.loads(path.read_text(encoding="utf-8"))
+    assert examples == json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_golden_file_is_of_a_shipped_format() -> None:

@@ -58,28 +58,31 @@ def test_every_task_has_an_english_and_a_chinese_prompt_set_of_several_phrasings
     assert set(FIELDS) == set(VALUES)
     for task in FIELDS:
         sets = [load_instructions(name, task) for name in SETS if name.split("-")[0] == task]
-        assert {found.language for found in sets} == {"en", "zh"}
+        assert {prompt_set.language for prompt_set in sets} == {"en", "zh"}
         assert all(
-            any(found.language == language and len(found.prompts) > 2 for found in sets)
+            any(
+                prompt_set.language == language and len(prompt_set.prompts) > 2
+                for prompt_set in sets
+            )
             for language in ("en", "zh")
         )
-        for found in sets:
+        for prompt_set in sets:
             chinese = [
                 any("\u4e00" <= c <= "\u9fff" for c in prompt)
-                for prompt in found.prompts
+                for prompt in prompt_set.prompts
                 if prompt != "{question}"
             ]
-            assert all(is_chinese == (found.language == "zh") for is_chinese in chinese)
-            assert len(set(found.prompts)) == len(found.prompts)
+            assert all(is_chinese == (prompt_set.language == "zh") for is_chinese in chinese)
+            assert len(set(prompt_set.prompts)) == len(prompt_set.prompts)
     assert {name.split("-")[0] for name in SETS} == set(FIELDS)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_prompt_set_fills_in_its_fields_whatever_they_hold(name: str) -> None:
     task = name.split("-")[0]
-    found, media, values = load_instructions(name, task), Media(b"i"), VALUES[task]
+    prompt_set, media, values = load_instructions(name, task), Media(b"i"), VALUES[task]
     for number in range(20):
-        question, answer = found.messages(f"r{number}", ("0.0s: ", media), values, seed=0)[-2:]
+        question, answer = prompt_set.messages(f"r{number}", ("0.0s: ", media), values, seed=0)[-2:]
         assert (
             question.parts[:2] == ("0.0s: ", media)
             and answer.text == values["answer" if name.endswith("-text") else ANSWERS[task]]
@@ -94,13 +97,13 @@ def test_a_prompt_set_fills_in_its_fields_whatever_they_hold(name: str) -> None:
 def test_a_translation_is_asked_for_with_all_that_the_row_tells(
     name: str, given: tuple[str, ...]
 ) -> None:
-    found = load_instructions(name, "translate")
+    prompt_set = load_instructions(name, "translate")
     values = {
         field: VALUES["translate"][field] for field in ("target_language", "translation", *given)
     }
-    asked = {found.messages(str(number), (), values, seed=0)[0].text for number in range(40)}
-    assert len(asked) == 2
-    for text in asked:
+    prompts = {prompt_set.messages(str(number), (), values, seed=0)[0].text for number in range(40)}
+    assert len(prompts) == 2
+    for text in prompts:
         assert [
             field for field in ("text", "source_language") if VALUES["translate"][field] in text
         ] == list(given)
@@ -112,22 +115,23 @@ def test_a_set_without_a_phrasing_for_a_row_says_which_field_the_row_lacks(tmp_p
         "task: translate\nlanguage: en\nprompts: ['{target_language}: {text}']\nanswer: "
         "'{translation}'\n"
     )
-    found = load_instructions(str(path), "translate")
+    prompt_set = load_instructions(str(path), "translate")
     with pytest.raises(DataError, match="no prompt of the set does without source_language, text"):
-        found.messages("r", (), {"target_language": "de", "translation": "x"}, seed=0)
+        prompt_set.messages("r", (), {"target_language": "de", "translation": "x"}, seed=0)
 
 
 def test_the_phrasing_is_a_function_of_seed_and_row_and_varies_with_both() -> None:
-    found = load_instructions("vqa-varied", "vqa")
+    prompt_set = load_instructions("vqa-varied", "vqa")
 
     def phrasings(seed: int) -> list[str]:
         return [
-            found.messages(f"row {n}", (), VALUES["vqa"], seed=seed)[0].text for n in range(200)
+            prompt_set.messages(f"row {n}", (), VALUES["vqa"], seed=seed)[0].text
+            for n in range(200)
         ]
 
     assert phrasings(0) == phrasings(0) != phrasings(1)
     counts = [phrasings(0).count(text) for text in set(phrasings(0))]
-    assert len(counts) == len(found.prompts) and min(counts) > 20
+    assert len(counts) == len(prompt_set.prompts) and min(counts) > 20
     # Stable over versions: a changed draw changes every run.
     assert phrasings(0)[0] == "Q{x}%s?\nAnswer with a single word or a short phrase."
 
@@ -145,9 +149,9 @@ SHIPPED = {
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_sets_that_models_were_trained_with_stay_as_they_are(name: str) -> None:
-    found = load_instructions(name, name.split("-")[0])
+    shipped = load_instructions(name, name.split("-")[0])
     assert (
-        hashlib.sha256(json.dumps([found.prompts, found.answer]).encode()).hexdigest()[:12]
+        hashlib.sha256(json.dumps([shipped.prompts, shipped.answer]).encode()).hexdigest()[:12]
         == SHIPPED[name]
     )
 

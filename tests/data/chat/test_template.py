@@ -73,10 +73,10 @@ def assert_same_ids(example: Example, expected: list[int]) -> None:
 
     This holds up to what follows the last trained token.
     """
-    own = [*example.input_ids.tolist(), int(example.labels[-1])]
-    assert own == expected[: len(own)]
+    ids = [*example.input_ids.tolist(), int(example.labels[-1])]
+    assert ids == expected[: len(ids)]
     assert (
-        len(expected) - len(own) <= 2
+        len(expected) - len(ids) <= 2
     )  # a line's end, perhaps with the tokenizer's space before it
 
 
@@ -262,11 +262,11 @@ def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -
         }
     ]
     tokens = tokenizer("llama3", "llama3")
-    said = tokens.apply_chat_template(
+    prompt = tokens.apply_chat_template(
         turns, chat_template=processor_jinja(template, ' Say "äöü 🙂". ', "<image>"), tokenize=False
     )
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    assert said == (
+    assert prompt == (
         tokens.bos_token
         + head.format("system")
         + 'Say "äöü 🙂".<|eot_id|>'

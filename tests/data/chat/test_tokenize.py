@@ -92,12 +92,16 @@ def controls(example: Example, tokens: Any) -> list[list[int]]:
 def test_control_ids_occur_exactly_where_the_template_put_them(
     name: str, layout: Any, kind: Kind, conversation: Conversation
 ) -> None:
-    made, tokens = processor(name, kind, layout), tokenizer(name, kind)
-    found = [controls(example, tokens) for example in made.examples(conversation)]
-    assert found == [controls(example, tokens) for example in made.examples(harmless(conversation))]
-    assert any(ids for example in found for ids in example)
-    prompt = made.prompt(conversation)
-    assert controls(prompt, tokens) == controls(made.prompt(harmless(conversation)), tokens)
+    chat_processor, tokens = processor(name, kind, layout), tokenizer(name, kind)
+    control_ids = [controls(example, tokens) for example in chat_processor.examples(conversation)]
+    assert control_ids == [
+        controls(example, tokens) for example in chat_processor.examples(harmless(conversation))
+    ]
+    assert any(ids for example in control_ids for ids in example)
+    prompt = chat_processor.prompt(conversation)
+    assert controls(prompt, tokens) == controls(
+        chat_processor.prompt(harmless(conversation)), tokens
+    )
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
@@ -106,13 +110,17 @@ def test_control_ids_occur_exactly_where_the_template_put_them(
 def test_labels_are_exactly_the_trained_segments(
     name: str, layout: Any, conversation: Conversation
 ) -> None:
-    made, template = processor(name, "bytes", layout), load_template(name)
-    tokens = made.tokenizer
-    end = [made.encoder.control(p.control) for p in template.assistant if p.control and p.trained]
+    chat_processor, template = processor(name, "bytes", layout), load_template(name)
+    tokens = chat_processor.tokenizer
+    end = [
+        chat_processor.encoder.control(p.control)
+        for p in template.assistant
+        if p.control and p.trained
+    ]
     answers = [message.text for message in conversation.messages if message.role == "assistant"]
     answers = [answer.strip() if template.strip else answer for answer in answers]
     lead = "".join(piece.text or "" for piece in template.assistant if piece.trained)
-    examples = made.examples(conversation)
+    examples = chat_processor.examples(conversation)
     if layout == "seq2seq":
         assert len(examples) == len(answers) and len({example.id for example in examples}) == len(
             answers
@@ -128,11 +136,11 @@ def test_labels_are_exactly_the_trained_segments(
         assert (
             example.labels[:-1][trained[:-1]] == example.input_ids[1:][trained[:-1]]
         ).all() and trained[-1]
-        said, spans = example.labels[trained].tolist(), []
-        while said:
-            cut = said.index(end[0])
-            spans.append(tokens.decode(said[:cut]))
-            said = said[cut + 1 :]
+        remaining_ids, spans = example.labels[trained].tolist(), []
+        while remaining_ids:
+            cut = remaining_ids.index(end[0])
+            spans.append(tokens.decode(remaining_ids[:cut]))
+            remaining_ids = remaining_ids[cut + 1 :]
         assert spans == [lead + answer for answer in answers]
         assert example.questions == len(answers)
     assert all(
@@ -142,10 +150,10 @@ def test_labels_are_exactly_the_trained_segments(
 
 
 def test_seq2seq_puts_all_before_an_answer_in_the_encoder() -> None:
-    made = processor("flan", "bytes", "seq2seq")
-    decode = made.tokenizer.decode
+    chat_processor = processor("flan", "bytes", "seq2seq")
+    decode = chat_processor.tokenizer.decode
     row = Conversation("s", turns("one?", "first", "two?", "second", system="Be brief."))
-    examples = made.examples(row)
+    examples = chat_processor.examples(row)
     assert [decode(example.input_ids.tolist()) for example in examples] == [
         "Be brief.\none?",
         "Be brief.\none? first</s>two?",
@@ -157,7 +165,7 @@ def test_seq2seq_puts_all_before_an_answer_in_the_encoder() -> None:
     assert [example.id for example in examples] == ["s", "s#1"]
     # Chat asks with what training put in the encoder: the earlier answer and the last question.
     for given_row in (row, replace(row, messages=row.messages[:-1])):
-        prompt = made.prompt(given_row)
+        prompt = chat_processor.prompt(given_row)
         assert prompt.input_ids.tolist() == examples[1].input_ids.tolist()
         assert prompt.labels.tolist() == []
 
@@ -168,9 +176,9 @@ def test_a_decoders_answer_is_the_same_with_and_without_the_formats_space(kind: 
 
     The format's own must not come on top of it, nor be lost.
     """
-    made = processor("flan", kind, "seq2seq")
-    tokens = made.tokenizer
-    labels = made.examples(Conversation("a", turns("What color is it?", "red")))[0].labels.tolist()
+    flan = processor("flan", kind, "seq2seq")
+    tokens = flan.tokenizer
+    labels = flan.examples(Conversation("a", turns("What color is it?", "red")))[0].labels.tolist()
     assert tokens.decode(labels[:-1]).strip() == "red"
     text = tokens.backend_tokenizer.encode("is red", add_special_tokens=False).tokens
     assert tokens.convert_ids_to_tokens(labels[:-1]) == text[-len(labels) + 1 :]
@@ -219,11 +227,11 @@ def test_a_format_for_decoders_is_refused_for_an_encoder_decoder() -> None:
 
 
 def test_a_segment_list_of_media_only_gives_slots_only() -> None:
-    made = processor("flan", "bytes", "causal")
-    spec = InputSpec(2, "causal", 10, made.spec.pad_id, made.spec.eos_id)
+    chat_processor = processor("flan", "bytes", "causal")
+    spec = InputSpec(2, "causal", 10, chat_processor.spec.pad_id, chat_processor.spec.eos_id)
     message = Conversation("m", (Message("user", (IMAGE, IMAGE)),))
     (example,) = causal_layout(
-        message, [Segment("media", IMAGE), Segment("media", IMAGE)], made.encoder, spec
+        message, [Segment("media", IMAGE), Segment("media", IMAGE)], chat_processor.encoder, spec
     )
     assert (
         example.image_mask.tolist() == [True] * 4

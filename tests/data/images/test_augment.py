@@ -63,7 +63,7 @@ def test_each_change_is_a_function_of_its_key(name: str, size: tuple[int, int]) 
 
 def test_no_global_generator_is_read_or_moved() -> None:
     augment, pixels = Augment(**EVERY), scene()
-    found = []
+    runs = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -73,11 +73,11 @@ def test_no_global_generator_is_read_or_moved() -> None:
             np.random.get_state()[1].copy(),  # type: ignore[index,union-attr]
             random.getstate(),
         )
-        found.append([augment_pixels(pixels, augment, (0, 0, sample)) for sample in range(40)])
+        runs.append([augment_pixels(pixels, augment, (0, 0, sample)) for sample in range(40)])
         assert torch.equal(states[0], torch.get_rng_state())
         assert np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[index]
         assert states[2] == random.getstate()
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_defaults_change_nothing() -> None:
@@ -172,9 +172,9 @@ def test_colour_noise_and_hue_stay_within_what_was_asked() -> None:
     red = torch.zeros(3, 4, 4, dtype=torch.uint8)
     red[0] = 255
     for key in range(50):
-        found = augment_pixels(red, Augment(hue=0.1), (0, 0, key))
+        shifted = augment_pixels(red, Augment(hue=0.1), (0, 0, key))
         # A tenth of the circle is 36 degrees: red turns at most to 0.6 of yellow or of magenta.
-        assert found[0].min() == 255 and found[1:].max() <= 0.6 * 255 + 2
+        assert shifted[0].min() == 255 and shifted[1:].max() <= 0.6 * 255 + 2
 
 
 class Scripted:

@@ -67,8 +67,8 @@ MODES = {
 @pytest.mark.parametrize("name", MODES)
 def test_png_modes(name: str) -> None:
     image, color = MODES[name]
-    found = decode_image(encoded(image))
-    assert found.mode == "RGB" and corner(found) == color
+    decoded = decode_image(encoded(image))
+    assert decoded.mode == "RGB" and corner(decoded) == color
 
 
 def test_other_formats_modes() -> None:
@@ -105,9 +105,9 @@ def test_exif_rotation_is_applied_once_in_all_eight_orientations() -> None:
         stored = upright if method is None else upright.transpose(method)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        found = decode_image(encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0))
-        assert found.size == upright.size, orientation
-        assert np.abs(np.asarray(found, dtype=int) - np.asarray(upright, dtype=int)).max() < 12, (
+        decoded = decode_image(encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0))
+        assert decoded.size == upright.size, orientation
+        assert np.abs(np.asarray(decoded, dtype=int) - np.asarray(upright, dtype=int)).max() < 12, (
             orientation
         )
 
@@ -118,11 +118,11 @@ def test_a_file_cut_at_every_tenth_is_refused_or_whole(kind: str) -> None:
     whole = np.asarray(decode_image(data))
     for tenth in range(10):
         try:
-            found = decode_image(data[: len(data) * tenth // 10], "cut.img")
+            decoded = decode_image(data[: len(data) * tenth // 10], "cut.img")
         except DataError as error:
             assert "cut.img" in str(error)
         else:
-            assert np.array_equal(np.asarray(found), whole), (
+            assert np.array_equal(np.asarray(decoded), whole), (
                 f"{kind} cut at {tenth}0% was shown as an image"
             )
 

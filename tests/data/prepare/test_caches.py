@@ -1,4 +1,4 @@
-"""What caches hold is checked whenever it is opened.
+"""The contents of a cache are checked whenever it is opened.
 
 Damage is noticed and made anew, never used, and never a traceback.
 """
@@ -62,11 +62,11 @@ def test_a_folder_is_intact_only_as_it_was_written(tmp_path: Path) -> None:
 def test_damaged_prepared_rows_are_prepared_anew(
     damage: Callable[[Path], None], tiny_recipe: Callable[..., str]
 ) -> None:
-    recipe, made = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
+    recipe, chat_processor = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
     notes: list[str] = []
 
     def read() -> Any:
-        return prepare(recipe.data, recipe.data.train, made, seed=0, note=notes.append)
+        return prepare(recipe.data, recipe.data.train, chat_processor, seed=0, note=notes.append)
 
     first = read()
     expected = [
@@ -98,10 +98,10 @@ def test_damaged_prepared_rows_are_prepared_anew(
 def test_a_shard_that_was_damaged_while_preparing_was_stopped_is_made_again(
     tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, made = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
+    recipe, chat_processor = parsed(tiny_recipe("causal")), processor("chatml", "bytes", "causal")
     expected = [
         example.input_ids.tolist()
-        for example in examples_of(prepare(recipe.data, recipe.data.train, made, seed=0))
+        for example in examples_of(prepare(recipe.data, recipe.data.train, chat_processor, seed=0))
     ]
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -109,7 +109,7 @@ def test_a_shard_that_was_damaged_while_preparing_was_stopped_is_made_again(
             lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
-            prepare(recipe.data, recipe.data.train, made, seed=1)
+            prepare(recipe.data, recipe.data.train, chat_processor, seed=1)
     (shard,) = cache_folder("prepared").glob("*.partial/0000-*")
     flip(shard / "examples.arrow")
     written: list[Any] = []
@@ -119,7 +119,7 @@ def test_a_shard_that_was_damaged_while_preparing_was_stopped_is_made_again(
         "_write",
         lambda self, *arguments: (written.append(1), plain(self, *arguments))[1],
     )
-    again = prepare(recipe.data, recipe.data.train, made, seed=1)
+    again = prepare(recipe.data, recipe.data.train, chat_processor, seed=1)
     assert [example.input_ids.tolist() for example in examples_of(again)] == expected and len(
         written
     ) == 1

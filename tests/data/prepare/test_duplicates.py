@@ -103,15 +103,15 @@ def test_another_encoding_size_or_exposure_looks_alike() -> None:
         encoded(ImageEnhance.Brightness(image).enhance(1.05)),
         encoded(ImageEnhance.Brightness(image).enhance(0.95)),
     ]
-    found = look_alikes([inspect_image(Media(copy)) for copy in copies])
-    assert found.tolist() == [0] * len(copies)
+    groups = look_alikes([inspect_image(Media(copy)) for copy in copies])
+    assert groups.tolist() == [0] * len(copies)
     others = [
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         image.rotate(90, expand=True),
         image.crop((0, 0, 256, 300)),
     ]
-    found = look_alikes([inspect_image(Media(encoded(one))) for one in (image, *others)])
-    assert found.tolist() == [0, 1, 2, 3]
+    groups = look_alikes([inspect_image(Media(encoded(one))) for one in (image, *others)])
+    assert groups.tolist() == [0, 1, 2, 3]
 
 
 def test_plain_images_and_shapes_differ_by_colour_and_by_shape() -> None:
@@ -125,8 +125,8 @@ def test_plain_images_and_shapes_differ_by_colour_and_by_shape() -> None:
     copies = [encoded(image) for image in shapes] + [
         encoded(image, "JPEG", quality=80) for image in shapes
     ]
-    found = look_alikes([inspect_image(Media(copy)) for copy in copies])
-    assert found.tolist() == [*range(len(shapes)), *range(len(shapes))]
+    groups = look_alikes([inspect_image(Media(copy)) for copy in copies])
+    assert groups.tolist() == [*range(len(shapes)), *range(len(shapes))]
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_of_easy_vqas_images_none_is_taken_for_another_colour_or_shape() -> None
 def by_hand(hashes: np.ndarray, thumbnails: np.ndarray, distance: int) -> list[int]:
     first: list[int] = []
     for place in range(len(hashes)):
-        found = place
+        original = place
         for earlier in range(place):
             if (
                 first[earlier] != earlier
@@ -164,9 +164,9 @@ def by_hand(hashes: np.ndarray, thumbnails: np.ndarray, distance: int) -> list[i
                 np.abs(apart.mean(0)).max() <= BRIGHTNESS
                 and np.abs(apart - apart.mean(0)).max() <= CELL
             ):
-                found = earlier
+                original = earlier
                 break
-        first.append(found)
+        first.append(original)
     return first
 
 

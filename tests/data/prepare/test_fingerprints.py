@@ -23,9 +23,14 @@ Change = Callable[[Path], None]
 
 
 def fingerprint(recipe: Any) -> dict[str, Any]:
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     rows = read_stage(
-        recipe, made, last=True, report=lambda event: None, stop=lambda: False, quarantine=None
+        recipe,
+        chat_processor,
+        last=True,
+        report=lambda event: None,
+        stop=lambda: False,
+        quarantine=None,
     )
     return json.loads(json.dumps(stage_fingerprint(recipe, rows)))
 

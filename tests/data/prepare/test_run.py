@@ -75,18 +75,20 @@ def test_rows_of_an_image_are_one_unit_wherever_they_stand(tmp_path: Path) -> No
 def test_what_is_read_back_is_what_the_processor_made(
     tmp_path: Path, name: str, layout: Any, group: Any
 ) -> None:
-    made = processor(name, "bytes", layout)
+    chat_processor = processor(name, "bytes", layout)
     rows = [
         row("a"),
         row("b", "two\nlines", media=None, category="text"),
         Conversation("m", turns("one?", "1", "two?", "2")),
     ]
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, group=group)
+    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, group=group)
     read = list(conversations(prepared.data, prepared.data.train, 0))
-    expected = [example for conversation in read for example in made.examples(conversation)]
-    found = examples_of(prepared)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
+    expected = [
+        example for conversation in read for example in chat_processor.examples(conversation)
+    ]
+    examples = examples_of(prepared)
+    assert len(examples) == len(expected)
+    for one, other in zip(examples, expected, strict=True):
         assert (one.id, one.category, one.questions) == (other.id, other.category, other.questions)
         for part in ("input_ids", "labels", "image_mask"):
             assert np.array_equal(getattr(one, part), getattr(other, part))
@@ -121,11 +123,11 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
 def test_overlong_rows_stop_or_are_dropped_and_counted(
     tmp_path: Path, name: str, layout: Any
 ) -> None:
-    made = processor(name, "bytes", layout, 60)
+    chat_processor = processor(name, "bytes", layout, 60)
     rows = [row("short"), row("long", "x" * 80), row("wordy", "q", "y" * 80)]
     with pytest.raises(DataError, match=r"row 2: .*data\.max_length 60 \(overlong: drop"):
-        prepare_rows(tmp_path / "rows.jsonl", rows, made)
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
+        prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor)
+    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, overlong="drop")
     assert names(prepared) == [["short"]] and prepared.left_out == {"overlong": 2}
     assert "row 2: " in next(prepared.reasons(1)) and "more than data.max_length 60" in next(
         prepared.reasons(1)
@@ -138,13 +140,13 @@ def test_no_length_up_to_the_limit_is_dropped_and_none_past_it_is_cut(tmp_path: 
         prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml", "bytes", "causal"))
     )
     for limit in range(1, len(whole.input_ids) + 3):
-        made = processor("chatml", "bytes", "causal", limit)
+        chat_processor = processor("chatml", "bytes", "causal", limit)
         if limit < len(whole.input_ids):
             with pytest.raises(DataError, match="no row is left"):
-                prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
+                prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, overlong="drop")
         else:
             (example,) = examples_of(
-                prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="drop")
+                prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, overlong="drop")
             )
             assert (
                 np.array_equal(example.input_ids, whole.input_ids)
@@ -153,21 +155,23 @@ def test_no_length_up_to_the_limit_is_dropped_and_none_past_it_is_cut(tmp_path: 
 
 
 def test_a_bad_row_stops_or_is_left_out_by_name_and_never_replaced(tmp_path: Path) -> None:
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     rows: list[Any] = [row("a"), {"messages": []}, row("b", media=Media(b"no image")), row("c")]
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: "):
-        prepare_rows(tmp_path / "rows.jsonl", rows, made)
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, on_bad_row="skip")
+        prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor)
+    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, on_bad_row="skip")
     assert (
         names(prepared) == [["a"], ["c"]] and sum(prepared.left_out.values()) == prepared.bad == 2
     )
     assert [reason.split(": ")[0][-5:] for reason in prepared.reasons(9)] == ["row 2", "row 3"]
     with pytest.raises(DataError, match=r"2 bad rows, more than 1 \(data\.max_bad_rows\)"):
-        prepare_rows(tmp_path / "rows.jsonl", rows, made, on_bad_row="skip", max_bad_rows=1)
+        prepare_rows(
+            tmp_path / "rows.jsonl", rows, chat_processor, on_bad_row="skip", max_bad_rows=1
+        )
     # What a lenient reading found holds the policy of the next one too.
     data = prepared.data.model_copy(update={"on_bad_row": "fail"})
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: "):
-        prepare(data, data.train, made, seed=0)
+        prepare(data, data.train, chat_processor, seed=0)
 
 
 def test_cleaning_rules_leave_rows_out_and_count_them(tmp_path: Path) -> None:
@@ -198,9 +202,9 @@ def test_rows_in_other_languages_are_left_out_and_those_that_tell_nothing_stay(
         row("fr", "De quelle couleur est la forme au milieu ?", "Elle est rouge."),
         row("zh", "图像中间的形状是什么颜色?", "红色"),
     ]
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     prepared = prepare_rows(
-        tmp_path / "rows.jsonl", rows, made, clean=Clean(languages=["en", "zh"])
+        tmp_path / "rows.jsonl", rows, chat_processor, clean=Clean(languages=["en", "zh"])
     )
     assert names(prepared) == [["en"], ["12"], ["zh"]] and prepared.left_out == {"language": 1}
 
@@ -208,46 +212,51 @@ def test_rows_in_other_languages_are_left_out_and_those_that_tell_nothing_stay(
 def test_long_conversations_are_split_between_turns_each_with_system_text_and_image(
     tmp_path: Path,
 ) -> None:
-    made = processor("smollm2", "bytes", "causal", 150)
+    chat_processor = processor("smollm2", "bytes", "causal", 150)
     talk = turns(
         *(text for n in range(6) for text in (f"question {n}", f"answer {n}")), system="be brief"
     )
     long = Conversation("long", (talk[0], Message("user", (RED, "question 0")), *talk[2:]))
-    prepared = prepare_rows(tmp_path / "rows.jsonl", [long], made, overlong="split")
-    found = examples_of(prepared)
-    assert len(found) > 1 and all(len(example.input_ids) <= 150 for example in found)
+    prepared = prepare_rows(tmp_path / "rows.jsonl", [long], chat_processor, overlong="split")
+    examples = examples_of(prepared)
+    assert len(examples) > 1 and all(len(example.input_ids) <= 150 for example in examples)
     assert all(
-        example.image_mask.sum() == IMAGE_SLOTS and len(example.media) == 1 for example in found
+        example.image_mask.sum() == IMAGE_SLOTS and len(example.media) == 1 for example in examples
     )
     texts = [
-        made.tokenizer.decode(example.input_ids[~example.image_mask].tolist()) for example in found
+        chat_processor.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
+        for example in examples
     ]
     assert all(text.count("be brief") == 1 for text in texts)
     assert [n for text in texts for n in range(6) if f"question {n}" in text] == list(range(6))
-    assert sum(example.questions for example in found) == 6 and len(
-        {example.id for example in found}
-    ) == len(found)
+    assert sum(example.questions for example in examples) == 6 and len(
+        {example.id for example in examples}
+    ) == len(examples)
     with pytest.raises(DataError, match="no row is left"):
-        prepare_rows(tmp_path / "rows.jsonl", [row("one turn", "x" * 200)], made, overlong="split")
+        prepare_rows(
+            tmp_path / "rows.jsonl", [row("one turn", "x" * 200)], chat_processor, overlong="split"
+        )
 
 
 @pytest.mark.parametrize(("name", "layout"), [("chatml", "causal"), ("flan", "seq2seq")])
 def test_questions_are_trimmed_and_answers_and_images_never(
     tmp_path: Path, name: str, layout: Any
 ) -> None:
-    made = processor(name, "bytes", layout, 80)
+    chat_processor = processor(name, "bytes", layout, 80)
     rows = [
         row("long", "word " * 40 + "end", "the whole answer"),
         row("short"),
         row("wordy", "q", "y" * 90),
     ]
-    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, made, overlong="trim")
+    prepared = prepare_rows(tmp_path / "rows.jsonl", rows, chat_processor, overlong="trim")
     assert names(prepared) == [["long"], ["short"]] and prepared.left_out == {"overlong": 1}
     example = examples_of(prepared)[0]
     assert 70 < len(example.input_ids) <= 80 and example.image_mask.sum() == IMAGE_SLOTS
-    said = example.labels[example.labels != IGNORE_INDEX].tolist()
-    assert "the whole answer" in made.tokenizer.decode(said)
-    assert "word word" in made.tokenizer.decode(example.input_ids[~example.image_mask].tolist())
+    answer_ids = example.labels[example.labels != IGNORE_INDEX].tolist()
+    assert "the whole answer" in chat_processor.tokenizer.decode(answer_ids)
+    assert "word word" in chat_processor.tokenizer.decode(
+        example.input_ids[~example.image_mask].tolist()
+    )
 
 
 # --- held out ----------------------------------------------------------------------------------
@@ -263,21 +272,24 @@ def test_a_split_keeps_the_rows_of_an_image_together_and_takes_its_share(tmp_pat
     both = Conversation(
         "both", (Message("user", (colored(3), colored(70), "q")), Message("assistant", ("a",)))
     )
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     split = Split(validation=0.1, test=0.2)
-    prepared = prepare_rows(tmp_path / "rows.jsonl", [*rows, both], made, split=split)
-    parts = {part: read_part(prepared.data, part, made, 0) for part in ("validation", "test")}
+    prepared = prepare_rows(tmp_path / "rows.jsonl", [*rows, both], chat_processor, split=split)
+    parts = {
+        part: read_part(prepared.data, part, chat_processor, 0) for part in ("validation", "test")
+    }
     train = {example.id for example in examples_of(prepared)}
-    held = {part: {row.id for row in found} for part, found in parts.items()}
-    assert 40 <= len(held["validation"]) <= 60 and 90 <= len(held["test"]) <= 111
+    part_ids = {part: {row.id for row in part_rows} for part, part_rows in parts.items()}
+    assert 40 <= len(part_ids["validation"]) <= 60 and 90 <= len(part_ids["test"]) <= 111
     assert (
-        not train & held["validation"]
-        and not train & held["test"]
-        and not held["test"] & held["validation"]
+        not train & part_ids["validation"]
+        and not train & part_ids["test"]
+        and not part_ids["test"] & part_ids["validation"]
     )
-    assert len(train) + sum(map(len, held.values())) == 501
+    assert len(train) + sum(map(len, part_ids.values())) == 501
     shown = {
-        part: {item.read() for row in found for item in row.media} for part, found in parts.items()
+        part: {item.read() for row in part_rows for item in row.media}
+        for part, part_rows in parts.items()
     }
     shown["train"] = {item.read() for item in prepared.media}
     assert (
@@ -285,7 +297,9 @@ def test_a_split_keeps_the_rows_of_an_image_together_and_takes_its_share(tmp_pat
         and not shown["validation"] & shown["test"]
     )
     # The same rows in another order are divided in the same way.
-    again = prepare_rows(tmp_path / "rows.jsonl", [both, *reversed(rows)], made, split=split)
+    again = prepare_rows(
+        tmp_path / "rows.jsonl", [both, *reversed(rows)], chat_processor, split=split
+    )
     assert {e.id.split(":")[1] for e in examples_of(again)} == {
         name.split(":")[1] for name in train
     }
@@ -296,12 +310,12 @@ def test_a_stratified_split_holds_its_shares_in_every_category(tmp_path: Path) -
         row(f"{n}", f"q {n}", media=colored(n), category="rare" if n % 10 == 0 else "common")
         for n in range(200)
     ]
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     prepared = prepare_rows(
-        tmp_path / "rows.jsonl", rows, made, split=Split(validation=0.2, stratify=True)
+        tmp_path / "rows.jsonl", rows, chat_processor, split=Split(validation=0.2, stratify=True)
     )
-    found = [row.category for row in read_part(prepared.data, "validation", made, 0)]
-    assert (found.count("rare"), found.count("common")) == (4, 36)
+    categories = [row.category for row in read_part(prepared.data, "validation", chat_processor, 0)]
+    assert (categories.count("rare"), categories.count("common")) == (4, 36)
 
 
 # --- the cache ---------------------------------------------------------------------------------
@@ -324,12 +338,12 @@ def test_a_second_start_reads_nothing_and_a_change_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = counted(monkeypatch)
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     rows, path = [row("a"), row("b", media=BLUE)], tmp_path / "rows.jsonl"
-    first = prepare_rows(path, rows, made)
+    first = prepare_rows(path, rows, chat_processor)
     data = first.data
 
-    def again(changed: DataSection = data, using: Any = made) -> int:
+    def again(changed: DataSection = data, using: Any = chat_processor) -> int:
         before = len(written)
         prepare(changed, changed.train, using, seed=0)
         return len(written) - before
@@ -352,10 +366,10 @@ def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(
     monkeypatch.setattr("vlm_tune.data.sources.base.CHUNK_ROWS", 10)
     monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
     written = counted(monkeypatch)
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     path = tmp_path / "rows.jsonl"
     rows = [row(f"{n}", f"q{n}") for n in range(45)]
-    expected = names(prepare_rows(path, rows, made, workers=0))
+    expected = names(prepare_rows(path, rows, chat_processor, workers=0))
     assert len(written) == 5
     shutil.rmtree(cache_folder("prepared"))
     written.clear()
@@ -366,8 +380,8 @@ def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(
         max_length=4096,
     )
     with pytest.raises(Interrupted, match="after 20 rows; they are kept"):
-        prepare(data, data.train, made, seed=0, stop=lambda: len(written) == 2)
-    assert names(prepare(data, data.train, made, seed=0)) == expected
+        prepare(data, data.train, chat_processor, seed=0, stop=lambda: len(written) == 2)
+    assert names(prepare(data, data.train, chat_processor, seed=0)) == expected
     assert len(written) == 5 and len(set(written)) == 5
 
 
@@ -375,15 +389,20 @@ def test_several_processes_prepare_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm_tune.data.sources.json_csv.CHUNK_ROWS", 10)
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     rows: list[Any] = [row(f"{n}", f"q{n}", media=colored(n % 7)) for n in range(60)]
     rows[33] = {"messages": []}
-    found = []
+    examples_by_workers = []
     for workers in (0, 3):
         prepared = prepare_rows(
-            tmp_path / "rows.jsonl", rows, made, group="image", on_bad_row="skip", workers=workers
+            tmp_path / "rows.jsonl",
+            rows,
+            chat_processor,
+            group="image",
+            on_bad_row="skip",
+            workers=workers,
         )
-        found.append(
+        examples_by_workers.append(
             [
                 (e.id, e.input_ids.tolist(), e.labels.tolist(), e.questions)
                 for e in examples_of(prepared)
@@ -391,7 +410,7 @@ def test_several_processes_prepare_what_one_does(
         )
         assert prepared.bad == 1
         shutil.rmtree(cache_folder("prepared"))
-    assert found[0] == found[1] and len(found[0]) == 7
+    assert examples_by_workers[0] == examples_by_workers[1] and len(examples_by_workers[0]) == 7
 
 
 def test_a_killed_worker_is_an_error_that_names_its_rows(
@@ -417,36 +436,42 @@ def test_a_killed_worker_is_an_error_that_names_its_rows(
 
 def test_a_limit_counts_rows_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    made = processor("chatml", "bytes", "causal")
-    prepare_rows(path, [row("a"), {"messages": []}, row("b"), row("c")], made, on_bad_row="skip")
+    chat_processor = processor("chatml", "bytes", "causal")
+    prepare_rows(
+        path, [row("a"), {"messages": []}, row("b"), row("c")], chat_processor, on_bad_row="skip"
+    )
     source = FileSource(kind="file", path=str(path), form="messages", limit=3)
     data = DataSection(
         train=[source, source], template="chatml", on_bad_row="skip", max_length=4096
     )
-    assert names(prepare(data, data.train, made, seed=0)) == [["a"], ["b"]] * 2
-    assert [found.id.split(":")[1] for found in conversations(data, data.train, 0)] == [
+    assert names(prepare(data, data.train, chat_processor, seed=0)) == [["a"], ["b"]] * 2
+    assert [
+        conversation.id.split(":")[1] for conversation in conversations(data, data.train, 0)
+    ] == [
         "a",
         "b",
     ] * 2
 
 
 def test_prompts_past_the_limit_are_refused_by_name() -> None:
-    made = processor("chatml", "bytes", "causal", 60)
-    assert len(made.prompts([row("a"), row("b")])) == 2
+    chat_processor = processor("chatml", "bytes", "causal", 60)
+    assert len(chat_processor.prompts([row("a"), row("b")])) == 2
     with pytest.raises(DataError, match=r"row long: \d+ tokens, more than 60"):
-        made.prompts([row("a"), row("long", "x" * 80)])
+        chat_processor.prompts([row("a"), row("long", "x" * 80)])
 
 
 def test_stop_ids_are_the_formats_end_and_the_tokenizers() -> None:
-    made = processor("chatml", "bytes", "causal")
-    assert [made.tokenizer.convert_ids_to_tokens(stop) for stop in made.stop_ids] == [
+    chat_processor = processor("chatml", "bytes", "causal")
+    assert [
+        chat_processor.tokenizer.convert_ids_to_tokens(stop) for stop in chat_processor.stop_ids
+    ] == [
         "<|im_end|>",
         "</s>",
     ]
-    made = processor("vicuna", "bytes", "causal")
-    assert made.stop_ids == [made.spec.eos_id]
-    answer = made.examples(Conversation("d", turns("q", " red ")))[0]
-    assert made.decode(answer.labels[answer.labels != IGNORE_INDEX].tolist()) == "red"
+    chat_processor = processor("vicuna", "bytes", "causal")
+    assert chat_processor.stop_ids == [chat_processor.spec.eos_id]
+    answer = chat_processor.examples(Conversation("d", turns("q", " red ")))[0]
+    assert chat_processor.decode(answer.labels[answer.labels != IGNORE_INDEX].tolist()) == "red"
 
 
 def test_sources_are_named_by_their_files_longer_where_two_are_alike() -> None:
@@ -492,7 +517,7 @@ def test_an_image_that_was_mended_is_looked_at_again(
     policy: Any, damage: str, tmp_path: Path
 ) -> None:
     """Chunks of a failed preparation keep no file's fault, and neither does a finished one."""
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), (200, 10, 10)).save(image)
     Image.new("RGB", (32, 32), (10, 10, 200)).save(tmp_path / "b.png")
@@ -506,20 +531,20 @@ def test_an_image_that_was_mended_is_looked_at_again(
         image.unlink()
     if policy == "fail":
         with pytest.raises(DataError, match=r"a\.png"):
-            prepare(data, data.train, made, seed=0)
+            prepare(data, data.train, chat_processor, seed=0)
     else:
-        assert prepare(data, data.train, made, seed=0).bad == 1
+        assert prepare(data, data.train, chat_processor, seed=0).bad == 1
     image.write_bytes(whole)
-    prepared = prepare(data, data.train, made, seed=0)
+    prepared = prepare(data, data.train, chat_processor, seed=0)
     assert prepared.bad == 0
     assert len(prepared) == 2
 
 
 def test_a_second_name_of_the_same_image_is_watched_too(tmp_path: Path) -> None:
-    made = processor("chatml", "bytes", "causal")
+    chat_processor = processor("chatml", "bytes", "causal")
     for name in ("a.png", "b.png"):
         Image.new("RGB", (32, 32), (200, 10, 10)).save(tmp_path / name)
     data = section_of(tmp_path / "rows.jsonl", [image_row("a.png"), image_row("b.png")])
-    assert len(prepare(data, data.train, made, seed=0).media) == 1
+    assert len(prepare(data, data.train, chat_processor, seed=0).media) == 1
     Image.new("RGB", (32, 32), (10, 10, 200)).save(tmp_path / "b.png")
-    assert len(prepare(data, data.train, made, seed=0).media) == 2
+    assert len(prepare(data, data.train, chat_processor, seed=0).media) == 2

@@ -62,13 +62,13 @@ def test_every_file_format_gives_the_same_conversations(
     rows = vqa(12) if name == "task" else CHATS
     reference = good(read(file_source(write_rows(tmp_path / "rows.jsonl", rows))))
     source = file_source(write_rows(tmp_path / f"rows.{ending}", rows))
-    found = good(read(source))
-    assert [(row.id, row.messages, row.row) for row in found] == [
+    conversations = good(read(source))
+    assert [(row.id, row.messages, row.row) for row in conversations] == [
         (row.id, row.messages, row.row) for row in reference
     ]
     reader = pickle.loads(pickle.dumps(open_source(source, seed=0)))
     backwards = [list(reader.conversations(chunk)) for chunk in list(reader.chunks())[::-1]]
-    assert [row for chunk in backwards[::-1] for row in chunk] == found
+    assert [row for chunk in backwards[::-1] for row in chunk] == conversations
 
 
 @pytest.mark.parametrize("ending", FILES)
@@ -125,11 +125,11 @@ def test_fault_09_a_bad_line_is_one_row_wherever_blocks_and_chunks_end(
             patch.setattr(json_csv, name, value)
         form = JsonLines()
         stretches = list(form.stretches(path))
-        found = [row for first, _, payload in stretches for row in form.rows(path, first, payload)]
+        parsed = [row for first, _, payload in stretches for row in form.rows(path, first, payload)]
     assert all(rows <= size for _, rows, _ in stretches)
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    assert [number for number, _ in found] == [number for number, _ in expected]
-    for (_, value), (_, line) in zip(found, expected, strict=True):
+    assert [number for number, _ in parsed] == [number for number, _ in expected]
+    for (_, value), (_, line) in zip(parsed, expected, strict=True):
         try:
             assert b"\0" not in line and value == json.loads(line.decode("utf-8"))
         except (ValueError, AssertionError):
@@ -163,10 +163,10 @@ def test_a_line_longer_than_any_row_is_named_and_passed_over(
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "' + b"x" * 500 + b'"}\n{"a": 2}\n' + b"y" * 400)
     ((first, _, payload),) = JsonLines().stretches(path)
-    found = list(JsonLines().rows(path, first, payload))
-    assert [number for number, _ in found] == [1, 2, 3, 4] and found[2][1] == {"a": 2}
+    parsed = list(JsonLines().rows(path, first, payload))
+    assert [number for number, _ in parsed] == [1, 2, 3, 4] and parsed[2][1] == {"a": 2}
     assert all(
-        isinstance(found[place][1], DataError) and "more than 100 bytes" in str(found[place][1])
+        isinstance(parsed[place][1], DataError) and "more than 100 bytes" in str(parsed[place][1])
         for place in (1, 3)
     )
 
@@ -203,14 +203,14 @@ def test_a_list_is_read_in_parts_as_it_is_read_whole(
         patch.setattr(json_csv, "CHUNK_ROWS", size)
         patch.setattr(json_csv, "BLOCK", max(block, 8))  # the file's first block holds the bracket
         stretches = list(JsonList().stretches(path))
-        found = [
+        parsed = [
             row
             for first, _, payload in stretches[::-1]
             for row in JsonList().rows(path, first, payload)
         ]
-    found = sorted(found, key=lambda row: row[0])
-    assert [number for number, _ in found] == list(range(1, len(values) + 1))
-    for (_, value), expected in zip(found, values, strict=True):
+    parsed = sorted(parsed, key=lambda row: row[0])
+    assert [number for number, _ in parsed] == list(range(1, len(values) + 1))
+    for (_, value), expected in zip(parsed, values, strict=True):
         assert value == expected or isinstance(value, DataError)
         if ascii_only and "\0" not in json.dumps(expected, ensure_ascii=False):
             assert value == expected
@@ -246,11 +246,11 @@ def test_one_bad_element_of_a_list_is_one_row(tmp_path: Path, png: bytes) -> Non
         + b", ".join([good_row, b'{"image": "\xff"}', b"5", b'{"image": "a\nb"}', good_row])
         + b"]"
     )
-    found = read(file_source(path))
-    assert [isinstance(row, DataError) for row in found] == [False, True, True, True, False]
+    rows = read(file_source(path))
+    assert [isinstance(row, DataError) for row in rows] == [False, True, True, True, False]
     assert "row 2: not JSON: 'utf-8' codec" in str(
-        found[1]
-    ) and "a row is a JSON object, this is int" in str(found[2])
+        rows[1]
+    ) and "a row is a JSON object, this is int" in str(rows[2])
 
 
 # --- CSV ---------------------------------------------------------------------------------------
@@ -273,10 +273,10 @@ def test_fault_09_bad_records_of_a_table_are_named(tmp_path: Path, png: bytes) -
         b'a.png,"cut',
     ]
     path.write_bytes(b"\r\n".join(lines))
-    found = read(file_source(path))
-    assert [row.row for row in found] == list(range(1, 10))
+    rows = read(file_source(path))
+    assert [row.row for row in rows] == list(range(1, 10))
     assert (
-        isinstance(found[0], Conversation) and found[0].messages[0].text == 'two\r\nlines, "quoted"'
+        isinstance(rows[0], Conversation) and rows[0].messages[0].text == 'two\r\nlines, "quoted"'
     )
     texts = [
         "2 cells, the header has 3: image, question, answer",
@@ -286,10 +286,10 @@ def test_fault_09_bad_records_of_a_table_are_named(tmp_path: Path, png: bytes) -
         "not CSV",
         "no text `answer`",
     ]
-    for row, text in zip(found[1:7], texts, strict=True):
+    for row, text in zip(rows[1:7], texts, strict=True):
         assert isinstance(row, DataError) and text in str(row)
-    assert isinstance(found[7], Conversation) and found[7].messages[1].text == "good"
-    assert isinstance(found[8], DataError) and "not CSV: unexpected end of data" in str(found[8])
+    assert isinstance(rows[7], Conversation) and rows[7].messages[1].text == "good"
+    assert isinstance(rows[8], DataError) and "not CSV: unexpected end of data" in str(rows[8])
 
 
 @given(
@@ -307,13 +307,13 @@ def test_a_table_is_cut_between_records_only(
     path = write_rows(tmp_path / "rows.csv", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_csv, "CHUNK_ROWS", size)
-        found = [
+        parsed = [
             row
             for first, _, payload in Csv().stretches(path)
             for row in Csv().rows(path, first, payload)
         ]
-    assert [number for number, _ in found] == list(range(1, len(rows) + 1))
-    for (_, value), row in zip(found, rows, strict=True):
+    assert [number for number, _ in parsed] == list(range(1, len(rows) + 1))
+    for (_, value), row in zip(parsed, rows, strict=True):
         nul = "\0" in row["a"] + row["b"]
         assert (
             isinstance(value, DataError)
@@ -363,12 +363,12 @@ def test_a_damaged_row_group_is_named_and_the_next_is_read(tmp_path: Path, png: 
     data = bytearray(path.read_bytes())
     data[20:200] = bytes(180)
     path.write_bytes(data)
-    found = read(file_source(path, form="vqa"))
+    rows = read(file_source(path, form="vqa"))
     # Each of the group's rows counts.
-    assert [(row.row, row.kind) for row in found[:5] if isinstance(row, DataError)] == [
+    assert [(row.row, row.kind) for row in rows[:5] if isinstance(row, DataError)] == [
         (row, "damaged") for row in range(1, 6)
     ]
-    assert [row.row for row in good(found[5:])] == [6, 7, 8, 9, 10]
+    assert [row.row for row in good(rows[5:])] == [6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "feather", "csv", "json", "tar"])
@@ -388,10 +388,10 @@ def test_fault_09_whatever_bytes_are_damaged_rows_or_the_file_are_named(
             data[random.randrange(len(data))] = random.randrange(256)
         path.write_bytes(data[: random.choice([len(data), random.randrange(len(data))])])
         try:
-            found = read(source)
+            rows = read(source)
         except DataError as error:
-            found = [error]
-        assert all(isinstance(row, Conversation) or str(row).startswith(str(path)) for row in found)
+            rows = [error]
+        assert all(isinstance(row, Conversation) or str(row).startswith(str(path)) for row in rows)
 
 
 # --- data sets ---------------------------------------------------------------------------------
@@ -439,24 +439,24 @@ def test_a_data_set_is_read_without_decoding(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = saved(tmp_path / "set", png, kind=kind)
-    found = good(read(source))
+    rows = good(read(source))
     assert (
-        len(found) == 300
-        and found[5].media == (Media(png),)
-        and found[5].source == str(tmp_path / "set")
+        len(rows) == 300
+        and rows[5].media == (Media(png),)
+        and rows[5].source == str(tmp_path / "set")
     )
-    assert [row.row for row in found] == list(range(1, 301)) and found[5].id == "set/train:6:6"
+    assert [row.row for row in rows] == list(range(1, 301)) and rows[5].id == "set/train:6:6"
     if kind == "turns":
-        assert found[5].messages[0].parts == (Media(png), "q?")
+        assert rows[5].messages[0].parts == (Media(png), "q?")
     else:
-        assert {row.messages[1].text for row in found} == {"cat", "dog"} and all(
-            "cat, dog" in row.messages[0].text for row in found
+        assert {row.messages[1].text for row in rows} == {"cat", "dog"} and all(
+            "cat, dog" in row.messages[0].text for row in rows
         )
     reader = open_source(source, seed=0)
     assert reader.form == ("llava" if kind == "turns" else "classify")
     state = pickle.dumps(reader)
     assert len(state) < 20_000 or kind == "turns"
-    assert good(list(read_all([pickle.loads(state)]))) == found
+    assert good(list(read_all([pickle.loads(state)]))) == rows
     assert reader.fingerprint() == open_source(source, seed=0).fingerprint()
 
 
@@ -467,23 +467,23 @@ def test_a_data_set_is_streamed_shard_by_shard(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = saved(tmp_path / "set", png, kind="parquet")
-    found = good(read(source, streaming=True))
+    rows = good(read(source, streaming=True))
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     whole = good(read(source))
-    assert [(row.media, row.category) for row in found] == [
+    assert [(row.media, row.category) for row in rows] == [
         (row.media, row.category) for row in whole
     ]
     assert (
-        len({row.id for row in found}) == 300
-        and found[0].source.endswith("set, shard 0")
-        and found[-1].row == 150
+        len({row.id for row in rows}) == 300
+        and rows[0].source.endswith("set, shard 0")
+        and rows[-1].row == 150
     )
     reader = pickle.loads(pickle.dumps(open_source(source, seed=0, streaming=True)))
     chunks = list(reader.chunks())
     assert (
         len(chunks) == 2
         and chunks[0].rows == sys.maxsize
-        and good(list(reader.conversations(chunks[1]))) == found[150:]
+        and good(list(reader.conversations(chunks[1]))) == rows[150:]
     )
 
 
@@ -508,11 +508,11 @@ def test_images_of_a_shard_stay_in_it(tmp_path: Path, png: bytes) -> None:
     path = write_shard(
         tmp_path / "s.tar", [{"png": png, "txt": f"caption {n}".encode()} for n in range(5)]
     )
-    found = good(read(web(path)))
-    assert [row.id for row in found] == [f"s:{n:04d}:{n + 1}" for n in range(5)] and [
-        row.row for row in found
+    rows = good(read(web(path)))
+    assert [row.id for row in rows] == [f"s:{n:04d}:{n + 1}" for n in range(5)] and [
+        row.row for row in rows
     ] == [1, 2, 3, 4, 5]
-    for number, row in enumerate(found):
+    for number, row in enumerate(rows):
         (media,) = row.media
         assert isinstance(media.source, Slice) and media.source.path == path and media.read() == png
         assert row.messages[1].text == f"caption {number}"
@@ -540,8 +540,8 @@ def test_a_shards_json_brings_fields_and_the_order_of_images(tmp_path: Path, png
         {"json": b"[1]"},
         {"0.png": png, "txt": b"\xff"},
     ]
-    found = read(web(write_shard(tmp_path / "s.tar", samples), form="llava"))
-    rows = good(found[:3])
+    rows_and_errors = read(web(write_shard(tmp_path / "s.tar", samples), form="llava"))
+    rows = good(rows_and_errors[:3])
     offsets = [
         [media.source.offset for media in row.media if isinstance(media.source, Slice)]
         for row in rows
@@ -553,7 +553,7 @@ def test_a_shards_json_brings_fields_and_the_order_of_images(tmp_path: Path, png
     )
     assert [row.id for row in rows] == ["s:x:1", "s:0001:2", "s:0002:3"]
     for row, text in zip(
-        found[3:],
+        rows_and_errors[3:],
         ["0003.json: not JSON", "0004.json holds a list", "0005.txt: 'utf-8'"],
         strict=True,
     ):
@@ -583,12 +583,12 @@ def test_shards_are_read_from_the_middle_and_by_pattern(
     reader = open_source(web(tmp_path / "*.tar"), seed=0)
     chunks = list(reader.chunks())
     assert [chunk.rows for chunk in chunks] == [3, 3, 2, 3, 3, 2]
-    found = [good(list(reader.conversations(chunk))) for chunk in chunks[::-1]]
-    assert [row.messages[1].text for chunk in found[::-1] for row in chunk] == [
+    rows_by_chunk = [good(list(reader.conversations(chunk))) for chunk in chunks[::-1]]
+    assert [row.messages[1].text for chunk in rows_by_chunk[::-1] for row in chunk] == [
         f"c{n}" for n in range(8)
     ] * 2
-    assert all(row.media[0].read() == png for chunk in found for row in chunk)
-    assert found[0][0].source == str(tmp_path / "b.tar") and found[0][0].row == 7
+    assert all(row.media[0].read() == png for chunk in rows_by_chunk for row in chunk)
+    assert rows_by_chunk[0][0].source == str(tmp_path / "b.tar") and rows_by_chunk[0][0].row == 7
 
 
 @pytest.mark.parametrize("mode", ["", ":gz"])

@@ -77,15 +77,15 @@ def test_what_a_question_and_its_answer_reveal(
 def test_what_the_train_split_reveals_agrees_with_all_of_an_images_answers() -> None:
     """Truth of each statement is judged from the words, apart from how `revealed` found them."""
     rows = questions("train", 200)
-    found = revealed(rows)
-    assert len(found) > 0.95 * len({image for *_, image in rows})
-    assert {known["color"] for known in found.values() if "color" in known} == set(COLORS)
-    assert {known["shape"] for known in found.values() if "shape" in known} == set(SHAPES)
-    told = 0
+    attributes = revealed(rows)
+    assert len(attributes) > 0.95 * len({image for *_, image in rows})
+    assert {known["color"] for known in attributes.values() if "color" in known} == set(COLORS)
+    assert {known["shape"] for known in attributes.values() if "shape" in known} == set(SHAPES)
+    checked = 0
     for _, question, answer, image in rows:
         words = question.rstrip("?").split()
         for kind, names in (("color", COLORS), ("shape", SHAPES)):
-            known = found.get(image, {}).get(kind)
+            known = attributes.get(image, {}).get(kind)
             if answer in names:
                 assert known == answer
             named = [word for word in words if word in names]
@@ -96,8 +96,8 @@ def test_what_the_train_split_reveals_agrees_with_all_of_an_images_answers() -> 
                     answer,
                     known,
                 )
-                told += 1
-    assert told > 1000
+                checked += 1
+    assert checked > 1000
 
 
 def test_captions_say_what_is_revealed_and_only_for_their_split() -> None:

@@ -49,8 +49,8 @@ def test_examples_have_other_images_and_carry_no_loss(path: Path, count: int) ->
             False
         ] * count + [True]
         assert bare.media[0] not in row.media[:-1] and len(row.media) == count + 1
-        asked = [message.parts[-1] for message in row.messages if message.role == "user"]
-        assert len(set(asked)) == count + 1
+        questions = [message.parts[-1] for message in row.messages if message.role == "user"]
+        assert len(set(questions)) == count + 1
         # Each example is a question of the source with its own image and answer.
         known = {other.messages[0].parts: other.messages[1].text for other in plain}
         for question, answer in zip(row.messages[:-2:2], row.messages[1:-2:2], strict=True):
@@ -92,12 +92,12 @@ def test_too_few_other_images_is_an_error_of_the_row(path: Path) -> None:
     path.write_text(
         "\n".join(path.read_text().splitlines()[:6])
     )  # four questions about one image, two about another
-    found = read(file_source(path, shots=3))
-    assert [isinstance(row, DataError) for row in found] == [True] * 4 + [False] * 2
+    rows = read(file_source(path, shots=3))
+    assert [isinstance(row, DataError) for row in rows] == [True] * 4 + [False] * 2
     assert (
-        "shots: 3 needs as many rows with other images" in str(found[0])
-        and "there are 2" in str(found[0])
-        and "row 1" in str(found[0])
+        "shots: 3 needs as many rows with other images" in str(rows[0])
+        and "there are 2" in str(rows[0])
+        and "row 1" in str(rows[0])
     )
 
 

@@ -183,8 +183,8 @@ def clip(
 
 def greys(parts: tuple[str | Media, ...]) -> list[int]:
     """Which frames of a `clip` these are."""
-    found = [decode_image(part.read()) for part in parts if isinstance(part, Media)]
-    return [round(float(np.asarray(image).mean()) / 10) for image in found]
+    frames = [decode_image(part.read()) for part in parts if isinstance(part, Media)]
+    return [round(float(np.asarray(image).mean()) / 10) for image in frames]
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
         {"video": "v.mp4", "question": "What happens?", "answer": "grey"},
         {"video": "v.mp4", "instruction": "What happens?", "output": "grey"},
     ]
-    found = []
+    conversations = []
     for number, row in enumerate(rows):
         (one,) = good(
             read(file_source(write_rows(tmp_path / f"{number}.jsonl", [row]), video_frames=2))
         )
-        found.append([(message.role, message.parts) for message in one.messages])
-    assert all(messages == found[0] for messages in found)
-    shown = [part if isinstance(part, str) else "image" for part in found[0][0][1]]
+        conversations.append([(message.role, message.parts) for message in one.messages])
+    assert all(messages == conversations[0] for messages in conversations)
+    shown = [part if isinstance(part, str) else "image" for part in conversations[0][0][1]]
     assert shown == [
         "0.0s: ",
         "image",

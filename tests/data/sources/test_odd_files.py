@@ -65,13 +65,13 @@ def test_gzip_is_read_as_the_file_in_it(folder: Path, ending: str) -> None:
     reader = open_source(file_source(packed, image_root=str(folder)), seed=0)
     chunks = list(reader.chunks())
     assert len(chunks) == 3
-    found = [
+    rows = [
         row for chunk in (chunks[2], chunks[0], chunks[1]) for row in reader.conversations(chunk)
     ]
-    assert [row.messages for row in good(found[500:] + found[:500])] == [
+    assert [row.messages for row in good(rows[500:] + rows[:500])] == [
         row.messages for row in expected
     ]
-    assert {row.id for row in good(found)} == {row.id for row in expected}
+    assert {row.id for row in good(rows)} == {row.id for row in expected}
     # Its name need not say so.
     named = folder / f"named.{ending}"
     named.write_bytes(packed.read_bytes())
@@ -105,8 +105,8 @@ def test_a_list_of_rows_inside_an_object_is_read(
 ) -> None:
     path = folder / "rows.json"
     path.write_text(json.dumps(wrap(ROWS), indent=indent, ensure_ascii=False))
-    found = good(read(file_source(path)))
-    assert [row.row for row in found] == list(range(1, 4501)) and found[-1].id == "rows:q4499:4500"
+    rows = good(read(file_source(path)))
+    assert [row.row for row in rows] == list(range(1, 4501)) and rows[-1].id == "rows:q4499:4500"
 
 
 @pytest.mark.parametrize(
@@ -197,17 +197,17 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
     ],
 )
 def test_an_odd_image_is_named_in_few_words(folder: Path, image: Any, message: str) -> None:
-    (found,) = read(file_source(lines(folder / "rows.jsonl", [{**VQA, "image": image}])))
-    assert isinstance(found, DataError) and message in found.message and len(found.message) < 300
-    assert found.message.isprintable()
+    (error,) = read(file_source(lines(folder / "rows.jsonl", [{**VQA, "image": image}])))
+    assert isinstance(error, DataError) and message in error.message and len(error.message) < 300
+    assert error.message.isprintable()
 
 
 def test_base64_without_a_header_is_an_image(folder: Path) -> None:
     buffer = io.BytesIO()
     Image.effect_noise((16, 16), 90).convert("RGB").save(buffer, "PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
-    (found,) = good(read(file_source(lines(folder / "rows.jsonl", [{**VQA, "image": text}]))))
-    assert found.media[0].source == buffer.getvalue()
+    (row,) = good(read(file_source(lines(folder / "rows.jsonl", [{**VQA, "image": text}]))))
+    assert row.media[0].source == buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_an_odd_content_is_named_in_few_words(folder: Path, content: Any, messag
     row = {
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
     }
-    (found,) = read(file_source(lines(folder / "rows.jsonl", [row])))
-    assert isinstance(found, DataError) and message in found.message and len(found.message) < 300
+    (error,) = read(file_source(lines(folder / "rows.jsonl", [row])))
+    assert isinstance(error, DataError) and message in error.message and len(error.message) < 300
 
 
 # --- text that is none -------------------------------------------------------------------------
@@ -384,19 +384,19 @@ def test_a_cell_that_can_not_be_read_is_its_rows_fault_only_where_it_is_used(
     folder: Path, ending: str
 ) -> None:
     path = odd_table(folder / f"rows.{ending}")
-    found = read(file_source(path))
-    assert [isinstance(row, Conversation) for row in found] == [True, False, True, True]
+    rows = read(file_source(path))
+    assert [isinstance(row, Conversation) for row in rows] == [True, False, True, True]
     assert (
-        isinstance(found[1], DataError)
-        and found[1].kind == "text"
-        and "`question`: 'utf-8' codec can't decode" in found[1].message
+        isinstance(rows[1], DataError)
+        and rows[1].kind == "text"
+        and "`question`: 'utf-8' codec can't decode" in rows[1].message
     )
     for column in ("day", "stamp"):
-        found = read(file_source(path, columns={"category": column}, form="vqa"))
+        rows = read(file_source(path, columns={"category": column}, form="vqa"))
         assert (
-            isinstance(found[2], DataError)
-            and found[2].row == 3
-            and "`category`: " in found[2].message
+            isinstance(rows[2], DataError)
+            and rows[2].row == 3
+            and "`category`: " in rows[2].message
         )
     day = datetime.date(1970, 1, 2)
     assert day in {cell for row in odd_rows(path) for cell in row.values()}

@@ -60,18 +60,18 @@ def test_chunks_read_in_another_process_are_what_reading_all_gives(
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3])])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    found = pickle.loads((tmp_path / "found.pkl").read_bytes())
-    assert [row for chunk in found[::-1] for row in chunk] == expected
+    rows_by_chunk = pickle.loads((tmp_path / "found.pkl").read_bytes())
+    assert [row for chunk in rows_by_chunk[::-1] for row in chunk] == expected
 
 
 def test_opening_and_taking_some_rows_reads_no_further(
     tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    found = read_all([open_source(file_source(path), seed=0)])
-    assert isinstance(next(found), Conversation)
+    row_stream = read_all([open_source(file_source(path), seed=0)])
+    assert isinstance(next(row_stream), Conversation)
     path.write_bytes(path.read_bytes()[:400_000])
-    assert len([next(found) for _ in range(1500)]) == 1500
+    assert len([next(row_stream) for _ in range(1500)]) == 1500
 
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -98,8 +98,8 @@ def test_the_fingerprint_changes_with_the_rows_and_with_what_shapes_them(
         == fingerprint(weight=2.0)
         == fingerprint(template="vicuna")
     )
-    own = tmp_path / "own.yaml"
-    own.write_text("task: vqa\nlanguage: en\nprompts: ['{question}']\nanswer: '{answer}'\n")
+    prompt_set = tmp_path / "own.yaml"
+    prompt_set.write_text("task: vqa\nlanguage: en\nprompts: ['{question}']\nanswer: '{answer}'\n")
     others = [
         fingerprint(1),
         fingerprint(shots=1),
@@ -107,12 +107,12 @@ def test_the_fingerprint_changes_with_the_rows_and_with_what_shapes_them(
         fingerprint(image_root=str(tmp_path / "x")),
     ]
     others += [
-        fingerprint(instructions=str(own)),
+        fingerprint(instructions=str(prompt_set)),
         fingerprint(columns={"category": "id"}),
         fingerprint(video_frames=2),
     ]
-    own.write_text(own.read_text().replace("'{question}'", "'{question} Say.'"))
-    others += [fingerprint(instructions=str(own))]
+    prompt_set.write_text(prompt_set.read_text().replace("'{question}'", "'{question} Say.'"))
+    others += [fingerprint(instructions=str(prompt_set))]
     write_rows(path, rows[:6])
     others += [fingerprint()]
     assert len({first, *others}) == len(others) + 1
@@ -127,16 +127,16 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(
     with (tmp_path / "x/part-2.jsonl").open("a") as file:
         file.write("{\n")
     source = file_source(tmp_path / "*/part-*", image_root=str(tmp_path))
-    found = read(source)
-    places = [(row.source, row.row) for row in found]
+    parsed = read(source)
+    places = [(row.source, row.row) for row in parsed]
     names = ["x/part-10.parquet"] * 2 + ["x/part-2.jsonl"] * 3 + ["y/part-2.csv"] * 2
     assert places == [
         (str(tmp_path / name), row) for name, row in zip(names, [1, 2, 1, 2, 3, 1, 2], strict=True)
     ]
-    assert isinstance(found[4], DataError) and str(found[4]).startswith(
+    assert isinstance(parsed[4], DataError) and str(parsed[4]).startswith(
         f"{tmp_path}/x/part-2.jsonl, row 3: not JSON"
     )
-    assert [row.id for row in found if isinstance(row, Conversation)][-1] == "y/part-2:q5:2"
+    assert [row.id for row in parsed if isinstance(row, Conversation)][-1] == "y/part-2:q5:2"
     chunks = list(open_source(source, seed=0).chunks())
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
 
@@ -161,17 +161,17 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(
 def test_a_source_that_is_none_says_why(
     tmp_path: Path, rows: list[dict[str, Any]], name: str, message: str
 ) -> None:
-    for made, text in {
+    for file_name, text in {
         "shard.tar": "x",
         "empty.jsonl": "",
         "empty.csv": "",
         "twice.csv": "a,b,a\n1,2,3\n",
     }.items():
-        (tmp_path / made).write_text(text)
-    for made in ("broken.parquet", "broken.arrow", "broken.feather"):
-        data = write_rows(tmp_path / made, rows[:50]).read_bytes()
-        (tmp_path / made).write_bytes(
-            data[: len(data) // 2] if made != "broken.arrow" else b"not arrow at all"
+        (tmp_path / file_name).write_text(text)
+    for file_name in ("broken.parquet", "broken.arrow", "broken.feather"):
+        data = write_rows(tmp_path / file_name, rows[:50]).read_bytes()
+        (tmp_path / file_name).write_bytes(
+            data[: len(data) // 2] if file_name != "broken.arrow" else b"not arrow at all"
         )
     with pytest.raises(DataError, match=message):
         open_source(file_source(tmp_path / name), seed=0)
@@ -193,22 +193,22 @@ def test_a_folder_a_class_is_a_classification(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     (root / "dog" / "out.png").symlink_to(tmp_path / "outside.png")
     source = FolderSource(kind="folder", path=str(root))
-    found = read(source)
-    assert [row.row for row in found] == [1, 2, 3, 4]
-    bad = found.pop()
+    parsed = read(source)
+    assert [row.row for row in parsed] == [1, 2, 3, 4]
+    bad = parsed.pop()
     assert (
         isinstance(bad, DataError)
         and "lies outside the image root" in str(bad)
         and "row 4" in str(bad)
     )
-    assert [(row.id, row.category, row.messages[-1].text) for row in good(found)] == [
+    assert [(row.id, row.category, row.messages[-1].text) for row in good(parsed)] == [
         ("animals/cat/1.jpg", "cat", "cat"),
         ("animals/cat/2.png", "cat", "cat"),
         ("animals/dog/deep/x.png", "dog", "dog"),
     ]
     assert all(
         "cat, dog" in row.messages[0].text and row.media[0].source == root / row.id[8:]
-        for row in good(found)
+        for row in good(parsed)
     )
     reader = open_source(source, seed=0)
     assert reader.form == "classify" and len(list(reader.chunks())) == 2

@@ -37,15 +37,15 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 def only(folder: Path, row: dict[str, Any], **options: Any) -> Conversation | DataError:
-    """What one row in a file of its own is read as."""
-    (found,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), **options))
-    return found
+    """The conversation or error that one row, in a file of its own, is read as."""
+    (outcome,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), **options))
+    return outcome
 
 
 def message_of(folder: Path, row: dict[str, Any], **options: Any) -> str:
-    found = only(folder, row, **options)
-    assert isinstance(found, DataError), found
-    return found.message
+    error = only(folder, row, **options)
+    assert isinstance(error, DataError), error
+    return error.message
 
 
 def prepared_of(
@@ -148,11 +148,11 @@ def test_marks_and_images_that_differ_in_number_are_an_error_naming_both(
             f"{len(images)} image{'' if len(images) == 1 else 's'} and 2 <image> marks or "
             "parts in the questions"
         )
-        found = only(folder, row)
+        error = only(folder, row)
         assert (
-            isinstance(found, DataError) and found.kind == "image_count" and number in found.message
+            isinstance(error, DataError) and error.kind == "image_count" and number in error.message
         )
-        assert (r"(\<image> is the text itself)" in found.message) == (len(images) < 2)
+        assert (r"(\<image> is the text itself)" in error.message) == (len(images) < 2)
 
 
 def test_a_mark_of_a_system_text_takes_an_image_and_one_in_an_answer_is_text(folder: Path) -> None:
@@ -164,9 +164,9 @@ def test_a_mark_of_a_system_text_takes_an_image_and_one_in_an_answer_is_text(fol
         ],
         "images": ["0.png"],
     }
-    found = only(folder, row)
-    assert isinstance(found, Conversation)
-    assert [message.parts for message in found.messages] == [
+    conversation = only(folder, row)
+    assert isinstance(conversation, Conversation)
+    assert [message.parts for message in conversation.messages] == [
         ("like ", Media(folder / "0.png")),
         ("what?",),
         ("a <image>",),
@@ -182,23 +182,25 @@ def test_a_mark_of_a_system_text_takes_an_image_and_one_in_an_answer_is_text(fol
 
 def test_marks_in_task_rows_and_in_a_prompt_set_place_images(folder: Path) -> None:
     row = {"images": ["0.png", "1.png"], "question": "Is <image> like <image>?", "answer": "no"}
-    found = only(folder, row)
-    assert isinstance(found, Conversation)
-    assert found.messages[0].parts == (
+    conversation = only(folder, row)
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0].parts == (
         "Is ",
         Media(folder / "0.png"),
         " like ",
         Media(folder / "1.png"),
         "?",
     )
-    own = folder / "own.yaml"
-    own.write_text(
+    prompt_set = folder / "own.yaml"
+    prompt_set.write_text(
         "task: vqa\nlanguage: en\nprompts: ['{question}\n\n  <image>']\nanswer: '{answer}'\n"
     )
-    found = only(
-        folder, {"image": "0.png", "question": "What?", "answer": "red"}, instructions=str(own)
+    conversation = only(
+        folder,
+        {"image": "0.png", "question": "What?", "answer": "red"},
+        instructions=str(prompt_set),
     )
-    assert isinstance(found, Conversation) and found.messages[0].parts == (
+    assert isinstance(conversation, Conversation) and conversation.messages[0].parts == (
         "What?\n",
         Media(folder / "0.png"),
     )
@@ -218,9 +220,9 @@ def test_numbered_parts_are_checked(folder: Path) -> None:
             "images": ["0.png", "1.png"],
         }
 
-    found = only(folder, row(1, 0, 1))
-    assert isinstance(found, Conversation) and [
-        Path(str(media.source)).name for media in found.media
+    conversation = only(folder, row(1, 0, 1))
+    assert isinstance(conversation, Conversation) and [
+        Path(str(media.source)).name for media in conversation.media
     ] == ["1.png", "0.png", "1.png"]
     assert "`index` is 2, and the row has 2 images" in message_of(folder, row(2))
     assert "`index` is true" in message_of(folder, row(True))
@@ -288,29 +290,29 @@ def test_tools_and_their_like_beside_the_turns_are_refused_unless_empty(
         {"prompt": "q", "completion": "a"},
         {"instruction": "q", "output": "a"},
     ):
-        found = only(folder, {**row, field: CALL})
+        error = only(folder, {**row, field: CALL})
         assert (
-            isinstance(found, DataError)
-            and found.kind == "unsupported"
-            and f"`{field}` is not supported" in found.message
+            isinstance(error, DataError)
+            and error.kind == "unsupported"
+            and f"`{field}` is not supported" in error.message
         )
         assert isinstance(only(folder, {**row, field: CALL}, ignore=[field]), Conversation)
 
 
 def test_results_of_tools_and_parts_that_nothing_reads_are_refused(folder: Path) -> None:
     for role in ("tool", "function"):
-        found = only(folder, {"messages": [TURNS[0], turn(role, "5"), TURNS[3]]})
+        error = only(folder, {"messages": [TURNS[0], turn(role, "5"), TURNS[3]]})
         assert (
-            isinstance(found, DataError)
-            and found.kind == "unsupported"
-            and f"turn 2: the role '{role}'" in found.message
+            isinstance(error, DataError)
+            and error.kind == "unsupported"
+            and f"turn 2: the role '{role}'" in error.message
         )
     for kind in ("tool_use", "input_audio", "thinking"):
-        found = only(folder, {"messages": [turn("user", [{"type": kind, "text": "x"}]), TURNS[3]]})
+        error = only(folder, {"messages": [turn("user", [{"type": kind, "text": "x"}]), TURNS[3]]})
         assert (
-            isinstance(found, DataError)
-            and found.kind == "unsupported"
-            and f"got '{kind}'" in found.message
+            isinstance(error, DataError)
+            and error.kind == "unsupported"
+            and f"got '{kind}'" in error.message
         )
 
 
@@ -323,8 +325,10 @@ def test_loss_of_a_turn_is_read_as_train_is(folder: Path) -> None:
         (1, True),
         (None, True),
     ):
-        found = only(folder, {"messages": [TURNS[0], turn("assistant", "a", loss=value)]})
-        assert isinstance(found, Conversation) and found.messages[1].trained is trained
+        conversation = only(folder, {"messages": [TURNS[0], turn("assistant", "a", loss=value)]})
+        assert (
+            isinstance(conversation, Conversation) and conversation.messages[1].trained is trained
+        )
     assert "`loss` is 0 or 1, got 0.5" in message_of(
         folder, {"messages": [TURNS[0], turn("assistant", "a", loss=0.5)]}
     )
@@ -363,8 +367,8 @@ def test_choices_are_shuffled_by_seed_and_row_and_the_answer_goes_along(folder: 
     path = write_rows(folder / "rows.jsonl", rows)
 
     def lines(seed: int, **options: Any) -> list[tuple[str, str]]:
-        found = good(read(file_source(path, **options), seed=seed))
-        return [(row.messages[0].text, row.messages[1].text) for row in found]
+        conversations = good(read(file_source(path, **options), seed=seed))
+        return [(row.messages[0].text, row.messages[1].text) for row in conversations]
 
     plain, first = lines(0), lines(0, shuffle_choices=True)
     assert {answer for _, answer in plain} == {"C"} and {answer for _, answer in first} == set(
@@ -395,22 +399,22 @@ def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(
 ) -> None:
     more, answers = AMBIGUOUS[name]
     row = {**MOON, **more}
-    found = only(folder, row)
+    error = only(folder, row)
     assert (
-        isinstance(found, DataError)
-        and found.kind == "ambiguous"
-        and "`answer_is`" in found.message
+        isinstance(error, DataError)
+        and error.kind == "ambiguous"
+        and "`answer_is`" in error.message
     )
     for how, answer in answers.items():
-        told = only(folder, row, answer_is=how)
-        assert isinstance(told, Conversation) and told.messages[1].text == answer
+        conversation = only(folder, row, answer_is=how)
+        assert isinstance(conversation, Conversation) and conversation.messages[1].text == answer
     if name != "a letter that is a text":
         other = {"image": "0.png", "label": row["answer"], "choices": row["choices"]}
-        found = only(folder, other)
-        assert isinstance(found, DataError) and found.kind == "ambiguous"
+        error = only(folder, other)
+        assert isinstance(error, DataError) and error.kind == "ambiguous"
         other = {"image": "0.png", "answer": row["answer"], "candidates": row["choices"]}
-        found = only(folder, other)
-        assert isinstance(found, DataError) and found.kind == "ambiguous"
+        error = only(folder, other)
+        assert isinstance(error, DataError) and error.kind == "ambiguous"
 
 
 @pytest.mark.parametrize(
@@ -440,8 +444,8 @@ def test_choices_that_make_no_question_are_errors(
 
 def test_choices_as_tables_on_the_hub_keep_them(folder: Path) -> None:
     row = {"image": "0.png", "question": "Q?", "options": "['$6', \"it's 7\"]", "answer": "B"}
-    (found,) = good(read(file_source(write_rows(folder / "rows.csv", [row]))))
-    assert "B. it's 7" in found.messages[0].text and found.messages[1].text == "B"
+    (conversation,) = good(read(file_source(write_rows(folder / "rows.csv", [row]))))
+    assert "B. it's 7" in conversation.messages[0].text and conversation.messages[1].text == "B"
     row["options"] = "['$6', open('x')]"
     (bad,) = read(file_source(write_rows(folder / "rows.csv", [row]), form="multiple_choice"))
     assert (
@@ -478,13 +482,13 @@ def test_a_field_that_carries_meaning_and_is_not_read_is_an_error(folder: Path, 
     }
     assert isinstance(only(folder, row, form=form), Conversation)
     for field in sorted(MEANT - USED[form]):
-        found = only(folder, {**row, field: ["p", "q"]}, form=form)
+        error = only(folder, {**row, field: ["p", "q"]}, form=form)
         assert (
-            isinstance(found, DataError)
-            and found.kind in ("unused_field", "unsupported")
-            and f"`{field}`" in found.message
+            isinstance(error, DataError)
+            and error.kind in ("unused_field", "unsupported")
+            and f"`{field}`" in error.message
         )
-        assert "`ignore`" in found.message
+        assert "`ignore`" in error.message
         assert isinstance(
             only(folder, {**row, field: ["p", "q"]}, form=form, ignore=[field]), Conversation
         )
@@ -493,10 +497,10 @@ def test_a_field_that_carries_meaning_and_is_not_read_is_an_error(folder: Path, 
 
 def test_a_detected_task_does_not_drop_a_question(folder: Path) -> None:
     row = {"image": "0.png", "caption": "red", "question": "what?"}
-    found = only(folder, row)
+    error = only(folder, row)
     assert (
-        isinstance(found, DataError)
-        and "`question` ('what?') is not read by the caption form" in found.message
+        isinstance(error, DataError)
+        and "`question` ('what?') is not read by the caption form" in error.message
     )
     assert isinstance(only(folder, row, form="caption"), Conversation)
     row = {"image": "0.png", "question": "what?", "answer": "a", "A": "x", "B": "y"}
@@ -516,13 +520,13 @@ def test_empty_is_no_reason_to_refuse_a_row(folder: Path) -> None:
         {"choices": []},
         {"label": ""},
     ):
-        found = only(folder, {**TASK_ROWS["vqa"], **more})
-        assert isinstance(found, Conversation) and len(found.media) == 1
-    found = only(folder, {**TASK_ROWS["messages"], "image": ""})
-    assert isinstance(found, Conversation) and not found.media
+        conversation = only(folder, {**TASK_ROWS["vqa"], **more})
+        assert isinstance(conversation, Conversation) and len(conversation.media) == 1
+    conversation = only(folder, {**TASK_ROWS["messages"], "image": ""})
+    assert isinstance(conversation, Conversation) and not conversation.media
     for lost in ([None], [""], [float("nan")]):
-        found = only(folder, {**TASK_ROWS["messages"], "images": lost})
-        assert isinstance(found, DataError)
+        error = only(folder, {**TASK_ROWS["messages"], "images": lost})
+        assert isinstance(error, DataError)
     assert is_empty({"bytes": None, "path": None}) and not is_empty(0) and not is_empty("0")
 
 
@@ -547,14 +551,14 @@ def test_empty_is_no_reason_to_refuse_a_row(folder: Path) -> None:
 def test_no_answer_is_never_taught(folder: Path, value: str) -> None:
     path = folder / "rows.jsonl"
     path.write_text(f'{{"image": "0.png", "question": "q?", "answer": {value}}}\n')
-    (found,) = read(file_source(path, form="vqa"))
-    assert isinstance(found, DataError) and "`answer`" in found.message
+    (error,) = read(file_source(path, form="vqa"))
+    assert isinstance(error, DataError) and "`answer`" in error.message
     path.write_text(
         f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", '
         f'"content": {value}}}]}}\n'
     )
-    (found,) = read(file_source(path, form="messages"))
-    assert isinstance(found, DataError) and found.kind in ("field", "empty_answer")
+    (error,) = read(file_source(path, form="messages"))
+    assert isinstance(error, DataError) and error.kind in ("field", "empty_answer")
 
 
 @pytest.mark.parametrize(
@@ -592,20 +596,20 @@ def test_cells_that_are_no_value_are_missing_and_those_that_may_be_are_asked_abo
     path.write_text(
         "image,question,answer\n" + "".join(f"0.png,q?,{answer}\n" for answer in answers)
     )
-    found = read(file_source(path))
-    kinds = [row.kind if isinstance(row, DataError) else row.messages[-1].text for row in found]
+    rows = read(file_source(path))
+    kinds = [row.kind if isinstance(row, DataError) else row.messages[-1].text for row in rows]
     assert kinds == ["red", *["missing_field"] * 6, "ambiguous", "ambiguous", "none", "na"]
     assert (
         "`answer` is 'None', a text or a missing value: say which with the source's `null_values`"
-        in str(found[7])
+        in str(rows[7])
     )
-    told = [
+    refused = [
         isinstance(row, DataError)
         for row in read(
             file_source(path, null_values=["", "nan", "NaN", "null", "#N/A", "<NA>", "NA"])
         )
     ]
-    assert told == [False, *[True] * 6, False, True, False, False]
+    assert refused == [False, *[True] * 6, False, True, False, False]
     # In JSON a text is a text, unless the recipe says otherwise.
     row = {"image": "0.png", "question": "q?", "answer": "NA"}
     assert isinstance(only(folder, row), Conversation)

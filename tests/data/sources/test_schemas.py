@@ -36,7 +36,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def said(who: str, value: str, **more: Any) -> dict[str, Any]:
+def sharegpt_turn(who: str, value: str, **more: Any) -> dict[str, Any]:
     return {"from": who, "value": value, **more}
 
 
@@ -47,7 +47,12 @@ def pair(question: str, answer: str, **more: Any) -> dict[str, Any]:
 # One sample: a system text, a question with two images, an answer that says <image>, and a second
 # question.
 QUESTION, ANSWER = "<image>\nthen <image>\nWhat differs?", "Nothing, <image> is a word here."
-MARKED = [said("human", QUESTION), said("gpt", ANSWER), said("human", "Sure?"), said("gpt", "Yes.")]
+MARKED = [
+    sharegpt_turn("human", QUESTION),
+    sharegpt_turn("gpt", ANSWER),
+    sharegpt_turn("human", "Sure?"),
+    sharegpt_turn("gpt", "Yes."),
+]
 THEN = [{"type": "text", "text": "then "}, {"type": "text", "text": "What differs?"}]
 PLACED = [{"type": "image"}, THEN[0], {"type": "image"}, THEN[1]]
 NUMBERED = [{"type": "image", "index": 1}, THEN[0], {"type": "image", "index": 0}, THEN[1]]
@@ -73,7 +78,10 @@ COLUMNS = {
     "value": [turn["value"] for turn in MARKED],
 }  # as old data sets keep turns
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
-    "llava": ("llava", {"image": IMAGES, "conversations": [said("system", "Be brief."), *MARKED]}),
+    "llava": (
+        "llava",
+        {"image": IMAGES, "conversations": [sharegpt_turn("system", "Be brief."), *MARKED]},
+    ),
     "sharegpt": ("sharegpt", {"images": IMAGES, "system": "Be brief.", "conversations": MARKED}),
     "sharegpt in columns": (
         "sharegpt",
@@ -163,33 +171,40 @@ def test_a_sample_is_the_same_conversation_in_every_form(folder: Path, name: str
     form, row = SAME[name]
     source = file_source(write_rows(folder / "rows.jsonl", [row]))
     assert open_source(source, seed=0).form == form
-    (found,) = good(read(source))
-    assert [(m.role, m.text, m.trained) for m in found.messages] == [
+    (conversation,) = good(read(source))
+    assert [(m.role, m.text, m.trained) for m in conversation.messages] == [
         (m.role, m.text, m.trained) for m in reference.messages
     ]
-    assert found.media == reference.media and found.messages[:4] == reference.messages[:4]
-    assert (found.id, found.source, found.row) == ("rows:1:1", str(folder / "rows.jsonl"), 1)
+    assert (
+        conversation.media == reference.media
+        and conversation.messages[:4] == reference.messages[:4]
+    )
+    assert (conversation.id, conversation.source, conversation.row) == (
+        "rows:1:1",
+        str(folder / "rows.jsonl"),
+        1,
+    )
     assert good(
         read(file_source(folder / "rows.jsonl", form=form, columns=renames(form, row)))
-    ) == [found]
+    ) == [conversation]
 
 
 def renames(form: str, row: dict[str, Any]) -> dict[str, str]:
     """The renames that a recipe with `form` needs for a row with the other form's key."""
-    own = "messages" if form == "messages" else "conversations"
-    other = "conversations" if own == "messages" else "messages"
-    return {own: other} if form in ("messages", "sharegpt") and own not in row else {}
+    field = "messages" if form == "messages" else "conversations"
+    other = "conversations" if field == "messages" else "messages"
+    return {field: other} if form in ("messages", "sharegpt") and field not in row else {}
 
 
 @pytest.mark.parametrize(
     ("name", "layout"), [("chatml", "causal"), ("vicuna", "causal"), ("flan", "seq2seq")]
 )
 def test_the_same_conversations_are_the_same_examples(folder: Path, name: str, layout: Any) -> None:
-    made = processor(name, "bytes", layout)
+    chat_processor = processor(name, "bytes", layout)
     examples = []
     for form in ("llava", "messages", "alpaca"):
         (row,) = good(read(file_source(write_rows(folder / "rows.jsonl", [SAME[form][1]]))))
-        examples.append(made.examples(row))
+        examples.append(chat_processor.examples(row))
     for pairs in zip(*examples, strict=True):
         ids = [
             (one.input_ids.tolist(), one.labels.tolist(), one.image_mask.tolist(), one.media)
@@ -331,25 +346,25 @@ TASKS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_row_is_detected_and_asked_in_its_prompt_set(folder: Path, name: str) -> None:
-    form, row, asked, answer = TASKS[name]
+    form, row, question, answer = TASKS[name]
     source = file_source(write_rows(folder / "rows.jsonl", [row, row]))
     reader = open_source(source, seed=0)
     assert reader.form == form
-    for found in good(read(source)):
-        assert [message.role for message in found.messages] == ["user", "assistant"]
+    for conversation in good(read(source)):
+        assert [message.role for message in conversation.messages] == ["user", "assistant"]
         assert (
-            found.messages[0].parts[0] == Media(folder / "a.png")
-            and asked in found.messages[0].text
+            conversation.messages[0].parts[0] == Media(folder / "a.png")
+            and question in conversation.messages[0].text
         )
-        assert found.messages[1].text == answer and found.category == (
+        assert conversation.messages[1].text == answer and conversation.category == (
             answer if form == "classify" else ""
         )
     renamed = {f"their {key}": value for key, value in row.items()}
-    told = {key: f"their {key}" for key in row}
+    columns = {key: f"their {key}" for key in row}
     (folder / "theirs").mkdir()
     theirs = file_source(
         write_rows(folder / "theirs" / "rows.jsonl", [renamed, renamed]),
-        columns=told,
+        columns=columns,
         image_root=str(folder),
     )
     assert [row.messages for row in good(read(theirs))] == [
@@ -415,14 +430,18 @@ BAD = {
         "`tools` is not supported",
     ),
     "unknown speaker": (
-        {"conversations": [said("bot", "hi")]},
+        {"conversations": [sharegpt_turn("bot", "hi")]},
         "llava",
         "from 'bot' is none of human, user",
     ),
     "two systems": (
         {
             "system": "a",
-            "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")],
+            "conversations": [
+                sharegpt_turn("system", "b"),
+                sharegpt_turn("human", "q"),
+                sharegpt_turn("gpt", "a"),
+            ],
         },
         "sharegpt",
         "a system turn",
@@ -459,9 +478,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_row_that_lacks_something_says_what(folder: Path, name: str) -> None:
     row, form, message = BAD[name]
-    (found,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), form=form))
+    (error,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), form=form))
     assert (
-        isinstance(found, DataError) and message in str(found) and "rows.jsonl, row 1" in str(found)
+        isinstance(error, DataError) and message in str(error) and "rows.jsonl, row 1" in str(error)
     )
 
 
@@ -478,7 +497,12 @@ def test_answers_without_weight_are_context(folder: Path) -> None:
         turn("user", "q"),
         turn("assistant", "d", train=True, weight=None),
     ]
-    marked = [said("human", "q"), said("gpt", "a", weight=0), said("human", "q"), said("gpt", "b")]
+    marked = [
+        sharegpt_turn("human", "q"),
+        sharegpt_turn("gpt", "a", weight=0),
+        sharegpt_turn("human", "q"),
+        sharegpt_turn("gpt", "b"),
+    ]
     prompt = {
         "prompt": [turn("user", "q"), turn("assistant", "a"), turn("user", "r")],
         "completion": [turn("assistant", "b")],
@@ -488,9 +512,9 @@ def test_answers_without_weight_are_context(folder: Path) -> None:
         ({"conversations": marked}, "01"),
         (prompt, "01"),
     ):
-        (found,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
+        (conversation,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
         assert (
-            "".join(str(int(m.trained)) for m in found.messages if m.role == "assistant")
+            "".join(str(int(m.trained)) for m in conversation.messages if m.role == "assistant")
             == expected
         )
 
@@ -505,8 +529,8 @@ def test_images_without_a_place_come_first_in_the_first_question(folder: Path) -
         {"images": ["a.png"], "instruction": "what?", "output": "red"},
     ]
     for row in rows:
-        (found,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
-        assert next(m for m in found.messages if m.role == "user").parts == (
+        (conversation,) = good(read(file_source(write_rows(folder / "rows.jsonl", [row]))))
+        assert next(m for m in conversation.messages if m.role == "user").parts == (
             Media(folder / "a.png"),
             "what?",
         )
@@ -515,11 +539,11 @@ def test_images_without_a_place_come_first_in_the_first_question(folder: Path) -
 def test_an_id_names_its_row_and_a_category_is_kept(folder: Path) -> None:
     row = {**TASKS["vqa"][1], "kind": "color"}
     rows = [{**row, "id": "x"}, {**row, "id": 7}, {**row, "id": None}, {**row, "id": ["odd"]}]
-    found = good(
+    conversations = good(
         read(file_source(write_rows(folder / "rows.jsonl", rows), columns={"category": "kind"}))
     )
-    assert [row.id for row in found] == ["rows:x:1", "rows:7:2", "rows:3:3", "rows:4:4"]
-    assert {row.category for row in found} == {"color"}
+    assert [row.id for row in conversations] == ["rows:x:1", "rows:7:2", "rows:3:3", "rows:4:4"]
+    assert {row.category for row in conversations} == {"color"}
 
 
 # --- detection ---------------------------------------------------------------------------------
@@ -605,9 +629,9 @@ def test_unreadable_first_rows_do_not_hide_the_form(folder: Path) -> None:
 
 def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> None:
     row = {"pic": "a.png", "query": "q?", "reply": "a", "text": "not ours"}
-    told = {"image": "pic", "question": "query", "answer": "reply"}
+    columns = {"image": "pic", "question": "query", "answer": "reply"}
     path = write_rows(folder / "rows.jsonl", [row, {"pic": "a.png", "query": "q?", "repyl": "a"}])
-    first, second = read(file_source(path, form="vqa", columns=told))
+    first, second = read(file_source(path, form="vqa", columns=columns))
     assert isinstance(first, Conversation)
     assert isinstance(
         second, DataError
@@ -622,8 +646,10 @@ def test_columns_are_checked_and_a_row_that_lacks_one_says_so(folder: Path) -> N
     path = write_rows(
         folder / "rows.jsonl", [{"image": "a.png", "question": "red", "answer": "what?"}]
     )
-    (found,) = good(read(file_source(path, columns={"question": "answer", "answer": "question"})))
-    assert (found.messages[0].text, found.messages[1].text) == ("what?", "red")
+    (conversation,) = good(
+        read(file_source(path, columns={"question": "answer", "answer": "question"}))
+    )
+    assert (conversation.messages[0].text, conversation.messages[1].text) == ("what?", "red")
 
 
 # --- whatever a row holds ----------------------------------------------------------------------
@@ -707,10 +733,10 @@ def test_fault_09_a_spoilt_row_is_a_conversation_or_a_named_error(
         Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    (found,) = read(file_source(path, form=form, shots=0))
-    assert (found.source, found.row) == (str(path), 1)
-    if isinstance(found, Conversation):
-        answers = [message for message in found.messages if message.role == "assistant"]
+    (parsed,) = read(file_source(path, form=form, shots=0))
+    assert (parsed.source, parsed.row) == (str(path), 1)
+    if isinstance(parsed, Conversation):
+        answers = [message for message in parsed.messages if message.role == "assistant"]
         assert answers and all(message.text.strip() for message in answers)
     try:
         open_source(file_source(path), seed=0)

@@ -126,14 +126,14 @@ def test_queries_and_keys_are_in_llama_cpp_order(
     """Rows i and i + d/2 of a head become neighbours, as its rotary embedding turns them."""
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     export(run, tmp_path / "gguf", format="gguf", dtype="fp32", verify=False)
-    own: Any = load_model(run, dtype=torch.float32).llm.model
-    found = read_tensors(tmp_path / "gguf" / "model-f32.gguf")
+    llm: Any = load_model(run, dtype=torch.float32).llm.model
+    tensors = read_tensors(tmp_path / "gguf" / "model-f32.gguf")
     query, key = (
-        getattr(own.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj")
+        getattr(llm.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj")
     )
     for rows, stored in (
-        (query, found["blk.0.attn_q.weight"]),
-        (key, found["blk.0.attn_k.weight"]),
+        (query, tensors["blk.0.attn_q.weight"]),
+        (key, tensors["blk.0.attn_k.weight"]),
     ):
         for head in range(len(rows) // 16):
             order = [16 * head + half * 8 + i for i in range(8) for half in (0, 1)]
@@ -148,7 +148,7 @@ def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_
     text = llava_text(tiny_recipe)
     llm = save_llm(tmp_path / "base", "causal", rows_of(parsed(text)), vocab_size=512)
     run, _ = saved_model(with_llm(text, llm, "causal"), tmp_path / "saved")
-    said = cli(
+    output = cli(
         "export",
         str(run),
         "--format",
@@ -158,29 +158,29 @@ def test_the_files_tokenizer_is_the_models(tiny_recipe: Callable[..., str], tmp_
         "--dtype",
         "fp32",
     )
-    assert "gguf of" in said and "passed  logits within" in said
-    assert "note: llama.cpp versions with its issue 25814" in said
+    assert "gguf of" in output and "passed  logits within" in output
+    assert "note: llama.cpp versions with its issue 25814" in output
     assert (
-        "note: llama.cpp pads images to squares, this model was trained with resize: crop" in said
+        "note: llama.cpp pads images to squares, this model was trained with resize: crop" in output
     )
     fields = read_fields(tmp_path / "gguf" / "model-f32.gguf")
-    own = load_model(run).processor
+    chat_processor = load_model(run).processor
     tokenizer = read_tokenizer(fields)
     for words in (
         "What's in it?  12345 äöü\n\n\tend",
         "<|im_start|>user\nhi<|im_end|>\n",
         "日本 \u200d 🙂",
     ):
-        assert tokenizer.encode(words, add_special_tokens=False) == own.tokenizer.encode(
+        assert tokenizer.encode(words, add_special_tokens=False) == chat_processor.tokenizer.encode(
             words, add_special_tokens=False
         )
     assert (
         len(fields["tokenizer.ggml.tokens"]) == 512 and fields["tokenizer.ggml.token_type"][-1] == 5
     )
-    assert fields["tokenizer.ggml.token_type"][own.encoder.control("<|im_end|>")] == 3
+    assert fields["tokenizer.ggml.token_type"][chat_processor.encoder.control("<|im_end|>")] == 3
     assert (
-        fields["tokenizer.ggml.eos_token_id"] == own.stop_ids[0]
-        and fields["tokenizer.ggml.eot_token_id"] == own.stop_ids[1]
+        fields["tokenizer.ggml.eos_token_id"] == chat_processor.stop_ids[0]
+        and fields["tokenizer.ggml.eot_token_id"] == chat_processor.stop_ids[1]
     )
     assert fields["tokenizer.ggml.pre"] == "gpt-2" and not fields["tokenizer.ggml.add_bos_token"]
     shown = tokenizer.apply_chat_template(
@@ -205,9 +205,9 @@ def test_a_gemma_3_that_llama_cpp_takes_for_another_is_refused() -> None:
         "no scaled rotary embedding": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         "the rotary base 10000 in its windows": {"rope_local_base_freq": 20_000.0},
     }
-    for said, changed in others.items():
+    for reason, changed in others.items():
         assert decoder_reasons(Gemma3TextConfig(**{**shape, **changed})) == [
-            f"its language model is not a Gemma 3 with {said}"
+            f"its language model is not a Gemma 3 with {reason}"
         ]
 
 

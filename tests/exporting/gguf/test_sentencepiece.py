@@ -94,13 +94,17 @@ def save_base(folder: Path, kind: str) -> Path:
     }
     gemma |= {"user_defined_symbols": ["<start_of_turn>", "\n", "\n\n", "▁▁", "▁▁▁"]}
     train_pieces(folder, **gemma if kind == "gemma" else {})
-    told: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    told |= (
+    tokenizer_config: dict[str, Any] = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    tokenizer_config |= (
         {"tokenizer_class": "GemmaTokenizer"}
         if kind == "gemma"
         else {"tokenizer_class": "LlamaTokenizer", "legacy": kind != "llama"}
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     if kind in ("mistral", "gemma"):
         described = described_of(AutoTokenizer.from_pretrained(folder))
         if kind == "mistral":
@@ -154,19 +158,27 @@ def test_pieces_give_the_models_tokens_logits_and_text(
     assert any("also before a text that begins with one" in note for note in report.notes) == (
         kind == "llama legacy"
     )
-    fields, own = read_fields(tmp_path / "gguf" / "model-f32.gguf"), load_model(run).processor
-    assert opening_of(described_of(own.tokenizer)) == OPENINGS[kind]
+    fields, chat_processor = (
+        read_fields(tmp_path / "gguf" / "model-f32.gguf"),
+        load_model(run).processor,
+    )
+    assert opening_of(described_of(chat_processor.tokenizer)) == OPENINGS[kind]
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_bos_token"]
     assert fields["tokenizer.ggml.add_space_prefix"] == (OPENINGS[kind] == "section")
-    found = read_tokenizer(fields)
+    tokenizer = read_tokenizer(fields)
     for text in TEXTS:
         # After the control token that every conversation begins with.
-        assert found.encode(text) == own.encoder.text(text, "control"), text
-    begun = found.encode(f"{own.tokenizer.bos_token}red{own.tokenizer.eos_token}")
-    assert begun[0] == own.tokenizer.bos_token_id and begun[-1] == own.tokenizer.eos_token_id
-    asked = [{"role": "user", "content": f"{MARKER}\nwhat?"}]
-    shown = found.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert shown.startswith(f"{own.tokenizer.bos_token}A chat") and shown.endswith(
+        assert tokenizer.encode(text) == chat_processor.encoder.text(text, "control"), text
+    begun = tokenizer.encode(
+        f"{chat_processor.tokenizer.bos_token}red{chat_processor.tokenizer.eos_token}"
+    )
+    assert (
+        begun[0] == chat_processor.tokenizer.bos_token_id
+        and begun[-1] == chat_processor.tokenizer.eos_token_id
+    )
+    messages = [{"role": "user", "content": f"{MARKER}\nwhat?"}]
+    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert shown.startswith(f"{chat_processor.tokenizer.bos_token}A chat") and shown.endswith(
         f"USER: {MARKER}\nwhat? ASSISTANT:"
     )
 

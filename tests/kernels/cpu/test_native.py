@@ -179,8 +179,8 @@ def part() -> Path:
     """The small part, compiled or loaded anew, in the cache folder."""
     native.load.cache_clear()
     assert native.library("allocator") is not None
-    (found,) = cache_folder("kernels").glob("allocator-*.so")
-    return found
+    (library_path,) = cache_folder("kernels").glob("allocator-*.so")
+    return library_path
 
 
 def mode(path: Path) -> int:
@@ -191,10 +191,10 @@ def mode(path: Path) -> int:
 def test_what_is_compiled_is_its_user_s_alone_whatever_the_umask(fresh: Path) -> None:
     before = os.umask(0)
     try:
-        found = part()
+        library_path = part()
     finally:
         os.umask(before)
-    assert (mode(fresh), mode(found)) == (0o700, 0o755)
+    assert (mode(fresh), mode(library_path)) == (0o700, 0o755)
     fresh.chmod(0o777)
     part()
     assert mode(fresh) == 0o700
@@ -226,16 +226,16 @@ def test_a_library_that_may_be_another_user_s_is_compiled_anew(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = part()
-    before = found.stat().st_ino
+    library_path = part()
+    before = library_path.stat().st_ino
     with monkeypatch.context() as patch:
         if fault == "another user's":
-            give_away(found, patch)
+            give_away(library_path, patch)
         elif fault == "others may write":
-            found.chmod(0o777)
+            library_path.chmod(0o777)
         else:
-            found.rename(tmp_path / "elsewhere.so")
-            found.symlink_to(tmp_path / "elsewhere.so")
+            library_path.rename(tmp_path / "elsewhere.so")
+            library_path.symlink_to(tmp_path / "elsewhere.so")
         native.load.cache_clear()
         with caplog.at_level(logging.WARNING):
             assert native.library("allocator") is not None
@@ -249,21 +249,25 @@ def test_a_library_that_may_be_another_user_s_is_compiled_anew(
         for record in caplog.records
     )
     if os.getuid() == 0 or fault != "another user's":
-        assert not found.is_symlink() and found.stat().st_ino != before and mode(found) == 0o755
+        assert (
+            not library_path.is_symlink()
+            and library_path.stat().st_ino != before
+            and mode(library_path) == 0o755
+        )
 
 
 @needs_compiler
 def test_a_folder_of_another_user_is_left_alone(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = part()
+    module = part()
     give_away(fresh, monkeypatch)
     native.load.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert native.library("allocator") is not None
     assert any("belongs to user" in record.getMessage() for record in caplog.records)
     private = fresh.with_name(f"kernels-{os.getuid()}")
-    assert [path.name for path in private.glob("*.so")] == [found.name] and mode(private) == 0o700
+    assert [path.name for path in private.glob("*.so")] == [module.name] and mode(private) == 0o700
     if os.getuid() == 0:
         # Nor by a link of one's own to such a folder.
         link = fresh.with_name("link")

@@ -65,8 +65,8 @@ def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
             loss_and_gradients(model, batches[:1])
         assert not counters["stats"]["unique_graphs"]
         for batch, (loss, gradients) in zip(batches, wanted, strict=True):
-            found, theirs = loss_and_gradients(model, [batch])
-            assert float((found - loss).abs() / loss.abs()) <= 1e-5
+            compiled_loss, theirs = loss_and_gradients(model, [batch])
+            assert float((compiled_loss - loss).abs() / loss.abs()) <= 1e-5
             assert_close(theirs, gradients, 1e-5)
     # Blocks that are alike share theirs: the first and the other ones of T5's two stacks differ.
     assert 1 <= counters["stats"]["unique_graphs"] <= (1 if kind == "causal" else 5)

@@ -122,9 +122,9 @@ def run(model: Any, x: Tensor, ends: Tensor, positions: Tensor) -> Tensor:
     ).last_hidden_state
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative(actual: Tensor, wanted: Tensor) -> float:
     return float(
-        (found.detach().double() - wanted.detach().double()).norm()
+        (actual.detach().double() - wanted.detach().double()).norm()
         / wanted.detach().double().norm()
     )
 
@@ -172,32 +172,32 @@ def test_outputs_and_gradients_are_those_of_transformers_and_peft(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     flow = torch.randn_like(x)
     rows, doubles = x.clone().requires_grad_(), x.double().requires_grad_()
-    found, wanted = run(model, rows, *rest), run(exact, doubles, *rest)
-    found.backward(flow)
+    output, wanted = run(model, rows, *rest), run(exact, doubles, *rest)
+    output.backward(flow)
     wanted.backward(flow.double())
     assert (
         counted.count("decoder") == (4 if checkpointing else 2)
         and counted.count("decoder_backward") == 2
     )
-    assert relative(found, wanted) < 3 * BF16
+    assert relative(output, wanted) < 3 * BF16
     assert (
         rows.grad is not None
         and doubles.grad is not None
         and relative(rows.grad, doubles.grad) < 4 * BF16
     )
-    for (name, own), (_, other) in zip(
+    for (name, parameter), (_, other) in zip(
         model.named_parameters(), exact.named_parameters(), strict=True
     ):
-        if own.requires_grad:
+        if parameter.requires_grad:
             assert (
-                own.grad is not None
-                and own.grad.dtype == own.dtype
-                and relative(own.grad, other.grad) < 6 * BF16
+                parameter.grad is not None
+                and parameter.grad.dtype == parameter.dtype
+                and relative(parameter.grad, other.grad) < 6 * BF16
             ), name
         else:
-            assert own.grad is None
+            assert parameter.grad is None
     with torch.no_grad():
-        assert torch.equal(run(model, x, *rest), found)
+        assert torch.equal(run(model, x, *rest), output)
 
 
 @needs_kernel
@@ -224,16 +224,16 @@ def test_weights_in_four_bits_are_unpacked_for_a_pass(counted: list[str]) -> Non
             state: Any = packed.weight.quant_state
             other.base_layer.weight.data = dequantize_4bit(packed.weight.data, state).double()
     quick(model)
-    found, wanted = run(model, x, *rest), run(exact, x.double(), *rest)
-    found.float().pow(2).sum().backward()
+    output, wanted = run(model, x, *rest), run(exact, x.double(), *rest)
+    output.float().pow(2).sum().backward()
     wanted.pow(2).sum().backward()
-    assert relative(found, wanted) < 3 * BF16
-    for (name, own), (_, other) in zip(
+    assert relative(output, wanted) < 3 * BF16
+    for (name, parameter), (_, other) in zip(
         ((name, each) for name, each in model.named_parameters() if "lora_" in name),
         ((name, each) for name, each in exact.named_parameters() if "lora_" in name),
         strict=True,
     ):
-        assert own.grad is not None and relative(own.grad, other.grad) < 6 * BF16, name
+        assert parameter.grad is not None and relative(parameter.grad, other.grad) < 6 * BF16, name
     assert counted == ["decoder"] * 2 + ["decoder_backward"] * 2
 
 
@@ -256,9 +256,9 @@ def test_heads_of_a_width_that_no_tile_holds_leave_a_layer_as_it_is(counted: lis
     model, (x, *rest) = decoder(head_dim=16), given()
     exact = plain(model)
     quick(model)
-    found = run(model, x.clone().requires_grad_(), *rest)
-    found.float().sum().backward()
-    assert not counted and relative(found, run(exact, x.double(), *rest)) < 3 * BF16
+    output = run(model, x.clone().requires_grad_(), *rest)
+    output.float().sum().backward()
+    assert not counted and relative(output, run(exact, x.double(), *rest)) < 3 * BF16
 
 
 @needs_kernel
@@ -324,10 +324,10 @@ def test_a_layer_that_was_changed_after_a_run_computes_what_it_is_now(
     run(model, x, *rest)
     counted.clear()
     change(model.model.layers[1])
-    found = run(model, x, *rest)
+    output = run(model, x, *rest)
     assert len(counted) == runs
     exact = plain(model)
-    assert relative(found, run(exact, x.double(), *rest)) < 3 * BF16
+    assert relative(output, run(exact, x.double(), *rest)) < 3 * BF16
 
 
 @needs_kernel
@@ -347,13 +347,13 @@ def test_adapters_that_learn_or_are_loaded_are_seen(counted: list[str]) -> None:
 @needs_kernel
 def test_a_copy_of_a_layer_that_ran_runs_by_its_own_weights(counted: list[str]) -> None:
     model, (x, *rest) = quick(decoder()), given()
-    found = run(model, x, *rest)
+    output = run(model, x, *rest)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     fuse(other)
-    assert torch.equal(run(other, x, *rest), found)
+    assert torch.equal(run(other, x, *rest), output)
     assert len(counted) == 4
 
 

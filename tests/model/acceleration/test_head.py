@@ -53,17 +53,17 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     Without cancelling where the target is sure.
     """
     logits = hidden.double() @ weight.double().t()
-    said = one_hot(targets, len(weight)).bool()
-    others = logits.masked_fill(said, -torch.inf).logsumexp(1)
-    odds = others - logits[said]
-    shares = log_softmax(logits, 1).exp().masked_fill(said, 0)
+    is_target = one_hot(targets, len(weight)).bool()
+    others = logits.masked_fill(is_target, -torch.inf).logsumexp(1)
+    odds = others - logits[is_target]
+    shares = log_softmax(logits, 1).exp().masked_fill(is_target, 0)
     gradient = shares @ weight.double() - odds.sigmoid()[:, None] * weight[targets].double()
     return torch.logaddexp(odds, torch.zeros(())), gradient
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
+def off(actual: Tensor, wanted: Tensor) -> float:
     """The largest relative error of a position's gradient."""
-    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-12)).max())
+    return float(((actual - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-12)).max())
 
 
 @needs_kernel
@@ -90,14 +90,14 @@ def test_losses_and_gradients_are_those_of_the_formula(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found, gradient = losses(hidden, weight, targets, True)
+        loss, gradient = losses(hidden, weight, targets, True)
         alone, none = losses(hidden, weight, targets, False)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=1e-8)
     assert off(gradient, of_hidden) < BF16
     assert none.shape == (0, width)
-    torch.testing.assert_close(alone, found, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(alone, loss, rtol=1e-6, atol=1e-8)
 
 
 @needs_kernel
@@ -116,8 +116,8 @@ def test_logits_of_any_size_and_order_neither_overflow_nor_vanish(rising: bool) 
     hidden[:, 5] = 1
     rows, weight, targets = hidden.bfloat16(), weight.bfloat16(), torch.arange(positions) * 40
     wanted, of_hidden = exact(rows, weight, targets)
-    found, gradient = losses(rows, weight, targets, True)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-2)
+    loss, gradient = losses(rows, weight, targets, True)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=1e-2)
     assert off(gradient, of_hidden) < BF16
 
 
@@ -128,8 +128,8 @@ def test_a_target_that_is_all_but_certain_has_the_loss_and_gradient_of_what_is_l
     hidden = (weight[:8].float() * torch.linspace(0.2, 5, 8)[:, None]).bfloat16()
     wanted, of_hidden = exact(hidden, weight, torch.arange(8))
     assert wanted.min() < 1e-20
-    found, gradient = losses(hidden, weight, torch.arange(8), True)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=0)
+    loss, gradient = losses(hidden, weight, torch.arange(8), True)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-5, atol=0)
     assert off(gradient * 1e20, of_hidden * 1e20) < BF16
 
 
@@ -138,10 +138,10 @@ def test_numbers_that_are_none_stay_none_and_stay_where_they_are() -> None:
     hidden, weight, targets = given(40, 64, 100)
     whole = losses(hidden, weight, targets, True)
     hidden[7, 3], hidden[9, 0] = torch.nan, torch.inf
-    for found, wanted in zip(losses(hidden, weight, targets, True), whole, strict=True):
-        assert not found[7].isfinite().any() and not found[9].isfinite().any()
-        kept = [i for i in range(40) if i not in (7, 9)]
-        assert torch.equal(found[kept], wanted[kept])
+    for actual, wanted in zip(losses(hidden, weight, targets, True), whole, strict=True):
+        assert not actual[7].isfinite().any() and not actual[9].isfinite().any()
+        rest = [i for i in range(40) if i not in (7, 9)]
+        assert torch.equal(actual[rest], wanted[rest])
 
 
 @needs_kernel
@@ -151,8 +151,8 @@ def test_no_positions_a_vocabulary_of_one_and_targets_out_of_it() -> None:
     nothing = head_loss(leaf, weight, targets[:0])
     nothing.backward()
     assert nothing == 0 and leaf.grad is not None and leaf.grad.shape == (0, 64)
-    found, gradient = losses(hidden, weight[:1], torch.zeros(4, dtype=torch.long), True)
-    assert not found.any() and not gradient.any()
+    loss, gradient = losses(hidden, weight[:1], torch.zeros(4, dtype=torch.long), True)
+    assert not loss.any() and not gradient.any()
     for wrong in (-1, 100):
         with pytest.raises(IndexError, match="vocabulary of 100"):
             losses(hidden, weight, torch.full((4,), wrong), True)
@@ -168,11 +168,11 @@ def test_the_summed_loss_flows_back_as_that_of_the_layers() -> None:
         leaves = [hidden.to(kind, copy=True).requires_grad_() for _ in range(2)]
         with torch.autocast("cpu", torch.bfloat16):
             assert by_kernel(leaves[0], head)
-            found = head_loss(leaves[0], head.weight, targets)
+            loss = head_loss(leaves[0], head.weight, targets)
             layers = token_loss(lambda rows: head(rows).float(), leaves[1], targets, head)
-        (found / 50).backward()
+        (loss / 50).backward()
         (layers / 50).backward()
-        assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(
+        assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(
             float(wanted.sum()), rel=1e-5
         )
         errors = [
@@ -274,14 +274,14 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(
     monkeypatch.setattr("vlm_tune.model.language.base.head_loss", counted)
     for model in (fast, plain):
         embeds = model.embed(rows.input_ids).detach().requires_grad_()
-        found = model(embeds, rows)
-        found.sum.backward()
+        loss = model(embeds, rows)
+        loss.sum.backward()
         with torch.no_grad():
             assert float(model(embeds, rows).sum) == pytest.approx(
-                float(found.sum.detach()), rel=BF16
+                float(loss.sum.detach()), rel=BF16
             )
-        assert embeds.grad is not None and found.count == int((rows.labels != IGNORE_INDEX).sum())
-        losses_of.append(float(found.sum.detach()))
+        assert embeds.grad is not None and loss.count == int((rows.labels != IGNORE_INDEX).sum())
+        losses_of.append(float(loss.sum.detach()))
         gradients.append(embeds.grad.double())
     # The second, in fp32, never runs by it.
     assert calls == [int((rows.labels != IGNORE_INDEX).sum())] * 2

@@ -92,7 +92,7 @@ def test_outputs_and_gradients_are_as_near_as_plain_products(
         for count in (heads, groups, groups, heads)
     ]
     ends = ends_of(2, length)
-    found: dict[str, list[torch.Tensor]] = {}
+    by_form: dict[str, list[torch.Tensor]] = {}
     for name, dtype in (
         ("true", torch.float64),
         ("plain", torch.bfloat16),
@@ -108,11 +108,11 @@ def test_outputs_and_gradients_are_as_near_as_plain_products(
         # What stands at padding is nobody's.
         real = (ends > 0)[:, :, None, None]
         (out * real).backward(drawn[3].to(dtype))
-        found[name] = [
+        by_form[name] = [
             (out * real).double(),
             *(each.grad.double() for each in inputs if each.grad is not None),
         ]
-    for true, theirs, ours in zip(*found.values(), strict=True):
+    for true, theirs, ours in zip(*by_form.values(), strict=True):
         assert (
             float((ours - true).norm())
             <= 1.4 * float((theirs - true).norm())
@@ -136,27 +136,29 @@ def test_in_fp32_it_is_what_plain_products_give(
         torch.randn(2, length, 6, width, generator=generator, dtype=dtype),
         ends_of(2, length),
     )
-    real, found = (ends > 0)[:, :, None, None], []
+    real, outputs = (ends > 0)[:, :, None, None], []
     for form in (plain, lambda *given: attend(*given, width**-0.5)[0]):
         inputs = [each.detach().clone().requires_grad_() for each in drawn]
         out = form(*inputs, ends) * real
         out.backward(flow)
-        found.append([out, *(each.grad for each in inputs)])
-    for wanted, ours in zip(*found, strict=True):
+        outputs.append([out, *(each.grad for each in inputs)])
+    for wanted, ours in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_of_queries_times_keys_is_kept_for_the_backward_pass() -> None:
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     query, key, value = (torch.randn(2, count, 500, 16, requires_grad=True) for count in (4, 2, 2))
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
         out = attend(query, key, value, ends_of(2, 500), 0.25)[0]
-    held = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved
     }
-    assert sum(held.values()) <= sum(each.nbytes for each in (query, key, value, out)) + 2 * 500 * 8
+    assert (
+        sum(sizes.values()) <= sum(each.nbytes for each in (query, key, value, out)) + 2 * 500 * 8
+    )
 
 
 @pytest.mark.parametrize("branches", [4, 70])
@@ -171,12 +173,12 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
 
     rows, heads, groups, length, width = 2, 6, 2, 11, 32
-    kept = [
+    cached = [
         (draw(rows, groups, length, width), draw(rows, groups, length, width)) for _ in range(2)
     ]
     seen = torch.rand(rows, branches, length, generator=generator) < 0.7
     seen[..., 0] = True
-    grown, whole = Branches(kept, seen), [kept[0], kept[1]]
+    grown, whole = Branches(cached, seen), [cached[0], cached[1]]
     for token in range(4):
         if token == 2:
             places = torch.stack(
@@ -194,7 +196,7 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
                 draw(rows, heads, branches, width),
                 *(draw(rows, groups, branches, width) for _ in range(2)),
             )
-            found = grown.attend(query, key, value, width**-0.5)
+            attended = grown.attend(query, key, value, width**-0.5)
             whole[layer] = tuple(
                 torch.cat([before, new], 2)
                 for before, new in zip(whole[layer], (key, value), strict=True)
@@ -206,7 +208,7 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
                 ~seen[:, None], -torch.inf
             )
             wanted = (scores.softmax(-1) @ values).transpose(1, 2)
-            assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+            assert float((attended - wanted).norm() / wanted.norm()) < 1e-2
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient() -> None:

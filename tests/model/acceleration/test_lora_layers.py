@@ -67,12 +67,12 @@ def step(model: Any, recipe: Recipe) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 def assert_near(
-    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float
+    actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float
 ) -> None:
     """Asserts the same names, and the largest relative error (by norm) of all."""
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == wanted.keys()
     errors = {
-        name: float((found[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12))
+        name: float((actual[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12))
         for name in wanted
     }
     assert max(errors.values()) <= tolerance, max(errors.items(), key=lambda item: item[1])
@@ -114,11 +114,11 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = x.detach().clone().requires_grad_()
     output = model(x)
     output.to(torch.promote_types(output.dtype, torch.float32)).square().sum().backward()
-    found = {
+    tensors = {
         "output": output.detach(),
         **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
     }
-    return found | ({"x": x.grad} if x.grad is not None else {})
+    return tensors | ({"x": x.grad} if x.grad is not None else {})
 
 
 @settings(max_examples=40, deadline=None)
@@ -179,13 +179,13 @@ def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None
         fuse(ours)
     wanted = gradients(exact.float(), x.float().detach().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
-        theirs, found = gradients(peft, x), gradients(ours, x)
-    assert {name: value.dtype for name, value in found.items()} == {
+        theirs, fused = gradients(peft, x), gradients(ours, x)
+    assert {name: value.dtype for name, value in fused.items()} == {
         name: value.dtype for name, value in theirs.items()
     }
     for name, value in wanted.items():
         error, allowed = (
-            float((found[name].float() - value).norm()),
+            float((fused[name].float() - value).norm()),
             float((theirs[name].float() - value).norm()),
         )
         assert error <= 1.5 * allowed, name
@@ -206,9 +206,9 @@ def test_what_is_not_plain_lora_takes_pefts_path(
     assert fuse(model.train()) == 0
     x = torch.randn(5, 8)
     torch.manual_seed(3)
-    found = gradients(model, x)
+    ours = gradients(model, x)
     torch.manual_seed(3)
-    assert_near(found, gradients(plain, x), 1e-6)
+    assert_near(ours, gradients(plain, x), 1e-6)
 
 
 def test_trained_weights_and_switched_off_or_merged_adapters_take_pefts_path() -> None:
@@ -265,8 +265,8 @@ def test_siblings_called_with_other_inputs_are_given_their_own() -> None:
     x, y = torch.randn(5, 8), torch.randn(3, 8)
     wanted = [model.q(x), model.k(y), model.v(x), model.q(y)]
     fuse(model)
-    found = [model.q(x), model.k(y), model.v(x), model.q(y)]
-    assert all(largest(one, other) <= 1e-6 for one, other in zip(found, wanted, strict=True))
+    outputs = [model.q(x), model.k(y), model.v(x), model.q(y)]
+    assert all(largest(one, other) <= 1e-6 for one, other in zip(outputs, wanted, strict=True))
 
 
 def test_the_compiled_pass_is_the_same() -> None:
@@ -281,10 +281,10 @@ def test_the_compiled_pass_is_the_same() -> None:
         if merged:
             fuse(model)
         compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-        found = {
+        traced = {
             name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x).items()
         }
-        assert_near(found, wanted, 1e-5)
+        assert_near(traced, wanted, 1e-5)
 
 
 # --- whole models ------------------------------------------------------------------------------
@@ -312,11 +312,11 @@ def test_loss_and_gradients_equal_plain_peft(
 ) -> None:
     recipe = parsed(with_tune(tiny_recipe(kind), tune(tuned, kind)))
     single, merged = ready(recipe), ready(recipe, merged=True)
-    found = [step(model, recipe) for model in (single, merged)]
+    steps = [step(model, recipe) for model in (single, merged)]
     merged.llm.model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    found.append(step(merged, recipe))
+    steps.append(step(merged, recipe))
     assert not any(
         layer.siblings and layer.siblings.pending
         for layer in merged.modules()
@@ -325,7 +325,7 @@ def test_loss_and_gradients_equal_plain_peft(
     plain_peft(monkeypatch)
     loss, wanted = step(ready(recipe), recipe)
     assert any("lora_B" in name for name in wanted)
-    for ours, gradients_ in found:
+    for ours, gradients_ in steps:
         assert float((ours - loss).abs() / loss) <= 1e-6
         assert_near(gradients_, wanted, 1e-5)
 

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("either_path")
 BF16 = 2**-8
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+def relative(actual: Tensor, wanted: Tensor) -> float:
+    return float((actual.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def given(
@@ -89,14 +89,14 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     leaves = [[each.double().requires_grad_() for each in group] for group in (downs, ups)]
     wanted = formula(exact, weights, *leaves, activation)
     wanted.backward(flow.double())
-    found, *kept = gated(x, weights, "", activation, downs, ups, SCALES, True)
+    output, *saved = gated(x, weights, "", activation, downs, ups, SCALES, True)
     assert (
-        torch.equal(found, gated(x, weights, "", activation, downs, ups, SCALES, False)[0])
+        torch.equal(output, gated(x, weights, "", activation, downs, ups, SCALES, False)[0])
         or rows < 2 * feedforward.FEW
     )
-    assert relative(found, wanted) < 2 * BF16
+    assert relative(output, wanted) < 2 * BF16
     of_x, of_downs, of_ups = gated_backward(
-        flow, x, kept, weights, "", activation, downs, ups, SCALES, True
+        flow, x, saved, weights, "", activation, downs, ups, SCALES, True
     )
     assert exact.grad is not None and relative(of_x, exact.grad) < 2 * BF16
     for flat, group in ((of_downs, leaves[0]), (of_ups, leaves[1])):
@@ -104,7 +104,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
         for part, each in zip(parts, group, strict=True):
             if each.numel():
                 assert each.grad is not None and relative(part, each.grad.flatten()) < 3 * BF16
-    none, *same = gated_backward(flow, x, kept, weights, "", activation, downs, ups, SCALES, False)
+    none, *same = gated_backward(flow, x, saved, weights, "", activation, downs, ups, SCALES, False)
     assert (
         none.shape == (0, width) and torch.equal(same[0], of_downs) and torch.equal(same[1], of_ups)
     )
@@ -128,13 +128,13 @@ def test_far_numbers_neither_overflow_nor_vanish(activation: int) -> None:
     weights = [torch.zeros(inner, width), torch.zeros(inner, width), torch.eye(width)]
     weights[0][:, 0], weights[1][:, 1] = 1, 1
     empty = [torch.empty(0, 32)] * 3, [torch.empty(32, 0)] * 3
-    found = gated(
+    output = gated(
         x.bfloat16(), [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True
     )[0]
     wanted = (silu, lambda g: gelu(g, approximate="tanh"))[activation](
         x[:, :1].bfloat16().float()
     ).expand(-1, 32)
-    torch.testing.assert_close(found.float(), wanted, rtol=2 * BF16, atol=1e-30)
+    torch.testing.assert_close(output.float(), wanted, rtol=2 * BF16, atol=1e-30)
 
 
 def decoder(config: Any, **changed: Any) -> nn.Module:
@@ -195,11 +195,11 @@ def mlp(change: Callable[[Any], None] = lambda module: None, rank: int = 4) -> t
     """A Llama's feed-forward module with LoRA by the operator, and the same with PEFT's layers."""
     plain = decoder(LlamaConfig, intermediate_size=96)
     if rank:
-        found: Any = inject_adapter_in_model(
+        adapted: Any = inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"]),
             plain,
         )
-        for name, parameter in found.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
     fast = copy.deepcopy(plain)
@@ -221,7 +221,7 @@ def test_a_module_gives_what_transformers_and_peft_give(rank: int, counted: list
     torch.manual_seed(1)
     x, flow = torch.randn(4, 40, 64).bfloat16(), torch.randn(4, 40, 64).bfloat16()
     exact = copy.deepcopy(plain).double()
-    found = {}
+    tensors = {}
     for name, module, kind in (
         ("fast", fast, torch.bfloat16),
         ("plain", plain, torch.bfloat16),
@@ -231,13 +231,13 @@ def test_a_module_gives_what_transformers_and_peft_give(rank: int, counted: list
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             out = module(leaf)
         out.backward(flow.to(out.dtype))
-        found[name] = [
+        tensors[name] = [
             out.detach(),
             leaf.grad,
             *(parameter.grad for parameter in module.parameters() if parameter.requires_grad),
         ]
-    assert counted == ["gated", "gated_backward"] and len(found["fast"]) == 2 + 2 * 3 * bool(rank)
-    for fast_one, plain_one, exact_one in zip(*found.values(), strict=True):
+    assert counted == ["gated", "gated_backward"] and len(tensors["fast"]) == 2 + 2 * 3 * bool(rank)
+    for fast_one, plain_one, exact_one in zip(*tensors.values(), strict=True):
         assert relative(fast_one, exact_one) < max(1.5 * relative(plain_one, exact_one), BF16)
 
 
@@ -267,13 +267,13 @@ def test_what_the_operator_does_not_compute_runs_as_before(counted: list[str]) -
 
 def test_in_fp32_a_module_gives_what_transformers_and_peft_give(counted: list[str]) -> None:
     torch.manual_seed(2)
-    x, found = torch.randn(4, 300, 64), []
+    x, tensors = torch.randn(4, 300, 64), []
     for module in mlp():
         module.float()
         leaf = x.clone().requires_grad_()
         out = module(leaf)
         out.square().sum().backward()
-        found.append(
+        tensors.append(
             [
                 out,
                 leaf.grad,
@@ -281,23 +281,23 @@ def test_in_fp32_a_module_gives_what_transformers_and_peft_give(counted: list[st
             ]
         )
     assert counted == ["gated", "gated_backward"]
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*tensors, strict=True):
         assert relative(ours, theirs.double()) < 1e-5
 
 
 def test_of_what_lies_between_gate_and_up_alone_are_kept() -> None:
     module, _ = mlp()
-    x, kept = torch.randn(2, 80, 64).bfloat16().requires_grad_(), {}
+    x, saved = torch.randn(2, 80, 64).bfloat16().requires_grad_(), {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x)
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     ranks = 3 * 4
-    assert sum(size for place, size in kept.items() if place not in weights) <= 2 * 160 * (
+    assert sum(size for place, size in saved.items() if place not in weights) <= 2 * 160 * (
         64 + 2 * 96 + ranks
     )
 

@@ -50,10 +50,10 @@ def reference(
 
 def strides(by_head: list[Tensor], by_token: list[Tensor]) -> Any:
     """Strides of tensors [B, L, heads, D]: by row, head and token, and by row, token and head."""
-    found = [each.stride(place) for each in by_head for place in (0, 2, 1)] + [
+    flat = [each.stride(place) for each in by_head for place in (0, 2, 1)] + [
         each.stride(place) for each in by_token for place in range(3)
     ]
-    return (ctypes.c_int64 * len(found))(*found)
+    return (ctypes.c_int64 * len(flat))(*flat)
 
 
 @needs_kernel
@@ -91,12 +91,12 @@ def test_rotated_parts_of_a_merged_buffer(
         *pointers(*given, cos, sin, ends, out, logs),
     )
     merged = torch.full_like(buffer, torch.nan)
-    found = parts(merged, heads, groups, width)
+    gradients = parts(merged, heads, groups, width)
     library.attend_backward(
         shape,
         ctypes.c_float(scale),
-        strides([flow, *given, out], found),
-        *pointers(flow, *given, cos, sin, out, logs, ends, *found),
+        strides([flow, *given, out], gradients),
+        *pointers(flow, *given, cos, sin, out, logs, ends, *gradients),
     )
     true_buffer = buffer.float().requires_grad_()
     true_out, true_logs = reference(
@@ -111,7 +111,7 @@ def test_rotated_parts_of_a_merged_buffer(
         bool((logs[~seen] == torch.inf).all())
         and float((logs - true_logs)[seen].abs().max()) < 0.05
     )
-    for mine, true in zip(found, parts(true_buffer.grad, heads, groups, width), strict=True):
+    for mine, true in zip(gradients, parts(true_buffer.grad, heads, groups, width), strict=True):
         assert float((mine - true).norm()) < 1e-2 * float(true.norm())
 
 

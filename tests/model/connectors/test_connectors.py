@@ -137,13 +137,13 @@ def test_a_batch_without_media_reaches_every_trained_parameter_and_changes_nothi
     model = stirred(built(recipe))
     tuned_by(model, recipe)
     batch = batch_of(model, text_rows(model))
-    found: Any = model.train()(batch)
-    found.sum.backward()
+    loss: Any = model.train()(batch)
+    loss.sum.backward()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert any(name.startswith("connector.") for name, _ in trained)
     missing = [name for name, p in trained if p.grad is None]
     assert missing == []
-    assert float(found.sum.detach()) == pytest.approx(
+    assert float(loss.sum.detach()) == pytest.approx(
         float(model.eval()(batch).sum.detach()), rel=1e-6
     )
 
@@ -156,8 +156,8 @@ def test_a_batch_with_media_reaches_every_trained_parameter(
     recipe = parsed(with_connector(tiny_recipe(llm), kind))
     model = stirred(built(recipe))
     tuned_by(model, recipe)
-    found: Any = model.train()(batch_of(model, examples_of(model, recipe)))
-    found.sum.backward()
+    loss: Any = model.train()(batch_of(model, examples_of(model, recipe)))
+    loss.sum.backward()
     idle = [
         name
         for name, p in model.named_parameters()
@@ -237,8 +237,8 @@ def test_a_lora_run_in_bf16_trains_saves_and_answers(
     loop.model.save_pretrained(tmp_path / "saved")
     again = VisionLanguageModel.from_pretrained(tmp_path / "saved")
     assert {parameter.dtype for parameter in again.connector.parameters()} == {torch.bfloat16}
-    asked = rows_of(recipe)[0].media[0].source
-    assert isinstance(again.chat("what color is it?", images=[asked], max_new_tokens=3), str)
+    image = rows_of(recipe)[0].media[0].source
+    assert isinstance(again.chat("what color is it?", images=[image], max_new_tokens=3), str)
     assert isinstance(again.chat("nothing to see?", max_new_tokens=3), str)
 
 
@@ -269,15 +269,15 @@ def test_features_depend_on_the_question_and_not_on_the_answer(
             fetch=model.processor.images,
             pad_left=prompt and llm == "causal",
         )
-        found = model.media(batch)
-        assert found is not None
-        return found
+        features = model.media(batch)
+        assert features is not None
+        return features
 
-    said = connected("what color is it?", "red")
-    assert_same_outputs(said, connected("what color is it?", "a long green answer"))
-    assert_same_outputs(said, connected("what color is it?", "red", "and now?", "no"))
-    assert largest(said, connected("what color is it?", "red", prompt=True)) <= 1e-6
-    assert largest(said, connected("what shape is it?", "red")) > 1e-4
+    reference = connected("what color is it?", "red")
+    assert_same_outputs(reference, connected("what color is it?", "a long green answer"))
+    assert_same_outputs(reference, connected("what color is it?", "red", "and now?", "no"))
+    assert largest(reference, connected("what color is it?", "red", prompt=True)) <= 1e-6
+    assert largest(reference, connected("what shape is it?", "red")) > 1e-4
 
 
 @torch.no_grad()
@@ -288,10 +288,10 @@ def test_packed_samples_read_their_own_instruction(kind: str, tiny_recipe: Tiny)
     examples = examples_of(model, recipe)[:3]
 
     batch = batch_of(model, [pack_layout(examples, "causal")])
-    found, expected = model.media(batch), model.media(batch_of(model, examples))
-    assert found is not None
+    packed, expected = model.media(batch), model.media(batch_of(model, examples))
+    assert packed is not None
     assert expected is not None
-    assert largest(found, expected) <= 1e-5
+    assert largest(packed, expected) <= 1e-5
 
 
 def test_questions_that_share_an_image_are_refused_where_the_connector_reads_them(
@@ -315,18 +315,18 @@ def test_a_long_instruction_is_read_from_its_end(tiny_recipe: Tiny) -> None:
     )
     model = stirred(built(recipe)).eval()
     media = rows_of(recipe)[0].media
-    found = []
+    features = []
     for question in (
         "one of many words here?",
         "quite another beginning here?",
         "one of many words here!",
     ):
         rows = (Message("user", (*media, question)), Message("assistant", ("no",)))
-        found.append(
+        features.append(
             model.media(batch_of(model, model.processor.examples(Conversation("row", rows))))
         )
-    assert largest(found[0], found[1]) <= 1e-6
-    assert largest(found[0], found[2]) > 1e-5
+    assert largest(features[0], features[1]) <= 1e-6
+    assert largest(features[0], features[2]) > 1e-5
 
 
 # --- in a recipe -------------------------------------------------------------------------------

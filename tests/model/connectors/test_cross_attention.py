@@ -58,8 +58,8 @@ def model_of(
 def examples_of(model: VisionLanguageModel, recipe: Any) -> list[Example]:
     """Rows with one image, with two, and with none."""
     rows = rows_of(recipe)
-    asked = (rows[0].media[0], "then", rows[4].media[0], "what changed?")
-    two = Conversation("two", (Message("user", asked), Message("assistant", ("no",))))
+    parts = (rows[0].media[0], "then", rows[4].media[0], "what changed?")
+    two = Conversation("two", (Message("user", parts), Message("assistant", ("no",))))
     none = Conversation("none", (Message("user", ("what?",)), Message("assistant", ("no",))))
     return [example for row in (*rows[:2], two, none) for example in model.processor.examples(row)]
 
@@ -75,13 +75,13 @@ def test_it_starts_as_the_text_model(llm: str, tiny_recipe: Tiny) -> None:
     assert torch.equal(
         embeds[batch.image_mask], connector.marker.expand(len(batch.media_index), -1)
     )
-    found = model.llm.supervised_logits(embeds, batch)
+    logits = model.llm.supervised_logits(embeds, batch)
     opened, _ = model_of(llm, tiny_recipe)
     changed = opened.llm.supervised_logits(opened.embed(batch), batch)
-    assert largest(found, changed) > 1e-4
+    assert largest(logits, changed) > 1e-4
     for layer in model.llm.modules():
         layer._forward_pre_hooks.clear()
-    assert_same_outputs(found, model.llm.supervised_logits(embeds, batch))
+    assert_same_outputs(logits, model.llm.supervised_logits(embeds, batch))
 
 
 @both_llms
@@ -155,20 +155,20 @@ def test_generation_with_a_cache_says_what_the_whole_pass_says(tiny_recipe: Tiny
     prompts = model.processor.prompts(rows_of(recipe)[:2])
     for prompt in prompts:
         ids = list(generate(model, batch_of(model, [prompt]), Decoding(6))[0])
-        said: list[int] = []
+        generated: list[int] = []
         for token in ids:
             so_far = replace(
                 prompt,
-                input_ids=np.append(prompt.input_ids, said).astype(np.int32),
-                labels=np.append(np.full(len(prompt.labels) + len(said) - 1, -100), 0).astype(
+                input_ids=np.append(prompt.input_ids, generated).astype(np.int32),
+                labels=np.append(np.full(len(prompt.labels) + len(generated) - 1, -100), 0).astype(
                     np.int32
                 ),
-                image_mask=np.append(prompt.image_mask, [False] * len(said)),
+                image_mask=np.append(prompt.image_mask, [False] * len(generated)),
             )
             batch = batch_of(model, [so_far])
             assert int(model.llm.supervised_logits(model.embed(batch), batch)[0].argmax()) == token
-            said.append(token)
-        assert len(said) >= 2
+            generated.append(token)
+        assert len(generated) >= 2
 
 
 def test_beams_look_at_the_image_of_their_own_row() -> None:
@@ -222,8 +222,8 @@ def test_blocks_train_between_quantised_layers(tiny_recipe: Tiny, tmp_path: Path
     recipe = parsed(with_tune(with_llm(text, folder, "causal", ", quantize: nf4")))
     model = built(recipe)
     tuned_by(model, recipe)
-    found: Any = model.train()(batch_of(model, examples_of(model, recipe)))
-    found.sum.backward()
+    loss: Any = model.train()(batch_of(model, examples_of(model, recipe)))
+    loss.sum.backward()
     gates = {
         name: parameter.grad
         for name, parameter in model.connector.named_parameters()

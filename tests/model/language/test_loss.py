@@ -43,9 +43,9 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
     wanted = gradients(plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_BYTES", chunk * 4 * 11)
-        found = token_loss(head, hidden, targets, head)
-    assert torch.allclose(found.double(), plain, rtol=1e-6)
-    for one, other in zip(gradients(found), wanted, strict=True):
+        chunked = token_loss(head, hidden, targets, head)
+    assert torch.allclose(chunked.double(), plain, rtol=1e-6)
+    for one, other in zip(gradients(chunked), wanted, strict=True):
         assert (one is None) == (other is None)
         assert one is None or other is None or torch.allclose(one, other, rtol=1e-6, atol=1e-9)
 

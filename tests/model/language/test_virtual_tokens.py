@@ -92,7 +92,7 @@ def text_batch(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> B
 
 
 def greedy(plain: Any, ids: torch.Tensor, kind: str, steps: int) -> torch.Tensor:
-    """What a PEFT model writes, a whole forward pass a token.
+    """Token ids that a PEFT model generates greedily, a whole forward pass a token.
 
     Not PEFT's own `generate`: up to 0.21.2 it looks for the cache by the name that transformers
     gave up in 5.24, finds none, and puts a decoder's virtual tokens before every new token.
@@ -136,11 +136,11 @@ def test_logits_and_generation_are_plain_pefts(
         base = plain.get_base_model()(
             input_ids=ids, attention_mask=mask.long(), **more
         ).logits.flatten(0, 1)
-        said = model.llm.generate(model.llm.embed(ids), mask, Decoding(8), 0, [999])
+        generated = model.llm.generate(model.llm.embed(ids), mask, Decoding(8), 0, [999])
         expected = greedy(plain, ids, kind, 8)
     assert largest(ours, theirs) <= 1e-5
     assert largest(ours, base) > 1e-2
-    assert torch.equal(said, expected)
+    assert torch.equal(generated, expected)
 
 
 @EACH
@@ -208,10 +208,10 @@ def test_joined_rows_give_the_losses_and_gradients_of_rows_one_by_one(
             else [pack_layout(rows[:3], "causal"), pack_layout(rows[3:], "causal")]
         )
     alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
-    joined, found = loss_and_gradients(model, [batch_of(model, together)])
+    joined, gradients = loss_and_gradients(model, [batch_of(model, together)])
     assert float(expected["llm.prompt.values"].abs().max()) > 1e-4
     assert float(joined) == pytest.approx(float(alone), rel=1e-5)
-    assert_close(found, expected)
+    assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("how", ["prompt", "prefix"])
@@ -299,7 +299,7 @@ def test_a_run_resumes_bit_for_bit_and_learns(
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "changes", "said"),
+    ("kind", "how", "changes", "message"),
     [
         ("seq2seq", "prefix", {"data__packing": True}, "takes no packed rows"),
         (
@@ -326,11 +326,11 @@ def test_a_run_resumes_bit_for_bit_and_learns(
     ],
 )
 def test_what_virtual_tokens_do_not_go_with(
-    kind: str, how: str, changes: dict[str, Any], said: str, tiny_recipe: Any
+    kind: str, how: str, changes: dict[str, Any], message: str, tiny_recipe: Any
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         parsed(with_tune(tiny_recipe(kind), TUNE.format(how=how)), **changes)
-    assert any(said in problem.message for problem in caught.value.problems)
+    assert any(message in problem.message for problem in caught.value.problems)
 
 
 @EACH

@@ -37,10 +37,10 @@ Tiny = Callable[..., str]
 
 
 def command(*arguments: str) -> str:
-    """What `vlm-tune` prints, in this process; asserts that it succeeds."""
-    found = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    return found.output
+    """Output of `vlm-tune`, run in this process; asserts that it succeeds."""
+    invocation = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert invocation.exit_code == 0, invocation.output
+    return invocation.output
 
 
 def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
@@ -133,11 +133,11 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     assert (tmp_path / "merged" / "connector_tokenizer" / "tokenizer.json").is_file()
     assert largest(logits_of(merged, rows), expected) <= 1e-4
-    said = [
+    answers = [
         model.chat("what color is it?", images=[tmp_path / "red.png"])
         for model in (merged, trained)
     ]
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kind", ["llava", "instructblip"])
@@ -154,12 +154,12 @@ def test_quantised_loading_and_the_plan(
     tuned = apply_rules(model, recipe.tune, learning_rate=1e-3, precision=torch.float32)
     for file in tmp_path.glob("*/model.safetensors"):
         file.unlink()
-    found = plan(recipe)
-    (stage,) = found.stages
+    planned = plan(recipe)
+    (stage,) = planned.stages
     assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
         (row.match, row.trained, row.total) for row in tuned.table
     ]
-    assert found.quantize == "nf4"
+    assert planned.quantize == "nf4"
     bare, _ = bare_model(recipe)
     tokens = model.processor.spec.tokens_per_image
     assert (
@@ -227,5 +227,5 @@ def test_instructions_are_read_by_the_connectors_own_tokenizer(
     reader = model.connector.reader
     assert reader is not None
     rows = [example.input_ids[~example.image_mask] for example in examples[:2]]
-    said = [reader.tokenizer.decode(reader._ids(tuple(row.tolist()))) for row in rows]
-    assert said == ["[CLS] what color is it ? [SEP]", "[CLS] is it blue ? [SEP]"]
+    texts = [reader.tokenizer.decode(reader._ids(tuple(row.tolist()))) for row in rows]
+    assert texts == ["[CLS] what color is it ? [SEP]", "[CLS] is it blue ? [SEP]"]

@@ -104,8 +104,8 @@ def test_every_tile_has_its_slots_after_its_image(kind: str, rows: list[Conversa
                 tiled.input_ids[~tiled.image_mask], whole.input_ids[~whole.image_mask]
             )
             assert (tiled.labels[tiled.labels >= 0] == whole.labels[whole.labels >= 0]).all()
-    found = processor.prompt(rows[2]).media
-    assert [(item.source, item.tile and (item.tile.column, item.tile.row)) for item in found] == [
+    media = processor.prompt(rows[2]).media
+    assert [(item.source, item.tile and (item.tile.column, item.tile.row)) for item in media] == [
         *((wide.source, place) for place in (None, (0, 0), (1, 0))),
         *((high.source, place) for place in (None, (0, 0), (0, 1))),
     ]
@@ -136,8 +136,8 @@ def test_every_tile_counts_and_their_order_too(rows: list[Conversation]) -> None
     def loss(pixels: list[torch.Tensor]) -> float:
         fetched = dict(zip(example.media, pixels, strict=True))
         with torch.inference_mode():
-            found: Any = model(collate([example], model.processor.spec, fetch=fetched.__getitem__))
-        return float(found.sum)
+            output: Any = model(collate([example], model.processor.spec, fetch=fetched.__getitem__))
+        return float(output.sum)
 
     whole, left, right = (model.processor.images(item) for item in example.media)
     losses = [
@@ -163,8 +163,8 @@ def test_a_saved_model_tiles_as_the_trained_one(
     )
     one, other = model.processor.prompt(rows[2]), again.processor.prompt(rows[2])
     assert one.media == other.media and np.array_equal(one.input_ids, other.input_ids)
-    asked = ("what is it?", [rows[0].media[0].source])
-    assert model.chat(*asked, max_new_tokens=8) == again.chat(*asked, max_new_tokens=8)
+    request = ("what is it?", [rows[0].media[0].source])
+    assert model.chat(*request, max_new_tokens=8) == again.chat(*request, max_new_tokens=8)
 
 
 def test_an_image_without_a_readable_header_is_named_with_its_row(rows: list[Conversation]) -> None:
