@@ -1,7 +1,7 @@
-"""Looks the installed packages up among known vulnerabilities with pip-audit, where an index answers.
+"""Looks the installed packages up among known vulnerabilities with pip-audit.
 
-Ends with 1 if one is known that a newer version mends. Without a network, or where the index holds no advisories, it says
-that nothing was looked up and ends with 0; it never takes longer than a minute and a half.
+Ends with 1 if one is known that a newer version mends. Without a network, or where the index holds
+no advisories, it says so and ends with 0; it never takes longer than a minute and a half.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SECONDS = 90
 
 
 def main() -> int:
-    """What is known of the packages, printed."""
+    """Prints the known vulnerabilities of the installed packages."""
     command = [
         sys.executable,
         "-m",
@@ -28,22 +28,24 @@ def main() -> int:
         "off",
     ]
     try:
-        found = subprocess.run(
+        completed = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, check=False
         )
-        packages = json.loads(found.stdout)["dependencies"]
+        packages = json.loads(completed.stdout)["dependencies"]
     except subprocess.TimeoutExpired:
         print(f"audit: skipped, the advisory service did not answer within {SECONDS} s")
         return 0
     except (ValueError, KeyError):
         print(
-            f"audit: skipped, {(found.stderr.strip().splitlines() or ['pip-audit said nothing'])[-1]}"
+            "audit: skipped, "
+            f"{(completed.stderr.strip().splitlines() or ['pip-audit said nothing'])[-1]}"
         )
         return 0
     looked_up = [package for package in packages if "skip_reason" not in package]
     if not looked_up:
         print(
-            f"audit: skipped, the index has no advisories (of {len(packages)} packages none could be looked up)"
+            "audit: skipped, the index has no advisories "
+            f"(of {len(packages)} packages none could be looked up)"
         )
         return 0
     known = [(package, one) for package in looked_up for one in package["vulns"]]
@@ -55,7 +57,8 @@ def main() -> int:
         )
         print(f"audit: {package['name']} {package['version']}: {one['id']}, {mended}")
     print(
-        f"audit: {len(looked_up)} of {len(packages)} packages looked up, {len(known)} vulnerabilities known"
+        f"audit: {len(looked_up)} of {len(packages)} packages looked up, "
+        f"{len(known)} vulnerabilities known"
     )
     return int(any(one["fix_versions"] for _, one in known))
 

@@ -1,7 +1,8 @@
-"""Prints pip requirements made from pyproject.toml: python .ci/requirements.py newest | oldest | check
+"""Prints pip requirements from pyproject.toml: python .ci/requirements.py newest | oldest | check
 
-`newest` lifts the caps, so that pip takes today's releases; `oldest` pins every floor. `check` compares the floors and caps
-with the versions in `[tool.vlm_tune.tried]` and ends with 1 where they differ.
+`newest` lifts the caps, so that pip takes today's releases; `oldest` pins every floor. `check`
+compares the floors and caps with the versions in `[tool.vlm_tune.tried]` and ends with 1 where they
+differ.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 BY_MINOR = {"torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes"}
-"""Packages capped at the next minor release, since their minors have broken callers; others at the next major one."""
+"""Packages capped at the next minor release, since their minors have broken callers.
+
+Others are capped at the next major one.
+"""
 
 
 def load_project() -> dict:
@@ -83,7 +87,8 @@ def problems(project: dict) -> list[str]:
             wrong.append(f"{each.name}: the floor is {floor(each)}, the oldest tried is {first}")
         if cap(each) != expected_cap(each.name, last):
             wrong.append(
-                f"{each.name}: the cap is {cap(each)}, after {last} it is {expected_cap(each.name, last)}"
+                f"{each.name}: the cap is {cap(each)}, "
+                f"after {last} it is {expected_cap(each.name, last)}"
             )
     return wrong
 

@@ -1,4 +1,4 @@
-"""Names, lengths and docstrings as docs/architecture.md asks for them, read from the syntax trees."""
+"""Names, lengths and docstrings as CONTRIBUTING.md asks for them, read from syntax trees."""
 
 from __future__ import annotations
 
