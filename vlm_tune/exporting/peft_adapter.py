@@ -20,8 +20,8 @@ from vlm_tune.model.checkpoint import BESIDE as OWN
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.lora import PREFIX
 from vlm_tune.model.pretrained.language_model import load_llm, make_room
-from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm
 from vlm_tune.model.vlm import VisionLanguageConfig
+from vlm_tune.model.vlm_layouts import find_vlm
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 from vlm_tune.quoting import quoted
 
