@@ -17,9 +17,10 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import assemble, bare_model, bare_tower
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
-from vlm_tune.model.tuning import Tuned, apply_rules
+from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import VisionLanguageConfig
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"

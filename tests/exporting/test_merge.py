@@ -27,7 +27,8 @@ from tests.helpers.tiny_models import (
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merge, observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.model.checkpoint import load_model, verify_folder
+from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.committed_folders import verify_folder
 from vlm_tune.rendering.proofs import merge_proof
 
 BOTH = """

@@ -24,7 +24,7 @@ from tests.helpers.tiny_models import assert_same_bits, built, interrupted, stag
 from vlm_tune.api import sft
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.errors import RecipeError, TrainingError
-from vlm_tune.model.checkpoint import is_whole, recover_folders
+from vlm_tune.model.committed_folders import is_whole, recover_folders
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
     Progress,

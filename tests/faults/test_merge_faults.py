@@ -29,8 +29,9 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import MergeReport, check_merge, merge
-from vlm_tune.model import checkpoint
-from vlm_tune.model.checkpoint import commit_folder, is_whole, load_model, verify_folder
+from vlm_tune.model import checkpoint, committed_folders
+from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
 
 
 def trained(text: str, folder: Path, *, scale: float = 0.3) -> Path:
@@ -170,7 +171,7 @@ def test_fault_56_an_error_in_a_save_leaves_no_partial_folder(
         return call
 
     monkeypatch.setattr(checkpoint, "write_safetensors", counted(checkpoint.write_safetensors))
-    monkeypatch.setattr(checkpoint, "_sync", counted(checkpoint._sync))
+    monkeypatch.setattr(committed_folders, "_sync", counted(committed_folders._sync))
     monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
     for limit[0] in range(100):
         calls[0] = 0

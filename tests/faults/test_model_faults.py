@@ -72,7 +72,8 @@ def load(folder: Path, **keys: Any) -> Any:
 
 def resealed(folder: Path) -> Path:
     """The folder with a manifest that holds for what is in it now."""
-    from vlm_tune.model.checkpoint import MANIFEST, _digest
+    from vlm_tune.model.committed_folders import _digest
+    from vlm_tune.run_folder import MANIFEST
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     entries = {

@@ -23,7 +23,7 @@ from tests.helpers.forked_runs import ended, hidden, runs, stage_of, start, unti
 from tests.helpers.tiny_models import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
-from vlm_tune.model.checkpoint import is_whole
+from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.train import trackers, trainer, watchdog
 from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder

@@ -40,8 +40,9 @@ from vlm_tune.errors import Interrupted
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
-from vlm_tune.model.tuning import Tuned, apply_rules
+from vlm_tune.model.tuning import apply_rules
 from vlm_tune.precision import DTYPES
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress

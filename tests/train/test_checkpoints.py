@@ -14,7 +14,8 @@ import torch
 from tests.helpers.tiny_models import assert_same_bits, built, parsed, stage_loop, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError, TrainingError
-from vlm_tune.model.checkpoint import commit_folder, find_model, is_whole, load_model, verify_folder
+from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
 from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, step_folder
 
 

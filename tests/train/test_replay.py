@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune import cli
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError
-from vlm_tune.model.checkpoint import commit_folder
+from vlm_tune.model.committed_folders import commit_folder
 from vlm_tune.train.checkpoint import step_folder
 from vlm_tune.train.replay import ReplayReport
 from vlm_tune.train.step_trace import NAME

@@ -16,7 +16,8 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import TOLERANCE, merged_model, observe, plain_probe, probe_rows
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, commit_folder, load_model
+from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, load_model
+from vlm_tune.model.committed_folders import commit_folder
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.pretrained.language_model import llm_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer

@@ -35,8 +35,11 @@ from vlm_tune.memory_plan.results import Advice, Memory, Offload, PartSize, Plan
 from vlm_tune.memory_plan.step import ROWS, traced
 from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
 from vlm_tune.model.build import bare_model, trained_later
-from vlm_tune.model.tuning import TuneRow, apply_rules, count_of, parts
+from vlm_tune.model.lora import parts
+from vlm_tune.model.optimizer_groups import TuneRow
+from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 from vlm_tune.resources import KERNEL_BYTES, KERNELS

@@ -9,7 +9,7 @@ from vlm_tune.memory_plan.batch_stats import Work
 from vlm_tune.memory_plan.communication import Communication
 from vlm_tune.memory_plan.heap import Allocator
 from vlm_tune.memory_plan.machine import Machine
-from vlm_tune.model.tuning import TuneRow
+from vlm_tune.model.optimizer_groups import TuneRow
 
 Offload = Literal["none", "optimizer", "all"]
 """What DeepSpeed offloads to the host: nothing, optimizer states, or those and the weights."""

@@ -21,8 +21,9 @@ from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.acceleration.mlp import GatedModule
-from vlm_tune.model.tuning import count_of, is_linear
+from vlm_tune.model.lora_rules import is_linear
 from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
+from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
 
 ROWS = ("tokens", "label_tokens", "supervised", "images")

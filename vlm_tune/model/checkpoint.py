@@ -1,4 +1,4 @@
-"""Self-contained model folders, written atomically and verified by their manifest when loaded.
+"""Self-contained model folders: what is in them, saved and loaded.
 
 config.json            VisionLanguageConfig
 connector.safetensors
@@ -17,10 +17,6 @@ manifest.json          sizes and sha256 of all the other files
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -44,6 +40,7 @@ from vlm_tune.model.base_places import (
 )
 from vlm_tune.model.base_weights import check_same, llm_base, tower_base
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
+from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
 from vlm_tune.model.lora import (
@@ -59,6 +56,7 @@ from vlm_tune.model.lora import (
 from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
+from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import (
     cast_parameters,
@@ -70,132 +68,10 @@ from vlm_tune.model.weights import (
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import reason_of
-from vlm_tune.run_folder import MANIFEST, strangers
 
-TEMPORARY = ".tmp-"
-REPLACED = ".old-"
-"""Infixes in the names of folders that are being written, and of folders that they replace."""
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
 BESIDE = "llm.safetensors"
-
-
-# --- complete folders -----------------------------------------------------------------------------
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder atomically: under a temporary name, synced, with a manifest, then renamed.
-
-    An existing folder is replaced only when the new one is complete; its files that no manifest
-    lists are moved to the new one. A failure leaves no partial folder. What a killed process leaves
-    is repaired by `recover_folders`.
-
-    Args:
-        target: the folder.
-        write: writes all files into the temporary folder that it is called with.
-    """
-    target = target.resolve()  # "." has no name to rename
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}{TEMPORARY}{os.getpid()}"
-    old = target.parent / f".{target.name}{REPLACED}{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        write(temporary)
-        files = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        _sync(target.parent)
-        if old.exists():
-            _keep_strangers(old, target)
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-
-
-def _keep_strangers(old: Path, target: Path) -> None:
-    """Moves the files that no manifest lists from a folder to the one that replaced it."""
-    for path in strangers(old):
-        destination = target / path.relative_to(old)
-        if not os.path.lexists(destination):
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(destination)
-
-
-def recover_folders(parent: Path) -> None:
-    """Cleans up after a killed `commit_folder` or `remove_folder`.
-
-    A replaced folder without its successor is restored; partial folders are removed. To be called
-    only by the process that may write to `parent`.
-    """
-    for left in [*parent.glob(f".*{REPLACED}*"), *parent.glob(f".*{TEMPORARY}*")]:
-        name, _, _ = left.name[1:].rpartition(REPLACED)
-        if name and not (parent / name).exists():
-            left.rename(parent / name)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder atomically: it is renamed before its files are deleted."""
-    leaving = folder.parent / f".{folder.name}{TEMPORARY}{os.getpid()}"
-    folder.rename(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
-def verify_folder(folder: Path) -> None:
-    """Raises `ModelError` unless every file of the manifest exists with its size and sha256."""
-    try:
-        files = {
-            str(name): (int(entry["size"]), entry["sha256"])
-            for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(
-            f"{folder}: no whole model (its manifest.json is missing or unreadable)"
-        ) from None
-    for name, (size, sha256) in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise ModelError(f"{folder}: {name} is missing or cut")
-        if _digest(path) != sha256:
-            raise ModelError(f"{folder}: {name} is not what was written (sha256 differs)")
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the folder has all files of its manifest, unchanged."""
-    try:
-        verify_folder(folder)
-    except ModelError:
-        return False
-    return True
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -422,33 +298,20 @@ def restore_model(
     config = read_config(folder, base)
     notes = read_notes(folder)
     if not quantize:
-        section = config.model.model_copy(
-            update={"llm": config.llm.model_copy(update={"quantize": None})}
-        )
-        config = config.model_copy(update={"model": section})
-    own_llm = folder / "llm"
-    own_tower = folder / TOWER
+        config = _unquantized(config)
     local = Path(str(config.llm.name)).is_dir()
-    if "llm" in notes.parts and local:  # before the weights are loaded, which takes longer
-        check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
-    tower = restore_tower(
-        config.model.tower, config.tower_rebuild, own_tower if own_tower.is_file() else None
-    )
-    if "tower" in notes.parts:
-        check_same(
-            folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base
-        )
+    if local:  # before the weights are loaded, which takes longer
+        _check_llm(folder, config, notes, base)
+    tower = _checked_tower(folder, config, notes, base)
     precision = dtype or DTYPES[config.precision]
-    llm_folder = own_llm if own_llm.is_dir() else None
+    llm_folder = folder / "llm" if (folder / "llm").is_dir() else None
     if bare:
         language = bare_llm(config.llm, precision, folder=llm_folder)
     else:
         language = load_llm(config.llm, dtype=precision, folder=llm_folder, quantize=quantize)
-        if "llm" in notes.parts and not local:  # the hub's files are downloaded only now
-            check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
-    changed = ({"tower"} if own_tower.is_file() else set()) | (
-        {"llm"} if own_llm.is_dir() else set()
-    )
+        if not local:  # the hub's files are downloaded only now
+            _check_llm(folder, config, notes, base)
+    changed = _parts_inside(folder)
     words = load_words(config.model.connector, folder / WORDS)
     model = assemble(
         config,
@@ -462,14 +325,61 @@ def restore_model(
     model.changed = changed
     model.bases = notes.parts
     load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
-    if adapters and (folder / BESIDE).is_file() and not bare:
+    if adapters:
+        _read_tuned(model, folder, bare=bare)
+    return model
+
+
+def _unquantized(config: VisionLanguageConfig) -> VisionLanguageConfig:
+    """The config with an LLM that is not quantised."""
+    section = config.model.model_copy(
+        update={"llm": config.llm.model_copy(update={"quantize": None})}
+    )
+    return config.model_copy(update={"model": section})
+
+
+def _check_llm(
+    folder: Path, config: VisionLanguageConfig, notes: BaseNotes, base: BaseChoice
+) -> None:
+    """Raises `ModelError` if the LLM's base weights are not those that the model was saved with."""
+    if "llm" in notes.parts:
+        check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
+
+
+def _checked_tower(
+    folder: Path, config: VisionLanguageConfig, notes: BaseNotes, base: BaseChoice
+) -> VisionTower:
+    """The tower, with the folder's weights or its name's, checked as `_check_llm` does."""
+    weights = folder / TOWER
+    tower = restore_tower(
+        config.model.tower, config.tower_rebuild, weights if weights.is_file() else None
+    )
+    if "tower" in notes.parts:
+        check_same(
+            folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base
+        )
+    return tower
+
+
+def _parts_inside(folder: Path) -> set[str]:
+    """The parts whose own weights are in the folder: the tower, the LLM, both or none."""
+    return ({"tower"} if (folder / TOWER).is_file() else set[str]()) | (
+        {"llm"} if (folder / "llm").is_dir() else set()
+    )
+
+
+def _read_tuned(model: VisionLanguageNetwork, folder: Path, *, bare: bool) -> None:
+    """Loads adapters, virtual tokens and individually trained weights, as far as there are any.
+
+    A `bare` LLM gets no individually trained weights.
+    """
+    if (folder / BESIDE).is_file() and not bare:
         _read_beside(model, folder / BESIDE)
     for part, name in ADAPTERS.items():
-        if adapters and (folder / name).is_dir():
+        if (folder / name).is_dir():
             read_adapter(model, part, folder / name)
-    if adapters and (folder / PROMPT).is_dir():
+    if (folder / PROMPT).is_dir():
         model.llm.prompt = read_prompt(folder / PROMPT)
-    return model
 
 
 def _read_beside(model: VisionLanguageNetwork, path: Path) -> None:

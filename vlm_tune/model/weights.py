@@ -186,6 +186,12 @@ def check_folder(folder: Path) -> list[Path]:
     return files
 
 
+def count_of(parameter: nn.Parameter) -> int:
+    """The number of weights in a parameter; bitsandbytes packs two 4-bit weights in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
 def castable(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yields the floating-point parameters that may be in half precision.
 

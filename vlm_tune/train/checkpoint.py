@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from vlm_tune.errors import ModelError, TrainingError
-from vlm_tune.model.checkpoint import capture_model, commit_folder, is_whole, remove_folder
+from vlm_tune.model.checkpoint import capture_model
+from vlm_tune.model.committed_folders import commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of

@@ -18,7 +18,8 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import build_processor, load_dtype
-from vlm_tune.model.checkpoint import is_whole, restore_model
+from vlm_tune.model.checkpoint import restore_model
+from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.train.accelerator import MIXED, accelerator_of

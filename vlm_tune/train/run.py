@@ -24,7 +24,8 @@ from vlm_tune.kernels.cpu.native import kernel_status
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import build, build_processor, load_dtype
 from vlm_tune.model.build_checks import check_model
-from vlm_tune.model.checkpoint import recover_folders, restore_model
+from vlm_tune.model.checkpoint import restore_model
+from vlm_tune.model.committed_folders import recover_folders
 from vlm_tune.model.tuning import check_fits
 from vlm_tune.paths import reason
 from vlm_tune.rendering.report import write_report

@@ -22,7 +22,8 @@ from vlm_tune.errors import Interrupted
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import load_dtype, trained_later
 from vlm_tune.model.checkpoint import restore_model
-from vlm_tune.model.tuning import TuneRow, apply_rules
+from vlm_tune.model.optimizer_groups import TuneRow
+from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import own_memory, page_out
 from vlm_tune.precision import DTYPES

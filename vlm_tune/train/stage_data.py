@@ -28,8 +28,8 @@ from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
-from vlm_tune.model.tuning import count_of
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.model.weights import count_of
 from vlm_tune.train.trainer import Report
 
 SAMPLED = 500

@@ -29,7 +29,7 @@ from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_n
 from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (

@@ -35,7 +35,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.exporting.merge import check_merge, merge, observe
 from vlm_tune.model.acceleration import lora_layers
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
-from vlm_tune.model.tuning import parts
+from vlm_tune.model.lora import parts
 
 
 def ready(recipe: Recipe, *, merged: bool = False) -> Any:

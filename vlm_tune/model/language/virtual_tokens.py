@@ -18,6 +18,8 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of
 
+TOKENS = 20
+"""Default number of virtual tokens."""
 KEY = "prompt_embeddings"
 """The name of the values in PEFT's files."""
 

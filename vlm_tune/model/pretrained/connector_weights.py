@@ -12,7 +12,7 @@ from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionC
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer
-from vlm_tune.model.pretrained.vlm_checkpoints import QFORMER_TOKENIZER, find_vlm, part_tensors
+from vlm_tune.model.vlm_layouts import QFORMER_TOKENIZER, find_vlm, part_tensors
 from vlm_tune.model.weights import load_into, read_safetensors
 from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted, reason_of

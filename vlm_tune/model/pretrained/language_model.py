@@ -13,8 +13,9 @@ from torch import nn
 from vlm_tune.config.model import Llm, Scratch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, load_reason
-from vlm_tune.model.pretrained.vlm_checkpoints import Vlm, find_vlm, language_config, language_names
+from vlm_tune.model.pretrained.vlm_checkpoints import language_config, language_names
 from vlm_tune.model.quantized_stub import pack_linears
+from vlm_tune.model.vlm_layouts import Vlm, find_vlm
 from vlm_tune.model.weights import check_folder, own_memory
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted, reason_of

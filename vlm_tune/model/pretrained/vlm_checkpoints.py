@@ -1,4 +1,4 @@
-"""Existing vision-language models to start from: their parts, and which tensors belong to which.
+"""Existing vision-language models to start from: their parts as sections of a recipe.
 
 Supported are LLaVA-1.5 in transformers' layout and in the LLaVA repository's, BLIP-2 and
 InstructBLIP. A recipe's tower, connector and LLM can each name such a model; each then loads its
@@ -7,14 +7,10 @@ part of it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 
 from vlm_tune.config.model import (
@@ -39,81 +35,9 @@ from vlm_tune.model.hub import (
     read_json,
     unmerged,
 )
-from vlm_tune.model.weights import check_folder, check_safetensors
+from vlm_tune.model.vlm_layouts import ORIGINAL_TYPES, Vlm, find_vlm, tensor_names
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
-
-Part = Literal["tower", "connector"]
-QFORMER_TOKENIZER = "qformer_tokenizer"
-"""The subfolder of InstructBLIP's second tokenizer."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The names of tensors in a kind of checkpoint.
-
-    `tower` and `connector` are patterns of the prefixes of these parts. `language` maps patterns of
-    the LLM's names to the names in its own class, where `{base}` stands for the class's name of
-    everything but the head.
-    """
-
-    tower: str
-    connector: str
-    language: Mapping[str, str]
-
-
-BLIP = Layout(
-    r"^vision_model\.",
-    r"^(?=qformer\.|query_tokens$|language_projection\.)",
-    {r"^language_model\.": ""},
-)
-LAYOUTS = {
-    "llava": Layout(
-        r"^(?:model\.)?vision_tower\.(?:vision_model\.)?",
-        r"^(?:model\.)?multi_modal_projector\.",
-        {
-            r"^language_model\.lm_head\.": "lm_head.",
-            r"^(?:model\.)?language_model\.(?:{base}\.)?": "{base}.",
-        },
-    ),
-    "llava_original": Layout(
-        r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", r"^model\.mm_projector\.", {}
-    ),
-    "blip-2": BLIP,
-    "instructblip": BLIP,
-}
-"""The layouts by kind."""
-
-ORIGINAL_TYPES = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_qwen": "qwen2",
-}
-"""transformers' model types of the language models, by the LLaVA repository's model types."""
-
-
-@dataclass(frozen=True)
-class Vlm:
-    """A vision-language model of a known kind.
-
-    `name` is its hub name or folder, `config` its config.json.
-    """
-
-    name: str
-    kind: str
-    config: dict[str, Any]
-
-    @property
-    def layout(self) -> Layout:
-        """The names of its tensors."""
-        return LAYOUTS[self.kind]
-
-    def foreign(self, tensor: str) -> bool:
-        """Whether a tensor is not the LLM's, but the tower's or the connector's."""
-        return any(
-            re.match(pattern, tensor) for pattern in (self.layout.tower, self.layout.connector)
-        )
 
 
 def own_folder(recipe: Recipe) -> Path | None:
@@ -154,24 +78,6 @@ def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
         llm = Llm(kind=llm.kind, name=str(folder / "llm"), **source.llm.model_dump())
     tower = section.tower.model_copy(update=source.tower.model_dump(exclude_unset=True))
     return section.model_copy(update={"llm": llm, "tower": tower})
-
-
-def find_vlm(name: str) -> Vlm | None:
-    """The vision-language model of a hub name or folder; None if there is none of a known kind."""
-    from transformers.configuration_utils import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(config_source(name))
-    except (OSError, ValueError):
-        return None
-    model_type = config.get("model_type")
-    if model_type in ORIGINAL_TYPES and "mm_vision_tower" in config:
-        return Vlm(name, "llava_original", config)
-    return (
-        Vlm(name, model_type, config)
-        if model_type in LAYOUTS and "vision_config" in config
-        else None
-    )
 
 
 def model_section(recipe: Recipe) -> ModelSection:
@@ -281,7 +187,7 @@ def _llava_original(vlm: Vlm) -> VlmParts:
         kind="transformers",
         name=str(config["mm_vision_tower"]),
         weights=vlm.name
-        if any(re.match(vlm.layout.tower, key) for key in _tensor_names(vlm))
+        if any(re.match(vlm.layout.tower, key) for key in tensor_names(vlm))
         else None,
         layer=int(config.get("mm_vision_select_layer", -2)),
         class_token=config.get("mm_vision_select_feature", "patch") == "cls_patch",
@@ -454,60 +360,3 @@ def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
         old.replace("{base}", base): new.replace("{base}", base)
         for old, new in vlm.layout.language.items()
     }
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def part_tensors(vlm: Vlm, part: Part) -> dict[str, torch.Tensor]:
-    """Loads the tensors of a part, with the part's prefix removed from their names.
-
-    Raises `ModelError` for missing, truncated and pickled files.
-    """
-    from safetensors import safe_open
-
-    pattern = re.compile(getattr(vlm.layout, part))
-    tensors = {}
-    for file in _files(vlm.name):
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - no mapping
-                match = pattern.match(key)
-                # Old checkpoints contain position ids, which are not weights.
-                if match and not key.endswith(".position_ids"):
-                    tensors[key[match.end() :]] = opened.get_tensor(key)
-    return tensors
-
-
-def _tensor_names(vlm: Vlm) -> set[str]:
-    """The names of all tensors, from the index of shards if there is one.
-
-    So a plan downloads no weights.
-    """
-    from transformers.utils.hub import cached_file
-
-    try:
-        index = cached_file(vlm.name, "model.safetensors.index.json")
-        return set(json.loads(Path(str(index)).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {key for file in _files(vlm.name) for key in check_safetensors(file)}
-
-
-def _files(name: str) -> list[Path]:
-    """The weight files of a folder or a hub name, downloaded if they are not cached."""
-    if is_folder(name):
-        return check_folder(Path(name))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return check_folder(
-            Path(
-                snapshot_download(
-                    name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]
-                )
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(
-            f"can't fetch the weights of {quoted(name)}: {load_reason(name, error)}"
-        ) from None

@@ -12,7 +12,6 @@ from torch import nn
 from vlm_tune.config.model import TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, load_reason
-from vlm_tune.model.pretrained.vlm_checkpoints import find_vlm, part_tensors
 from vlm_tune.model.vision.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -21,6 +20,7 @@ from vlm_tune.model.vision.base import (
     FeatureMaps,
     VisionTower,
 )
+from vlm_tune.model.vlm_layouts import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, load_into
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted

@@ -20,7 +20,7 @@ from vlm_tune.config.engine import AnyEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import fuse
 from vlm_tune.model.lora import parts
-from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, whole_tensor
 

@@ -16,7 +16,7 @@ from vlm_tune.config.engine import DeepSpeedEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import fuse
-from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import (
     MOMENTS,

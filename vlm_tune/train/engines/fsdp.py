@@ -16,7 +16,7 @@ from vlm_tune.config.train import TrainSection
 from vlm_tune.errors import ModelError
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.lora import parts
-from vlm_tune.model.tuning import Tuned
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine, fill, fill_buffers, named_parameters
 

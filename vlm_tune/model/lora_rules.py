@@ -1,0 +1,180 @@
+"""The tune rules of LoRA: the layers that one gives adapters to, and PEFT's config of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vlm_tune.config.tune import TuneRule
+from vlm_tune.errors import ModelError
+from vlm_tune.model.lora import (
+    PISSA,
+    attach_adapter,
+    clean,
+    is_adapter,
+    merge_adapter,
+    parts,
+    same_adapter,
+)
+from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import quoted
+
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA}
+"""PEFT's names of the initialisations of LoRA."""
+
+
+def apply_lora_rules(
+    model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
+) -> None:
+    """Attaches, keeps or merges each part's LoRA layers as the rules require.
+
+    `owner` has the index of each parameter's rule by name.
+    """
+    for part, module in parts(model).items():
+        places = lora_places(part, rules, owner)
+        if len(places) > 1:
+            raise ModelError(
+                f"tune: {len(places)} LoRA rules match the {part}; a part has one adapter"
+            )
+        config = (
+            _lora_config(part, module, rules[places[0]], places[0], owner, model)
+            if places
+            else None
+        )
+        present = model.adapters.get(part)
+        if (
+            present is not None
+            and config is not None
+            and same_adapter(present.peft_config["default"], config)
+        ):
+            continue
+        if present is not None:
+            merge_adapter(model, part)
+        if config is not None:
+            attach_adapter(model, part, config, fresh=True)
+
+
+def lora_places(part: str, rules: Sequence[TuneRule], owner: dict[str, int]) -> list[int]:
+    """The indices of the LoRA rules that cover a parameter of a part."""
+    return [
+        place
+        for place, rule in enumerate(rules)
+        if rule.how == "lora"
+        and any(
+            name.startswith(f"{part}.") and owner_place == place
+            for name, owner_place in owner.items()
+        )
+    ]
+
+
+def _lora_config(
+    part: str,
+    module: nn.Module,
+    rule: TuneRule,
+    place: int,
+    owner: dict[str, int],
+    model: VisionLanguageNetwork,
+) -> Any:
+    """PEFT's LoRA config of a part, for the rule at index `place`.
+
+    Raises `ModelError` if the rule or one of its target modules matches no linear layer.
+    """
+    from peft import LoraConfig
+
+    every = _adaptable_layers(model, module, rule)
+    matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
+    chosen = _target_layers(rule, matched)
+    alpha = rule.lora_alpha or 2 * (rule.r or 16)
+    short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all(
+        "." in name for name in chosen
+    )
+    return LoraConfig(
+        r=rule.r or 16,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        lora_dropout=rule.lora_dropout or 0.0,
+        target_modules=short if exact else sorted(chosen),
+        bias="none",
+        use_rslora=rule.variant == "rslora",
+        use_dora=rule.variant == "dora",
+        init_lora_weights=INITS[rule.init or "default"],
+        task_type=None
+        if part == "tower"
+        else "SEQ_2_SEQ_LM"
+        if model.llm.layout == "seq2seq"
+        else "CAUSAL_LM",
+        base_model_name_or_path=model.config.llm.name if part == "llm" else None,
+    )
+
+
+def _adaptable_layers(
+    model: VisionLanguageNetwork, module: nn.Module, rule: TuneRule
+) -> dict[str, nn.Module]:
+    """The layers of a part that LoRA can be attached to, by name.
+
+    Raises `ModelError` if one is an embedding that PiSSA would have to initialise.
+    """
+    named = rule.target_modules if isinstance(rule.target_modules, list) else []
+    # The head and the embedding get LoRA only if target_modules names them.
+    apart = {id(model.llm.head), id(model.llm.model.get_input_embeddings())}
+    apart |= {
+        id(getattr(layer, "base_layer", None))
+        for layer in (model.llm.head, model.llm.model.get_input_embeddings())
+    }
+    every = {
+        short: layer
+        for name, layer in module.named_modules()
+        if not is_adapter(name)
+        and (short := clean(f"{name}.").removesuffix("."))
+        and (
+            any(short == target or short.endswith(f".{target}") for target in named)
+            if id(layer) in apart
+            else is_linear(layer)
+        )
+    }
+    if rule.init == "pissa" and any(isinstance(layer, nn.Embedding) for layer in every.values()):
+        raise ModelError(
+            f"tune: the LoRA rule {quoted(rule.match)} is init: pissa, "
+            "which takes linear layers' weights, and names the embedding"
+        )
+    return every
+
+
+def _target_layers(rule: TuneRule, matched: list[str]) -> list[str]:
+    """The layers that get LoRA among those that a rule covers: all, or its target modules.
+
+    Raises `ModelError` if there is none, or one of the target modules is none of these layers.
+    """
+    if isinstance(rule.target_modules, list):
+        chosen = [
+            name
+            for name in matched
+            if any(name == target or name.endswith(f".{target}") for target in rule.target_modules)
+        ]
+        unused = [
+            target
+            for target in rule.target_modules
+            if not any(n == target or n.endswith(f".{target}") for n in chosen)
+        ]
+        if unused:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
+            raise ModelError(
+                f"tune: target_modules {unused} match no linear layer of {quoted(rule.match)}; "
+                f"it has {', '.join(kinds)}"
+            )
+    else:
+        chosen = matched
+    if not chosen:
+        raise ModelError(f"tune: the LoRA rule {quoted(rule.match)} matches no linear layer")
+    return chosen
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether LoRA can be attached to a layer: torch's or GPT-2's linear one that is called."""
+    # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there
+    # would change nothing.
+    uncalled = isinstance(layer, NonDynamicallyQuantizableLinear)
+    return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
