@@ -6,7 +6,7 @@ Every parameter must be covered by a rule, and every rule must match a parameter
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -24,14 +24,6 @@ from vlm_tune.model.optimizer_groups import Tuned, collect_groups
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted
-
-
-def base_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields every parameter that is not an adapter's, with the name that rules match."""
-    for part, module in parts(model).items():
-        for name, parameter in module.named_parameters():
-            if not is_adapter(name):
-                yield f"{part}.{clean(name)}", parameter
 
 
 def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) -> None:

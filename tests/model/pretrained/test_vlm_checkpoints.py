@@ -126,11 +126,11 @@ def test_an_instructblip_is_trained_and_merged(instructblip: str, tmp_path: Path
     (tmp_path / "recipe.yaml").write_text(instructblip)
     command("sft", str(tmp_path / "recipe.yaml"))
     rows = rows_of(parsed(instructblip))
-    trained = load_model(tmp_path / "run", dtype=torch.float32)
+    trained = load_model(tmp_path / "run", dtype=torch.float32, model_class=VisionLanguageModel)
     expected = logits_of(trained, rows)
     merge(tmp_path / "run", tmp_path / "merged", dtype="fp32")
     (tmp_path / "blip").rename(tmp_path / "gone")
-    merged = load_model(tmp_path / "merged", dtype=torch.float32)
+    merged = load_model(tmp_path / "merged", dtype=torch.float32, model_class=VisionLanguageModel)
     assert (tmp_path / "merged" / "connector_tokenizer" / "tokenizer.json").is_file()
     assert largest(logits_of(merged, rows), expected) <= 1e-4
     answers = [
