@@ -156,7 +156,8 @@ def _streaming_contradictions(raw: Any, data: dict[str, Any]) -> list[tuple[Path
                 "group: none",
             )
         )
-    cleaned = data.get("clean") if isinstance(data.get("clean"), dict) else {}
+    clean = data.get("clean")
+    cleaned = clean if isinstance(clean, dict) else {}
     need_all_rows = {
         "split": data.get("split"),
         "clean": any(value not in (None, [], "keep") for value in cleaned.values()),
