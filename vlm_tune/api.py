@@ -15,7 +15,14 @@ from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
-from vlm_tune.errors import ModelError, Problem, RecipeError, TrainingError, check_count
+from vlm_tune.errors import (
+    ModelError,
+    Problem,
+    RecipeError,
+    TrainingError,
+    check_count,
+    check_counts,
+)
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
@@ -295,14 +302,9 @@ def predict(
     """
     for name, value in (("model", model), ("data", data), ("output", output)):
         check_path(name, value)
-    numbers = {
-        "--limit": limit,
-        "--max-new-tokens": max_new_tokens,
-        "--num-beams": num_beams,
-        "--batch-size": batch_size,
-    }
-    for name, number in numbers.items():
-        check_count(name, number)
+    check_counts(
+        limit=limit, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size
+    )
     precision = dtype_of(dtype)
     settings = _settings(Path(model), None, ())
     check_writable(output, "the file of answers", mark=ANSWERS)

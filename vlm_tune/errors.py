@@ -53,6 +53,12 @@ def check_count(option: str, count: int | None) -> None:
         )
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises as `check_count` for each count, whose keyword is its option's name."""
+    for name, count in counts.items():
+        check_count(f"--{name.replace('_', '-')}", count)
+
+
 def number_problems(option: str, number: float | None) -> list[Problem]:
     """Returns a problem, naming the option, unless `number` is finite and above 0, or None."""
     # NaN is neither above 0 nor under infinity.

@@ -31,7 +31,7 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export
-from vlm_tune.exporting.merge import observe
+from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.chat import VisionLanguageModel
 
 

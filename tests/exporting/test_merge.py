@@ -25,7 +25,8 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.merge import merge, observe, probe_rows
+from vlm_tune.exporting.merge import merge
+from vlm_tune.exporting.verify import observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.committed_folders import verify_folder
@@ -139,20 +140,6 @@ def test_loading_in_half_precision_keeps_the_pixel_scale(
     assert torch.equal(model.tower.scale, loaded.tower.scale)
     assert torch.equal(model.tower.offset, loaded.tower.offset)
     assert {parameter.dtype for parameter in loaded.tower.parameters()} == {torch.bfloat16}
-
-
-def test_probes_are_the_runs_own_rows_or_a_plain_image(
-    tiny_recipe: Callable[..., str], tmp_path: Path
-) -> None:
-    text = tiny_recipe("causal")
-    saved, recipe = trained(text, tmp_path / "run" / "saved")
-    model = load_model(saved)
-    assert [row.id for row in probe_rows(saved, model)] == ["probe"]
-    (tmp_path / "run" / "recipe.yaml").write_text(text)
-    ids = [row.id for row in probe_rows(saved, model)]
-    assert ids == [row.id for row in rows_of(recipe)][::2]
-    (tmp_path / "messages.jsonl").unlink()
-    assert [row.id for row in probe_rows(saved, model)] == ["probe"]
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

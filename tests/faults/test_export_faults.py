@@ -25,8 +25,8 @@ from vlm_tune.exporting import export, hf_llava, merge, source
 from vlm_tune.exporting.gguf import export as gguf
 from vlm_tune.exporting.gguf.writer import read_fields
 from vlm_tune.exporting.hf_llava import verify_llava
-from vlm_tune.exporting.merge import observe, probe_rows
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
+from vlm_tune.exporting.verify import observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import load_model, read_config
 from vlm_tune.model.committed_folders import verify_folder

@@ -35,7 +35,7 @@ from vlm_tune.api import merge, sft
 from vlm_tune.cli import app
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export
-from vlm_tune.exporting.merge import observe
+from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model

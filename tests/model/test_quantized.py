@@ -33,7 +33,8 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.merge import merge, observe
+from vlm_tune.exporting.merge import merge
+from vlm_tune.exporting.verify import observe
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 from vlm_tune.model.checkpoint import load_model
 

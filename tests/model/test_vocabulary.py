@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.api import merge, sft
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.exporting import export
-from vlm_tune.exporting.merge import observe
+from vlm_tune.exporting.verify import observe
 from vlm_tune.model.checkpoint import load_model
 
 Tiny = Callable[..., str]

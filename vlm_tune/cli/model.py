@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from vlm_tune.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelArgument,
     bases_by_part,
     check_choice,
     check_dtype,
@@ -24,6 +25,9 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.quoting import escaped
+
+if TYPE_CHECKING:
+    from vlm_tune.exporting import ExportReport
 
 
 def merge(
@@ -70,9 +74,7 @@ def merge(
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
-    ],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option(help="the folder to write")],
     format_: Annotated[
         str,
@@ -123,21 +125,23 @@ def export(
     if as_json:
         print_json(asdict(report))
     else:
-        from vlm_tune.rendering.proofs import export_proof
+        _print_export(report, output)
 
-        typer.echo(
-            f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n"
-            f"{export_proof(report)}"
-        )
-        for note in report.notes:
-            typer.echo(f"note: {note}")
-        typer.echo(f"model: {output}")
+
+def _print_export(report: ExportReport, output: Path) -> None:
+    from vlm_tune.rendering.proofs import export_proof
+
+    typer.echo(
+        f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n"
+        f"{export_proof(report)}"
+    )
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"model: {output}")
 
 
 def chat(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
-    ],
+    model: ModelArgument,
     image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="the question; without it, ask in the terminal")

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,6 +19,9 @@ from vlm_tune.quoting import cut, quoted
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
 ]
 SetOption = Annotated[
     list[str] | None,

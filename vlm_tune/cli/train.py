@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +21,7 @@ from vlm_tune.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelArgument,
     ProcessesOption,
     RecipeArgument,
     SetOption,
@@ -34,33 +37,41 @@ from vlm_tune.cli.options import (
 from vlm_tune.errors import EXIT_TRAINING
 from vlm_tune.paths import ANSWERS, check_writable, writing
 
+if TYPE_CHECKING:
+    from vlm_tune.evaluation.metrics import Answer
+    from vlm_tune.train.run import Run
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote"),
+]
+AcceptChangesOption = Annotated[
+    bool,
+    typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed"),
+]
+OutputOption = Annotated[
+    str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")
+]
+NoTestOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-test", help="do not score the test part at the end (it is read and checked)"
+    ),
+]
+
 
 def sft(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="start anew: delete what the run in the output folder wrote"
-        ),
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     processes: ProcessesOption = 1,
-    accept_changes: Annotated[
-        bool,
-        typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed"),
-    ] = False,
-    output: Annotated[
-        str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")
-    ] = None,
-    no_test: Annotated[
-        bool,
-        typer.Option(
-            "--no-test", help="do not score the test part at the end (it is read and checked)"
-        ),
-    ] = False,
+    accept_changes: AcceptChangesOption = False,
+    output: OutputOption = None,
+    no_test: NoTestOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,25 +90,14 @@ def sft(
             accept_changes=accept_changes,
         )
     if processes > 1:
-        if device not in (None, "cpu", "cuda"):
-            raise typer.BadParameter(
-                "several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES",
-                param_hint="--device",
-            )
         flags = {
             "--resume": resume,
             "--overwrite": overwrite,
             "--accept-changes": accept_changes,
             "--json": as_json,
+            "--no-test": no_test,
         }
-        flags["--no-test"] = no_test
-        options = [
-            *(f"--set={change}" for change in changes),
-            *(name for name, is_set in flags.items() if is_set),
-        ]
-        launch_ranks(
-            processes, "sft", recipe, *options, *([f"--device={device}"] if device else [])
-        )
+        _launch_sft(processes, recipe, changes, flags, device)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import sft as train
@@ -114,19 +114,37 @@ def sft(
             show=display,
         )
     if first:
-        if as_json:
-            print_json({"run": str(run.folder), **run.result})
-        else:
-            typer.echo(
-                f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\n"
-                f"result: {run.folder / 'result.json'}"
-            )
+        _print_run(run, as_json)
+
+
+def _launch_sft(
+    processes: int, recipe: str, changes: list[str], flags: dict[str, bool], device: str | None
+) -> NoReturn:
+    """Runs `sft` with the same options as the ranks of one job; exits with the job's exit code."""
+    if device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(
+            "several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES",
+            param_hint="--device",
+        )
+    options = [
+        *(f"--set={change}" for change in changes),
+        *(name for name, is_set in flags.items() if is_set),
+    ]
+    launch_ranks(processes, "sft", recipe, *options, *([f"--device={device}"] if device else []))
+
+
+def _print_run(run: Run, as_json: bool) -> None:
+    if as_json:
+        print_json({"run": str(run.folder), **run.result})
+    else:
+        typer.echo(
+            f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\n"
+            f"result: {run.folder / 'result.json'}"
+        )
 
 
 def evaluate(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
-    ],
+    model: ModelArgument,
     recipe: Annotated[
         str | None, typer.Option(help="whose data to score on; the run's own where not given")
     ] = None,
@@ -149,8 +167,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score MODEL's generated answers by exact match."""
-    from dataclasses import asdict
-
     check_choice("--split", split, ("test", "validation"))
     part: Any = split
     check_dtype(dtype)
@@ -180,24 +196,24 @@ def evaluate(
             show=display,
         )
     if answers:
-        with writing(answers, "the file of answers"):
-            answers.write_text(
-                "".join(
-                    json.dumps(asdict(answer), ensure_ascii=False) + "\n"
-                    for answer in scores.answers
-                ),
-                encoding="utf-8",
-            )
+        _write_answers(answers, scores.answers)
     if as_json:
         print_json({"model": which, **scores.summary()})
     else:
         console.print(score_table(scores.accuracy, scores.n, scores.by_category, scores.by_source))
 
 
+def _write_answers(file: Path, answers: Sequence[Answer]) -> None:
+    """Writes scored answers as JSONL. Raises `RecipeError` if the file can't be written."""
+    with writing(file, "the file of answers"):
+        file.write_text(
+            "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers),
+            encoding="utf-8",
+        )
+
+
 def predict(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
-    ],
+    model: ModelArgument,
     data: Annotated[
         str,
         typer.Option(

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.prepare.run import conversations, read_part
-from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.data.prepare.run import read_part
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.exporting.verify import (
+    TOLERANCE,
+    largest_difference,
+    observe,
+    probe_rows,
+    recipe_of,
+)
 from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
 from vlm_tune.model.language.decoding import Decoding
@@ -29,10 +32,6 @@ from vlm_tune.paths import check_writable, writing
 from vlm_tune.precision import DTYPES, dtype_name
 from vlm_tune.version import __version__
 
-TOLERANCE = 2e-2
-PROBED = 10_000
-"""The first rows of a run's data, over which the probes are spread."""
-PROBES = 4
 SCORED = 256
 """Most validation rows that a quantised run and its merge are scored on."""
 
@@ -205,7 +204,7 @@ def _validation(
     path: Path, model: VisionLanguageNetwork
 ) -> tuple[Recipe | None, list[Conversation], str | None]:
     """The recipe of a run's last stage and rows of its validation part, or why it has none."""
-    file = _recipe_of(path)
+    file = recipe_of(path)
     if file is None:
         return None, [], "the folder is in no run with a recipe"
     recipe = load_recipe(file).resolved_stages()[-1][1]
@@ -241,7 +240,7 @@ def _compared(model: VisionLanguageNetwork, report: MergeReport, run: _AsTrained
     cast_parameters(model, precision)
     return replace(
         report,
-        difference_to_run=_largest(run.logits, logits),
+        difference_to_run=largest_difference(run.logits, logits),
         same_text_as_run=run.texts == texts,
         run_accuracy=run.accuracy,
         merged_accuracy=accuracy,
@@ -293,8 +292,8 @@ class _Merging:
             parts=merged_parts,
             base=f"{model.config.llm.name or 'the trained base'} in {dtype}"
             + (f" (the run was {quantized})" if quantized else ""),
-            difference_to_adapter=_largest(adapter_logits, merged_logits),
-            difference_to_base=_largest(base_logits, merged_logits),
+            difference_to_adapter=largest_difference(adapter_logits, merged_logits),
+            difference_to_base=largest_difference(base_logits, merged_logits),
             same_text=adapter_text == merged_text,
             rows=len(probes),
             allowed=self.allowed,
@@ -344,75 +343,6 @@ def _without_adapters(model: VisionLanguageNetwork, probes: Sequence[Conversatio
     for tuner in model.adapters.values():
         tuner.enable_adapter_layers()
     return logits
-
-
-def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max())
-
-
-def _recipe_of(path: Path) -> Path | None:
-    """The recipe file of the run that a model folder is or lies in, None if there is no run."""
-    return next(
-        (file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()),
-        None,
-    )
-
-
-def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
-    """Up to `PROBES` rows to compare models by.
-
-    They are from the run's own data, or a question about a blank image if that can't be read.
-    Raises `RecipeError` for a run whose recipe can't be read.
-    """
-    file = _recipe_of(path)
-    if file is None:
-        return [plain_probe(model)]
-    recipe = load_recipe(file).resolved_stages()[-1][1]
-    try:
-        rows = list(
-            islice(
-                conversations(
-                    recipe.data, recipe.data.validation or recipe.data.train, recipe.seed
-                ),
-                PROBED,
-            )
-        )
-    except DataError:  # the data may have moved since training; a merge does not need it
-        rows = []
-    return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
-
-
-def plain_probe(model: VisionLanguageNetwork) -> Conversation:
-    """A question about an image of one colour."""
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(
-        buffer, format="PNG"
-    )
-    question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
-    return Conversation("probe", (question, Message("assistant", ("a red square",))))
-
-
-@torch.inference_mode()
-def observe(
-    model: VisionLanguageNetwork, rows: Sequence[Conversation]
-) -> tuple[torch.Tensor, list[str]]:
-    """A model's logits for the supervised tokens of rows (fp32, flat), and its greedy answers."""
-    model.eval()
-    examples = [example for row in rows for example in model.processor.examples(row)]
-    logits: list[torch.Tensor] = []
-    for example in examples:
-        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(
-            model.device
-        )
-        embeds: Any = model.embed(batch)
-        logits.append(model.llm.supervised_logits(embeds, batch).float().flatten())
-    prompts = model.processor.prompts(rows)
-    texts = answer_prompts(model, prompts, Decoding(16), fetch=model.processor.images)
-    return torch.cat(logits), texts
 
 
 def model_card(model: VisionLanguageNetwork, report: MergeReport) -> str:

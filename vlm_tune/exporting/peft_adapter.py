@@ -12,8 +12,9 @@ import torch
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.merge import check_output, probe_rows
+from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines
+from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import ADAPTERS, find_model, load_model, read_config
 from vlm_tune.model.checkpoint import BESIDE as OWN

@@ -14,7 +14,8 @@ import torch
 
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.merge import TOLERANCE, merged_model, observe, plain_probe, probe_rows
+from vlm_tune.exporting.merge import merged_model
+from vlm_tune.exporting.verify import TOLERANCE, observe, plain_probe, probe_rows
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, load_model
 from vlm_tune.model.committed_folders import commit_folder

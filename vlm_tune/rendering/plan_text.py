@@ -89,6 +89,15 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 def _show_stage(console: Console, stage: StagePlan) -> None:
     console.print(Text(f"\n{stage.name}", style="bold"))
+    console.print(_parameters(stage))
+    console.print(_memory(stage))
+    _show_step(console, stage)
+    if stage.communication:
+        _show_communication(console, stage.communication)
+
+
+def _parameters(stage: StagePlan) -> Table:
+    """The parameters and weights of a stage by part, and their sums."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("  part", "parameters", "trained", "of it LoRA", "share", "weights"):
         table.add_column(name, justify="left" if name == "  part" else "right")
@@ -115,7 +124,11 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
         gigabytes(weights),
         style="bold",
     )
-    console.print(table)
+    return table
+
+
+def _memory(stage: StagePlan) -> Table:
+    """The memory of a stage by cause."""
     memory = Table(box=None, pad_edge=False, header_style="dim")
     memory.add_column("  memory at the peak")
     memory.add_column("", justify="right")
@@ -125,7 +138,11 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     memory.add_row("  all", gigabytes(stage.memory.total), style="bold")
     if stage.loading > stage.memory.total:
         memory.add_row("  before the first step", gigabytes(stage.loading), style="bold")
-    console.print(memory)
+    return memory
+
+
+def _show_step(console: Console, stage: StagePlan) -> None:
+    """Prints the largest batch of a stage, its FLOPs, its feature cache and what it offloads."""
     peak = stage.peak
     labels = f", {peak.labels:,} label tokens" if peak.labels != peak.length else ""
     cache = (
@@ -153,8 +170,6 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
                 "of the machine's memory for each process"
             )
         )
-    if stage.communication:
-        _show_communication(console, stage.communication)
 
 
 def _show_time(console: Console, plan: Plan, stage: StagePlan) -> None:

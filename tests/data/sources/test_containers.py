@@ -21,7 +21,8 @@ from tests.helpers.row_samples import FILES, file_source, good, read, write_rows
 from vlm_tune.config.data import DatasetSource, WebDatasetSource
 from vlm_tune.data.sources import json_csv, webdataset
 from vlm_tune.data.sources.columnar import Parquet
-from vlm_tune.data.sources.json_csv import Csv, FileRows, JsonLines, JsonList, list_elements
+from vlm_tune.data.sources.file_rows import FileRows
+from vlm_tune.data.sources.json_csv import Csv, JsonLines, JsonList, list_elements
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation, Media, Slice
 from vlm_tune.errors import DataError

@@ -32,7 +32,8 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.exporting.merge import check_merge, merge, observe
+from vlm_tune.exporting.merge import check_merge, merge
+from vlm_tune.exporting.verify import observe
 from vlm_tune.model.acceleration import lora_layers
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
 from vlm_tune.model.lora import parts

@@ -32,7 +32,7 @@ from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.exporting.merge import observe
+from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.checkpoint import load_model, restore_model
 from vlm_tune.model.language.decoding import Decoding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,62 +48,78 @@ def collate(
     """
     import torch
 
-    rows = len(examples)
     length = max(len(example.input_ids) for example in examples)
     causal = spec.layout == "causal"
-    width = length if causal else max(max(len(example.labels) for example in examples), 1)
     sizes = [len(example.input_ids) for example in examples]
-    inputs = [slice(length - size, length) if pad_left else slice(0, size) for size in sizes]
-    outputs = inputs if causal else [slice(0, len(example.labels)) for example in examples]
-
-    def padded(
-        values: Sequence[np.ndarray | int], places: Sequence[slice], across: int, fill: int | bool
-    ) -> torch.Tensor:
-        array = np.full((rows, across), fill, dtype=bool if isinstance(fill, bool) else np.int64)
-        for row, (value, place) in enumerate(zip(values, places, strict=True)):
-            array[row, place] = value
-        return torch.from_numpy(array)
-
-    joined: dict[str, torch.Tensor] = {}
-    if any(example.ends is not None for example in examples):
-        shift = [place.start for place in inputs]
-        positions = [
-            np.arange(size) if e.positions is None else e.positions
-            for e, size in zip(examples, sizes, strict=True)
-        ]
-        ends = [
-            (size if e.ends is None else e.ends) + start
-            for e, size, start in zip(examples, sizes, shift, strict=True)
-        ]
-        joined |= {
-            "positions": padded(positions, inputs, length, 0),
-            "ends": padded(ends, inputs, length, 0),
-        }
-    if any(example.samples is not None for example in examples):
-        joined["samples"] = padded(
-            [0 if e.samples is None else e.samples for e in examples], inputs, length, -1
+    inputs = _Columns(
+        [slice(length - size, length) if pad_left else slice(0, size) for size in sizes], length
+    )
+    outputs = (
+        inputs
+        if causal
+        else _Columns(
+            [slice(0, len(example.labels)) for example in examples],
+            max(max(len(example.labels) for example in examples), 1),
         )
-        joined["label_samples"] = padded(
-            [0 if e.label_samples is None else e.label_samples for e in examples],
-            outputs,
-            width,
-            -1,
-        )
-    index, stacked = _media(examples, owners or [""] * rows, fetch, fetch_for)
+    )
+    index, stacked = _media(examples, owners or [""] * len(examples), fetch, fetch_for)
     return Batch(
         ids=[example.id for example in examples],
-        input_ids=padded([example.input_ids for example in examples], inputs, length, spec.pad_id),
-        attention_mask=padded([1] * rows, inputs, length, False),
-        image_mask=padded([example.image_mask for example in examples], inputs, length, False),
-        labels=padded([example.labels for example in examples], outputs, width, IGNORE_INDEX),
+        input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
+        attention_mask=inputs.padded([1] * len(examples), False),
+        image_mask=inputs.padded([example.image_mask for example in examples], False),
+        labels=outputs.padded([example.labels for example in examples], IGNORE_INDEX),
         media_index=torch.tensor(index, dtype=torch.int64),
         pixels=None if cached else stacked,
         features=stacked if cached else None,
         categories=[example.category for example in examples],
         questions=sum(example.questions for example in examples),
         cached=cached,
-        **joined,
+        **_joined(examples, inputs, outputs),
     )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns that each row fills in a padded array of `width` columns."""
+
+    places: Sequence[slice]
+    width: int
+
+    def padded(self, rows: Sequence[np.ndarray | int], fill: int | bool) -> torch.Tensor:
+        """The rows as one tensor [rows, width], with `fill` in the columns that a row leaves."""
+        import torch
+
+        shape = (len(rows), self.width)
+        array = np.full(shape, fill, dtype=bool if isinstance(fill, bool) else np.int64)
+        for number, (row, place) in enumerate(zip(rows, self.places, strict=True)):
+            array[number, place] = row
+        return torch.from_numpy(array)
+
+
+def _joined(
+    examples: Sequence[Example], inputs: _Columns, outputs: _Columns
+) -> dict[str, torch.Tensor]:
+    """The fields of `Batch` that only rows joined from several examples need."""
+    joined: dict[str, torch.Tensor] = {}
+    if any(example.ends is not None for example in examples):
+        sizes = [len(example.input_ids) for example in examples]
+        starts = [place.start for place in inputs.places]
+        positions = [
+            np.arange(size) if e.positions is None else e.positions
+            for e, size in zip(examples, sizes, strict=True)
+        ]
+        ends = [
+            (size if e.ends is None else e.ends) + start
+            for e, size, start in zip(examples, sizes, starts, strict=True)
+        ]
+        joined |= {"positions": inputs.padded(positions, 0), "ends": inputs.padded(ends, 0)}
+    if any(example.samples is not None for example in examples):
+        samples = [0 if e.samples is None else e.samples for e in examples]
+        label_samples = [0 if e.label_samples is None else e.label_samples for e in examples]
+        joined["samples"] = inputs.padded(samples, -1)
+        joined["label_samples"] = outputs.padded(label_samples, -1)
+    return joined
 
 
 def _media(

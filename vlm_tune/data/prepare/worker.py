@@ -178,20 +178,7 @@ class ShardMaker:
         self, row: Conversation | DataError, source: int, media: _MediaTable, number: int
     ) -> tuple[RowRecord, list[Example]]:
         if isinstance(row, DataError):
-            row_number = row.row if isinstance(row.row, int) else number
-            # A row that could not be read at all has no content but the error.
-            read = row.content is not None and not isinstance(row.content, Exception)
-            content = _content(row.content) if read else ""
-            record = RowRecord(
-                row_number,
-                row.source,
-                status=BAD,
-                kind=row.kind,
-                message=row.message,
-                content=content,
-            )
-            record.digest = _hash(content or row.message)
-            return record, []
+            return _unreadable(row, number), []
         alone = row.without_shots()
         record = RowRecord(
             row.row, row.source, row.id, category=row.category, text=text_hash(alone)
@@ -298,6 +285,23 @@ class ShardMaker:
             if language is not None and language not in clean.languages:
                 return "language", f"in {quoted(language)}, none of {', '.join(clean.languages)}"
         return None
+
+
+def _unreadable(error: DataError, number: int) -> RowRecord:
+    """The record of a row that its source could not read; `number` is its place in the source."""
+    row_number = error.row if isinstance(error.row, int) else number
+    # A row that could not be read at all has no content but the error.
+    read = error.content is not None and not isinstance(error.content, Exception)
+    content = _content(error.content) if read else ""
+    return RowRecord(
+        row_number,
+        error.source,
+        status=BAD,
+        kind=error.kind,
+        message=error.message,
+        content=content,
+        digest=_hash(content or error.message),
+    )
 
 
 def _content(row: object) -> str:

@@ -11,18 +11,12 @@ from typing import Any
 from vlm_tune.config.data import DatasetSource, RowsSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
-from vlm_tune.data.sources.chat_schemas import (
-    CHAT_FORMS,
-    RowMedia,
-    decoded_lists,
-    marked_parts,
-    with_media,
-    with_system,
-)
+from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, decoded_lists, with_system
 from vlm_tune.data.sources.few_shot import Shots
 from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, without
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
+from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_media
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message

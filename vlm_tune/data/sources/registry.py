@@ -12,15 +12,10 @@ from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.class_folders import ClassFolders
 from vlm_tune.data.sources.columnar import ArrowFile, DatasetRows, Parquet
 from vlm_tune.data.sources.easy_vqa import EasyVqa
-from vlm_tune.data.sources.json_csv import (
-    FileFormat,
-    FileRows,
-    csv_format,
-    find_files,
-    json_format,
-    unpacked_name,
-)
+from vlm_tune.data.sources.file_rows import FileRows, find_files
+from vlm_tune.data.sources.json_csv import FileFormat, csv_format, json_format
 from vlm_tune.data.sources.records import RowsReader
+from vlm_tune.data.sources.stored_files import unpacked_name
 from vlm_tune.data.sources.unanswered import QuestionRows
 from vlm_tune.data.sources.webdataset import TarShard
 from vlm_tune.data.types import Conversation

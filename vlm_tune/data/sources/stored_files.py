@@ -74,6 +74,11 @@ def check_text(path: Path) -> None:
             raise DataError(f"is {what}", source=str(path))
 
 
+def unpacked_name(path: Path) -> Path:
+    """The path without the ending `.gz`."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
 # --- a list inside a JSON object ------------------------------------------------------------------
 
 _SPACE = re.compile(r"[ \t\r\n]*")

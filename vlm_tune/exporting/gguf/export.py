@@ -35,7 +35,7 @@ from vlm_tune.exporting.gguf.writer import (
     write_gguf,
 )
 from vlm_tune.exporting.llava_layout import vision_weights
-from vlm_tune.exporting.merge import check_output, observe
+from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     EXACT,
     Expected,
@@ -51,6 +51,7 @@ from vlm_tune.exporting.source import (
     text_config,
     whole_model,
 )
+from vlm_tune.exporting.verify import largest_difference, observe
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
@@ -195,7 +196,7 @@ def verify_gguf(
     texts = reader.texts(expected.rows, trained)
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
     check_answers(stored, file_logits, texts, allowed)
-    moved = _largest(reader.logits(expected.rows, approximate), file_logits)
+    moved = largest_difference(reader.logits(expected.rows, approximate), file_logits)
     notes = [
         *notes_of(model),
         (
@@ -203,11 +204,9 @@ def verify_gguf(
             f"{moved:.2g}"
         ),
     ]
-    return Verified(_largest(file_logits, expected.logits), texts == expected.texts, notes, allowed)
-
-
-def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max())
+    return Verified(
+        largest_difference(file_logits, expected.logits), texts == expected.texts, notes, allowed
+    )
 
 
 def _opened(path: Path) -> tuple[Any, dict[str, Any]]:

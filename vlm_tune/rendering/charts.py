@@ -1,0 +1,152 @@
+"""Charts of a run against the step, as inline SVG in the page's colors."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Matplotlib can't write CSS variables: charts are drawn in these stand-in colors, which are then
+# replaced by the theme's.
+SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
+WIDTH, HEIGHT, FONT = 302.0, 180.0, 11.0
+"""A chart's width, height and text size, in points."""
+INKS = {
+    SOFT: "var(--soft)",
+    RULE: "var(--rule)",
+    TRAIN: "var(--train)",
+    VALIDATION: "var(--validation)",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes against the step: a line of training figures, dots of validation figures."""
+
+    kind: str
+    line: list[tuple[int, float]]
+    dots: list[tuple[int, float]]
+
+
+def chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[Panel], steps: int) -> str:
+    """A figure element: the caption with the color key, and the panels as inline SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text, in the page's font. With a fixed salt, an id names the same shape in every
+    # chart of the page.
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "vlm_tune", "font.size": FONT}
+    ):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, ax in zip(panels, axes, strict=True):
+            _draw(ax, panel, steps)
+        axes[-1].set_xlabel("step", color=SOFT)
+        figure.subplots_adjust(**_margins(list(axes), steps))
+        file = io.StringIO()
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    svg = file.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for stand_in, ink in INKS.items():
+        svg = svg.replace(stand_in, ink)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title} against step"', 1)
+    names = "".join(f'<span class="key {kind}">{escape(text)}</span>' for kind, text in keys)
+    return f'<figure class="card"><figcaption><b>{title}</b>{names}</figcaption>{svg}</figure>'
+
+
+def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:
+    """The margins around the panels, as shares of the figure's size.
+
+    They are computed from the labels' lengths: Matplotlib's own layouts draw everything a second
+    time to measure it, and in a font that is not the page's.
+    """
+    labels = [
+        label
+        for ax in axes
+        for label in ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))
+    ]
+    digit = 0.64 * FONT
+    titled = any(ax.get_title(loc="left") for ax in axes)
+    left = (
+        digit * max(map(len, labels))
+        + 8
+        + (1.6 * FONT if any(ax.get_ylabel() for ax in axes) else 0)
+    )
+    right = max(digit * len(f"{steps:,}") / 2, 6)
+    top = 2 * FONT if titled else FONT
+    bottom = 3.6 * FONT
+    panel = (HEIGHT - top - bottom - 2.2 * FONT * (len(axes) - 1)) / len(axes)
+    return {
+        "left": left / WIDTH,
+        "right": 1 - right / WIDTH,
+        "top": 1 - top / HEIGHT,
+        "bottom": bottom / HEIGHT,
+        "hspace": 2.2 * FONT / panel,
+    }
+
+
+def _draw(ax: Axes, panel: Panel, steps: int) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if panel.line:
+        ax.plot(
+            *zip(*panel.line, strict=True),
+            color=TRAIN,
+            linewidth=1.4,
+            marker="o" if len(panel.line) == 1 else "",
+            markersize=4,
+        )
+    if panel.dots:
+        ax.plot(
+            *zip(*panel.dots, strict=True),
+            color=VALIDATION,
+            linewidth=0.8,
+            marker="o",
+            markersize=3.5,
+            clip_on=False,
+            zorder=3,
+        )
+    values = [value for _, value in (*panel.line, *panel.dots)]
+    low = min(values)
+    high = max(values)
+    ax.set_xlim(0, max(steps, 1))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    shape = {"accuracy": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
+    if panel.kind == "accuracy":
+        ax.set_ylim(
+            max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100)
+        )
+    elif panel.kind == "loss" and 0 < 20 * low < high:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_ylabel("log scale", color=SOFT)
+    elif panel.kind != "loss":
+        ax.set_ylim(0, 1.1 * high if high > 0 else 1)
+        ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        ax.set_title(panel.kind, loc="left", color=SOFT, fontsize=10, pad=3)
+    ax.grid(axis="y", color=RULE, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=SOFT, length=0)
+    ax.tick_params(axis="x", pad=5)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(RULE)
