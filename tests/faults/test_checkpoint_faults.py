@@ -34,6 +34,7 @@ from vlm_tune.train.checkpoint import (
     random_state,
     step_folder,
 )
+from vlm_tune.train.evaluator import Evaluator
 from vlm_tune.train.step_trace import read_trace
 from vlm_tune.train.trainer import StageLoop
 
@@ -278,7 +279,7 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
 ) -> None:
     scores = iter([0.5, 0.9, 0.1])
     monkeypatch.setattr(
-        StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+        Evaluator, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
     )
     validation = [{"kind": "file", "path": str(color_rows)}]
     recipe = runs(tiny_recipe, data__validation=validation, evaluate__every=1, train__steps=3)

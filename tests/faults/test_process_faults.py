@@ -25,7 +25,7 @@ from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
 from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.feature_cache import FeatureStore
-from vlm_tune.train import trackers, trainer, watchdog
+from vlm_tune.train import evaluator, trackers, trainer, watchdog
 from vlm_tune.train.checkpoint import CheckpointWriter, checkpoints, step_folder
 from vlm_tune.train.step_trace import read_trace
 
@@ -67,7 +67,7 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
     assert ended(start(lambda: sft(whole), tmp_path / "whole-said", ranks=2)) == [0, 0]
     for where, owner, name, rank, number in (
         ("step", trainer.StageLoop, "_step", 1, signal.SIGTERM),
-        ("evaluation", trainer, "score", 1, signal.SIGINT),
+        ("evaluation", evaluator, "score", 1, signal.SIGINT),
         ("save", CheckpointWriter, "_write", 0, signal.SIGTERM),
     ):
         recipe, log = two_ranks(tiny_recipe, color_rows, where), tmp_path / f"{where}-said"

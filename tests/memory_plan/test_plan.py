@@ -29,13 +29,14 @@ from vlm_tune.config.model import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.kernels.cpu import native
-from vlm_tune.memory_plan import plan as planner
-from vlm_tune.memory_plan import tracer
+from vlm_tune.memory_plan import traced_stage, tracer
 from vlm_tune.memory_plan.advice import changes
 from vlm_tune.memory_plan.batch_stats import longest_batch
 from vlm_tune.memory_plan.communication import communication, traffic
 from vlm_tune.memory_plan.heap import ASIDE, Glibc, Range, holes
-from vlm_tune.memory_plan.plan import CONTEXT, _memory, _Setting, parse_size, plan
+from vlm_tune.memory_plan.plan import CONTEXT, plan
+from vlm_tune.memory_plan.setting import Setting, parse_size
+from vlm_tune.memory_plan.stage_plan import _memory
 from vlm_tune.memory_plan.step import traced
 from vlm_tune.memory_plan.tracer import Trace
 from vlm_tune.memory_plan.zero import Held, zero_memory
@@ -197,7 +198,7 @@ def test_a_stage_is_traced_once_for_any_number_of_processes(
         batches.append(args[2].input_ids.shape)
         return traced(*args, **kwargs)
 
-    monkeypatch.setattr(planner, "traced", counted)
+    monkeypatch.setattr(traced_stage, "traced", counted)
     recipe = parsed(tiny_recipe("causal", precision="bf16"))
     plan(recipe, gpu_memory=1, tokens=100)
     stages = [zero for _, _, _, zero in changes(recipe, 1, 0)]
@@ -359,7 +360,7 @@ def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
         np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]),
         0,
         shares,
-        _Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT),
+        Setting(1, 0, None, True, "none", 1, 100.0, None, CONTEXT),
         half=True,
     )
     assert (memory.exchange, memory.activations, memory.gradients) == (0, 0, 4_000)

@@ -188,14 +188,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
 def test_the_best_checkpoint_is_what_the_run_ends_with(
     tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlm_tune.train.trainer import StageLoop
+    from vlm_tune.train.evaluator import Evaluator
 
     scores = iter([0.1, 0.9, 0.9, 0.2])
 
     def scored(self: Any) -> dict[str, Any]:
         return {"accuracy": next(scores), "loss": 1.0, "n": 8}
 
-    monkeypatch.setattr(StageLoop, "_generated", scored)
+    monkeypatch.setattr(Evaluator, "_generated", scored)
     recipe = runs(
         tiny_recipe, "run", evaluate__every=1, train__checkpoints={"every": 10, "keep": 1}
     )
@@ -215,11 +215,11 @@ def test_best_checkpoints_of_a_lora_stage_are_found_again(
     tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.helpers.tiny_models import with_tune
-    from vlm_tune.train.trainer import StageLoop
+    from vlm_tune.train.evaluator import Evaluator
 
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(
-        StageLoop, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+        Evaluator, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
     )
     text = with_tune(tiny_recipe("seq2seq"))
     run = sft(parsed(text, train__steps=2, evaluate__every=1, evaluate__samples=0))

@@ -45,21 +45,12 @@ def traced(
         `ROWS` (4). And bytes of holes, 0 on a GPU.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tower = model.tower
-    dtype = next(tower.parameters()).dtype
-    count = len(batch.media_index.unique())
     model.train()
     if stage.train.gradient_checkpointing:
         model.llm.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    with fake:
-        shown: Any = None
-        if count and features:
-            shown = torch.empty(count, *features, dtype=dtype)
-        elif count:
-            shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-    model_batch = replace(batch, **{"features" if features else "pixels": shown})
+    model_batch = _with_images(batch, model.tower, features, fake)
     half = DTYPES[stage.train.precision]
     vocabulary = model.llm.model.get_input_embeddings().num_embeddings
     align = stage.objective.kind == "contrastive"
@@ -96,6 +87,21 @@ def traced(
     )
     with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
         return by_depth(model.llm, measure), idle[0]
+
+
+def _with_images(
+    batch: Batch, tower: Any, features: tuple[int, int] | None, fake: FakeTensorMode
+) -> Batch:
+    """The batch with fake tensors for its images: pixels, or the features of this shape."""
+    dtype = next(tower.parameters()).dtype
+    count = len(batch.media_index.unique())
+    with fake:
+        shown: Any = None
+        if count and features:
+            shown = torch.empty(count, *features, dtype=dtype)
+        elif count:
+            shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
+    return replace(batch, **{"features" if features else "pixels": shown})
 
 
 def _counted(module: nn.Module) -> list[nn.Module]:

@@ -32,7 +32,7 @@ from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.stage import Context, read_rows, stage_loop
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.step_trace import Step, read_trace
-from vlm_tune.train.trainer import Report
+from vlm_tune.train.trainer import Report, StageLoop
 from vlm_tune.train.watchdog import Watch
 
 
@@ -103,15 +103,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     accelerator = accelerator_of(
         recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage
     )
-    if accelerator.num_processes != progress.processes:
-        many = (
-            f"--processes {progress.processes}" if progress.processes > 1 else "one process alone"
-        )
-        hint = (
-            f"the run was trained by {progress.processes} processes, this is "
-            f"{accelerator.num_processes}; replay it with {many}"
-        )
-        raise RecipeError([Problem(str(run), hint)])
+    _check_processes(run, progress.processes, accelerator.num_processes)
     report = ReplayReport(
         name, progress.step, end, environment=_changed(run, environment(accelerator, section))
     )
@@ -134,18 +126,34 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
             start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
         )
         loop = stage_loop(context, model, name, stage, rows, progress, start)
-        saved = {
-            step_of(path): path
-            for path in checkpoints(folder)
-            if progress.step < step_of(path) <= end and is_whole(path)
-        }
-        for step, written in loop.replay(end, scratch, set(saved)):
-            report.checkpoints.append(step)
-            report.tensors[step] = different_tensors(saved[step], written)
+        _replay(report, loop, folder, scratch)
         if accelerator.is_main_process:
             _compare(report, read_trace(folder), read_trace(scratch))
     report.seconds = round(time.perf_counter() - started, 2)
     return report
+
+
+def _check_processes(run: Path, then: int, now: int) -> None:
+    """Raises `RecipeError` if the run was trained by another number of processes."""
+    if now != then:
+        many = f"--processes {then}" if then > 1 else "one process alone"
+        hint = f"the run was trained by {then} processes, this is {now}; replay it with {many}"
+        raise RecipeError([Problem(str(run), hint)])
+
+
+def _replay(report: ReplayReport, loop: StageLoop, folder: Path, scratch: Path) -> None:
+    """Repeats the report's steps and compares with the stage's whole checkpoints on the way.
+
+    `folder` is the stage's, and `scratch` takes the trace of the replay.
+    """
+    saved = {
+        step_of(path): path
+        for path in checkpoints(folder)
+        if report.start < step_of(path) <= report.end and is_whole(path)
+    }
+    for step, written in loop.replay(report.end, scratch, set(saved)):
+        report.checkpoints.append(step)
+        report.tensors[step] = different_tensors(saved[step], written)
 
 
 def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, int]:

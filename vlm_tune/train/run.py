@@ -111,15 +111,7 @@ def sft(
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        report(
-            {
-                "event": "environment",
-                **environment(accelerator, section),
-                "kernels_reason": str(kernels),
-            }
-        )
-        for note in notes or []:
-            report({"event": "note", "text": note})
+        _report_start(report, environment(accelerator, section), str(kernels), notes or [])
         context = Context(
             recipe,
             run,
@@ -132,18 +124,37 @@ def sft(
             resumed=resume,
             accepts=accept_changes,
         )
-        try:
-            model, seconds, rows = _stages(context)
-            result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
-            result["seconds_total"] = round(time.perf_counter() - started, 2)
-            if accelerator.is_main_process:
-                (run / "result.json").write_text(json.dumps(result, indent=2))
-                write_report(run)
-        except RuntimeError as error:
-            lost = watch.lost(error)
-            raise error if lost is None else lost from error
-        except OSError as error:
-            raise _file_fault(run, error) from error
+        return _train_and_score(context, started, test=test)
+
+
+def _report_start(
+    report: Report, values: dict[str, Any], kernels_reason: str, notes: list[str]
+) -> None:
+    """Reports the environment that the run's numbers depend on, and the notes on its folder."""
+    report({"event": "environment", **values, "kernels_reason": kernels_reason})
+    for note in notes:
+        report({"event": "note", "text": note})
+
+
+def _train_and_score(context: Context, started: float, *, test: bool) -> Run:
+    """Runs the stages, scores the model and writes result.json and the report.
+
+    A failed collective becomes the error that names the lost processes, and a failed file operation
+    that of `_file_fault`.
+    """
+    run = context.run
+    try:
+        model, seconds, rows = _stages(context)
+        result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
+        result["seconds_total"] = round(time.perf_counter() - started, 2)
+        if context.accelerator.is_main_process:
+            (run / "result.json").write_text(json.dumps(result, indent=2))
+            write_report(run)
+    except RuntimeError as error:
+        lost = context.watch.lost(error)
+        raise error if lost is None else lost from error
+    except OSError as error:
+        raise _file_fault(run, error) from error
     return Run(run, result, model)
 
 
@@ -266,32 +277,15 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     ]
     log.info("making the model")
     samples = rows[-1].samples
-    progress = Progress()
     if main:
         context.data = [
             stage_fingerprint(stage, stage_rows)
             for (_, stage), stage_rows in zip(stages, rows, strict=True)
         ]
     if checkpoint:
-        for line in _together(context.accelerator, lambda: _changed_data(context)) or []:
-            context.note(f"resumed with changed data: {line}")
-        progress = read_progress(checkpoint)
-        if main:
-            forget_after(context.run, progress)
-        model = restore_model(
-            checkpoint,
-            dtype=load_dtype(recipe),
-            bare=not context.holds,
-            base=recipe_choice(recipe),
-            model_class=VisionLanguageModel,
-        )
+        model, progress = _resumed_model(context, checkpoint)
     else:
-        if main:
-            write_data(context.run, context.data)
-        model = build(recipe, texts, bare=not context.holds, model_class=VisionLanguageModel)
-        if main:
-            log.info("answering the report's samples before training")
-            write_samples(context, model, samples, "before")
+        model, progress = _new_model(context, texts, samples), Progress()
     for (_, stage), stage_rows in zip(
         stages[progress.stage :], rows[progress.stage :], strict=True
     ):
@@ -309,6 +303,40 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     if main:
         write_samples(context, model, samples, "after")
     return model, seconds, rows[-1].test
+
+
+def _resumed_model(context: Context, checkpoint: Path) -> tuple[VisionLanguageModel, Progress]:
+    """The model and the progress of a checkpoint, after a check that the data is unchanged.
+
+    The log's events after it are removed: they will be repeated.
+    """
+    for line in _together(context.accelerator, lambda: _changed_data(context)) or []:
+        context.note(f"resumed with changed data: {line}")
+    progress = read_progress(checkpoint)
+    if context.accelerator.is_main_process:
+        forget_after(context.run, progress)
+    model = restore_model(
+        checkpoint,
+        dtype=load_dtype(context.recipe),
+        bare=not context.holds,
+        base=recipe_choice(context.recipe),
+        model_class=VisionLanguageModel,
+    )
+    return model, progress
+
+
+def _new_model(
+    context: Context, texts: list[Conversation], samples: list[Conversation]
+) -> VisionLanguageModel:
+    """The recipe's model before its first step, which answers the report's samples."""
+    main = context.accelerator.is_main_process
+    if main:
+        write_data(context.run, context.data)
+    model = build(context.recipe, texts, bare=not context.holds, model_class=VisionLanguageModel)
+    if main:
+        log.info("answering the report's samples before training")
+        write_samples(context, model, samples, "before")
+    return model
 
 
 def _checkpoint(context: Context, names: list[str]) -> Path | None:

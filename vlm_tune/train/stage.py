@@ -124,7 +124,6 @@ def stage_loop(
     Applies the tuning rules to the model, computes cached features and prepares the data feed. With
     `checkpoint` the loop goes on from there.
     """
-    accelerator = context.accelerator
     folder = stage_folder(context.run, progress.stage, name)
 
     def report(event: dict[str, Any]) -> None:
@@ -132,40 +131,16 @@ def stage_loop(
             raise Interrupted("stopped before the first step; go on with --resume")
         context.report({**event, "stage": progress.stage, "name": name})
 
-    train = rows.train
-    validation = rows.validation
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
-    for part in (model.tower, model.connector) if shards(context.section) else (model,):
-        part.to(accelerator.device)
-    media = train.media if train else []
-    on_cpu = accelerator.device.type == "cpu"
-    # A tower that no step runs needs no memory then. With several processes the engines broadcast
-    # its weights.
-    pages_out = on_cpu and accelerator.num_processes == 1 and caches_features(recipe, model, media)
-    if on_cpu:
-        for part in (model.connector, model.llm) if pages_out else (model,):
-            own_memory(part)
-        keep_freed_memory()
+    pages_out = _place_weights(context, model, recipe, rows)
     _tuning_table(context, progress.stage, name, tuned.table)
-    features, held_out = stage_features(recipe, model, media, validation, report)
-    if pages_out:
-        try:
-            page_out(model.tower, cache_folder("features"))
-        except OSError:  # no room for the file
-            own_memory(model.tower)
-    if on_cpu:
-        trim_heap()
-    cost = image_cost(model, cached=features is not None)
-    feed = stage_feed(
-        recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost
-    )
-    data = StageData(feed, validation, held_out, cost)
+    data = _stage_data(context, model, recipe, rows, progress, report, pages_out=pages_out)
     loop = StageLoop(
         model,
         recipe,
         tuned,
         data,
-        build_engine(context.section, accelerator),
+        build_engine(context.section, context.accelerator),
         folder=folder,
         progress=progress,
         report=report,
@@ -174,6 +149,7 @@ def stage_loop(
         resume_from=checkpoint,
         watch=context.watch,
     )
+    train = rows.train
     sizes = (
         {"questions": train.questions, "images": len(train.media), "left_out": train.left_out}
         if train
@@ -181,6 +157,56 @@ def stage_loop(
     )
     report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
     return loop
+
+
+def _place_weights(
+    context: Context, model: VisionLanguageNetwork, recipe: Recipe, rows: StageRows
+) -> bool:
+    """Moves the weights to the device, on a CPU into memory of the process.
+
+    Returns whether the tower is left where it is, to be paged out once its features are cached: a
+    tower that no step runs needs no memory then.
+    """
+    accelerator = context.accelerator
+    for part in (model.tower, model.connector) if shards(context.section) else (model,):
+        part.to(accelerator.device)
+    if accelerator.device.type != "cpu":
+        return False
+    media = rows.train.media if rows.train else []
+    # With several processes the engines broadcast the tower's weights.
+    pages_out = accelerator.num_processes == 1 and caches_features(recipe, model, media)
+    for part in (model.connector, model.llm) if pages_out else (model,):
+        own_memory(part)
+    keep_freed_memory()
+    return pages_out
+
+
+def _stage_data(
+    context: Context,
+    model: VisionLanguageNetwork,
+    recipe: Recipe,
+    rows: StageRows,
+    progress: Progress,
+    report: Report,
+    *,
+    pages_out: bool,
+) -> StageData:
+    """Computes the features to cache, pages the tower out if `pages_out`, and makes the feed."""
+    accelerator = context.accelerator
+    media = rows.train.media if rows.train else []
+    features, held_out = stage_features(recipe, model, media, rows.validation, report)
+    if pages_out:
+        try:
+            page_out(model.tower, cache_folder("features"))
+        except OSError:  # no room for the file
+            own_memory(model.tower)
+    if accelerator.device.type == "cpu":
+        trim_heap()
+    cost = image_cost(model, cached=features is not None)
+    feed = stage_feed(
+        recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost
+    )
+    return StageData(feed, rows.validation, held_out, cost)
 
 
 def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:

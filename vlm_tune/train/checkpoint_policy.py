@@ -1,0 +1,82 @@
+"""When a stage is evaluated and saved, and which of its checkpoints is the best."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.train.checkpoint import Progress
+from vlm_tune.train.nonfinite import NonFinitePolicy
+from vlm_tune.train.stage_position import StagePosition
+
+
+class CheckpointPolicy:
+    """Decides at which steps of a stage the model is scored and saved, and which step is the best.
+
+    The best step is set in `progress`: its checkpoint stays, with the last ones that the recipe
+    keeps. `validates` says that there are rows to score.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        position: StagePosition,
+        nonfinite: NonFinitePolicy,
+        *,
+        validates: bool,
+    ) -> None:
+        self.evaluate_every = recipe.evaluate.every
+        self.save_every = recipe.train.checkpoints.every
+        self.progress = progress
+        self.position = position
+        self.nonfinite = nonfinite
+        self.validates = validates
+
+    def scores_at(self, step: int) -> bool:
+        """Whether the model is scored after this step, the one just taken."""
+        return self.validates and (self._evaluation_due(step) or step == self.position.total)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step, the one just taken and scored."""
+        return (
+            self._checkpoint_due(step)
+            or step == self.position.total
+            or step == self.progress.best_step
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        """Whether the recipe asks for an evaluation at this step."""
+        if self.evaluate_every is None:
+            return self.position.epoch_ended
+        return step % self.evaluate_every == 0
+
+    def _checkpoint_due(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint at this step."""
+        if self.save_every is None:
+            return self._evaluation_due(step) if self.validates else self.position.epoch_ended
+        return step % self.save_every == 0
+
+    @property
+    def may_save(self) -> bool:
+        """Whether the model may be saved.
+
+        Not while the loss is not finite, so that it does not replace a good checkpoint.
+        """
+        return not self.nonfinite.in_a_row
+
+    def record(self, step: int, scores: dict[str, Any]) -> None:
+        """Adds the scores of a step to the stage's history, and sets whether it is the best.
+
+        Of equal scores the later wins: that model has trained longer. Weights with a non-finite
+        loss are never the best.
+        """
+        progress = self.progress
+        better = progress.best_score is None or scores["accuracy"] >= progress.best_score
+        if better and math.isfinite(scores["loss"] or 0.0) and not self.nonfinite.in_a_row:
+            progress.best_score = scores["accuracy"]
+            progress.best_step = step
+        progress.history.append(
+            {"step": step, **{key: scores[key] for key in ("loss", "accuracy", "n")}}
+        )

@@ -1,0 +1,135 @@
+"""Scores the model on a stage's validation rows while it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.types import Conversation
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Scores, join_scores
+from vlm_tune.model.acceleration.compiling import eager
+from vlm_tune.model.acceleration.interval_attention import attending
+from vlm_tune.model.feature_cache import FeatureStore
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.objectives import Objective
+from vlm_tune.train.watchdog import Watch
+
+
+class _CutShort(Exception):
+    """Ends an evaluation because the run is asked to stop."""
+
+
+class Evaluator:
+    """Scores the model on validation rows, by generated answers or by the objective itself.
+
+    `rows` are the validation part, of which the first `settings.limit` are scored, and `features`
+    the cached features of their images. `stop` says whether this process is asked to stop,
+    `any_stops` whether any is: every process must call it.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageNetwork,
+        engine: Engine,
+        objective: Objective,
+        settings: EvaluateSection,
+        rows: Sequence[Conversation],
+        features: FeatureStore | None,
+        *,
+        report: Callable[[dict[str, Any]], None],
+        watch: Watch,
+        stop: Callable[[], bool],
+        any_stops: Callable[[], bool],
+    ) -> None:
+        self.model = model
+        self.engine = engine
+        self.accelerator = engine.accelerator
+        self.objective = objective
+        self.settings = settings
+        self.rows = rows[: settings.limit]
+        self.features = features
+        self.report = report
+        self.watch = watch
+        self.stop = stop
+        self.any_stops = any_stops
+        self._attention = model.llm.model.config._attn_implementation
+        self._pixels = PixelCache(model.processor.images)
+
+    def scores(self, step: int, *, compiled: bool) -> dict[str, Any] | None:
+        """The scores after a step; None if the run is asked to stop meanwhile.
+
+        Every process must call it. The model's blocks run eagerly, also where they are `compiled`
+        for the training steps.
+        """
+        self.watch.at(f"the evaluation of step {step}", (step, 3))
+        with (
+            self.engine.inference(),
+            eager() if compiled else contextlib.nullcontext(),
+            attending(self.model.llm.model, self._attention),
+        ):
+            scores = self._generated() if self.objective.generates else self._matched()
+        self.model.train()
+        return scores
+
+    def _generated(self) -> dict[str, Any] | None:
+        """Scores of generated answers; None if the run is asked to stop meanwhile."""
+        settings = self.settings
+        # Where weights are gathered as modules run, all ranks must run the same modules equally
+        # often: they score the same rows.
+        together = self.engine.sharded
+        mine = (
+            self.rows
+            if together
+            else self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        )
+
+        def progress(done: int, of: int) -> None:
+            self.watch.at(f"the evaluation, {done} of {of} rows")
+            self.report({"event": "scoring", "done": done, "of": of})
+            if self.any_stops() if together else self.stop():
+                raise _CutShort
+
+        scores: Scores | None = None
+        with contextlib.suppress(_CutShort), self.accelerator.autocast():
+            scores = score(
+                self.model,
+                mine or self.rows[:1],
+                decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+                batch_size=settings.batch_size,
+                features=self.features,
+                progress=progress,
+            )
+        shards = gather_object([scores])
+        if any(shard is None for shard in shards):
+            return None
+        return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
+
+    @torch.no_grad()
+    def _matched(self) -> dict[str, Any]:
+        """Loss and accuracy, over the whole validation part, of an objective without generation."""
+        self.model.eval()
+        examples = [example for row in self.rows for example in self.model.processor.examples(row)]
+        batch = collate(
+            examples,
+            self.model.processor.spec,
+            fetch=self.features or self._pixels,
+            cached=self.features is not None,
+        )
+        batch = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            loss = self.objective(self.model, batch)
+        return {
+            "loss": float(loss.sum) / max(loss.count, 1),
+            "accuracy": (loss.correct or 0) / max(loss.count, 1),
+            "n": loss.count,
+        }
