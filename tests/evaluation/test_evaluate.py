@@ -117,12 +117,12 @@ def test_scores_of_a_model(
     answers: dict[str, str] = {row.id: row.messages[-1].text.upper() + ". " for row in rows}
     answers[rows[0].id] = "wrong"
 
-    def fake(prompts: Any, decoding: Decoding, **named: Any) -> list[str]:
-        assert not model.training and named["batch_size"] == 4
+    def fake(asking: Any, prompts: Any, decoding: Decoding, **named: Any) -> list[str]:
+        assert asking is model and not model.training and named["batch_size"] == 4
         named["progress"](len(prompts), len(prompts))
         return [answers[prompt.id] for prompt in prompts]
 
-    monkeypatch.setattr(model, "answers", fake)
+    monkeypatch.setattr("vlm_tune.evaluation.evaluate.answer_prompts", fake)
     steps: list[tuple[int, int]] = []
     model.train()
     scores = score(

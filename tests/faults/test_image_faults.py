@@ -55,9 +55,8 @@ data: {train: [{kind: easy_vqa, split: train}], template: chatml}
 tune: [{match: "*", how: full}]
 train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, precision: fp32}
 """)
-    return build(
-        recipe, [Conversation("a", (Message("user", ("what?",)), Message("assistant", ("red",))))]
-    ).eval()
+    rows = [Conversation("a", (Message("user", ("what?",)), Message("assistant", ("red",))))]
+    return build(recipe, rows, model_class=VisionLanguageModel).eval()
 
 
 # --- 22 ----------------------------------------------------------------------------------------

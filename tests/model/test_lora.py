@@ -29,6 +29,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.verify import observe
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.lora import merge_adapter, parts
 from vlm_tune.model.tuning import apply_rules
@@ -111,7 +112,7 @@ def test_saved_found_again_opened_in_plain_peft_and_merged(
     model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "llm").exists()
 
-    again = restore_model(tmp_path / "saved", dtype=torch.float32)
+    again = restore_model(tmp_path / "saved", dtype=torch.float32, model_class=VisionLanguageModel)
     applied(again, lora(variant))
     first, second = dict(model.named_parameters()), dict(again.named_parameters())
     assert first.keys() == second.keys()

@@ -363,10 +363,10 @@ A vision-language model merged by vlm_tune {__version__}.
 {chr(10).join(f"- {line}" for line in merge_lines(report))}
 
 ```python
-from vlm_tune import VisionLanguageNetwork
+from vlm_tune import VisionLanguageModel
 
 folder = "{report.output}"
-vlm = VisionLanguageNetwork.from_pretrained(folder)
+vlm = VisionLanguageModel.from_pretrained(folder)
 print(vlm.chat("What does the image show?", images=["image.png"]))
 ```
 """

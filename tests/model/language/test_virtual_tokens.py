@@ -34,6 +34,7 @@ from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import load_model, restore_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tuning import apply_rules
@@ -153,7 +154,7 @@ def test_saved_found_again_and_trained_on(how: str, kind: str, named: Any, tmp_p
     prompted, texts = observe(model, rows)
     assert largest(base, prompted) > 1e-2
     model.save_pretrained(tmp_path / "saved")
-    again = restore_model(tmp_path / "saved", dtype=torch.float32)
+    again = restore_model(tmp_path / "saved", dtype=torch.float32, model_class=VisionLanguageModel)
     tuned = applied(again, how)
     assert tuned.names == [["llm.prompt.values"]]
     assert torch.equal(again.llm.prompt.values, model.llm.prompt.values)  # type: ignore[union-attr]

@@ -83,7 +83,8 @@ def rows(tmp_path: Path) -> list[Conversation]:
 
 
 def built(rows: list[Conversation], kind: str = "causal", **options: Any) -> VisionLanguageModel:
-    return build(parse_recipe(recipe_text(kind, **options)), rows).eval()
+    recipe = parse_recipe(recipe_text(kind, **options))
+    return build(recipe, rows, model_class=VisionLanguageModel).eval()
 
 
 @pytest.mark.parametrize("kind", LLMS)
