@@ -38,6 +38,7 @@ from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
+from vlm_tune.rendering.report import write_report
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
 from vlm_tune.train.replay import ReplayReport
@@ -91,6 +92,7 @@ def sft(
             accept_changes=accept_changes,
             test=test,
             show=show,
+            write_report=write_report,
         )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -438,13 +440,6 @@ def export(
     """
     check_path("model", model)
     check_path("output", output)
+    options: Any = {"format": format, "dtype": dtype, "max_shard_size": max_shard_size}
     choice = base_choice(base, accept_other_base)
-    return export_folder(
-        Path(model),
-        Path(output),
-        format=format,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        verify=verify,
-        base=choice,
-    )
+    return export_folder(Path(model), Path(output), **options, verify=verify, base=choice)

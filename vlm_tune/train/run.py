@@ -28,7 +28,6 @@ from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.committed_folders import recover_folders
 from vlm_tune.model.tuning import check_fits
 from vlm_tune.paths import reason
-from vlm_tune.rendering.report import write_report
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import accelerator_of
@@ -73,19 +72,19 @@ def sft(
     accept_changes: bool = False,
     test: bool = True,
     show: Report | None = None,
+    write_report: Callable[[Path], object],
 ) -> Run:
     """Trains by the recipe and returns the finished run.
 
-    The run's folder gets recipe.yaml, log.jsonl, stages/ with checkpoints, model/ (the finished
-    model), result.json and report.html.
+    The run's folder gets recipe.yaml, log.jsonl, stages/, model/, result.json and report.html.
 
     Args:
-        recipe: The recipe.
         resume: Continue the run in the folder from its last whole checkpoint.
         overwrite: Replace a run in the folder.
         accept_changes: Resume even if recipe or data have changed.
         test: Score the model on the test part. If not, its rows are still read before training.
         show: Called with every event as it happens.
+        write_report: Called by rank 0 with the finished run's folder.
 
     Raises:
         RecipeError: If the folder is in use or holds another recipe's run.
@@ -124,7 +123,7 @@ def sft(
             resumed=resume,
             accepts=accept_changes,
         )
-        return _train_and_score(context, started, test=test)
+        return _train_and_score(context, started, write_report, test=test)
 
 
 def _report_start(
@@ -136,7 +135,9 @@ def _report_start(
         report({"event": "note", "text": note})
 
 
-def _train_and_score(context: Context, started: float, *, test: bool) -> Run:
+def _train_and_score(
+    context: Context, started: float, write_report: Callable[[Path], object], *, test: bool
+) -> Run:
     """Runs the stages, scores the model and writes result.json and the report.
 
     A failed collective becomes the error that names the lost processes, and a failed file operation
