@@ -49,9 +49,9 @@ from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.trainer import StageData, StageLoop
 
-# The first backward pass of a process decides whether autograd starts threads for devices. After a
-# fake CUDA tensor, as a plan makes them, it does, and then no fork of the process can run a backward
-# pass, as commands in tests do.
+# The first backward pass of a process decides whether autograd starts threads for devices. After
+# a fake CUDA tensor, as a plan makes them, it does, and then no fork of the process can run a
+# backward pass, as commands in tests do.
 torch.ones(1, requires_grad=True).sum().backward()
 
 LLAMA = {
