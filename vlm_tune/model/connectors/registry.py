@@ -1,7 +1,4 @@
-"""The connectors by kind.
-
-A new one needs a config class in `config.py`, a module like those below, and a line in CONNECTORS.
-"""
+"""The connectors by kind; docs/extending.md says how to add one."""
 
 from __future__ import annotations
 
