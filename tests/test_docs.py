@@ -1,0 +1,79 @@
+"""What the README and docs/ show: commands parse, the recipe loads, calls fit, links lead on."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from vlm_tune.cli.entry import app
+from vlm_tune.config.load import parse_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, line.strip().removeprefix("$ "))
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if re.match(r" *(\$ )?vlm-tune [a-z]", line)
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line[:60] for _, line in COMMANDS])
+def test_a_shown_command_parses(page: str, line: str) -> None:
+    name, *arguments = shlex.split(line.split(" > ")[0], comments=True)[1:]
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, arguments)
+
+
+def test_the_readmes_recipe_loads() -> None:
+    (text,) = blocks("yaml")
+    assert parse_recipe(text, "README.md").name == "my-vqa"
+
+
+def test_the_readmes_calls_fit_the_functions() -> None:
+    (code,) = blocks("python")
+    tree = ast.parse(code)
+    names: dict[str, object] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            names |= {alias.name: getattr(module, alias.name) for alias in node.names}
+    names["vlm"] = names["VisionLanguageModel"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert len(calls) == 4
+    for call in calls:
+        target = _target(call.func, names)
+        unbound = inspect.isfunction(target) and isinstance(call.func, ast.Attribute)
+        arguments = [None] * (len(call.args) + unbound)
+        keywords = {str(keyword.arg): None for keyword in call.keywords}
+        inspect.signature(target).bind(*arguments, **keywords)  # type: ignore[arg-type]
+
+
+def _target(function: ast.expr, names: dict[str, object]) -> object:
+    if isinstance(function, ast.Attribute):
+        return getattr(_target(function.value, names), function.attr)
+    assert isinstance(function, ast.Name)
+    return names[function.id]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("http://", "https://")):
+            assert (page.parent / link).exists(), link
