@@ -23,25 +23,25 @@ class Source(Config):
     Rows are counted in units: a unit is a row, or an image with `group: image`.
     """
 
-    limit: PositiveInt | None = Field(default=None, description="take the first n rows only")
+    limit: PositiveInt | None = Field(default=None, description="use only the first n rows")
     weight: PositiveFloat | None = Field(
-        default=None, description="share of every epoch, relative to the other sources"
+        default=None, description="share of each epoch, relative to the other sources"
     )
     count: PositiveInt | None = Field(
-        default=None, description="units of every epoch; all where neither is given"
+        default=None, description="units per epoch; all if neither count nor weight is set"
     )
     template: HomePath | None = Field(
-        default=None, description="a chat format; data.template where not given"
+        default=None, description="a chat format; data.template by default"
     )
     system: str | None = Field(
         default=None,
-        description="system text for conversations that bring none; data.system where not given",
+        description="system text for conversations without one; data.system by default",
     )
 
 
 SOURCE_NAME = Field(
     default=None,
-    description="what scores call the source; the file's or folder's name where not given",
+    description="name of the source in scores; the file's or folder's name by default",
 )
 
 
@@ -55,10 +55,10 @@ class EasyVqaSource(Source):
     name: str | None = SOURCE_NAME
     split: Literal["train", "validation", "test"]
     validation_images: NonNegativeInt = Field(
-        default=200, description="how many train images are held out as `validation`"
+        default=200, description="number of train images held out as `validation`"
     )
     task: Literal["vqa", "caption"] = Field(
-        default="vqa", description="questions, or captions of what the questions reveal"
+        default="vqa", description="questions, or captions built from the questions and answers"
     )
     instructions: HomePath = Field(
         default="vqa", description="a prompt set of data_templates/instructions, or a file"
@@ -87,48 +87,49 @@ class RowsSource(Source):
     """Options shared by all sources of rows: files, data sets and tar shards."""
 
     form: Form | Literal["auto"] = Field(
-        default="auto", description="what a row looks like; detected from the first rows and named"
+        default="auto",
+        description="the form of the rows; by default detected from the first rows and reported",
     )
     columns: dict[str, str] = Field(
-        default={}, description="our field names to the rows' own, as {question: query}"
+        default={}, description="map field names to the rows' own, e.g. {question: query}"
     )
     image_root: str | None = Field(
-        default=None, description="where image paths start; the file's own folder where not given"
+        default=None,
+        description="folder that image paths are relative to; the file's folder by default",
     )
     instructions: HomePath | None = Field(
-        default=None, description="a prompt set for plain task rows; the task's own where not given"
+        default=None, description="a prompt set for task rows; the task's default set if not given"
     )
     ignore: list[str] = Field(
         default=[],
-        description="fields of the rows to pass over: those that carry meaning are refused where a "
-        "form does not read them",
+        description="fields to ignore; meaningful fields that the form does not read are "
+        "otherwise an error",
     )
     null_values: list[str] | None = Field(
         default=None,
-        description="texts that are missing values; of CSV and TSV, where not given, empty cells, "
-        "nan, null and their like",
+        description="texts that mean a missing value; for CSV and TSV by default empty cells,"
+        " nan, null and the like",
     )
     booleans: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
         default=["no", "yes"], description="the texts of false and true in the fields of task rows"
     )
     answer_is: Literal["auto", "index", "index_from_1", "letter", "text"] = Field(
         default="auto",
-        description="how an answer names one of the row's choices; auto refuses a row that can be "
-        "read in two ways",
+        description="how an answer refers to one of the choices; auto rejects ambiguous rows",
     )
     shuffle_choices: bool = Field(
         default=False,
-        description="show each row's choices in an order drawn from the seed and the row's id",
+        description="shuffle the choices of each row by seed and row id",
     )
     shots: Annotated[int, Field(ge=0, le=16)] = Field(
-        default=0, description="worked examples with their images before each question"
+        default=0, description="few-shot examples with their images before each question"
     )
     video_frames: PositiveInt = Field(
-        default=8, description="frames taken of a video, evenly spaced"
+        default=8, description="frames sampled from a video, evenly spaced"
     )
     video_fps: PositiveFloat | None = Field(
         default=None,
-        description="of videos that are folders of frames; gives the frames their time",
+        description="frame rate of videos stored as folders of frames",
     )
 
 
@@ -137,7 +138,7 @@ class FileSource(RowsSource):
 
     kind: Literal["file"]
     name: str | None = SOURCE_NAME
-    path: str = Field(description="a file, or a pattern as data/*.parquet")
+    path: str = Field(description="a file or a pattern, e.g. data/*.parquet")
 
 
 class DatasetSource(RowsSource):
@@ -150,7 +151,7 @@ class DatasetSource(RowsSource):
     name: str
     config: str | None = None
     split: str = "train"
-    revision: str | None = Field(default=None, description="a commit of the hub's data set")
+    revision: str | None = Field(default=None, description="a commit of the data set on the Hub")
 
 
 class WebDatasetSource(RowsSource):
@@ -158,7 +159,7 @@ class WebDatasetSource(RowsSource):
 
     kind: Literal["webdataset"]
     name: str | None = SOURCE_NAME
-    path: str = Field(description="a shard, or a pattern as shards/*.tar")
+    path: str = Field(description="a shard or a pattern, e.g. shards/*.tar")
 
 
 class FolderSource(Source):
@@ -238,7 +239,7 @@ class Split(Config):
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stratify: bool = Field(default=False, description="the same shares within every category")
+    stratify: bool = Field(default=False, description="keep the shares within each category")
 
 
 class DataSection(Config):
@@ -246,61 +247,61 @@ class DataSection(Config):
 
     train: list[AnySource] = Field(min_length=1)
     validation: list[AnySource] = Field(
-        default=[], description="scored while training; chooses the best checkpoint"
+        default=[], description="scored during training; selects the best checkpoint"
     )
     test: list[AnySource] = Field(
-        default=[], description="scored once, by the finished model; never used to choose"
+        default=[], description="scored once with the finished model; never used for selection"
     )
     split: Split | None = Field(
-        default=None, description="take validation and test from the train sources"
+        default=None, description="hold out validation and test from the train sources"
     )
     template: HomePath = Field(description="a chat format of data_templates/chat, or a file")
     system: str | None = Field(
-        default=None, description="system text for conversations that bring none"
+        default=None, description="system text for conversations without one"
     )
     max_length: PositiveInt = Field(
-        default=2048, description="longest example in tokens, image slots included"
+        default=2048, description="maximum tokens of an example, including image slots"
     )
     overlong: Literal["fail", "drop", "split", "trim"] = Field(
         default="fail",
-        description="examples over max_length: stop; leave out; split between turns; shorten the "
-        "questions' text",
+        description="examples over max_length: stop, skip, split between turns, or truncate "
+        "the question's text",
     )
     on_bad_row: Literal["fail", "skip", "quarantine"] = Field(
         default="fail",
-        description="rows that can't be used: stop; leave out; leave out and write to "
-        "quarantine.jsonl",
+        description="unusable rows: stop, skip, or skip and write them to quarantine.jsonl",
     )
     max_bad_rows: NonNegativeInt = Field(
-        default=100, description="with skip and quarantine: more bad rows than this is an error"
+        default=100,
+        description="with skip and quarantine: fail if there are more bad rows than this",
     )
     clean: Clean = Clean()
     group: Literal["none", "image"] = Field(
-        default="none", description="image: rows of one image are one unit of a batch"
+        default="none", description="image: the rows of one image form one unit of a batch"
     )
     packing: bool = Field(
         default=False,
-        description="fill each row of a batch with several samples that don't see each other",
+        description="pack several samples into a row of a batch; they don't attend to each other",
     )
     row_length: PositiveInt = Field(
-        default=1024, description="longest row in tokens that grouping or packing makes"
+        default=1024, description="maximum tokens of a grouped or packed row"
     )
     epoch_size: PositiveInt | None = Field(
-        default=None, description="units of an epoch when sources have weights"
+        default=None, description="units per epoch when sources have weights"
     )
     streaming: bool = Field(
         default=False,
-        description="read, check and tokenise while training; for more rows than can be prepared",
+        description="read, check and tokenize during training; for data too large to prepare first",
     )
     shuffle_buffer: PositiveInt = Field(
-        default=10_000, description="rows that a streamed epoch is shuffled within"
+        default=10_000, description="size of the shuffle buffer of a streamed epoch, in rows"
     )
     own_shards: bool = Field(
         default=False,
-        description="with streaming: each process reads its own shards or stretches of the files, "
-        "not all; for many nodes",
+        description="with streaming: each process reads only its own shards or ranges of the "
+        "files; for many nodes",
     )
     workers: Processes | None = Field(
-        default=None, description="processes that prepare; as many as cores where not given"
+        default=None, description="processes that prepare the data; one per core by default"
     )
     augment: Augment | None = None

@@ -27,17 +27,17 @@ class DeepSpeedEngine(Config):
     kind: Literal["deepspeed"]
     stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=2,
-        description="what the processes share out: 1 optimizer states, 2 gradients too, 3 weights "
-        "too",
+        description="what is sharded over the processes: 1 optimizer states, 2 also "
+        "gradients, 3 also weights",
     )
     offload: list[Literal["optimizer", "parameters"]] = Field(
         default=[],
-        description="what lies in the CPU's memory: optimizer states (stage 1 to 3), weights "
+        description="what to keep in CPU memory: optimizer states (stages 1 to 3), weights "
         "(stage 3)",
     )
     config: dict[str, Any] = Field(
         default={},
-        description="more keys of a DeepSpeed configuration, as {zero_optimization: {...}}",
+        description="further keys of a DeepSpeed configuration, e.g. {zero_optimization: {...}}",
     )
 
 
@@ -46,7 +46,7 @@ class FsdpEngine(Config):
 
     kind: Literal["fsdp"]
     offload: bool = Field(
-        default=False, description="weights and optimizer states lie in the CPU's memory"
+        default=False, description="keep weights and optimizer states in CPU memory"
     )
 
 

@@ -13,10 +13,10 @@ class Tower(Config):
     """Options shared by all vision towers."""
 
     image_size: Side | None = Field(
-        default=None, description="side in pixels; the tower's own where not given"
+        default=None, description="side in pixels; the tower's own by default"
     )
     resize: Literal["squash", "crop", "pad"] = Field(
-        default="crop", description="how an image that is not square becomes square"
+        default="crop", description="how a non-square image is made square"
     )
     grid: Side | None = Field(
         default=None, description="average-pool the patch features to grid x grid tokens"
@@ -25,13 +25,13 @@ class Tower(Config):
         Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]
     ] = Field(
         default=[],
-        description="anyres: grids [columns, rows] of image_size tiles; the whole image, then the "
-        "tiles of the grid that fits best",
+        description="anyres: candidate grids [columns, rows] of tiles; the whole image plus "
+        "the tiles of the best grid",
     )
 
 
 CLASS_TOKEN = Field(
-    default=False, description="the class token's features first, where the tower has one"
+    default=False, description="prepend the features of the class token, if the tower has one"
 )
 
 
@@ -44,20 +44,20 @@ class OpenClipTower(Tower):
     kind: Literal["open_clip"]
     name: str | None = Field(
         default=None,
-        description="an open_clip model, as ViT-B-32, or hf-hub:owner/name, or local-dir:folder",
+        description="an open_clip model, e.g. ViT-B-32, hf-hub:owner/name or local-dir:folder",
     )
     pretrained: HomePath | None = Field(
         default=None,
         description="an open_clip tag (openai, laion2b_s34b_b79k) or a safetensors file",
     )
     config: dict[str, Any] | None = Field(
-        default=None, description="an open_clip `vision_cfg`, randomly initialised"
+        default=None, description="an open_clip `vision_cfg`; random weights"
     )
     layer: int = Field(
         default=-1,
         ge=-1024,
         le=-1,
-        description="which block's output, counted from the end (LLaVA takes -2)",
+        description="block whose output is used, counted from the end (LLaVA: -2)",
     )
     class_token: bool = CLASS_TOKEN
 
@@ -72,16 +72,17 @@ class TransformersTower(Tower):
     name: HomePath
     weights: HomePath | None = Field(
         default=None,
-        description="a vision-language model that holds the tower's weights, where `name` does not",
+        description="a vision-language model that holds the tower's weights, if `name` does not",
     )
     layer: int = Field(
         default=-2,
         ge=-1024,
         le=-1,
-        description="which hidden state, counted from the end (LLaVA takes -2)",
+        description="hidden state that is used, counted from the end (LLaVA: -2)",
     )
     final_norm: bool = Field(
-        default=False, description="the tower's last norm on the features (BLIP-2, with layer: -1)"
+        default=False,
+        description="apply the tower's final norm to the features (BLIP-2, with layer: -1)",
     )
     class_token: bool = CLASS_TOKEN
 
@@ -95,9 +96,9 @@ class TimmTower(Tower):
         default=False, description="true for timm's own weights, or a safetensors file"
     )
     stages: list[Annotated[int, Field(ge=-64, le=63)]] = Field(
-        default=[-1], min_length=1, description="which feature maps, as timm's out_indices"
+        default=[-1], min_length=1, description="feature maps to use, as timm's out_indices"
     )
-    grid: Side | None = Field(default=7, description="the grid every feature map is pooled to")
+    grid: Side | None = Field(default=7, description="grid to which each feature map is pooled")
     class_token: bool = CLASS_TOKEN
 
 
@@ -127,8 +128,8 @@ class Projector(Config):
     )
     weights: HomePath | None = Field(
         default=None,
-        description="where it starts from: a safetensors file, or a vision-language model; random "
-        "where not given",
+        description="start from a safetensors file or a vision-language model; random weights"
+        " by default",
     )
 
 
@@ -156,7 +157,7 @@ class PixelShuffleConnector(Projector):
 
     kind: Literal["pixel_shuffle"]
     factor: Annotated[int, Field(ge=2, le=8)] = Field(
-        default=2, description="the tower's grid is this many times smaller, each way"
+        default=2, description="factor by which the grid shrinks in each direction"
     )
     depth: Depth = Field(
         default=2, description="linear layers with GELU between them (Idefics3 and SmolVLM have 1)"
@@ -179,7 +180,7 @@ class ResamplerConnector(Projector):
     depth: Layers = 6
     heads: Width = 8
     head_width: Width | None = Field(
-        default=None, description="the tower's width / heads where not given"
+        default=None, description="width of a head; the tower's width / heads by default"
     )
 
 
@@ -202,15 +203,15 @@ class QFormerConnector(Projector):
         description="the instruction joins the queries in self-attention (InstructBLIP)",
     )
     max_text: PositiveInt = Field(
-        default=512, description="the last tokens of an instruction that are read"
+        default=512, description="maximum tokens of an instruction; the last ones are read"
     )
     tokenizer: HomePath | None = Field(
         default=None,
-        description="reads the instruction by this tokenizer and word embeddings of its own; else "
-        "by the LLM's",
+        description="tokenizer for the instruction, with word embeddings of its own; the "
+        "LLM's by default",
     )
     vocab_size: PositiveInt | None = Field(
-        default=None, description="rows of its own word embeddings, with `tokenizer`"
+        default=None, description="rows of the connector's own word embeddings, with `tokenizer`"
     )
 
 
@@ -229,7 +230,7 @@ class FusionConnector(Config):
     kind: Literal["fusion"]
     how: Literal["concat", "attention", "gate", "product", "bilinear"]
     base: Annotated[BaseConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
-    heads: Width = Field(default=8, description="of how: attention")
+    heads: Width = Field(default=8, description="attention heads, with how: attention")
     rank: Width | None = Field(
         default=None,
         description="width of the product or number of bilinear forms; the LLM's width if not "
@@ -250,7 +251,7 @@ class CrossAttentionConnector(Config):
     )
     heads: Width = 8
     head_width: Width | None = Field(
-        default=None, description="the LLM's width / heads where not given"
+        default=None, description="width of a head; the LLM's width / heads by default"
     )
     images: Literal["last", "all"] = Field(
         default="last",
@@ -272,7 +273,7 @@ class Scratch(Config):
     )
     model_type: str = Field(description="transformers' model type: t5, llama, gpt2, ...")
     vocab_size: Annotated[int, Field(ge=300, le=10_000_000)] = Field(
-        default=512, description="of the byte-level BPE tokenizer"
+        default=512, description="vocabulary size of the byte-level BPE tokenizer"
     )
 
 
@@ -282,21 +283,19 @@ class Llm(Config):
     kind: Literal["causal", "seq2seq"]
     name: HomePath | None = Field(default=None, description="a hub name or a local folder")
     gguf_file: str | None = Field(
-        default=None, description="a GGUF file in `name`, de-quantised at load"
+        default=None, description="a GGUF file in `name`, dequantized when loaded"
     )
     scratch: Scratch | None = None
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(
-        default=None, description="load frozen linear layers in 4 or 8 bit"
+        default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their "
-        "embeddings are trained",
+        description="tokens to add to the vocabulary, e.g. <loc_1>; their embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="as added_tokens, and marked special in the tokenizer: other libraries can "
-        "leave them out of answers",
+        description="like added_tokens, but marked as special, so that decoding can skip them",
     )
 
     @property
@@ -317,17 +316,15 @@ class PretrainedLlm(Config):
     """Options for the language model of an existing vision-language model."""
 
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(
-        default=None, description="load frozen linear layers in 4 or 8 bit"
+        default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="tokens for the vocabulary, as <loc_1>: one id wherever a text has them; their "
-        "embeddings are trained",
+        description="tokens to add to the vocabulary, e.g. <loc_1>; their embeddings are trained",
     )
     added_special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="as added_tokens, and marked special in the tokenizer: other libraries can "
-        "leave them out of answers",
+        description="like added_tokens, but marked as special, so that decoding can skip them",
     )
 
     @property

@@ -47,13 +47,15 @@ class Checkpoints(Config):
     """When checkpoints are written and how many stay; the best and the last always stay."""
 
     every: PositiveInt | None = Field(
-        default=None, description="optimizer steps; at each evaluation and the end where not given"
+        default=None,
+        description="optimizer steps between checkpoints; by default at each "
+        "evaluation and at the end",
     )
     keep: PositiveInt = 2
     background: bool = Field(
         default=True,
-        description="write beside training, from a copy of what trains in the CPU's memory; false: "
-        "training waits",
+        description="write in the background from a copy of the trained weights in CPU "
+        "memory; false: training waits",
     )
 
 
@@ -67,10 +69,11 @@ class TrainSection(Config):
         default=None, description="optimizer steps; give this or epochs"
     )
     batch_size: PositiveInt = Field(
-        default=8, description="units (rows, or images with group: image) a device and micro-batch"
+        default=8,
+        description="units (rows, or images with group: image) per device and micro-batch",
     )
     batch_tokens: PositiveInt | None = Field(
-        default=None, description="padded tokens a device and micro-batch, instead of batch_size"
+        default=None, description="padded tokens per device and micro-batch, instead of batch_size"
     )
     gradient_accumulation: PositiveInt = 1
     learning_rate: LearningRate = 2e-4
@@ -82,24 +85,24 @@ class TrainSection(Config):
     gradient_checkpointing: bool = False
     compile: Literal["auto"] | bool = Field(
         default="auto",
-        description="compile the language model's blocks; auto: from 50 million parameters and 50 "
-        "steps or 2,000 scored rows on",
+        description="compile the LLM's blocks; auto: from 50 million parameters and 50 steps "
+        "(or 2,000 scored rows)",
     )
     cache_features: bool = Field(
         default=True, description="compute a frozen tower's features once (not with augmentation)"
     )
     loader_workers: Processes = Field(
-        default=0, description="processes that decode images and make batches ahead"
+        default=0, description="processes that decode images and prepare batches ahead"
     )
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     max_nonfinite: PositiveInt = Field(
         default=3,
-        description="stop at so many steps in a row whose loss or gradient is not finite; their "
-        "updates are left out",
+        description="stop after this many consecutive steps with non-finite loss or gradient;"
+        " their updates are skipped",
     )
     timeout: Annotated[float, Field(gt=0, le=1e7)] = Field(
-        default=1800.0, description="seconds that a process waits for the others before it gives up"
+        default=1800.0, description="seconds to wait for other processes before stopping"
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
 
@@ -108,17 +111,17 @@ class EvaluateSection(Config):
     """Settings of the evaluation during training and after it."""
 
     every: PositiveInt | None = Field(
-        default=None, description="optimizer steps; once an epoch where not given"
+        default=None, description="optimizer steps between evaluations; once per epoch by default"
     )
     limit: PositiveInt | None = Field(
-        default=None, description="score the first n validation rows only"
+        default=None, description="score only the first n validation rows"
     )
     test_limit: PositiveInt | None = Field(
-        default=None, description="score the first n test rows only"
+        default=None, description="score only the first n test rows"
     )
-    batch_size: PositiveInt = Field(default=64, description="rows")
+    batch_size: PositiveInt = Field(default=64, description="rows scored together")
     max_new_tokens: PositiveInt = 32
     num_beams: Layers = 1
     samples: NonNegativeInt = Field(
-        default=12, description="how many answers the report shows before and after training"
+        default=12, description="number of answers in the report before and after training"
     )

@@ -20,16 +20,16 @@ class TuneRule(Config):
     )
     how: Literal["frozen", "full", "last_layers", "norms", "biases", "lora", "prompt", "prefix"]
     learning_rate: LearningRate | None = Field(
-        default=None, description="the train section's where not given"
+        default=None, description="learning rate; the train section's by default"
     )
     layers: PositiveInt | None = Field(
         default=None,
-        description="how many blocks train, from the last; what else matches is frozen "
+        description="number of last blocks to train; other matching parameters are frozen "
         "(last_layers only)",
     )
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="the rate is multiplied by this once a block, from the top down (full and "
+        description="factor of the learning rate per block, from the top down (full and "
         "last_layers only)",
     )
     r: Width | None = Field(default=None, description="LoRA rank (lora only)")
@@ -38,7 +38,7 @@ class TuneRule(Config):
         description="LoRA's scale is lora_alpha / r, or / sqrt(r) for rsLoRA (lora only)",
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="lora only"
+        default=None, description="LoRA dropout (lora only)"
     )
     target_modules: list[str] | Literal["all-linear"] | None = Field(
         default=None,
@@ -46,20 +46,19 @@ class TuneRule(Config):
     )
     variant: Literal["lora", "rslora", "dora"] | None = Field(
         default=None,
-        description="rsLoRA scales by sqrt(r), DoRA learns each output's magnitude apart (lora "
-        "only)",
+        description="rsLoRA scales by sqrt(r), DoRA learns magnitudes separately (lora only)",
     )
     init: Literal["default", "gaussian", "pissa"] | None = Field(
         default=None,
-        description="A random and B zero, or both the weight's principal singular vectors (lora "
-        "only)",
+        description="A random and B zero, or both from the weight's principal singular "
+        "vectors (lora only)",
     )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
-        default=None, description="LoRA+: B's learning rate is this many times A's (lora only)"
+        default=None, description="LoRA+: ratio of B's learning rate to A's (lora only)"
     )
     tokens: Width | None = Field(
         default=None,
-        description="virtual tokens before every row; 20 where not given (prompt and prefix only)",
+        description="virtual tokens before each row; 20 by default (prompt and prefix only)",
     )
 
     @property
