@@ -68,7 +68,7 @@ def check_run(
         _check_changes(run, load_recipe(saved), recipe, accept_changes=accept_changes)
     elif run.exists() and _holds_files(run) and not (overwrite and marked):
         stranger = "no run wrote it, so nothing in it is deleted; choose another output"
-        hint = "--resume goes on with it, --overwrite starts anew" if marked else stranger
+        hint = "--resume continues it, --overwrite starts over" if marked else stranger
         raise RecipeError([Problem(str(run), f"the output folder is not empty; {hint}")])
 
 
@@ -94,10 +94,7 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
         lines = [
             Problem(saved, f"the recipe differs from the run's: {change}") for change in changes
         ]
-        hint = (
-            "--resume goes on with the run's own recipe only, unless --accept-changes says that "
-            "this is meant"
-        )
+        hint = "--resume needs the run's own recipe; --accept-changes continues with this one"
         if fixed:
             hint = (
                 f"of these a run that has begun can't change "
@@ -162,8 +159,8 @@ def retire_result(run: Path) -> str | None:
     for name in RESULTS:
         (run / name).unlink(missing_ok=True)
     return (
-        f"the run had ended and goes on: its result of before is {EARLIER}, and {MODEL}/ is of "
-        f"before until the new end"
+        f"the finished run continues: its earlier result is {EARLIER}, and {MODEL}/ stays the "
+        f"earlier one until the end"
     )
 
 

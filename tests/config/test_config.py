@@ -714,20 +714,20 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
         (
             "{kind: deepspeed, stage: 3}",
             {"model.llm.quantize": "nf4"},
-            "ZeRO-3 shares out a weight's numbers",
+            "ZeRO-3 shards weights",
         ),
-        ("{kind: fsdp}", {"model.llm.quantize": "int8"}, "fsdp shares out a weight's numbers"),
+        ("{kind: fsdp}", {"model.llm.quantize": "int8"}, "fsdp shards weights"),
         (
             "{kind: deepspeed}",
             {"train.precision": "fp16"},
-            "fp16 needs its loss scaled, which engine ZeRO-2",
+            "fp16 needs loss scaling, which engine ZeRO-2",
         ),
         (
             "{kind: deepspeed, stage: 2, offload: [parameters]}",
             {},
-            "only stage 3 shares out weights",
+            "only stage 3 shards weights",
         ),
-        ("{kind: deepspeed, stage: 0, offload: [optimizer]}", {}, "stage 0 shares out nothing"),
+        ("{kind: deepspeed, stage: 0, offload: [optimizer]}", {}, "stage 0 shards nothing"),
         (
             "{kind: deepspeed, stage: 3}",
             {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]},

@@ -296,7 +296,7 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(
     for name in ("sub/mine.txt", "model/mine.bin", "stages/1-main/trace.jsonl", "result.json"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("mine")
-    with pytest.raises(RecipeError, match="--resume goes on with it"):
+    with pytest.raises(RecipeError, match="--resume continues it"):
         open_run(run, recipe, text, resume=False, overwrite=False, accept_changes=False)
     open_run(run, recipe, text, resume=False, overwrite=True, accept_changes=False)
     left = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
@@ -321,7 +321,7 @@ assert "torch" not in sys.modules, "torch was loaded"
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "--resume goes on with it, --overwrite starts anew" in process.stderr
+    assert "--resume continues it, --overwrite starts over" in process.stderr
     assert sorted(run.rglob("*")) == before
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")

@@ -122,7 +122,7 @@ def test_a_model_that_sees_ahead_is_refused() -> None:
         "num_attention_heads": 2,
     }
     llm = LLMS["causal"](BertLMHeadModel(BertConfig(vocab_size=96, **small)))
-    with pytest.raises(ModelError, match=r"BertLMHeadModel is no decoder as it is configured"):
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is not configured as a decoder"):
         llm.check()
 
 

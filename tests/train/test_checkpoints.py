@@ -241,7 +241,7 @@ def test_resume_and_folders_that_are_not_free(
     recipe = runs(tiny_recipe, "run", train__steps=1)
     sft(recipe)
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
-    with pytest.raises(RecipeError, match="--resume goes on with it, --overwrite starts anew"):
+    with pytest.raises(RecipeError, match="--resume continues it, --overwrite starts over"):
         sft(recipe)
     with pytest.raises(
         RecipeError,

@@ -102,7 +102,7 @@ def _share_contradictions(data: dict[str, Any]) -> list[tuple[Path, str]]:
                 faults.append(
                     (
                         ("data", part, index, share_keys[0]),
-                        f"{share_keys[0]} shares out an epoch of training; {part} reads every row",
+                        f"{share_keys[0]} divides an epoch of training; {part} reads every row",
                     )
                 )
             elif len(share_keys) == 2:
@@ -115,7 +115,7 @@ def _share_contradictions(data: dict[str, Any]) -> list[tuple[Path, str]]:
         faults.append(
             (
                 ("data", "epoch_size"),
-                "epoch_size is shared out by the sources' weights, and none has one",
+                "epoch_size is divided by the sources' weights, and no source has a weight",
             )
         )
     return faults

@@ -137,7 +137,7 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
     name = "fsdp" if engine["kind"] == "fsdp" else f"ZeRO-{stage}"
     if (zero3 or engine["kind"] == "fsdp") and value_at(raw, "model", "llm", "quantize"):
         message = (
-            f"{name} shares out a weight's numbers, and packed 4- and 8-bit weights are none; use "
+            f"{name} shards weights, and packed 4- and 8-bit weights can't be sharded; use "
             f"deepspeed with stage 2, or ddp"
         )
         faults.append((("model", "llm", "quantize"), message))
@@ -145,7 +145,7 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
         faults.append(
             (
                 ("train", "precision"),
-                f"fp16 needs its loss scaled, which engine {name} is not told of; use bf16 or fp32",
+                f"fp16 needs loss scaling, which engine {name} does not do; use bf16 or fp32",
             )
         )
     if zero3 and any(
@@ -162,15 +162,14 @@ def _engine_contradictions(raw: Any) -> list[tuple[Path, str]]:
             faults.append(
                 (
                     ("engine", "offload"),
-                    "only stage 3 shares out weights, so only there they can lie in the CPU's "
-                    "memory",
+                    "only stage 3 shards weights, so only there they can be offloaded",
                 )
             )
         if "optimizer" in offload and stage == 0:
             faults.append(
                 (
                     ("engine", "offload"),
-                    "stage 0 shares out nothing, so nothing can be offloaded; use stage 1, 2 or 3",
+                    "stage 0 shards nothing, so nothing can be offloaded; use stage 1, 2 or 3",
                 )
             )
     return faults

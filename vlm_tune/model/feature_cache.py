@@ -97,7 +97,7 @@ def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path
             if path.stem == f"{name}-{file_checksum(path)}":
                 return path
             if note:
-                note(f"the features in {path} were damaged: they are computed anew")
+                note(f"the features in {path} were damaged and are computed again")
             with contextlib.suppress(PermissionError):
                 path.unlink()
     return None

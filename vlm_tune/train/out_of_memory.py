@@ -46,7 +46,7 @@ def _by_plan(recipe: Recipe) -> str:
     try:
         memory_plan = plan(recipe, processes=int(os.environ.get("WORLD_SIZE", "1")), advise=True)
     except (VlmTuneError, RuntimeError, MemoryError, OSError, ValueError):
-        return f"{GENERAL}; `vlm-tune plan` says what each takes"
+        return f"{GENERAL}; `vlm-tune plan` shows what each takes"
     changes = [
         f"{advice.needed / 1e9:.2f} GB with {advice.text}"
         + (f" ({' '.join(f'--set {c}' for c in advice.changes)})" if advice.changes else "")

@@ -52,9 +52,7 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
     `now` holds fingerprints by the number of their stage. A stage that is not in `now` is not
     compared.
     """
-    before = read_json(
-        run / DATA, list, note, "whether the data is still what the run began with can't be told"
-    )
+    before = read_json(run / DATA, list, note, "it is not known whether the data has changed")
     if before is None or not all(isinstance(stage, dict) for stage in before):
         return []
     try:
@@ -65,10 +63,7 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
             for line in fingerprint_differences(stage, now[number])
         ]
     except (KeyError, TypeError, ValueError, AttributeError):
-        note(
-            f"{DATA} is not as it was written: whether the data is still what the run began with "
-            "can't be told"
-        )
+        note(f"{DATA} is damaged: it is not known whether the data has changed")
         return []
 
 

@@ -347,7 +347,7 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
         damaged = ", ".join(damaged_only(context.run, names))
         context.note(
             f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: "
-            "the run begins anew"
+            "the run starts over"
         )
         if context.accelerator.is_main_process:
             forget_after(context.run, Progress())

@@ -155,8 +155,8 @@ def test_a_run_over_damaged_caches_says_so_and_goes_on(tiny_recipe: Callable[...
     lines = (folder / "log.jsonl").read_text().splitlines()
     notes = [event["text"] for event in map(json.loads, lines) if event["event"] == "note"]
     assert (
-        sum("prepared anew" in note for note in notes) == 2
-        and sum("computed anew" in note for note in notes) == 1
+        sum("prepared again" in note for note in notes) == 2
+        and sum("computed again" in note for note in notes) == 1
     )
 
 

@@ -564,7 +564,7 @@ FORM_OF = {name: form for name, (form, *_) in (SAME | TASKS).items()}  # type: i
     [
         (
             {"query": "q", "response": "r"},
-            "can't tell the rows' form: the rows have query, response; tell it with `form`",
+            "can't detect the rows' form: the rows have query, response; set `form`",
         ),
         ({"image": "a.png", "question": "q", "answer": "a", "text": "t"}, "may be ocr or vqa"),
         (

@@ -98,7 +98,7 @@ def prepare(
             prepared = Prepared.open(folder, job)
             if prepared is None:
                 if note and folder.is_dir() and not is_intact(folder):
-                    note(f"the prepared rows in {folder} were damaged: they are prepared anew")
+                    note(f"the prepared rows in {folder} were damaged and are prepared again")
                 shutil.rmtree(folder, ignore_errors=True)
                 partial = folder.with_suffix(".partial")
                 _make_shards(job, partial, lenient=lenient, progress=progress, stop=stop)

@@ -84,10 +84,10 @@ def detect_form(
     needs = "; ".join(f"{form}: {fields}" for form, fields in NEEDS.items())
     observed = (
         f"the rows have {', '.join(map(str, fields_present)) or 'no fields'}; "
-        "tell it with `form`, and with `columns` what our fields are called"
+        "set `form`, and map field names with `columns`"
     )
     if not votes:
-        raise DataError(f"can't tell the rows' form: {observed} ({needs})", source=name)
+        raise DataError(f"can't detect the rows' form: {observed} ({needs})", source=name)
     # A text-only row of a ShareGPT file looks like one of a LLaVA file; both are read alike.
     forms = {form for form, _ in votes} - (
         {"llava"} if ("sharegpt", "conversations") in votes else set()

@@ -166,9 +166,7 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
         )
         called = choices.field if choices.field in CHOICES else "choices"
         message = f"`{field}` {quoted(value)} is none of the {count} {called} by {what}"
-        raise DataError(
-            f"{message} (the source's `answer_is` says what an answer is)", kind="field"
-        )
+        raise DataError(f"{message} (set the source's `answer_is`)", kind="field")
     if len(places) > 1:
         ways = ", ".join(
             f"choice {place + 1} by its {how}" for how, named in readings.items() for place in named

@@ -320,13 +320,15 @@ def _open(path: Path) -> ctypes.CDLL | None:
         return None
     except OSError as error:
         logging.getLogger(__name__).warning(
-            "%s is not used, and compiled anew: %s", path, error.strerror
+            "%s is not used and is compiled again: %s", path, error.strerror
         )
         return None
     reason = why_not_trusted(os.fstat(descriptor))
     if reason:
         os.close(descriptor)
-        logging.getLogger(__name__).warning("%s is not used, and compiled anew: %s", path, reason)
+        logging.getLogger(__name__).warning(
+            "%s is not used and is compiled again: %s", path, reason
+        )
         return None
     # It is loaded by its descriptor, so that nobody can replace the file after the check. The
     # descriptor stays open: the loader knows a library by its name, and would take the next file

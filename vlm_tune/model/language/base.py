@@ -275,8 +275,8 @@ class LanguageModel(nn.Module):
             and float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > allowed
         ):
             raise ModelError(
-                f"a {name} is no decoder as it is configured: its tokens see what comes after "
-                "them (is_decoder: false?)"
+                f"a {name} is not configured as a decoder: its tokens attend to later ones "
+                "(is_decoder: false?)"
             )
 
     def theirs(self, batch: Batch) -> torch.Tensor:
