@@ -13,7 +13,7 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.exporting import FORMATS, possible_exports
 from vlm_tune.model.build import bare_model
 
-RECIPES = Path(__file__).parent.parent.parent.parent / "recipes"
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 CODE = """
 from vlm_tune.config.model import Llm
