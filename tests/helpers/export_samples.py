@@ -21,14 +21,6 @@ from tests.helpers.tiny_models import (
 )
 
 OPEN_CLIP = "{layers: 3, width: 64, head_width: 32, patch_size: 16, image_size: 32}"
-SIGLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 16,
-}
 
 
 def photos(folder: Path) -> None:
@@ -87,7 +79,7 @@ def vision(folder: Path, kind: str) -> str:
     model: Any = (
         CLIPVisionModel(CLIPVisionConfig(**CLIP))
         if kind == "clip"
-        else SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+        else SiglipVisionModel(SiglipVisionConfig(**CLIP))
     )
     with torch.no_grad():
         for parameter in model.parameters():

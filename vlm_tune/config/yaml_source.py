@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import is_file, is_folder, reason, shown_path
-from vlm_tune.quoting import cut, escaped, quoted
+from vlm_tune.quoting import cut, escaped, quoted, reason_of
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
@@ -168,7 +168,7 @@ def _compose(text: str, name: str, *, option: bool = False) -> Any:
     except RecursionError:
         raise fault(1, 1, "nested too deeply") from None
     except YAMLError as error:
-        raise fault(1, 1, escaped(str(error))) from None
+        raise fault(1, 1, reason_of(error)) from None
 
 
 def _line_column(before: str) -> tuple[int, int]:

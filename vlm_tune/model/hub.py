@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_tune.errors import ModelError
 from vlm_tune.paths import exists, shown_path
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import REASON, cut, quoted
 from vlm_tune.resources import resource_folder
 
 SECONDS = 3.0
@@ -73,7 +73,7 @@ def load_reason(name: str, error: Exception) -> str:
 
     Where no folder of that name exists, the line says what to do.
     """
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = cut((str(error).strip().splitlines() or [type(error).__name__])[0], REASON)
     if exists(name):
         return line
     from huggingface_hub import constants

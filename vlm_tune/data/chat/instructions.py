@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlm_tune.config.yaml_source import read_yaml
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError, RecipeError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 from vlm_tune.resources import find_resource, resource_names
 
 FIELDS = {
@@ -118,7 +118,7 @@ def load_instructions(name: str, task: str) -> Instructions:
             unknown = fields_of(text) - FIELDS[task]
         except ValueError as error:
             raise DataError(
-                f"{quoted(text)}: {error} (a brace of the text itself is written twice)",
+                f"{quoted(text)}: {reason_of(error)} (a brace of the text itself is written twice)",
                 source=str(path),
             ) from None
         if unknown:

@@ -22,6 +22,7 @@ from vlm_tune.data.sources.stored_files import (
     unpacked_name,
 )
 from vlm_tune.errors import DataError
+from vlm_tune.quoting import reason_of
 
 CHUNK_BYTES = 1 << 25
 """Size at which a chunk ends early: rows that embed images are large."""
@@ -232,7 +233,7 @@ def json_value(data: bytes, cut: str = "") -> Any:
             raise ValueError("a NUL byte")
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON: {error}{cut}", kind="not_json")
+        return DataError(f"not JSON: {reason_of(error)}{cut}", kind="not_json")
 
 
 # --- CSV ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from vlm_tune.data.sources.video import frame_files, frame_parts, video_parts
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import cut, quoted, reason_of
+from vlm_tune.quoting import quoted, reason_of
 
 BASE64_IMAGE = re.compile(
     r"(?=[\w+/=\s]{200})(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|AAAA[\w+/]{2}Z0eX)", re.ASCII
@@ -57,7 +57,7 @@ class ImageFolder:
             ) from None
         # A name that is too long, one with a NUL byte, links in a circle.
         except (OSError, ValueError, RuntimeError) as error:
-            why = getattr(error, "strerror", None) or cut(str(error))
+            why = getattr(error, "strerror", None) or reason_of(error)
             raise DataError(
                 f"the {what} {quoted(name)} is no path: {why}", kind="image_missing"
             ) from None

@@ -26,13 +26,12 @@ from vlm_tune.model.language.decoding import Decoding, plain_generation
 from vlm_tune.model.language.logits import (
     FAULTS,
     embedding_factor,
-    first_line,
     head_rule,
     own_logits,
 )
 from vlm_tune.model.language.loss import token_loss
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import quoted, reason_of
 
 Read = tuple[
     torch.Tensor,
@@ -257,7 +256,7 @@ class LanguageModel(nn.Module):
         except FAULTS as error:
             raise ModelError(
                 f"a {name} can't be trained here: its forward pass does not take text alone, "
-                f"as embeddings ({first_line(error)})"
+                f"as embeddings ({reason_of(error)})"
             ) from None
         finally:
             self.train(was)

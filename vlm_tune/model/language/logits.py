@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vlm_tune.errors import ModelError
+from vlm_tune.quoting import reason_of
 
 FAULTS = (
     TypeError,
@@ -151,7 +152,7 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
     except FAULTS as error:
         raise ModelError(
             f"a {type(model).__name__} can't be trained here: it makes no logits of hidden states "
-            f"({first_line(error)})"
+            f"({reason_of(error)})"
         ) from None
     finally:
         model.train(was)
@@ -220,11 +221,6 @@ def embedding_factor(body: Any, embedding: Any) -> float:
     ):
         return 1.0
     return _factor(of_ids, of_embeds) or 1.0
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _factor(scaled: torch.Tensor, original: torch.Tensor) -> float | None:
