@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from vlm_tune.exporting.merge import merge as merge_folder
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
@@ -364,7 +364,7 @@ def which_model(path: str | Path) -> dict[str, Any]:
             "step": None,
             "run": None,
         }
-    done = json.loads(stages[-1].read_text(encoding="utf-8"))
+    done = read_json(stages[-1])
     step = done.get("step")
     best = done.get("best_step")
     stage = stages[-1].parent.name

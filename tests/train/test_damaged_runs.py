@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_models import interrupted, parsed
-from vlm_tune.api import sft, verify_run
-from vlm_tune.errors import RecipeError, TrainingError, VlmTuneError
+from vlm_tune.api import sft, verify_run, which_model
+from vlm_tune.errors import ModelError, RecipeError, TrainingError, VlmTuneError
 from vlm_tune.rendering.report import write_report
 
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
@@ -70,6 +70,18 @@ def test_a_flipped_byte_in_the_fingerprints_of_data_is_no_traceback(
         sft(recipe, resume=True)
     except VlmTuneError as error:
         assert "data" in str(error)
+
+
+def test_what_a_stage_wrote_at_its_end_is_named_if_it_is_spoiled(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    recipe = parsed(tiny_recipe("causal"), **QUICK)
+    sft(recipe)
+    done = Path(recipe.output) / "stages/1-main/done.json"
+    for spoiled in (done.read_bytes()[:-2] + b"\x00}", b"[1]", b""):
+        done.write_bytes(spoiled)
+        with pytest.raises(ModelError, match=r"done\.json: (can't be read|expected)"):
+            which_model(recipe.output)
 
 
 def test_no_whole_checkpoint_begins_anew_and_says_so(tiny_recipe: Callable[..., str]) -> None:
