@@ -21,7 +21,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 from vlm_tune.train.allocator import keep_freed_memory
 
 BLOCK = {
@@ -71,7 +71,7 @@ def block(kind: str, widths: tuple[int, int, int], rank: int, dtype: torch.dtype
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     if kind == "merged":
-        fuse(model)
+        merge_projections(model)
     return model
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = ["peft", "fused", "merged"]
     models = {kind: block(kind, widths, options.rank, dtype).to(device) for kind in kinds}
-    fuse(models["merged"])
+    merge_projections(models["merged"])
     shape = (8, options.tokens // 8)
     inputs = [
         torch.randn(*shape, width, dtype=dtype, device=device).requires_grad_()

@@ -14,7 +14,7 @@ from vlm_tune.compat import (
     recompute_operator_inputs,
     without_harmless_warnings,
 )
-from vlm_tune.kernels.lora_linear import project
+from vlm_tune.kernels.lora import lora_linear
 
 
 def test_the_cache_is_given_and_returned_by_its_name() -> None:
@@ -48,7 +48,7 @@ def test_a_compiled_backward_pass_makes_the_input_of_an_operator_anew() -> None:
 
     def normed_and_projected(x: torch.Tensor) -> torch.Tensor:
         rows = x * x.pow(2).mean(-1, keepdim=True).rsqrt()
-        return project(rows, [weight], "", 0, False, None, [down], [up], [1.0])[0]
+        return lora_linear(rows, [weight], "", 0, False, None, [down], [up], [1.0])[0]
 
     def saved() -> list[torch.Size]:
         torch.compiler.reset()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache
@@ -65,3 +66,74 @@ def build_no_shared_memory_op() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def attention_name(model: Any) -> str:
+    """The name of the attention function of a transformers model."""
+    return model.config._attn_implementation
+
+
+def supports_attention_functions(model: Any) -> bool:
+    """Whether a transformers model calls the attention function of its config's name."""
+    return bool(model._supports_attention_backend)
+
+
+def register_attention(name: str, function: Callable[..., Any], *, masks_of: str) -> None:
+    """Registers an attention function with transformers.
+
+    Its masks are those of the function `masks_of` ("eager" or "sdpa").
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """transformers' attention by torch's scaled dot product."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def eager_attention(module: Any) -> Callable[..., tuple[Any, Any]]:
+    """transformers' attention by matrix products, which each model's file defines for itself."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has forward hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Sets the attention function of the transformers models that have this config."""
+    config._attn_implementation = name
+
+
+def compile_calls(module: Any, eager: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> None:
+    """Compiles a module's calls, with symbolic shapes.
+
+    Args:
+        module: The module; each is compiled at its first call.
+        eager: Says from a call's arguments whether it runs without the compiled code.
+    """
+    module.compile(dynamic=True)
+    compiled = module._compiled_call_impl
+    plain = module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (plain if eager(args, kwargs) else compiled)(*args, **kwargs)
+
+    module._compiled_call_impl = call
+
+
+def forget_compiled_calls(module: Any) -> None:
+    """Makes a module's calls run eagerly again."""
+    module._compiled_call_impl = None
+
+
+def submodules(module: Any) -> dict[str, Any]:
+    """A module's children by name, empty places (None) included."""
+    return module._modules

@@ -111,7 +111,10 @@ def test_what_the_trace_holds_is_what_autograd_saves(tiny_recipe: TinyRecipe, ki
         model(batch).sum  # noqa: B018
     (traced,) = plan(recipe, tokens=64).stages
     planned = traced.memory.activations + traced.memory.logits
-    assert sum(saved.values()) <= planned <= 1.5 * sum(saved.values())
+    assert sum(saved.values()) <= planned and traced.memory.activations <= 1.1 * sum(saved.values())
+    # Logits and their gradient, in fp32: they are not saved, but exist in the loss.
+    vocabulary = model.llm.model.get_input_embeddings().num_embeddings
+    assert traced.memory.logits <= 2 * batch.labels.numel() * vocabulary * 4
     assert stage.peak.length < 64
 
 

@@ -35,7 +35,7 @@ from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merge
 from vlm_tune.exporting.verify import observe
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 from vlm_tune.model.checkpoint import load_model
 
 SIZES = {
@@ -238,7 +238,7 @@ def test_fused_layers_on_packed_weights_compute_what_pefts_do(
         tuned_by(model, recipe)
         wake_adapters(model)
         if fused:
-            assert fuse(model) > 0
+            assert merge_projections(model) > 0
             layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
             assert layers and all(layer.packed for layer in layers)
         examples = [example for row in rows_of(recipe) for example in model.processor.examples(row)]

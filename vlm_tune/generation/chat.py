@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,19 @@ from vlm_tune.paths import check_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 
+_mode_lock = threading.Lock()
+
 
 class VisionLanguageModel(VisionLanguageNetwork):
     """The model that users hold: it answers prompts with images, loads and saves itself.
 
     It adds `chat`, `chat_batch`, `from_pretrained` and `save_pretrained` to its base class
     `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice, LLM.
+    Several threads may ask one model at once.
     """
+
+    _answering = 0
+    _was_training = False
 
     def chat(
         self,
@@ -88,13 +96,30 @@ class VisionLanguageModel(VisionLanguageNetwork):
         prompts = self.processor.prompts(
             [request_conversation(number, request) for number, request in enumerate(requests, 1)]
         )
-        was_training = self.training
-        self.eval()
-        try:
-            images = PixelCache(self.processor.images)
+        images = PixelCache(self.processor.images)
+        with self._in_eval_mode():
             return answer_prompts(self, prompts, decoding, fetch=images, batch_size=batch_size)
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        """Context in which the model is in eval mode, for as long as any thread is in it.
+
+        The mode of a model that is in eval mode already is not written, so that threads which
+        answer at once never change what others read.
+        """
+        with _mode_lock:
+            if not self._answering:
+                self._was_training = self.training
+                if self.training:
+                    self.eval()
+            self._answering += 1
+        try:
+            yield
         finally:
-            self.train(was_training)
+            with _mode_lock:
+                self._answering -= 1
+                if not self._answering and self._was_training:
+                    self.train()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
         copied = type(self).__new__(type(self))

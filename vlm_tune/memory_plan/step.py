@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.heap import allocator, holes
 from vlm_tune.memory_plan.tracer import by_depth, to_fake, trace_step
-from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
-from vlm_tune.model.acceleration.interval_attention import attending
+from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
+from vlm_tune.model.acceleration.gated_modules import GatedModule
+from vlm_tune.model.acceleration.install import uninstall
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
-from vlm_tune.model.acceleration.mlp import GatedModule
 from vlm_tune.model.lora_rules import is_linear
 from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
@@ -46,6 +46,11 @@ def traced(
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model.train()
+    if gpu:
+        uninstall(model.llm)
+    for module in model.llm.model.modules():
+        if isinstance(module, DecoderLayer):
+            module.only_traced = True
     if stage.train.gradient_checkpointing:
         model.llm.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -82,10 +87,7 @@ def traced(
             idle[0] = holes(trace, allocator(), accumulating=accumulating)
         return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
-    kernel = (
-        attending(model.llm.model) if not gpu and model.llm.supports_intervals else nullcontext()
-    )
-    with disable_input_dtype_casting(model, active=half != torch.float32), kernel:
+    with disable_input_dtype_casting(model, active=half != torch.float32):
         return by_depth(model.llm, measure), idle[0]
 
 

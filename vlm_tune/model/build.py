@@ -25,6 +25,7 @@ from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
+from vlm_tune.model.acceleration.install import install
 from vlm_tune.model.base_places import Base
 from vlm_tune.model.base_weights import llm_base, tower_base
 from vlm_tune.model.build_checks import check_memory
@@ -335,6 +336,7 @@ def _connected(
         The wrapped language model, the connector, and the number of slots of an image.
     """
     llm = LLMS[section.llm.kind](language)
+    install(llm)
     if language.device.type != "meta":
         # Before a connector's blocks are inserted into its layers: they may still be of another
         # dtype.

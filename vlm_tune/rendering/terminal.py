@@ -198,6 +198,9 @@ class Display(logging.Handler):
     def _note(self, event: dict[str, Any]) -> None:
         self._line(event["text"], "yellow")
 
+    def _acceleration(self, event: dict[str, Any]) -> None:
+        self._line(f"trained by the kernels: {event['text']}")
+
     def _other(self, event: dict[str, Any]) -> None:
         pass
 

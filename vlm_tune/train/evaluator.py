@@ -16,7 +16,6 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores, join_scores
 from vlm_tune.model.acceleration.compiling import eager
-from vlm_tune.model.acceleration.interval_attention import attending
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -62,7 +61,6 @@ class Evaluator:
         self.watch = watch
         self.stop = stop
         self.any_stops = any_stops
-        self._attention = model.llm.model.config._attn_implementation
         self._pixels = PixelCache(model.processor.images)
 
     def scores(self, step: int, *, compiled: bool) -> dict[str, Any] | None:
@@ -72,11 +70,7 @@ class Evaluator:
         for the training steps.
         """
         self.watch.at(f"the evaluation of step {step}", (step, 3))
-        with (
-            self.engine.inference(),
-            eager() if compiled else contextlib.nullcontext(),
-            attending(self.model.llm.model, self._attention),
-        ):
+        with self.engine.inference(), eager() if compiled else contextlib.nullcontext():
             scores = self._generated() if self.objective.generates else self._matched()
         self.model.train()
         return scores

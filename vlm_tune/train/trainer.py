@@ -21,10 +21,11 @@ from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
-from vlm_tune.model.acceleration.interval_attention import attending
+from vlm_tune.model.acceleration.install import running
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.precision import DTYPES
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
@@ -230,18 +231,29 @@ class StageLoop:
         if why:
             self.report({"event": "note", "text": why})
         self.model.train()
+        self._report_kernels()
         # PEFT casts a layer's input to the adapter's fp32 and autocast casts it back: two copies of
         # every activation.
         casts = disable_input_dtype_casting(
             self.model, active=self.accelerator.mixed_precision != "no"
         )
-        with casts, self._attending(), compiled(to_compile), self.watch.guarding():
+        with casts, compiled(to_compile), self.watch.guarding():
             yield
 
-    def _attending(self) -> contextlib.AbstractContextManager[None]:
-        """The context of attention by intervals, if the model supports it."""
-        llm = self.model.llm
-        return attending(llm.model) if llm.supports_intervals else contextlib.nullcontext()
+    def _report_kernels(self) -> None:
+        """Reports which parts of the language model train by the kernels, and why others do not."""
+        precision = DTYPES[self.recipe.train.precision]
+        if self.accelerator.device.type != "cpu" or precision == torch.float32:
+            return
+        report = running(self.model.llm, precision)
+        self.report(
+            {
+                "event": "acceleration",
+                "text": str(report),
+                "replaced": dict(report.replaced),
+                "skipped": {kind: dict(reasons) for kind, reasons in report.skipped.items()},
+            }
+        )
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Repeats the steps up to `end` and yields the states after the steps `at`.

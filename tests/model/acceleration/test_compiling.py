@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
-from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.language.base import LanguageModel
 
 
@@ -35,7 +35,7 @@ def ready(text: str) -> Any:
     model = built(recipe)
     tuned_by(model, recipe)
     wake_adapters(model)
-    fuse(model)
+    merge_projections(model)
     return model.train()
 
 

@@ -28,13 +28,11 @@ from tests.helpers.tiny_models import (
 from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.errors import ModelError
+from vlm_tune.kernels import KVCache
+from vlm_tune.kernels import interval_attention as attend
 from vlm_tune.model.acceleration import interval_attention
-from vlm_tune.model.acceleration.interval_attention import (
-    Branches,
-    attend,
-    attending,
-    attends,
-)
+from vlm_tune.model.acceleration.install import install, uninstall
+from vlm_tune.model.acceleration.interval_attention import unsupported_reason
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.masks import additive, tree_mask
 
@@ -178,7 +176,11 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
     ]
     seen = torch.rand(rows, branches, length, generator=generator) < 0.7
     seen[..., 0] = True
-    grown, whole = Branches(cached, seen), [cached[0], cached[1]]
+    grown, whole = KVCache(), [cached[0], cached[1]]
+    for key, value in cached:
+        grown.prefill(key, value)
+    grown.branch(seen)
+    nothing = torch.zeros(rows, branches, dtype=torch.int32)
     for token in range(4):
         if token == 2:
             places = torch.stack(
@@ -188,7 +190,7 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
                 ]
             )
             branches //= 2
-            grown.keep(places)
+            grown.select(places)
             seen = seen[torch.arange(rows)[:, None], places]
         seen = torch.cat([seen, torch.eye(branches, dtype=torch.bool).expand(rows, -1, -1)], -1)
         for layer in range(2):
@@ -196,7 +198,7 @@ def test_branches_that_grow_see_what_they_saw_and_their_own_tokens(branches: int
                 draw(rows, heads, branches, width),
                 *(draw(rows, groups, branches, width) for _ in range(2)),
             )
-            attended = grown.attend(query, key, value, width**-0.5)
+            attended, _ = attend(query, key, value, nothing, width**-0.5, grown.handle)
             whole[layer] = tuple(
                 torch.cat([before, new], 2)
                 for before, new in zip(whole[layer], (key, value), strict=True)
@@ -243,11 +245,12 @@ def test_a_decoder_gives_the_same_loss_and_gradients_by_it(
     batch = batch_of(model, examples)
     assert (batch.ends is not None) == (group == "image")
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.llm.supports_intervals
+        by_intervals = loss_and_gradients(model, [batch])
+        uninstall(model.llm)
+        assert not model.llm.supports_intervals
         expected, wanted = loss_and_gradients(model, [batch])
-        assert model.llm.supports_intervals and not attends(model.llm.model)
-        with attending(model.llm.model):
-            loss, gradients = loss_and_gradients(model, [batch])
-    assert not attends(model.llm.model)
+        loss, gradients = by_intervals
     assert abs(float(loss - expected)) <= 2e-2 * abs(float(expected))
     for name, gradient in wanted.items():
         assert float((gradients[name] - gradient).norm()) <= 0.1 * float(gradient.norm()) + 1e-4, (
@@ -259,14 +262,14 @@ def test_training_attends_by_it(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[int, ...]] = []
-    real = interval_attention.attend
+    real = interval_attention.interval_attention
 
     def seen(query: torch.Tensor, *rest: Any) -> Any:
         if query.requires_grad:
             taken.append(tuple(query.shape))
         return real(query, *rest)
 
-    monkeypatch.setattr(interval_attention, "attend", seen)
+    monkeypatch.setattr(interval_attention, "interval_attention", seen)
     text = tiny_recipe("causal", precision="bf16").replace("hidden_size: 32", WIDE)
     sft(parsed(text, train__gradient_checkpointing=True))
     # Two layers, four steps, in the forward pass and again in the backward pass of checkpointed
@@ -288,7 +291,9 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
     ):
         before = getattr(llm.model.config, name, None)
         setattr(llm.model.config, name, value)
-        assert not llm.supports_intervals, name
+        assert name.removesuffix("s") in str(unsupported_reason(llm.model)) or "layers" in str(
+            unsupported_reason(llm.model)
+        )
         setattr(llm.model.config, name, before)
     assert not built(parsed(tiny_recipe("seq2seq"))).llm.supports_intervals
 
@@ -312,7 +317,7 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
         "mixtral",
     ],
 )
-def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
+def test_decoders_of_many_families_attend_by_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if kind in ("gpt2", "opt"):
@@ -339,12 +344,21 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
             ).last_hidden_state.float()
 
     true = hidden(additive(tree_mask(ends), torch.float32))
-    llm = CausalLLM(model.bfloat16())
+    model.bfloat16()
+    theirs = hidden(additive(tree_mask(ends), torch.bfloat16))
+    model.config._attn_implementation = "sdpa"
+    llm = CausalLLM(model)
+    install(llm)
     assert llm.supports_intervals
-    theirs, before = hidden(additive(tree_mask(ends), torch.bfloat16)), interval_attention.runs()
-    with attending(llm.model):
-        ours = hidden(ends.int()[:, None, None])
-    assert interval_attention.runs() == before + 2
+    calls: list[Any] = []
+    real = interval_attention.interval_attention
+    monkeypatch.setattr(
+        interval_attention,
+        "interval_attention",
+        lambda *given: calls.append(given) or real(*given),
+    )
+    ours = hidden(ends.int()[:, None, None])
+    assert len(calls) == 2
     assert (
         float((ours - true).norm())
         <= 1.2 * float((theirs - true).norm())
@@ -355,22 +369,14 @@ def test_decoders_of_many_families_attend_by_it(kind: str) -> None:
 def test_a_decoder_that_takes_another_attention_is_refused(
     tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = parsed(tiny_recipe("causal"))
-    model = built(recipe)
-    batch = batch_of(
-        model, examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0))
-    )
-    functions = interval_attention.ALL_ATTENTION_FUNCTIONS
-    other = functions["sdpa"]
-    monkeypatch.setitem(
-        functions._global_mapping,
-        interval_attention.NAME,
-        lambda *given, **rest: other(*given[:4], None),
-    )
-    with (
-        attending(model.llm.model),
-        pytest.raises(
-            ModelError, match="LlamaForCausalLM does not attend by the function it is given"
-        ),
-    ):
-        model(batch)
+    """As it is built, before anything is trained."""
+    real = interval_attention.attend
+
+    def other(fallback: Any, module: Any, query: Any, *given: Any, **more: Any) -> Any:
+        if interval_attention.is_interval_mask(given[2]):
+            return query.transpose(1, 2), None
+        return real(fallback, module, query, *given, **more)
+
+    monkeypatch.setattr(interval_attention, "attend", other)
+    with pytest.raises(ModelError, match="a LlamaForCausalLM can't be trained here"):
+        built(parsed(tiny_recipe("causal")))

@@ -35,7 +35,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.exporting.merge import check_merge, merge
 from vlm_tune.exporting.verify import observe
 from vlm_tune.model.acceleration import lora_layers
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 from vlm_tune.model.lora import parts
 
 
@@ -45,7 +45,7 @@ def ready(recipe: Recipe, *, merged: bool = False) -> Any:
     tuned_by(model, recipe)
     wake_adapters(model)
     if merged:
-        assert fuse(model) > 0
+        assert merge_projections(model) > 0
     return model.train()
 
 
@@ -155,7 +155,7 @@ def test_layers_and_merged_projections_equal_peft(
         reader(inputs, outputs, **options).double(),
         reader(inputs, outputs, **options).double(),
     )
-    assert fuse(merged) == 1
+    assert merge_projections(merged) == 1
     assert_near(gradients(single, x), wanted, 1e-6)
     assert_near(gradients(merged, x), wanted, 1e-6)
 
@@ -177,7 +177,7 @@ def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None
                 parameter.data = parameter.data.bfloat16()
     peft, ours, exact = models
     if merged:
-        fuse(ours)
+        merge_projections(ours)
     wanted = gradients(exact.float(), x.float().detach().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         theirs, fused = gradients(peft, x), gradients(ours, x)
@@ -204,7 +204,7 @@ def test_what_is_not_plain_lora_takes_pefts_path(
         reader(8, (8, 8, 8), bias=True, custom=custom, r=2, **config) for custom in (True, False)
     )
     monkeypatch.setattr(lora_layers, "_project", refused)
-    assert fuse(model.train()) == 0
+    assert merge_projections(model.train()) == 0
     x = torch.randn(5, 8)
     torch.manual_seed(3)
     ours = gradients(model, x)
@@ -215,7 +215,7 @@ def test_what_is_not_plain_lora_takes_pefts_path(
 def test_trained_weights_and_switched_off_or_merged_adapters_take_pefts_path() -> None:
     x = torch.randn(5, 8)
     model, plain = reader(8, (8, 8, 8), r=2), reader(8, (8, 8, 8), r=2, custom=False)
-    assert fuse(model) == 1
+    assert merge_projections(model) == 1
     for each in (model, plain):
         each.k.base_layer.weight.requires_grad_()  # type: ignore[union-attr]
     assert_near(gradients(model, x), gradients(plain, x), 1e-6)
@@ -248,24 +248,24 @@ def test_merged_projections_follow_their_weights() -> None:
     """
     x = torch.randn(5, 8)
     model, other = reader(8, (8, 4, 4), r=2), reader(8, (8, 4, 4), r=2)
-    fuse(model)
+    merge_projections(model)
     nn.init.normal_(other.k.base_layer.weight)  # type: ignore[union-attr]
     model.load_state_dict(other.state_dict())
     assert largest(model(x), other(x)) <= 1e-5
-    assert model.q.siblings.matrix is not None  # type: ignore[union-attr]
+    assert model.q.group.matrix is not None  # type: ignore[union-attr]
     model.double().float()
     nn.init.normal_(other.k.base_layer.weight)  # type: ignore[union-attr]
     model.load_state_dict(other.state_dict())
     assert largest(model(x), other(x)) <= 1e-5
-    assert model.q.siblings.matrix is None  # type: ignore[union-attr]
+    assert model.q.group.matrix is None  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def test_siblings_called_with_other_inputs_are_given_their_own() -> None:
+def test_group_members_called_with_other_inputs_are_given_their_own() -> None:
     model = reader(8, (8, 8, 8), r=2)
     x, y = torch.randn(5, 8), torch.randn(3, 8)
     wanted = [model.q(x), model.k(y), model.v(x), model.q(y)]
-    fuse(model)
+    merge_projections(model)
     outputs = [model.q(x), model.k(y), model.v(x), model.q(y)]
     assert all(largest(one, other) <= 1e-6 for one, other in zip(outputs, wanted, strict=True))
 
@@ -280,7 +280,7 @@ def test_the_compiled_pass_is_the_same() -> None:
         model = reader(8, (8, 4, 4), bias=True, r=2)
         wanted = gradients(model, x)
         if merged:
-            fuse(model)
+            merge_projections(model)
         compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
         traced = {
             name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x).items()
@@ -319,7 +319,7 @@ def test_loss_and_gradients_equal_plain_peft(
     )
     steps.append(step(merged, recipe))
     assert not any(
-        layer.siblings and layer.siblings.pending
+        layer.group and layer.group.pending.value
         for layer in merged.modules()
         if isinstance(layer, LoraLinear)
     )
@@ -336,10 +336,10 @@ def test_the_query_of_cross_attention_is_not_merged_with_keys_and_values(
 ) -> None:
     model = ready(parsed(with_tune(tiny_recipe("seq2seq"), LORA_TUNE)), merged=True)
     attention: Any = parts(model)["llm"].get_submodule("decoder.block.0.layer.1.EncDecAttention")
-    assert attention.q.siblings is None
-    assert attention.k.siblings is attention.v.siblings is not None
+    assert attention.q.group is None
+    assert attention.k.group is attention.v.group is not None
     attention = parts(model)["llm"].get_submodule("decoder.block.0.layer.0.SelfAttention")
-    assert attention.q.siblings is attention.k.siblings is attention.v.siblings is not None
+    assert attention.q.group is attention.k.group is attention.v.group is not None
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

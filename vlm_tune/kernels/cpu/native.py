@@ -28,7 +28,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.resources import KERNELS_VARIABLE, cache_folder, kernel_choice
@@ -242,6 +241,13 @@ def has_kernels() -> bool:
     return torch.get_num_threads() <= THREADS and library(KERNELS) is not None
 
 
+def unavailable_reason() -> str | None:
+    """The reason why there are no kernels here; None if there are (`has_kernels`)."""
+    if torch.get_num_threads() > THREADS:
+        return f"the kernels are for at most {THREADS} threads, and torch has more"
+    return None if has_kernels() else kernel_status().reason
+
+
 def range_allocator() -> ctypes.CDLL | None:
     """The allocator of tensors; None if it can't be compiled, or if addresses are limited.
 
@@ -383,8 +389,8 @@ def _in_one_line(error: OSError | subprocess.SubprocessError) -> str:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """A tensor's address; None for None, and for the fake tensors of a memory plan."""
-    return None if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    """A tensor's address; None for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:

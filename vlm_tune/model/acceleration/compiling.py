@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.compat import recompute_operator_inputs
+from vlm_tune.compat import (
+    cache_name,
+    compile_calls,
+    forget_compiled_calls,
+    recompute_operator_inputs,
+)
 from vlm_tune.kernels.cpu.native import compiler
-from vlm_tune.model.acceleration.decoder_layer import DecoderLayer
+from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
+from vlm_tune.model.acceleration.interval_attention import CACHE
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.weights import is_sharded
@@ -73,7 +79,7 @@ def blocks(llm: LanguageModel, *, training: bool) -> list[nn.Module]:
     return [
         block
         for block in candidates
-        if not (quick and isinstance(block, DecoderLayer) and block.is_ready())
+        if not (quick and isinstance(block, DecoderLayer) and block.built_reason() is None)
     ]
 
 
@@ -91,13 +97,24 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
     for block in blocks:
         # Batch size and length are symbolic: static shapes would be compiled anew for each of the
         # many shapes of a run.
-        block.compile(dynamic=True)
+        compile_calls(block, _runs_eagerly)
     try:
         with recompute_operator_inputs():
             yield
     finally:
         for block in blocks:
-            block._compiled_call_impl = None  # type: ignore[assignment]
+            forget_compiled_calls(block)
+
+
+def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a compiled block runs eagerly, where it would be compiled once more.
+
+    With a growing cache of transformers that is at every token; in generation, for a size of 1.
+    """
+    states = args[0] if args else kwargs["hidden_states"]
+    return kwargs.get(cache_name()) is not None or (
+        kwargs.get(CACHE) is not None and 1 in states.shape[:2]
+    )
 
 
 def reading(

@@ -17,9 +17,11 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-from vlm_tune.kernels.lora_linear import by_kernel, project, wide_rank
+from vlm_tune.compat import has_hooks
+from vlm_tune.kernels.lora import by_kernel, lora_linear, wide_rank
+from vlm_tune.model.per_thread import PerThread
 
-SIBLINGS = (
+SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q", "k", "v"),
@@ -46,19 +48,19 @@ class Packed:
 class LoraLinear(Linear):
     """PEFT's LoRA linear layer, fused where that computes the same: plain LoRA on a frozen weight.
 
-    The weight may be packed in 4 bits, after a call of `fuse`. DoRA and other variants, dropout in
-    training, several adapters, merged or disabled ones, and weights that are trained, sharded or
-    offloaded run PEFT's forward pass.
+    The weight may be packed in 4 bits, after a call of `merge_projections`. DoRA and other
+    variants, dropout in training, several adapters, merged or disabled ones, and weights that are
+    trained, sharded or offloaded run PEFT's forward pass.
     """
 
     base_layer: Any
-    siblings: Siblings | None = None
+    group: ProjectionGroup | None = None
     packed: Packed | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self.is_plain(x):
             return super().forward(x, *args, **kwargs)
-        return _project(x, [self])[0] if self.siblings is None else self.siblings.output(self, x)
+        return _project(x, [self])[0] if self.group is None else self.group.output(self, x)
 
     @property
     def name(self) -> str:
@@ -95,11 +97,11 @@ class LoraLinear(Linear):
             and weight.device == x.device
             # ZeRO-3 gathers a sharded weight only for the module that owns it.
             and not hasattr(weight, "ds_id")
-            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not has_hooks(base)
         )
 
 
-class Siblings:
+class ProjectionGroup:
     """Layers that read the same input: the first one called computes the outputs of all.
 
     The others then return theirs from `pending`: that input, and the outputs not yet returned.
@@ -110,7 +112,9 @@ class Siblings:
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         self.layers = list(layers)
-        self.pending: tuple[torch.Tensor, list[Any]] | None = None
+        # Compiled code has no threads of its own, and a compiler can't trace a thread's value.
+        self.pending = PerThread()
+        self.traced: tuple[torch.Tensor, list[Any]] | None = None
         self.matrix: torch.Tensor | None = None
         if layers[0].packed is not None:
             return
@@ -129,16 +133,20 @@ class Siblings:
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., O_i] for x [..., I]."""
         place = self.layers.index(layer)
-        pending = self.pending
+        traced = torch.compiler.is_compiling()
+        pending = self.traced if traced else self.pending.value
         if pending is None or pending[0] is not x or pending[1][place] is None:
             if not self.together(x):
                 return _project(x, [layer])[0]
             outputs: list[Any] = list(_project(x, self.layers, self.matrix))
-            pending = self.pending = (x, outputs)
+            pending = (x, outputs)
         output = pending[1][place]
         pending[1][place] = None
-        if not any(left is not None for left in pending[1]):
-            self.pending = None
+        left = pending if any(each is not None for each in pending[1]) else None
+        if traced:
+            self.traced = left
+        else:
+            self.pending.value = left
         return output
 
     def together(self, x: torch.Tensor) -> bool:
@@ -166,7 +174,7 @@ class Siblings:
         return True
 
 
-def fuse(model: nn.Module) -> int:
+def merge_projections(model: nn.Module) -> int:
     """Merges the projections of a model that read the same input, anew at each call.
 
     Call it when the model is on its device and in its final types, before it is compiled, and not
@@ -178,17 +186,17 @@ def fuse(model: nn.Module) -> int:
     groups = 0
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
-            layer.siblings, layer.packed = None, _packed(layer.base_layer)
+            layer.group, layer.packed = None, _packed(layer.base_layer)
     for name, parent in model.named_modules():
         children = dict(parent.named_children())
-        for names in SIBLINGS:
+        for names in SAME_INPUT:
             shared = names[1:] if name.rsplit(".", 1)[-1] in CROSS_ATTENTION else names
             layers = [layer for layer in map(children.get, shared) if isinstance(layer, LoraLinear)]
             if len(layers) > 1 and _alike(layers):
-                group = Siblings(layers)
+                merged = ProjectionGroup(layers)
                 groups += 1
                 for layer in layers:
-                    layer.siblings = group
+                    layer.group = merged
     return groups
 
 
@@ -227,7 +235,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Operands:
-    """The operands of layers that read the same x, as `project` takes them."""
+    """The operands of layers that read the same x, as `lora_linear` takes them."""
 
     weights: list[torch.Tensor]
     packing: str
@@ -289,7 +297,7 @@ def _project(
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     of = operands(layers, dtype, matrix)
     quick = by_kernel(rows, outputs)
-    out, _ = project(
+    out, _ = lora_linear(
         rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales
     )
     # A 4-bit layer's output has the type of its input.

@@ -19,6 +19,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import places
 from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, splice
+from vlm_tune.model.per_thread import PerThread
 
 
 @dataclass
@@ -90,7 +91,9 @@ class CrossAttention(Connector):
         self.width = llm_width
         self.marker = nn.Parameter(0.02 * torch.randn(llm_width))
         self.blocks = nn.ModuleList()
-        self.seen: Seen | None = None
+        self.seen = PerThread()
+        # Backward passes on a GPU have threads of their own, which recompute checkpointed layers.
+        self._latest: Seen | None = None
 
     def tokens(self, tower_tokens: int) -> int:
         """1, the slot of the marker."""
@@ -115,12 +118,15 @@ class CrossAttention(Connector):
     def _before_layer(
         self, place: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[Any, Any]:
+        seen = self.seen.value if self.seen.is_set else self._latest
         if args:
-            return (self.blocks[place](args[0], self.seen), *args[1:]), named
-        return args, {
-            **named,
-            "hidden_states": self.blocks[place](named["hidden_states"], self.seen),
-        }
+            return (self.blocks[place](args[0], seen), *args[1:]), named
+        return args, {**named, "hidden_states": self.blocks[place](named["hidden_states"], seen)}
+
+    def _show(self, seen: Seen | None) -> None:
+        """Sets the media to which this thread's next texts attend."""
+        self.seen.value = self._latest = seen
+        self.seen.is_set = True
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[M, N, D] to [M, 1 + N', E]: the marker, and the tokens for the blocks."""
@@ -135,7 +141,7 @@ class CrossAttention(Connector):
         The media stay set until the next batch, because activation checkpointing reads them again.
         """
         if connected is None:
-            self.seen = None
+            self._show(None)
             return embeds
         media = connected[:, 1:]
         rows = len(embeds)
@@ -143,14 +149,14 @@ class CrossAttention(Connector):
             blind = torch.zeros(
                 *embeds.shape[:2], media.shape[1], dtype=torch.bool, device=embeds.device
             )
-            self.seen = Seen(media.expand(rows, -1, -1), blind)
+            self._show(Seen(media.expand(rows, -1, -1), blind))
             return embeds + 0.0 * connected.sum().to(embeds.dtype)
         row, column = places(batch, 1)
         number = batch.image_mask.cumsum(1)[row, column] - 1
         most = int(number.max()) + 1
         row_media = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
         mask = self._visible(batch, row, column, number, most)
-        self.seen = Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2))
+        self._show(Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2)))
         return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
 
     def _visible(

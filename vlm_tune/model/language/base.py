@@ -19,9 +19,6 @@ from torch.nn.functional import pad
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
-from vlm_tune.model.acceleration.decoder_layer import join
-from vlm_tune.model.acceleration.head import by_kernel, head_loss
-from vlm_tune.model.acceleration.mlp import gate
 from vlm_tune.model.language.decoding import Decoding, plain_generation
 from vlm_tune.model.language.logits import (
     FAULTS,
@@ -33,16 +30,6 @@ from vlm_tune.model.language.loss import token_loss
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted, reason_of
 
-Read = tuple[
-    torch.Tensor,
-    Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    Callable[[torch.Tensor], None],
-]
-"""The result of a prefill: the hidden states [B, L, E] and two functions.
-
-The first is a decode step: from embeds [B, K, E] and positions [B, K] of new tokens to their hidden
-states [B, K, E]. The second drops all branches but those at places [B, K'].
-"""
 PROBED = 6
 """Tokens per row of the batch with which `LanguageModel.check` compares logits."""
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)$")
@@ -57,6 +44,21 @@ class TokenLoss:
     count: int
 
 
+def chunked_loss(llm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy, an fp32 scalar, whose logits exist for some positions at a time.
+
+    Args:
+        llm: The language model, whose `logits` are computed.
+        hidden: Hidden states [S, E].
+        targets: Token ids int64[S].
+    """
+    return token_loss(llm.logits, hidden, targets, llm.head_parts(), whole=llm.whole_head)
+
+
+Loss = Callable[["LanguageModel", torch.Tensor, torch.Tensor], torch.Tensor]
+"""A function of a language model, hidden states [S, E] and targets [S], as `chunked_loss`."""
+
+
 class LanguageModel(nn.Module):
     """Base class of the language models: a transformers model with one interface.
 
@@ -67,6 +69,7 @@ class LanguageModel(nn.Module):
         factor: What the embeddings of ids are multiplied by.
         prompt: The virtual tokens of prompt or prefix tuning that every row begins with, or None.
         whole_head: Whether the output head runs once per batch, not chunk by chunk.
+        loss: The function of the summed cross-entropy, which `acceleration.install` replaces.
         dropped: The settings of the generation config that are left out (`plain_generation`).
     """
 
@@ -81,10 +84,9 @@ class LanguageModel(nn.Module):
             if self.layout == "seq2seq"
             else embedding_factor(self.body, model.get_input_embeddings())
         )
-        gate(model)
-        join(model)
         self.prompt: VirtualTokens | None = None
         self.whole_head = False
+        self.loss: Loss = chunked_loss
         self.dropped = plain_generation(model)
 
     @property
@@ -198,17 +200,7 @@ class LanguageModel(nn.Module):
     def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
         """The loss of the batch's supervised labels, given its embeds [B, L, E]."""
         hidden, targets = self.supervised(embeds, batch)
-        head: Any = self.head
-        scale = None if self.rule is None else self.rule.scale
-        if scale is not None and not self.whole_head and by_kernel(hidden, head):
-            return TokenLoss(
-                head_loss(hidden if scale == 1 else hidden * scale, head.weight, targets),
-                len(targets),
-            )
-        return TokenLoss(
-            token_loss(self.logits, hidden, targets, self.head_parts(), whole=self.whole_head),
-            len(targets),
-        )
+        return TokenLoss(self.loss(self, hidden, targets), len(targets))
 
     def head_parts(self) -> nn.ModuleList:
         """The modules that `logits` calls: the head, and without a rule all outside of `bodies`."""

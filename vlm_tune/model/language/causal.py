@@ -7,24 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import IGNORE_INDEX, Batch
-from vlm_tune.errors import ModelError
-from vlm_tune.model.acceleration.interval_attention import (
-    Branches,
-    attending,
-    attends,
-    growing,
-    keeping,
-    runs,
-    usable,
-)
-from vlm_tune.model.language.base import LanguageModel, Read
+from vlm_tune.model.language.attention import MaskedAttention
+from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
-from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
+from vlm_tune.model.language.masks import joining_reason, tree_mask
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 SPARED = 0.8
@@ -35,6 +25,10 @@ class CausalLLM(LanguageModel):
     """A decoder: Llama, Mistral, Qwen, Gemma, SmolLM, GPT-2, ..."""
 
     layout = "causal"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.attention = MaskedAttention()
 
     @property
     def bodies(self) -> list[nn.Module]:
@@ -56,7 +50,11 @@ class CausalLLM(LanguageModel):
 
     @property
     def supports_intervals(self) -> bool:
-        return not isinstance(self.prompt, KeyValuePrefix) and usable(self.model)
+        return self._attention().by_intervals(self.model)
+
+    def _attention(self) -> MaskedAttention:
+        """The attention for this model's rows: a prefix of keys and values is in no interval."""
+        return MaskedAttention() if isinstance(self.prompt, KeyValuePrefix) else self.attention
 
     @cached_property
     def unjoined(self) -> str | None:
@@ -85,21 +83,12 @@ class CausalLLM(LanguageModel):
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
-        before = runs()
-        if attends(self.model):
-            visible: Any = (torch.where(mask, mask.shape[1], 0) if ends is None else ends).int()[
-                :, None, None
-            ]
-        elif ends is None or positions is None or row_positions is None:
-            visible = mask.long()
-        else:
-            visible = layer_masks(
-                self.model.config,
-                tree_mask(ends)[:, :, -embeds.shape[1] :],
-                row_positions,
-                positions,
-                embeds.dtype,
-            )
+        if row_positions is None and self.supports_intervals:
+            # Without positions, OPT would count them in the mask, which is none of 0 and 1.
+            row_positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        visible = self._attention().mask(
+            self.model, mask, ends, positions, embeds.dtype, embeds.shape[1]
+        )
         output = self.body(
             inputs_embeds=embeds,
             attention_mask=visible,
@@ -107,11 +96,6 @@ class CausalLLM(LanguageModel):
             use_cache=False,
             **{cache_name(): cache},
         )
-        if attends(self.model) and runs() == before and not isinstance(embeds, FakeTensor):
-            raise ModelError(
-                f"{type(self.model).__name__} does not attend by the function it is given; train "
-                "in fp32, or report it"
-            )
         hidden = output.last_hidden_state[:, -length:]
         supervised = batch.labels != IGNORE_INDEX
         return hidden[supervised], batch.labels[supervised]
@@ -133,8 +117,7 @@ class CausalLLM(LanguageModel):
                 len(embeds) * decoding.num_beams, embeds.dtype
             )
             embeds = pad(embeds, (0, 0, self.virtual, 0))
-        with torch.compiler.set_stance("force_eager"):
-            return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
+        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
     def continue_branches(
         self,
@@ -158,15 +141,13 @@ class CausalLLM(LanguageModel):
         self.check_length(int(batch.positions.max()) + 1)
         if self.longest is not None:
             max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
-        mask = tree_mask(batch.ends)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible = mask[:, 0][rows, leaves]
+        visible = tree_mask(batch.ends)[:, 0][rows, leaves]
         positions = batch.positions[rows, leaves]
-        if self.supports_intervals:
-            hidden, grow, keep = self._read(embeds, batch.ends, batch.positions, visible)
-        else:
-            hidden, grow, keep = self._read_masked(embeds, mask, batch.positions, visible)
-        hidden = hidden[rows, leaves]
+        prefill = self._attention().prefill(
+            self.model, self.body, embeds, batch.ends, batch.positions, visible
+        )
+        hidden = prefill.hidden[rows, leaves]
         stops = torch.tensor(stop_ids, device=embeds.device)
         ended = torch.zeros_like(leaves, dtype=torch.bool)
         answers = stops[0].repeat(*leaves.shape, max_new_tokens)
@@ -186,93 +167,9 @@ class CausalLLM(LanguageModel):
             positions = positions + 1
             if unfinished < SPARED * ended.shape[1]:
                 order = ended.int().argsort(dim=1, stable=True)[:, :unfinished]
-                keep(order)
+                prefill.select(order)
                 places, tokens, ended, positions = (
                     each.gather(1, order) for each in (places, tokens, ended, positions)
                 )
-            hidden = grow(self.embed(tokens), positions)
+            hidden = prefill.step(self.embed(tokens), positions)
         return answers
-
-    def _read(
-        self,
-        embeds: torch.Tensor,
-        ends: torch.Tensor,
-        positions: torch.Tensor,
-        visible: torch.Tensor,
-    ) -> Read:
-        """Prefills rows by `attend`.
-
-        Compiled blocks run in every call: their graph has no cache, neither as input nor as output.
-        """
-
-        def run(embeds: torch.Tensor, ends: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            # For a size of 1 a graph of its own would be compiled.
-            with (
-                attending(self.model),
-                torch.compiler.set_stance("force_eager" if 1 in embeds.shape[:2] else "default"),
-            ):
-                return self._hidden(embeds, ends.int()[:, None, None], positions, None)
-
-        with keeping() as row_cache:
-            hidden = run(embeds, ends, positions)
-        branches = Branches(row_cache, visible)
-
-        def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            with growing(branches):
-                return run(embeds, torch.zeros_like(positions), positions)
-
-        return hidden, grow, branches.keep
-
-    def _read_masked(
-        self,
-        embeds: torch.Tensor,
-        row_mask: torch.Tensor,
-        cached_positions: torch.Tensor,
-        visible: torch.Tensor,
-    ) -> Read:
-        """Prefills rows by the model's transformers attention, with masks and a cache.
-
-        `row_mask` is bool[B, 1, L, L], `cached_positions` int64[B, L] are the rows' positions, and
-        `visible` bool[B, K, L] is what each branch sees of its row.
-        """
-        from transformers import DynamicCache
-
-        config = self.model.config
-        # Without a config it keeps all tokens: which ones a window leaves out differs by branch.
-        cache = DynamicCache()
-        hidden = self._hidden(
-            embeds,
-            layer_masks(config, row_mask, cached_positions, cached_positions, embeds.dtype),
-            cached_positions,
-            cache,
-        )
-
-        def grow(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            nonlocal visible, cached_positions
-            new_tokens = torch.eye(visible.shape[1], dtype=torch.bool, device=embeds.device).expand(
-                len(visible), -1, -1
-            )
-            visible = torch.cat([visible, new_tokens], -1)
-            cached_positions = torch.cat([cached_positions, positions], -1)
-            mask = layer_masks(config, visible[:, None], positions, cached_positions, embeds.dtype)
-            # With a growing cache, compiled blocks would be compiled anew at each step.
-            with torch.compiler.set_stance("force_eager"):
-                return self._hidden(embeds, mask, positions, cache)
-
-        def keep(places: torch.Tensor) -> None:
-            nonlocal visible
-            visible = visible[torch.arange(len(places), device=places.device)[:, None], places]
-
-        return hidden, grow, keep
-
-    def _hidden(
-        self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
-        """Hidden states [B, S, E] of tokens that follow those in the cache.
-
-        `mask` is one mask of what they see, or one for each kind of layer.
-        """
-        options = {cache_name(): cache, "use_cache": cache is not None}
-        return self.body(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **options
-        ).last_hidden_state

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import submodules
 from vlm_tune.errors import ModelError
 from vlm_tune.quoting import reason_of
 
@@ -111,10 +112,27 @@ def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> tor
     inputs: dict[str, Any] = {"inputs_embeds": states}
     if model.config.is_encoder_decoder:
         inputs = {"encoder_outputs": _States((states,)), "decoder_inputs_embeds": states}
-    with ExitStack() as stack:
-        for body in bodies:
-            stack.enter_context(_computing(body, lambda *_, **__: _States((states,))))
-        return model(**inputs, use_cache=False, return_dict=True).logits[0]
+    copied = _with_bodies(model, bodies, lambda *_, **__: _States((states,)))
+    return copied(**inputs, use_cache=False, return_dict=True).logits[0]
+
+
+def _with_bodies(module: nn.Module, bodies: list[nn.Module], forward: Callable[..., Any]) -> Any:
+    """A shallow copy of a model in which `bodies` compute `forward`; the model stays as it is.
+
+    Only the bodies and what they are in are copied, so another thread may call the model at once.
+    """
+    children = {
+        name: child if child is None else _with_bodies(child, bodies, forward)
+        for name, child in submodules(module).items()
+    }
+    is_body = any(module is body for body in bodies)
+    if not is_body and all(child is submodules(module)[name] for name, child in children.items()):
+        return module
+    copied = module.__new__(type(module))
+    copied.__dict__ = {**module.__dict__, "_modules": children}
+    if is_body:
+        copied.__dict__["forward"] = forward
+    return copied
 
 
 def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule | None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm_tune.config.engine import AnyEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.train import TrainSection
-from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.lora import parts
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -70,7 +70,7 @@ class Engine:
         self.max_grad_norm = train.max_grad_norm or math.inf
         self.optimizer = self._adamw(tuned.groups, train)
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
-        fuse(model)
+        merge_projections(model)
 
     def _adamw(self, groups: list[dict[str, Any]], train: TrainSection) -> torch.optim.AdamW:
         return torch.optim.AdamW(

@@ -15,7 +15,7 @@ from vlm_tune.compat import build_no_shared_memory_op
 from vlm_tune.config.engine import DeepSpeedEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
-from vlm_tune.model.acceleration.lora_layers import fuse
+from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import (
@@ -78,7 +78,7 @@ class DeepSpeed(Engine):
         if self.section.stage:
             self._start_state()
         if not self.sharded:
-            fuse(model)
+            merge_projections(model)
 
     def _config(self, train: TrainSection, trained: int) -> dict[str, Any]:
         """DeepSpeed's configuration for `trained` trained values; the recipe's keys override it."""

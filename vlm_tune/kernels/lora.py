@@ -11,10 +11,8 @@ mapping a layer's ranks to its outputs.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vlm_tune.kernels.cpu import native
-
-# torch.compile's cache knows an operator by its name alone, so the name has a hash of the code.
-SOURCE = hashlib.sha256(Path(__file__).read_bytes() + native.code(native.KERNELS)).hexdigest()[:8]
+from vlm_tune.kernels.devices import check_devices
+from vlm_tune.kernels.version import VERSION
 
 LARGE = 4096
 """Number of inputs or outputs of a layer above which the kernel reads its rows too often."""
@@ -102,6 +99,26 @@ def joined_weights(
         matrix[rows, :width].copy_(weight)
     assert matrix is not None
     return matrix
+
+
+def unsupported_reason(
+    dtype: torch.dtype, device: torch.device, inputs: int, outputs: Sequence[int]
+) -> str | None:
+    """The reason why the kernel does not compute layers; None if it does.
+
+    Args:
+        dtype: The type to compute in.
+        device: The weights' device.
+        inputs: I.
+        outputs: The number of outputs of each layer.
+    """
+    if device.type != "cpu":
+        return f"the LoRA kernel is for CPUs, not {device.type}"
+    if dtype != torch.bfloat16:
+        return f"the LoRA kernel computes in bf16, not {dtype}"
+    if max(inputs, *outputs) > LARGE:
+        return f"a layer has {max(inputs, *outputs):,} inputs or outputs, more than {LARGE:,}"
+    return native.unavailable_reason()
 
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
@@ -190,7 +207,7 @@ def _quick(
 def _quick_backward(
     gradient: Tensor, rows: Tensor, low: Tensor, weight: Tensor, adapters: Adapters, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `project_backward`, computed by the kernel.
+    """The gradients of `lora_linear_backward`, computed by the kernel.
 
     Those of A and B are in fp32, those of B concatenated.
     """
@@ -218,8 +235,8 @@ def _quick_backward(
     return x_gradient, of_downs, of_ups
 
 
-@torch.library.custom_op(f"vlm_tune::project_{SOURCE}", mutates_args=())
-def project(
+@torch.library.custom_op(f"vlm_tune::lora_linear_{VERSION}", mutates_args=())
+def lora_linear(
     rows: Tensor,
     weights: Sequence[Tensor],
     packing: str,
@@ -245,6 +262,7 @@ def project(
         ups: B of each layer.
         scales: s of each layer.
     """
+    check_devices("lora_linear", (rows, *weights, *downs, *ups, bias))
     width = rows.shape[1]
     matrix = joined_weights(weights, packing, room, ups, rows, width)
     if quick:
@@ -259,7 +277,7 @@ def project(
     return linear(torch.cat([rows, low], 1), matrix, bias), low
 
 
-@project.register_fake
+@lora_linear.register_fake
 def _(
     rows: Tensor,
     weights: Any,
@@ -271,14 +289,15 @@ def _(
     ups: Any,
     scales: Any,
 ) -> tuple[Tensor, Tensor]:
+    check_devices("lora_linear", (rows, *weights, *downs, *ups, bias))
     ranks = room if room and not quick else sum(map(len, downs))
     return rows.new_empty(rows.shape[0], sum(len(up) for up in ups)), rows.new_empty(
         rows.shape[0], ranks
     )
 
 
-@torch.library.custom_op(f"vlm_tune::project_backward_{SOURCE}", mutates_args=())
-def project_backward(
+@torch.library.custom_op(f"vlm_tune::lora_linear_backward_{VERSION}", mutates_args=())
+def lora_linear_backward(
     gradient: Tensor,
     rows: Tensor,
     low: Tensor,
@@ -295,7 +314,7 @@ def project_backward(
 
     The gradient of x has no rows unless `needs_x`. With `quick` the last is of each layer's own B
     [O_i, R_i] instead of s B, concatenated. `low` is x A^T, the other arguments are those of
-    `project`.
+    `lora_linear`.
     """
     width = downs[0].shape[1]
     matrix = joined_weights(weights, packing, room, ups, low, width)
@@ -323,7 +342,7 @@ def project_backward(
     return x_gradient, low_gradient.t() @ rows, low.t() @ gradient
 
 
-@project_backward.register_fake
+@lora_linear_backward.register_fake
 def _(
     gradient: Tensor,
     rows: Any,
@@ -367,7 +386,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     downs = rest[count : count + layers]
     ups = rest[count + layers :]
     needs_x = ctx.needs_input_grad[0]
-    x, down, up = project_backward(
+    x, down, up = lora_linear_backward(
         gradient,
         rows,
         low,
@@ -393,4 +412,4 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     return x if needs_x else None, [None] * count, None, None, None, None, of_downs, of_ups, None
 
 
-project.register_autograd(_backward, setup_context=_save)
+lora_linear.register_autograd(_backward, setup_context=_save)

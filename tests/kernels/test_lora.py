@@ -15,8 +15,8 @@ import torch
 
 from tests.helpers.tiny_models import built, parsed, tuned_by, wake_adapters, with_tune
 from vlm_tune.kernels.cpu import native
-from vlm_tune.kernels.lora_linear import TOGETHER, by_kernel, project
-from vlm_tune.model.acceleration.lora_layers import LoraLinear, fuse
+from vlm_tune.kernels.lora import TOGETHER, by_kernel, lora_linear
+from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 
@@ -60,7 +60,7 @@ class Layers:
         if len(downs) > 1:
             room = -(-sum(self.ranks) // 8) * 8
             weight = torch.cat([weight, weight.new_zeros(len(weight), room)], 1)
-        out, _ = project(leaf, [weight], "", room, quick, self.added, downs, ups, self.scales)
+        out, _ = lora_linear(leaf, [weight], "", room, quick, self.added, downs, ups, self.scales)
         out.backward(self.gradient if gradient is None else gradient)
         return [
             out.detach(),
@@ -132,7 +132,7 @@ def test_a_weight_that_is_strided_and_an_input_that_needs_no_gradient() -> None:
     downs, ups = layers.downs[0].clone().requires_grad_(), layers.ups[0].clone().requires_grad_()
     weight = torch.zeros(48, 96).bfloat16()
     weight[:, :64] = layers.weight
-    out, saved = project(
+    out, saved = lora_linear(
         layers.x, [weight[:, :64]], "", 0, True, None, [downs], [ups], layers.scales
     )
     out.backward(layers.gradient)
@@ -158,7 +158,7 @@ def test_a_training_step_goes_through_it(
     model = built(recipe)
     tuned_by(model, recipe)
     wake_adapters(model)
-    assert fuse(model) > 0
+    assert merge_projections(model) > 0
     calls: list[str] = []
 
     class Watched:

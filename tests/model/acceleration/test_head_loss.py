@@ -6,6 +6,7 @@ Also language models with it and without.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,15 +22,24 @@ from transformers import (
 )
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
-from vlm_tune.model.acceleration.head import by_kernel, head_loss, losses
+from vlm_tune.kernels.loss import linear_cross_entropy, losses, reference_losses
+from vlm_tune.model.acceleration.head_loss import head_reason
+from vlm_tune.model.acceleration.install import install
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.logits import HeadRule
 from vlm_tune.model.language.loss import token_loss
 from vlm_tune.model.language.seq2seq import Seq2SeqLLM
 
 needs_kernel = pytest.mark.usefixtures("kernels")
 
 BF16 = 2**-8
+
+
+def by_kernel(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether the kernel computes the loss of hidden states under a head."""
+    llm: Any = SimpleNamespace(rule=HeadRule(), whole_head=False, head=head)
+    return head_reason(llm, hidden) is None
 
 
 def given(
@@ -148,7 +158,7 @@ def test_numbers_that_are_none_stay_none_and_stay_where_they_are() -> None:
 def test_no_positions_a_vocabulary_of_one_and_targets_out_of_it() -> None:
     hidden, weight, targets = given(4, 64, 100)
     leaf = hidden[:0].float().requires_grad_()
-    nothing = head_loss(leaf, weight, targets[:0])
+    nothing = linear_cross_entropy(leaf, weight, targets[:0])
     nothing.backward()
     assert nothing == 0 and leaf.grad is not None and leaf.grad.shape == (0, 64)
     loss, gradient = losses(hidden, weight[:1], torch.zeros(4, dtype=torch.long), True)
@@ -168,7 +178,7 @@ def test_the_summed_loss_flows_back_as_that_of_the_layers() -> None:
         leaves = [hidden.to(kind, copy=True).requires_grad_() for _ in range(2)]
         with torch.autocast("cpu", torch.bfloat16):
             assert by_kernel(leaves[0], head)
-            loss = head_loss(leaves[0], head.weight, targets)
+            loss = linear_cross_entropy(leaves[0], head.weight, targets)
             layers = token_loss(lambda rows: head(rows).float(), leaves[1], targets, head)
         (loss / 50).backward()
         (layers / 50).backward()
@@ -230,7 +240,9 @@ def decoder(config: Any, **more: Any) -> LanguageModel:
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    return CausalLLM(AutoModelForCausalLM.from_config(config(**sizes | more)))
+    llm = CausalLLM(AutoModelForCausalLM.from_config(config(**sizes | more)))
+    install(llm)
+    return llm
 
 
 def t5(tied: bool) -> LanguageModel:
@@ -249,7 +261,9 @@ def t5(tied: bool) -> LanguageModel:
         "decoder_start_token_id": 0,
         "tie_word_embeddings": tied,
     }
-    return Seq2SeqLLM(T5ForConditionalGeneration(T5Config(**sizes, **more)))
+    llm = Seq2SeqLLM(T5ForConditionalGeneration(T5Config(**sizes, **more)))
+    install(llm)
+    return llm
 
 
 @needs_kernel
@@ -269,9 +283,9 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(
 
     def counted(*given: Any) -> Tensor:
         calls.append(len(given[0]))
-        return head_loss(*given)
+        return linear_cross_entropy(*given)
 
-    monkeypatch.setattr("vlm_tune.model.language.base.head_loss", counted)
+    monkeypatch.setattr("vlm_tune.kernels.loss.linear_cross_entropy", counted)
     for model in (fast, plain):
         embeds = model.embed(rows.input_ids).detach().requires_grad_()
         loss = model(embeds, rows)
@@ -296,7 +310,7 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr("vlm_tune.model.language.base.head_loss", never)
+    monkeypatch.setattr("vlm_tune.kernels.loss.linear_cross_entropy", never)
     capped = decoder(Gemma2Config, num_key_value_heads=1, head_dim=32)
     whole, trained = decoder(LlamaConfig), decoder(LlamaConfig)
     assert capped.rule is not None and capped.rule.scale is None
@@ -305,3 +319,15 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(
         model.bfloat16().requires_grad_(model is trained)
         rows = batch()
         assert model(model.embed(rows.input_ids).detach().requires_grad_(), rows).sum.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_reference_body_gives_losses_and_gradients_of_the_formula(dtype: torch.dtype) -> None:
+    hidden, weight, targets = given(1500, 64, 100)
+    wanted, of_hidden = exact(hidden, weight, targets)
+    outputs = reference_losses(hidden.to(dtype), weight.to(dtype), targets, True)
+    leaf = hidden.to(dtype).requires_grad_()
+    linear_cross_entropy(leaf, weight.to(dtype), targets).backward()
+    assert leaf.grad is not None
+    for actual, truth in zip((*outputs, leaf.grad), (wanted, of_hidden, of_hidden), strict=True):
+        assert torch.allclose(actual.double(), truth, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,45 @@
+"""The loss under a frozen output head by the operator, where that computes what the model does."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vlm_tune.compat import has_hooks
+from vlm_tune.kernels import loss
+from vlm_tune.model.acceleration.lora_layers import compute_dtype
+from vlm_tune.model.language.base import LanguageModel, chunked_loss
+
+
+def head_reason(llm: LanguageModel, hidden: Tensor | None = None) -> str | None:
+    """The reason why the loss does not go by the operator's kernel; None if it does.
+
+    `hidden` are the hidden states [S, E]; without them, those of the head's own type are meant.
+    """
+    head: nn.Module = llm.head
+    if llm.rule is None or llm.rule.scale is None:
+        return "logits are more than a scaled product with the head"
+    if llm.whole_head:
+        return "the head's weight is sharded, and gathered for its own module"
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "the head is no plain linear layer without bias"
+    weight = head.weight
+    if weight.requires_grad:
+        return "the head is trained"
+    # ZeRO-3 gathers a sharded weight only for the module that owns it.
+    if hasattr(weight, "ds_id") or has_hooks(head) or weight.stride(1) != 1:
+        return "the head's weight is sharded or has hooks"
+    if hidden is not None and hidden.device != weight.device:
+        return "the head is on another device"
+    return loss.unsupported_reason(
+        weight.dtype if hidden is None else compute_dtype(hidden), weight
+    )
+
+
+def operator_loss(llm: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, an fp32 scalar, of hidden states [S, E] and token ids int64[S]."""
+    if head_reason(llm, hidden) is not None:
+        return chunked_loss(llm, hidden, targets)
+    assert llm.rule is not None and llm.rule.scale is not None
+    weight = llm.head.get_parameter("weight")
+    scaled = hidden if llm.rule.scale == 1 else hidden * llm.rule.scale
+    return loss.linear_cross_entropy(scaled, weight, targets)

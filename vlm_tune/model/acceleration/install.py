@@ -1,0 +1,194 @@
+"""Puts the operators of `vlm_tune.kernels` into a language model of transformers, and takes them
+out again.
+
+It is the only place that changes classes and attention of another library's modules. Names, weights
+and files of the model stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_tune.compat import attention_name, set_attention
+from vlm_tune.kernels import attention as attention_operator
+from vlm_tune.kernels import lora, mlp
+from vlm_tune.model.acceleration.decoder_layers import (
+    DecoderLayer,
+    decoder_class,
+    is_decoder_layer,
+    structure_reason,
+)
+from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_class
+from vlm_tune.model.acceleration.head_loss import head_reason, operator_loss
+from vlm_tune.model.acceleration.interval_attention import (
+    NAMES,
+    IntervalAttention,
+    register,
+    unsupported_reason,
+)
+from vlm_tune.model.acceleration.lora_layers import LoraLinear
+from vlm_tune.model.language.attention import MaskedAttention
+from vlm_tune.model.language.base import LanguageModel, chunked_loss
+from vlm_tune.model.language.causal import CausalLLM
+
+ATTENTION = "attention"
+MLP = "MLP"
+LAYER = "decoder layer"
+LORA = "LoRA layer"
+LOSS = "loss"
+
+
+@dataclass
+class AccelerationReport:
+    """The modules that go by operators of `vlm_tune.kernels`, and why the others do not.
+
+    Attributes:
+        replaced: The number of modules of each kind that go by an operator.
+        skipped: For each kind, the number of modules that do not, by the reason.
+    """
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, reason: str | None) -> None:
+        """Counts a module: one that goes by an operator, or one that does not for a reason."""
+        if reason is None:
+            self.replaced[kind] += 1
+        else:
+            self.skipped.setdefault(kind, Counter())[reason] += 1
+
+    def lines(self) -> list[str]:
+        """One line for each kind: how many of how many, and the reasons."""
+        lines = []
+        for kind in dict.fromkeys((*self.replaced, *self.skipped)):
+            skipped = self.skipped.get(kind, Counter())
+            reasons = "; ".join(
+                reason if len(skipped) == 1 else f"{count}: {reason}"
+                for reason, count in skipped.most_common()
+            )
+            count = self.replaced[kind]
+            text = f"{kind}: {count} of {count + skipped.total()}"
+            lines.append(f"{text} ({reasons})" if reasons else text)
+        return lines
+
+    def __str__(self) -> str:
+        return ", ".join(self.lines())
+
+
+def install(llm: LanguageModel) -> AccelerationReport:
+    """Puts the operators into a language model, wherever they compute the same.
+
+    It may be called before LoRA layers are attached, on any device, and twice. Modules decide at
+    each call whether the operator computes what they do at that time: `running` tells it.
+
+    Returns:
+        The modules that were replaced, and the reasons for those that were not.
+    """
+    report = AccelerationReport()
+    model: Any = llm.model
+    if isinstance(llm, CausalLLM):
+        reason = unsupported_reason(model)
+        report.add(ATTENTION, reason)
+        if reason is None:
+            register()
+            set_attention(model.config, NAMES.get(attention_name(model), attention_name(model)))
+            llm.attention = IntervalAttention()
+    replace_mlps(model, report)
+    for module in model.modules():
+        if is_decoder_layer(module):
+            reason = None if isinstance(module, DecoderLayer) else structure_reason(module)
+            report.add(LAYER, reason)
+            if reason is None and not isinstance(module, DecoderLayer):
+                _set_class(module, decoder_class(type(module)))
+    llm.loss = operator_loss
+    return report
+
+
+def replace_mlps(model: nn.Module, report: AccelerationReport) -> None:
+    """Lets the gated MLPs of a transformers model run by the operator, and reports them."""
+    for module in model.modules():
+        replacement = None if isinstance(module, GatedModule) else gated_class(module)
+        if isinstance(module, GatedModule) or replacement is not None:
+            report.add(MLP, replacement if isinstance(replacement, str) else None)
+        if isinstance(replacement, type):
+            _set_class(module, replacement)
+
+
+def _set_class(module: Any, kind: type[nn.Module]) -> None:
+    """Replaces a module's class, so that its weights keep their names."""
+    module.__class__ = kind
+
+
+def uninstall(llm: LanguageModel) -> None:
+    """Takes the operators out of a language model: it computes as transformers' and PEFT's do."""
+    if isinstance(llm, CausalLLM) and isinstance(llm.attention, IntervalAttention):
+        before = {name: original for original, name in NAMES.items()}
+        set_attention(llm.model.config, before[attention_name(llm.model)])
+        llm.attention = MaskedAttention()
+    for module in llm.model.modules():
+        # A decoder layer's class is made of `DecoderLayer` and the original class.
+        if isinstance(module, DecoderLayer | GatedModule):
+            _set_class(module, type(module).__bases__[1])
+    llm.loss = chunked_loss
+
+
+def running(llm: LanguageModel, dtype: torch.dtype) -> AccelerationReport:
+    """Reports the modules that go by kernels of `vlm_tune.kernels` in a training step.
+
+    Args:
+        llm: The language model as it is trained: on its device, with its LoRA layers, in training
+            mode.
+        dtype: The type of the hidden states.
+    """
+    report = AccelerationReport()
+    device = next(llm.model.parameters()).device
+    for module in llm.model.modules():
+        if is_decoder_layer(module):
+            report.add(LAYER, _layer_reason(module, dtype, device))
+        if isinstance(module, GatedModule):
+            report.add(MLP, _mlp_reason(module, dtype, device))
+        if isinstance(module, LoraLinear):
+            report.add(LORA, _lora_reason(module, dtype, device))
+    if isinstance(llm, CausalLLM):
+        report.add(ATTENTION, _attention_reason(llm, dtype, device))
+    report.add(LOSS, head_reason(llm))
+    return report
+
+
+def _layer_reason(module: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    if not isinstance(module, DecoderLayer):
+        return structure_reason(module)
+    if device.type != "cpu":
+        return f"the kernel is for CPUs, not {device.type}"
+    return module.reason(torch.empty(1, 0, 0, dtype=dtype, device=device))
+
+
+def _mlp_reason(module: GatedModule, dtype: torch.dtype, device: torch.device) -> str | None:
+    layers = module.layers()
+    first = layers[0].base_layer if isinstance(layers[0], LoraLinear) else layers[0]
+    reason = mlp.unsupported_reason(dtype, device, first.in_features, first.out_features)
+    x = torch.empty(0, first.in_features, dtype=dtype, device=device)
+    if reason is None and not module.is_quick(x, layers):
+        return "its layers are not all frozen, with plain LoRA or none"
+    return reason
+
+
+def _lora_reason(layer: LoraLinear, dtype: torch.dtype, device: torch.device) -> str | None:
+    base = layer.base_layer
+    if not layer.is_plain(torch.empty(0, base.in_features, dtype=dtype, device=device)):
+        return "it is more than a frozen weight with plain LoRA"
+    return lora.unsupported_reason(dtype, device, base.in_features, [base.out_features])
+
+
+def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:
+    reason = unsupported_reason(llm.model)
+    if reason is not None or not llm.supports_intervals:
+        return reason or "it has a prefix of keys and values, or is not on a CPU"
+    config = llm.model.config
+    width = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
+    return attention_operator.unsupported_reason(dtype, device, width)

@@ -1,0 +1,144 @@
+"""Attention of a decoder over joined rows, in training and in generation, by masks.
+
+Shapes: B rows, K branches of a row, L tokens, S tokens of the input (virtual tokens not counted),
+E width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from vlm_tune.compat import cache_name
+from vlm_tune.model.language.masks import layer_masks, tree_mask
+
+
+class Prefill(Protocol):
+    """Rows after their prefill, and the decode steps of the branches that continue them.
+
+    Attributes:
+        hidden: The rows' hidden states [B, L, E].
+    """
+
+    hidden: torch.Tensor
+
+    def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A decode step: hidden states [B, K, E] of new tokens [B, K, E] at positions [B, K]."""
+        ...
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops all branches but those at `places` int64[B, K']."""
+        ...
+
+
+class MaskedAttention:
+    """Attention by the functions of transformers, with masks and its KV cache."""
+
+    def by_intervals(self, model: Any) -> bool:
+        """Whether rows need no mask on the model's device, but only where tokens stop being seen.
+
+        `model` is the transformers model.
+        """
+        del model
+        return False
+
+    def mask(
+        self,
+        model: Any,
+        row_mask: torch.Tensor,
+        visible_until: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        dtype: torch.dtype,
+        length: int,
+    ) -> Any:
+        """The attention mask that the model's body takes for rows.
+
+        Args:
+            model: The transformers model.
+            row_mask: bool[B, L], False for padding.
+            visible_until: int[B, L] of joined rows, see `tree_mask`; None for rows of one sample.
+            positions: Positions [B, L] in the samples of joined rows.
+            dtype: The type of the embeddings.
+            length: S, the number of last tokens that are queries.
+        """
+        if visible_until is None or positions is None:
+            return row_mask.long()
+        tree = tree_mask(visible_until)[:, :, -length:]
+        return layer_masks(model.config, tree, positions[:, -length:], positions, dtype)
+
+    def prefill(
+        self,
+        model: Any,
+        body: Any,
+        embeds: torch.Tensor,
+        visible_until: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> Prefill:
+        """Prefills joined rows.
+
+        Args:
+            model: The transformers model.
+            body: The model without its head.
+            embeds: The rows [B, L, E].
+            visible_until: int[B, L], see `tree_mask`.
+            positions: Positions [B, L] in the samples.
+            visible: bool[B, K, L], the tokens of its row that each branch sees.
+        """
+        return MaskedPrefill(model, body, embeds, visible_until, positions, visible)
+
+
+class MaskedPrefill:
+    """A prefill by masks, with a KV cache of transformers."""
+
+    def __init__(
+        self,
+        model: Any,
+        body: Any,
+        embeds: torch.Tensor,
+        visible_until: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+    ) -> None:
+        from transformers import DynamicCache
+
+        self.config = model.config
+        self.body = body
+        # Without a config it keeps all tokens: which ones a window leaves out differs by branch.
+        self.cache = DynamicCache()
+        self.visible = visible
+        self.cached_positions = positions
+        mask = layer_masks(
+            self.config, tree_mask(visible_until), positions, positions, embeds.dtype
+        )
+        self.hidden = self._run(embeds, mask, positions)
+
+    def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A decode step, see `Prefill`."""
+        rows, branches = positions.shape
+        new_tokens = torch.eye(branches, dtype=torch.bool, device=embeds.device)
+        self.visible = torch.cat([self.visible, new_tokens.expand(rows, -1, -1)], -1)
+        self.cached_positions = torch.cat([self.cached_positions, positions], -1)
+        mask = layer_masks(
+            self.config, self.visible[:, None], positions, self.cached_positions, embeds.dtype
+        )
+        return self._run(embeds, mask, positions)
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops all branches but those at `places` int64[B, K'].
+
+        Their tokens stay in the cache, where no other branch sees them.
+        """
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self.visible = self.visible[rows, places]
+
+    def _run(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, E] of tokens that follow those in the cache."""
+        return self.body(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{cache_name(): self.cache},
+        ).last_hidden_state
