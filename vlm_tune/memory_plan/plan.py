@@ -41,8 +41,6 @@ def plan(
     zero: int = 0,
     offload: Offload = "none",
     nodes: int = 1,
-    bandwidth: float = 100.0,
-    tflops: float | None = None,
     tokens: int | None = None,
     advise: bool = False,
 ) -> Plan:
@@ -56,8 +54,6 @@ def plan(
         zero: DeepSpeed's ZeRO stage, 0 for DDP.
         offload: what DeepSpeed offloads to the host.
         nodes: number of nodes.
-        bandwidth: in Gbit/s, of a node's link, or of a device's link on one node.
-        tflops: speed that a device reaches, if it is known.
         tokens: length of a row, instead of the data's lengths.
         advise: whether changes that need less are planned even if the run fits.
 
@@ -81,8 +77,6 @@ def plan(
         gpu,
         offload,
         nodes,
-        bandwidth,
-        tflops,
         CONTEXT if gpu else resident(),
     )
     check_setting(loaded, setting)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import Problem, RecipeError, check_count, number_problems
+from vlm_tune.errors import Problem, RecipeError, check_count
 from vlm_tune.memory_plan.results import Offload
 from vlm_tune.memory_plan.traced_stage import TracedStage
 from vlm_tune.quoting import quoted
@@ -40,8 +40,6 @@ class Setting:
     gpu: bool
     offload: Offload
     nodes: int
-    bandwidth: float
-    tflops: float | None
     base: int
     known: dict[Any, TracedStage] = field(default_factory=dict)
 
@@ -114,8 +112,5 @@ def check_setting(recipe: Recipe, setting: Setting) -> None:
                 f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
             )
         )
-    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems(
-        "--tflops", setting.tflops
-    )
     if problems:
         raise RecipeError(problems)
