@@ -359,17 +359,27 @@ def test_the_optimizer_s_step_finds_all_gradients_and_no_activations() -> None:
         np.array([900, 0, 0, 0, 0, 0, 0, 0, 100]),
         0,
         shares,
-        Setting(1, 0, None, True, "none", 1, CONTEXT),
+        Setting(1, 0, None, True, "none", CONTEXT),
         half=True,
     )
     assert (memory.exchange, memory.activations, memory.gradients) == (0, 0, 4_000)
 
 
-def test_settings_that_can_not_be_are_told_at_once(tiny_recipe: TinyRecipe) -> None:
+def test_settings_that_exclude_each_other_are_refused(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
     recipe = parsed(tiny_recipe("causal"))
-    with pytest.raises(RecipeError) as raised:
-        plan(recipe, processes=3, nodes=2, offload="all", zero=2)
-    assert [problem.where for problem in raised.value.problems] == ["--nodes", "--offload"]
+    for offload, zero, least in (("optimizer", 0, "1 or more"), ("all", 0, "3"), ("all", 2, "3")):
+        with pytest.raises(RecipeError) as raised:
+            plan(recipe, processes=3, offload=offload, zero=zero)
+        (problem,) = raised.value.problems
+        assert problem.where == "--offload"
+        assert problem.message == f"{offload} needs --zero {least}, not {zero}"
+    quantized = parsed(
+        with_tune(with_llm(tiny_recipe("causal"), tmp_path, "causal", ", quantize: nf4"))
+    )
+    with pytest.raises(RecipeError, match="--zero: ZeRO-3 can't divide an LLM in nf4"):
+        plan(quantized, processes=3, zero=3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -103,7 +103,6 @@ def plan(
     offload: Annotated[
         str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")
     ] = "none",
-    nodes: Annotated[int, typer.Option(min=1, help="machines that the processes are on")] = 1,
     tokens: Annotated[
         int | None,
         typer.Option(min=2, help="length of a row; from the data, or max_length, where not given"),
@@ -120,7 +119,7 @@ def plan(
     from vlm_tune.rendering.check_text import show_exports
     from vlm_tune.rendering.plan_text import show_plan
 
-    places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
+    places: Any = {"processes": processes, "zero": zero, "offload": offload}
     report = run(loaded, gpu_memory=gpu_memory, **places, tokens=tokens)
     exports = _exports(loaded)
     if as_json:

@@ -40,7 +40,6 @@ def plan(
     processes: int = 1,
     zero: int = 0,
     offload: Offload = "none",
-    nodes: int = 1,
     tokens: int | None = None,
     advise: bool = False,
 ) -> Plan:
@@ -53,7 +52,6 @@ def plan(
         processes: on all nodes together.
         zero: DeepSpeed's ZeRO stage, 0 for DDP.
         offload: what DeepSpeed offloads to the host.
-        nodes: number of nodes.
         tokens: length of a row, instead of the data's lengths.
         advise: whether changes that need less are planned even if the run fits.
 
@@ -67,7 +65,7 @@ def plan(
     """
     started = time.perf_counter()
     loaded = as_recipe(recipe, overrides)
-    check_arguments(gpu_memory, processes, zero, offload, nodes, tokens)
+    check_arguments(gpu_memory, processes, zero, offload, tokens)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
     setting = Setting(
@@ -76,7 +74,6 @@ def plan(
         tokens,
         gpu,
         offload,
-        nodes,
         CONTEXT if gpu else resident(),
     )
     check_setting(loaded, setting)
@@ -95,7 +92,6 @@ def _without_advice(recipe: Recipe, setting: Setting, limit: int | None) -> Plan
         quantize=recipe.model.llm.quantize,
         processes=setting.processes,
         zero=setting.zero,
-        nodes=setting.nodes,
         offload=setting.offload,
         gpu_memory=limit,
         allocator=None if setting.gpu else allocator(),

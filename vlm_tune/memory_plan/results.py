@@ -108,7 +108,6 @@ class Plan:
     quantize: str | None
     processes: int
     zero: int
-    nodes: int
     offload: Offload
     gpu_memory: int | None
     allocator: Allocator | None

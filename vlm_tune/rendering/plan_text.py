@@ -38,7 +38,6 @@ def show_plan(console: Console, plan: Plan) -> None:
     If the recipe does not fit, changes that reduce its memory follow.
     """
     where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
-    where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
     where += {
         "none": "",
