@@ -1,4 +1,10 @@
-"""Starts several processes on this machine, as `vlm-tune sft --processes N` does."""
+"""Starts several processes on this machine, as `vlm-tune sft --processes N` does.
+
+PyTorch's launcher, torchrun, does not replace it (measured: dev/log.md). Once it has passed a
+signal on, it gives no exit codes of ranks, so a stop that could be saved and one that could not
+look alike. It sends signals to the ranks' worker processes too, and kills what takes longer to stop
+than a limit. When one rank fails, it stops the others before they can say what they met.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,9 +38,25 @@ def launch(command: Sequence[str], processes: int) -> int:
     That is the code of the first rank that failed, or 5 if a signal ended it. SIGINT and SIGTERM
     are passed on to every rank. When one fails, the others are killed after a grace period.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    with _reserved_port() as port:
+        return _launch(command, processes, port)
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Context with a free TCP port that no other process is given while it lasts.
+
+    The socket stays bound and does not listen: the system assigns its port to nobody, and rank 0
+    may listen there, since its store sets SO_REUSEADDR too.
+    """
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("", 0))
+        yield bound.getsockname()[1]
+
+
+def _launch(command: Sequence[str], processes: int, port: int) -> int:
+    """Runs the ranks, which meet at a port, and returns the job's exit code."""
     threads = str(max((os.cpu_count() or 1) // processes, 1))
     common = {
         "OMP_NUM_THREADS": threads,

@@ -16,8 +16,8 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError
 from vlm_tune.paths import check_writable, writing
+from vlm_tune.run_lock import HOLDER, check_lock
 from vlm_tune.run_lock import NAME as LOCK
-from vlm_tune.run_lock import check_lock
 
 MARK = ".vlm_tune-run"
 """The file that marks a folder as a run's: without it nothing in a folder is ever deleted."""
@@ -114,7 +114,7 @@ def _begun(run: Path) -> int | None:
 
 
 def _holds_files(run: Path) -> bool:
-    return any(path.name not in (LOCK, WRITTEN, MARK) for path in run.iterdir())
+    return any(path.name not in (LOCK, HOLDER, WRITTEN, MARK) for path in run.iterdir())
 
 
 def open_run(

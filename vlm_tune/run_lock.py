@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from vlm_tune.errors import TrainingError
 from vlm_tune.paths import writing
+from vlm_tune.quoting import cut
 
 NAME = "run.lock"
+HOLDER = "run.lock.json"
+"""The file that is locked, and the one beside it that names the process which holds the lock."""
+
+WHAT = "the run's lock"
 REFRESH = 30.0
 STALE = 300.0
 """Seconds after which a lock is touched, and after which an untouched one counts as abandoned.
 
 The latter is for locks of other hosts.
 """
+PATIENCE = 0.2
+"""Seconds to try: its owner may be removing the file, or another process looking at it."""
 
 _held: set[Path] = set()
 
@@ -40,80 +50,70 @@ def run_lock(run: Path) -> Iterator[str | None]:
     """
     with writing(run, "the output folder"):
         run.mkdir(parents=True, exist_ok=True)
-    path = run.resolve() / NAME
-    if path in _held:
+    folder = run.resolve()
+    if folder in _held:
         raise TrainingError(f"{run} is in use by this very process")
-    with writing(path, "the run's lock"):
-        descriptor, before = _taken(run, path)
-    _held.add(path)
-    ended = threading.Event()
-    threading.Thread(target=_refresh, args=(path, ended), name="lock", daemon=True).start()
-    try:
+    with ExitStack() as stack:
+        with writing(folder / NAME, WHAT):
+            stack.enter_context(_locked(run))
+            before = _holder(run)
+            # Where the file system does not share locks between hosts, this one says nothing of
+            # theirs. A damaged name is no other host's: an owner on this host would hold the lock.
+            elsewhere = (before or {}).get("host", socket.gethostname()) != socket.gethostname()
+            if elsewhere and time.time() - (folder / HOLDER).stat().st_mtime < STALE:
+                raise _refusal(run)
+            (folder / HOLDER).write_text(json.dumps(_this_process()))
+        for name in (NAME, HOLDER):
+            stack.callback((folder / name).unlink, missing_ok=True)
+        _held.add(folder)
+        stack.callback(_held.discard, folder)
+        ended = threading.Event()
+        stack.callback(ended.set)
+        threading.Thread(
+            target=_refresh, args=(folder / HOLDER, ended), name="lock", daemon=True
+        ).start()
         yield (
             None
             if before is None
             else f"the lock of {_who(before)} is taken over: that process is gone"
         )
-    finally:
-        ended.set()
-        _held.discard(path)
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def check_lock(run: Path) -> None:
     """Raises `TrainingError` if another process of this host runs in the folder; takes no lock."""
-    path = run / NAME
-    if path.is_file() and path.resolve() not in _held:
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            if not _locks(descriptor):
-                raise _refusal(run, _read(descriptor))
-        finally:
-            os.close(descriptor)
+    if (run / NAME).is_file() and run.resolve() not in _held:
+        with writing(run / NAME, WHAT), _locked(run):
+            pass
 
 
-def _taken(run: Path, path: Path) -> tuple[int, dict[str, Any] | None]:
-    """Locks the file and writes this process into it; returns its descriptor and earlier owner."""
-    while True:
-        # A record lock is not inherited by worker processes, which outlive a killed run for some
-        # seconds.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            free = _locks(descriptor)
-            before = _read(descriptor)
-            if free and (not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino):
-                os.close(descriptor)
-                continue  # its owner has just removed it
-            # A truncated file names no host; an owner on this host keeps it locked.
-            elsewhere = (
-                before is not None
-                and before.get("host", socket.gethostname()) != socket.gethostname()
-            )
-            if not free or (elsewhere and time.time() - path.stat().st_mtime < STALE):
-                raise _refusal(run, before)
-        except TrainingError:
-            os.close(descriptor)
-            raise
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        return descriptor, before
-
-
-def _locks(descriptor: int) -> bool:
+def _locked(run: Path) -> AcquireReturnProxy[Any]:
+    """Locks the file; the context that is returned ends the lock. Raises `TrainingError`."""
+    # Worker processes, which outlive a killed run for some seconds, do not inherit the lock:
+    # filelock closes its descriptor in forks. Its substitute for file systems without locks let
+    # two processes in (3.32.7), so there is none.
+    lock = FileLock(run.resolve() / NAME, timeout=PATIENCE, fallback_to_soft=False)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        return lock.acquire()
+    except Timeout:
+        raise _refusal(run) from None
 
 
-def _read(descriptor: int) -> dict[str, Any] | None:
-    """Returns the owner that the lock names: {} where that is not JSON, None where it is empty."""
-    text = os.pread(descriptor, 1000, 0)
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.time(),
+        "command": cut(shlex.join(sys.argv)),
+    }
+
+
+def _holder(run: Path) -> dict[str, Any] | None:
+    """Returns the process that the lock names: {} where that is no JSON, None where it is empty."""
     try:
+        text = (run / HOLDER).read_bytes()
         owner = json.loads(text) if text else None
+    except FileNotFoundError:
+        return None
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else None
@@ -121,17 +121,19 @@ def _read(descriptor: int) -> dict[str, Any] | None:
 
 def _who(owner: dict[str, Any]) -> str:
     started = owner.get("started")
+    command = owner.get("command")
     since = ""
     if isinstance(started, int | float) and 0 <= started < 1e11:
         since = f" since {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}"
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}{since}"
+    running = f" ({cut(command)})" if isinstance(command, str) else ""
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}{since}{running}"
 
 
-def _refusal(run: Path, owner: dict[str, Any] | None) -> TrainingError:
+def _refusal(run: Path) -> TrainingError:
     return TrainingError(
-        f"{run} is in use by {_who(owner or {})}; wait for it, stop it, or choose another output. "
-        f"({NAME} of a host that is gone is free {STALE / 60:.0f} minutes after its last sign of "
-        f"life)"
+        f"{run} is in use by {_who(_holder(run) or {})}; wait for it, stop it, or choose another "
+        f"output. ({NAME} of a host that is gone is free {STALE / 60:.0f} minutes after its last "
+        f"sign of life)"
     )
 
 

@@ -176,7 +176,6 @@ MISUSES = [
     lambda: vlm_tune.plan("recipes/demo.yaml", processes=0),
     lambda: vlm_tune.plan("recipes/demo.yaml", zero=7),
     lambda: vlm_tune.plan("recipes/demo.yaml", offload="x"),  # type: ignore[arg-type]
-    lambda: vlm_tune.plan("recipes/demo.yaml", tflops=float("nan")),
     lambda: vlm_tune.plan("recipes/demo.yaml", tokens=10**9),
     lambda: vlm_tune.evaluate("nope", split="x"),  # type: ignore[arg-type]
     lambda: vlm_tune.evaluate("nope", limit=-1),

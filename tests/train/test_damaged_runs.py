@@ -24,6 +24,7 @@ NAMES = (
     "data.json",
     "log.jsonl",
     "run.lock",
+    "run.lock.json",
     "quarantine.jsonl",
     "stages/1-main/trace.jsonl",
 )

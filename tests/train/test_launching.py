@@ -49,6 +49,35 @@ def test_ranks_find_what_torchrun_would_set(tmp_path: Path) -> None:
     assert first[5] == second[5]
 
 
+def test_no_other_process_is_given_the_port_before_rank_0_listens(tmp_path: Path) -> None:
+    assert (
+        ranks(
+            "import socket\n"
+            "try: socket.socket().bind(('127.0.0.1', int(os.environ['MASTER_PORT'])))\n"
+            "except OSError as error: (folder / rank).write_text(error.strerror)\n",
+            tmp_path,
+        )
+        == 0
+    )
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"Address already in use"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("libuv", [True, False])
+def test_the_ranks_meet_at_the_port(tmp_path: Path, libuv: bool) -> None:
+    code = (
+        "from torch.distributed import TCPStore\n"
+        "port, first = int(os.environ['MASTER_PORT']), rank == '0'\n"
+        f"store = TCPStore(os.environ['MASTER_ADDR'], port, 2, first, use_libuv={libuv})\n"
+        "store.set(rank, rank)\n"
+        "(folder / rank).write_bytes(store.get('1' if first else '0'))\n"
+        "store.add('done', 1)\n"
+        "while first and store.add('done', 0) < 2: time.sleep(0.01)\n"
+    )
+    assert ranks(code, tmp_path) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "0"]
+
+
 def test_the_first_failure_is_the_jobs_and_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,21 +103,13 @@ def plan(
     offload: Annotated[
         str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")
     ] = "none",
-    nodes: Annotated[int, typer.Option(min=1, help="machines that the processes are on")] = 1,
-    bandwidth: Annotated[
-        float, typer.Option(help="Gbit/s of a node's link; on one node, of a device's")
-    ] = 100.0,
-    tflops: Annotated[
-        float | None,
-        typer.Option(help="TFLOP/s that a device reaches, for the expected efficiency"),
-    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(min=2, help="length of a row; from the data, or max_length, where not given"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what RECIPE needs (parameters, memory by cause, FLOPs, traffic) without its weights; exit
+    """Say what RECIPE needs (parameters, memory by cause, FLOPs) without its weights; exit
     code 5 if it does not fit.
     """
     check_choice("--offload", offload, ("none", "optimizer", "all"))
@@ -127,10 +119,8 @@ def plan(
     from vlm_tune.rendering.check_text import show_exports
     from vlm_tune.rendering.plan_text import show_plan
 
-    places: Any = {"processes": processes, "zero": zero, "offload": offload, "nodes": nodes}
-    report = run(
-        loaded, gpu_memory=gpu_memory, **places, bandwidth=bandwidth, tflops=tflops, tokens=tokens
-    )
+    places: Any = {"processes": processes, "zero": zero, "offload": offload}
+    report = run(loaded, gpu_memory=gpu_memory, **places, tokens=tokens)
     exports = _exports(loaded)
     if as_json:
         print_json({**report.summary(), "exports": exports})

@@ -40,9 +40,6 @@ def plan(
     processes: int = 1,
     zero: int = 0,
     offload: Offload = "none",
-    nodes: int = 1,
-    bandwidth: float = 100.0,
-    tflops: float | None = None,
     tokens: int | None = None,
     advise: bool = False,
 ) -> Plan:
@@ -55,9 +52,6 @@ def plan(
         processes: on all nodes together.
         zero: DeepSpeed's ZeRO stage, 0 for DDP.
         offload: what DeepSpeed offloads to the host.
-        nodes: number of nodes.
-        bandwidth: in Gbit/s, of a node's link, or of a device's link on one node.
-        tflops: speed that a device reaches, if it is known.
         tokens: length of a row, instead of the data's lengths.
         advise: whether changes that need less are planned even if the run fits.
 
@@ -71,7 +65,7 @@ def plan(
     """
     started = time.perf_counter()
     loaded = as_recipe(recipe, overrides)
-    check_arguments(gpu_memory, processes, zero, offload, nodes, tokens)
+    check_arguments(gpu_memory, processes, zero, offload, tokens)
     limit = parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     gpu = limit is not None or torch.cuda.is_available()
     setting = Setting(
@@ -80,9 +74,6 @@ def plan(
         tokens,
         gpu,
         offload,
-        nodes,
-        bandwidth,
-        tflops,
         CONTEXT if gpu else resident(),
     )
     check_setting(loaded, setting)
@@ -101,7 +92,6 @@ def _without_advice(recipe: Recipe, setting: Setting, limit: int | None) -> Plan
         quantize=recipe.model.llm.quantize,
         processes=setting.processes,
         zero=setting.zero,
-        nodes=setting.nodes,
         offload=setting.offload,
         gpu_memory=limit,
         allocator=None if setting.gpu else allocator(),

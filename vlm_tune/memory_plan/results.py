@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vlm_tune.memory_plan.batch_stats import Work
-from vlm_tune.memory_plan.communication import Communication
 from vlm_tune.memory_plan.heap import Allocator
 from vlm_tune.memory_plan.machine import Machine
 from vlm_tune.model.optimizer_groups import TuneRow
@@ -62,7 +61,6 @@ class StagePlan:
       for the last time.
     - `source`: where lengths are from.
     - `host`: bytes offloaded to the host's memory.
-    - `communication`: None for one process.
     - `steps`: all optimizer steps, None if the data is not known.
     """
 
@@ -78,7 +76,6 @@ class StagePlan:
     feature_cache: int
     cached: bool
     host: int
-    communication: Communication | None
     steps: int | None
 
     @property
@@ -111,7 +108,6 @@ class Plan:
     quantize: str | None
     processes: int
     zero: int
-    nodes: int
     offload: Offload
     gpu_memory: int | None
     allocator: Allocator | None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import Problem, RecipeError, check_count, number_problems
+from vlm_tune.errors import Problem, RecipeError, check_count
 from vlm_tune.memory_plan.results import Offload
 from vlm_tune.memory_plan.traced_stage import TracedStage
 from vlm_tune.quoting import quoted
@@ -39,25 +39,19 @@ class Setting:
     tokens: int | None
     gpu: bool
     offload: Offload
-    nodes: int
-    bandwidth: float
-    tflops: float | None
     base: int
     known: dict[Any, TracedStage] = field(default_factory=dict)
 
 
-def check_arguments(
-    gpu_memory: Any, processes: Any, zero: Any, offload: Any, nodes: Any, tokens: Any
-) -> None:
+def check_arguments(gpu_memory: Any, processes: Any, zero: Any, offload: Any, tokens: Any) -> None:
     """Raises `RecipeError` for an argument of another kind than `plan` takes."""
     if not isinstance(gpu_memory, str):
         check_count("--gpu-memory", gpu_memory)
-    for option, count in (("--processes", processes), ("--nodes", nodes)):
-        check_count(option, count)
-        if count > MOST_PROCESSES:
-            raise RecipeError(
-                [Problem(option, f"expected at most {MOST_PROCESSES:,}, not {count:,}")]
-            )
+    check_count("--processes", processes)
+    if processes > MOST_PROCESSES:
+        raise RecipeError(
+            [Problem("--processes", f"expected at most {MOST_PROCESSES:,}, not {processes:,}")]
+        )
     if zero not in (0, 1, 2, 3):
         raise RecipeError([Problem("--zero", f"expected 0 to 3, not {quoted(zero)}")])
     if offload not in get_args(Offload):
@@ -90,13 +84,6 @@ def check_setting(recipe: Recipe, setting: Setting) -> None:
     """Raises `RecipeError` for settings that exclude each other."""
     quantize = recipe.model.llm.quantize
     problems = []
-    if setting.processes % setting.nodes:
-        problems.append(
-            Problem(
-                "--nodes",
-                f"{setting.processes} processes can't be spread evenly over {setting.nodes} nodes",
-            )
-        )
     if setting.offload != "none" and setting.zero < (least := 3 if setting.offload == "all" else 1):
         problems.append(
             Problem(
@@ -114,8 +101,5 @@ def check_setting(recipe: Recipe, setting: Setting) -> None:
                 f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
             )
         )
-    problems += number_problems("--bandwidth", setting.bandwidth) + number_problems(
-        "--tflops", setting.tflops
-    )
     if problems:
         raise RecipeError(problems)

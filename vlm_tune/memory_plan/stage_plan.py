@@ -1,4 +1,4 @@
-"""The plan of each stage: memory of one process, FLOPs of a step, and traffic between processes."""
+"""The plan of each stage: memory of one process and FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.sampler import planned_steps
 from vlm_tune.data.types import Batch
 from vlm_tune.memory_plan.batch_stats import Reading, Work
-from vlm_tune.memory_plan.communication import GIGABIT, Communication, communication, traffic
-from vlm_tune.memory_plan.results import Memory, PartSize, StagePlan
+from vlm_tune.memory_plan.results import Memory, StagePlan
 from vlm_tune.memory_plan.setting import Setting
 from vlm_tune.memory_plan.step import ROWS
 from vlm_tune.memory_plan.traced_stage import TracedStage, trace_stage
@@ -38,7 +37,6 @@ def _stage_plan(
     recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: Setting
 ) -> StagePlan:
     traced_stage = _traced_stage(recipe, number, stage, tokenizer, reading.batch, setting)
-    accumulation = stage.train.gradient_accumulation
     resident_weights = traced_stage.weights
     weights = 0
     if traced_stage.cached and not setting.gpu and setting.processes == 1:
@@ -56,7 +54,6 @@ def _stage_plan(
         half=stage.train.precision != "fp32",
     )
     mean = reading.mean or traced_stage.peak
-    flops = accumulation * _flops(traced_stage, mean)
     known = reading.batch is not None or setting.tokens
     return StagePlan(
         name=recipe.resolved_stages()[number][0],
@@ -70,14 +67,9 @@ def _stage_plan(
         memory=memory,
         host=shares.host,
         loading=max(traced_stage.creation, weights) + memory.base,
-        flops=flops,
+        flops=stage.train.gradient_accumulation * _flops(traced_stage, mean),
         feature_cache=reading.images * traced_stage.feature_bytes if traced_stage.cached else 0,
         cached=traced_stage.cached,
-        communication=_communication(
-            traced_stage.sizes, accumulation, flops, traced_stage.cached, setting
-        )
-        if setting.processes > 1
-        else None,
         steps=_steps(stage, reading),
     )
 
@@ -134,33 +126,6 @@ def _steps(stage: Recipe, reading: Reading) -> int | None:
     if stage.train.steps is not None or reading.steps is None:
         return stage.train.steps
     return planned_steps(stage.train, reading.steps)
-
-
-def _communication(
-    sizes: list[PartSize], accumulation: int, flops: float, cached: bool, setting: Setting
-) -> Communication:
-    """Traffic and time between the processes.
-
-    All weights run, except those of a tower whose features are cached.
-    """
-    tower, connector, llm = sizes
-    returned = (
-        llm.bytes
-        + connector.bytes * (connector.trained + tower.trained > 0)
-        + tower.bytes * (tower.trained > 0)
-    )
-    sent = traffic(
-        4 * sum(size.trained for size in sizes),
-        llm.bytes + connector.bytes + (0 if cached else tower.bytes),
-        returned,
-        stage=setting.zero,
-        processes=setting.processes,
-        accumulation=accumulation,
-    )
-    speed = setting.tflops * 1e12 if setting.tflops else None
-    return communication(
-        sent, flops, nodes=setting.nodes, bandwidth=setting.bandwidth * GIGABIT, speed=speed
-    )
 
 
 def _memory(

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from vlm_tune.memory_plan.communication import Communication
     from vlm_tune.memory_plan.results import Plan, StagePlan
 from vlm_tune.rendering.terminal import duration, print_line
 
@@ -39,7 +38,6 @@ def show_plan(console: Console, plan: Plan) -> None:
     If the recipe does not fit, changes that reduce its memory follow.
     """
     where = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
-    where += f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     where += f", ZeRO-{plan.zero}" if plan.processes > 1 or plan.zero else ""
     where += {
         "none": "",
@@ -92,8 +90,6 @@ def _show_stage(console: Console, stage: StagePlan) -> None:
     console.print(_parameters(stage))
     console.print(_memory(stage))
     _show_step(console, stage)
-    if stage.communication:
-        _show_communication(console, stage.communication)
 
 
 def _parameters(stage: StagePlan) -> Table:
@@ -188,42 +184,3 @@ def _show_time(console: Console, plan: Plan, stage: StagePlan) -> None:
             f"(an estimate from {rate}; without evaluation)"
         )
     print_line(console, line)
-
-
-def _show_communication(console: Console, communication: Communication) -> None:
-    """Prints the traffic of a step by kind, its time, and the expected efficiency."""
-    from vlm_tune.memory_plan.communication import GOOD
-
-    traffic = communication.traffic
-    link = "a node's link" if communication.nodes > 1 else "a device's link"
-    names = {
-        "gradients": "gradients",
-        "updated": "updated weights",
-        "forward": "weights forward",
-        "backward": "weights backward",
-    }
-    kinds = ", ".join(
-        f"{text} {gigabytes(size)}"
-        for name, text in names.items()
-        if (size := getattr(traffic, name))
-    )
-    console.print(
-        Text(f"  {'sends':15}{gigabytes(traffic.total)} a step from each process: {kinds}")
-    )
-    console.print(
-        Text(
-            f"  {'link':15}{communication.seconds:,.3g} s a step "
-            f"at {communication.bandwidth * 8 / 1e9:,g} Gbit/s of {link}"
-        )
-    )
-    if communication.computing is None or communication.least is None or communication.most is None:
-        efficiency = (
-            f"{GOOD:.0%} and more where a step computes for {communication.good:,.3g} s or longer "
-            "(--tflops gives a figure)"
-        )
-    else:
-        efficiency = (
-            f"{communication.least:.0%} with nothing overlapped, up to {communication.most:.0%}; "
-            f"a step computes for {communication.computing:,.3g} s"
-        )
-    console.print(Text(f"  {'efficiency':15}{efficiency}"))
