@@ -9,54 +9,15 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.helpers.html_page import HOSTILE, Page, assert_harmless
 from vlm_tune.errors import RecipeError
 from vlm_tune.rendering.report import write_report
-
-HOSTILE = "<script>alert(1)</script>"
-BREAKOUT = "\"'><img src=x onerror=alert(1)>"
-VOID = {"meta", "img", "br", "input", "link", "hr"}
-
-
-class Page(HTMLParser):
-    """Every element with its attributes and text; fails on tags that don't nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open[-1:] != ["style"]:
-            self.text.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def words(self) -> str:
-        return " ".join(filter(None, self.text))
 
 
 def stage_events(stage: int, name: str, steps: int = 40) -> list[dict[str, Any]]:
@@ -246,7 +207,7 @@ def test_images_are_small_inline_pngs(uncharted: Path) -> None:
     assert (tiny["class"], large["class"]) == ("picture tiny", "picture")
 
 
-@pytest.mark.parametrize("hostile", [HOSTILE, BREAKOUT])
+@pytest.mark.parametrize("hostile", HOSTILE)
 def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     plain = {tag for tag, _ in report(uncharted)[1].elements} | {"section", "ul", "li"}
     run = uncharted
@@ -268,9 +229,9 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
     edit(run / "result.json", {"by_category": {hostile: {"accuracy": 1.0, "n": 1}}})
     write_log(run, [*stage_events(0, hostile)[:1], {"event": "note", "text": hostile}])
     text, page = report(run)
-    assert hostile not in text
+    assert "<" not in hostile or hostile not in text
     assert {tag for tag, _ in page.elements} <= plain
-    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert_harmless(page)
     # title, h1, seed, question, three answers, type, stage heading, stage of the table, match, how,
     # detail, note; three in the recipe
     assert page.words.count(hostile) == 17
@@ -280,31 +241,13 @@ def test_text_is_never_markup(uncharted: Path, hostile: str) -> None:
 def test_is_self_contained(run: Path) -> None:
     text, page = report(run)
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
-    assert not {tag for tag, _ in page.elements} & {
-        "script",
-        "link",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-    }
+    assert_harmless(page)
     policy = next(
         meta["content"]
         for meta in page.all("meta")
         if meta.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    assert all(
-        (image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img")
-    )
-    references = [
-        value
-        for _, attributes in page.elements
-        for name, value in attributes.items()
-        if name in ("href", "xlink:href")
-    ]
-    assert all((value or "").startswith("#") for value in references)
     assert "@import" not in text
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 

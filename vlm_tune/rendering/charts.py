@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +36,20 @@ class Panel:
     dots: list[tuple[int, float]]
 
 
-def chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[Panel], steps: int) -> str:
-    """A figure element: the caption with the color key, and the panels as inline SVG."""
+@dataclass(frozen=True)
+class Chart:
+    """A chart's title, its color key as (class, text), and its panels as inline SVG."""
+
+    title: str
+    keys: Sequence[tuple[str, str]]
+    svg: Markup
+    """The one value of a page that is not escaped: Matplotlib wrote it, and escaped its texts."""
+
+
+def chart(
+    title: str, keys: Sequence[tuple[str, str]], panels: Sequence[Panel], steps: int
+) -> Chart:
+    """Draws panels, one below the other, over the steps of a stage."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -63,9 +76,8 @@ def chart(title: str, keys: Sequence[tuple[str, str]], panels: Sequence[Panel], 
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for stand_in, ink in INKS.items():
         svg = svg.replace(stand_in, ink)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title} against step"', 1)
-    names = "".join(f'<span class="key {kind}">{escape(text)}</span>' for kind, text in keys)
-    return f'<figure class="card"><figcaption><b>{title}</b>{names}</figcaption>{svg}</figure>'
+    label = Markup('<svg role="img" aria-label="{} against step"').format(title)
+    return Chart(title, keys, Markup(svg.replace("<svg", label, 1)))
 
 
 def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from html import escape
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from vlm_tune.data.types import Conversation
-from vlm_tune.data_check.findings import CheckReport, Finding, Histogram, Part, PartReport
+from vlm_tune.data_check.findings import CheckReport, Finding, Part, PartReport
 from vlm_tune.data_check.row_errors import KINDS
 from vlm_tune.data_check.rules import read_rows
 from vlm_tune.errors import DataError
-from vlm_tune.rendering.page import LONG, percent, picture, section, table, write_html
+from vlm_tune.rendering.page import is_long, thumbnail, write_html
 
 LOOKED_AT = 60
 """Maximum number of odd rows that are shown."""
@@ -23,59 +23,31 @@ CHARACTERS = 400
 
 def write_page(report: CheckReport, path: Path) -> None:
     """Writes one self-contained file, with the rows' texts escaped and images as thumbnails."""
-    body = [
-        _header(report),
-        *(_findings(title, findings, counts) for title, findings, counts in _levels(report)),
-        *(_part(part) for part in report.parts),
-        _odd_rows(report),
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_html(path, f"{report.name}: check", body)
-
-
-def _levels(report: CheckReport) -> list[tuple[str, list[Finding], dict[str, int]]]:
-    return [
-        ("Errors", report.errors, report.error_counts),
-        ("Warnings", report.warnings, report.warning_counts),
-    ]
-
-
-def _header(report: CheckReport) -> str:
     scope = (
         f"a sample: the first {report.sample:,} rows of each source"
         if report.sample
         else "all rows that the run reads"
     )
+    levels = [
+        ("Errors", report.error_counts, report.errors),
+        ("Warnings", report.warning_counts, report.warnings),
+    ]
     rows = sum(source.rows for part in report.parts for source in part.sources)
-    figures = [
-        ("Errors", report.error_counts.total()),
-        ("Warnings", report.warning_counts.total()),
-        ("Rows", rows),
-    ]
-    cards = "".join(
-        f'<div class="card"><dt>{name}</dt><dd><b>{value:,}</b></dd></div>'
-        for name, value in figures
-    )
-    return (
-        f'<header><h1>{escape(report.name)}</h1><p class="soft">{scope}</p>'
-        f'<dl class="figures">{cards}</dl></header>'
-    )
-
-
-def _findings(title: str, findings: Sequence[Finding], counts: dict[str, int]) -> str:
-    """A section of findings: the kinds with their counts, and findings about whole sources."""
-    lines = [
-        f'<tr><td>{kind}</td><td class="number">{count:,}</td><td>{escape(KINDS[kind])}</td></tr>'
-        for kind, count in sorted(counts.items())
-    ]
-    whole = [
-        f"<li>{escape(f'{_place(finding)}: {finding.message}')}</li>"
-        for finding in findings
-        if not finding.row
-    ]
-    listed = f'<div class="card"><ul>{"".join(whole)}</ul></div>' if whole else ""
-    columns = [("", "kind"), ("number", "found"), ("", "meaning")]
-    return section(title, table(columns, ["<tbody>", *lines, "</tbody>"]) + listed) if lines else ""
+    figures = [*((title, counts.total()) for title, counts, _ in levels), ("Rows", rows)]
+    page = {
+        "name": report.name,
+        "note": scope,
+        "figures": [(label, f"{count:,}", "") for label, count in figures],
+        "levels": [
+            (title, counts, [f"{_place(each)}: {each.message}" for each in listed if not each.row])
+            for title, counts, listed in levels
+        ],
+        "meanings": KINDS,
+        "parts": [(part, _facts(part)) for part in report.parts],
+        **_odd_rows([*report.errors, *report.warnings], report.read),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_html(path, "check.html", page)
 
 
 def _place(finding: Finding) -> str:
@@ -83,112 +55,31 @@ def _place(finding: Finding) -> str:
     return f"{finding.stage} {finding.part}: {where}"
 
 
-def _part(part: PartReport) -> str:
-    """A section about a part: rows by source, histograms, and padding."""
-    columns = [
-        ("", "source"),
-        ("", "form"),
-        *(
-            ("number", name)
-            for name in ("rows", "bad", "left out", "images", "tokens", "trained tokens")
-        ),
-    ]
-    lines = []
-    for source in part.sources:
-        figures = (
-            source.rows,
-            source.bad,
-            source.left_out,
-            source.images,
-            source.tokens,
-            source.supervised,
-        )
-        numbers = "".join(f'<td class="number">{figure:,}</td>' for figure in figures)
-        lines.append(
-            f"<tr><td>{escape(source.source)}</td><td>{escape(source.form)}</td>{numbers}</tr>"
-        )
-    charts = _histogram("Tokens a row", part.lengths) + _histogram(
-        "Longer side of images, in pixels", part.image_sides
-    )
+def _facts(part: PartReport) -> str:
     facts = [f"{part.questions:,} question-answer pairs"] if part.questions is not None else []
     facts += [f"{part.steps:,} steps"] if part.steps is not None else []
     facts += [f"{part.ms_per_row:.2f} ms a row"] if part.ms_per_row is not None else []
-    body = (
-        table(columns, ["<tbody>", *lines, "</tbody>"])
-        + (f'<div class="charts">{charts}</div>' if charts else "")
-        + _padding(part)
-    )
-    return section(f"{part.stage}: {part.part}", body, ", ".join(facts))
-
-
-def _histogram(title: str, values: Histogram | None) -> str:
-    if values is None:
-        return ""
-    most = max(values.counts)
-    lines = []
-    for place, count in enumerate(values.counts):
-        low = values.start + place * values.width
-        name = f"{low:,}" if values.width == 1 else f"{low:,} to {low + values.width - 1:,}"
-        lines.append(_bar_line(name, f"{count:,}", count / most))
-    caption = (
-        f"<figcaption><b>{title}</b>{values.least:,} to {values.most:,}, "
-        f"half up to {values.middle:,}</figcaption>"
-    )
-    return f'<figure class="card">{caption}<table><tbody>{"".join(lines)}</tbody></table></figure>'
-
-
-def _padding(part: PartReport) -> str:
-    if not part.padding:
-        return ""
-    lines = [
-        f'<tr><td>{waste.name}</td><td class="number">{waste.tokens_per_question:,.1f}</td>'
-        + f'<td class="number">{percent(waste.padding)}</td>{_bar(waste.padding)}</tr>'
-        for waste in part.padding
-    ]
-    columns = [
-        ("", "batches"),
-        ("number", "padded tokens a question"),
-        ("number", "padding"),
-        ("", ""),
-    ]
-    return table(columns, ["<tbody>", *lines, "</tbody>"])
-
-
-def _bar(share: float) -> str:
-    return f'<td class="bar"><span><i style="width:{100 * share:.1f}%"></i></span></td>'
-
-
-def _bar_line(name: str, value: str, share: float) -> str:
-    return f'<tr><td>{name}</td><td class="number">{value}</td>{_bar(share)}</tr>'
+    return ", ".join(facts)
 
 
 # --- odd rows -------------------------------------------------------------------------------------
 
 
-def _odd_rows(report: CheckReport) -> str:
-    """A section of odd rows, of every kind in turn, read again with their images."""
-    chosen = _chosen([finding for finding in (*report.errors, *report.warnings) if finding.row])
-    parts = {(part.stage, part.name): part for part in report.read}
+def _odd_rows(findings: Sequence[Finding], read: Sequence[Part]) -> dict[str, Any]:
+    """Odd rows of every kind in turn, read again with their images, and their share of all."""
+    chosen = _chosen([finding for finding in findings if finding.row])
+    parts = {(part.stage, part.name): part for part in read}
     wanted: dict[tuple[str, str], set[tuple[str, int]]] = defaultdict(set)
     for finding in chosen:
         wanted[finding.stage, finding.part].add((finding.source, finding.row))
-    read = {key: _read(parts[key], names) for key, names in wanted.items()}
-    cards = [
-        _card(finding, read[finding.stage, finding.part].get((finding.source, finding.row)))
+    rows = {key: _read(parts[key], names) for key, names in wanted.items()}
+    odd_rows = [
+        _odd_row(finding, rows[finding.stage, finding.part].get((finding.source, finding.row)))
         for finding in chosen
     ]
-    total = len(
-        {
-            (finding.stage, finding.part, finding.source, finding.row)
-            for finding in (*report.errors, *report.warnings)
-        }
-    )
-    note = f"{len(cards):,} of {total:,}" if total > len(cards) else ""
-    return (
-        section("A look at the odd rows", f'<div class="samples">{"".join(cards)}</div>', note)
-        if cards
-        else ""
-    )
+    total = len({(each.stage, each.part, each.source, each.row) for each in findings})
+    shown_rows = f"{len(odd_rows):,} of {total:,}" if total > len(odd_rows) else ""
+    return {"odd_rows": odd_rows, "shown_rows": shown_rows}
 
 
 def _chosen(findings: Sequence[Finding]) -> list[Finding]:
@@ -212,8 +103,8 @@ def _read(
         return {}
 
 
-def _card(finding: Finding, row: Conversation | DataError | None) -> str:
-    """A finding's card: its message, and the row's image and turns, or its raw content."""
+def _odd_row(finding: Finding, row: Conversation | DataError | None) -> dict[str, Any]:
+    """A finding with its row's image and turns as (role, text), or with the row's raw content."""
     turns: list[tuple[str, str]] = []
     image = None
     if isinstance(row, Conversation):
@@ -221,15 +112,13 @@ def _card(finding: Finding, row: Conversation | DataError | None) -> str:
         image = row.media[0] if row.media else None
     elif row is not None and isinstance(row.content, dict | list):
         turns = [("row", repr(row.content))]
-    words = "".join(
-        f"<dt>{escape(role)}</dt><dd>{escape(_short(text))}</dd>" for role, text in turns
-    )
-    size = "sample long" if any(len(text) > LONG for _, text in turns) else "sample"
-    heading = (
-        f'<p class="soft">{escape(_place(finding))}</p>'
-        f"<p><b>{escape(finding.kind)}</b> {escape(finding.message)}</p>"
-    )
-    return f'<article class="{size}">{picture(image)}<div>{heading}<dl>{words}</dl></div></article>'
+    return {
+        "finding": finding,
+        "place": _place(finding),
+        "thumbnail": thumbnail(image),
+        "turns": [(role, _short(text)) for role, text in turns],
+        "long": is_long(text for _, text in turns),
+    }
 
 
 def _short(text: str) -> str:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ from vlm_tune.data.types import Media
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation.metrics import normalise
 from vlm_tune.rendering.charts import Panel, chart
-from vlm_tune.rendering.page import LONG, percent, picture, section, table, write_html
+from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
+
+COLUMNS = ("before", "after")
+"""The columns of samples.json that hold the model's answers: before and after training."""
 
 
 def write_report(run: Path) -> Path:
@@ -34,22 +36,26 @@ def write_report(run: Path) -> Path:
         values = read_yaml_text(recipe, "recipe.yaml").value
     except RecipeError:
         values = {}
-    name = str(values.get("name") or run.resolve().name)
     events = _events(run / "log.jsonl")
     result = _read(run / "result.json")
     result = result if isinstance(result, dict) else {}
-    parts = [
-        _header(name, values.get("seed"), events, result),
-        _groups("category", result.get("by_category")),
-        _groups("source", result.get("by_source")),
-        *(_stage(stage) for stage in _stages(events)),
-        _tuning(_rows(_read(run / "tuning.json"))),
-        _samples(run, _rows(_read(run / "samples.json"))),
-        _notes(events),
-        f'<details class="card"><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>',
-    ]
+    samples = _rows(_read(run / "samples.json"))
+    page = {
+        "name": str(values.get("name") or run.resolve().name),
+        "note": _facts(values.get("seed"), events),
+        "figures": _figures(result),
+        "scores": {kind: _groups(result.get(f"by_{kind}")) for kind in ("category", "source")},
+        "stages": [_stage(stage) for stage in _stages(events)],
+        "tuning": _tuning(_rows(_read(run / "tuning.json"))),
+        "samples": [_sample(run, row) for row in samples],
+        "right_counts": _right_counts(samples),
+        "notes": [
+            event["text"] for event in events if event.get("event") == "note" and event.get("text")
+        ],
+        "recipe": recipe,
+    }
     path = run / "report.html"
-    write_html(path, name, parts)
+    write_html(path, "report.html", page)
     return path
 
 
@@ -147,8 +153,8 @@ def _count(value: Any, unit: str = "") -> str:
     )
 
 
-def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
-    """The run's name, and the headline figures."""
+def _facts(seed: Any, events: Sequence[dict[str, Any]]) -> str:
+    """The run's seed, and when it started."""
     facts = [] if seed is None else [f"seed {seed}"]
     times = [
         moment
@@ -157,6 +163,11 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
     ]
     if times:
         facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
+    return ", ".join(facts)
+
+
+def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The headline figures as (label, figure, note)."""
     figures = []
     if (accuracy := _number(result.get("accuracy"))) is not None:
         questions = _count(result.get("n"), "question")
@@ -169,40 +180,20 @@ def _header(name: str, seed: Any, events: Sequence[dict[str, Any]], result: dict
         figures.append(("Training time", _duration(seconds), "all stages"))
     if (memory := _number(result.get("peak_memory_mb"))) is not None:
         figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
-    cards = [
-        f'<div class="card"><dt>{label}</dt><dd><b>{escape(value)}</b>'
-        f'<span class="soft">{note}</span></dd></div>'
-        for label, value, note in figures
+    return figures
+
+
+def _groups(scores: Any) -> list[tuple[str, float, str]]:
+    """Test accuracy by category or source, as (name, accuracy, number of questions)."""
+    return [
+        (name, accuracy, _count(entry.get("n")))
+        for name, entry in (scores.items() if isinstance(scores, dict) else ())
+        if isinstance(entry, dict) and (accuracy := _number(entry.get("accuracy"))) is not None
     ]
-    listed = f'<dl class="figures">{"".join(cards)}</dl>' if cards else ""
-    return (
-        f'<header><h1>{escape(name)}</h1><p class="soft">{escape(", ".join(facts))}</p>'
-        f"{listed}</header>"
-    )
 
 
-def _groups(kind: str, scores: Any) -> str:
-    """Test accuracy by category or source."""
-    rows = []
-    for name, entry in scores.items() if isinstance(scores, dict) else ():
-        accuracy = _number(entry.get("accuracy")) if isinstance(entry, dict) else None
-        if accuracy is not None:
-            bar = f'<td class="bar"><span><i style="width:{100 * accuracy:.1f}%"></i></span></td>'
-            numbers = "".join(
-                f'<td class="number">{escape(text)}</td>'
-                for text in (percent(accuracy), _count(entry.get("n")))
-            )
-            rows.append(f"<tr><td>{escape(name)}</td>{numbers}{bar}</tr>")
-    columns = [("", kind), ("number", "accuracy"), ("number", "questions"), ("", "")]
-    return (
-        section(f"Test accuracy by {kind}", table(columns, ["<tbody>", *rows, "</tbody>"]))
-        if rows
-        else ""
-    )
-
-
-def _stage(stage: _Stage) -> str:
-    """A stage's facts and its row of charts."""
+def _stage(stage: _Stage) -> dict[str, Any]:
+    """A stage's title, its facts in words, and its charts."""
     loss, rate, speed = (
         _points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s")
     )
@@ -249,12 +240,12 @@ def _stage(stage: _Stage) -> str:
             )
         charts.append(chart("Learning rate and speed", keys, panels, steps))
     title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
-    body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-    return section(title, body, ", ".join(filter(None, facts)))
+    return {"title": title, "facts": ", ".join(filter(None, facts)), "charts": charts}
 
 
-def _tuning(stages: Sequence[dict[str, Any]]) -> str:
-    bodies = []
+def _tuning(stages: Sequence[dict[str, Any]]) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """The lines of each stage's tuning table, with their sum where there are several."""
+    tables = []
     for stage in stages:
         rows = _rows(stage.get("rows"))
         if len(rows) > 1:
@@ -262,96 +253,50 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> str:
                 key: sum(_number(row.get(key)) or 0 for row in rows) for key in ("trained", "total")
             }
             rows.append({"match": "together", **together})
-        head = (
-            f'<tr><th colspan="7" scope="rowgroup">{escape(str(stage.get("stage", "")))}</th></tr>'
-        )
-        bodies.append(f"<tbody>{head}{''.join(map(_tuning_line, rows))}</tbody>" if rows else "")
-    numbers = [("number", title) for title in ("learning rate", "trained", "of", "share")]
-    columns = [("", "parameters"), ("", "how"), *numbers, ("", "detail")]
-    return section("What was trained", table(columns, bodies)) if any(bodies) else ""
+        if rows:
+            tables.append((stage.get("stage", ""), [_tuning_line(row) for row in rows]))
+    return tables
 
 
-def _tuning_line(row: dict[str, Any]) -> str:
+def _tuning_line(row: dict[str, Any]) -> dict[str, Any]:
     rate, trained, total = (_number(row.get(key)) for key in ("learning_rate", "trained", "total"))
     share = percent(trained / total, 2) if trained is not None and total else ""
-    match, how, detail = (
-        f"<td>{escape(str(row.get(key) or ''))}</td>" for key in ("match", "how", "detail")
-    )
     figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
-    return (
-        f"<tr>{match}{how}"
-        f"{''.join(f'<td class=number>{escape(figure)}</td>' for figure in figures)}{detail}</tr>"
-    )
-
-
-def _notes(events: Sequence[dict[str, Any]]) -> str:
-    notes = [
-        f"<li>{escape(str(event['text']))}</li>"
-        for event in events
-        if event.get("event") == "note" and event.get("text")
-    ]
-    return section("Notes", f'<div class="card"><ul>{"".join(notes)}</ul></div>') if notes else ""
+    texts = {key: row.get(key) or "" for key in ("match", "how", "detail")}
+    return {**texts, "figures": figures}
 
 
 # --- samples --------------------------------------------------------------------------------------
 
 
-def _samples(run: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """The panel of samples, with the numbers of right answers before and after training."""
-    counts = []
-    for column in ("before", "after"):
-        marks = [mark for row in rows if (mark := _is_right(row, column)) is not None]
-        if marks:
-            counts.append(f"{column} training {sum(marks)} of {len(marks)} right")
-    cards = []
-    for row in rows:
-        kind = (
-            "sample long"
-            if any(
-                len(str(row.get(key))) > LONG for key in ("question", "expected", "before", "after")
-            )
-            else "sample"
-        )
-        answers = (
-            f"<dt>expected</dt><dd>{_text(row.get('expected'))}</dd>"
-            f"{_answer(row, 'before')}{_answer(row, 'after')}"
-        )
-        words = f"<p>{_text(row.get('question'))}</p><dl>{answers}</dl>"
-        cards.append(f'<article class="{kind}">{_picture(run, row)}<div>{words}</div></article>')
-    return (
-        section("Samples", f'<div class="samples">{"".join(cards)}</div>', ", ".join(counts))
-        if rows
-        else ""
-    )
+def _sample(run: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """A sample's texts, its answers as (column, answer, verdict), and its thumbnail."""
+    question, expected = (row.get(key) for key in ("question", "expected"))
+    answers = [(column, row.get(column), _verdict(row.get(column), expected)) for column in COLUMNS]
+    texts = (question, expected, *(answer for _, answer, _ in answers))
+    return {
+        "question": question,
+        "expected": expected,
+        "answers": answers,
+        "thumbnail": thumbnail(Media(run / str(row["image"])) if row.get("image") else None),
+        "long": is_long(map(str, texts)),
+    }
 
 
-def _is_right(row: dict[str, Any], column: str) -> bool | None:
+def _verdict(answer: Any, expected: Any) -> str:
+    """Returns "right", "wrong", or "" where there is no answer or none is expected."""
+    if answer is None or expected is None:
+        return ""
     # The metric's own comparison: a different one could contradict the accuracy above.
-    answer = row.get(column)
-    expected = row.get("expected")
-    return (
-        None
-        if answer is None or expected is None
-        else normalise(str(answer)) == normalise(str(expected))
-    )
+    return "right" if normalise(str(answer)) == normalise(str(expected)) else "wrong"
 
 
-def _text(value: Any) -> str:
-    return (
-        escape(str(value))
-        if value not in (None, "")
-        else f'<span class="soft">{"–" if value is None else "(empty)"}</span>'
-    )
-
-
-def _answer(row: dict[str, Any], column: str) -> str:
-    name, mark = {None: ("", ""), True: ("right", "✓ "), False: ("wrong", "✗ ")}[
-        _is_right(row, column)
-    ]
-    shown = f'<span role="img" aria-label="{name}">{mark}</span>' if mark else ""
-    return f'<dt>{column}</dt><dd class="{name}">{shown}{_text(row.get(column))}</dd>'
-
-
-def _picture(run: Path, row: dict[str, Any]) -> str:
-    """The sample's image as an inline thumbnail, or a text if there is none."""
-    return picture(Media(run / str(row["image"]))) if row.get("image") else picture(None)
+def _right_counts(rows: Sequence[dict[str, Any]]) -> str:
+    """The numbers of right answers before and after training, in words."""
+    counts = []
+    for column in COLUMNS:
+        verdicts = [_verdict(row.get(column), row.get("expected")) for row in rows]
+        marked = len(verdicts) - verdicts.count("")
+        if marked:
+            counts.append(f"{column} training {verdicts.count('right')} of {marked} right")
+    return ", ".join(counts)
