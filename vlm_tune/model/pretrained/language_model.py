@@ -213,7 +213,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         raise ModelError(
             f"can't load the language model {quoted(name)}: {load_reason(name, error)}"
         ) from None
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if hasattr(model, "peft_config"):
         raise ModelError(
             f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; "
             "merge it first and name the merged model"
