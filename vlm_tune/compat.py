@@ -173,8 +173,8 @@ def build_no_shared_memory_op() -> None:
 def flat_zero_shards(optimizer: Any, stage: int) -> list[torch.Tensor]:
     """This rank's shards of the fp32 weights of a ZeRO optimizer of stage 1, 2 or 3.
 
-    There is one flat tensor for each parameter group; with each the inner optimizer's state is
-    looked up. In stage 3 a group may be cut into several.
+    They are flat: one tensor a parameter group, in stage 3 one or more. The inner optimizer's state
+    is keyed by them.
     """
     if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
