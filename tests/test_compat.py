@@ -1,37 +1,95 @@
-"""Names of other libraries, on whichever of their versions is installed."""
+"""Private names of other libraries, on whichever of their versions is installed.
+
+Each test calls the library: it fails where the library has renamed what `vlm_tune.compat` uses.
+"""
 
 from __future__ import annotations
 
+import gc
 import inspect
+import io
 import logging
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from tests.helpers.forked_runs import ended, start
 from vlm_tune.compat import (
     HARMLESS,
+    allow_precision,
+    build_no_shared_memory_op,
     cache_name,
+    dataset_fingerprint,
+    default_store,
+    flat_zero_shards,
+    forget_checkpoint_names,
+    forget_members,
+    fp32_layers,
+    is_attention_projection,
+    is_zero3_parameter,
+    keep_gradients_of_packed_layers,
+    launched_without_others,
+    link_zero_state,
     recompute_operator_inputs,
+    set_lora_layer,
     without_harmless_warnings,
+    worker_processes,
+    zero3_shard_size,
 )
 from vlm_tune.kernels.lora import lora_linear
 
 
-def test_the_cache_is_given_and_returned_by_its_name() -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+def calls(library: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the library's version to whatever a test raises."""
+
+    def noting(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def noted(*arguments: Any, **named: Any) -> None:
+            try:
+                test(*arguments, **named)
+            except Exception as error:
+                error.add_note(f"with {library} {version(library)}")
+                raise
+
+        return noted
+
+    return noting
+
+
+def forked(act: Callable[[], Any], folder: Path) -> None:
+    """Calls `act` in a fork: a process group and accelerate's state are for a whole process."""
+    assert ended(start(act, folder / "said")) == [0], (folder / "said.0").read_text()
+
+
+def tiny_llama() -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
     )
-    model = LlamaForCausalLM(config).eval()
-    assert cache_name() in inspect.signature(model.forward).parameters
-    ids, cache = torch.arange(6)[None], DynamicCache()
-    first = model(input_ids=ids[:, :4], use_cache=True, **{cache_name(): cache})
-    second = model(input_ids=ids[:, 4:], use_cache=True, **{cache_name(): first[cache_name()]})
-    assert first[cache_name()] is cache and cache.get_seq_length() == 6
-    assert torch.allclose(second.logits, model(input_ids=ids).logits[:, 4:], atol=1e-5)
 
 
 def test_warnings_are_left_out_within_a_call_alone() -> None:
@@ -42,6 +100,67 @@ def test_warnings_are_left_out_within_a_call_alone() -> None:
     assert logger.level == before
 
 
+# --- Python ---------------------------------------------------------------------------------------
+
+
+def test_an_archive_keeps_no_header_of_what_was_read() -> None:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for number in range(20):
+            archive.addfile(tarfile.TarInfo(f"{number}.txt"))
+    written.seek(0)
+    names = []
+    before = headers()
+    with tarfile.open(fileobj=written) as archive:
+        while (member := archive.next()) is not None:
+            forget_members(archive)
+            names.append(member.name)
+        assert headers() - before <= 2  # the first and the last
+    assert names == [f"{number}.txt" for number in range(20)]
+
+
+def headers() -> int:
+    return sum(isinstance(each, tarfile.TarInfo) for each in gc.get_objects())
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+@calls("torch")
+def test_the_workers_of_a_loader_are_its_child_processes() -> None:
+    loader: Any = torch.utils.data.DataLoader([0, 1, 2, 3], num_workers=2)  # type: ignore[arg-type]
+    batches = iter(loader)
+    workers = worker_processes(batches)
+    assert len(set(workers)) == 2
+    assert {*workers} <= {child.pid for child in multiprocessing.active_children()}
+    assert [int(batch) for batch in batches] == [0, 1, 2, 3]
+
+
+@calls("torch")
+def test_the_default_groups_store_is_that_of_its_making(tmp_path: Path) -> None:
+    def act() -> None:
+        with pytest.raises(ValueError, match="not been initialized"):
+            default_store()
+        join_alone()
+        default_store().clone().set("key", "value")
+        assert default_store().get("key") == b"value"
+
+    forked(act, tmp_path)
+
+
+def join_alone() -> None:
+    """Makes a process group of this process alone."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+@calls("torch")
+def test_the_output_of_torchs_attention_is_told_from_a_linear_layer() -> None:
+    assert is_attention_projection(nn.MultiheadAttention(8, 2).out_proj)
+    assert not is_attention_projection(nn.Linear(8, 8))
+
+
+@calls("torch")
 def test_a_compiled_backward_pass_makes_the_input_of_an_operator_anew() -> None:
     down, up = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     weight = torch.randn(16, 32)
@@ -63,3 +182,228 @@ def test_a_compiled_backward_pass_makes_the_input_of_an_operator_anew() -> None:
     with recompute_operator_inputs():
         assert saved().count(whole) == 1
     assert saved().count(whole) == 2
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@calls("transformers")
+def test_the_cache_is_given_and_returned_by_its_name() -> None:
+    model = tiny_llama().eval()
+    assert cache_name() in inspect.signature(model.forward).parameters
+    ids, cache = torch.arange(6)[None], DynamicCache()
+    first = model(input_ids=ids[:, :4], use_cache=True, **{cache_name(): cache})
+    second = model(input_ids=ids[:, 4:], use_cache=True, **{cache_name(): first[cache_name()]})
+    assert first[cache_name()] is cache and cache.get_seq_length() == 6
+    assert torch.allclose(second.logits, model(input_ids=ids).logits[:, 4:], atol=1e-5)
+
+
+@calls("transformers")
+def test_a_t5_keeps_its_wo_in_fp32() -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    assert fp32_layers(T5ForConditionalGeneration(config)) == {"wo"}
+    assert fp32_layers(tiny_llama()) == set()
+
+
+@calls("transformers")
+def test_a_model_is_saved_under_its_own_names_once_the_checkpoints_are_forgotten(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    names = set(model.state_dict())
+    model.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file(
+        {f"language.{name}": each for name, each in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
+    loaded: Any = LlamaForCausalLM.from_pretrained(
+        tmp_path / "theirs", key_mapping={r"^language\.": ""}
+    )
+    loaded.save_pretrained(tmp_path / "before")
+    forget_checkpoint_names(loaded)
+    loaded.save_pretrained(tmp_path / "after")
+    assert set(load_file(tmp_path / "before" / "model.safetensors")) == {
+        f"language.{name}" for name in names
+    }
+    assert set(load_file(tmp_path / "after" / "model.safetensors")) == names
+
+
+@calls("transformers")
+def test_a_model_loaded_with_an_adapter_has_a_peft_config(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not hasattr(base, "peft_config")
+    get_peft_model(base, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    assert hasattr(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), "peft_config")
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+@calls("peft")
+def test_peft_wraps_a_layer_in_the_type_that_was_set() -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear, LoraModel
+
+    class OtherLinear(Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = LoraConfig(r=2, target_modules=["1"])
+    set_lora_layer(config, nn.Linear, OtherLinear)
+    LoraModel(model, config, "default")
+    assert [type(layer) for layer in model] == [nn.Linear, OtherLinear]
+
+
+# --- accelerate -----------------------------------------------------------------------------------
+
+
+@calls("accelerate")
+def test_a_later_accelerator_may_have_another_precision(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    def act() -> None:
+        allow_precision("bf16")
+        assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+        with pytest.raises(ValueError, match="already been initialized"):
+            Accelerator(cpu=True, mixed_precision="no")
+        allow_precision("no")
+        assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+
+    forked(act, tmp_path)
+
+
+@calls("accelerate")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launch_that_starts_one_process_of_several_is_recognised(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    options = f"--cpu --num_machines 1 --num_processes {processes} --mixed_precision no"
+    arguments = launch_command_parser().parse_args([*options.split(), "train.py"])
+    # What `accelerate launch` takes for granted where it is given neither option nor config.
+    arguments.dynamo_backend, arguments.num_cpu_threads_per_process = "no", 1
+    assert not launched_without_others()
+    for name, text in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, text)
+    assert launched_without_others() == (processes == 2)
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------
+
+
+@calls("deepspeed")
+def test_deepspeed_compiles_no_shared_memory_operator(tmp_path: Path) -> None:
+    def act() -> None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.comm.torch import build_shm_op
+
+        name = get_accelerator().create_op_builder("ShareMemCommBuilder").NAME
+        deepspeed.ops.__compatible_ops__[name] = True
+        build_no_shared_memory_op()
+        assert build_shm_op() is None
+
+    forked(act, tmp_path)
+
+
+def zero_engine(stage: int) -> Any:
+    """DeepSpeed's engine around a layer of 5 x 3 weights, in a process group of one process."""
+    import deepspeed
+
+    os.environ["LOCAL_RANK"] = "0"
+    build_no_shared_memory_op()
+    join_alone()
+    model = nn.Linear(3, 5, bias=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(model.parameters())
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+@calls("deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_inner_optimizers_state_is_that_of_the_flat_shards(stage: int, tmp_path: Path) -> None:
+    def act() -> None:
+        engine = zero_engine(stage)
+        engine.backward(engine(torch.ones(1, 3)).sum())
+        engine.step()
+        (shard,) = flat_zero_shards(engine.optimizer, stage)
+        assert shard.numel() >= 15 and shard.dtype == torch.float32
+        assert list(engine.optimizer.optimizer.state) == [shard]
+
+    forked(act, tmp_path)
+
+
+@calls("deepspeed")
+def test_a_linked_parameter_has_its_state_before_the_first_step(tmp_path: Path) -> None:
+    def act() -> None:
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+        engine = zero_engine(1)
+        for shard in flat_zero_shards(engine.optimizer, 1):
+            engine.optimizer.optimizer.state[shard] = {"exp_avg": torch.zeros_like(shard)}
+        link_zero_state(engine.optimizer)
+        (parameter,) = engine.module.parameters()
+        safe_set_full_optimizer_state(parameter, torch.full((5, 3), 2.0), "exp_avg")
+        assert safe_get_full_optimizer_state(parameter, "exp_avg").eq(2).all()
+
+    forked(act, tmp_path)
+
+
+@calls("deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_parameter_is_a_shard_in_stage_3_alone(stage: int, tmp_path: Path) -> None:
+    def act() -> None:
+        (parameter,) = zero_engine(stage).module.parameters()
+        assert is_zero3_parameter(parameter) == (stage == 3)
+        assert not is_zero3_parameter(torch.zeros(3))
+
+    forked(act, tmp_path)
+
+
+@calls("deepspeed")
+def test_a_shard_of_a_single_process_has_all_values(tmp_path: Path) -> None:
+    def act() -> None:
+        (parameter,) = zero_engine(3).module.parameters()
+        assert zero3_shard_size(parameter) >= 15
+
+    forked(act, tmp_path)
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+@calls("datasets")
+def test_a_data_set_has_a_fingerprint_that_follows_its_rows(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"question": ["one", "two"]})
+    data.save_to_disk(str(tmp_path / "saved"))
+    saved, again = (datasets.load_from_disk(str(tmp_path / "saved")) for _ in range(2))
+    assert dataset_fingerprint(saved) == dataset_fingerprint(again)
+    assert dataset_fingerprint(saved.select([0])) != dataset_fingerprint(saved)
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------
+
+
+@calls("bitsandbytes")
+def test_a_packed_layer_keeps_its_gradient_on_every_cpu() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(8, 8)
+    assert "support_avx512bf16_for_cpu" in vars(layer)
+    layer.support_avx512bf16_for_cpu = True
+    keep_gradients_of_packed_layers(nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False

@@ -1,14 +1,26 @@
-"""Differences between versions of other libraries, and workarounds, for the whole package."""
+"""Private names of other libraries, differences between their versions, and workarounds.
+
+A name that a library may change without notice is used here alone: one function each, and one test
+each that calls the library (`tests/test_compat.py`). Libraries are imported in the functions.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tarfile
+
+    import torch
+    from torch import nn
+    from torch.distributed.distributed_c10d import Store
 
 HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
 """Loggers whose warnings are harmless.
@@ -31,6 +43,59 @@ def without_harmless_warnings() -> Iterator[None]:
             logger.setLevel(level)
 
 
+# --- Python ---------------------------------------------------------------------------------------
+
+
+def forget_members(archive: tarfile.TarFile) -> None:
+    """Drops the headers that an open archive keeps of all members read so far.
+
+    Its `next` goes on as before. Python 3.13 has `stream=True` for that.
+    """
+    vars(archive)["members"].clear()
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def worker_processes(batches: Any) -> list[int]:
+    """The process ids of the workers behind an iterator of torch's DataLoader."""
+    return [worker.pid for worker in batches._workers]
+
+
+def default_store() -> Store:
+    """The store over which the processes of torch's default group met.
+
+    Raises `ValueError` where there is no such group.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def is_attention_projection(layer: nn.Module) -> bool:
+    """Whether a layer is the output projection of `nn.MultiheadAttention`.
+
+    Its weight is read by the attention, and the layer itself is never called.
+    """
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+    return isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def recompute_operator_inputs() -> AbstractContextManager[Any]:
+    """Context in which a compiled backward pass recomputes operators' inputs from saved tensors.
+
+    It does so where elementwise work gives them. Otherwise torch saves them: both a norm's input
+    and its output, which is a product of the input.
+    """
+    from torch._functorch import config
+
+    return config.patch(ban_recompute_materialized_backward=False)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
 @cache
 def cache_name() -> str:
     """Returns transformers' name of the KV cache, as an argument and in outputs.
@@ -46,15 +111,53 @@ def cache_name() -> str:
     )
 
 
-def recompute_operator_inputs() -> AbstractContextManager[Any]:
-    """Context in which a compiled backward pass recomputes operators' inputs from saved tensors.
+def fp32_layers(model: Any) -> set[str]:
+    """The last parts of the names of the layers that a transformers model keeps in fp32.
 
-    It does so where elementwise work gives them. Otherwise torch saves them: both a norm's input
-    and its output, which is a product of the input.
+    Quantisation leaves them out.
     """
-    from torch._functorch import config
+    return set(model._keep_in_fp32_modules or ())
 
-    return config.patch(ban_recompute_materialized_backward=False)
+
+def forget_checkpoint_names(model: Any) -> None:
+    """Makes `save_pretrained` write tensors under the model's names.
+
+    Otherwise it writes them under the names of the checkpoint that the model was loaded from.
+    """
+    del model._weight_conversions
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+def set_lora_layer(config: Any, kind: type[nn.Module], layer: type[nn.Module]) -> None:
+    """Makes PEFT wrap the layers of type `kind` in `layer` where it attaches this LoRA config."""
+    config._register_custom_module({kind: layer})
+
+
+# --- accelerate -----------------------------------------------------------------------------------
+
+
+def allow_precision(precision: str) -> None:
+    """Lets the next `Accelerator` have this `mixed_precision`, whatever earlier ones had.
+
+    accelerate keeps the first one for the life of a process. The process group stays.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+
+
+def launched_without_others() -> bool:
+    """Whether `accelerate launch` prepared for several processes and started this one alone.
+
+    By the variables that it sets: its launcher of a single process sets all of them only then.
+    """
+    return os.environ.keys() >= {"ACCELERATE_DYNAMO_MODE", "ACCELERATE_USE_CPU", "MASTER_ADDR"}
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------
 
 
 def build_no_shared_memory_op() -> None:
@@ -137,3 +240,54 @@ def forget_compiled_calls(module: Any) -> None:
 def submodules(module: Any) -> dict[str, Any]:
     """A module's children by name, empty places (None) included."""
     return module._modules
+
+
+def flat_zero_shards(optimizer: Any, stage: int) -> list[torch.Tensor]:
+    """This rank's shards of the fp32 weights of a ZeRO optimizer of stage 1, 2 or 3.
+
+    They are flat: one tensor a parameter group, in stage 3 one or more. The inner optimizer's state
+    is keyed by them.
+    """
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def link_zero_state(optimizer: Any) -> None:
+    """Links parameters to their part of a ZeRO optimizer's state, in stages 1 and 2.
+
+    DeepSpeed does so in its first step; `safe_set_full_optimizer_state` needs it before.
+    """
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def is_zero3_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter whose values DeepSpeed shards (ZeRO stage 3)."""
+    return hasattr(tensor, "ds_id")
+
+
+def zero3_shard_size(parameter: nn.Parameter) -> int:
+    """The number of values in a rank's shard of a parameter of ZeRO stage 3, with padding."""
+    return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """The hash by which the datasets library tells a data set's files and changes."""
+    return dataset._fingerprint
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------
+
+
+def keep_gradients_of_packed_layers(model: nn.Module) -> None:
+    """Keeps 4-bit layers from packing their weights for a CPU kernel that has no gradient.
+
+    Otherwise the first pass in eval mode packs them, and they stay so.
+    """
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

@@ -65,12 +65,15 @@ def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
 def decoder_reasons(text: Any) -> list[str]:
     """The reasons why a decoder can't be LLaVA's, from its transformers config."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+    )
 
     name = text.model_type
-    bodies: Any = AutoModel._model_mapping
-    wholes: Any = AutoModelForCausalLM._model_mapping
-    if type(text) not in bodies or type(text) not in wholes:
+    if type(text) not in MODEL_MAPPING or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return [
             f"its language model is of type {name}, of which transformers has no decoder without "
             "a head"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import fp32_layers
 from vlm_tune.config.model import (
     AnyTower,
     ModelSection,
@@ -297,6 +298,7 @@ def check_packed(model: VisionLanguageNetwork) -> None:
     quantize = model.config.llm.quantize
     language = model.llm.model
     blocks = tuple(f"llm.model.{block}." for block in block_names(language))
+    fp32_names = fp32_layers(language)
     wrong: list[str] = []
     for name, layer in model.named_modules():
         kind = getattr(
@@ -306,9 +308,7 @@ def check_packed(model: VisionLanguageNetwork) -> None:
         )
         # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may
         # be left out.
-        stays_fp32 = name.rsplit(".", 1)[-1] in (
-            getattr(language, "_keep_in_fp32_modules", None) or ()
-        )
+        stays_fp32 = name.rsplit(".", 1)[-1] in fp32_names
         wanted = (
             quantize
             if isinstance(layer, nn.Linear) and name.startswith(blocks) and not stays_fp32

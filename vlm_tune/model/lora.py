@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import set_lora_layer
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import whole_state
@@ -70,12 +71,12 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
     from vlm_tune.model.acceleration.lora_layers import LoraLinear
 
     if not model.config.llm.quantize or part != "llm":
-        config._register_custom_module({nn.Linear: LoraLinear})
+        set_lora_layer(config, nn.Linear, LoraLinear)
     elif model.config.llm.quantize != "int8":
         # int8 layers quantise their inputs as well, so they stay PEFT's.
         from bitsandbytes.nn.modules import Linear4bit
 
-        config._register_custom_module({Linear4bit: LoraLinear})
+        set_lora_layer(config, Linear4bit, LoraLinear)
     module = parts(model)[part]
     pissa = config.init_lora_weights == PISSA
     if pissa:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from vlm_tune.compat import is_attention_projection
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.model.lora import (
@@ -174,7 +174,6 @@ def _target_layers(rule: TuneRule, matched: list[str]) -> list[str]:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether LoRA can be attached to a layer: torch's or GPT-2's linear one that is called."""
-    # nn.MultiheadAttention reads its output projection's weight and never calls it: LoRA there
-    # would change nothing.
-    uncalled = isinstance(layer, NonDynamicallyQuantizableLinear)
-    return (isinstance(layer, nn.Linear) and not uncalled) or type(layer).__name__ == "Conv1D"
+    if is_attention_projection(layer):
+        return False  # never called: LoRA there would change nothing
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"

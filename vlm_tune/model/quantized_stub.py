@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from vlm_tune.compat import fp32_layers
+
 BLOCK = 64
 """Weights per fp32 scale in nf4, as in bitsandbytes."""
 
@@ -66,7 +68,7 @@ def pack_linears(model: nn.Module, quantize: str, *, keep: nn.Module) -> None:
 
     Exceptions are `keep` and the layers that transformers keeps in fp32.
     """
-    fp32_names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    fp32_names = fp32_layers(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child is not keep and name not in fp32_names:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import is_zero3_parameter
 from vlm_tune.errors import ModelError
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import reason_of
@@ -92,7 +93,7 @@ def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     Every rank must call this for a sharded tensor.
     """
     tensor: Any = value
-    if hasattr(tensor, "ds_id"):
+    if is_zero3_parameter(tensor):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -127,7 +128,7 @@ def whole_state(
 
 def is_sharded(value: torch.Tensor) -> bool:
     """Whether a tensor is sharded across ranks."""
-    return hasattr(value, "ds_id") or hasattr(value, "full_tensor")
+    return is_zero3_parameter(value) or hasattr(value, "full_tensor")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:

@@ -7,18 +7,15 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
 
+from vlm_tune.compat import allow_precision, launched_without_others
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError
-
-LAUNCHED_ALONE = {"ACCELERATE_DYNAMO_MODE", "ACCELERATE_USE_CPU", "MASTER_ADDR"}
-"""Set by `accelerate launch` where it was asked for several processes and starts a single one."""
 
 MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
@@ -29,10 +26,8 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     Raises `TrainingError` if it does not join all processes of the launch.
     """
     precision = MIXED[recipe.train.precision]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # accelerate keeps the first precision of a process for good; another run, or the next
-        # stage, may have another.
-        AcceleratorState._reset_state()
+    # Another run of this process, or the last stage, may have had another.
+    allow_precision(precision)
     accelerator = Accelerator(
         # Without a GPU accelerate joins the processes of a launch only with an explicit `cpu=True`.
         cpu=not torch.accelerator.is_available(),
@@ -51,7 +46,7 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
         raise TrainingError(
             f"{launched} processes were launched and accelerate joins {accelerator.num_processes}"
         )
-    if launched == 1 and os.environ.keys() >= LAUNCHED_ALONE:
+    if launched == 1 and launched_without_others():
         raise TrainingError(
             "`accelerate launch` was asked for several processes and started one, as it does on a "
             "CPU where its config says MULTI_CPU, or --cpu is given; give it --multi_gpu (a CPU "

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vlm_tune.compat import default_store
 from vlm_tune.errors import EXIT_TRAINING, TrainingError
 from vlm_tune.quoting import reason_of
 
@@ -71,9 +72,9 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.ranks > 1:
-            from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+            from torch.distributed.distributed_c10d import PrefixStore
 
-            self._store = PrefixStore("vlm_tune", _get_default_store().clone())
+            self._store = PrefixStore("vlm_tune", default_store().clone())
             self._store.set_timeout(timedelta(seconds=max(self.interval, 5.0)))
             # At once, so that even a process which dies in its first second can be named.
             with suppress(RuntimeError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from vlm_tune.compat import worker_processes
 from vlm_tune.config.data import Augment
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
@@ -323,9 +324,7 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
     feed.loading = Loading(position, numbers, 0, [])
     batches = iter(loader)
     for place in range(len(numbers)):
-        feed.loading = Loading(
-            position, numbers, place, [worker.pid for worker in batches._workers]
-        )
+        feed.loading = Loading(position, numbers, place, worker_processes(batches))
         yield next(batches)
 
 

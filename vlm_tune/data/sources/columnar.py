@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.compat import dataset_fingerprint
 from vlm_tune.config.data import DatasetSource
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, StoredRow, digest
 from vlm_tune.data.sources.json_csv import Stretch
@@ -225,7 +226,7 @@ class DatasetRows:
 
         The library's fingerprint follows the files; it is left out for a streamed data set.
         """
-        return digest(*self._version, "" if self._streaming else self._data._fingerprint)
+        return digest(*self._version, "" if self._streaming else dataset_fingerprint(self._data))
 
     def chunks(self) -> Iterator[Chunk]:
         """Ranges of rows, or the shards of a streamed data set."""

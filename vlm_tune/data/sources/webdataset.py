@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.compat import forget_members
 from vlm_tune.data.sources.base import CHUNK_ROWS
 from vlm_tune.data.sources.json_csv import MAX_ROW_BYTES, Stretch, json_value
 from vlm_tune.data.sources.video import DEMUXERS, IMAGE_SUFFIXES
@@ -90,7 +91,7 @@ def _samples(path: Path, start: int, *, contents: bool = True) -> Iterator[_Samp
                 fileobj=file, mode="r:*" if _is_compressed(path) else "r:"
             ) as archive:
                 while (member := archive.next()) is not None:
-                    vars(archive)["members"].clear()  # it would keep every header
+                    forget_members(archive)  # a shard may have millions
                     reached = member.offset
                     fault = _refused(member)
                     folder, _, base = member.name.rpartition("/")

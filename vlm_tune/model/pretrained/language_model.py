@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import forget_checkpoint_names, keep_gradients_of_packed_layers
 from vlm_tune.config.model import Llm, Scratch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, load_reason
@@ -213,7 +214,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         raise ModelError(
             f"can't load the language model {quoted(name)}: {load_reason(name, error)}"
         ) from None
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if hasattr(model, "peft_config"):
         raise ModelError(
             f"model.llm.name: {quoted(name)} is a PEFT adapter, not a whole model; "
             "merge it first and name the merged model"
@@ -221,7 +222,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
     if vlm is not None:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
         # Else it would be saved under the names of the vision-language model.
-        del model._weight_conversions
+        forget_checkpoint_names(model)
     faults = [
         f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
         for word, key in (
@@ -235,11 +236,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         raise ModelError(f"the weights in {quoted(name)} do not fit the model: {'; '.join(faults)}")
     if "quantization_config" in options:
         own_memory(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else the first pass in eval mode packs 4-bit weights for a CPU kernel that has no
-            # gradient, and they stay so.
-            module.support_avx512bf16_for_cpu = False
+    keep_gradients_of_packed_layers(model)
     return model
 
 

@@ -352,9 +352,9 @@ def language_config(vlm: Vlm) -> Any:
 
 def language_names(vlm: Vlm, config: Any) -> dict[str, str]:
     """The names of the LLM's tensors in its own class, by patterns of their names in the files."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     base = mapping[type(config)].base_model_prefix if type(config) in mapping else ""
     return {
         old.replace("{base}", base): new.replace("{base}", base)

@@ -227,7 +227,7 @@ def fill_buffers(model: nn.Module, device: torch.device) -> None:
                 torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
             )
             dist.broadcast(filled, 0)
-            module._buffers[name] = filled
+            setattr(module, name, filled)
 
 
 class Filled(nn.Module):

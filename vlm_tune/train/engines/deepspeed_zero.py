@@ -11,7 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlm_tune.compat import build_no_shared_memory_op
+from vlm_tune.compat import (
+    build_no_shared_memory_op,
+    flat_zero_shards,
+    link_zero_state,
+    zero3_shard_size,
+)
 from vlm_tune.config.engine import DeepSpeedEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
@@ -130,12 +135,7 @@ class DeepSpeed(Engine):
 
         DeepSpeed links parameters to the state that the first group's step created.
         """
-        flat = (
-            self.optimizer.fp32_partitioned_groups_flat
-            if self.sharded
-            else self.optimizer.single_partition_of_fp32_groups
-        )
-        for share in flat:
+        for share in flat_zero_shards(self.optimizer, self.section.stage):
             moments = {key: torch.zeros_like(share, requires_grad=False) for key in MOMENTS}
             self.optimizer.optimizer.state[share] = {
                 "step": torch.zeros((), device=share.device),
@@ -170,7 +170,7 @@ class DeepSpeed(Engine):
         for entry in self.optimizer.optimizer.state.values():
             entry["step"].copy_(next(iter(saved.values()))["step"])
         if not self.sharded:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+            link_zero_state(self.optimizer)
         for name, parameter in self._named():
             for key in MOMENTS:
                 value = saved[name][key].float()
@@ -179,7 +179,7 @@ class DeepSpeed(Engine):
                     continue
                 # The last rank's shard is padded, which DeepSpeed's function to set a full value
                 # does not handle.
-                size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+                size = zero3_shard_size(parameter)
                 padded = nn.functional.pad(
                     value.flatten(), (0, size * self.accelerator.num_processes - value.numel())
                 )

@@ -73,11 +73,11 @@ def build_engine(section: AnyEngine, accelerator: Accelerator) -> Engine:
     if isinstance(section, AutoEngine | DdpEngine):
         return Engine(accelerator)
     if not dist.is_initialized():
-        from torch._C._distributed_c10d import HashStore
-
         # A single process: the engines need a process group all the same.
         backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        # HashStore is documented, but torch's module does not list it.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return (
         DeepSpeed(accelerator, section)
         if isinstance(section, DeepSpeedEngine)
