@@ -36,21 +36,33 @@ from tests.helpers.forked_runs import ended, start
 from vlm_tune.compat import (
     HARMLESS,
     allow_precision,
+    attention_name,
     build_no_shared_memory_op,
     cache_name,
+    compile_calls,
     dataset_fingerprint,
+    default_compile_cache,
     default_store,
+    eager_attention,
     flat_zero_shards,
     forget_checkpoint_names,
+    forget_compiled_calls,
     forget_members,
     fp32_layers,
+    has_hooks,
     is_attention_projection,
+    is_stateful,
     is_zero3_parameter,
     keep_gradients_of_packed_layers,
     launched_without_others,
     link_zero_state,
     recompute_operator_inputs,
+    register_attention,
+    sdpa_attention,
+    set_attention,
     set_lora_layer,
+    submodules,
+    supports_attention_functions,
     without_harmless_warnings,
     worker_processes,
     zero3_shard_size,
@@ -407,3 +419,61 @@ def test_a_packed_layer_keeps_its_gradient_on_every_cpu() -> None:
     layer.support_avx512bf16_for_cpu = True
     keep_gradients_of_packed_layers(nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
+
+
+@pytest.mark.parametrize("of", ["eager", "sdpa"])
+def test_a_registered_attention_is_called_with_the_masks_of_another(of: str) -> None:
+    model = tiny_llama()
+    assert supports_attention_functions(model)
+    ids = torch.arange(8).view(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    set_attention(model.config, of)
+    wanted = model(input_ids=ids, attention_mask=mask).logits
+    calls: list[Any] = []
+
+    def attend(module: Any, *given: Any, **more: Any) -> Any:
+        calls.append(given[3])
+        function = eager_attention(module) if of == "eager" else sdpa_attention
+        return function(module, *given, **more)
+
+    register_attention("tests_attention", attend, masks_of=of)
+    set_attention(model.config, "tests_attention")
+    assert attention_name(model) == "tests_attention"
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
+    assert len(calls) == 1 and calls[0].dtype == (torch.bool if of == "sdpa" else torch.float32)
+
+
+def test_recurrent_models_are_known() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    recurrent = MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    assert is_stateful(recurrent) and not is_stateful(tiny_llama())
+
+
+def test_compiled_calls_run_eagerly_where_they_are_told_to() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            traced.append(torch.compiler.is_compiling())
+            return x + 1
+
+    traced: list[bool] = []
+    layer = Layer()
+    layer.compile = lambda **more: nn.Module.compile(layer, backend="eager", **more)  # type: ignore[method-assign]
+    compile_calls(layer, lambda args, kwargs: len(args[0]) == 1)
+    layer(torch.zeros(1))
+    assert traced == [False]
+    layer(torch.zeros(3))
+    assert traced == [False, True]
+    forget_compiled_calls(layer)
+    layer(torch.zeros(3))
+    assert traced == [False, True, False]
+
+
+def test_hooks_children_and_the_cache_of_compiled_code() -> None:
+    layer = nn.Sequential(nn.Linear(2, 2))
+    assert not has_hooks(layer) and submodules(layer) == {"0": layer[0]}
+    layer.register_forward_hook(lambda *_: None)
+    assert has_hooks(layer) and not has_hooks(layer[0])
+    assert "torchinductor" in default_compile_cache()

@@ -171,6 +171,18 @@ def build_no_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def default_compile_cache() -> str:
+    """The folder in which torch.compile keeps its code by default."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return default_cache_dir()
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a transformers model carries a recurrent state from token to token."""
+    return bool(model._is_stateful)
+
+
 def attention_name(model: Any) -> str:
     """The name of the attention function of a transformers model."""
     return model.config._attn_implementation

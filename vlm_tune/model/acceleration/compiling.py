@@ -19,6 +19,7 @@ from torch import nn
 from vlm_tune.compat import (
     cache_name,
     compile_calls,
+    default_compile_cache,
     forget_compiled_calls,
     recompute_operator_inputs,
 )
@@ -89,9 +90,10 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
     if not blocks:
         yield
         return
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+    if (
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_compile_cache())
+        == default_compile_cache()
+    ):
         # torch's default cache is in a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
     for block in blocks:

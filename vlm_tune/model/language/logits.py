@@ -95,11 +95,12 @@ def _real_buffers(model: nn.Module) -> Iterator[None]:
     """
     bare = {name: buffer for name, buffer in model.named_buffers(recurse=False) if buffer.is_meta}
     for name, buffer in bare.items():
-        model._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        setattr(model, name, torch.zeros_like(buffer, device="cpu"))
     try:
         yield
     finally:
-        model._buffers.update(bare)
+        for name, buffer in bare.items():
+            setattr(model, name, buffer)
 
 
 def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> torch.Tensor:

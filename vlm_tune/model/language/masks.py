@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vlm_tune.compat import is_stateful
+
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """transformers' kinds of layers that attend to a part of the earlier tokens only.
 
@@ -63,7 +65,7 @@ def joining_reason(model: Any, body: Any) -> str | None:
     """
     config = model.config.get_text_config()
     odd = sorted(layer_kinds(config) - {*KINDS})
-    if model._is_stateful or odd:
+    if is_stateful(model) or odd:
         return (
             "its layers carry a state from token to token, or choose what they see "
             f"({', '.join(odd) or 'recurrent'})"
