@@ -440,7 +440,7 @@ def test_a_registered_attention_is_called_with_the_masks_of_another(of: str) -> 
     set_attention(model.config, "tests_attention")
     assert attention_name(model) == "tests_attention"
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
-    assert len(calls) == 1 and calls[0].dtype == (torch.bool if of == "sdpa" else torch.float32)
+    assert len(calls) == 2 and calls[0].dtype == (torch.bool if of == "sdpa" else torch.float32)
 
 
 def test_recurrent_models_are_known() -> None:
