@@ -4,8 +4,8 @@ In bf16 on a CPU each pass is one kernel call (`gated.cpp`). Elsewhere it goes t
 matrix products, some rows at a time (`reference_mlp`): of the intermediate tensors only the outputs
 of gate and up are saved.
 
-Shapes: T tokens, H inputs and outputs, F intermediate width, R the ranks of gate and up together,
-D the rank of down.
+Shapes: T tokens, E width, F intermediate width, R the ranks of gate and up together,
+R' the rank of down.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlm_tune.kernels.reference_mlp import gated_rows, gated_rows_backward
 from vlm_tune.kernels.version import VERSION
 
 LARGE = 6144
-"""H + 2F above which too few rows fit a core's cache beside the weights streamed through it."""
+"""E + 2F above which too few rows fit a core's cache beside the weights streamed through it."""
 
 FEW = 32
 """Rows per thread below which the kernel's blocks are not full."""
@@ -32,12 +32,12 @@ FEW = 32
 def unsupported_reason(
     dtype: torch.dtype, device: torch.device, width: int, inner: int
 ) -> str | None:
-    """The reason why the kernel does not compute MLPs of widths H and F; None if it does.
+    """The reason why the kernel does not compute MLPs of widths E and F; None if it does.
 
     Args:
         dtype: The type to compute in.
         device: The weights' device.
-        width: H.
+        width: E.
         inner: F.
     """
     if device.type != "cpu":
@@ -52,7 +52,7 @@ def unsupported_reason(
 
 
 def by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
-    """Whether the kernel computes MLPs of these widths H and F on a CPU in this type."""
+    """Whether the kernel computes MLPs of these widths E and F on a CPU in this type."""
     return (
         dtype == torch.bfloat16
         and not (inner % 32 or width % 32)
@@ -68,7 +68,7 @@ def gated_weights(
     downs: Sequence[Tensor],
     like: Tensor,
 ) -> list[Tensor]:
-    """The weights of gate and up [F, H] and down [H, F], unpacked for this pass if in 4 bits."""
+    """The weights of gate and up [F, E] and down [E, F], unpacked for this pass if in 4 bits."""
     if not packing:
         return list(weights)
     shapes = [(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)]
@@ -103,8 +103,8 @@ def lora_gated_mlp(
     """A gated MLP's outputs, and with `keep` the tensors that its backward pass needs.
 
     Args:
-        rows: The inputs [T, H].
-        weights: Gate and up [F, H] and down [H, F], or with a `packing` the codes and block scales
+        rows: The inputs [T, E].
+        weights: Gate and up [F, E] and down [E, F], or with a `packing` the codes and block scales
             of each.
         packing: The kind and block size of 4-bit codes, as in `nf4:64`, or an empty string.
         activation: The index in `ACTIVATIONS`.
@@ -114,9 +114,9 @@ def lora_gated_mlp(
         keep: Whether a backward pass follows; without it the saved tensors have no rows.
 
     Returns:
-        The outputs [T, H] and three saved tensors: the outputs of gate and up, in the kernel's
+        The outputs [T, E] and three saved tensors: the outputs of gate and up, in the kernel's
         block layout [32 ceil(T / 32), 2F] or all of gate before all of up; the outputs of A of gate
-        and up [T, R]; and those of A of down [T, D].
+        and up [T, R]; and those of A of down [T, R'].
     """
     return _forward(rows, weights, packing, activation, downs, ups, scales, keep, kernel=False)
 
@@ -212,12 +212,12 @@ def lora_gated_mlp_backward(
     scales: Sequence[float],
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a gated MLP, given that of its outputs, `gradient` [T, H].
+    """The gradients of a gated MLP, given that of its outputs, `gradient` [T, E].
 
     `saved` are the three tensors that `gated` saved; the other operands are those of `gated`.
 
     Returns:
-        The gradient of x [T, H], or [0, H] if not needed; and in fp32 those of all A and of all B,
+        The gradient of x [T, E], or [0, E] if not needed; and in fp32 those of all A and of all B,
         flattened one after another.
     """
     matrices = gated_weights(weights, packing, ups, downs, rows)

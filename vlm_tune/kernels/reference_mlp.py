@@ -5,7 +5,7 @@ They compute y = (f(x Wg^T) * x Wu^T) Wd^T.
 Activations between the layers exist for one chunk of rows at a time. The backward pass recomputes
 f(x Wg^T) and the product from the outputs of gate and up, the only saved tensors of that size.
 
-Shapes: T tokens, H inputs and outputs, F inner width, R the ranks of gate and up together, D the
+Shapes: T tokens, E width, F inner width, R the ranks of gate and up together, R' the
 rank of down.
 """
 
@@ -93,10 +93,10 @@ def gated_rows(
     scales: Sequence[float],
     saved: Sequence[Tensor] | None,
 ) -> Tensor:
-    """The outputs [T, H] of rows [T, H].
+    """The outputs [T, E] of rows [T, E].
 
     Three tensors of `saved` are written for the backward pass: the outputs of gate and up
-    [T or more, 2F], and x A^T of gate and up [T, R] and of down [T, D].
+    [T or more, 2F], and x A^T of gate and up [T, R] and of down [T, R'].
     """
     gate, up, down = (_Adapter(*each, rows.dtype) for each in zip(downs, ups, scales, strict=True))
     out = rows.new_empty(rows.shape)
@@ -125,7 +125,7 @@ def gated_rows_backward(
     scales: Sequence[float],
     gradients: Sequence[Tensor],
 ) -> None:
-    """Writes `gradients`: of x [T, H], of all A concatenated and of all B concatenated.
+    """Writes `gradients`: of x [T, E], of all A concatenated and of all B concatenated.
 
     The gradient of x has no rows if it is not needed.
     """

@@ -1,6 +1,6 @@
 """Gated MLPs of language models that run by the operator `lora_gated_mlp`.
 
-Shapes: H inputs and outputs, F intermediate width.
+Shapes: E width, F intermediate width.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GatedModule(nn.Module):
     activation: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs [..., H] for x [..., H]."""
+        """The outputs [..., E] for x [..., E]."""
         layers = self.layers()
         if not self.is_plain(x, layers):
             return super().forward(x)

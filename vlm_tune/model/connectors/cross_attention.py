@@ -1,6 +1,6 @@
 """Gated cross-attention inside the LLM: the text attends to the image, which takes one slot.
 
-Shapes: B rows, L tokens of a row, S tokens of a layer's input, M media places, K images of a row,
+Shapes: B rows, L tokens of a row, S tokens of a layer's input, M media places, J images of a row,
 N' connected tokens, E LLM width.
 """
 
@@ -26,7 +26,7 @@ from vlm_tune.model.per_thread import PerThread
 class Seen:
     """The media to which a batch's text attends.
 
-    `media` is [B, K * N', E]; `mask` is bool[B, L, K * N'], true where a token sees a media token.
+    `media` is [B, J * N', E]; `mask` is bool[B, L, J * N'], true where a token sees a media token.
     """
 
     media: torch.Tensor
@@ -162,7 +162,7 @@ class CrossAttention(Connector):
     def _visible(
         self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int
     ) -> torch.Tensor:
-        """bool[B, L, K], true where a token sees an image of its row.
+        """bool[B, L, J], true where a token sees an image of its row.
 
         Images are at (row, column), and `number` is an image's index in its row.
         """

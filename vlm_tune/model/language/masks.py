@@ -1,6 +1,6 @@
 """Attention masks of joined rows, for every kind of decoder layer and for encoder-decoders.
 
-Shapes: B rows, L tokens, R query tokens, C key tokens.
+Shapes: B rows, L tokens, Q query tokens, C key tokens.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def tree_mask(ends: torch.Tensor) -> torch.Tensor:
 
 
 def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The mask bool[B, 1, R, C] that is True where query and key belong to one sample.
+    """The mask bool[B, 1, Q, C] that is True where query and key belong to one sample.
 
-    `rows` [B, R] and `columns` [B, C] are the queries' and keys' numbers of samples (or of chunks).
+    `rows` [B, Q] and `columns` [B, C] are the queries' and keys' numbers of samples (or of chunks).
     """
     return (rows[:, :, None] == columns[:, None, :])[:, None]
 
@@ -101,14 +101,14 @@ def layer_masks(
 
     Args:
         config: The model's transformers config.
-        visible: bool[B, 1, R, C], what tokens see by their samples.
-        rows: Positions [B, R] of queries in their samples, from which windows and chunks are
+        visible: bool[B, 1, Q, C], what tokens see by their samples.
+        rows: Positions [B, Q] of queries in their samples, from which windows and chunks are
             counted.
         columns: Positions [B, C] of keys.
         dtype: The type of the masks.
 
     Returns:
-        One mask [B, 1, R, C] if all layers are of one kind, else one for each kind by name, as
+        One mask [B, 1, Q, C] if all layers are of one kind, else one for each kind by name, as
         transformers decoders take them.
     """
     text = config.get_text_config()

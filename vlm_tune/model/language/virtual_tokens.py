@@ -2,7 +2,7 @@
 
 Soft prompts are arXiv:2104.08691, prefixes arXiv:2101.00190.
 
-Shapes: B rows, L tokens, n virtual tokens, E LLM width, H heads of keys and values, D their width.
+Shapes: B rows, L tokens, n virtual tokens, E LLM width, G key heads, D head width.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SoftPrompt(VirtualTokens):
 
 
 class KeyValuePrefix(VirtualTokens):
-    """Trained keys and values of every layer's self-attention, [n, layers * 2 * H * D].
+    """Trained keys and values of every layer's self-attention, [n, layers * 2 * G * D].
 
     All tokens of a decoder attend to them. An encoder-decoder has them in its decoder, as in PEFT;
     its encoder has none. PEFT's config then counts two layers for each one of the decoder
@@ -77,7 +77,7 @@ class KeyValuePrefix(VirtualTokens):
             self.tokens, -1, 2, heads, self.config.token_dim // heads
         )
         cache = DynamicCache()
-        # [layers, 2, H, n, D]
+        # [layers, 2, G, n, D]
         for number, (layer_keys, layer_values) in enumerate(values.permute(1, 2, 3, 0, 4)):
             cache.update(
                 layer_keys.expand(rows, -1, -1, -1), layer_values.expand(rows, -1, -1, -1), number
