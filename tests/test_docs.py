@@ -77,3 +77,20 @@ def test_links_lead_to_files(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not link.startswith(("http://", "https://")):
             assert (page.parent / link).exists(), link
+
+
+def test_every_fault_has_its_test() -> None:
+    """Of the list in tests/faults/README.md, and no test is of a fault that is not listed."""
+    folder = ROOT / "tests"
+    listed = {
+        int(number)
+        for line in (folder / "faults/README.md").read_text(encoding="utf-8").splitlines()
+        if re.match(r"\| \d", line)
+        for number in line.split("|")[1].split(",")
+    }
+    tested = {
+        int(number)
+        for path in folder.rglob("test_*.py")
+        for number in re.findall(r"def test_fault_(\d+)_", path.read_text(encoding="utf-8"))
+    }
+    assert listed == tested == set(range(1, 60))
