@@ -220,7 +220,9 @@ def amount(example: Any, *, seq2seq: bool) -> Amount:
             example.supervised,
         )
     # A token is visible to itself and to later tokens, as far as its branch goes.
-    pairs = float(((read if example.ends is None else example.ends) - np.arange(read)).sum())
+    pairs = float(
+        ((read if example.visible_until is None else example.visible_until) - np.arange(read)).sum()
+    )
     return Amount(tokens=read, read_pairs=pairs, supervised=example.supervised)
 
 

@@ -85,12 +85,12 @@ def test_useful_work_by_the_formula(kind: str, tmp_path: Path) -> None:
         return
     pairs = 0
     for example in examples:
-        ends = (
+        visible_until = (
             np.full(len(example.input_ids), len(example.input_ids))
-            if example.ends is None
-            else example.ends
+            if example.visible_until is None
+            else example.visible_until
         )
-        pairs += int(tree_mask(torch.as_tensor(np.array(ends))[None]).sum())
+        pairs += int(tree_mask(torch.as_tensor(np.array(visible_until))[None]).sum())
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     frozen, low = sum(a * b for a, b in shapes), sum(16 * (a + b) for a, b in shapes)
     tokens, supervised = work.mean.tokens * len(answers), work.mean.supervised * len(answers)
@@ -119,7 +119,8 @@ def test_a_peers_batches_are_counted_as_our_rows_are(tmp_path: Path) -> None:
     counts = probe.counts(labels, mask, seq2seq=False)
     assert (counts["questions"], counts["padded"]) == (3, 14)
     examples = [
-        SimpleNamespace(input_ids=row, labels=row, ends=None, supervised=sum(row)) for row in rows
+        SimpleNamespace(input_ids=row, labels=row, visible_until=None, supervised=sum(row))
+        for row in rows
     ]
     assert _amount(counts) == sum(
         (ours.amount(row, seq2seq=False) for row in examples), ours.Amount()

@@ -43,13 +43,15 @@ def rows_in(joined: Example) -> list[Row]:
     Each token that no other continues, with all that it sees.
     """
     length = len(joined.input_ids)
-    ends = np.full(length, length) if joined.ends is None else joined.ends
+    visible_until = (
+        np.full(length, length) if joined.visible_until is None else joined.visible_until
+    )
     positions = np.arange(length) if joined.positions is None else joined.positions
     rows = []
     for leaf in range(length):
-        if leaf + 1 < length and ends[leaf] > leaf + 1:
+        if leaf + 1 < length and visible_until[leaf] > leaf + 1:
             continue
-        seen = [place for place in range(leaf + 1) if leaf < ends[place]]
+        seen = [place for place in range(leaf + 1) if leaf < visible_until[place]]
         assert positions[seen].tolist() == list(range(len(seen)))
         rows.append((tuple(joined.input_ids[seen].tolist()), tuple(joined.labels[seen].tolist())))
     return rows
@@ -66,10 +68,10 @@ def test_rows_of_one_image_share_what_they_begin_with() -> None:
         row([1, 7, 3], [0, 0, 4]),
     ]
     (joined,) = branch_layout(rows, 99)
-    assert joined.ends is not None and joined.positions is not None
+    assert joined.visible_until is not None and joined.positions is not None
     assert joined.input_ids.tolist() == [9, 9, 1, 5, 6, 7, 8, 9, 3]
     assert joined.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 4]
-    assert joined.ends.tolist() == [9, 9, 9, 5, 5, 9, 8, 8, 9]
+    assert joined.visible_until.tolist() == [9, 9, 9, 5, 5, 9, 8, 8, 9]
     assert joined.labels.tolist() == [-100, -100, -100, -100, 6, -100, 8, 9, 4]
     assert joined.image_mask.tolist() == [True, True] + [False] * 7
     assert joined.media == (IMAGE,) and joined.questions == 3
@@ -164,4 +166,4 @@ def test_packed_rows_of_an_encoder_decoder_know_their_samples() -> None:
     assert packed.samples is not None and packed.label_samples is not None
     assert packed.samples.tolist() == [0, 0, 0, 0, 1]
     assert packed.label_samples.tolist() == [0] * 3 + [1] * 2
-    assert packed.ends is None and packed.positions is None
+    assert packed.visible_until is None and packed.positions is None

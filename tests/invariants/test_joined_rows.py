@@ -58,7 +58,7 @@ def joined(model: Any, recipe: Any) -> list[Example]:
     grouped = recipe.data.model_copy(update={"group": "image"})
     examples = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
     assert len(examples) == 4
-    assert all(example.ends is not None for example in examples)
+    assert all(example.visible_until is not None for example in examples)
     return examples
 
 
@@ -103,8 +103,8 @@ def test_no_branch_sees_another(many_questions: Path, tiny_recipe: Callable[...,
     recipe = parsed(tiny_recipe("causal"))
     model = built(recipe).eval()
     example = joined(model, recipe)[0]
-    ends, length = example.ends, len(example.input_ids)
-    assert ends is not None and example.questions == 5
+    visible_until, length = example.visible_until, len(example.input_ids)
+    assert visible_until is not None and example.questions == 5
 
     def logits(ids: np.ndarray) -> torch.Tensor:
         batch = batch_of(model, [replace(example, input_ids=ids)])
@@ -116,7 +116,7 @@ def test_no_branch_sees_another(many_questions: Path, tiny_recipe: Callable[...,
             ids = example.input_ids.copy()
             ids[changed] = 200 if ids[changed] != 200 else 201
             moved = (logits(ids) != before).any(1).numpy()
-            sees = (places >= changed) & (places < ends[changed])
+            sees = (places >= changed) & (places < visible_until[changed])
             # Bit for bit: a position that does not see the token computes the same.
             assert not moved[~sees].any()
             assert moved[sees].all()

@@ -159,7 +159,7 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
         Decoding(20),
         model.processor.images,
     )
-    assert all(tree.row.ends is not None for tree in prompt_rows(model, prompts, decoding))
+    assert all(tree.row.visible_until is not None for tree in prompt_rows(model, prompts, decoding))
     together = answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=5)
     assert together == [
         answer_prompts(model, [prompt], decoding, fetch=fetch)[0] for prompt in prompts
@@ -195,5 +195,7 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
         ):
             model(batch_of(model, together))
         prompts, fetch = model.processor.prompts(rows_of(recipe)), model.processor.images
-        assert all(tree.row.ends is None for tree in prompt_rows(model, prompts, Decoding(4)))
+        assert all(
+            tree.row.visible_until is None for tree in prompt_rows(model, prompts, Decoding(4))
+        )
         assert len(answer_prompts(model, prompts, Decoding(4), fetch=fetch)) == len(prompts)

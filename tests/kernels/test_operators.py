@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "e2ed3e9394ac74d5"}
+SOURCES = {1: "8ac01315bd035c1e"}
 """The checksum of the operators' sources for each version."""
 
 

@@ -45,7 +45,7 @@ def trees(examples: Sequence[Example], row_length: int) -> list[Tree]:
     first = examples[0]
     media = int(first.image_mask.nonzero()[0][-1]) + 1 if first.image_mask.any() else 0
     if len(examples) < 2 or any(
-        example.media != first.media or example.ends is not None for example in examples
+        example.media != first.media or example.visible_until is not None for example in examples
     ):
         return alone
     shareable = [_before_first_label(example) for example in examples]
@@ -108,19 +108,19 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
         for place, common in members
     ]
     starts = np.cumsum([0, *(rest for _, _, rest in rests)])
-    ends = np.empty(starts[-1], dtype=np.int32)
+    visible_until = np.empty(starts[-1], dtype=np.int32)
     # A token at depth d is visible to the end of the last row that shares more than d tokens with
     # its row.
     open_at: list[tuple[int, int]] = []  # (depth, index) of tokens whose subtree is still open
     for number, (example, common, _) in enumerate(rests):
         while open_at and open_at[-1][0] >= common:
-            ends[open_at.pop()[1]] = starts[number]
+            visible_until[open_at.pop()[1]] = starts[number]
         open_at += [
             (depth, int(starts[number]) + depth - common)
             for depth in range(common, len(example.input_ids))
         ]
     for _, index in open_at:
-        ends[index] = starts[-1]
+        visible_until[index] = starts[-1]
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(example, name)[common:] for example, common, _ in rests])
@@ -133,7 +133,7 @@ def _tree(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Tr
         positions=np.concatenate(
             [np.arange(common, common + rest) for _, common, rest in rests]
         ).astype(np.int32),
-        ends=ends,
+        visible_until=visible_until,
         questions=sum(example.questions for example, _, _ in rests),
     )
     return Tree(row, places, tuple((starts[1:] - 1).tolist()))
@@ -173,7 +173,7 @@ def pack_layout(examples: Sequence[Example], layout: str) -> Example:
         )
     starts = np.cumsum([0, *lengths[:-1]])
     seen_to = [
-        start + (length if example.ends is None else example.ends)
+        start + (length if example.visible_until is None else example.visible_until)
         for example, start, length in zip(examples, starts, lengths, strict=True)
     ]
     return replace(
@@ -181,7 +181,7 @@ def pack_layout(examples: Sequence[Example], layout: str) -> Example:
         positions=np.concatenate(
             [np.arange(len(e.input_ids)) if e.positions is None else e.positions for e in examples]
         ).astype(np.int32),
-        ends=np.concatenate(
+        visible_until=np.concatenate(
             [np.broadcast_to(end, length) for end, length in zip(seen_to, lengths, strict=True)]
         ).astype(np.int32),
     )

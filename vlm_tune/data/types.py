@@ -168,10 +168,10 @@ class Example:
     input_ids: int32[L]; labels: int32[L] (causal: the target of each position) or int32[T]
     (seq2seq: the decoder's targets), IGNORE_INDEX where not supervised; image_mask: bool[L].
 
-    Rows joined by `branch_layout` or `pack_layout` also have, for a decoder, `positions` and `ends`
-    (int32[L]): token i attends to token j where j <= i < ends[j]. For an encoder-decoder they have
-    `samples` (int32[L]) and `label_samples` (int32[T]): the number of the sample that a token
-    belongs to; no token attends to another sample.
+    Rows joined by `branch_layout` or `pack_layout` also have, for a decoder, `positions` and
+    `visible_until` (int32[L]): token i attends to token j where j <= i < visible_until[j]. For an
+    encoder-decoder they have `samples` (int32[L]) and `label_samples` (int32[T]): the number of the
+    sample that a token belongs to; no token attends to another sample.
     """
 
     id: str
@@ -181,7 +181,7 @@ class Example:
     media: tuple[Media, ...]
     category: str = ""
     positions: np.ndarray | None = None
-    ends: np.ndarray | None = None
+    visible_until: np.ndarray | None = None
     samples: np.ndarray | None = None
     label_samples: np.ndarray | None = None
     questions: int = 1
@@ -199,8 +199,8 @@ class Batch:
     input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T]
     (seq2seq). Each distinct media item is held once: pixels uint8[U, 3, H, W] or features
     float[U, N, D], and media_index int64[M] is the item that fills each block of slots, in row
-    order. positions, ends, samples (int64[B, L]) and label_samples (int64[B, T]) are None where no
-    row has them. `cached` batches have features, never pixels.
+    order. positions, visible_until, samples (int64[B, L]) and label_samples (int64[B, T]) are None
+    where no row has them. `cached` batches have features, never pixels.
     """
 
     ids: list[str]
@@ -212,7 +212,7 @@ class Batch:
     pixels: torch.Tensor | None = None
     features: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    ends: torch.Tensor | None = None
+    visible_until: torch.Tensor | None = None
     samples: torch.Tensor | None = None
     label_samples: torch.Tensor | None = None
     categories: list[str] = field(default_factory=list)
@@ -237,13 +237,15 @@ class Batch:
         if self.samples is not None:
             return self.samples
         # A sample's first token is visible to the sample's end, and no token of it further.
-        return None if self.ends is None else self.ends.cummax(1).values
+        return None if self.visible_until is None else self.visible_until.cummax(1).values
 
     @property
     def branched(self) -> bool:
         """Whether any row has branches."""
-        return self.ends is not None and bool(
-            ((self.ends != self.ends.cummax(1).values) & self.attention_mask).any()
+        return self.visible_until is not None and bool(
+            (
+                (self.visible_until != self.visible_until.cummax(1).values) & self.attention_mask
+            ).any()
         )
 
     @property

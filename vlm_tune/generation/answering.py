@@ -51,7 +51,7 @@ def answer_prompts(
     done = 0
     for batch in _batches(prompt_rows(model, prompts, decoding), batch_size):
         rows = [tree.row for tree in batch]
-        if any(row.ends is not None for row in rows):
+        if any(row.visible_until is not None for row in rows):
             ids = _continued(model, rows, [tree.leaves for tree in batch], decoding, collated)
         else:
             left = model.llm.layout == "causal"
@@ -106,7 +106,8 @@ def prompt_rows(
     ]
     # Joined and plain rows need different functions, so they are not mixed in a batch.
     return sorted(
-        rows, key=lambda tree: (tree.row.ends is None, len(tree.row.input_ids), tree.row.id)
+        rows,
+        key=lambda tree: (tree.row.visible_until is None, len(tree.row.input_ids), tree.row.id),
     )
 
 
@@ -156,7 +157,9 @@ def _batches(rows: Sequence[Tree], size: int) -> Iterator[list[Tree]]:
     batch: list[Tree] = []
     for tree in rows:
         full = sum(len(other.members) for other in batch) >= size
-        if batch and (full or (batch[0].row.ends is None) != (tree.row.ends is None)):
+        if batch and (
+            full or (batch[0].row.visible_until is None) != (tree.row.visible_until is None)
+        ):
             yield batch
             batch = []
         batch.append(tree)

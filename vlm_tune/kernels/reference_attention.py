@@ -34,12 +34,14 @@ class _Block:
     (bool[Q, N]) the mask, True where a query sees a key. `keys` and `seen` are padded.
     """
 
-    def __init__(self, ends: Tensor, start: int, stop: int) -> None:
-        place = torch.arange(stop, device=ends.device)
-        # Key j is seen by the queries from j on, up to ends[j].
-        (keys,) = ((ends[:stop] > start) & (ends[:stop] > place)).nonzero(as_tuple=True)
+    def __init__(self, visible_until: Tensor, start: int, stop: int) -> None:
+        place = torch.arange(stop, device=visible_until.device)
+        # Key j is seen by the queries from j on, up to visible_until[j].
+        (keys,) = ((visible_until[:stop] > start) & (visible_until[:stop] > place)).nonzero(
+            as_tuple=True
+        )
         queries = place[start:]
-        seen = (keys <= queries[:, None]) & (queries[:, None] < ends[keys])
+        seen = (keys <= queries[:, None]) & (queries[:, None] < visible_until[keys])
         self.rows = slice(start, stop)
         self.count = len(keys)
         more_queries = -(stop - start) % QUERY_STEP
@@ -72,28 +74,30 @@ class _Block:
         return weights.flatten(1, 2)
 
 
-def _blocks(ends: Tensor) -> Iterator[_Block]:
+def _blocks(visible_until: Tensor) -> Iterator[_Block]:
     """The blocks of a row in which some query sees some key.
 
-    `ends` (int[L]) is the position at which each token stops being visible.
+    `visible_until` (int[L]) is the position at which each token stops being visible.
     """
-    length = len(ends)
+    length = len(visible_until)
     # Blocks of equal size: a short last one would be padded, and its products small.
     size = -(-length // -(-length // QUERIES))
     for start in range(0, length, size):
-        block = _Block(ends, start, min(start + size, length))
+        block = _Block(visible_until, start, min(start + size, length))
         if block.count:
             yield block
 
 
-def attend_blocks(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Attention in which token i sees token j if j <= i < ends[b, j].
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, visible_until: Tensor, scale: float
+) -> Tensor:
+    """Attention in which token i sees token j if j <= i < visible_until[b, j].
 
     Args:
         query: [B, H, L, D].
         key: [B, G, L, D].
         value: [B, G, L, D].
-        ends: int[B, L].
+        visible_until: int[B, L].
         scale: factor of the scores.
 
     Returns:
@@ -102,7 +106,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale
     rows, heads, length, width = query.shape
     out = query.new_zeros(rows, length, heads, width)
     for row in range(rows):
-        for block in _blocks(ends[row]):
+        for block in _blocks(visible_until[row]):
             queries = block.queries(query[row], key.shape[1])
             keys = key[row][:, block.keys]
             values = value[row][:, block.keys]
@@ -112,7 +116,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale
 
 
 def attend_blocks_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, visible_until: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `attend_blocks`.
 
@@ -127,7 +131,7 @@ def attend_blocks_backward(
     for row in range(rows):
         # Many blocks add to the gradient of a key, so the sum is in a wider type than its terms.
         sums = [query.new_zeros(groups, length, width, dtype=wide) for _ in range(2)]
-        for block in _blocks(ends[row]):
+        for block in _blocks(visible_until[row]):
             queries = block.queries(query[row], groups)
             keys = key[row][:, block.keys]
             values = value[row][:, block.keys]

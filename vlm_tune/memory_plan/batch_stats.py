@@ -151,8 +151,8 @@ def work_of(batch: Batch) -> Work:
     outputs = supervised.sum(1).double()
     if causal:
         pairs = (
-            (tree_mask(batch.ends) & real[:, None, :, None]).sum()
-            if batch.ends is not None
+            (tree_mask(batch.visible_until) & real[:, None, :, None]).sum()
+            if batch.visible_until is not None
             else (inputs * (inputs + 1) / 2).sum()
         )
     elif batch.samples is not None and batch.label_samples is not None:

@@ -84,7 +84,7 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
         )
         label = int(example.labels[place]) if causal else IGNORE_INDEX
         following = place + 1 < len(example.input_ids) and (
-            example.ends is None or place + 1 < example.ends[place]
+            example.visible_until is None or place + 1 < example.visible_until[place]
         )
         trained = following and label != IGNORE_INDEX
         if label != IGNORE_INDEX and not following:

@@ -106,17 +106,17 @@ def test_seq2seq_labels_have_a_width_of_their_own() -> None:
 def test_joined_and_plain_rows_stand_in_one_batch() -> None:
     (joined,) = branch_layout([causal("x", [5, 6, 7], (A,)), causal("y", [5, 8, 9], (A,))], 99)
     batch = collate([causal("z", [4, 4]), joined], CAUSAL, fetch=fetch)
-    assert batch.positions is not None and batch.ends is not None and batch.samples is None
+    assert batch.positions is not None and batch.visible_until is not None and batch.samples is None
     assert batch.positions.tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 3, 4]]
-    assert batch.ends.tolist() == [[2, 2, 0, 0, 0, 0, 0], [7, 7, 7, 5, 5, 7, 7]]
+    assert batch.visible_until.tolist() == [[2, 2, 0, 0, 0, 0, 0], [7, 7, 7, 5, 5, 7, 7]]
     assert batch.questions == 3
 
 
 def test_rows_padded_on_the_left_see_the_same_tokens() -> None:
     (joined,) = branch_layout([causal("x", [5, 6, 7], (A,)), causal("y", [5, 8, 9], (A,))], 99)
     batch = collate([joined, causal("z", [4, 4])], CAUSAL, fetch=fetch, pad_left=True)
-    assert batch.ends is not None
-    assert batch.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [0, 0, 0, 0, 0, 7, 7]]
+    assert batch.visible_until is not None
+    assert batch.visible_until.tolist() == [[7, 7, 7, 5, 5, 7, 7], [0, 0, 0, 0, 0, 7, 7]]
 
 
 def test_packed_and_plain_rows_of_an_encoder_decoder_stand_in_one_batch() -> None:

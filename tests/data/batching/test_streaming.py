@@ -145,7 +145,7 @@ def test_packed_streams_fill_their_rows(files: list[Path]) -> None:
             and other.supervised == one.supervised
             and len(other.ids) < len(one.ids)
         )
-        assert other.ends is not None
+        assert other.visible_until is not None
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_decoder_gives_the_same_loss_and_gradients_by_it(
     wake_adapters(model)
     examples = examples_of(prepare(recipe.data, recipe.data.train, model.processor, seed=0))
     batch = batch_of(model, examples)
-    assert (batch.ends is not None) == (group == "image")
+    assert (batch.visible_until is not None) == (group == "image")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.llm.supports_intervals
         by_intervals = loss_and_gradients(model, [batch])

@@ -43,8 +43,8 @@ def collate(
         pad_left: Pads on the left, for generation with a decoder.
 
     Returns:
-        The batch. `positions`, `ends`, `samples` and `label_samples` are set if any row was joined
-        from several examples.
+        The batch. `positions`, `visible_until`, `samples` and `label_samples` are set if any row
+        was joined from several examples.
     """
     import torch
 
@@ -102,18 +102,21 @@ def _joined(
 ) -> dict[str, torch.Tensor]:
     """The fields of `Batch` that only rows joined from several examples need."""
     joined: dict[str, torch.Tensor] = {}
-    if any(example.ends is not None for example in examples):
+    if any(example.visible_until is not None for example in examples):
         sizes = [len(example.input_ids) for example in examples]
         starts = [place.start for place in inputs.places]
         positions = [
             np.arange(size) if e.positions is None else e.positions
             for e, size in zip(examples, sizes, strict=True)
         ]
-        ends = [
-            (size if e.ends is None else e.ends) + start
+        visible_until = [
+            (size if e.visible_until is None else e.visible_until) + start
             for e, size, start in zip(examples, sizes, starts, strict=True)
         ]
-        joined |= {"positions": inputs.padded(positions, 0), "ends": inputs.padded(ends, 0)}
+        joined |= {
+            "positions": inputs.padded(positions, 0),
+            "visible_until": inputs.padded(visible_until, 0),
+        }
     if any(example.samples is not None for example in examples):
         samples = [0 if e.samples is None else e.samples for e in examples]
         label_samples = [0 if e.label_samples is None else e.label_samples for e in examples]

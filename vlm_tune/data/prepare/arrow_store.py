@@ -91,7 +91,12 @@ def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.Recor
         "positions": _lists(
             [nothing if example.positions is None else example.positions for example in examples]
         ),
-        "ends": _lists([nothing if example.ends is None else example.ends for example in examples]),
+        "ends": _lists(
+            [
+                nothing if example.visible_until is None else example.visible_until
+                for example in examples
+            ]
+        ),
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -171,7 +176,7 @@ class ExampleStore:
         for start, size in columns.list("slots", row).reshape(-1, 2).tolist():
             mask[start : start + size] = True
         positions = columns.list("positions", row)
-        ends = columns.list("ends", row)
+        visible_until = columns.list("ends", row)
         return Example(
             id=columns.ids[row].as_py(),
             input_ids=ids,
@@ -180,7 +185,7 @@ class ExampleStore:
             media=tuple(self.media[item] for item in columns.list("media", row).tolist()),
             category=columns.categories[row].as_py(),
             positions=positions if len(positions) else None,
-            ends=ends if len(ends) else None,
+            visible_until=visible_until if len(visible_until) else None,
             questions=int(columns.questions[row]),
         )
 

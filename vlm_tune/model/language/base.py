@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
 
     @property
     def supports_intervals(self) -> bool:
-        """Whether attention on this device can take the batch's `ends` in place of a mask."""
+        """Whether attention on this device can take `visible_until` in place of a mask."""
         return False
 
     @cached_property

@@ -64,7 +64,7 @@ class CausalLLM(LanguageModel):
         length = embeds.shape[1]
         virtual = self.virtual
         positions = batch.positions
-        ends = batch.ends
+        visible_until = batch.visible_until
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         # In joined rows, each sample's positions start from its own beginning.
         self.check_length(
@@ -72,12 +72,14 @@ class CausalLLM(LanguageModel):
             + (length if positions is None or self.longest is None else int(positions.max()) + 1)
         )
         embeds, mask = self.prompted(embeds, batch.attention_mask)
-        if ends is not None:
+        if visible_until is not None:
             self.check_joined()
-        if virtual and ends is not None:
+        if virtual and visible_until is not None:
             # Every sample of a joined row sees the virtual tokens, placed before its own tokens.
-            ends = pad(
-                torch.where(ends > 0, ends + virtual, 0), (virtual, 0), value=virtual + length
+            visible_until = pad(
+                torch.where(visible_until > 0, visible_until + virtual, 0),
+                (virtual, 0),
+                value=virtual + length,
             )
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
@@ -87,7 +89,7 @@ class CausalLLM(LanguageModel):
             # Without positions, OPT would count them in the mask, which is none of 0 and 1.
             row_positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         visible = self._attention().mask(
-            self.model, mask, ends, positions, embeds.dtype, embeds.shape[1]
+            self.model, mask, visible_until, positions, embeds.dtype, embeds.shape[1]
         )
         output = self.body(
             inputs_embeds=embeds,
@@ -136,16 +138,16 @@ class CausalLLM(LanguageModel):
             New ids [B, K, N], where N is max_new_tokens, or less if the model has fewer positions.
             Ended answers are filled up with the first of `stop_ids`.
         """
-        assert batch.ends is not None and batch.positions is not None
+        assert batch.visible_until is not None and batch.positions is not None
         rising = self.rule is not None and self.rule.rising
         self.check_length(int(batch.positions.max()) + 1)
         if self.longest is not None:
             max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible = tree_mask(batch.ends)[:, 0][rows, leaves]
+        visible = tree_mask(batch.visible_until)[:, 0][rows, leaves]
         positions = batch.positions[rows, leaves]
         prefill = self._attention().prefill(
-            self.model, self.body, embeds, batch.ends, batch.positions, visible
+            self.model, self.body, embeds, batch.visible_until, batch.positions, visible
         )
         hidden = prefill.hidden[rows, leaves]
         stops = torch.tensor(stop_ids, device=embeds.device)

@@ -20,14 +20,25 @@ The values are the settings of the config that hold the part's size in tokens.
 KINDS = ("full_attention", *WINDOWS)
 
 
-def tree_mask(ends: torch.Tensor) -> torch.Tensor:
-    """The mask bool[B, 1, L, L] in which token i sees token j where j <= i < ends[b, j].
+def tree_mask(visible_until: torch.Tensor) -> torch.Tensor:
+    """The mask bool[B, 1, L, L] in which token i sees token j where j <= i < visible_until[b, j].
 
-    `ends` is int[B, L]. Every token sees itself, so padding, whose end is 0, sees itself alone.
+    `visible_until` is int[B, L]. Every token sees itself, so padding, whose value is 0, sees itself
+    alone. A prefix p of two tokens and its branches a and b, then padding:
+
+        visible_until   6 6 4 4 6 6 0
+                        p p a a b b .
+                    p   1 . . . . . .
+                    p   1 1 . . . . .
+                    a   1 1 1 . . . .
+                    a   1 1 1 1 . . .
+                    b   1 1 . . 1 . .
+                    b   1 1 . . 1 1 .
+                    .   . . . . . . 1
     """
-    place = torch.arange(ends.shape[1], device=ends.device)
-    visible = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :])
-    return (visible | torch.eye(len(place), dtype=torch.bool, device=ends.device))[:, None]
+    place = torch.arange(visible_until.shape[1], device=visible_until.device)
+    visible = (place[None, :] <= place[:, None]) & (place[:, None] < visible_until[:, None, :])
+    return (visible | torch.eye(len(place), dtype=torch.bool, device=visible_until.device))[:, None]
 
 
 def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
