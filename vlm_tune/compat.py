@@ -303,3 +303,32 @@ def keep_gradients_of_packed_layers(model: nn.Module) -> None:
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def module_state(module: Any) -> list[Any]:
+    """Facts of a module that change what it computes, by which a prepared form of it is checked.
+
+    They are its mode, the numbers of its hooks, its parameters' addresses and whether they train,
+    for a LoRA layer of PEFT those of its base and its adapters' switches. It is read from the
+    instance's dictionaries, as it is done for every layer at every step.
+    """
+    fields = module.__dict__
+    state = [
+        fields["training"],
+        len(fields["_forward_hooks"]),
+        len(fields["_forward_pre_hooks"]),
+    ]
+    if "base_layer" in fields["_modules"]:
+        state += (
+            id(fields.get("group")),
+            id(fields.get("packed")),
+            fields["_disable_adapters"],
+            len(fields["merged_adapters"]),
+            str(fields["_active_adapter"]),
+        )
+        fields = fields["_modules"]["base_layer"].__dict__
+        state += len(fields["_forward_hooks"]), len(fields["_forward_pre_hooks"])
+    for each in fields["_parameters"].values():
+        if each is not None:
+            state += each.requires_grad, each.data_ptr()
+    return state

@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "8ac01315bd035c1e"}
+SOURCES = {1: "7cf39b8bd2051af9"}
 """The checksum of the operators' sources for each version."""
 
 

@@ -12,9 +12,11 @@ width, O = (H + 2G) D.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -74,9 +76,12 @@ class _Decoder(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operands:
-    """A layer's weights and settings, in the order of the operators' arguments.
+    """A layer's weights and settings, laid out for the kernel once for many calls.
+
+    Some thirty tensors as arguments of an operator would cost as much time as a small layer's
+    kernel takes. So the operators get the layer's `handle`; nothing of it changes between calls.
 
     Attributes:
         weights: [W of q, k, v | room for s B] [O, E + room], W of o [E, H D], gate and up [F, E]
@@ -109,9 +114,36 @@ class Operands:
     epsilons: Sequence[float]
     scale: float
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The operators' arguments from `weights` to `scale`."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+    _numbers: ClassVar = itertools.count(1)
+    _open: ClassVar[WeakValueDictionary[int, Operands]] = WeakValueDictionary()
+
+    def __post_init__(self) -> None:
+        self.handle = next(self._numbers)
+        self._open[self.handle] = self
+        self._addressed: _Addressed | None = None
+        check_devices("decoder_layer", (*self.weights, *self.norms, *self.downs, *self.ups))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Handles and addresses are of no use to a copy of the layer.
+        return type(None), ()
+
+    @classmethod
+    def of(cls, handle: int) -> Operands:
+        """The operands with this handle. Raises `KeyError` if they are not in use any more."""
+        return cls._open[handle]
+
+    def addressed(self, x: Tensor) -> _Addressed:
+        """The C struct of one pass. Packed weights are unpacked for it, in x's type."""
+        if self.packing:
+            return _Addressed(self, self.matrices(x), x.shape[2])
+        if self._addressed is None:
+            self._addressed = _Addressed(self, self.matrices(x), x.shape[2])
+        return self._addressed
+
+    @property
+    def adapted(self) -> list[Tensor]:
+        """All A, then all B: what gets gradients."""
+        return [*self.downs, *self.ups]
 
     @property
     def heads(self) -> int:
@@ -161,7 +193,8 @@ class _Addressed:
         inner, outer, gated = self.adapters
         of_down = len(of.downs[6])
         vectors = (of.bias, of.bias_out, *of.norms)
-        self.tensors = (matrices, vectors)
+        self.matrices = list(matrices)
+        self.vectors = vectors
         self.structure = _Decoder(
             width,
             of.heads,
@@ -218,45 +251,25 @@ def _new(x: Tensor, of: Operands, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(f"vlm_tune::decoder_layer_{VERSION}", mutates_args=(), device_types="cpu")
-def decoder_layer(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    visible_until: Tensor,
-    weights: Sequence[Tensor],
-    packing: str,
-    room: int,
-    bias: Tensor | None,
-    bias_out: Tensor | None,
-    norms: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    head_width: int,
-    activation: int,
-    epsilons: Sequence[float],
-    scale: float,
-    keep: bool,
+def forward_pass(
+    x: Tensor, cos: Tensor, sin: Tensor, visible_until: Tensor, operands: int, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A decoder layer's output.
 
     Args:
         x: bf16 [B, L, E], contiguous.
-        cos, sin: Rotary tables, bf16 [B, L, D], contiguous.
+        cos: Rotary table, bf16 [B, L, D], contiguous.
+        sin: The other table.
         visible_until: int32[B, L], see `interval_attention`.
-        weights, packing, room, bias, bias_out, norms, downs, ups, scales, head_width, activation,
-            epsilons, scale: See `Operands`.
+        operands: The handle of the layer's `Operands`.
         keep: Whether a backward pass follows.
 
     Returns:
         The output [B, L, E]; the bytes that the backward pass needs; and the memory of this pass
         alone (unpacked weights), so that a trace of shapes counts it.
     """
-    settings = (head_width, activation, epsilons, scale)
-    of = Operands(weights, packing, room, bias, bias_out, norms, downs, ups, scales, *settings)
-    check_devices("decoder_layer", (x, cos, sin, visible_until, *weights, *norms, *downs, *ups))
-    matrices = of.matrices(x)
-    addressed = _Addressed(of, matrices, x.shape[2])
+    of = Operands.of(operands)
+    addressed = of.addressed(x)
     out, saved = _new(x, of, keep)
     native.kernels().decoder(
         addressed.pointer,
@@ -264,57 +277,40 @@ def decoder_layer(
         keep,
         *native.pointers(x, cos, sin, visible_until, out, saved),
     )
-    return out, saved, matrices if packing else []
+    return out, saved, addressed.matrices if of.packing else []
 
 
-@decoder_layer.register_fake
+@forward_pass.register_fake
 def _(
-    x: Tensor, cos: Tensor, sin: Tensor, visible_until: Tensor, *arguments: Any
+    x: Tensor, cos: Tensor, sin: Tensor, visible_until: Tensor, operands: int, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *operands, keep = arguments
-    of = Operands(*operands)
-    tensors = (x, cos, sin, visible_until, *of.weights, *of.norms, *of.downs, *of.ups)
-    check_devices("decoder_layer", tensors)
+    of = Operands.of(operands)
     return *_new(x, of, keep), of.matrices(x) if of.packing else []
 
 
 @torch.library.custom_op(
     f"vlm_tune::decoder_layer_backward_{VERSION}", mutates_args=(), device_types="cpu"
 )
-def decoder_layer_backward(
+def backward_pass(
     gradient: Tensor,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     visible_until: Tensor,
     saved: Tensor,
-    weights: Sequence[Tensor],
-    packing: str,
-    room: int,
-    bias: Tensor | None,
-    bias_out: Tensor | None,
-    norms: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    head_width: int,
-    activation: int,
-    epsilons: Sequence[float],
-    scale: float,
+    operands: int,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The gradients of a decoder layer, given that of its output, [B, L, E].
 
-    `saved` are the bytes that `decoder_layer` returned; the other operands are its own.
+    `saved` are the bytes that `forward_pass` returned; the other operands are its own.
 
     Returns:
         The gradient of x [B, L, E], or empty if not needed; in fp32 those of all A, then of all B,
         flattened; and the memory of this pass alone.
     """
-    settings = (head_width, activation, epsilons, scale)
-    of = Operands(weights, packing, room, bias, bias_out, norms, downs, ups, scales, *settings)
-    matrices = of.matrices(x)
-    addressed = _Addressed(of, matrices, x.shape[2])
+    of = Operands.of(operands)
+    addressed = of.addressed(x)
     of_x, gradients = _gradients(x, of, needs_x)
     scratch = _scratch(of, x)
     native.kernels().decoder_backward(
@@ -333,17 +329,17 @@ def decoder_layer_backward(
             gradients,
         ),
     )
-    return of_x, gradients, [scratch, *(matrices if packing else [])]
+    return of_x, gradients, [scratch, *(addressed.matrices if of.packing else [])]
 
 
 def _gradients(x: Tensor, of: Operands, needs_x: bool) -> tuple[Tensor, Tensor]:
     """Empty gradients of x and, flattened, of all A and B."""
-    numbers = sum(each.numel() for each in (*of.downs, *of.ups))
+    numbers = sum(each.numel() for each in of.adapted)
     of_x = torch.empty_like(x) if needs_x else x.new_empty(0)
     return of_x, x.new_empty(numbers, dtype=torch.float32)
 
 
-@decoder_layer_backward.register_fake
+@backward_pass.register_fake
 def _(
     gradient: Tensor,
     x: Tensor,
@@ -351,67 +347,63 @@ def _(
     sin: Tensor,
     visible_until: Tensor,
     saved: Tensor,
-    *arguments: Any,
+    operands: int,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *operands, needs_x = arguments
-    of = Operands(*operands)
+    of = Operands.of(operands)
     unpacked = of.matrices(x) if of.packing else []
     return *_gradients(x, of, needs_x), [_scratch(of, x), *unpacked]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, cos, sin, visible_until, weights, packing, room, *rest = inputs
-    bias, bias_out, norms, downs, ups, *ctx.settings, _ = rest
-    ctx.packed = packing, room
-    ctx.counts = len(weights), len(norms), len(downs)
-    ctx.mark_non_differentiable(output[1], *output[2])
-    ctx.set_materialize_grads(False)  # zeros for the saved bytes would be as large as they are
-    tensors = (x, cos, sin, visible_until, output[1], bias, bias_out)
-    ctx.save_for_backward(*tensors, *weights, *norms, *downs, *ups)
+class _DecoderLayer(torch.autograd.Function):
+    """The operators with their gradient; the last arguments are all A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible_until: Tensor,
+        of: Operands,
+        *_: Tensor,
+    ) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        out, saved, _unpacked = forward_pass(x, cos, sin, visible_until, of.handle, keep)
+        if keep:
+            ctx.of = of
+            ctx.save_for_backward(x, cos, sin, visible_until, saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *flows: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        of: Operands = ctx.of
+        needs_x = ctx.needs_input_grad[0]
+        of_x, gradients, _memory = backward_pass(
+            flows[0].contiguous(), *ctx.saved_tensors, of.handle, needs_x
+        )
+        of_adapted = by_layer(gradients, of.adapted)
+        return of_x if needs_x else None, None, None, None, None, *of_adapted
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, cos, sin, visible_until, saved, bias, bias_out, *rest = ctx.saved_tensors
-    weight_count, norm_count, count = ctx.counts
-    weights = rest[:weight_count]
-    norms = rest[weight_count : weight_count + norm_count]
-    downs = rest[-2 * count : -count]
-    ups = rest[-count:]
-    needs_x = ctx.needs_input_grad[0]
-    of_x, flat, _ = decoder_layer_backward(
-        gradient.contiguous(),
-        x,
-        cos,
-        sin,
-        visible_until,
-        saved,
-        weights,
-        *ctx.packed,
-        bias,
-        bias_out,
-        norms,
-        downs,
-        ups,
-        *ctx.settings,
-        needs_x,
-    )
-    of_all = by_layer(flat, [*downs, *ups])
-    nothing = (None,) * 3
-    return (
-        of_x if needs_x else None,
-        *nothing,
-        [None] * weight_count,
-        *nothing,
-        None,
-        [None] * norm_count,
-        of_all[:count],
-        of_all[count:],
-        *nothing,
-        *nothing,
-    )
+def decoder_layer(
+    x: Tensor, cos: Tensor, sin: Tensor, visible_until: Tensor, of: Operands
+) -> Tensor:
+    """The output [B, L, E] of a decoder layer, with gradients for x and all LoRA weights.
 
+    Args:
+        x: bf16 [B, L, E], contiguous.
+        cos: Rotary table, bf16 [B, L, D], contiguous.
+        sin: The other table.
+        visible_until: int32[B, L], see `interval_attention`.
+        of: The layer's weights and settings.
 
-decoder_layer.register_autograd(_backward, setup_context=_save)
+    Raises:
+        ValueError: The tensors are on several devices.
+    """
+    check_devices("decoder_layer", (x, cos, sin, visible_until, of.weights[0]))
+    hidden: Any = _DecoderLayer.apply(x, cos, sin, visible_until, of, *of.adapted)
+    return hidden
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -406,4 +406,4 @@ def test_tensors_of_several_devices_are_refused() -> None:
     of = layer.operands(x)
     cos, sin = model.model.rotary_emb(x, positions)
     with pytest.raises(ValueError, match="tensors of one device, got cpu and meta"):
-        kernels_decoder.decoder_layer(x, cos, sin.to("meta"), ends, *of.arguments(), False)
+        kernels_decoder.decoder_layer(x, cos, sin.to("meta"), ends, of)

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from vlm_tune.compat import attention_name, cache_name, has_hooks, set_attention
+from vlm_tune.compat import (
+    attention_name,
+    cache_name,
+    has_hooks,
+    module_state,
+    set_attention,
+)
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.decoder import Operands, decoder_layer, rotated
 from vlm_tune.kernels.lora import LARGE, TOGETHER
 from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_operands
 from vlm_tune.model.acceleration.interval_attention import CACHE, NAMES, is_interval_mask
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, compute_dtype, operands
+from vlm_tune.resources import kernel_choice
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -115,28 +122,29 @@ class DecoderLayer(nn.Module):
     Attributes:
         only_traced: Whether the layer only gets tensors without values, in a memory plan: its
             weights are not merged then.
+        prepared: The operands of `decoder_layer`, and the facts that they depend on.
     """
 
     self_attn: Any
     mlp: Any
     only_traced = False
+    prepared: tuple[list[Any], Operands | None] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states [B, L, E] after the layer, from those before it."""
         # A compiler gets the original forward pass: it would trace all conditions below.
         if torch.compiler.is_compiling() or args or not self._takes(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
+        of = self._prepared(hidden_states)
+        if of is None:
+            return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.contiguous()
-        of = self.operands(x)
         cos, sin = (
             table.to(x.dtype).expand(*x.shape[:2], -1).contiguous()
             for table in kwargs["position_embeddings"]
         )
         visible_until = kwargs["attention_mask"][:, 0, 0].contiguous()
-        keep = torch.is_grad_enabled() and any(
-            each.requires_grad for each in (x, *of.downs, *of.ups)
-        )
-        return decoder_layer(x, cos, sin, visible_until, *of.arguments(), keep)[0]
+        return decoder_layer(x, cos, sin, visible_until, of)
 
     def _takes(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the operator computes what the layer does with these arguments."""
@@ -152,8 +160,42 @@ class DecoderLayer(nn.Module):
             and kwargs.get(CACHE) is None
             and kwargs.get(cache_name()) is None
             and not kwargs.get("output_attentions")
-            and self.reason(x) is None
+            and compute_dtype(x) == torch.bfloat16
         )
+
+    def _prepared(self, x: Tensor) -> Operands | None:
+        """The layer's operands; None where the operator does not compute what the layer does now.
+
+        They are made anew whenever a fact that they depend on has changed: checking all conditions
+        takes longer than some kernels do. Two threads at worst make equal ones at once.
+        """
+        if self.only_traced:
+            return self.operands(x) if self.reason(x) is None else None
+        state = self._state()
+        prepared = self.prepared
+        if prepared is None or prepared[0] != state:
+            prepared = self.prepared = (
+                state,
+                self.operands(x) if self.reason(x) is None else None,
+            )
+        return prepared[1]
+
+    def _state(self) -> list[Any]:
+        """All that can change what the layer computes: hooks, adapters, training, addresses."""
+        attention = self.self_attn
+        state: list[Any] = [attention_name(attention), torch.get_num_threads() > native.THREADS]
+        state.append(kernel_choice())
+        for module in (attention, self.mlp, *self.norms(), *self.projections()):
+            state += module_state(module)
+        for module in self.mlp.children():
+            state += module_state(module)
+        # Adapters move where their layers do: one stands for all.
+        query: Any = attention.q_proj
+        if isinstance(query, LoraLinear):
+            adapters: Any = query.lora_A
+            state += [each.weight.data_ptr() for each in adapters.values()]
+            state += [each.weight.dtype for each in adapters.values()]
+        return state
 
     def operands(self, x: Tensor) -> Operands:
         """The layer's weights and settings, in the form that the operator takes."""
@@ -162,7 +204,7 @@ class DecoderLayer(nn.Module):
         inner = operands(inner_layers, x.dtype, group and group.matrix)
         outer = operands([outer_layer], x.dtype)
         gated = gated_operands(self.mlp.layers())
-        norms: list[Any] = [self.get_submodule(name) for name in NORMS]
+        norms = self.norms()
         return Operands(
             [*inner.weights, *outer.weights, *gated.weights],
             inner.packing,
@@ -181,11 +223,15 @@ class DecoderLayer(nn.Module):
 
     def projections(self) -> list[Any]:
         """The projections q, k, v and o."""
-        return [self.self_attn.get_submodule(name) for name in PROJECTIONS]
+        return [getattr(self.self_attn, name) for name in PROJECTIONS]
+
+    def norms(self) -> list[Any]:
+        """The norms before the attention and before the MLP."""
+        return [getattr(self, name) for name in NORMS]
 
     def built_reason(self) -> str | None:
         """The reason why the operator can't compute the layer as it is built; None if it can."""
-        norms: list[Any] = [self.get_submodule(name) for name in NORMS]
+        norms = self.norms()
         layers = self.projections()
         if attention_name(self.self_attn) not in NAMES.values():
             return "its attention does not go by intervals"
@@ -206,7 +252,7 @@ class DecoderLayer(nn.Module):
         group = layers[0].group
         if not self.only_traced and (group is None or group.layers != layers[:3]):
             return "its projections are not merged"
-        return native.unavailable_reason()
+        return None if native.has_kernels() else native.unavailable_reason()
 
     def reason(self, x: Tensor) -> str | None:
         """The reason why the operator does not compute what the layer does now; None if it does.
@@ -224,7 +270,7 @@ class DecoderLayer(nn.Module):
             return "its MLP does not go by the kernel"
         group = projections[0].group
         if not all(layer.is_plain(x) for layer in projections) or not (
-            group is None or group.together(x)
+            group is None or group.is_merged(x)
         ):
             return "its projections are not all frozen with plain LoRA"
         # Of adapters of another type, fp32 copies would be made, which no optimizer updates.

@@ -102,7 +102,7 @@ class GatedModule(nn.Module):
 
     def layers(self) -> list[Any]:
         """The linear layers gate, up and down."""
-        return [self.get_submodule(name) for name in self.layer_names]
+        return [getattr(self, name) for name in self.layer_names]
 
     def is_quick(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the kernel computes what the module does with x now."""

@@ -150,17 +150,17 @@ class ProjectionGroup:
         return output
 
     def together(self, x: torch.Tensor) -> bool:
-        """Whether all layers are plain and their weights still are views into the matrix.
+        """Whether all layers are plain and can be computed as one."""
+        return all(layer.is_plain(x) for layer in self.layers) and self.is_merged(x)
+
+    def is_merged(self, x: torch.Tensor) -> bool:
+        """Whether the layers' weights still are views into the matrix, or are packed.
 
         A move or cast of the model gives them tensors of their own.
         """
         if self.layers[0].packed is not None:
-            return all(layer.is_plain(x) for layer in self.layers)
-        if (
-            self.matrix is None
-            or self.matrix.dtype != compute_dtype(x)
-            or not all(layer.is_plain(x) for layer in self.layers)
-        ):
+            return True
+        if self.matrix is None or self.matrix.dtype != compute_dtype(x):
             return False
         if torch.compiler.is_compiling():
             return True
