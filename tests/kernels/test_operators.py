@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "7cf39b8bd2051af9"}
+SOURCES = {1: "acafb8d72de927b1"}
 """The checksum of the operators' sources for each version."""
 
 
@@ -103,3 +103,19 @@ def test_caches_of_two_generations_do_not_meet() -> None:
         scores = step[0] @ torch.cat([keys, step[1]], 2).transpose(2, 3)
         wanted = scores.softmax(-1) @ torch.cat([values, step[2]], 2)
         assert torch.allclose(output.transpose(1, 2), wanted, atol=1e-5)
+
+
+def test_attention_in_fp16_has_a_score_for_what_is_not_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.full((1, 40), 40, dtype=torch.int32)
+    ends[0, 10:20] = 20
+    ends[0, 35:] = 0
+    outputs = {}
+    drawn = [torch.randn(1, 2, 40, 32, generator=generator) for _ in range(3)]
+    for dtype in (torch.float32, torch.float16):
+        inputs = [each.to(dtype, copy=True).requires_grad_() for each in drawn]
+        out, _ = interval_attention(*inputs, ends, 0.2)
+        out.sum().backward()
+        outputs[dtype] = [out.detach(), *(each.grad for each in inputs if each.grad is not None)]
+    for half, whole in zip(outputs[torch.float16], outputs[torch.float32], strict=True):
+        assert torch.allclose(half.float(), whole, atol=2e-2)

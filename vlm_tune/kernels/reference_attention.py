@@ -67,7 +67,9 @@ class _Block:
         scores = (
             torch.bmm(query, key.transpose(1, 2)).mul_(scale).unflatten(1, (-1, len(self.seen)))
         )
-        weights = scores.masked_fill_(~self.seen, UNSEEN).softmax(-1)
+        # In fp16 the score would be none of its numbers.
+        unseen = max(UNSEEN, torch.finfo(scores.dtype).min)
+        weights = scores.masked_fill_(~self.seen, unseen).softmax(-1)
         blind = ~self.seen.any(-1)
         if bool(blind.any()):
             weights[:, :, blind] = 0

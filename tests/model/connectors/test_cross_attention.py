@@ -108,7 +108,7 @@ def seen_by(batch: Batch, images: Any, tokens: int) -> torch.Tensor:
         connector(torch.randn(len(batch.media_index), tokens, 4)),
         batch,
     )
-    return connector.seen.mask
+    return connector.seen.value.mask
 
 
 @given(
