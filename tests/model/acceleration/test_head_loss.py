@@ -285,7 +285,7 @@ def test_a_language_model_has_the_same_loss_and_gradient_with_it_and_without(
         calls.append(len(given[0]))
         return linear_cross_entropy(*given)
 
-    monkeypatch.setattr("vlm_tune.kernels.loss.linear_cross_entropy", counted)
+    monkeypatch.setattr("vlm_tune.model.acceleration.head_loss.linear_cross_entropy", counted)
     for model in (fast, plain):
         embeds = model.embed(rows.input_ids).detach().requires_grad_()
         loss = model(embeds, rows)
@@ -310,7 +310,7 @@ def test_soft_caps_trained_heads_and_whole_ones_are_not_the_kernel_s(
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr("vlm_tune.kernels.loss.linear_cross_entropy", never)
+    monkeypatch.setattr("vlm_tune.model.acceleration.head_loss.linear_cross_entropy", never)
     capped = decoder(Gemma2Config, num_key_value_heads=1, head_dim=32)
     whole, trained = decoder(LlamaConfig), decoder(LlamaConfig)
     assert capped.rule is not None and capped.rule.scale is None

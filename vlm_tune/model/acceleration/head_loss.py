@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlm_tune.compat import has_hooks
-from vlm_tune.kernels import loss
+from vlm_tune.kernels import linear_cross_entropy, unsupported_reason
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.base import LanguageModel, chunked_loss
 
@@ -30,9 +30,8 @@ def head_reason(llm: LanguageModel, hidden: Tensor | None = None) -> str | None:
         return "the head's weight is sharded or has hooks"
     if hidden is not None and hidden.device != weight.device:
         return "the head is on another device"
-    return loss.unsupported_reason(
-        weight.dtype if hidden is None else compute_dtype(hidden), weight
-    )
+    dtype = weight.dtype if hidden is None else compute_dtype(hidden)
+    return unsupported_reason("linear_cross_entropy", dtype, weight)
 
 
 def operator_loss(llm: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -42,4 +41,4 @@ def operator_loss(llm: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor
     assert llm.rule is not None and llm.rule.scale is not None
     weight = llm.head.get_parameter("weight")
     scaled = hidden if llm.rule.scale == 1 else hidden * llm.rule.scale
-    return loss.linear_cross_entropy(scaled, weight, targets)
+    return linear_cross_entropy(scaled, weight, targets)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune import kernels
 from vlm_tune.compat import attention_name, set_attention
-from vlm_tune.kernels import attention as attention_operator
-from vlm_tune.kernels import lora, mlp
 from vlm_tune.model.acceleration.decoder_layers import (
     DecoderLayer,
     decoder_class,
@@ -171,7 +170,9 @@ def _layer_reason(module: nn.Module, dtype: torch.dtype, device: torch.device) -
 def _mlp_reason(module: GatedModule, dtype: torch.dtype, device: torch.device) -> str | None:
     layers = module.layers()
     first = layers[0].base_layer if isinstance(layers[0], LoraLinear) else layers[0]
-    reason = mlp.unsupported_reason(dtype, device, first.in_features, first.out_features)
+    reason = kernels.unsupported_reason(
+        "lora_gated_mlp", dtype, device, first.in_features, first.out_features
+    )
     x = torch.empty(0, first.in_features, dtype=dtype, device=device)
     if reason is None and not module.is_quick(x, layers):
         return "its layers are not all frozen, with plain LoRA or none"
@@ -182,7 +183,9 @@ def _lora_reason(layer: LoraLinear, dtype: torch.dtype, device: torch.device) ->
     base = layer.base_layer
     if not layer.is_plain(torch.empty(0, base.in_features, dtype=dtype, device=device)):
         return "it is more than a frozen weight with plain LoRA"
-    return lora.unsupported_reason(dtype, device, base.in_features, [base.out_features])
+    return kernels.unsupported_reason(
+        "lora_linear", dtype, device, base.in_features, [base.out_features]
+    )
 
 
 def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -191,4 +194,4 @@ def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) 
         return reason or "it has a prefix of keys and values, or is not on a CPU"
     config = llm.model.config
     width = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
-    return attention_operator.unsupported_reason(dtype, device, width)
+    return kernels.unsupported_reason("interval_attention", dtype, device, width)
