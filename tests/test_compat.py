@@ -51,11 +51,13 @@ from vlm_tune.compat import (
     fp32_layers,
     has_hooks,
     is_attention_projection,
+    is_kv_cache,
     is_stateful,
     is_zero3_parameter,
     keep_gradients_of_packed_layers,
     launched_without_others,
     link_zero_state,
+    module_state,
     recompute_operator_inputs,
     register_attention,
     sdpa_attention,
@@ -477,3 +479,47 @@ def test_hooks_children_and_the_cache_of_compiled_code() -> None:
     layer.register_forward_hook(lambda *_: None)
     assert has_hooks(layer) and not has_hooks(layer[0])
     assert "torchinductor" in default_compile_cache()
+
+
+def test_a_cache_of_transformers_is_known() -> None:
+    assert is_kv_cache(DynamicCache()) and not is_kv_cache(None)
+    assert not is_kv_cache(torch.zeros(1))
+
+
+def test_whatever_changes_a_lora_layer_changes_its_state() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+    def ready() -> Any:
+        model: Any = Model().requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), model)
+        return model.layer
+
+    def moved(layer: Any) -> None:
+        layer.lora_B["default"].weight = nn.Parameter(torch.ones(4, 2))
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda layer: layer.eval(),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.merge(),
+        lambda layer: layer.scale_layer(2.0),
+        lambda layer: layer.base_layer.weight.requires_grad_(),
+        lambda layer: layer.base_layer.bias.add_(1),
+        lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(4, 4))),
+        moved,
+    ]
+    for number, change in enumerate(changes):
+        layer = ready()
+        before = module_state(layer)
+        assert module_state(layer) == before
+        with torch.no_grad():
+            layer.lora_A["default"].weight.add_(1)
+            assert module_state(layer) == before
+            change(layer)
+        assert module_state(layer) != before, number

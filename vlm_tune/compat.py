@@ -93,6 +93,45 @@ def recompute_operator_inputs() -> AbstractContextManager[Any]:
     return config.patch(ban_recompute_materialized_backward=False)
 
 
+def default_compile_cache() -> str:
+    """The folder in which torch.compile keeps its code by default."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return default_cache_dir()
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has forward hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def compile_calls(module: Any, eager: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> None:
+    """Compiles a module's calls, with symbolic shapes.
+
+    Args:
+        module: The module; each is compiled at its first call.
+        eager: Says from a call's arguments whether it runs without the compiled code.
+    """
+    module.compile(dynamic=True)
+    compiled = module._compiled_call_impl
+    plain = module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (plain if eager(args, kwargs) else compiled)(*args, **kwargs)
+
+    module._compiled_call_impl = call
+
+
+def forget_compiled_calls(module: Any) -> None:
+    """Makes a module's calls run eagerly again."""
+    module._compiled_call_impl = None
+
+
+def submodules(module: Any) -> dict[str, Any]:
+    """A module's children by name, empty places (None) included."""
+    return module._modules
+
+
 # --- transformers ---------------------------------------------------------------------------------
 
 
@@ -127,12 +166,99 @@ def forget_checkpoint_names(model: Any) -> None:
     del model._weight_conversions
 
 
+def is_stateful(model: Any) -> bool:
+    """Whether a transformers model carries a recurrent state from token to token."""
+    return bool(model._is_stateful)
+
+
+def attention_name(model: Any) -> str:
+    """The name of the attention function of a transformers model."""
+    return model.config._attn_implementation
+
+
+def supports_attention_functions(model: Any) -> bool:
+    """Whether a transformers model calls the attention function of its config's name."""
+    return bool(model._supports_attention_backend)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Sets the attention function of the transformers models that have this config."""
+    config._attn_implementation = name
+
+
+def register_attention(name: str, function: Callable[..., Any], *, masks_of: str) -> None:
+    """Registers an attention function with transformers.
+
+    Its masks are those of the function `masks_of` ("eager" or "sdpa").
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """transformers' attention by torch's scaled dot product."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def eager_attention(module: Any) -> Callable[..., tuple[Any, Any]]:
+    """transformers' attention by matrix products, which each model's file defines for itself."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def is_kv_cache(value: Any) -> bool:
+    """Whether a value is a KV cache of transformers."""
+    from transformers import Cache
+
+    return isinstance(value, Cache)
+
+
 # --- PEFT -----------------------------------------------------------------------------------------
 
 
 def set_lora_layer(config: Any, kind: type[nn.Module], layer: type[nn.Module]) -> None:
     """Makes PEFT wrap the layers of type `kind` in `layer` where it attaches this LoRA config."""
     config._register_custom_module({kind: layer})
+
+
+def module_state(module: Any) -> list[Any]:
+    """Facts of a module that change what it computes, by which a prepared form of it is checked.
+
+    They are its mode, the numbers of its hooks, its parameters' addresses and whether they train,
+    and for a LoRA layer of PEFT those of its base and of its adapters, their scales and switches.
+    It is read from the instance's dictionaries, because that is done for every layer of every step.
+    """
+    instance = module.__dict__
+    state = [
+        instance["training"],
+        len(instance["_forward_hooks"]),
+        len(instance["_forward_pre_hooks"]),
+    ]
+    if "base_layer" in instance["_modules"]:
+        state += (
+            id(instance.get("group")),
+            id(instance.get("packed")),
+            instance["_disable_adapters"],
+            len(instance["merged_adapters"]),
+            str(instance["_active_adapter"]),
+            *instance["scaling"].values(),
+            *map(id, instance["lora_variant"].values()),
+        )
+        for name in ("lora_A", "lora_B"):
+            for adapter in instance["_modules"][name].__dict__["_modules"].values():
+                state.append(adapter.__dict__["_parameters"]["weight"].data_ptr())
+        instance = instance["_modules"]["base_layer"].__dict__
+        state += len(instance["_forward_hooks"]), len(instance["_forward_pre_hooks"])
+    for each in instance["_parameters"].values():
+        if each is not None:
+            # Of vectors, as biases, a prepared form may have a copy.
+            written = each._version if each.dim() == 1 else 0
+            state += each.requires_grad, each.data_ptr(), written
+    return state
 
 
 # --- accelerate -----------------------------------------------------------------------------------
@@ -169,89 +295,6 @@ def build_no_shared_memory_op() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def default_compile_cache() -> str:
-    """The folder in which torch.compile keeps its code by default."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    return default_cache_dir()
-
-
-def is_stateful(model: Any) -> bool:
-    """Whether a transformers model carries a recurrent state from token to token."""
-    return bool(model._is_stateful)
-
-
-def attention_name(model: Any) -> str:
-    """The name of the attention function of a transformers model."""
-    return model.config._attn_implementation
-
-
-def supports_attention_functions(model: Any) -> bool:
-    """Whether a transformers model calls the attention function of its config's name."""
-    return bool(model._supports_attention_backend)
-
-
-def register_attention(name: str, function: Callable[..., Any], *, masks_of: str) -> None:
-    """Registers an attention function with transformers.
-
-    Its masks are those of the function `masks_of` ("eager" or "sdpa").
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
-
-
-def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """transformers' attention by torch's scaled dot product."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(*args, **kwargs)
-
-
-def eager_attention(module: Any) -> Callable[..., tuple[Any, Any]]:
-    """transformers' attention by matrix products, which each model's file defines for itself."""
-    return sys.modules[type(module).__module__].eager_attention_forward
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether a module has forward hooks of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def set_attention(config: Any, name: str) -> None:
-    """Sets the attention function of the transformers models that have this config."""
-    config._attn_implementation = name
-
-
-def compile_calls(module: Any, eager: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> None:
-    """Compiles a module's calls, with symbolic shapes.
-
-    Args:
-        module: The module; each is compiled at its first call.
-        eager: Says from a call's arguments whether it runs without the compiled code.
-    """
-    module.compile(dynamic=True)
-    compiled = module._compiled_call_impl
-    plain = module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (plain if eager(args, kwargs) else compiled)(*args, **kwargs)
-
-    module._compiled_call_impl = call
-
-
-def forget_compiled_calls(module: Any) -> None:
-    """Makes a module's calls run eagerly again."""
-    module._compiled_call_impl = None
-
-
-def submodules(module: Any) -> dict[str, Any]:
-    """A module's children by name, empty places (None) included."""
-    return module._modules
 
 
 def flat_zero_shards(optimizer: Any, stage: int) -> list[torch.Tensor]:
@@ -303,32 +346,3 @@ def keep_gradients_of_packed_layers(model: nn.Module) -> None:
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-
-
-def module_state(module: Any) -> list[Any]:
-    """Facts of a module that change what it computes, by which a prepared form of it is checked.
-
-    They are its mode, the numbers of its hooks, its parameters' addresses and whether they train,
-    for a LoRA layer of PEFT those of its base and its adapters' switches. It is read from the
-    instance's dictionaries, as it is done for every layer at every step.
-    """
-    fields = module.__dict__
-    state = [
-        fields["training"],
-        len(fields["_forward_hooks"]),
-        len(fields["_forward_pre_hooks"]),
-    ]
-    if "base_layer" in fields["_modules"]:
-        state += (
-            id(fields.get("group")),
-            id(fields.get("packed")),
-            fields["_disable_adapters"],
-            len(fields["merged_adapters"]),
-            str(fields["_active_adapter"]),
-        )
-        fields = fields["_modules"]["base_layer"].__dict__
-        state += len(fields["_forward_hooks"]), len(fields["_forward_pre_hooks"])
-    for each in fields["_parameters"].values():
-        if each is not None:
-            state += each.requires_grad, each.data_ptr()
-    return state

@@ -80,7 +80,7 @@ def run_lock(run: Path) -> Iterator[str | None]:
 
 
 def check_lock(run: Path) -> None:
-    """Raises `TrainingError` if another process of this host runs in the folder; takes no lock."""
+    """Raises `TrainingError` if another process of this host runs in the folder; keeps no lock."""
     if (run / NAME).is_file() and run.resolve() not in _held:
         with writing(run / NAME, WHAT), _locked(run):
             pass

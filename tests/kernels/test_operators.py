@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "acafb8d72de927b1"}
+SOURCES = {1: "286243c01371eca1"}
 """The checksum of the operators' sources for each version."""
 
 
@@ -75,6 +75,24 @@ def test_tensors_of_several_devices_are_refused() -> None:
         interval_attention(query, query, query.to("meta"), ends, 1.0)
     with pytest.raises(ValueError, match="tensors of one device, got cpu and meta"):
         linear_cross_entropy(torch.zeros(3, 8), torch.zeros(5, 8), ends[0, :3].long().to("meta"))
+
+
+def test_numbers_of_another_type_are_refused() -> None:
+    query = torch.zeros(1, 2, 4, 32)
+    ends = torch.full((1, 4), 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"visible_until is int32, got torch\.int64"):
+        interval_attention(query, query, query, ends, 1.0)
+    with pytest.raises(TypeError, match=r"targets are int64, got torch\.int32"):
+        linear_cross_entropy(torch.zeros(4, 8), torch.zeros(5, 8), ends[0].int())
+
+
+@pytest.mark.usefixtures("kernels")
+def test_targets_that_are_not_contiguous_are_read_as_they_are() -> None:
+    hidden = torch.randn(64, 64).bfloat16()
+    weight = torch.randn(50, 64).bfloat16()
+    wide = torch.randint(0, 50, (64, 3))
+    wanted = linear_cross_entropy(hidden, weight, wide[:, 1].contiguous())
+    assert torch.equal(linear_cross_entropy(hidden, weight, wide[:, 1]), wanted)
 
 
 def test_a_cache_that_is_no_longer_in_use_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_shows_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "Errors 3 Warnings 0 Rows 1,234",
         "kind found meaning role 3 a missing or unknown role x x: x: x",
         "x: x 3 question-answer pairs, 4 steps, 0.50 ms a row",
-        "Tokens a row 7 to 39, half up to 12 0 to 9 2 10 to 19 1 20 to 29 0 30 to 39 1",
+        "Tokens a row 7 to 39, median 12 0 to 9 2 10 to 19 1 20 to 29 0 30 to 39 1",
         "padded tokens a question padding x 1,234.5 25.0%",
         "A look at the odd rows 2 of 3 x x: x, row 1 role x x x",
         "no image x x: x, row 2 role x row {'x': 'x'}",

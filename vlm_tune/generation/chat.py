@@ -35,7 +35,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
     """
 
     _answering = 0
-    _was_training = False
+    _trained: Sequence[torch.nn.Module] = ()
 
     def chat(
         self,
@@ -109,8 +109,8 @@ class VisionLanguageModel(VisionLanguageNetwork):
         """
         with _mode_lock:
             if not self._answering:
-                self._was_training = self.training
-                if self.training:
+                self._trained = [module for module in self.modules() if module.training]
+                if self._trained:
                     self.eval()
             self._answering += 1
         try:
@@ -118,14 +118,18 @@ class VisionLanguageModel(VisionLanguageNetwork):
         finally:
             with _mode_lock:
                 self._answering -= 1
-                if not self._answering and self._was_training:
-                    self.train()
+                if not self._answering:
+                    for module in self._trained:
+                        module.training = True
+                    self._trained = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__ = {
-            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()
+            name: copy.deepcopy(value, memo)
+            for name, value in self.__dict__.items()
+            if name not in ("_answering", "_trained")
         }
         return copied
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_tune.kernels import attention, lora, loss, mlp
+from vlm_tune.kernels import attention, decoder, lora, loss, mlp
 from vlm_tune.kernels.attention import interval_attention
 from vlm_tune.kernels.decoder import decoder_layer
 from vlm_tune.kernels.kv_cache import KVCache
@@ -39,6 +39,7 @@ REASONS = {
     "lora_linear": lora.unsupported_reason,
     "lora_gated_mlp": mlp.unsupported_reason,
     "linear_cross_entropy": loss.unsupported_reason,
+    "decoder_layer": decoder.unsupported_reason,
 }
 
 

@@ -36,7 +36,8 @@ def unsupported_reason(dtype: torch.dtype, device: torch.device, width: int) -> 
         return f"the attention kernel computes in bf16, not {dtype}"
     if width % 32:
         return f"heads are {width} wide, which is no multiple of 32"
-    return native.unavailable_reason()
+    # It computes rows of keys, so it has no limit of threads.
+    return None if native.library(native.KERNELS) else native.unavailable_reason()
 
 
 def _by_kernel(query: Tensor) -> bool:
@@ -112,6 +113,7 @@ def interval_attention(
 
     Raises:
         ValueError: The tensors are on several devices.
+        TypeError: `visible_until` is of another type.
     """
     return _attend(query, key, value, visible_until, scale, kv_cache, by_kernel=False)
 
@@ -141,6 +143,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """`interval_attention` by the kernel or by torch's matrix products."""
     check_devices("interval_attention", (query, key, value, visible_until))
+    if visible_until.dtype != torch.int32:
+        raise TypeError(f"visible_until is int32, got {visible_until.dtype}")
     if kv_cache is not None:
         cache = KVCache.of(kv_cache)
         if cache.visible is not None:

@@ -2,8 +2,8 @@
 
 The weights are frozen, and all seven linear layers have LoRA. Between the kernels of projections,
 attention and the MLP (`decoder.cpp`) nothing is left to compute, so nothing is written to memory
-that a later pass does not read. It computes in bf16 on a CPU alone; `reference` is the same by
-torch's operators.
+that a later pass does not read. It computes in bf16 on a CPU alone;
+`reference_decoder` is the same by torch's operators.
 
 Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width, F intermediate
 width, O = (H + 2G) D.
@@ -20,15 +20,24 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
 
-from vlm_tune.kernels.attention import interval_attention
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.lora import TOGETHER, Adapters, by_layer, joined_weights
 from vlm_tune.kernels.mlp import gated_weights
-from vlm_tune.kernels.reference_mlp import ACTIVATIONS
 from vlm_tune.kernels.version import VERSION
+
+
+def unsupported_reason(dtype: torch.dtype, device: torch.device, head_width: int) -> str | None:
+    """The reason why the kernel does not compute layers with heads of D = `head_width`, or None."""
+    if device.type != "cpu":
+        return f"the kernel of decoder layers is for CPUs, not {device.type}"
+    if dtype != torch.bfloat16:
+        return f"the kernel of decoder layers computes in bf16, not {dtype}"
+    if head_width % 32:
+        return f"heads are {head_width} wide, which is no multiple of 32"
+    return native.unavailable_reason()
+
 
 INNER = slice(0, 3)
 """The places of q, k and v among the seven linear layers."""
@@ -81,7 +90,8 @@ class Operands:
     """A layer's weights and settings, laid out for the kernel once for many calls.
 
     Some thirty tensors as arguments of an operator would cost as much time as a small layer's
-    kernel takes. So the operators get the layer's `handle`; nothing of it changes between calls.
+    kernel takes. So the operators get the layer's `handle`. Addresses and settings never change;
+    what LoRA learns is read from where it lies.
 
     Attributes:
         weights: [W of q, k, v | room for s B] [O, E + room], W of o [E, H D], gate and up [F, E]
@@ -366,9 +376,10 @@ class _DecoderLayer(torch.autograd.Function):
         sin: Tensor,
         visible_until: Tensor,
         of: Operands,
+        graph: bool,
         *_: Tensor,
     ) -> Tensor:
-        keep = any(ctx.needs_input_grad)
+        keep = graph and any(ctx.needs_input_grad)
         out, saved, _unpacked = forward_pass(x, cos, sin, visible_until, of.handle, keep)
         if keep:
             ctx.of = of
@@ -383,7 +394,7 @@ class _DecoderLayer(torch.autograd.Function):
             flows[0].contiguous(), *ctx.saved_tensors, of.handle, needs_x
         )
         of_adapted = by_layer(gradients, of.adapted)
-        return of_x if needs_x else None, None, None, None, None, *of_adapted
+        return of_x if needs_x else None, *(None,) * 5, *of_adapted
 
 
 def decoder_layer(
@@ -402,38 +413,6 @@ def decoder_layer(
         ValueError: The tensors are on several devices.
     """
     check_devices("decoder_layer", (x, cos, sin, visible_until, of.weights[0]))
-    hidden: Any = _DecoderLayer.apply(x, cos, sin, visible_until, of, *of.adapted)
+    graph = torch.is_grad_enabled()
+    hidden: Any = _DecoderLayer.apply(x, cos, sin, visible_until, of, graph, *of.adapted)
     return hidden
-
-
-def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary tables [B, L, D] to queries or keys [B, H, L, D]."""
-    one, other = heads.chunk(2, -1)
-    return heads * cos[:, None] + torch.cat([-other, one], -1) * sin[:, None]
-
-
-def reference(x: Tensor, cos: Tensor, sin: Tensor, visible_until: Tensor, of: Operands) -> Tensor:
-    """The output [B, L, E] of `decoder_layer` by torch's operators, in x's type."""
-    merged, out, gate, up, down = of.matrices(x)
-    width = x.shape[-1]
-
-    def layer(states: Tensor, weight: Tensor, place: int) -> Tensor:
-        low = states @ of.downs[place].to(x.dtype).t()
-        return linear(states, weight) + low @ (of.ups[place] * of.scales[place]).to(x.dtype).t()
-
-    normed = rms_norm(x, (width,), of.norms[0], of.epsilons[0])
-    sizes = [len(each) for each in of.ups[INNER]]
-    parts = merged[:, :width].split(sizes)
-    biases = [0] * 3 if of.bias is None else of.bias.split(sizes)
-    query, key, value = (
-        (layer(normed, weight, place) + bias).unflatten(-1, (-1, of.head_width)).transpose(1, 2)
-        for place, (weight, bias) in enumerate(zip(parts, biases, strict=True))
-    )
-    query = rotated(query, cos, sin)
-    key = rotated(key, cos, sin)
-    attended = interval_attention(query, key, value, visible_until, of.scale)[0].flatten(2)
-    outer = layer(attended, out, 3)
-    x = x + (outer if of.bias_out is None else outer + of.bias_out)
-    normed = rms_norm(x, (width,), of.norms[1], of.epsilons[1])
-    opened = ACTIVATIONS[of.activation](layer(normed, gate, 4))
-    return x + layer(opened * layer(normed, up, 5), down, 6)

@@ -172,10 +172,8 @@ class Adapters:
 
 def by_layer(flat: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
     """Splits concatenated gradients into those of each layer's A or B, in its type."""
-    places = parts([each.numel() for each in layers])
-    return [
-        flat[where].view_as(each).to(each.dtype) for where, each in zip(places, layers, strict=True)
-    ]
+    split = flat.split([each.numel() for each in layers])
+    return [part.view_as(each).to(each.dtype) for part, each in zip(split, layers, strict=True)]
 
 
 def _quick(
@@ -270,8 +268,8 @@ def lora_linear(
     if not room:
         low = rows @ downs[0].to(rows.dtype).t()
         return linear(rows, matrix, bias).addmm_(low, (ups[0] * scales[0]).to(rows.dtype).t()), low
-    # `.data` hides this write from torch.compile. It is safe: the frozen columns do not change, and
-    # nobody else reads the others.
+    # `.data` hides this write from torch.compile. It is safe: the frozen columns do not change,
+    # each pass writes the others before it reads them, and threads write the same numbers.
     _fill(matrix.data[:, width:], ups, scales)
     low = rows @ _down(downs, room, rows.dtype).t()
     return linear(torch.cat([rows, low], 1), matrix, bias), low
@@ -323,9 +321,8 @@ def lora_linear_backward(
             rows_of(gradient), rows_of(rows), low, matrix, Adapters(downs, ups, scales), needs_x
         )
     if room:
-        # The forward pass left s B beside W, so one GEMM gives the gradients through both.
-        if packing:
-            _fill(matrix[:, width:], ups, scales)
+        # With s B beside W one GEMM gives the gradients through both.
+        _fill(matrix.data[:, width:], ups, scales)
         both = gradient @ matrix if needs_x else None
         x_gradient, low_gradient = (
             (None, gradient @ matrix[:, width:])

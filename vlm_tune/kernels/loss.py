@@ -106,16 +106,19 @@ def _(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor
     loss, gradient = _room(rows, keep)
     if len(rows):
         rows = rows_of(rows)
+        targets = targets.contiguous()
         shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
         native.kernels().head(
             shape,
-            *native.pointers(rows, weight, targets.contiguous(), loss, gradient if keep else None),
+            *native.pointers(rows, weight, targets, loss, gradient if keep else None),
         )
     return loss, gradient
 
 
 def _check(rows: Tensor, weight: Tensor, targets: Tensor) -> None:
     check_devices("linear_cross_entropy", (rows, weight, targets))
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are int64, got {targets.dtype}")
     if len(targets):
         low, high = (int(each) for each in targets.aminmax())
         if low < 0 or high >= len(weight):

@@ -173,7 +173,7 @@ def _forward(
 def _saved(
     rows: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for what `gated` saves for the backward pass, without rows unless `keep`."""
+    """Empty tensors for the backward pass of `lora_gated_mlp`, without rows unless `keep`."""
     count = rows.shape[0] if keep else 0
     # Only the kernel, which computes in bf16, writes blocks of 32 rows.
     blocks = (count + 31) // 32 * 32 if rows.dtype == torch.bfloat16 else count
@@ -214,7 +214,7 @@ def lora_gated_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a gated MLP, given that of its outputs, `gradient` [T, E].
 
-    `saved` are the three tensors that `gated` saved; the other operands are those of `gated`.
+    `saved` are the three tensors that `lora_gated_mlp` saved; the other operands are its own.
 
     Returns:
         The gradient of x [T, E], or [0, E] if not needed; and in fp32 those of all A and of all B,

@@ -82,7 +82,7 @@ def _bars(values: Histogram, unit: str = "") -> str:
     """A histogram in one line: the lowest value, a bar for each bin, the highest, the median."""
     most = max(values.counts)
     bars = "".join(BLOCKS[-(-8 * count // most)] for count in values.counts)
-    return f"{values.least:,} [{bars}] {values.most:,}{unit}, half up to {values.middle:,}"
+    return f"{values.least:,} [{bars}] {values.most:,}{unit}, median {values.middle:,}"
 
 
 def _show_findings(

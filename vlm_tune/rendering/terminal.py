@@ -199,7 +199,7 @@ class Display(logging.Handler):
         self._line(event["text"], "yellow")
 
     def _acceleration(self, event: dict[str, Any]) -> None:
-        self._line(f"trained by the kernels: {event['text']}")
+        self._line(f"parts that train by kernels: {event['text']}")
 
     def _other(self, event: dict[str, Any]) -> None:
         pass

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vlm_tune.compat import cache_name
 from vlm_tune.kernels import decoder as kernels_decoder
 from vlm_tune.kernels.cpu import native
-from vlm_tune.kernels.decoder import reference, saved_bytes
+from vlm_tune.kernels.decoder import saved_bytes
+from vlm_tune.kernels.reference_decoder import reference
 from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
 from vlm_tune.model.acceleration.install import LAYER, MLP, install
 from vlm_tune.model.acceleration.interval_attention import NAMES

@@ -27,6 +27,7 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
+from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.kernels import KVCache
 from vlm_tune.kernels import interval_attention as attend
@@ -380,3 +381,40 @@ def test_a_decoder_that_takes_another_attention_is_refused(
     monkeypatch.setattr(interval_attention, "attend", other)
     with pytest.raises(ModelError, match="a LlamaForCausalLM can't be trained here"):
         built(parsed(tiny_recipe("causal")))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "opt", "phi3", "nemotron"])
+def test_branches_of_many_families_are_continued_as_by_masks(kind: str) -> None:
+    """Nemotron's layers do not pass a cache on: it goes by masks by itself."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("gpt2", "opt"):
+        sizes |= {"attn_pdrop": 0.0, "word_embed_proj_dim": 64, "dropout": 0.0}
+    else:
+        sizes |= {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[kind](vocab_size=200, max_position_embeddings=256, **sizes, **ids)
+    config.sliding_window = None
+    llm = CausalLLM(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    ends = torch.full((2, 20), 20)
+    ends[:, 10:15] = 15
+    batch = Batch(
+        ["a", "b"],
+        torch.randint(3, 200, (2, 20)),
+        torch.ones(2, 20, dtype=torch.bool),
+        torch.zeros(2, 20, dtype=torch.bool),
+        torch.zeros(2, 20, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        positions=(torch.arange(20) - 5 * (torch.arange(20) >= 15)).expand(2, -1),
+        visible_until=ends,
+    )
+    leaves = torch.tensor([[14, 19], [14, 19]])
+
+    def answer() -> torch.Tensor:
+        with torch.inference_mode():
+            return llm.continue_branches(llm.embed(batch.input_ids), batch, leaves, 6, [2])
+
+    wanted = answer()
+    install(llm)
+    assert llm.supports_intervals
+    assert torch.equal(answer(), wanted)

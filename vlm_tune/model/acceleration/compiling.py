@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from vlm_tune.compat import (
-    cache_name,
     compile_calls,
     default_compile_cache,
     forget_compiled_calls,
+    is_kv_cache,
     recompute_operator_inputs,
 )
 from vlm_tune.kernels.cpu.native import compiler
@@ -114,7 +114,7 @@ def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     With a growing cache of transformers that is at every token; in generation, for a size of 1.
     """
     states = args[0] if args else kwargs["hidden_states"]
-    return kwargs.get(cache_name()) is not None or (
+    return any(map(is_kv_cache, (*args, *kwargs.values()))) or (
         kwargs.get(CACHE) is not None and 1 in states.shape[:2]
     )
 

@@ -23,9 +23,11 @@ from vlm_tune.compat import (
     module_state,
     set_attention,
 )
+from vlm_tune.kernels import unsupported_reason
 from vlm_tune.kernels.cpu import native
-from vlm_tune.kernels.decoder import Operands, decoder_layer, rotated
+from vlm_tune.kernels.decoder import Operands, decoder_layer
 from vlm_tune.kernels.lora import LARGE, TOGETHER
+from vlm_tune.kernels.reference_decoder import rotated
 from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_operands
 from vlm_tune.model.acceleration.interval_attention import CACHE, NAMES, is_interval_mask
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, compute_dtype, operands
@@ -45,7 +47,7 @@ def structure_reason(layer: Any) -> str | None:
     if not set(NORMS) <= dict(layer.named_children()).keys():
         return "it has other norms than one before the attention and one before the MLP"
     if not isinstance(layer.mlp, GatedModule):
-        return "its MLP is not gated as the operator's"
+        return "its MLP is not of the form act(gate(x)) * up(x)"
     parts = {name for name, _ in layer.self_attn.named_children()}
     if parts != set(PROJECTIONS):
         more = ", ".join(sorted(parts - set(PROJECTIONS)))
@@ -189,12 +191,6 @@ class DecoderLayer(nn.Module):
             state += module_state(module)
         for module in self.mlp.children():
             state += module_state(module)
-        # Adapters move where their layers do: one stands for all.
-        query: Any = attention.q_proj
-        if isinstance(query, LoraLinear):
-            adapters: Any = query.lora_A
-            state += [each.weight.data_ptr() for each in adapters.values()]
-            state += [each.weight.dtype for each in adapters.values()]
         return state
 
     def operands(self, x: Tensor) -> Operands:
@@ -239,11 +235,8 @@ class DecoderLayer(nn.Module):
             return "it has hooks"
         if any(norm.weight.requires_grad for norm in norms):
             return "its norms are trained"
-        if any(norm.weight.dtype != torch.bfloat16 for norm in norms):
-            return "it is not in bf16"
-        # Attention with other head widths runs in blocks of queries, outside of the kernels.
-        if self.self_attn.head_dim % 32:
-            return f"its heads are {self.self_attn.head_dim} wide, which is no multiple of 32"
+        if norms[0].weight.dtype != norms[1].weight.dtype:
+            return "its norms are of two types"
         if not all(isinstance(layer, LoraLinear) for layer in layers):
             return "not all projections have LoRA"
         outputs = [layer.base_layer.out_features for layer in layers]
@@ -252,7 +245,10 @@ class DecoderLayer(nn.Module):
         group = layers[0].group
         if not self.only_traced and (group is None or group.layers != layers[:3]):
             return "its projections are not merged"
-        return None if native.has_kernels() else native.unavailable_reason()
+        weight = norms[0].weight
+        return unsupported_reason(
+            "decoder_layer", weight.dtype, weight.device, self.self_attn.head_dim
+        )
 
     def reason(self, x: Tensor) -> str | None:
         """The reason why the operator does not compute what the layer does now; None if it does.

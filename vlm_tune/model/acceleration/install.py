@@ -82,8 +82,8 @@ class AccelerationReport:
 def install(llm: LanguageModel) -> AccelerationReport:
     """Puts the operators into a language model, wherever they compute the same.
 
-    It may be called before LoRA layers are attached, on any device, and twice. Modules decide at
-    each call whether the operator computes what they do at that time: `running` tells it.
+    It may be called before LoRA layers are attached, on any device, and twice. Each module checks
+    at every call whether the operator applies; `running` reports the present state.
 
     Returns:
         The modules that were replaced, and the reasons for those that were not.
@@ -124,10 +124,14 @@ def _set_class(module: Any, kind: type[nn.Module]) -> None:
 
 
 def uninstall(llm: LanguageModel) -> None:
-    """Takes the operators out of a language model: it computes as transformers' and PEFT's do."""
+    """Takes the operators out of a language model that no engine has wrapped.
+
+    Its attention, MLPs, layers and loss are then those of transformers. LoRA layers stay fused.
+    """
     if isinstance(llm, CausalLLM) and isinstance(llm.attention, IntervalAttention):
         before = {name: original for original, name in NAMES.items()}
-        set_attention(llm.model.config, before[attention_name(llm.model)])
+        name = attention_name(llm.model)
+        set_attention(llm.model.config, before.get(name, name))
         llm.attention = MaskedAttention()
     for module in llm.model.modules():
         # A decoder layer's class is made of `DecoderLayer` and the original class.
@@ -190,8 +194,11 @@ def _lora_reason(layer: LoraLinear, dtype: torch.dtype, device: torch.device) ->
 
 def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:
     reason = unsupported_reason(llm.model)
-    if reason is not None or not llm.supports_intervals:
-        return reason or "it has a prefix of keys and values, or is not on a CPU"
+    if reason is not None:
+        return reason
+    if not llm.supports_intervals:
+        on_cpu = device.type == "cpu"
+        return "it has a prefix of keys and values" if on_cpu else f"it is on {device.type}"
     config = llm.model.config
     width = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
     return kernels.unsupported_reason("interval_attention", dtype, device, width)

@@ -23,7 +23,6 @@ from vlm_tune.compat import (
     sdpa_attention,
     supports_attention_functions,
 )
-from vlm_tune.errors import ModelError
 from vlm_tune.kernels.attention import interval_attention
 from vlm_tune.kernels.kv_cache import KVCache
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
@@ -81,8 +80,10 @@ class IntervalAttention(MaskedAttention):
     """Attention by the operator, where a model is on a CPU; else by masks."""
 
     def by_intervals(self, model: Any) -> bool:
-        # The model of a memory plan has shapes alone, on the meta device.
-        return next(model.parameters()).device.type in ("cpu", "meta")
+        # The model of a memory plan has shapes alone, on the meta device. Another attention
+        # function may have been set since.
+        device = next(model.parameters()).device.type
+        return device in ("cpu", "meta") and attention_name(model) in NAMES.values()
 
     def mask(
         self,
@@ -108,32 +109,22 @@ class IntervalAttention(MaskedAttention):
         positions: Tensor,
         visible: Tensor,
     ) -> Prefill:
-        if not self.by_intervals(model):
-            return super().prefill(model, body, embeds, visible_until, positions, visible)
-        return IntervalPrefill(model, body, embeds, visible_until, positions, visible)
+        if self.by_intervals(model):
+            rows = IntervalPrefill(body, embeds, visible_until, positions)
+            if rows.cache.rows:
+                rows.cache.branch(visible)
+                return rows
+            # The model's layers do not pass the cache on to their attention, as Nemotron's.
+        return super().prefill(model, body, embeds, visible_until, positions, visible)
 
 
 class IntervalPrefill:
     """A prefill by the operator. Its KV cache is passed to the layers by its handle."""
 
-    def __init__(
-        self,
-        model: Any,
-        body: Any,
-        embeds: Tensor,
-        visible_until: Tensor,
-        positions: Tensor,
-        visible: Tensor,
-    ) -> None:
+    def __init__(self, body: Any, embeds: Tensor, visible_until: Tensor, positions: Tensor) -> None:
         self.body = body
         self.cache = KVCache()
         self.hidden = self._run(embeds, visible_until, positions)
-        if not self.cache.rows:
-            raise ModelError(
-                f"{type(model).__name__} does not pass its layers' arguments to the attention: "
-                "set VLM_TUNE_KERNELS=reference, or report it"
-            )
-        self.cache.branch(visible)
 
     def step(self, embeds: Tensor, positions: Tensor) -> Tensor:
         """A decode step, see `Prefill`."""
@@ -153,9 +144,9 @@ class IntervalPrefill:
         ).last_hidden_state
 
 
-def is_interval_mask(mask: Tensor | None) -> bool:
+def is_interval_mask(mask: Any) -> bool:
     """Whether a mask says where tokens stop being seen, and so goes by the operator."""
-    return mask is not None and mask.dtype == torch.int32
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 def attend(

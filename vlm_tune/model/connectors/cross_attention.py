@@ -118,7 +118,9 @@ class CrossAttention(Connector):
     def _before_layer(
         self, place: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[Any, Any]:
-        seen = self.seen.value if self.seen.is_set else self._latest
+        # A compiler can't trace a thread's value.
+        by_thread = not torch.compiler.is_compiling() and self.seen.is_set
+        seen = self.seen.value if by_thread else self._latest
         if args:
             return (self.blocks[place](args[0], seen), *args[1:]), named
         return args, {**named, "hidden_states": self.blocks[place](named["hidden_states"], seen)}

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens of a row, M media places, T instruction tokens, E LLM w
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -38,6 +39,9 @@ class Text:
         return Text(embeds, self.mask.gather(1, columns), self.ids.gather(1, columns))
 
 
+_tokenizing = threading.Lock()
+
+
 class Reader:
     """Converts instructions to ids of a connector's own tokenizer, with start and end tokens."""
 
@@ -49,7 +53,9 @@ class Reader:
 
     def _ids(self, ids: tuple[int, ...]) -> list[int]:
         text = self._llm.decode(list(ids), skip_special_tokens=True)
-        return self.tokenizer(text, truncation=True, max_length=self._most).input_ids
+        # Truncation is a state of a fast tokenizer, which another thread may use at once.
+        with _tokenizing:
+            return self.tokenizer(text, truncation=True, max_length=self._most).input_ids
 
     def __call__(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """ids int64[M, T'] and mask bool[M, T'] of the instructions, left-aligned."""
