@@ -35,8 +35,10 @@ def unsupported_reason(dtype: torch.dtype, weight: Tensor) -> str | None:
     """
     if weight.device.type != "cpu":
         return f"the kernel of the loss is for CPUs, not {weight.device.type}"
-    if dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        return f"the kernel of the loss computes in bf16, not {dtype} with a {weight.dtype} head"
+    if weight.dtype != torch.bfloat16:
+        return f"the head's weight is {weight.dtype}, and the kernel of the loss takes bf16"
+    if dtype != torch.bfloat16:
+        return f"the kernel of the loss computes in bf16, not {dtype}"
     width = weight.shape[1]
     if width % 32 or width > LARGE:
         return f"the width {width} is no multiple of 32 up to {LARGE}"
