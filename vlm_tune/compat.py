@@ -240,8 +240,6 @@ def module_state(module: Any) -> list[Any]:
     ]
     if "base_layer" in instance["_modules"]:
         state += (
-            id(instance.get("group")),
-            id(instance.get("packed")),
             instance["_disable_adapters"],
             len(instance["merged_adapters"]),
             str(instance["_active_adapter"]),

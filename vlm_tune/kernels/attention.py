@@ -28,24 +28,30 @@ from vlm_tune.kernels.reference_attention import (
 from vlm_tune.kernels.version import VERSION
 
 
-def unsupported_reason(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
-    """The reason why the kernel does not compute heads of D = `width`; None if it does."""
+def _operands_reason(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
+    """The reason why the kernel is not for such heads, whether it is there or not."""
     if device.type != "cpu":
         return f"the attention kernel is for CPUs, not {device.type}"
     if dtype != torch.bfloat16:
         return f"the attention kernel computes in bf16, not {dtype}"
     if width % 32:
         return f"heads are {width} wide, which is no multiple of 32"
+    return None
+
+
+def unsupported_reason(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
+    """The reason why the kernel does not compute heads of D = `width`; None if it does."""
+    reason = _operands_reason(dtype, device, width)
     # It computes rows of keys, so it has no limit of threads.
-    return None if native.library(native.KERNELS) else native.unavailable_reason()
+    if reason is not None or native.library(native.KERNELS) is not None:
+        return reason
+    return native.unavailable_reason()
 
 
 def _by_kernel(query: Tensor) -> bool:
     """Whether the kernel computes attention for this query [B, H, L, D]."""
     return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.shape[-1] % 32 == 0
+        _operands_reason(query.dtype, query.device, query.shape[-1]) is None
         and native.library(native.KERNELS) is not None
     )
 

@@ -2,8 +2,8 @@
 
 The weights are frozen, and all seven linear layers have LoRA. Between the kernels of projections,
 attention and the MLP (`decoder.cpp`) nothing is left to compute, so nothing is written to memory
-that a later pass does not read. It computes in bf16 on a CPU alone;
-`reference_decoder` is the same by torch's operators.
+that a later pass does not read. It computes in bf16 on a CPU alone; `reference_decoder` is the same
+by torch's operators.
 
 Shapes: B rows, L tokens, T = B L, E width, H query heads, G key heads, D head width, F intermediate
 width, O = (H + 2G) D.
@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from vlm_tune.kernels import attention
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.lora import TOGETHER, Adapters, by_layer, joined_weights
@@ -30,13 +31,7 @@ from vlm_tune.kernels.version import VERSION
 
 def unsupported_reason(dtype: torch.dtype, device: torch.device, head_width: int) -> str | None:
     """The reason why the kernel does not compute layers with heads of D = `head_width`, or None."""
-    if device.type != "cpu":
-        return f"the kernel of decoder layers is for CPUs, not {device.type}"
-    if dtype != torch.bfloat16:
-        return f"the kernel of decoder layers computes in bf16, not {dtype}"
-    if head_width % 32:
-        return f"heads are {head_width} wide, which is no multiple of 32"
-    return native.unavailable_reason()
+    return attention.unsupported_reason(dtype, device, head_width) or native.unavailable_reason()
 
 
 INNER = slice(0, 3)

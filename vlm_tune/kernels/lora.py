@@ -101,6 +101,19 @@ def joined_weights(
     return matrix
 
 
+def _operands_reason(
+    dtype: torch.dtype, device: torch.device, inputs: int, outputs: Sequence[int]
+) -> str | None:
+    """The reason why the kernel is not for such layers, whether it is there or not."""
+    if device.type != "cpu":
+        return f"the LoRA kernel is for CPUs, not {device.type}"
+    if dtype != torch.bfloat16:
+        return f"the LoRA kernel computes in bf16, not {dtype}"
+    if max(inputs, *outputs) > LARGE:
+        return f"a layer has {max(inputs, *outputs):,} inputs or outputs, more than {LARGE:,}"
+    return None
+
+
 def unsupported_reason(
     dtype: torch.dtype, device: torch.device, inputs: int, outputs: Sequence[int]
 ) -> str | None:
@@ -112,23 +125,13 @@ def unsupported_reason(
         inputs: I.
         outputs: The number of outputs of each layer.
     """
-    if device.type != "cpu":
-        return f"the LoRA kernel is for CPUs, not {device.type}"
-    if dtype != torch.bfloat16:
-        return f"the LoRA kernel computes in bf16, not {dtype}"
-    if max(inputs, *outputs) > LARGE:
-        return f"a layer has {max(inputs, *outputs):,} inputs or outputs, more than {LARGE:,}"
-    return native.unavailable_reason()
+    return _operands_reason(dtype, device, inputs, outputs) or native.unavailable_reason()
 
 
 def by_kernel(rows: Tensor, outputs: Sequence[int]) -> bool:
     """Whether the kernel computes layers with these numbers of outputs for such rows [T, I]."""
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.bfloat16
-        and max(rows.shape[1], *outputs) <= LARGE
-        and native.has_kernels()
-    )
+    reason = _operands_reason(rows.dtype, rows.device, rows.shape[1], outputs)
+    return reason is None and native.has_kernels()
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -29,6 +29,21 @@ FEW = 32
 """Rows per thread below which the kernel's blocks are not full."""
 
 
+def _operands_reason(
+    dtype: torch.dtype, device: torch.device, width: int, inner: int
+) -> str | None:
+    """The reason why the kernel is not for such MLPs, whether it is there or not."""
+    if device.type != "cpu":
+        return f"the MLP kernel is for CPUs, not {device.type}"
+    if dtype != torch.bfloat16:
+        return f"the MLP kernel computes in bf16, not {dtype}"
+    if inner % 32 or width % 32:
+        return f"the widths {width} and {inner} are no multiples of 32"
+    if width + 2 * inner > LARGE:
+        return f"the widths {width} and {inner} are too large for a core's cache"
+    return None
+
+
 def unsupported_reason(
     dtype: torch.dtype, device: torch.device, width: int, inner: int
 ) -> str | None:
@@ -40,25 +55,12 @@ def unsupported_reason(
         width: E.
         inner: F.
     """
-    if device.type != "cpu":
-        return f"the MLP kernel is for CPUs, not {device.type}"
-    if dtype != torch.bfloat16:
-        return f"the MLP kernel computes in bf16, not {dtype}"
-    if inner % 32 or width % 32:
-        return f"the widths {width} and {inner} are no multiples of 32"
-    if width + 2 * inner > LARGE:
-        return f"the widths {width} and {inner} are too large for a core's cache"
-    return native.unavailable_reason()
+    return _operands_reason(dtype, device, width, inner) or native.unavailable_reason()
 
 
-def by_kernel(dtype: torch.dtype, width: int, inner: int) -> bool:
-    """Whether the kernel computes MLPs of these widths E and F on a CPU in this type."""
-    return (
-        dtype == torch.bfloat16
-        and not (inner % 32 or width % 32)
-        and width + 2 * inner <= LARGE
-        and native.has_kernels()
-    )
+def by_kernel(dtype: torch.dtype, device: torch.device, width: int, inner: int) -> bool:
+    """Whether the kernel computes MLPs of these widths E and F in this type."""
+    return _operands_reason(dtype, device, width, inner) is None and native.has_kernels()
 
 
 def gated_weights(
@@ -133,7 +135,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     few = not keep and len(rows) < FEW * torch.get_num_threads()
-    kernel = not few and by_kernel(rows.dtype, rows.shape[1], len(ups[0]))
+    kernel = not few and by_kernel(rows.dtype, rows.device, rows.shape[1], len(ups[0]))
     return _forward(rows, weights, packing, activation, downs, ups, scales, keep, kernel=kernel)
 
 
@@ -225,7 +227,7 @@ def lora_gated_mlp_backward(
     gradient = rows_of(gradient)
     gradients = _gradients(gradient, downs, ups, needs_x)
     # The saved tensors have the layout of whichever computed the forward pass.
-    if rows.device.type != "cpu" or not by_kernel(rows.dtype, rows.shape[1], len(ups[0])):
+    if not by_kernel(rows.dtype, rows.device, rows.shape[1], len(ups[0])):
         gated_rows_backward(
             gradient, rows, saved, matrices, activation, downs, ups, scales, gradients
         )

@@ -299,6 +299,20 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
     assert not built(parsed(tiny_recipe("seq2seq"))).llm.supports_intervals
 
 
+def family(kind: str) -> Any:
+    """A tiny decoder of a family, whose layers attend to all earlier tokens by plain products."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("gpt2", "opt"):
+        sizes |= {"attn_pdrop": 0.0, "word_embed_proj_dim": 64, "dropout": 0.0}
+    else:
+        sizes |= {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[kind](vocab_size=200, max_position_embeddings=256, **sizes, **ids)
+    config.sliding_window = None
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -319,17 +333,7 @@ def test_what_it_does_not_compute_stays_with_transformers(tiny_recipe: Callable[
     ],
 )
 def test_decoders_of_many_families_attend_by_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if kind in ("gpt2", "opt"):
-        sizes |= {"attn_pdrop": 0.0, "word_embed_proj_dim": 64, "dropout": 0.0}
-    else:
-        sizes |= {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = CONFIG_MAPPING[kind](vocab_size=200, max_position_embeddings=256, **sizes, **ids)
-    config.sliding_window = None
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = family(kind)
     embeds, ends = torch.randn(2, 40, 64), torch.full((2, 40), 40)
     ends[:, 20:30] = 30
     positions = torch.arange(40) - 10 * (torch.arange(40) >= 30)
@@ -386,16 +390,7 @@ def test_a_decoder_that_takes_another_attention_is_refused(
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "opt", "phi3", "nemotron"])
 def test_branches_of_many_families_are_continued_as_by_masks(kind: str) -> None:
     """Nemotron's layers do not pass a cache on: it goes by masks by itself."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if kind in ("gpt2", "opt"):
-        sizes |= {"attn_pdrop": 0.0, "word_embed_proj_dim": 64, "dropout": 0.0}
-    else:
-        sizes |= {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = CONFIG_MAPPING[kind](vocab_size=200, max_position_embeddings=256, **sizes, **ids)
-    config.sliding_window = None
-    llm = CausalLLM(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    llm = CausalLLM(family(kind))
     ends = torch.full((2, 20), 20)
     ends[:, 10:15] = 15
     batch = Batch(

@@ -243,9 +243,11 @@ def has_kernels() -> bool:
 
 def unavailable_reason() -> str | None:
     """The reason why there are no kernels here; None if there are (`has_kernels`)."""
-    if torch.get_num_threads() > THREADS:
+    if has_kernels():
+        return None
+    if library(KERNELS) is not None:
         return f"the kernels are for at most {THREADS} threads, and torch has more"
-    return None if has_kernels() else kernel_status().reason
+    return kernel_status().reason
 
 
 def range_allocator() -> ctypes.CDLL | None:

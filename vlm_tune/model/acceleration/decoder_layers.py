@@ -191,6 +191,9 @@ class DecoderLayer(nn.Module):
             state += module_state(module)
         for module in self.mlp.children():
             state += module_state(module)
+        for layer in (*self.projections(), *self.mlp.layers()):
+            if isinstance(layer, LoraLinear):
+                state += id(layer.group), id(layer.packed)
         return state
 
     def operands(self, x: Tensor) -> Operands:

@@ -113,7 +113,7 @@ class GatedModule(nn.Module):
             0
         ].weight.stride() == bases[1].weight.stride()
         return bool(together) and by_kernel(
-            compute_dtype(x), bases[0].in_features, bases[0].out_features
+            compute_dtype(x), x.device, bases[0].in_features, bases[0].out_features
         )
 
     def is_plain(self, x: Tensor, layers: Sequence[Any]) -> bool:

@@ -95,7 +95,8 @@ def install(llm: LanguageModel) -> AccelerationReport:
         report.add(ATTENTION, reason)
         if reason is None:
             register()
-            set_attention(model.config, NAMES.get(attention_name(model), attention_name(model)))
+            name = attention_name(model)
+            set_attention(model.config, NAMES.get(name, name))
             llm.attention = IntervalAttention()
     replace_mlps(model, report)
     for module in model.modules():
@@ -166,8 +167,6 @@ def running(llm: LanguageModel, dtype: torch.dtype) -> AccelerationReport:
 def _layer_reason(module: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     if not isinstance(module, DecoderLayer):
         return structure_reason(module)
-    if device.type != "cpu":
-        return f"the kernel is for CPUs, not {device.type}"
     return module.reason(torch.empty(1, 0, 0, dtype=dtype, device=device))
 
 

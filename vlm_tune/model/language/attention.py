@@ -40,7 +40,6 @@ class MaskedAttention:
 
         `model` is the transformers model.
         """
-        del model
         return False
 
     def mask(
