@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import vlm_tune
 from tests.helpers.tiny_models import built, cli, parsed, rows_of, save_llm, with_llm
@@ -404,3 +406,33 @@ def test_a_histogram_counts_every_value_once() -> None:
 def test_every_kind_is_in_the_documentation() -> None:
     text = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text()
     assert not [kind for kind, meaning in KINDS.items() if f"| `{kind}` | {meaning} |" not in text]
+
+
+def test_weights_of_the_connector_are_checked_by_their_file(
+    tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = recipe_text(tiny_recipe, {"train": [write(tmp_path / "rows.jsonl", [chat("q", "a")])]})
+    recipe = tmp_path / "recipe.yaml"
+    weights = tmp_path / "mm_projector.safetensors"
+
+    def stop_reason() -> str:
+        recipe.write_text(
+            text.replace("{kind: mlp, norm: true}", f"{{kind: linear, weights: {weights}}}")
+        )
+        try:
+            vlm_tune.check(recipe)
+        except ModelError as error:
+            return str(error)
+        return ""
+
+    assert "mm_projector.safetensors: no such weights file" in stop_reason()
+    save_file({"mm_projector.weight": torch.zeros(3, 5)}, weights)
+    misfit = stop_reason()
+    assert "does not fit the model; missing: linear.bias; misshapen: linear.weight is [3, 5]" in (
+        misfit
+    )
+    wanted = misfit.partition("expected ")[2].strip("[]").split(", ")
+    shape = [int(size) for size in wanted]
+    tensors = {"weight": torch.zeros(shape), "bias": torch.zeros(shape[0])}
+    save_file({f"model.mm_projector.{name}": tensor for name, tensor in tensors.items()}, weights)
+    assert stop_reason() == ""

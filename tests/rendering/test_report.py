@@ -313,7 +313,7 @@ def test_figures_that_are_missing_or_not_finite_are_left_out(run: Path) -> None:
     edit(
         run / "result.json",
         {
-            "accuracy": None,
+            "accuracy": 10**400,
             "n": None,
             "loss": float("nan"),
             "by_category": {"color": {"accuracy": None}},

@@ -32,6 +32,8 @@ from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
 from vlm_tune.model.build import bare_model, build_processor
+from vlm_tune.model.pretrained.connector_weights import check_connector_file
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder
 from vlm_tune.model.tuning import check_fits
 
 STREAMED = 10_000
@@ -60,7 +62,7 @@ def check(
     Raises:
         RecipeError: the recipe can't be run.
         DataError: a chat format can't be used.
-        ModelError: a tokenizer can't be used.
+        ModelError: a tokenizer or the connector's weights can't be used.
     """
     check_count("--sample", sample)
     loaded = as_recipe(recipe, overrides)
@@ -217,11 +219,21 @@ def _prepared(
 
 
 def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
-    """Reports rows that the language model can't read, where its config is on this machine."""
+    """Checks the connector's weights file, and reports rows that the language model can't read.
+
+    The latter where the language model's config is on this machine.
+    """
     try:
-        language = bare_model(recipe, tokenizer)[0].llm
+        model = bare_model(recipe, tokenizer)[0]
     except ModelError:
+        model = None
+    if own_folder(recipe) is None:
+        check_connector_file(
+            None if model is None else model.connector, model_section(recipe).connector
+        )
+    if model is None:
         return
+    language = model.llm
     for part in report.read:
         if part.name == "train":
             try:

@@ -66,6 +66,21 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path}: {reason_of(error)}") from None
 
 
+def safetensors_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors by name, from its header alone.
+
+    Raises `ModelError` as `check_safetensors` does.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_safetensors(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{path}: {reason_of(error)}") from None
+
+
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes tensors to a file; tensors that share memory are written separately."""
     from safetensors.torch import save_file

@@ -88,8 +88,14 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """A finite number; None for anything else, such as an integer beyond the largest float."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass

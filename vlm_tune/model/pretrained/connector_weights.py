@@ -13,7 +13,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.vlm_layouts import QFORMER_TOKENIZER, find_vlm, part_tensors
-from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.model.weights import load_into, read_safetensors, safetensors_shapes
 from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted, reason_of
 
@@ -61,19 +61,60 @@ def start_connector(connector: nn.Module, config: AnyConnector) -> None:
         )
 
 
+def check_connector_file(connector: nn.Module | None, config: AnyConnector) -> None:
+    """Checks the connector weights that a recipe names by a file, by the file's header.
+
+    The names of models are not looked up.
+
+    Args:
+        connector: The connector on the meta device; None where the language model that it fits is
+            unknown, and only the file is checked.
+        config: The connector's section of the recipe.
+
+    Raises:
+        ModelError: As `start_connector` raises it for a file.
+    """
+    if isinstance(config, FusionConnector | CrossAttentionConnector):
+        check_connector_file(getattr(connector, "base", None), config.base)
+    elif config.weights is not None and _is_weights_file(config.weights):
+        shapes = _by_header(_safetensors(config.weights))
+        if connector is not None:
+            load_into(connector, _renamed(connector, shapes, config.weights), config.weights)
+
+
+def _is_weights_file(weights: str) -> bool:
+    """Whether the name of weights is that of a file, and not of a model."""
+    path = Path(weights)
+    return is_file(path) or path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+
+
+def _safetensors(weights: str) -> Path:
+    """The path of a weights file; raises `ModelError` if it is of another format."""
+    path = Path(weights)
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
+    return path
+
+
+def _by_header(path: Path) -> Tensors:
+    """A file's tensors on the meta device, under names without their common prefix."""
+    shapes = safetensors_shapes(path)
+    return {_short_name(key): torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _short_name(key: str) -> str:
+    """A tensor's name without the prefix that LLaVA's projectors have."""
+    return key.rpartition("mm_projector.")[2]
+
+
 def _read(weights: str) -> Tensors:
     """Loads a connector's tensors, under the names in their file without its common prefix.
 
     `weights` is a safetensors file, or the name of a vision-language model.
     """
-    path = Path(weights)
-    if is_file(path) or path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        if path.suffix != ".safetensors":
-            raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
-        return {
-            key.rpartition("mm_projector.")[2]: value
-            for key, value in read_safetensors(path).items()
-        }
+    if _is_weights_file(weights):
+        tensors = read_safetensors(_safetensors(weights))
+        return {_short_name(key): tensor for key, tensor in tensors.items()}
     vlm = find_vlm(weights)
     if vlm is None:
         raise ModelError(
