@@ -48,7 +48,7 @@ from vlm_tune.model.pretrained.language_model import (
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.vision.base import VisionTower
-from vlm_tune.model.vision.registry import architecture, build_tower
+from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import load_into, read_safetensors
 from vlm_tune.precision import DTYPES
@@ -164,9 +164,9 @@ def build_processor(
         )
     else:
         tokenizer = load_tokenizer(section.llm, saved)
+    tower = meta_tower(section.tower, own_rebuild(recipe))
+    tokens, width = tower.measure()
     with torch.device("meta"):
-        tower = bare_tower(section.tower, own_rebuild(recipe))
-        tokens, width = tower.measure()
         # The number of slots of an image does not depend on the LLM's width: any multiple of the
         # connector's heads will do.
         connector = build_connector(

@@ -8,6 +8,8 @@ weights are loaded, and its errors have the locations in the recipe.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -61,7 +63,11 @@ def check_memory(module: nn.Module, name: str) -> None:
 
     The module may be on the meta device. `name` begins the message.
     """
-    needed = 4 * sum(parameter.numel() for parameter in module.parameters())
+    _check_free(sum(parameter.numel() for parameter in module.parameters()), name)
+
+
+def _check_free(parameters: int, name: str) -> None:
+    needed = 4 * parameters
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelError(
@@ -73,7 +79,7 @@ def check_memory(module: nn.Module, name: str) -> None:
 def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     """The faults of a language model from scratch."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import CONFIG_MAPPING
 
     at = ("model", "llm", "scratch")
     if scratch.model_type not in CONFIG_MAPPING:
@@ -97,18 +103,13 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
     if faults:
         return [((*at, "config", *path), message) for path, message in faults]
     try:
-        # The tokenizer's ids are set later; a family's default ids may be outside a small
-        # vocabulary.
-        ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
-        config = CONFIG_MAPPING[scratch.model_type](
-            **{"vocab_size": scratch.vocab_size, **ids, **scratch.config}
+        fault, parameters = _built(
+            scratch.model_type,
+            kind,
+            json.dumps({"vocab_size": scratch.vocab_size, **scratch.config}),
         )
-        fault = _heads_fault(config, scratch.config)
         if fault is None:
-            factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
-            with torch.device("meta"):
-                model = factory.from_config(config)
-            check_memory(model, "it")
+            _check_free(parameters, "it")
     # What a library raises for numbers from which it can't build a model; the numbers are all that
     # it reads here.
     except (
@@ -127,6 +128,28 @@ def _scratch_faults(scratch: Scratch, kind: str) -> list[Fault]:
         ]
         fault = f"no {scratch.model_type} can be built from it: {cut(line[-1].strip(), REASON)}"
     return [((*at, "config"), fault)] if fault else []
+
+
+@functools.lru_cache(maxsize=64)
+def _built(model_type: str, kind: str, config_json: str) -> tuple[str | None, int]:
+    """The fault of a config's heads, or None and the parameters of the model that is built from it.
+
+    Raises whatever the library raises that can't build one. A run checks its recipe's model several
+    times, hence the cache.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    given = json.loads(config_json)
+    # The tokenizer's ids are set later; a family's default ids may be outside a small vocabulary.
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config = CONFIG_MAPPING[model_type](**{**ids, **given})
+    fault = _heads_fault(config, given)
+    if fault is not None:
+        return fault, 0
+    factory: Any = AutoModelForSeq2SeqLM if kind == "seq2seq" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    return None, sum(parameter.numel() for parameter in model.parameters())
 
 
 def _kind_fault(model_type: str, kind: str) -> str | None:

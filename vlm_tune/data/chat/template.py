@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,13 @@ def load_template(name: str) -> ChatTemplate:
             f"there are {', '.join(resource_names('data_templates/chat'))}",
             source="data.template",
         )
+    stat = path.stat()
+    return _loaded_template(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded_template(path: Path, changed: int, size: int) -> ChatTemplate:
+    """The format in a file that was changed at a time; a run reads its own several times."""
     return read_template(path)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyTower, PairTower, TimmTower, TransformersTower
+from vlm_tune.config.model import (
+    AnyTower,
+    OpenClipTower,
+    PairTower,
+    TimmTower,
+    TransformersTower,
+)
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vision.base import FeatureMaps, VisionTower, pool, resized
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision, open_clip_config
@@ -89,3 +96,26 @@ def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> Visi
     # Convolutions are several times faster with channels last, on CPUs and GPUs; transformers are
     # unaffected.
     return kind(config, rebuild).to(memory_format=torch.channels_last)
+
+
+def meta_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
+    """Builds a recipe's tower on the meta device, and measures it; to be read, not changed.
+
+    A run asks for it several times, so one that the recipe describes by itself is kept. Raises
+    `ModelError` as `build_tower`.
+    """
+    if isinstance(config, OpenClipTower) and config.name is None and rebuild is None:
+        return _described_tower(config.model_dump_json())
+    return _measured_on_meta(config, rebuild)
+
+
+@functools.lru_cache(maxsize=16)
+def _described_tower(config_json: str) -> VisionTower:
+    return _measured_on_meta(OpenClipTower.model_validate_json(config_json), None)
+
+
+def _measured_on_meta(config: AnyTower, rebuild: dict[str, Any] | None) -> VisionTower:
+    with torch.device("meta"):
+        tower = build_tower(config, rebuild or architecture(config))
+        tower.measure()
+    return tower
