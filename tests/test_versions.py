@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ def test_a_changed_floor_or_a_lifted_cap_is_named(
     place = next(number for number, line in enumerate(lines) if line.startswith(old))
     lines[place] = lines[place].replace(old, new)
     assert script["problems"](project) == [problem]
+
+
+def test_the_docs_table_is_that_of_the_releases_that_were_tried(script: dict[str, Any]) -> None:
+    tried = script["load_project"]()["tool"]["vlm_tune"]["tried"]
+    lines = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8").splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert {name: [first, last] for name, first, last in table} == tried
+
+
+def test_the_images_torch_is_within_the_range(script: dict[str, Any]) -> None:
+    (tag,) = re.findall(
+        r"^ARG BASE=pytorch/pytorch:([\d.]+)-cuda[\d.]+-cudnn9-devel$",
+        (ROOT / "Dockerfile").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    (torch,) = (
+        each for each in script["requirements"](script["load_project"]()) if each.name == "torch"
+    )
+    assert torch.specifier.contains(tag)
 
 
 def test_newest_lifts_the_caps_and_oldest_pins_the_floors(script: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import typer
 from vlm_tune.cli.data import check, plan, recipes, schema, show
 from vlm_tune.cli.model import chat, export, merge
 from vlm_tune.cli.options import print_json
+from vlm_tune.cli.system import env
 from vlm_tune.cli.train import evaluate, predict, sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
 from vlm_tune.resources import kernel_choice
@@ -69,6 +70,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "schema": schema,
     "recipes": recipes,
+    "env": env,
 }
 for _name, _function in COMMANDS.items():
     app.command(_name)(_function)
