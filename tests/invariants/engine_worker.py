@@ -1,10 +1,6 @@
 """One of several processes that train the recipes of a list in turn.
 
 Notes gradients and sample ids beside each.
-
-python tests/engine_worker.py runs.json
-
-runs.json holds [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...].
 """
 
 from __future__ import annotations
@@ -73,6 +69,7 @@ def record(noted: dict[str, Any]) -> None:
 
 
 def main(runs: list[dict[str, Any]]) -> None:
+    """Trains [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...]."""
     noted: dict[str, Any] = {}
     record(noted)
     rank = os.environ.get("RANK", "0")
@@ -105,7 +102,3 @@ def main(runs: list[dict[str, Any]]) -> None:
             # through their objects.
             gc.collect()
             gc.freeze()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

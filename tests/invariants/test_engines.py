@@ -6,15 +6,17 @@ That holds whatever its ranks hold, and any may go on where another stopped.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from tests.helpers.connector_kinds import with_connector
+from tests.helpers.forked_runs import ended, start
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -22,15 +24,16 @@ from tests.helpers.tiny_models import (
     one_step,
     parsed,
     rows_of,
-    run,
     save_llm,
     with_llm,
     with_tune,
 )
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from tests.invariants import engine_worker
 from vlm_tune.api import sft
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.launching import _reserved_port
 from vlm_tune.train.step_trace import read_trace
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -63,12 +66,14 @@ MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "cross": ("causal", LORA_TUNE, "cross_attention", {}),
 }
 SHARDED = ("zero3", "fsdp")
-RUNS = [
-    (model, engine)
-    for model in MODELS
-    for engine in (ENGINES if "lora" in model or "full" in model else SHARDED)
-    if "offload" not in engine or model in ("decoder-lora", "t5-full")
-]
+WITH: dict[str, Sequence[str]] = {
+    # Adapters and whole models under each; the other way round under each way to share.
+    "decoder-lora": tuple(ENGINES),
+    "t5-full": tuple(ENGINES),
+    "decoder-full": ("ddp", "zero2", *SHARDED),
+    "t5-lora": ("ddp", "zero2", *SHARDED),
+}
+RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
 HALF = {
     "decoder-bf16": ("ddp", "zero2", "zero3", "fsdp"),
     "decoder-qlora": ("ddp", "zero0", "zero1", "zero2"),
@@ -91,7 +96,6 @@ ONE_STEP: dict[str, Any] = {
     "data__validation": [],
     "evaluate__samples": 0,
 }
-WORKER = Path(__file__).with_name("engine_worker.py")
 
 
 def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) -> Recipe:
@@ -147,8 +151,23 @@ LINEAGES = {"one-two-one": "decoder-lora", "zero2-zero3": "t5-full"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of two processes, in one launch: importing the libraries takes longer than they."""
-    folder = tmp_path_factory.mktemp("engines")
+    """The folder of all runs of two processes, which pytest's own processes train once together."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    folder = common / "engines"
+    with FileLock(common / "engines.lock"):
+        if not (folder / "whole").exists():
+            folder.mkdir()
+            train_all(folder)
+            (folder / "whole").touch()
+    return folder
+
+
+def train_all(folder: Path) -> None:
+    """All runs of two processes, in two forks: importing the libraries takes longer than they."""
+    import deepspeed  # noqa: F401  (here, and not in every fork)
+
     rows = [json.loads(line) for line in write_color_rows(folder).read_text().splitlines()]
     for row in rows[1:]:
         row.pop("images")
@@ -190,14 +209,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             in_stages(folder, f"stages-{engine}", dropout=dropout, engine=ENGINES[engine]),
             verify=True,
         )
-    (folder / "runs.json").write_text(json.dumps(plan))
-    command = "import sys; from vlm_tune.launching import launch; sys.exit(launch(sys.argv[1:], 2))"
-    run(
-        [sys.executable, "-c", command, sys.executable, str(WORKER), str(folder / "runs.json")],
-        seconds=1500,
-        VLM_TUNE_CACHE=str(folder),
-    )
-    return folder
+    with _reserved_port() as port:
+
+        def act() -> None:
+            # One run after the other: each makes a store of its own.
+            del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+            os.environ |= {"MASTER_PORT": str(port), "VLM_TUNE_CACHE": str(folder)}
+            engine_worker.main(plan)
+
+        codes = ended(start(act, folder / "said", ranks=2))
+    assert codes == [0, 0], "".join((folder / f"said.{rank}").read_text() for rank in range(2))
 
 
 @pytest.mark.slow
@@ -239,11 +260,12 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_stages_train_as_one_process_does(engine: str, trained: Path) -> None:
-    sft(in_stages(trained, "stages-alone", size=8), overwrite=True)
+    alone = f"stages-alone-{engine}"
+    sft(in_stages(trained, alone, size=8))
     stages = ("1-first", "2-second")
     one, two = (
         [read_trace(trained / run / "stages" / stage) for stage in stages]
-        for run in ("stages-alone", f"stages-{engine}")
+        for run in (alone, f"stages-{engine}")
     )
     assert [len(steps) for steps in one] == [2, 3]
     assert [step.samples for steps in one for step in steps] == [
