@@ -9,9 +9,11 @@ import io
 import json
 import pickle
 import struct
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers.tiny_models import cli, examples_of, parsed, png, prepare_rows
+from tests.helpers.forked_runs import ended, start
+from tests.helpers.tiny_models import examples_of, parsed, png, prepare_rows
 from vlm_tune.api import sft
+from vlm_tune.cli import main
 from vlm_tune.config.data import DataSection, FileSource, WebDatasetSource
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
@@ -321,15 +325,12 @@ def test_fault_14_image_slots_are_never_cut_whatever_the_limit(tmp_path: Path, n
         "r", (Message("user", (png(), "what color is it " * 3)), Message("assistant", ("red",)))
     )
     whole = processor(name, max_length=999).examples(row)[0]
+    chat_processor = processor(name)
     for limit in range(1, len(whole.input_ids) + 2, 3):
+        limited = replace(chat_processor, spec=replace(chat_processor.spec, max_length=limit))
         for overlong in ("drop", "split", "trim"):
             try:
-                prepared = prepare_rows(
-                    tmp_path / "rows.jsonl",
-                    [row],
-                    processor(name, max_length=limit),
-                    overlong=overlong,
-                )
+                prepared = prepare_rows(tmp_path / "rows.jsonl", [row], limited, overlong=overlong)
             except DataError as error:
                 assert (
                     f"more than data.max_length {limit}" in error.message
@@ -588,9 +589,13 @@ def test_fault_20_sft_with_more_processes_than_rows_names_both_numbers(
         for option in ("--set", f"{key}={json.dumps(value)}")
     ]
     assert (sft(path, {**changes, "output": str(tmp_path / "alone")}).folder / "model").is_dir()
-    output = cli(
-        "sft", str(path), *options, "--json", ranks=2, code=1
-    )  # torchrun's own code for a process that failed
+
+    def act() -> None:
+        sys.argv = ["vlm-tune", "sft", str(path), *options, "--json"]
+        main()
+
+    assert ended(start(act, tmp_path / "said", ranks=2)) == [3, 3]
+    output = (tmp_path / "said.0").read_text()
     assert '"error": "DataError"' in output and "1 rows an epoch for 2 processes" in output
     assert not (tmp_path / "run" / "model").exists()
 

@@ -392,11 +392,16 @@ def trained_steps(place: Path) -> int:
 
 @contextlib.contextmanager
 def limits(memory: float = 10e9) -> Iterator[None]:
-    """Keeps what a case may take of the machine's memory within `memory` bytes."""
+    """Keeps what a case may take of the machine's memory within `memory` bytes.
+
+    A fork's parent may have mapped some before: that does not count.
+    """
     import resource
 
+    lines = Path("/proc/self/status").read_text().splitlines()
+    mapped = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmData"))
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory), before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (mapped + int(memory), before[1]))
     try:
         yield
     finally:

@@ -2,8 +2,8 @@
 python tests/fuzz/run.py --cases 20000 [--kind row] [--json FILE]
 
 Cases are drawn by Hypothesis's strategies, each from a seed of its own, in batches, each batch in a
-process of its own, so that a crash ends one batch and is counted. `--case NUMBER` runs one of them
-again. Prints how cases ended, by kind, where errors were raised, how many reached a training step,
+fork of this process, so that a crash ends one batch and is counted. `--case NUMBER` runs one again.
+Prints how cases ended, by kind, where errors were raised, how many reached a training step,
 and every fault. Ends with 1 if there is a fault: an exception that is not ours, a hang, a crash, an
 error without a place, a control character in the output, or a user's file changed.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +45,37 @@ def planned(number: int, kind: str | None, count: int) -> list[tuple[str, str | 
             (name, int(cases)) for name, cases in (part.split(":") for part in kind.split(","))
         ]
     return [(f"{number}-{place}", name) for name, cases in counts for place in range(cases)]
+
+
+def forked(act: Callable[[], None], output: Path) -> int:
+    """Calls `act` in a fork that prints to a file; its exit code, negative where a signal ended it.
+
+    The fork has imported what its parent has, so that in a test it starts at once.
+    """
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for place in (1, 2):
+                os.dup2(descriptor, place)
+            sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = os.fdopen(
+                2, "w", buffering=1, errors="backslashreplace", closefd=False
+            )
+            act()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def prepared(start: Path) -> None:
+    """Makes the folder that every batch begins with."""
+    from tests.fuzz.harness import Workplace
+
+    Workplace(start).prepare()
 
 
 def batch(number: int, count: int, kind: str | None, start: Path, log: Path) -> None:
@@ -145,7 +178,7 @@ def report(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all batches; 1 if a case found a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=20_000)
@@ -157,18 +190,7 @@ def main() -> int:
     )
     parser.add_argument("--case", help="run one case again and print how it ended")
     parser.add_argument("--json", type=Path, help="save the report")
-    parser.add_argument("--batch", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.batch:
-        number, count, start, log = options.batch
-        batch(int(number), int(count), options.kind, Path(start), Path(log))
-        return 0
-    if options.prepare:
-        from tests.fuzz.harness import Workplace
-
-        Workplace(options.prepare).prepare()
-        return 0
+    options = parser.parse_args(arguments)
     if options.case:
         from tests.fuzz.harness import Workplace
         from tests.fuzz.strategies import drawn
@@ -185,11 +207,11 @@ def main() -> int:
     def one(number: int) -> list[dict[str, Any]]:
         log = Path(folder) / f"{number}.jsonl"
         count = min(BATCH, options.cases - number * BATCH)
-        command = [sys.executable, __file__, "--batch", str(options.seed * 100_000 + number)]
-        command += [str(count), str(Path(folder) / "start"), str(log)]
-        command += ["--kind", options.kind] if options.kind else []
-        with log.with_suffix(".out").open("w") as output:
-            code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
+        seed = options.seed * 100_000 + number
+        code = forked(
+            lambda: batch(seed, count, options.kind, Path(folder) / "start", log),
+            log.with_suffix(".out"),
+        )
         results = outcomes(log, code) if log.is_file() else []
         if code and not any(each["ended"] == "crash" for each in results):
             print(log.with_suffix(".out").read_text()[-3000:], file=sys.stderr)
@@ -197,9 +219,9 @@ def main() -> int:
         return results
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.processes) as pool:
-        subprocess.run(
-            [sys.executable, __file__, "--prepare", str(Path(folder) / "start")], check=True
-        )
+        output = Path(folder) / "prepared.out"
+        if forked(lambda: prepared(Path(folder) / "start"), output):
+            raise SystemExit(f"the workplace could not be made: {output.read_text()[-3000:]}")
         for number, each in enumerate(pool.map(one, range(-(-options.cases // BATCH)))):
             results += each
             reached, wrong = (

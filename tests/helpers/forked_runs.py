@@ -115,6 +115,8 @@ def _run(act: Callable[[], Any], output: Path, rank: int, ranks: int, port: int)
     except VlmTuneError as error:
         print(f"{type(error).__name__}: {error}")
         code = error.exit_code
+    except SystemExit as error:  # of the command line
+        code = error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:

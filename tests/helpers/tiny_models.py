@@ -339,23 +339,12 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert different == [], different
 
 
-def cli(*arguments: str, cwd: Path | None = None, ranks: int = 1, code: int = 0) -> str:
-    """The standard output of `vlm-tune`, under torchrun with several ranks; asserts its exit code.
+def cli(*arguments: str, cwd: Path | None = None, code: int = 0, seconds: int = 400) -> str:
+    """The standard output of `vlm-tune`; asserts its exit code.
 
-    Alone it runs in a fork of the test's process, which has imported already what a new one would
-    spend seconds on.
+    It runs in a fork of the test's process, which has imported already what a new one would spend
+    seconds on.
     """
-    if ranks == 1:
-        return _forked_cli(arguments, cwd, code)
-    launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
-    return run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vlm_tune.cli", *arguments],
-        cwd=cwd,
-        code=code,
-    )
-
-
-def _forked_cli(arguments: Sequence[str], cwd: Path | None, code: int, seconds: int = 400) -> str:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         pid = os.fork()
         if pid == 0:

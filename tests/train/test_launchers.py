@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_models import LORA_TUNE, free_port, parsed, with_tune
+from tests.helpers.warm_start import serve, stand_in
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.train.step_trace import read_trace
 
@@ -76,6 +77,12 @@ def forms(port: int) -> dict[str, tuple[list[list[str]], dict[str, Any]]]:
 def test_every_launcher_starts_the_same_run(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
+    """By `--processes` in processes of their own; launchers' ranks are forks of this one.
+
+    They have the environment and the arguments that the launcher gives.
+    """
+    import deepspeed  # noqa: F401  (here, and not in every fork)
+
     changes: dict[str, Any] = {
         "train__steps": 2,
         "train__batch_size": 2,
@@ -95,25 +102,28 @@ def test_every_launcher_starts_the_same_run(
         run = tmp_path / name
         recipe = [str(tmp_path / "recipe.yaml"), "--set", f"output={run}"]
         environment = os.environ | node | {"PATH": path}
-        jobs = [
-            subprocess.Popen(
-                [*command, *recipe],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
-        try:
-            for job in jobs:
-                output = job.communicate(timeout=400)[0]
-                assert job.returncode == 0, f"{name}: {output[-4000:]}"
-        finally:
-            for job in jobs:
-                if job.poll() is None:
-                    os.killpg(job.pid, signal.SIGKILL)
+        output = tmp_path / f"{name}.txt"
+        with stand_in(tmp_path / f"{name}-place") as (server, warm), output.open("w") as file:
+            jobs = [
+                subprocess.Popen(
+                    [*command, *recipe],
+                    env=environment | ({} if name == "processes" else warm),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                for command in commands
+            ]
+            try:
+                count = serve(server, jobs)
+            finally:
+                for job in jobs:
+                    if job.poll() is None:
+                        os.killpg(job.pid, signal.SIGKILL)
+        assert [job.returncode for job in jobs] == [0] * len(jobs), (
+            f"{name}: {output.read_text()[-4000:]}"
+        )
+        assert count == (0 if name == "processes" else 2), name
         events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         (environment_event,) = (event for event in events if event["event"] == "environment")
         assert (environment_event["processes"], environment_event["engine"]) == (2, engine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.chat_samples import processor
-from tests.helpers.tiny_models import built, examples_of, parsed, rows_of, run
+from tests.helpers.forked_runs import ended, start
+from tests.helpers.tiny_models import built, examples_of, parsed, rows_of
 from vlm_tune.api import sft
+from vlm_tune.cli import main
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.prepare.worker import ShardMaker
 from vlm_tune.data.types import distinct_media
@@ -174,21 +177,21 @@ def test_a_cache_that_cannot_be_written_is_told_by_name_before_the_work(
 
 
 def test_a_full_disk_is_told_with_the_caches_name(
-    tiny_recipe: Callable[..., str], tmp_path: Path
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(tiny_recipe("causal"))
-    script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        f"sys.argv = ['vlm-tune', 'check', {str(path)!r}]\nfrom vlm_tune.cli import main; main()"
-    )
-    out = run(
-        ["bash", "-c", 'exec "$0" -c "$1" 2>&1', sys.executable, script],
-        code=2,
-        VLM_TUNE_CACHE=str(tmp_path / "cache"),
-    )
+    monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "cache"))
+
+    def act() -> None:
+        sys.argv = ["vlm-tune", "check", str(path)]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        main()
+
+    assert ended(start(act, tmp_path / "said")) == [2]
+    output = (tmp_path / "said.0").read_text()
     assert (
-        "the cache folder (VLM_TUNE_CACHE) is full" in out
-        and str(tmp_path / "cache") in out
-        and "Traceback" not in out
+        "the cache folder (VLM_TUNE_CACHE) is full" in output
+        and str(tmp_path / "cache") in output
+        and "Traceback" not in output
     )
