@@ -33,6 +33,20 @@ FROZEN_AFTER = (5, 20, 50, 100, 200, 400, 800)
 # objects again and again while they are imported.
 gc.set_threshold(50_000, 20, 50)
 
+LONGEST = (
+    "test_engines.py",
+    "test_launchers.py",
+    "test_fuzz.py",
+    "test_compiling.py",
+    "test_process_faults.py",
+    "test_command_line_runs.py",
+    "test_connectors_learn.py",
+)
+"""Files of the longest tests.
+
+They come first, so that at the end no process of pytest-xdist is waited for that began one late.
+"""
+
 _begun, _ended = itertools.count(1), itertools.count(1)
 
 
@@ -70,8 +84,9 @@ def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notes which tests use the kernels and which entries of skips.txt are about none.
 
-    It does so before any test is left out.
+    It does so before any test is left out. The longest tests come first.
     """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     _kernel_tests.update(item.nodeid for item in items if _uses_kernels(item))
     _unused.update(
         pattern

@@ -70,8 +70,14 @@ def trained_run(
 ) -> Path:
     """A run over a saved tiny LLM."""
     named = with_llm(text, save_llm(base, kind, rows_of(parsed(text)), **config), kind, extra)
-    run = sft(parsed(with_tune(named, tune), train__steps=steps, train__learning_rate=2e-2))
-    return run.folder
+    recipe = parsed(
+        with_tune(named, tune),
+        train__steps=steps,
+        train__learning_rate=2e-2,
+        train__checkpoints={"every": steps},  # not after each epoch, which is two steps
+        evaluate__every=steps,
+    )
+    return sft(recipe).folder
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

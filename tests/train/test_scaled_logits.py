@@ -34,7 +34,12 @@ def test_granite_trained_through_sft_has_transformers_loss(
         f"  llm: {{kind: causal, scratch: {GRANITE}}}" if line.startswith("  llm:") else line
         for line in text
     ]
-    recipe = parsed("\n".join(lines) + "\n", train__steps=40)
+    recipe = parsed(
+        "\n".join(lines) + "\n",
+        train__steps=40,
+        train__checkpoints={"every": 40},  # not after each epoch, which is two steps
+        evaluate__every=40,
+    )
     events: list[dict[str, Any]] = []
     model = sft(recipe, show=events.append).model.eval()
     theirs = AutoModelForCausalLM.from_pretrained(
