@@ -43,6 +43,7 @@ from vlm_tune.compat import (
     dataset_fingerprint,
     default_compile_cache,
     default_store,
+    deterministic_compiling,
     eager_attention,
     flat_zero_shards,
     forget_checkpoint_names,
@@ -203,6 +204,16 @@ def test_a_compiled_backward_pass_makes_the_input_of_an_operator_anew() -> None:
 
 
 @calls("transformers")
+@calls("torch")
+def test_a_compiler_that_takes_no_choice_by_timing_is_so_within_a_call_alone() -> None:
+    from torch._inductor import config
+
+    before = config.deterministic
+    with deterministic_compiling():
+        assert config.deterministic
+    assert config.deterministic == before
+
+
 def test_the_cache_is_given_and_returned_by_its_name() -> None:
     model = tiny_llama().eval()
     assert cache_name() in inspect.signature(model.forward).parameters

@@ -100,6 +100,17 @@ def default_compile_cache() -> str:
     return default_cache_dir()
 
 
+def deterministic_compiling() -> AbstractContextManager[Any]:
+    """Context in which inductor takes no choice by timing that changes what code computes.
+
+    By default it tries several kernels for a reduction and takes the fastest, which may be another
+    one in the next process. Code that is compiled within the context stays deterministic after it.
+    """
+    from torch._inductor import config
+
+    return config.patch(deterministic=True)
+
+
 def has_hooks(module: Any) -> bool:
     """Whether a module has forward hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -76,8 +76,9 @@ def test_fault_37_kill_minus_9_at_every_file_operation_of_a_save(
 
     def save(step: int, keep: int) -> None:
         progress = Progress(step=step, best_step=0)
+        state = random_state(torch.device("cpu"))
         write = capture_checkpoint(
-            loop.model, loop.engine.optimizer_state(), progress, "", [random_state()], {}
+            loop.model, loop.engine.optimizer_state(), {}, progress, "", [state], {}
         )
         CheckpointWriter(stage, keep, background=False).save(step, write, 0)
 

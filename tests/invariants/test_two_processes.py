@@ -98,3 +98,48 @@ def test_two_ranks_train_as_one(
     assert scores[0][0]["accuracy"] == scores[1][0]["accuracy"]
     assert scores[0][0]["n"] == scores[1][0]["n"] == 9
     assert scores[0][0]["loss"] == pytest.approx(scores[1][0]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_test_part_is_shared_among_ranks_and_scored_as_by_one(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    """Nine rows, in their order."""
+    from vlm_tune.train import final_scores
+
+    part = tmp_path / "test.jsonl"
+    lines = color_rows.read_text().splitlines(keepends=True)
+    part.write_text("".join([*lines, lines[0]]))
+
+    def recipe(output: str) -> Any:
+        changes: dict[str, Any] = {
+            "train__steps": 1,
+            "train__learning_rate": 1e-9,
+            "evaluate__samples": 0,
+            "data__validation": [],
+        }
+        test = [{"kind": "file", "path": str(part)}]
+        return parsed(tiny_recipe("causal", output=output), data__test=test, **changes)
+
+    def noted() -> None:
+        score = final_scores.score
+
+        def counted(model: Any, rows: Any, **settings: Any) -> Any:
+            with (tmp_path / "shares").open("a") as file:
+                file.write(f"{len(rows)}\n")
+            return score(model, rows, **settings)
+
+        final_scores.score = counted
+        sft(recipe("two"))
+
+    one = sft(recipe("one"))
+    assert ended(start(noted, tmp_path / "output", ranks=2)) == [0, 0], (
+        tmp_path / "output.0"
+    ).read_text()
+    assert sorted((tmp_path / "shares").read_text().split()) == ["4", "5"]
+    answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("one", "two")]
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 9
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    names = ("accuracy", "n", "by_category", "by_source")
+    assert {name: two[name] for name in names} == {name: one.result[name] for name in names}

@@ -101,6 +101,21 @@ def test_every_phase_says_how_far_it_is(event: dict[str, Any], line: str) -> Non
     assert shown.after(EVERY) == [f"{line} (0:30 so far)"]
 
 
+def test_a_gpu_and_its_peak_memory_are_shown() -> None:
+    shown = Shown()
+    gpu = {"device": "H100", "device_memory_mb": 85000, "capability": "9.0", "driver": None}
+    versions = {"cuda": "13.0", "cudnn": 91300, "nccl": "2.27.7"}
+    assert shown.event(event="environment", **gpu, **versions, kernels_reason="") == [
+        "H100: 85.0 GB, compute capability 9.0, CUDA 13.0, cuDNN 91300, NCCL 2.27.7"
+    ]
+    assert "padding 0.0%  peak 12.3 GB  1:00 left" in shown.event(**TRAIN, gpu_memory_mb=12345)[0]
+    assert "padding 0.0%  1:00 left" in shown.event(**TRAIN)[0]
+    peaks = {"gpu_memory_mb": 12345, "gpu_reserved_mb": 13000}
+    assert shown.event(event="memory", stage=0, name="main", **peaks) == [
+        "peak GPU memory of stage 1 main: 12.3 GB, 13.0 GB reserved"
+    ]
+
+
 def test_steps_that_take_long_are_no_silence() -> None:
     shown = Shown()
     assert len(shown.event(**TRAIN)) == 1

@@ -82,6 +82,11 @@ class TrainSection(Config):
     schedule: Schedule = Schedule()
     max_grad_norm: PositiveFloat | None = 1.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    deterministic: bool = Field(
+        default=False,
+        description="use only deterministic operations, so that a resumed run equals an "
+        "uninterrupted one bit for bit on a GPU too; slower; a CPU needs it not",
+    )
     gradient_checkpointing: bool = False
     compile: Literal["auto"] | bool = Field(
         default="auto",

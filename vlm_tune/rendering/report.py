@@ -186,6 +186,10 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         figures.append(("Training time", _duration(seconds), "all stages"))
     if (memory := _number(result.get("peak_memory_mb"))) is not None:
         figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
+    if (memory := _number(result.get("peak_gpu_memory_mb"))) is not None:
+        reserved = _number(result.get("peak_gpu_reserved_mb"))
+        note = "" if reserved is None else f"{reserved:,.0f} MB reserved"
+        figures.append(("Peak GPU memory", f"{memory:,.0f} MB", note))
     return figures
 
 

@@ -124,6 +124,20 @@ class Display(logging.Handler):
     def _environment(self, event: dict[str, Any]) -> None:
         if "kernels" in event:
             self._line(f"bf16 on the CPU by {event['kernels_reason']}")
+            return
+        versions = [
+            f"{label} {event[key]}"
+            for key, label in (
+                ("capability", "compute capability"),
+                ("driver", "driver"),
+                ("cuda", "CUDA"),
+                ("cudnn", "cuDNN"),
+                ("nccl", "NCCL"),
+            )
+            if event[key] is not None
+        ]
+        memory = f"{event['device_memory_mb'] / 1000:,.1f} GB"
+        self._line(f"{event['device']}: {', '.join([memory, *versions])}")
 
     def _stage(self, event: dict[str, Any]) -> None:
         start = f", from step {event['from_step']}" if event["from_step"] else ""
@@ -159,10 +173,13 @@ class Display(logging.Handler):
     def _train(self, event: dict[str, Any]) -> None:
         # A stream has no epochs.
         epoch = f"  epoch {event['epoch']:.2f}" if "epoch" in event else ""
+        memory = (
+            f"peak {event['gpu_memory_mb'] / 1000:,.1f} GB  " if "gpu_memory_mb" in event else ""
+        )
         text = (
             f"step {event['step']:,}/{event['of']:,}{epoch}  loss {event['loss']:.4f}  "
             f"lr {event['learning_rate']:.2e}  {event['questions_per_s']:,.0f} qa/s  "
-            f"{event['tokens_per_s']:,.0f} tok/s  padding {event['padding']:.1%}  "
+            f"{event['tokens_per_s']:,.0f} tok/s  padding {event['padding']:.1%}  {memory}"
             f"{duration(event['left'])} left"
         )
         if self.console.is_terminal:
@@ -172,6 +189,13 @@ class Display(logging.Handler):
         self._state = f"training, past step {event['step']:,} of {event['of']:,}"
         self._began = self.clock()
         self._line(text)
+
+    def _memory(self, event: dict[str, Any]) -> None:
+        self._line(
+            f"peak GPU memory of stage {event['stage'] + 1} {event['name']}: "
+            f"{event['gpu_memory_mb'] / 1000:,.1f} GB, "
+            f"{event['gpu_reserved_mb'] / 1000:,.1f} GB reserved"
+        )
 
     def _evaluate(self, event: dict[str, Any]) -> None:
         if not self.console.is_terminal:

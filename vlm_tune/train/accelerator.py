@@ -17,6 +17,12 @@ from vlm_tune.compat import allow_precision, launched_without_others
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import TrainingError
 
+BACKENDS = "cuda:nccl,cpu:gloo"
+"""Backends of the process group where processes train on GPUs.
+
+CPU tensors go over gloo: gradients and their norm with offloading, and Python objects.
+"""
+
 MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
 
@@ -33,7 +39,7 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.timeout)),
+            _group(recipe.train.timeout),
             # DDP sends the gradients themselves and no copies of them.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
@@ -53,3 +59,12 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
             "will do), or take `vlm-tune sft --processes` or torchrun"
         )
     return accelerator
+
+
+def _group(timeout: float) -> InitProcessGroupKwargs:
+    """Settings of the process group, which has no collective longer than `timeout` seconds."""
+    settings = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    # accelerate takes a named backend as a sign that there are several processes.
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        settings.backend = BACKENDS
+    return settings

@@ -22,6 +22,9 @@ from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, read_safetensors, write_safetensors
 from vlm_tune.quoting import reason_of
 
+SCALER = "scaler.safetensors"
+"""File with the state of the fp16 gradient scaler; only checkpoints of fp16 runs have it."""
+
 
 @dataclass
 class Progress:
@@ -78,6 +81,7 @@ def checkpoints(stage: Path) -> list[Path]:
 def capture_checkpoint(
     model: VisionLanguageNetwork,
     optimizer: Mapping[str, torch.Tensor],
+    scaler: Mapping[str, torch.Tensor],
     progress: Progress,
     recipe_text: str,
     random_states: Sequence[Mapping[str, torch.Tensor]],
@@ -92,6 +96,7 @@ def capture_checkpoint(
     Args:
         model: The model in training.
         optimizer: Optimizer tensors as `<parameter>|<key>`.
+        scaler: State of the fp16 gradient scaler, empty where there is none.
         progress: The state of the stage.
         recipe_text: The recipe as YAML.
         random_states: One random state per process, by rank.
@@ -113,6 +118,8 @@ def capture_checkpoint(
     def write(folder: Path) -> None:
         write_model(folder)
         write_safetensors(state, folder / "trainer" / "optimizer.safetensors")
+        if scaler:
+            write_safetensors(scaler, folder / "trainer" / SCALER)
         write_safetensors(random_state, folder / "trainer" / "random.safetensors")
         write_safetensors(
             {key: torch.from_numpy(_small(value)) for key, value in drawn.items()},
@@ -220,8 +227,11 @@ class CheckpointWriter:
 # --- contents ------------------------------------------------------------------------------------
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random number generators: torch's, numpy's and Python's."""
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of this process's random number generators: torch's, numpy's and Python's.
+
+    Of GPUs only `device`, the one that the process trains on, is included.
+    """
     _, keys, place, gaussian, cached = np.random.get_state(legacy=True)
     version, words, following = random.getstate()
     state = {
@@ -233,11 +243,14 @@ def random_state() -> dict[str, torch.Tensor]:
             [] if following is None else [following], dtype=torch.float64
         ),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def load_random(folder: Path, rank: int) -> None:
-    """Restores the random state of rank `rank`, if the checkpoint has one."""
+def load_random(folder: Path, rank: int, device: torch.device) -> None:
+    """Restores the random state of rank `rank`, which trains on `device`.
+
+    Does nothing if the checkpoint has none.
+    """
     saved = read_safetensors(folder / "trainer" / "random.safetensors")
     states = {
         name.removeprefix(f"{rank}."): value
@@ -259,8 +272,8 @@ def load_random(folder: Path, rank: int) -> None:
     )
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), next(iter(states["python_gaussian"].tolist()), None)))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def read_drawn(folder: Path) -> dict[str, np.ndarray]:
@@ -284,6 +297,12 @@ def read_optimizer(folder: Path, names: list[list[str]]) -> dict[str, torch.Tens
             f"{folder}: its optimizer state is of other parameters: {', '.join(strangers[:4])}"
         )
     return state
+
+
+def read_scaler(folder: Path) -> dict[str, torch.Tensor]:
+    """The gradient scaler's state in a checkpoint; empty where it has none."""
+    path = folder / "trainer" / SCALER
+    return read_safetensors(path) if path.is_file() else {}
 
 
 # --- listing and rotation ------------------------------------------------------------------------

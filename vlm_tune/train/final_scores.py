@@ -10,18 +10,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import Interrupted
+from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.evaluation.metrics import Scores
+from vlm_tune.evaluation.metrics import Answer, Scores
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.run_folder import check_present
+from vlm_tune.train.engines.base import shards
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context
+
+STOPPED = "stopped: the model is trained, the test part is not scored yet; --resume does that"
 
 log = logging.getLogger(__name__)
 
@@ -34,31 +40,68 @@ def save_and_score(
 ) -> dict[str, Any]:
     """Saves the finished model and scores it on rows of the test part.
 
-    Rank 0 does both. Adds scores, seconds and peak memory to `result` and returns it.
+    Rank 0 saves it, and all ranks score that hold it: every rank must call it. Adds scores, seconds
+    and peak memory to `result`, on rank 0, and returns it.
     """
     recipe = context.recipe.resolved_stages()[-1][1]
-    accelerator = context.accelerator
-    if accelerator.is_main_process:
+    if context.accelerator.is_main_process:
         check_present(context.run)
         log.info("saving the model")
         save_model(model, context.run / "model")
-        rows = rows[: recipe.evaluate.test_limit]
-        if rows:
-            started = time.perf_counter()
-            scores = _score_rows(context, model, rows, recipe)
-            result |= {
-                name: getattr(scores, name)
-                for name in ("accuracy", "n", "by_category", "by_source")
-            }
+    rows = rows[: recipe.evaluate.test_limit]
+    if rows:
+        started = time.perf_counter()
+        scores = _together(context, model, rows, recipe)
+        if scores is not None:
+            _write_scores(context, scores, result)
             result["seconds_test"] = round(time.perf_counter() - started, 2)
-            context.report({"event": "test", **scores.summary()})
-            lines = "".join(
-                json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
-            )
-            (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
     result["seconds"] = round(result["seconds"], 2)
     result["peak_memory_mb"] = peak_memory_mb()
+    for stage_peak in context.peaks:
+        result |= {
+            f"peak_{name}": max(mb, result.get(f"peak_{name}", 0))
+            for name, mb in stage_peak.items()
+        }
     return result
+
+
+def _write_scores(context: Context, scores: Scores, result: dict[str, Any]) -> None:
+    """Adds the scores to `result`, reports them and writes answers.jsonl."""
+    result |= {
+        name: getattr(scores, name) for name in ("accuracy", "n", "by_category", "by_source")
+    }
+    context.report({"event": "test", **scores.summary()})
+    lines = "".join(
+        json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
+    )
+    (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _together(
+    context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe
+) -> Scores | None:
+    """Scores rows on rank 0, in several processes each scores a share where all hold the model.
+
+    Returns None on other ranks. Raises `Interrupted` if a process is asked to stop.
+    """
+    accelerator = context.accelerator
+    main = accelerator.is_main_process
+    if accelerator.num_processes == 1 or shards(context.section):
+        # Of a sharded model rank 0 alone has all weights.
+        return _score_rows(context, model, rows, recipe) if main else None
+    ranks = accelerator.num_processes
+    share = rows[accelerator.process_index :: ranks]
+    answers: list[Answer] = []
+    stopped: Interrupted | None = None
+    try:
+        answers = _score_rows(context, model, share, recipe).answers if share else []
+    except Interrupted as error:
+        stopped = error
+    shares: list[Any] = gather_object([None if stopped else answers])
+    if any(each is None for each in shares):
+        raise stopped or Interrupted(STOPPED)
+    in_order = [shares[place % ranks][place // ranks] for place in range(len(rows))]
+    return metrics.scores(in_order, {}) if main else None
 
 
 def _score_rows(
@@ -71,9 +114,7 @@ def _score_rows(
     def progress(done: int, of: int) -> None:
         context.report({"event": "scoring", "done": done, "of": of})
         if context.stop():
-            raise Interrupted(
-                "stopped: the model is trained, the test part is not scored yet; --resume does that"
-            )
+            raise Interrupted(STOPPED)
 
     with context.accelerator.autocast():
         note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731

@@ -61,11 +61,7 @@ class NonFinitePolicy:
         Raises:
             TrainingError: If too many steps in a row, or the last step, are not finite.
         """
-        # In fp16 a gradient that overflows is usual: the gradient scaler skips the step and lowers
-        # its scale.
-        if math.isfinite(loss) and (
-            norm is None or self.accelerator.scaler is not None or math.isfinite(norm)
-        ):
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm) or self._overflowed()):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
@@ -96,3 +92,12 @@ class NonFinitePolicy:
             f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 "
             "may help; the last checkpoint is from before: --resume goes on there"
         )
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow of fp16, by its scale.
+
+        Such overflows are usual: the gradient scaler skips the step and halves its scale. With a
+        scale below 1 the gradient itself is too large or NaN.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1

@@ -25,7 +25,8 @@ from vlm_tune.paths import is_file, shown_path
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
-from vlm_tune.train.engines.registry import resolve_engine
+from vlm_tune.train.deterministic import determinism
+from vlm_tune.train.engines.registry import engine_of
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, data_differences
 from vlm_tune.train.signals import stop_requests
@@ -99,17 +100,16 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     forget_old_kernels()
     folder = stage_folder(run, number, name)
     progress = read_progress(start)
-    section = resolve_engine(recipe.engine)
+    section = engine_of(recipe)
     accelerator = accelerator_of(
         recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage
     )
     _check_processes(run, progress.processes, accelerator.num_processes)
-    report = ReplayReport(
-        name, progress.step, end, environment=_changed(run, environment(accelerator, section))
-    )
-    set_seed(recipe.seed)
-    with ExitStack() as stack:
+    with ExitStack() as stack, determinism(recipe):
         stack.callback(shut_range)
+        changed = _changed(run, environment(accelerator, section))
+        report = ReplayReport(name, progress.step, end, environment=changed)
+        set_seed(recipe.seed)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))

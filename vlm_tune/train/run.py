@@ -33,7 +33,8 @@ from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, return_freed_memory, shut_range
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress
-from vlm_tune.train.engines.registry import resolve_engine
+from vlm_tune.train.deterministic import determinism, nondeterministic
+from vlm_tune.train.engines.registry import engine_of
 from vlm_tune.train.environment import environment
 from vlm_tune.train.final_scores import save_and_score, write_samples
 from vlm_tune.train.resuming import (
@@ -99,9 +100,9 @@ def sft(
     check_model(recipe)  # before anything is written
     forget_old_kernels()
     return_freed_memory()
-    section = resolve_engine(recipe.engine)
+    section = engine_of(recipe)
     accelerator = accelerator_of(recipe)
-    with ExitStack() as stack:
+    with ExitStack() as stack, determinism(recipe):
         stack.callback(shut_range)
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
@@ -140,8 +141,8 @@ def _train_and_score(
 ) -> Run:
     """Runs the stages, scores the model and writes result.json and the report.
 
-    A failed collective becomes the error that names the lost processes, and a failed file operation
-    that of `_file_fault`.
+    A failed collective becomes the error that names the lost processes, an operation that can't be
+    deterministic a `TrainingError`, and a failed file operation that of `_file_fault`.
     """
     run = context.run
     try:
@@ -152,7 +153,7 @@ def _train_and_score(
             (run / "result.json").write_text(json.dumps(result, indent=2))
             write_report(run)
     except RuntimeError as error:
-        lost = context.watch.lost(error)
+        lost = context.watch.lost(error) or nondeterministic(error)
         raise error if lost is None else lost from error
     except OSError as error:
         raise _file_fault(run, error) from error

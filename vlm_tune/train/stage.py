@@ -34,6 +34,7 @@ from vlm_tune.train.allocator import keep_freed_memory, return_freed_memory, tri
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, stage_folder, step_folder, step_of
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
+from vlm_tune.train.gpu_memory import largest_gpu_peak, reset_gpu_peak
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
     StageRows,
@@ -64,6 +65,8 @@ class Context:
     """Whether a resumed run goes on although recipe or data have changed."""
     data: list[dict[str, Any]] = field(default_factory=list)
     """The fingerprints of the stages' data, on rank 0 only."""
+    peaks: list[dict[str, int]] = field(default_factory=list)
+    """The peak memory of the GPUs in each stage that this process trained; empty on a CPU."""
 
     def note(self, text: str) -> None:
         """Shows the user a message."""
@@ -232,6 +235,7 @@ def train_stage(
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
         context.accelerator = accelerator_of(recipe)
     accelerator = context.accelerator
+    reset_gpu_peak(accelerator.device)
     folder = stage_folder(context.run, progress.stage, name)
     loop = stage_loop(context, model, name, recipe, rows, progress, checkpoint)
     if accelerator.is_main_process:
@@ -239,6 +243,9 @@ def train_stage(
     preparing = time.perf_counter() - started
     loop.run()
     progress.seconds += preparing
+    if peak := largest_gpu_peak(accelerator):
+        context.peaks.append(peak)
+        context.report({"event": "memory", "stage": progress.stage, "name": name, **peak})
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         # Returns the memory of the steps before the model is built anew, or answers with a tower

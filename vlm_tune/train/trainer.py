@@ -34,10 +34,12 @@ from vlm_tune.train.checkpoint import (
     load_random,
     random_state,
     read_optimizer,
+    read_scaler,
 )
 from vlm_tune.train.checkpoint_policy import CheckpointPolicy
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.evaluator import Evaluator
+from vlm_tune.train.gpu_memory import gpu_peak
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.rates import Rates
@@ -131,7 +133,8 @@ class StageLoop:
         self.engine.prepare(self.model, self.tuned, self.recipe.train)
         if resume_from is not None:
             self.engine.load_optimizer_state(read_optimizer(resume_from, self.tuned.names))
-            load_random(resume_from, self.accelerator.process_index)
+            self.engine.load_scaler_state(read_scaler(resume_from))
+            load_random(resume_from, self.accelerator.process_index, self.accelerator.device)
 
     def run(self) -> Progress:
         """Trains to the end of the stage.
@@ -203,9 +206,8 @@ class StageLoop:
         taken = time.perf_counter() - started
         left = taken / max(step - self._first_step, 1) * (self.total - step)
         place = {"step": step, "of": self.total, **self.position.epochs_done()}
-        self.report(
-            {"event": "train", **place, **rates.line(), "learning_rate": rate, "left": left}
-        )
+        figures = {**rates.line(), "learning_rate": rate, **gpu_peak(self.accelerator.device)}
+        self.report({"event": "train", **place, **figures, "left": left})
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -268,7 +270,7 @@ class StageLoop:
                 step = self.progress.step + 1
                 self._step(batches, step, Rates())
                 self.position.advance()
-                states = gather_object([random_state()])
+                states = gather_object([random_state(self.accelerator.device)])
                 if step in at and self.accelerator.is_main_process:
                     written = trace / f"replayed-{step}"
                     written.mkdir()
@@ -287,6 +289,7 @@ class StageLoop:
         return capture_checkpoint(
             self.model,
             self.engine.optimizer_state(),
+            self.engine.scaler_state(),
             self.progress,
             self.recipe_text,
             states,
@@ -392,7 +395,7 @@ class StageLoop:
         if not self.policy.may_save:
             return
         self.watch.at(f"the checkpoint of step {step}", (step, 4))
-        states = gather_object([random_state()])
+        states = gather_object([random_state(self.accelerator.device)])
         if self.accelerator.is_main_process:
             self.writer.save(step, self._captured(states), self.progress.best_step)
         elif self.engine.collects:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -117,10 +118,17 @@ class Engine:
     def step(self) -> None:
         """Takes the optimizer step."""
         self.optimizer.step()
-        self.skip()
+        self._drop_gradients()
 
     def skip(self) -> None:
         """Drops the gradients without a step."""
+        if self.accelerator.scaler is not None:
+            # The update that `step` would make: it lowers the scale after an overflow, and until it
+            # is made the next gradients can't be unscaled.
+            self.accelerator.scaler.update()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
         # DDP's gradients are views of its buckets: set to None, they would be allocated again
         # beside these.
         self.optimizer.zero_grad(set_to_none=not isinstance(self.model, DistributedDataParallel))
@@ -164,9 +172,24 @@ class Engine:
                     key: self._share(parameter, key, value) for key, value in saved[name].items()
                 }
 
+    def scaler_state(self) -> State:
+        """The fp16 gradient scaler's state, the same on every rank; empty without a scaler."""
+        scaler = self.accelerator.scaler
+        values = {} if scaler is None else scaler.state_dict()
+        return {key: torch.from_numpy(np.asarray(value)) for key, value in values.items()}
+
+    def load_scaler_state(self, state: State) -> None:
+        """Loads a state of `scaler_state`; an empty one changes nothing."""
+        if state and self.accelerator.scaler is not None:
+            values = {key: value.item() for key, value in state.items()}
+            self.accelerator.scaler.load_state_dict(values)
+
     def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
+        """This rank's share of a tensor of the optimizer's state, on the parameter's device."""
         if key == "step":
-            return value
+            # The fused AdamW reads it where the parameter is: on a GPU, or with CPU offload on the
+            # CPU. torch's own `Optimizer.load_state_dict` puts it there as well.
+            return value.to(parameter.device, torch.float32)
         # In the parameter's memory format (channels last): the fused step walks both in memory
         # order.
         return torch.empty_like(parameter, requires_grad=False).copy_(value)

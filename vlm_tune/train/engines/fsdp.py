@@ -79,7 +79,7 @@ class Fsdp(Engine):
         from torch.distributed.tensor import distribute_tensor
 
         if key == "step":
-            return value
+            return super()._share(parameter, key, value)
         sharded: Any = parameter
         device = sharded.to_local().device
         return distribute_tensor(

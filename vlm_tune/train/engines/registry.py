@@ -8,7 +8,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from vlm_tune.config.engine import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.train.accelerator import BACKENDS
 from vlm_tune.train.engines.base import WRAPS, Engine
 from vlm_tune.train.engines.deepspeed_zero import DeepSpeed
 from vlm_tune.train.engines.fsdp import Fsdp
@@ -35,6 +37,22 @@ def resolve_engine(section: AnyEngine) -> AnyEngine:
                 )
             ]
         )
+    return section
+
+
+def engine_of(recipe: Recipe) -> AnyEngine:
+    """The engine to train the recipe with, as `resolve_engine`.
+
+    Raises `RecipeError` also if the engine of an accelerate config can't train in fp16 and the
+    recipe does.
+    """
+    section = resolve_engine(recipe.engine)
+    fp16 = any(stage.train.precision == "fp16" for _, stage in recipe.resolved_stages())
+    if fp16 and isinstance(section, DeepSpeedEngine | FsdpEngine):
+        message = (
+            f"fp16 needs loss scaling, which engine {section.kind} does not do; use bf16 or fp32"
+        )
+        raise RecipeError([Problem("train.precision", message)])
     return section
 
 
@@ -74,7 +92,7 @@ def build_engine(section: AnyEngine, accelerator: Accelerator) -> Engine:
         return Engine(accelerator)
     if not dist.is_initialized():
         # A single process: the engines need a process group all the same.
-        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        backend = BACKENDS if accelerator.device.type == "cuda" else "gloo"
         # HashStore is documented, but torch's module does not list it.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

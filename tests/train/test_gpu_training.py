@@ -1,0 +1,370 @@
+"""Training on a GPU, as far as a machine without one shows: devices, fp16, determinism, figures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vlm_tune
+from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, tensors_of
+from vlm_tune.api import sft
+from vlm_tune.config.engine import AutoEngine, FsdpEngine
+from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.train import accelerator as accelerators
+from vlm_tune.train import environment as environments
+from vlm_tune.train import gpu_memory, stage
+from vlm_tune.train.accelerator import BACKENDS, accelerator_of
+from vlm_tune.train.checkpoint import load_random, random_state, step_folder
+from vlm_tune.train.deterministic import WORKSPACE, determinism, nondeterministic
+from vlm_tune.train.engines import registry
+from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.engines.fsdp import Fsdp
+from vlm_tune.train.nonfinite import NonFinitePolicy
+
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+class Scaling(Accelerator):
+    """On a CPU, with the gradient scaler that accelerate has on a GPU in fp16."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.native_amp = True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+
+
+def scaling_engine() -> tuple[Engine, nn.Linear]:
+    """An engine with a gradient scaler, and the layer that it trains."""
+    engine = Engine(Scaling(cpu=True, mixed_precision="fp16"))
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    engine.model, engine.optimizer = engine.accelerator.prepare(layer, optimizer)
+    engine.rates, engine.max_grad_norm = [1e-3], 1.0
+    return engine, layer
+
+
+# --- the optimizer's state ------------------------------------------------------------------------
+
+
+def test_optimizer_state_is_loaded_to_where_torch_itself_loads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By device: a fused step over fake tensors does not complain of a `step` on the CPU."""
+    engine = Engine(Accelerator(cpu=True))
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(3, 2, device="cuda"))
+        state = {"step": torch.ones(()), "exp_avg": torch.ones(3, 2)}
+        reference = torch.optim.AdamW([parameter], fused=True)
+        reference.load_state_dict({**reference.state_dict(), "state": {0: dict(state)}})
+        engine.optimizer = torch.optim.AdamW([parameter], fused=True)
+        monkeypatch.setattr(engine, "_named", lambda: iter([("weight", parameter)]))
+        engine.load_optimizer_state({f"weight|{key}": value for key, value in state.items()})
+        loaded = engine.optimizer.state[parameter]
+        assert loaded.keys() == state.keys()
+        for key, value in loaded.items():
+            expected = reference.state[parameter][key]
+            assert (value.device, value.dtype) == (expected.device, expected.dtype)
+            assert value.device.type == "cuda"
+        sharded = Fsdp(engine.accelerator, FsdpEngine(kind="fsdp"))
+        for each in (parameter, nn.Parameter(torch.empty(2))):  # the second is offloaded
+            assert sharded._share(each, "step", state["step"]).device == each.device
+
+
+# --- fp16 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_resumed_fp16_run_has_the_scale_of_the_uninterrupted(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerators, "Accelerator", Scaling)
+
+    def recipe(output: str) -> Any:
+        saves = {"train__checkpoints": {"every": 1, "keep": 9}, "train__log_every": 1}
+        changes = {"train__steps": 5, "evaluate__samples": 0, "data__validation": []}
+        text = tiny_recipe("causal", output=output, precision="fp16")
+        return parsed(text, **saves, **changes)
+
+    whole = sft(recipe("whole")).folder / "stages" / "1-main"
+    parts = tmp_path / "parts" / "stages" / "1-main"
+    interrupted(partial(sft, recipe("parts")), stage=0, step=3)
+    sft(recipe("parts"), resume=True)
+    scales = [
+        tensors_of(step_folder(whole, step))["trainer/scaler.safetensors|scale"].item()
+        for step in range(1, 6)
+    ]
+    assert scales == [16, 32, 32, 64, 64]
+    assert_same_bits(step_folder(whole, 5), step_folder(parts, 5))
+    report = vlm_tune.verify_run(tmp_path / "whole")
+    assert (report.agrees, report.start, report.end) == (True, 4, 5)
+
+
+def test_a_skipped_step_lowers_the_scale_and_the_next_is_taken() -> None:
+    engine, layer = scaling_engine()
+    before = layer.weight.detach().clone()
+    engine.backward(layer(torch.ones(1, 2)).sum() * float("inf"))
+    assert not torch.tensor(engine.clip(1.0)).isfinite()
+    engine.skip()
+    assert engine.accelerator.scaler.get_scale() == 8
+    assert torch.equal(layer.weight, before)
+    engine.backward(layer(torch.ones(1, 2)).sum())
+    engine.clip(1.0)
+    engine.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path: Path) -> None:
+    """The scaler lowers its scale for it step by step; below 1 that can't be the cause."""
+    engine, layer = scaling_engine()
+    notes: list[dict[str, Any]] = []
+    policy = NonFinitePolicy(engine.accelerator, notes.append, most=2, skips=True)
+    taken = []
+    with pytest.raises(TrainingError, match=r"norm is nan at step 7; .* the 2th such step"):
+        for step in range(1, 20):
+            engine.backward(layer(torch.ones(1, 2)).sum() * float("nan"))
+            norm = engine.clip(1.0)
+            taken.append(policy.allows(step, 1.0, norm, ["row"], tmp_path, last=False))
+            (engine.step if taken[-1] else engine.skip)()
+    # 16, 8, 4, 2 and 1, then a half.
+    assert taken == [True] * 5 + [False]
+    assert [note["step"] for note in notes] == [6]
+
+
+def test_fp16_is_refused_with_an_engine_of_accelerates_that_does_not_scale(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="fp16 needs loss scaling, which engine fsdp does not do"):
+        registry.engine_of(parsed(tiny_recipe("causal", precision="fp16")))
+    assert registry.engine_of(parsed(tiny_recipe("causal", precision="fp16"))).kind == "ddp"
+
+
+# --- determinism and memory -----------------------------------------------------------------------
+
+
+def switches() -> tuple[Any, ...]:
+    from torch._inductor import config
+
+    cudnn = torch.backends.cudnn
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        os.environ.get(WORKSPACE),
+        cudnn.deterministic,
+        cudnn.benchmark,
+        config.deterministic,
+    )
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_is_so_from_its_model_to_its_end(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages, with GPU memory of which one takes more."""
+    figures = iter([{"gpu_memory_mb": 3100, "gpu_reserved_mb": 3400}, {"gpu_memory_mb": 2000}])
+    measured: list[str] = []
+    monkeypatch.setattr(stage, "reset_gpu_peak", lambda device: measured.append("reset"))
+    monkeypatch.setattr(
+        stage, "largest_gpu_peak", lambda accelerator: measured.append("read") or next(figures)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = switches()
+    seen: dict[str, set[tuple[Any, ...]]] = {}
+
+    def show(event: dict[str, Any]) -> None:
+        seen.setdefault(event["event"], set()).add(switches())
+
+    text = tiny_recipe("causal") + "\nstages: [{name: one}, {name: two}]\n"
+    saves = {"train__checkpoints": {"every": 1, "keep": 9}, "train__log_every": 1}
+    run = sft(
+        parsed(text, train__steps=2, train__deterministic=True, evaluate__samples=0, **saves),
+        show=show,
+    )
+    on = (True, ":4096:8", True, False, True)
+    assert seen.keys() >= {"environment", "tuning", "train", "evaluate", "memory"}
+    assert set.union(*seen.values()) == {on}
+    assert switches() == before
+    seen.clear()
+    assert vlm_tune.verify_run(run.folder, show=show).agrees
+    assert set.union(*seen.values()) == {on}
+    assert switches() == before
+
+    events = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert [e["deterministic"] for e in events if e["event"] == "environment"] == [True]
+    memory = [(e["name"], e["gpu_memory_mb"]) for e in events if e["event"] == "memory"]
+    assert memory == [("one", 3100), ("two", 2000)]
+    assert measured == ["reset", "read"] * 2
+    assert run.result["peak_gpu_memory_mb"] == 3100
+    assert run.result["peak_gpu_reserved_mb"] == 3400
+    assert "3,100 MB" in (run.folder / "report.html").read_text()
+
+
+def test_determinism_is_restored_after_a_failure_and_a_users_workspace_stays(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    recipe = parsed(tiny_recipe("causal"), train__deterministic=True)
+    with pytest.raises(KeyError), determinism(recipe):
+        assert os.environ[WORKSPACE] == ":16:8"
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ[WORKSPACE] == ":16:8"
+    monkeypatch.setenv(WORKSPACE, ":0:0")
+    with determinism(recipe):
+        assert os.environ[WORKSPACE] == ":4096:8"
+    assert os.environ[WORKSPACE] == ":0:0"
+    with determinism(parsed(tiny_recipe("causal"))):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_form_is_named(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    """By torch's own message, of an operation that has none on a CPU either."""
+    recipe = parsed(tiny_recipe("causal"), train__deterministic=True)
+    with determinism(recipe), pytest.raises(RuntimeError) as error:
+        torch.ones(3).put_(torch.tensor([0]), torch.ones(1))
+    assert "put_ has no deterministic form on this device" in str(nondeterministic(error.value))
+    assert nondeterministic(RuntimeError("another")) is None
+
+
+def test_peaks_are_the_devices_and_the_largest_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[torch.device] = []
+    for name, figure in (("max_memory_allocated", 5e9), ("max_memory_reserved", 6e9)):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, figure=figure: devices.append(device) or int(figure)
+        )
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", devices.append)
+    gpu_memory.reset_gpu_peak(CUDA)
+    assert gpu_memory.gpu_peak(CUDA) == {"gpu_memory_mb": 5000, "gpu_reserved_mb": 6000}
+    assert devices == [CUDA] * 3
+    gpu_memory.reset_gpu_peak(torch.device("cpu"))
+    assert gpu_memory.gpu_peak(torch.device("cpu")) == {}
+
+    monkeypatch.setattr(gpu_memory, "gpu_peak", lambda device: {"gpu_memory_mb": 3})
+    ranks: Any = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, mine + 4])
+    )
+    assert gpu_memory.largest_gpu_peak(ranks) == {"gpu_memory_mb": 7}
+
+
+# --- devices, groups, environment -----------------------------------------------------------------
+
+
+def test_the_random_state_is_that_of_the_runs_own_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device: torch.tensor([7 + device.index])
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: restored.append((int(state), device))
+    )
+    from vlm_tune.model.weights import write_safetensors
+
+    state = {f"0.{key}": value for key, value in random_state(CUDA).items()}
+    write_safetensors(state, tmp_path / "trainer" / "random.safetensors")
+    load_random(tmp_path, 0, CUDA)
+    load_random(tmp_path, 0, torch.device("cpu"))
+    assert restored == [(8, CUDA)]
+    assert "cuda" not in random_state(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_processes_on_gpus_exchange_cpu_tensors_over_gloo(
+    launched: bool, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: list[Any] = []
+
+    def accelerator(**settings: Any) -> Any:
+        handlers.extend(settings["kwargs_handlers"])
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(accelerators, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    accelerator_of(parsed(tiny_recipe("causal"), train__timeout=77.0))
+    passed_on = handlers[0].to_kwargs()
+    assert passed_on.pop("timeout").total_seconds() == 77
+    assert passed_on == ({"backend": "cuda:nccl,cpu:gloo"} if launched else {})
+
+
+def test_a_single_process_of_fsdp_on_a_gpu_has_both_backends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backends: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **settings: backends.append(backend)
+    )
+    for kind in ("cuda", "cpu"):
+        accelerator: Any = SimpleNamespace(device=torch.device(kind))
+        registry.build_engine(FsdpEngine(kind="fsdp"), accelerator)
+        registry.build_engine(AutoEngine(), accelerator)
+    assert backends == [BACKENDS, "gloo"]
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19", "535.104.05"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build",
+            "580.82.07",
+        ),
+        (None, None),
+    ],
+)
+def test_the_environment_names_the_gpu_and_what_drives_it(
+    text: str | None, driver: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=9, minor=0, total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 {device.index}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: text is not None)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 7))
+    if text is not None:
+        (tmp_path / "version").write_text(f"{text}\nGCC version: gcc 13.2.0\n")
+    monkeypatch.setattr(environments, "DRIVER", tmp_path / "version")
+    accelerator: Any = SimpleNamespace(device=CUDA, num_processes=2)
+    values = environments.environment(accelerator, AutoEngine())
+    expected = {
+        "device": "H100 1",
+        "capability": "9.0",
+        "device_memory_mb": 85000,
+        "gpus": 8,
+        "driver": driver,
+        "cuda": "13.0",
+        "cudnn": 91300,
+        "nccl": text and "2.27.7",
+        "deterministic": False,
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert "kernels" not in values
