@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlm_tune
+from tests.helpers.forked_runs import ended, start
 from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.config.engine import AutoEngine, FsdpEngine
@@ -86,9 +87,35 @@ def test_optimizer_state_is_loaded_to_where_torch_itself_loads_it(
             expected = reference.state[parameter][key]
             assert (value.device, value.dtype) == (expected.device, expected.dtype)
             assert value.device.type == "cuda"
-        sharded = Fsdp(engine.accelerator, FsdpEngine(kind="fsdp"))
-        for each in (parameter, nn.Parameter(torch.empty(2))):  # the second is offloaded
-            assert sharded._share(each, "step", state["step"]).device == each.device
+
+
+def sharded_state(said: Path, offload: bool) -> None:
+    """Writes the devices of a fake parameter of FSDP and of its loaded state."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    engine = Fsdp(Accelerator(cpu=True), FsdpEngine(kind="fsdp", offload=offload))
+    mesh = init_device_mesh("cuda", (2,))
+    with FakeTensorMode():
+        full = torch.ones(4, 3)
+        shard: Any = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+        parameter: Any = nn.Parameter(shard.to("cpu") if offload else shard)
+        moment: Any = engine._share(parameter, "exp_avg", full)
+        step = engine._share(parameter, "step", torch.ones(()))
+        places = [parameter.to_local(), moment.to_local(), step]
+    said.write_text(" ".join(each.device.type for each in places))
+
+
+@pytest.mark.parametrize(("offload", "devices"), [(False, "cuda cuda cuda"), (True, "cpu cpu cpu")])
+def test_sharded_state_is_loaded_to_where_its_parameter_is(
+    offload: bool, devices: str, tmp_path: Path
+) -> None:
+    """Offloaded parameters are on the CPU, while their mesh is the GPUs'."""
+    act = partial(sharded_state, tmp_path / "devices", offload)
+    assert ended(start(act, tmp_path / "said")) == [0], (tmp_path / "said.0").read_text()
+    assert (tmp_path / "devices").read_text() == devices
 
 
 # --- fp16 -----------------------------------------------------------------------------------------

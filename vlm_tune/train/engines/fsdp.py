@@ -81,10 +81,10 @@ class Fsdp(Engine):
         if key == "step":
             return super()._share(parameter, key, value)
         sharded: Any = parameter
-        device = sharded.to_local().device
+        # It comes back on the mesh's device, where an offloaded parameter is not.
         return distribute_tensor(
-            value.to(device), sharded.device_mesh, sharded.placements, src_data_rank=None
-        )
+            value, sharded.device_mesh, sharded.placements, src_data_rank=None
+        ).to(parameter.device)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
