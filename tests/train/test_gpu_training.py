@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda import nccl
 
 import vlm_tune
 from tests.helpers.forked_runs import ended, start
@@ -153,7 +154,7 @@ def test_a_skipped_step_lowers_the_scale_and_the_next_is_taken() -> None:
     engine.backward(layer(torch.ones(1, 2)).sum() * float("inf"))
     assert not torch.tensor(engine.clip(1.0)).isfinite()
     engine.skip()
-    assert engine.accelerator.scaler.get_scale() == 8
+    assert engine.scaler_state()["scale"] == 8
     assert torch.equal(layer.weight, before)
     engine.backward(layer(torch.ones(1, 2)).sum())
     engine.clip(1.0)
@@ -376,7 +377,7 @@ def test_the_environment_names_the_gpu_and_what_drives_it(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: text is not None)
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 7))
+    monkeypatch.setattr(nccl, "version", lambda: (2, 27, 7))
     if text is not None:
         (tmp_path / "version").write_text(f"{text}\nGCC version: gcc 13.2.0\n")
     monkeypatch.setattr(environments, "DRIVER", tmp_path / "version")
