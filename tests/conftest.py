@@ -55,9 +55,12 @@ _begun, _ended = itertools.count(1), itertools.count(1)
 SKIPS = Path(__file__).with_name("skips.txt")
 KERNEL_TESTS = "[kernels]"
 """What stands in skips.txt for all tests that use the fixture of that name."""
+GPU_TESTS = "[gpu]"
+"""What stands in skips.txt for all tests with the marker of that name."""
 
 _unused: set[str] = set()
 _kernel_tests: set[str] = set()
+_gpu_tests: set[str] = set()
 
 
 def allowed_skips() -> dict[str, str]:
@@ -70,29 +73,38 @@ def allowed_skips() -> dict[str, str]:
     return {pattern: reason.strip() for pattern, _, reason in entries}
 
 
-def matches(pattern: str, test: str, kernel_tests: Collection[str]) -> bool:
+def matches(pattern: str, test: str) -> bool:
     """Whether an entry of skips.txt is about a test."""
+    groups: dict[str, Collection[str]] = {KERNEL_TESTS: _kernel_tests, GPU_TESTS: _gpu_tests}
+    if pattern in groups:
+        return test in groups[pattern]
     # In fnmatch's own patterns the brackets of a test's parameters would be a set of characters.
-    return (
-        test in kernel_tests
-        if pattern == KERNEL_TESTS
-        else fnmatchcase(test, pattern.replace("[", "[[]"))
-    )
+    return fnmatchcase(test, pattern.replace("[", "[[]"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notes which tests use the kernels and which entries of skips.txt are about none.
+    """Notes which tests use the kernels or a GPU and which entries of skips.txt are about none.
 
     It does so before any test is left out. The longest tests come first.
     """
     items.sort(key=lambda item: item.path.name not in LONGEST)
     _kernel_tests.update(item.nodeid for item in items if _uses_kernels(item))
+    _gpu_tests.update(item.nodeid for item in items if item.get_closest_marker("gpu"))
     _unused.update(
         pattern
         for pattern in allowed_skips()
-        if not any(matches(pattern, item.nodeid, _kernel_tests) for item in items)
+        if not any(matches(pattern, item.nodeid) for item in items)
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` where there is no GPU."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
 
 
 def _uses_kernels(item: pytest.Item) -> bool:
@@ -109,7 +121,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """
     config = session.config
     if (output := getattr(config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
-        output.update(unused=sorted(_unused), kernel_tests=sorted(_kernel_tests))
+        output.update(
+            unused=sorted(_unused),
+            kernel_tests=sorted(_kernel_tests),
+            gpu_tests=sorted(_gpu_tests),
+        )
         return
     faults = skip_faults(config)
     if faults and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -122,6 +138,7 @@ def pytest_testnodedown(node: Any) -> None:
     noted = getattr(node, "workeroutput", {})
     _unused.update(noted.get("unused", ()))
     _kernel_tests.update(noted.get("kernel_tests", ()))
+    _gpu_tests.update(noted.get("gpu_tests", ()))
 
 
 def skip_faults(config: pytest.Config) -> list[str]:
@@ -133,7 +150,7 @@ def skip_faults(config: pytest.Config) -> list[str]:
         f"{report.nodeid} was skipped and is not in tests/{SKIPS.name}: "
         f"{report.longrepr[2] if report.longrepr else ''}"
         for report in skipped
-        if not any(matches(pattern, report.nodeid, _kernel_tests) for pattern in patterns)
+        if not any(matches(pattern, report.nodeid) for pattern in patterns)
     ]
     if _sees_all(config):
         faults += [

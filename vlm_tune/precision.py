@@ -1,4 +1,4 @@
-"""The dtypes of weights by their names in recipes."""
+"""The dtypes of weights by their names in recipes, and the devices that users name."""
 
 from __future__ import annotations
 
@@ -33,3 +33,29 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Returns the torch dtype of a precision given as in `dtype_name`; None for None."""
     name = dtype_name(dtype)
     return None if name is None else DTYPES[name]
+
+
+def device_of(device: str | torch.device | None) -> torch.device | None:
+    """Returns the torch device that a user names; None for None.
+
+    Args:
+        device: cpu, cuda, cuda:0, ..., or a torch device.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        if isinstance(device, str | torch.device):
+            place = torch.device(device)
+            if place.type == "cpu":
+                return place
+            if place.type == "cuda" and (place.index or 0) < torch.cuda.device_count():
+                return place
+    except RuntimeError:  # torch knows no such name
+        pass
+    raise ModelError(
+        f"device: there is no {quoted(str(device))}; there are "
+        f"{', '.join(['cpu', *(f'cuda:{number}' for number in range(torch.cuda.device_count()))])}"
+    )

@@ -442,7 +442,7 @@ def test_fault_36_a_dtype_map_that_is_not_the_recipes_is_refused(
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    from vlm_tune.model.build import check_packed
+    from vlm_tune.model.pretrained.language_model import check_packed
 
     text = tiny_recipe("causal", precision="bf16")
     folder = save_llm(

@@ -53,6 +53,11 @@ class TuneRule(Config):
         description="A random and B zero, or both from the weight's principal singular "
         "vectors (lora only)",
     )
+    pissa_niter: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None,
+        description="iterations of a randomised SVD, seconds where the exact one takes minutes; "
+        "exact by default (init: pissa only)",
+    )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         default=None, description="LoRA+: ratio of B's learning rate to A's (lora only)"
     )

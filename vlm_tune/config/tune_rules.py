@@ -26,6 +26,7 @@ RULE_KEYS = {
     "target_modules": LORA,
     "variant": LORA,
     "init": LORA,
+    "pissa_niter": LORA,
     "lora_plus_ratio": LORA,
     "layers": ("last_layers",),
     "layer_decay": ("full", "last_layers"),
@@ -95,6 +96,8 @@ def _rule_contradictions(rule: Any) -> list[tuple[str, str]]:
                 "them",
             )
         )
+    if rule.get("pissa_niter") is not None and rule.get("init") != "pissa" and how == "lora":
+        faults.append(("pissa_niter", "pissa_niter belongs to init: pissa"))
     if how == "frozen" and rule.get("learning_rate") is not None:
         faults.append(("learning_rate", "a frozen part has no learning rate"))
     if how == "lora" and isinstance(match, str) and match.split(".")[0] not in ("llm", "tower"):

@@ -143,7 +143,7 @@ def verify_adapter(
         for e in model.processor.examples(row)
     ]
     llm = model.config.llm.model_copy(update={"quantize": None})
-    untuned = load_llm(llm, dtype=torch.float32).to(model.device).eval()
+    untuned = load_llm(llm, dtype=torch.float32, device=model.device).eval()
     make_room(untuned, len(model.llm.model.get_input_embeddings().weight))
     seq2seq = model.llm.layout == "seq2seq"
     model_logits, base_logits = (

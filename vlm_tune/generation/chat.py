@@ -20,7 +20,7 @@ from vlm_tune.model.checkpoint import load_model, save_model
 from vlm_tune.model.language.decoding import Decoding, check_count
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import check_path
-from vlm_tune.precision import dtype_of
+from vlm_tune.precision import device_of, dtype_of
 from vlm_tune.quoting import quoted
 
 _mode_lock = threading.Lock()
@@ -147,6 +147,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         dtype: str | torch.dtype | None = None,
         base: BaseArgument = None,
         accept_other_base: bool = False,
+        device: str | torch.device | None = None,
     ) -> VisionLanguageModel:
         """Loads the model of a run, a checkpoint or a merged folder, in eval mode.
 
@@ -158,9 +159,11 @@ class VisionLanguageModel(VisionLanguageNetwork):
                 locations of the base weights.
             accept_other_base: whether base weights other than those that it was trained over are
                 accepted.
+            device: where the model goes, such as "cpu" or "cuda:1"; by default the GPU if there is
+                one.
 
         Raises:
-            ModelError: as `load_model`.
+            ModelError: as `load_model`, or there is no such device.
             RecipeError: an argument is not a path.
         """
         check_path("path", path)
@@ -168,6 +171,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
             Path(path),
             dtype=dtype_of(dtype),
             base=base_choice(base, accept_other_base),
+            device=device_of(device),
             model_class=cls,
         )
 

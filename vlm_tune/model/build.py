@@ -9,9 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
-from vlm_tune.compat import fp32_layers
 from vlm_tune.config.model import (
     AnyTower,
     ModelSection,
@@ -35,10 +33,10 @@ from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.registry import LLMS
-from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
 from vlm_tune.model.pretrained.language_model import (
     bare_llm,
+    check_packed,
     llm_config,
     load_llm,
     make_room,
@@ -50,7 +48,7 @@ from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder,
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.model.weights import load_into, read_safetensors
+from vlm_tune.model.weights import CPU, load_into, read_safetensors
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 
@@ -65,6 +63,7 @@ def build(
     conversations: Iterable[Conversation],
     *,
     bare: bool = False,
+    device: torch.device = CPU,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
     """Builds the recipe's model before training.
@@ -72,8 +71,9 @@ def build(
     Args:
         recipe: its section `model` names the parts, or a model to start from.
         conversations: the text that the tokenizer of a language model from scratch is trained on.
-        bare: leaves the language model on the meta device, for a process that receives its shards
-            of the weights from another one.
+        bare: leaves the language model on the meta device and the rest on the CPU, for a process
+            that receives its shards of the weights from another one.
+        device: where the model goes. The weights of a pretrained language model are loaded there.
         model_class: the class of the model that is returned.
 
     Raises:
@@ -96,7 +96,7 @@ def build(
         language = (
             bare_llm(section.llm, load_dtype(recipe))
             if bare
-            else load_llm(section.llm, dtype=load_dtype(recipe))
+            else load_llm(section.llm, dtype=load_dtype(recipe), device=device)
         )
     changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
     words = load_words(section.connector, start_folder / WORDS if start_folder else None)
@@ -111,7 +111,7 @@ def build(
     else:
         start_connector(model.connector, section.connector)
     model.bases = bases_of(model, bare=bare)
-    return model
+    return model if bare else model.to(device)
 
 
 def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, Base]:
@@ -287,39 +287,6 @@ def _connect_words(
             f"its embedding {section.vocab_size} (model.connector.vocab_size)"
         )
     connector.reader = Reader(tokenizer, words, section.max_text)
-
-
-def check_packed(model: VisionLanguageNetwork) -> None:
-    """Checks that all linear layers of the LLM's blocks are quantised as configured, and no others.
-
-    Raises `ModelError` with the layers that are quantised by mistake (tower, connector, head,
-    embeddings) or were left out.
-    """
-    quantize = model.config.llm.quantize
-    language = model.llm.model
-    blocks = tuple(f"llm.model.{block}." for block in block_names(language))
-    fp32_names = fp32_layers(language)
-    wrong: list[str] = []
-    for name, layer in model.named_modules():
-        kind = getattr(
-            getattr(layer, "weight", None),
-            "quant_type",
-            "int8" if type(layer).__name__ == "Linear8bitLt" else None,
-        )
-        # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may
-        # be left out.
-        stays_fp32 = name.rsplit(".", 1)[-1] in fp32_names
-        wanted = (
-            quantize
-            if isinstance(layer, nn.Linear) and name.startswith(blocks) and not stays_fp32
-            else None
-        )
-        if kind != wanted and not (stays_fp32 and kind == quantize):
-            wrong.append(f"{name} is {kind or 'not packed'}, expected {wanted or 'not packed'}")
-    if wrong:
-        raise ModelError(
-            f"model.llm.quantize: {quantize} did not pack what it should: {'; '.join(wrong[:5])}"
-        )
 
 
 def _connected(

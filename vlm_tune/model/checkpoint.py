@@ -49,6 +49,7 @@ from vlm_tune.model.lora import (
     attach_adapter,
     clean,
     is_adapter,
+    is_pissa,
     load_adapter_state,
     parts,
     plain_config,
@@ -59,6 +60,7 @@ from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import (
+    CPU,
     cast_parameters,
     load_into,
     read_safetensors,
@@ -177,7 +179,7 @@ def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain_config(config).save_pretrained(folder)
-    if config.init_lora_weights == PISSA:
+    if is_pissa(config):
         config.save_pretrained(folder / PISSA)
     write_safetensors(tensors, folder / "adapter_model.safetensors")
 
@@ -232,6 +234,7 @@ def load_model(
     quantize: bool = True,
     adapters: bool = True,
     base: BaseChoice = AS_SAVED,
+    device: torch.device | None = None,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
     """Loads a saved model in eval mode, with all parameters frozen.
@@ -242,10 +245,8 @@ def load_model(
         quantize: False loads the base of a 4- or 8-bit run in `dtype`.
         adapters: False leaves out adapters, virtual tokens and individually trained weights.
         base: the base weights to load over.
+        device: where the model goes; if None, the GPU if there is one.
         model_class: the class of the model that is returned.
-
-    Returns:
-        The model, on the GPU if there is one.
 
     Raises:
         ModelError: the folder is not complete, weights do not fit, or base weights are gone or were
@@ -258,6 +259,7 @@ def load_model(
             quantize=quantize,
             adapters=adapters,
             base=base,
+            device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             model_class=model_class,
         )
     for module in (model.tower, model.connector):
@@ -265,8 +267,7 @@ def load_model(
     for name in model.beside:
         parameter = model.llm.model.get_parameter(name)
         parameter.data = parameter.data.to(dtype or DTYPES[model.config.precision])
-    model.requires_grad_(False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.requires_grad_(False).eval()
 
 
 def restore_model(
@@ -277,6 +278,7 @@ def restore_model(
     adapters: bool = True,
     bare: bool = False,
     base: BaseChoice = AS_SAVED,
+    device: torch.device = CPU,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
     """Loads a saved model to continue training: the LLM in `dtype`, all the rest exactly as saved.
@@ -286,8 +288,9 @@ def restore_model(
         dtype: the LLM's dtype; the precision in the model's config if None.
         quantize: False loads the base of a 4- or 8-bit run in `dtype`.
         adapters: False leaves out adapters, virtual tokens and individually trained weights.
-        bare: leaves the LLM on the meta device, as in `build`.
+        bare: leaves the LLM on the meta device and the rest on the CPU, as in `build`.
         base: the base weights to load over.
+        device: where the model goes, as in `build`.
         model_class: the class of the model that is returned.
 
     Raises:
@@ -308,7 +311,9 @@ def restore_model(
     if bare:
         language = bare_llm(config.llm, precision, folder=llm_folder)
     else:
-        language = load_llm(config.llm, dtype=precision, folder=llm_folder, quantize=quantize)
+        language = load_llm(
+            config.llm, dtype=precision, device=device, folder=llm_folder, quantize=quantize
+        )
         if not local:  # the hub's files are downloaded only now
             _check_llm(folder, config, notes, base)
     changed = _parts_inside(folder)
@@ -327,7 +332,7 @@ def restore_model(
     load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
     if adapters:
         _read_tuned(model, folder, bare=bare)
-    return model
+    return model if bare else model.to(device)
 
 
 def _unquantized(config: VisionLanguageConfig) -> VisionLanguageConfig:
@@ -414,7 +419,7 @@ def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
         raise ModelError(f"{folder}: no LoRA adapter ({reason_of(error)})") from None
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     try:
-        attach_adapter(model, part, config, fresh=False)
+        attach_adapter(model, part, config)
     except ValueError as error:
         raise ModelError(
             f"{folder}: the adapter fits no layer of the {part}: {reason_of(error)}"

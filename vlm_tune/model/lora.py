@@ -56,15 +56,20 @@ def same_adapter(one: Any, other: Any) -> bool:
     ) == set(other.target_modules)
 
 
-def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fresh: bool) -> None:
+def is_pissa(config: Any) -> bool:
+    """Whether a LoRA config is one of PiSSA, with the exact or a randomised SVD."""
+    return str(config.init_lora_weights).startswith(PISSA)
+
+
+def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any) -> None:
     """Attaches LoRA layers to a part in place, in fp32; its outputs stay the same.
+
+    Those of PiSSA get their values afterwards: from a file, or by `start_from_singular_vectors`.
 
     Args:
         model: the model; its `adapters` get the tuner.
         part: tower, connector or llm.
         config: PEFT's LoRA config.
-        fresh: False if the values will be loaded afterwards, so that PiSSA's singular vectors are
-            not computed.
     """
     from peft.tuners.lora import LoraModel
 
@@ -78,7 +83,8 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
 
         set_lora_layer(config, Linear4bit, LoraLinear)
     module = parts(model)[part]
-    pissa = config.init_lora_weights == PISSA
+    init = config.init_lora_weights
+    pissa = is_pissa(config)
     if pissa:
         # PEFT's own PiSSA would write the residual into the base weight.
         config.init_lora_weights = True
@@ -92,36 +98,55 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any, *, fres
         if pissa:
             tuner.inject_adapter(module, INITIAL)
             tuner.set_adapter([TRAINED, INITIAL])
-            config.init_lora_weights = PISSA
+            config.init_lora_weights = init
     model.adapters[part] = tuner
     for name, parameter in module.named_parameters():
         if is_adapter(name):
             # PEFT gives them the base's dtype, and values loaded into half precision would no
             # longer be the saved ones.
             parameter.data = parameter.data.float()
-    if pissa and fresh:
-        for layer in module.modules():
-            if hasattr(layer, "lora_A"):
-                _start_from_singular_vectors(layer)
 
 
 @torch.no_grad()
-def _start_from_singular_vectors(layer: Any) -> None:
-    """Sets A and B from the r largest singular values of the weight, divided by the scale.
+def start_from_singular_vectors(
+    module: nn.Module, config: Any, device: torch.device | None = None
+) -> None:
+    """Gives the PiSSA layers of a part their first values, by SVDs of the weights.
 
-    The frozen initial adapter subtracts them. Raises `ModelError` if the rank exceeds a side of the
-    weight.
+    A and B of a layer are from the r largest singular values of its weight, divided by the scale,
+    and the frozen initial adapter subtracts them.
+
+    Args:
+        module: the part.
+        config: PEFT's LoRA config, which says whether the SVDs are exact or randomised.
+        device: where the SVDs run; if None, where the weights are.
+
+    Raises:
+        ModelError: the rank exceeds a side of a weight.
     """
+    iterations = int(config.init_lora_weights.partition("_niter_")[2] or 0)
+    for layer in module.modules():
+        if hasattr(layer, "lora_A"):
+            _start_layer(layer, iterations, device)
+
+
+def _start_layer(layer: Any, iterations: int, device: torch.device | None) -> None:
+    """Starts one layer, by an exact SVD if `iterations` is 0."""
     weight = layer.get_base_layer().weight
+    weight = weight if device is None or weight.is_meta else weight.to(device)
     weight = (weight.T if layer.fan_in_fan_out else weight).float()
     rank = layer.r[TRAINED]
     scale = layer.scaling[TRAINED]
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    if len(values) < rank:
+    if min(weight.shape) < rank:
         raise ModelError(
             f"tune: PiSSA of rank {rank} in a layer of {list(weight.shape)}: "
             "the rank can't be larger than either side"
         )
+    if iterations:
+        left, values, transposed = torch.svd_lowrank(weight, rank, niter=iterations)
+        right = transposed.T
+    else:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = (values[:rank] / scale).sqrt()
     for name, sign in ((TRAINED, 1.0), (INITIAL, -1.0)):
         layer.lora_A[name].weight.copy_(root[:, None] * right[:rank])
@@ -173,7 +198,7 @@ def plain_config(config: Any) -> Any:
     """
     plain = deepcopy(config)
     plain.inference_mode = True
-    if config.init_lora_weights == PISSA:
+    if is_pissa(config):
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         plain.r = 2 * config.r
         plain.lora_alpha = scale * 2 * config.r

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm_tune.compat import is_attention_projection
@@ -15,9 +16,11 @@ from vlm_tune.model.lora import (
     attach_adapter,
     clean,
     is_adapter,
+    is_pissa,
     merge_adapter,
     parts,
     same_adapter,
+    start_from_singular_vectors,
 )
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.quoting import quoted
@@ -27,11 +30,15 @@ INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA
 
 
 def apply_lora_rules(
-    model: VisionLanguageNetwork, rules: Sequence[TuneRule], owner: dict[str, int]
+    model: VisionLanguageNetwork,
+    rules: Sequence[TuneRule],
+    owner: dict[str, int],
+    device: torch.device | None = None,
 ) -> None:
     """Attaches, keeps or merges each part's LoRA layers as the rules require.
 
-    `owner` has the index of each parameter's rule by name.
+    `owner` has the index of each parameter's rule by name. PiSSA's singular vectors are computed on
+    `device`, if None on that of the weights.
     """
     for part, module in parts(model).items():
         places = lora_places(part, rules, owner)
@@ -54,7 +61,9 @@ def apply_lora_rules(
         if present is not None:
             merge_adapter(model, part)
         if config is not None:
-            attach_adapter(model, part, config, fresh=True)
+            attach_adapter(model, part, config)
+            if is_pissa(config):
+                start_from_singular_vectors(module, config, device)
 
 
 def lora_places(part: str, rules: Sequence[TuneRule], owner: dict[str, int]) -> list[int]:
@@ -100,7 +109,9 @@ def _lora_config(
         bias="none",
         use_rslora=rule.variant == "rslora",
         use_dora=rule.variant == "dora",
-        init_lora_weights=INITS[rule.init or "default"],
+        init_lora_weights=f"{PISSA}_niter_{rule.pissa_niter}"
+        if rule.pissa_niter
+        else INITS[rule.init or "default"],
         task_type=None
         if part == "tower"
         else "SEQ_2_SEQ_LM"

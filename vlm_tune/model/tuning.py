@@ -46,6 +46,7 @@ def apply_rules(
     learning_rate: float,
     precision: torch.dtype,
     exact: Collection[str] = (),
+    device: torch.device | None = None,
 ) -> Tuned:
     """Freezes, unfreezes and adds LoRA as the rules say, and builds the optimizer groups.
 
@@ -58,6 +59,7 @@ def apply_rules(
         learning_rate: for rules without one of their own.
         precision: the dtype of frozen weights; trained ones are fp32.
         exact: parts that stay in fp32 even if frozen, because a later stage trains them in full.
+        device: where PiSSA's singular vectors are computed; if None, where the weights are.
 
     Raises:
         ModelError: no rule covers a parameter; a rule matches no parameter, or none that it can
@@ -76,7 +78,7 @@ def apply_rules(
                 f"tune: the rule {quoted(rule.match)} matches nothing; "
                 f"parameters are named as {', '.join(list(owner)[:3])}, ..."
             )
-    apply_lora_rules(model, rules, owner)
+    apply_lora_rules(model, rules, owner, device)
     _prompt(model, rules, precision)
     _freeze_and_cast(model, owner, _trained(model, rules, owner), precision, exact)
     return collect_groups(model, rules, owner, learning_rate)

@@ -20,6 +20,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.base_places import Base
 from vlm_tune.model.connectors.instruction import Text, instructions, places
+from vlm_tune.model.connectors.layers import matched
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.language.base import LanguageModel, TokenLoss
 from vlm_tune.model.vision.base import VisionTower
@@ -113,6 +114,7 @@ class VisionLanguageNetwork(nn.Module):
         if batch.features is None and batch.pixels is None:
             return None
         features = self.tower(batch.pixels) if batch.features is None else batch.features
+        features = matched(features, self.connector)
         if not self.connector.needs_text:
             return self.connector(features)[batch.media_index]
         where = places(batch, self.processor.spec.tokens_per_image)
@@ -120,7 +122,7 @@ class VisionLanguageNetwork(nn.Module):
 
     def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
         """The instructions that a text-conditioned connector reads, for media at these places."""
-        embeds = self.llm.embed(batch.input_ids)
+        embeds = matched(self.llm.embed(batch.input_ids), self.connector)
         return instructions(
             batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal"
         )

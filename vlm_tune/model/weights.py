@@ -21,6 +21,7 @@ from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import reason_of
 
 MAX_HEADER = 100_000_000
+CPU = torch.device("cpu")
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
@@ -233,13 +234,14 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def own_memory(module: nn.Module) -> None:
-    """Copies every parameter to anonymous memory.
+    """Copies every parameter on the CPU to anonymous memory.
 
     While one parameter is still a mapping of its file, all of the file's touched pages stay in
     memory.
     """
     for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 ALIGNMENT = 64

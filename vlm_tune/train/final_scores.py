@@ -7,9 +7,11 @@ import logging
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from vlm_tune.config.recipe import Recipe
@@ -22,6 +24,7 @@ from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.precision import DTYPES
 from vlm_tune.run_folder import check_present
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.resuming import read_json
@@ -131,6 +134,17 @@ def _score_rows(
         )
 
 
+def _autocast(context: Context, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast as in training, on the device of a model.
+
+    That is the CPU for a model that an engine will shard.
+    """
+    if device.type == context.accelerator.device.type:
+        return context.accelerator.autocast()
+    precision = DTYPES[context.recipe.train.precision]
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def write_samples(
     context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], column: str
 ) -> None:
@@ -141,7 +155,7 @@ def write_samples(
     path = context.run / "samples.json"
     entries = read_json(path, list, context.note, "the answers before training are lost") or []
     known = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
-    with context.accelerator.autocast():
+    with _autocast(context, model.device):
         answers = score(
             model,
             rows,

@@ -123,7 +123,11 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
                 differences, "put it back: other data can't be trained on as the run did"
             )
         model = restore_model(
-            start, dtype=load_dtype(recipe), bare=not context.holds, base=recipe_choice(recipe)
+            start,
+            dtype=load_dtype(recipe),
+            bare=not context.holds,
+            base=recipe_choice(recipe),
+            device=context.device,
         )
         loop = stage_loop(context, model, name, stage, rows, progress, start)
         _replay(report, loop, folder, scratch)

@@ -46,7 +46,7 @@ from vlm_tune.train.resuming import (
     write_data,
 )
 from vlm_tune.train.signals import stop_requests
-from vlm_tune.train.stage import Context, read_rows, train_stage
+from vlm_tune.train.stage import Context, best_model, end_stage, read_rows, train_stage
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.trainer import Report
@@ -300,7 +300,11 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
             progress = Progress(stage=number, ranks=progress.ranks)
             checkpoint = None
         progress.ranks = progress.ranks or context.accelerator.num_processes
-        model = train_stage(context, model, name, stage, rows[number], progress, checkpoint)
+        best = train_stage(context, model, name, stage, rows[number], progress, checkpoint)
+        if best is not None:
+            del model
+            model = best_model(context, best, stage, progress, VisionLanguageModel)
+        end_stage(context, name, progress)
         seconds += progress.seconds
     if main:
         write_samples(context, model, samples, "after")
@@ -322,6 +326,7 @@ def _resumed_model(context: Context, checkpoint: Path) -> tuple[VisionLanguageMo
         dtype=load_dtype(context.recipe),
         bare=not context.holds,
         base=recipe_choice(context.recipe),
+        device=context.device,
         model_class=VisionLanguageModel,
     )
     return model, progress
@@ -334,7 +339,13 @@ def _new_model(
     main = context.accelerator.is_main_process
     if main:
         write_data(context.run, context.data)
-    model = build(context.recipe, texts, bare=not context.holds, model_class=VisionLanguageModel)
+    model = build(
+        context.recipe,
+        texts,
+        bare=not context.holds,
+        device=context.device,
+        model_class=VisionLanguageModel,
+    )
     if main:
         log.info("answering the report's samples before training")
         write_samples(context, model, samples, "before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.optimizer_groups import TuneRow
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
-from vlm_tune.model.weights import own_memory, page_out
+from vlm_tune.model.weights import CPU, own_memory, page_out
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import cache_folder
 from vlm_tune.run_folder import keep_recipe, retire_result
@@ -79,6 +80,11 @@ class Context:
         If the engine shards the model, only rank 0 does.
         """
         return self.accelerator.is_main_process or not shards(self.section)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is built: on the CPU if the engine shards it, which then places it."""
+        return CPU if shards(self.section) else self.accelerator.device
 
 
 def _begin_work(context: Context, loop: StageLoop) -> None:
@@ -165,14 +171,15 @@ def stage_loop(
 def _place_weights(
     context: Context, model: VisionLanguageNetwork, recipe: Recipe, rows: StageRows
 ) -> bool:
-    """Moves the weights to the device, on a CPU into memory of the process.
+    """Moves parts that the engine does not place to the device, on a CPU all into own memory.
 
     Returns whether the tower is left where it is, to be paged out once its features are cached: a
     tower that no step runs needs no memory then.
     """
     accelerator = context.accelerator
-    for part in (model.tower, model.connector) if shards(context.section) else (model,):
-        part.to(accelerator.device)
+    if shards(context.section):
+        for part in (model.tower, model.connector):
+            part.to(accelerator.device)
     if accelerator.device.type != "cpu":
         return False
     media = rows.train.media if rows.train else []
@@ -218,19 +225,26 @@ def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:
         "learning_rate": recipe.train.learning_rate,
         "precision": DTYPES[recipe.train.precision],
         "exact": exact,
+        # An engine's shards are on the CPU still.
+        "device": context.accelerator.device,
     }
 
 
 def train_stage(
     context: Context,
-    model: Network,
+    model: VisionLanguageNetwork,
     name: str,
     recipe: Recipe,
     rows: StageRows,
     progress: Progress,
     checkpoint: Path | None,
-) -> Network:
-    """Trains one stage and returns the model with the weights of its best checkpoint."""
+) -> Path | None:
+    """Trains one stage.
+
+    Returns:
+        The checkpoint to go on from by `best_model`; None if the model itself is the best. Nothing
+        here refers to the model any more, so that its memory is free once the caller drops it.
+    """
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
         context.accelerator = accelerator_of(recipe)
@@ -246,38 +260,56 @@ def train_stage(
     if peak := largest_gpu_peak(accelerator):
         context.peaks.append(peak)
         context.report({"event": "memory", "stage": progress.stage, "name": name, **peak})
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu:
+    if accelerator.device.type == "cpu":
         # Returns the memory of the steps before the model is built anew, or answers with a tower
         # that was paged out.
         return_freed_memory()
     loop.engine.release()
     best = _best(context, folder, progress)
-    shares = best is None and loop.engine.sharded
-    if shares:
+    if best is None and loop.engine.sharded:
         # The ranks hold shards of the weights; the last checkpoint holds the whole ones.
         accelerator.wait_for_everyone()
         best = step_folder(folder, progress.step)
-    if best is not None:
-        # Other engines keep the model and draw no random numbers here: the next stage must draw the
-        # same.
-        with torch.random.fork_rng(devices=[], enabled=shares):
-            base = recipe_choice(context.recipe)
-            model = restore_model(
-                best,
-                dtype=load_dtype(context.recipe),
-                bare=not context.holds,
-                base=base,
-                model_class=type(model),
-            )
-            apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
-        if context.holds:
-            model.to(accelerator.device)
-    if on_cpu:
-        keep_freed_memory()
-    if accelerator.is_main_process:
-        (folder / "done.json").write_text(json.dumps(asdict(progress), indent=1))
+    return best
+
+
+def best_model(
+    context: Context,
+    checkpoint: Path,
+    recipe: Recipe,
+    progress: Progress,
+    model_class: type[Network],
+) -> Network:
+    """The model of a stage's best checkpoint, on the device.
+
+    The stage's own model must have been dropped: a GPU may have no room for two.
+    """
+    gc.collect()  # a model is part of reference cycles
+    if context.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    # The last checkpoint is read only where the ranks held shards. Other engines keep the model and
+    # draw no random numbers here: the next stage must draw the same.
+    last = step_of(checkpoint) == progress.step
+    with torch.random.fork_rng(devices=[], enabled=last):
+        model = restore_model(
+            checkpoint,
+            dtype=load_dtype(context.recipe),
+            bare=not context.holds,
+            base=recipe_choice(context.recipe),
+            device=context.accelerator.device,
+            model_class=model_class,
+        )
+        apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     return model
+
+
+def end_stage(context: Context, name: str, progress: Progress) -> None:
+    """Writes that a stage is done, once the model to go on with is there."""
+    if context.accelerator.device.type == "cpu":
+        keep_freed_memory()
+    if context.accelerator.is_main_process:
+        path = stage_folder(context.run, progress.stage, name) / "done.json"
+        path.write_text(json.dumps(asdict(progress), indent=1))
 
 
 def _best(context: Context, folder: Path, progress: Progress) -> Path | None:

@@ -17,7 +17,7 @@ from vlm_tune.config.model import CrossAttentionConnector
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import places
-from vlm_tune.model.connectors.layers import Attention, feed_forward
+from vlm_tune.model.connectors.layers import Attention, feed_forward, matched
 from vlm_tune.model.connectors.projectors import Connector, splice
 from vlm_tune.model.per_thread import PerThread
 
@@ -67,10 +67,12 @@ class GatedBlock(nn.Module):
     def forward(self, states: torch.Tensor, seen: Seen | None) -> torch.Tensor:
         """New states [B, S, E]; a token that sees no media passes only through the feed-forward."""
         dtype = states.dtype
+        states = matched(states, self)
         if seen is not None:
             attended = self.attention(self.norm(states), *seen.for_states(*states.shape[:2]))
-            states = states + (self.attention_gate.tanh() * attended).to(dtype)
-        return states + (self.feed_gate.tanh() * self.feed(self.feed_norm(states))).to(dtype)
+            states = states + (self.attention_gate.tanh() * attended).to(states.dtype)
+        fed = (self.feed_gate.tanh() * self.feed(self.feed_norm(states))).to(states.dtype)
+        return (states + fed).to(dtype)
 
 
 class CrossAttention(Connector):

@@ -12,6 +12,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from vlm_tune.errors import ModelError
 
 
+def matched(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """x in the dtype of a module's weights, unless autocast sees to that.
+
+    A model that was just trained has its connector in fp32 beside a tower and an LLM in half
+    precision.
+    """
+    dtype = next(module.parameters()).dtype
+    return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+
 class Attention(nn.Module):
     """Attention of queries [B, Q, D] to a context [B, K, C].
 

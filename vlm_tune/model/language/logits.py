@@ -103,6 +103,12 @@ def _real_buffers(model: nn.Module) -> Iterator[None]:
             setattr(model, name, buffer)
 
 
+def _real_device(model: nn.Module) -> torch.device:
+    """The device of a model's weights, on which it is probed; the CPU for the meta device."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def own_logits(model: Any, bodies: list[nn.Module], hidden: torch.Tensor) -> torch.Tensor:
     """Logits [S, V] of hidden states [S, E], by the model's own forward pass.
 
@@ -154,9 +160,10 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
     # Packed 4-bit weights have another shape than the layer.
     rows = getattr(head, "out_features", weight.shape[0])
     width = getattr(head, "in_features", weight.shape[1])
-    hidden = torch.linspace(-2, 3, PROBED * width, device="cpu").view(PROBED, width)
+    device = _real_device(model)
+    hidden = torch.linspace(-2, 3, PROBED * width, device=device).view(PROBED, width)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    head_outputs = torch.linspace(-2, 1.5, PROBED * rows, device="cpu").view(1, PROBED, rows) * (
+    head_outputs = torch.linspace(-2, 1.5, PROBED * rows, device=device).view(1, PROBED, rows) * (
         cap or 1.0
     )
 
@@ -175,7 +182,7 @@ def head_rule(model: Any, bodies: list[nn.Module], head: nn.Module) -> HeadRule 
         ) from None
     finally:
         model.train(was)
-    if len(head_inputs) != 1 or head_inputs[0].device.type != "cpu" or logits.device.type != "cpu":
+    if len(head_inputs) != 1 or head_inputs[0].device != device or logits.device != device:
         return None
     before = _factor(head_inputs[0].reshape(-1), hidden.reshape(-1))
     if before is None or logits.shape != head_outputs[0].shape:
@@ -202,10 +209,11 @@ def embedding_factor(body: Any, embedding: Any) -> float:
     1 if it treats both alike, or if the factor can't be determined without weights;
     `LanguageModel.check` compares the logits of the whole.
     """
-    embeds = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device="cpu").view(
+    device = _real_device(body)
+    embeds = torch.linspace(-2, 3, PROBED * embedding.embedding_dim, device=device).view(
         1, PROBED, -1
     )
-    ids = torch.arange(PROBED, device="cpu")[None]
+    ids = torch.arange(PROBED, device=device)[None]
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tensor in (*args, *kwargs.values()):
@@ -232,12 +240,7 @@ def embedding_factor(body: Any, embedding: Any) -> float:
             stack.callback(layer.register_forward_pre_hook(stop, with_kwargs=True).remove)
         of_ids = reached(input_ids=ids)
         of_embeds = reached(inputs_embeds=embeds.clone())
-    if (
-        of_ids is None
-        or of_embeds is None
-        or of_ids.device.type != "cpu"
-        or of_embeds.device.type != "cpu"
-    ):
+    if of_ids is None or of_embeds is None or {of_ids.device, of_embeds.device} != {device}:
         return 1.0
     return _factor(of_ids, of_embeds) or 1.0
 

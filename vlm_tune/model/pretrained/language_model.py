@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.compat import forget_checkpoint_names, keep_gradients_of_packed_layers
+from vlm_tune.compat import (
+    forget_checkpoint_names,
+    fp32_layers,
+    keep_gradients_of_packed_layers,
+)
 from vlm_tune.config.model import Llm, Scratch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, load_reason
+from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.pretrained.vlm_checkpoints import language_config, language_names
 from vlm_tune.model.quantized_stub import pack_linears
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.vlm_layouts import Vlm, find_vlm
-from vlm_tune.model.weights import check_folder, own_memory
+from vlm_tune.model.weights import CPU, check_folder, own_memory
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted, reason_of
 
@@ -146,13 +152,19 @@ def _attention(kind: str | None = None) -> dict[str, Any]:
 
 
 def load_llm(
-    llm: Llm, *, dtype: torch.dtype, folder: Path | None = None, quantize: bool = True
+    llm: Llm,
+    *,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    folder: Path | None = None,
+    quantize: bool = True,
 ) -> Any:
     """Loads a language model with its weights.
 
     Args:
         llm: the recipe's section `model.llm`.
         dtype: the dtype of its weights.
+        device: where its weights are loaded.
         folder: a saved folder to load, instead of the section's name.
         quantize: False ignores `llm.quantize`.
 
@@ -177,23 +189,24 @@ def load_llm(
     if is_folder(name) and not gguf:
         check_folder(Path(name))
     options: dict[str, Any] = {"dtype": dtype, **_attention()}
+    packing: dict[str, Any] = {}
+    if llm.quantize and quantize:
+        packing["quantization_config"] = _bitsandbytes(llm, dtype)
+    # Without a device bitsandbytes takes the GPU if there is one.
+    placing = {"device_map": {"": device}} if packing or device.type != "cpu" else {}
     if gguf:
         model = _loaded(factory, name, {**options, "gguf_file": gguf})
         forget_gguf(model)
-        if not (llm.quantize and quantize):
-            return model
+        if not packing:
+            return model.to(device)
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
-            return _loaded(
-                factory, scratch, {**options, "quantization_config": _bitsandbytes(llm, dtype)}
-            )
-    options["use_safetensors"] = True
+            return _loaded(factory, scratch, {**options, **packing, **placing})
+    options |= {"use_safetensors": True, **packing, **placing}
     vlm = find_vlm(name) if folder is None else None
     if vlm is not None:
         config = language_config(vlm)
         options |= {"config": config, "key_mapping": language_names(vlm, config)}
-    if llm.quantize and quantize:
-        options["quantization_config"] = _bitsandbytes(llm, dtype)
     return _loaded(factory, name, options, vlm)
 
 
@@ -263,3 +276,36 @@ def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=False,
         llm_int8_skip_modules=["lm_head"],
     )
+
+
+def check_packed(model: VisionLanguageNetwork) -> None:
+    """Checks that all linear layers of the LLM's blocks are quantised as configured, and no others.
+
+    Raises `ModelError` with the layers that are quantised by mistake (tower, connector, head,
+    embeddings) or were left out.
+    """
+    quantize = model.config.llm.quantize
+    language = model.llm.model
+    blocks = tuple(f"llm.model.{block}." for block in block_names(language))
+    fp32_names = fp32_layers(language)
+    wrong: list[str] = []
+    for name, layer in model.named_modules():
+        kind = getattr(
+            getattr(layer, "weight", None),
+            "quant_type",
+            "int8" if type(layer).__name__ == "Linear8bitLt" else None,
+        )
+        # T5 keeps `wo` in fp32 where transformers' own list says so; no other layer of a block may
+        # be left out.
+        stays_fp32 = name.rsplit(".", 1)[-1] in fp32_names
+        wanted = (
+            quantize
+            if isinstance(layer, nn.Linear) and name.startswith(blocks) and not stays_fp32
+            else None
+        )
+        if kind != wanted and not (stays_fp32 and kind == quantize):
+            wrong.append(f"{name} is {kind or 'not packed'}, expected {wanted or 'not packed'}")
+    if wrong:
+        raise ModelError(
+            f"model.llm.quantize: {quantize} did not pack what it should: {'; '.join(wrong[:5])}"
+        )

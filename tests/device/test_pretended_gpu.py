@@ -1,0 +1,193 @@
+"""The whole model on a pretended GPU: no operator mixes devices, and outputs are a CPU's.
+
+The last test runs the same comparison on a real GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.connector_kinds import KINDS, READS_TEXT, Tiny, with_connector
+from tests.helpers.pretended_gpu import CUDA, META, PretendedTensor, pretended
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_close,
+    batch_of,
+    built,
+    loss_and_gradients,
+    parsed,
+    rows_of,
+    tuned_by,
+    wake_adapters,
+    with_tune,
+)
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import TuneRule
+from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.packing import pack_layout, trees
+from vlm_tune.data.types import Batch, Example
+from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model.acceleration.install import uninstall
+from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.tuning import apply_rules
+
+both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
+QUESTIONS = 3
+"""Two about one image, which branch from one prefill where the model allows it, and a third."""
+
+
+def examples_of(model: VisionLanguageModel, recipe: Recipe) -> list[Example]:
+    rows = rows_of(recipe)[:QUESTIONS]
+    return [example for row in rows for example in model.processor.examples(row)]
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """A copy of the batch, moved as the trainer moves it."""
+    return replace(batch).to(device)
+
+
+def answers(
+    model: VisionLanguageModel, recipe: Recipe, *, features: Fetch | None = None, beams: int = 1
+) -> list[str]:
+    return answer_prompts(
+        model,
+        model.processor.prompts(rows_of(recipe)[:QUESTIONS]),
+        Decoding(3, beams),
+        fetch=features or model.processor.images,
+        cached=features is not None,
+    )
+
+
+def assert_same_passes(model: VisionLanguageModel, batches: Sequence[Batch]) -> None:
+    """Asserts that losses and gradients of batches are the same on a GPU as on the CPU.
+
+    The pretended GPU has no kernels for the CPU, so the CPU does without them too.
+    """
+    uninstall(model.llm)
+    for batch in batches:
+        loss, gradients = loss_and_gradients(model, [batch])
+        assert gradients
+        with pretended(model, META):
+            outcome: Any = model(on(batch, META))
+            outcome.sum.backward()
+            other = {
+                name: parameter.grad.host
+                for name, parameter in model.named_parameters()
+                if isinstance(parameter.grad, PretendedTensor)
+            }
+        assert_close(other, gradients)
+        with pretended(model, CUDA), torch.no_grad():
+            outcome = model(on(batch, CUDA))
+            assert outcome.sum.device == CUDA
+            assert float(outcome.sum) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_mixture_of_devices_is_seen() -> None:
+    with pretended(nn.Module(), CUDA):
+        x = torch.arange(6.0, device="cuda").view(2, 3)
+        assert x.device == CUDA
+        assert (x * torch.tensor(2.0)).tolist() == [[0, 2, 4], [6, 8, 10]]  # as CUDA allows it
+        assert torch.zeros(2).to("cuda").cpu().device.type == "cpu"
+        assert torch.tensor([[1]], device="cuda").device == CUDA
+        for mixed in (
+            lambda: x + torch.ones(3),
+            lambda: x[torch.tensor([0])],
+            lambda: x.masked_fill(torch.ones(2, 3, dtype=torch.bool), 0),
+            lambda: torch.cat([x, torch.ones(2, 3)]),
+        ):
+            with pytest.raises(RuntimeError, match="from the host"):
+                mixed()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@both_llms
+def test_every_connector_trains_and_answers(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+    recipe = parsed(with_connector(tiny_recipe(llm), kind))
+    model = built(recipe).eval()
+    examples = examples_of(model, recipe)
+    features = tower_features(model, [item for each in examples for item in each.media])
+    cached = collate(examples, model.processor.spec, fetch=features, cached=True)
+    expected = answers(model, recipe), answers(model, recipe, features=features, beams=2)
+    with pretended(model, CUDA):
+        assert answers(model, recipe) == expected[0]
+        assert answers(model, recipe, features=features, beams=2) == expected[1]
+    assert_same_passes(model, [batch_of(model, examples), cached])
+
+
+@both_llms
+def test_joined_rows_and_adapters_train(llm: str, tiny_recipe: Tiny) -> None:
+    recipe = parsed(with_tune(tiny_recipe(llm), LORA_TUNE))
+    model = built(recipe).eval()
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    examples = examples_of(model, recipe)
+    joined = [pack_layout(examples, llm)]
+    if llm == "causal":
+        joined += [tree.row for tree in trees(examples[:2], 1024)]
+        assert len(joined) == 2
+    assert_same_passes(model, [batch_of(model, [row]) for row in joined])
+
+
+@both_llms
+@pytest.mark.parametrize("how", ["prompt", "prefix"])
+def test_virtual_tokens_train_and_answer(how: Any, llm: str, tiny_recipe: Tiny) -> None:
+    recipe = parsed(tiny_recipe(llm))
+    model = built(recipe).eval()
+    rules = [TuneRule(match="llm.*", how=how, tokens=3), TuneRule(match="*", how="frozen")]
+    apply_rules(model, rules, learning_rate=1e-3, precision=torch.float32)
+    expected = answers(model, recipe)
+    with pretended(model, CUDA):
+        assert answers(model, recipe) == expected
+    assert_same_passes(model, [batch_of(model, examples_of(model, recipe))])
+
+
+@both_llms
+def test_virtual_tokens_are_made_where_the_model_is(llm: str, tiny_recipe: Tiny) -> None:
+    model = built(parsed(tiny_recipe(llm)))
+    rules = [TuneRule(match="llm.*", how="prefix", tokens=3), TuneRule(match="*", how="frozen")]
+    with pretended(model, CUDA):
+        apply_rules(model, rules, learning_rate=1e-3, precision=torch.float32)
+        assert model.llm.prompt is not None
+        assert model.llm.prompt.values.device == CUDA
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cross_attention", *READS_TEXT])
+@both_llms
+def test_a_model_answers_as_it_was_trained(kind: str, llm: str, tiny_recipe: Tiny) -> None:
+    """Its connector is in fp32 beside a tower and an LLM in bf16, and there is no autocast."""
+    recipe = parsed(with_connector(tiny_recipe(llm), kind))
+    model = built(recipe).eval()
+    model.tower.bfloat16()
+    model.llm.bfloat16()
+    assert len(answers(model, recipe)) == QUESTIONS
+    with torch.no_grad():
+        loss: Any = model(batch_of(model, examples_of(model, recipe)))
+    assert torch.isfinite(loss.sum)
+
+
+# --- on a real GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@both_llms
+def test_losses_and_gradients_of_a_gpu_are_those_of_a_cpu(
+    kind: str, llm: str, tiny_recipe: Callable[..., str]
+) -> None:
+    recipe = parsed(with_connector(tiny_recipe(llm), kind))
+    model = built(recipe).eval()
+    batch = batch_of(model, examples_of(model, recipe))
+    loss, gradients = loss_and_gradients(model, [batch])
+    model.to("cuda")
+    other_loss, other = loss_and_gradients(model, [on(batch, torch.device("cuda"))])
+    assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert_close({name: value.cpu() for name, value in other.items()}, gradients, 1e-4)
+    assert len(answers(model, recipe)) == QUESTIONS
