@@ -104,11 +104,11 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
     # `torch.tensor` then moves what it makes by an operator, which the mode sees.
     lifts_from_host = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
-    own = [(tensors, dict(tensors)) for tensors in _tensors(model)]
+    before_placing = [(tensors, dict(tensors)) for tensors in _tensors(model)]
     placed: dict[int, Any] = {}
     try:
         with mode:
-            for tensors, before in own:
+            for tensors, before in before_placing:
                 for name, tensor in before.items():
                     if tensor is not None and id(tensor) not in placed:
                         wrapped: Any = PretendedTensor(tensor.detach(), device)
@@ -119,7 +119,7 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts_from_host)
-        for tensors, before in own:
+        for tensors, before in before_placing:
             tensors.update(before)
 
 

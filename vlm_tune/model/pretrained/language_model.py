@@ -193,7 +193,7 @@ def load_llm(
     if llm.quantize and quantize:
         packing["quantization_config"] = _bitsandbytes(llm, dtype)
     # Without a device bitsandbytes takes the GPU if there is one.
-    placing = {"device_map": {"": device}} if packing or device.type != "cpu" else {}
+    placing = {"device_map": {"": str(device)}} if packing or device.type != "cpu" else {}
     if gguf:
         model = _loaded(factory, name, {**options, "gguf_file": gguf})
         forget_gguf(model)
