@@ -61,16 +61,14 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
     pretended = [each.device for each in tensors if isinstance(each, PretendedTensor)]
     place = pretended[0] if pretended else None
-    on_host = [each for each in tensors if not isinstance(each, PretendedTensor) and each.dim()]
+    on_host = [each for each in tensors if each.device.type == "cpu" and each.dim()]
     if place is not None and on_host and func not in MOVES:
         shapes = ", ".join(str(tuple(each.shape)) for each in on_host)
         raise RuntimeError(f"{func} got tensors of the GPU and, from the host, {shapes}")
     if (device := kwargs.get("device")) is not None:
         place = {"cuda": CUDA, "meta": META}.get(torch.device(device).type)
         kwargs = {**kwargs, "device": "cpu"}
-    inner_args, inner_kwargs = tree_map_only(
-        PretendedTensor, lambda each: each.host, (args, kwargs)
-    )
+    inner_args, inner_kwargs = tree_map_only(torch.Tensor, _host, (args, kwargs))
     # An inference tensor can't wrap a view of another tensor.
     with torch.inference_mode(False), torch.no_grad():
         output = func(*inner_args, **inner_kwargs)
@@ -80,6 +78,17 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return output
         wrapped = tree_map_only(torch.Tensor, lambda each: PretendedTensor(each, place), output)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor."""
+    if isinstance(tensor, PretendedTensor):
+        return tensor.host
+    if not tensor.is_meta:
+        return tensor
+    # `torch.tensor([], device="meta")` does not go by an operator.
+    assert not tensor.numel(), "its values are lost"
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 class _Placing(TorchDispatchMode):

@@ -298,10 +298,9 @@ def restore_model(
     """
     kernel_status()
     verify_folder(folder)
-    config = read_config(folder, base)
     notes = read_notes(folder)
-    if not quantize:
-        config = _unquantized(config)
+    config = read_config(folder, base)
+    config = config if quantize else _unquantized(config)
     local = Path(str(config.llm.name)).is_dir()
     if local:  # before the weights are loaded, which takes longer
         _check_llm(folder, config, notes, base)
@@ -317,13 +316,12 @@ def restore_model(
         if not local:  # the hub's files are downloaded only now
             _check_llm(folder, config, notes, base)
     changed = _parts_inside(folder)
-    words = load_words(config.model.connector, folder / WORDS)
     model = assemble(
         config,
         tower,
         load_tokenizer(config.llm, folder),
         language,
-        words,
+        load_words(config.model.connector, folder / WORDS),
         changed=changed,
         model_class=model_class,
     )

@@ -16,10 +16,9 @@ from accelerate.utils import set_seed
 
 from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.model.base_weights import recipe_choice
-from vlm_tune.model.build import build_processor, load_dtype
-from vlm_tune.model.checkpoint import restore_model
+from vlm_tune.model.build import build_processor
 from vlm_tune.model.committed_folders import is_whole
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.train.accelerator import MIXED, accelerator_of
@@ -30,7 +29,7 @@ from vlm_tune.train.engines.registry import engine_of
 from vlm_tune.train.environment import environment
 from vlm_tune.train.resuming import changed_data, data_differences
 from vlm_tune.train.signals import stop_requests
-from vlm_tune.train.stage import Context, read_rows, stage_loop
+from vlm_tune.train.stage import Context, read_rows, restored_model, stage_loop
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.step_trace import Step, read_trace
 from vlm_tune.train.trainer import Report, StageLoop
@@ -122,13 +121,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
             raise changed_data(
                 differences, "put it back: other data can't be trained on as the run did"
             )
-        model = restore_model(
-            start,
-            dtype=load_dtype(recipe),
-            bare=not context.holds,
-            base=recipe_choice(recipe),
-            device=context.device,
-        )
+        model = restored_model(context, start, context.device, VisionLanguageNetwork)
         loop = stage_loop(context, model, name, stage, rows, progress, start)
         _replay(report, loop, folder, scratch)
         if accelerator.is_main_process:

@@ -21,10 +21,8 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
-from vlm_tune.model.base_weights import recipe_choice
-from vlm_tune.model.build import build, build_processor, load_dtype
+from vlm_tune.model.build import build, build_processor
 from vlm_tune.model.build_checks import check_model
-from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.committed_folders import recover_folders
 from vlm_tune.model.tuning import check_fits
 from vlm_tune.paths import reason
@@ -46,7 +44,14 @@ from vlm_tune.train.resuming import (
     write_data,
 )
 from vlm_tune.train.signals import stop_requests
-from vlm_tune.train.stage import Context, best_model, end_stage, read_rows, train_stage
+from vlm_tune.train.stage import (
+    Context,
+    best_model,
+    end_stage,
+    read_rows,
+    restored_model,
+    train_stage,
+)
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.trainer import Report
@@ -321,15 +326,7 @@ def _resumed_model(context: Context, checkpoint: Path) -> tuple[VisionLanguageMo
     progress = read_progress(checkpoint)
     if context.accelerator.is_main_process:
         forget_after(context.run, progress)
-    model = restore_model(
-        checkpoint,
-        dtype=load_dtype(context.recipe),
-        bare=not context.holds,
-        base=recipe_choice(context.recipe),
-        device=context.device,
-        model_class=VisionLanguageModel,
-    )
-    return model, progress
+    return restored_model(context, checkpoint, context.device, VisionLanguageModel), progress
 
 
 def _new_model(

@@ -273,6 +273,20 @@ def train_stage(
     return best
 
 
+def restored_model(
+    context: Context, checkpoint: Path, device: torch.device, model_class: type[Network]
+) -> Network:
+    """A run's model from one of its checkpoints, on the device; without shards on other ranks."""
+    return restore_model(
+        checkpoint,
+        dtype=load_dtype(context.recipe),
+        bare=not context.holds,
+        base=recipe_choice(context.recipe),
+        device=device,
+        model_class=model_class,
+    )
+
+
 def best_model(
     context: Context,
     checkpoint: Path,
@@ -291,14 +305,7 @@ def best_model(
     # draw no random numbers here: the next stage must draw the same.
     last = step_of(checkpoint) == progress.step
     with torch.random.fork_rng(devices=[], enabled=last):
-        model = restore_model(
-            checkpoint,
-            dtype=load_dtype(context.recipe),
-            bare=not context.holds,
-            base=recipe_choice(context.recipe),
-            device=context.accelerator.device,
-            model_class=model_class,
-        )
+        model = restored_model(context, checkpoint, context.accelerator.device, model_class)
         apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     return model
 
