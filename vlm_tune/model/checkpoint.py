@@ -299,14 +299,14 @@ def restore_model(
     kernel_status()
     verify_folder(folder)
     notes = read_notes(folder)
-    config = read_config(folder, base)
-    config = config if quantize else _unquantized(config)
+    changed = _parts_inside(folder)
+    config = read_config(folder, base) if quantize else _unquantized(read_config(folder, base))
     local = Path(str(config.llm.name)).is_dir()
     if local:  # before the weights are loaded, which takes longer
         _check_llm(folder, config, notes, base)
     tower = _checked_tower(folder, config, notes, base)
     precision = dtype or DTYPES[config.precision]
-    llm_folder = folder / "llm" if (folder / "llm").is_dir() else None
+    llm_folder = folder / "llm" if "llm" in changed else None
     if bare:
         language = bare_llm(config.llm, precision, folder=llm_folder)
     else:
@@ -315,7 +315,6 @@ def restore_model(
         )
         if not local:  # the hub's files are downloaded only now
             _check_llm(folder, config, notes, base)
-    changed = _parts_inside(folder)
     model = assemble(
         config,
         tower,
