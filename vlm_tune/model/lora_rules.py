@@ -97,6 +97,9 @@ def _lora_config(
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     chosen = _target_layers(rule, matched)
     alpha = rule.lora_alpha or 2 * (rule.r or 16)
+    init = INITS[rule.init or "default"]
+    if rule.pissa_niter:
+        init = f"{PISSA}_niter_{rule.pissa_niter}"
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all(
         "." in name for name in chosen
@@ -109,9 +112,7 @@ def _lora_config(
         bias="none",
         use_rslora=rule.variant == "rslora",
         use_dora=rule.variant == "dora",
-        init_lora_weights=f"{PISSA}_niter_{rule.pissa_niter}"
-        if rule.pissa_niter
-        else INITS[rule.init or "default"],
+        init_lora_weights=init,
         task_type=None
         if part == "tower"
         else "SEQ_2_SEQ_LM"
