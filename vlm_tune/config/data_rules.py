@@ -168,6 +168,6 @@ def _streaming_contradictions(raw: Any, data: dict[str, Any]) -> list[tuple[Path
                 (("data", key), f"{key} needs all rows at hand; prepare them (streaming: false)")
             )
     for key in ("batch_tokens", "loader_workers"):
-        if value_at(raw, "train", key):
+        if value_at(raw, "train", key) not in (None, 0, "auto"):
             faults.append((("train", key), f"{key} needs prepared rows (data.streaming: false)"))
     return faults

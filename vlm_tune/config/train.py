@@ -96,8 +96,10 @@ class TrainSection(Config):
     cache_features: bool = Field(
         default=True, description="compute a frozen tower's features once (not with augmentation)"
     )
-    loader_workers: Processes = Field(
-        default=0, description="processes that decode images and prepare batches ahead"
+    loader_workers: Literal["auto"] | Processes = Field(
+        default="auto",
+        description="processes of each rank that decode images and prepare batches ahead; auto: "
+        "none on a CPU, on a GPU up to 8, by the cores that a rank has",
     )
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()

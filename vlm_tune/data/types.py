@@ -6,6 +6,7 @@ Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D wid
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -201,6 +202,14 @@ class Batch:
     float[U, N, D], and media_index int64[M] is the item that fills each block of slots, in row
     order. positions, visible_until, samples (int64[B, L]) and label_samples (int64[B, T]) are None
     where no row has them. `cached` batches have features, never pixels.
+
+    `slots` int64[P] and `supervised_at` int64[S] are the places of image slots in the flattened
+    input_ids and of supervised tokens in the flattened labels, in row order, and `targets` int64[S]
+    are those tokens. They are found once, on the host: on a GPU the search for them makes it wait.
+
+    Attributes:
+        host: Of a batch on another device, the batch as it was on the CPU, without images. What
+            the host has to know is read there.
     """
 
     ids: list[str]
@@ -218,15 +227,54 @@ class Batch:
     categories: list[str] = field(default_factory=list)
     questions: int = 0
     cached: bool = False
+    slots: torch.Tensor = field(init=False)
+    supervised_at: torch.Tensor = field(init=False)
+    targets: torch.Tensor = field(init=False)
+    host: Batch | None = field(init=False, default=None)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Moves the tensors to `device` in place and returns the batch."""
+    def __post_init__(self) -> None:
+        self.slots = self.image_mask.flatten().nonzero()[:, 0]
+        self.supervised_at = (self.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        self.targets = self.labels.flatten()[self.supervised_at]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
         import torch
 
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Moves the tensors to `device` in place and returns the batch.
+
+        From pinned memory the copies to a GPU are only begun: its stream waits for them.
+        """
+        import torch
+
+        if torch.device(device).type == "cpu":
+            self.host = None
+        elif self.host is None and self.input_ids.device.type == "cpu":
+            self.host = copy(self)
+            self.host.pixels = self.host.features = None
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(device, non_blocking=tensor.is_pinned()))
         return self
+
+    def pin_memory(self) -> Batch:
+        """Moves the tensors to pinned memory in place and returns the batch."""
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.pin_memory())
+        return self
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Notes that `stream` uses the tensors, which another one has allocated."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    @property
+    def on_host(self) -> Batch:
+        """The batch whose tensors the host reads without waiting for another device."""
+        return self if self.host is None else self.host
 
     @property
     def packed(self) -> torch.Tensor | None:
@@ -242,18 +290,30 @@ class Batch:
     @property
     def branched(self) -> bool:
         """Whether any row has branches."""
-        return self.visible_until is not None and bool(
+        batch = self.on_host
+        return batch.visible_until is not None and bool(
             (
-                (self.visible_until != self.visible_until.cummax(1).values) & self.attention_mask
+                (batch.visible_until != batch.visible_until.cummax(1).values) & batch.attention_mask
             ).any()
         )
 
     @property
+    def longest(self) -> int:
+        """The number of positions that the longest sample takes, padding included."""
+        positions = self.on_host.positions
+        return self.input_ids.shape[1] if positions is None else int(positions.max()) + 1
+
+    @property
+    def most_slots(self) -> int:
+        """The largest number of image slots of a row."""
+        return int(self.on_host.image_mask.sum(1).max())
+
+    @property
     def supervised(self) -> int:
         """The number of supervised tokens."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return len(self.targets)
 
     @property
     def tokens(self) -> int:
         """The number of input tokens, padding not counted."""
-        return int(self.attention_mask.sum())
+        return int(self.on_host.attention_mask.sum())

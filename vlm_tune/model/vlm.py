@@ -117,26 +117,28 @@ class VisionLanguageNetwork(nn.Module):
         features = matched(features, self.connector)
         if not self.connector.needs_text:
             return self.connector(features)[batch.media_index]
-        where = places(batch, self.processor.spec.tokens_per_image)
+        where = places(batch.on_host, self.processor.spec.tokens_per_image)
         return self.connector(features[batch.media_index], self._text(batch, *where))
 
     def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
-        """The instructions that a text-conditioned connector reads, for media at these places."""
+        """The instructions that a text-conditioned connector reads.
+
+        `rows` and `columns` int64[M], on the host, are the media's places.
+        """
         embeds = matched(self.llm.embed(batch.input_ids), self.connector)
         return instructions(
-            batch, embeds, rows, columns, answers_inside=self.llm.layout == "causal"
+            batch.on_host, embeds, rows, columns, answers_inside=self.llm.layout == "causal"
         )
 
     def _blank(self, batch: Batch) -> torch.Tensor:
         """The connector's outputs [1, N, E] for a black image, for a batch without media."""
         size = self.tower.image_size
-        first = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+        device = batch.input_ids.device
         if batch.cached:  # other ranks don't run the tower either
-            features = torch.zeros(1, *self.tower.measure(), device=first.device)
+            features = torch.zeros(1, *self.tower.measure(), device=device)
         else:
-            features = self.tower(
-                torch.zeros(1, 3, size, size, dtype=torch.uint8, device=first.device)
-            )
+            features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        first = batch.on_host.input_ids.new_zeros(1)
         return (
             self.connector(features, self._text(batch, first, first))
             if self.connector.needs_text
@@ -149,9 +151,9 @@ class VisionLanguageNetwork(nn.Module):
         Raises `ModelError` if slots and media differ in number.
         """
         connected = self.media(batch)
-        if connected is None and batch.image_mask.any():
+        if connected is None and len(batch.slots):
             raise ModelError(
-                f"{int(batch.image_mask.sum())} image slots and no media in {', '.join(batch.ids)}"
+                f"{len(batch.slots)} image slots and no media in {', '.join(batch.ids)}"
             )
         if connected is None and self.training and self._runs_blank:
             # Every rank must run the same modules, so a batch without media runs a blank image that

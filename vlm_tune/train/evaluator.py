@@ -124,6 +124,6 @@ class Evaluator:
             loss = self.objective(self.model, batch)
         return {
             "loss": float(loss.sum) / max(loss.count, 1),
-            "accuracy": (loss.correct or 0) / max(loss.count, 1),
+            "accuracy": 0.0 if loss.correct is None else int(loss.correct) / max(loss.count, 1),
             "n": loss.count,
         }

@@ -14,18 +14,19 @@ from torch.nn.functional import cross_entropy
 
 from vlm_tune.config.train import Contrastive, LanguageModeling
 from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.transfer import to_device
 
 
 @dataclass
 class Loss:
     """A loss summed over `count` items (tokens, or rows).
 
-    `correct` is the number of items predicted correctly, where that is known.
+    `correct`, an int64 scalar, is the number of items predicted correctly, where that is known.
     """
 
     sum: torch.Tensor
     count: int
-    correct: int | None = None
+    correct: torch.Tensor | None = None
 
 
 class LanguageModelingObjective:
@@ -56,13 +57,13 @@ class ContrastiveObjective:
 
     def count(self, batch: Batch) -> int:
         """Number of rows that have a caption."""
-        return int((batch.labels != IGNORE_INDEX).any(1).sum())
+        return int((batch.on_host.labels != IGNORE_INDEX).any(1).sum())
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         vectors = model(batch, align=True)
         captions = [
             (category, tuple(row[row != IGNORE_INDEX].tolist()))
-            for category, row in zip(batch.categories, batch.labels, strict=True)
+            for category, row in zip(batch.categories, batch.on_host.labels, strict=True)
         ]
         first: dict[tuple[str, tuple[int, ...]], int] = {}
         for row, caption in enumerate(captions):
@@ -71,18 +72,22 @@ class ContrastiveObjective:
         place = {caption: column for column, caption in enumerate(first)}
         rows = [row for row, caption in enumerate(captions) if caption[1]]
         if not rows:
-            return Loss(vectors.images.sum() * 0.0, 0, 0)
+            return Loss(vectors.images.sum() * 0.0, 0)
+        same_category = [[captions[row][0] == category for category, _ in first] for row in rows]
         device = vectors.images.device
-        targets = torch.tensor([place[captions[row]] for row in rows], device=device)
-        same = torch.tensor(
-            [[captions[row][0] == category for category, _ in first] for row in rows], device=device
+        images, distinct, targets, same = (
+            to_device(torch.tensor(figures), device)
+            for figures in (
+                rows,
+                list(first.values()),
+                [place[captions[row]] for row in rows],
+                same_category,
+            )
         )
-        similarity = (
-            vectors.images[rows] @ vectors.captions[list(first.values())].T / self.temperature
-        )
+        similarity = vectors.images[images] @ vectors.captions[distinct].T / self.temperature
         similarity = similarity.masked_fill(~same, float("-inf"))
         loss = cross_entropy(similarity, targets, reduction="sum")
-        return Loss(loss, len(rows), int((similarity.argmax(1) == targets).sum()))
+        return Loss(loss, len(rows), (similarity.argmax(1) == targets).sum())
 
 
 Objective = LanguageModelingObjective | ContrastiveObjective

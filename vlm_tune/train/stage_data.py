@@ -7,11 +7,13 @@ images.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from vlm_tune.config.recipe import Recipe
@@ -35,6 +37,10 @@ from vlm_tune.train.trainer import Report
 SAMPLED = 500
 SAMPLED_STREAM = 100
 """Rows that the report's samples are chosen from; with streaming each must be decoded for it."""
+
+LOADERS = 8
+CACHED_LOADERS = 2
+"""Most loader processes of a rank by default, to decode images, and to read cached features."""
 
 NOTES = 20
 """Number of left-out rows whose reason is noted; counts cover the rest."""
@@ -247,8 +253,26 @@ def stage_feed(
         augment=data.augment,
         rank=rank,
         ranks=ranks,
-        workers=settings.loader_workers,
+        workers=loader_workers(
+            settings.loader_workers, accelerator.device, cached=features is not None
+        ),
+        pinned=accelerator.device.type == "cuda",
     )
+
+
+def loader_workers(setting: int | str, device: torch.device, *, cached: bool) -> int:
+    """The number of processes that load a rank's batches ahead, for `train.loader_workers`.
+
+    By default a GPU has as many as there are cores for each rank of its machine, less one for the
+    rank itself, up to `LOADERS`. `cached` says whether features are read and no images decoded.
+    """
+    if isinstance(setting, int):
+        return setting
+    if device.type != "cuda":
+        return 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = len(os.sched_getaffinity(0)) // ranks - 1
+    return max(min(spare, CACHED_LOADERS if cached else LOADERS), 0)
 
 
 def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ from vlm_tune.train.checkpoint_policy import CheckpointPolicy
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.evaluator import Evaluator
 from vlm_tune.train.gpu_memory import gpu_peak
+from vlm_tune.train.host_group import HostGroup
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.stage_position import StagePosition
@@ -101,6 +104,7 @@ class StageLoop:
         self.position = StagePosition(data.feed, progress, train, resume_from)
         self.total = self.position.total
         self.watch = watch or Watch(self.accelerator, train.timeout)
+        self.host_group = HostGroup(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(
             folder, train.checkpoints.keep, background=train.checkpoints.background
         )
@@ -304,13 +308,18 @@ class StageLoop:
             # A process forked while a thread writes could wait for ever for a lock that the thread
             # holds.
             self.writer.wait()
-            windows = self.data.feed.windows(self.position.in_data)
+            windows = on_device(
+                islice(
+                    self.data.feed.windows(self.position.in_data), self.total - self.progress.step
+                ),
+                self.accelerator.device,
+            )
             while self.progress.step < self.total and self.position.in_data.epoch == epoch:
                 self.watch.at(
                     f"the batches of step {self.progress.step + 1}", (self.progress.step + 1, 0)
                 )
                 start = time.perf_counter()
-                window = [batch.to(self.accelerator.device) for batch in next(windows)]
+                window = next(windows)
                 yield window, time.perf_counter() - start
 
     def _step(self, batches: list[Batch], step: int, rates: Rates) -> float:
@@ -329,9 +338,9 @@ class StageLoop:
                 loss = self.objective(self.engine.model, batch)
                 self.engine.backward(loss.sum / total)
             summed += loss.sum.detach()
-        loss_sum = float(_summed(self.accelerator, summed))
         factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
-        norm = self.engine.clip(factor)
+        norms = self.engine.clip(factor)
+        loss_sum, norm = _read(_summed(self.accelerator, summed), norms)
         if self.nonfinite.allows(step, loss_sum, norm, ids, self.folder, last=step >= self.total):
             self.engine.step()
             rates.loss = rates.loss + loss_sum
@@ -357,7 +366,7 @@ class StageLoop:
             for identity in batch.ids
         )
         mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
-        by_rank: Any = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device))
+        by_rank = self.host_group.gathered(mine)
         rates.work(by_rank[:, 2])
         return max(int(by_rank[:, 0].sum()), 1), int(by_rank[:, 1].sum()) % DIGESTS
 
@@ -373,10 +382,8 @@ class StageLoop:
 
         Raises `TrainingError` on all processes if the last checkpoint could not be written.
         """
-        flags = torch.tensor(
-            [int(self.stop()), int(self.writer.failed())], device=self.accelerator.device
-        )
-        stop, failed = (int(value) for value in _summed(self.accelerator, flags))
+        flags = [int(self.stop()), int(self.writer.failed())]
+        stop, failed = self.host_group.gathered(flags).sum(0).tolist()
         if failed:
             self.writer.wait()
             raise TrainingError("the first process could not write its checkpoint")
@@ -406,3 +413,16 @@ def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
     """The tensor's sum over all ranks."""
     total: Any = accelerator.reduce(value, "sum")
     return total
+
+
+def _read(loss: torch.Tensor, norm: torch.Tensor | None) -> tuple[float, float | None]:
+    """The values of a loss and a gradient's norm, where both are on a GPU by one transfer.
+
+    It is the one time in a step that the host waits for the GPU.
+    """
+    if norm is None:
+        return float(loss), None
+    if norm.device != loss.device:  # gradients are offloaded
+        return float(loss), float(norm)
+    loss_read, norm_read = torch.stack([loss, norm.float()]).tolist()
+    return loss_read, norm_read

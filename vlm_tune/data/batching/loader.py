@@ -108,7 +108,8 @@ class Loading:
 class PreparedFeed:
     """Batches of prepared rows; `fetch` returns features if `cached`, else pixels.
 
-    `augment` configures random changes of the pixels.
+    `augment` configures random changes of the pixels. `workers` processes, if any, make batches
+    ahead; a thread puts them into pinned memory if `pinned`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class PreparedFeed:
         rank: int = 0,
         ranks: int | None = None,
         workers: int = 0,
+        pinned: bool = False,
     ) -> None:
         self.ranks = ranks or plan.sizes.ranks
         self.prepared = prepared
@@ -133,6 +135,7 @@ class PreparedFeed:
         self.augment = augment
         self.rank = rank
         self.workers = workers
+        self.pinned = pinned
         self.loading: Loading | None = None
 
     def cut(self) -> dict[str, Any]:
@@ -319,6 +322,10 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
         num_workers=feed.workers,
         prefetch_factor=2,
         generator=torch.Generator(),
+        pin_memory=feed.pinned,
+        # Workers share the rows that are mapped into memory. They may be forked after CUDA has
+        # been initialised, since they make no tensor on a GPU.
+        multiprocessing_context="fork",
     )
     # A worker may be killed before all of them have started.
     feed.loading = Loading(position, numbers, 0, [])

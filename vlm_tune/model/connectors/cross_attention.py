@@ -157,11 +157,11 @@ class CrossAttention(Connector):
             return embeds + 0.0 * connected.sum().to(embeds.dtype)
         row, column = places(batch, 1)
         number = batch.image_mask.cumsum(1)[row, column] - 1
-        most = int(number.max()) + 1
+        most = batch.most_slots
         row_media = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
         mask = self._visible(batch, row, column, number, most)
         self._show(Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2)))
-        return splice(embeds, connected[:, :1], batch.image_mask, batch.ids)
+        return splice(embeds, connected[:, :1], batch.slots, batch.ids)
 
     def _visible(
         self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int

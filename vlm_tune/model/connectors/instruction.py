@@ -7,36 +7,42 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.transfer import to_device
 
 
 @dataclass
 class Text:
     """The instruction of each media place.
 
-    It has the LLM's input embeddings `embeds` [M, T, E] and token `ids` int64[M, T], and `mask`
-    bool[M, T]. Tokens are left-aligned, in order; each place has at least one (a padding token if
-    there is no text).
+    It has the LLM's input embeddings `embeds` [M, T, E], and on the CPU the token `ids` int64[M, T]
+    and their mask `real` bool[M, T]; `mask` is that on the embeddings' device. Tokens are
+    left-aligned, in order; each place has at least one (a padding token if there is no text).
     """
 
     embeds: torch.Tensor
-    mask: torch.Tensor
+    real: torch.Tensor
     ids: torch.Tensor
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool[M, T], true where a token is real, on the embeddings' device."""
+        return to_device(self.real, self.embeds.device)
 
     def last(self, most: int) -> Text:
         """The last `most` tokens of each instruction."""
-        if self.mask.shape[1] <= most:
+        if self.real.shape[1] <= most:
             return self
-        skipped = (self.mask.sum(1, keepdim=True) - most).clamp(min=0)
-        columns = skipped + torch.arange(most, device=skipped.device)
-        embeds = self.embeds.gather(1, columns[..., None].expand(-1, -1, self.embeds.shape[2]))
-        return Text(embeds, self.mask.gather(1, columns), self.ids.gather(1, columns))
+        columns = (self.real.sum(1, keepdim=True) - most).clamp(min=0) + torch.arange(most)
+        places = to_device(columns, self.embeds.device)[..., None]
+        embeds = self.embeds.gather(1, places.expand(-1, -1, self.embeds.shape[2]))
+        return Text(embeds, self.real.gather(1, columns), self.ids.gather(1, columns))
 
 
 _tokenizing = threading.Lock()
@@ -60,15 +66,15 @@ class Reader:
     def __call__(self, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """ids int64[M, T'] and mask bool[M, T'] of the instructions, left-aligned."""
         rows = [
-            self._read(tuple(ids[mask].tolist()))
-            for ids, mask in zip(text.ids.cpu(), text.mask.cpu(), strict=True)
+            self._read(tuple(ids[real].tolist()))
+            for ids, real in zip(text.ids, text.real, strict=True)
         ]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.zeros(len(rows), max(int(lengths.max()), 1), dtype=torch.int64)
         for place, row in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(row)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return ids.to(text.ids.device), mask.to(text.ids.device)
+        return to_device(ids, text.embeds.device), to_device(mask, text.embeds.device)
 
 
 def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +83,7 @@ def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     Raises `ModelError` with both counts and the sample ids if the batch has another number of
     slots.
     """
-    slots = batch.image_mask.nonzero()
+    slots = batch.slots
     media = len(batch.media_index)
     if len(slots) != media * tokens:
         raise ModelError(
@@ -85,7 +91,8 @@ def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
             f"in {', '.join(batch.ids)}"
         )
     starts = slots[::tokens]
-    return starts[:, 0], starts[:, 1]
+    width = batch.input_ids.shape[1]
+    return starts // width, starts % width
 
 
 def instructions(
@@ -96,17 +103,17 @@ def instructions(
     *,
     answers_inside: bool,
 ) -> Text:
-    """The instruction of each media place: text of the place's sample.
+    """The instruction of each media place: text of the place's sample, chosen on the host.
 
     Where the answers are inside the rows (a decoder's), it is the text up to the position that
     predicts the sample's first trained token: it is then the same in training and in generation,
     and no answer token leaks into it. Otherwise it is the sample's whole text.
 
     Args:
-        batch: the batch; its rows may be packed.
-        embeds: the rows' input embeddings [B, L, E].
-        rows: row of each media place, int64[M].
-        columns: column of each media place's first slot, int64[M].
+        batch: the batch on the host; its rows may be packed.
+        embeds: the rows' input embeddings [B, L, E], on their device.
+        rows: row of each media place, int64[M], on the host.
+        columns: column of each media place's first slot, int64[M], on the host.
         answers_inside: whether the rows hold the answers.
 
     Raises:
@@ -134,4 +141,5 @@ def instructions(
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
     text_mask = mask.gather(1, order)
     text_mask[:, 0] = True
-    return Text(embeds[rows[:, None], order], text_mask, batch.input_ids[rows[:, None], order])
+    where = to_device(rows[:, None], embeds.device), to_device(order, embeds.device)
+    return Text(embeds[where], text_mask, batch.input_ids[rows[:, None], order])

@@ -63,24 +63,24 @@ class Connector(nn.Module):
             return embeds
         if not len(batch.media_index):
             return embeds + 0.0 * connected.sum().to(embeds.dtype)
-        return splice(embeds, connected, batch.image_mask, batch.ids)
+        return splice(embeds, connected, batch.slots, batch.ids)
 
 
 def splice(
-    embeds: torch.Tensor, features: torch.Tensor, image_mask: torch.Tensor, ids: Sequence[str]
+    embeds: torch.Tensor, features: torch.Tensor, slots: torch.Tensor, ids: Sequence[str]
 ) -> torch.Tensor:
     """Puts features [M, N', E] into the slots of embeds [B, L, E], in row order.
 
-    `image_mask` bool[B, L] is true at the slots. Raises `ModelError` with both counts and the
-    sample ids if slots and features differ in number.
+    `slots` int64[P] are their places in the flattened rows. Raises `ModelError` with both counts
+    and the sample ids if slots and features differ in number.
     """
-    slots = int(image_mask.sum())
     feature_count = features.shape[0] * features.shape[1]
-    if slots != feature_count:
+    if len(slots) != feature_count:
         raise ModelError(
-            f"{slots} image slots and {feature_count} image features in {', '.join(ids)}"
+            f"{len(slots)} image slots and {feature_count} image features in {', '.join(ids)}"
         )
-    return embeds.masked_scatter(image_mask[..., None], features.to(embeds.dtype))
+    rows = embeds.flatten(0, 1).index_copy(0, slots, features.flatten(0, 1).to(embeds.dtype))
+    return rows.view_as(embeds)
 
 
 def entry(config: Projector, width: int) -> nn.Module:

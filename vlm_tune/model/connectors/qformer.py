@@ -122,5 +122,12 @@ class QFormer(Connector):
         if not isinstance(self.words, nn.Embedding):
             return self.words(text.embeds), text.mask  # type: ignore[misc]
         # A memory plan has no tokenizer: it assumes as many tokens as the LLM's.
-        ids, mask = self.reader(text) if self.reader else (torch.zeros_like(text.ids), text.mask)
+        ids, mask = (
+            self.reader(text)
+            if self.reader
+            else (
+                torch.zeros_like(text.mask, dtype=torch.int64),
+                text.mask,
+            )
+        )
         return self.words(ids), mask

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.types import Batch
 from vlm_tune.model.language.attention import MaskedAttention
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
@@ -67,10 +67,8 @@ class CausalLLM(LanguageModel):
         visible_until = batch.visible_until
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         # In joined rows, each sample's positions start from its own beginning.
-        self.check_length(
-            virtual
-            + (length if positions is None or self.longest is None else int(positions.max()) + 1)
-        )
+        if self.longest is not None:
+            self.check_length(virtual + batch.longest)
         embeds, mask = self.prompted(embeds, batch.attention_mask)
         if visible_until is not None:
             self.check_joined()
@@ -84,6 +82,10 @@ class CausalLLM(LanguageModel):
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
+        if visible_until is None and embeds.device.type == "cuda" and not self.unjoined:
+            # transformers looks whether a mask of rows has padding, for which the host would wait.
+            visible_until = torch.where(mask, mask.shape[1], 0)
+            positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
         if row_positions is None and self.supports_intervals:
             # Without positions, OPT would count them in the mask, which is none of 0 and 1.
@@ -98,9 +100,8 @@ class CausalLLM(LanguageModel):
             use_cache=False,
             **{cache_name(): cache},
         )
-        hidden = output.last_hidden_state[:, -length:]
-        supervised = batch.labels != IGNORE_INDEX
-        return hidden[supervised], batch.labels[supervised]
+        hidden = output.last_hidden_state[:, -length:].flatten(0, 1)
+        return hidden.index_select(0, batch.supervised_at), batch.targets
 
     def generate(
         self,

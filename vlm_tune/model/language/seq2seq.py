@@ -74,9 +74,9 @@ class Seq2SeqLLM(LanguageModel):
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.shifted(batch.labels)
-        embeds, mask = self.prompted(embeds, batch.attention_mask)
-        self.check_length(mask.shape[1])
-        mask, cross_mask, causal_mask = mask.long(), mask.long(), None
+        embeds, batch_mask = self.prompted(embeds, batch.attention_mask)
+        self.check_length(batch_mask.shape[1])
+        mask, cross_mask, causal_mask = batch_mask.long(), batch_mask.long(), None
         if batch.samples is not None and batch.label_samples is not None:
             self.check_joined()
             if self.virtual:
@@ -102,6 +102,9 @@ class Seq2SeqLLM(LanguageModel):
             causal_mask = additive(
                 same_sample(label_samples, label_samples) & earlier, embeds.dtype
             )
+        elif embeds.device.type == "cuda":
+            # transformers looks whether a mask of rows has padding, for which the host would wait.
+            mask = cross_mask = additive(batch_mask[:, None, None], embeds.dtype)
         encoded = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask
         ).last_hidden_state
@@ -113,8 +116,7 @@ class Seq2SeqLLM(LanguageModel):
             use_cache=False,
             **{cache_name(): self._prefix(len(embeds), embeds.dtype)},
         ).last_hidden_state
-        supervised = batch.labels != IGNORE_INDEX
-        return hidden[supervised], batch.labels[supervised]
+        return hidden.flatten(0, 1).index_select(0, batch.supervised_at), batch.targets
 
     def generate(
         self,

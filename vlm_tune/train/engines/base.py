@@ -98,10 +98,11 @@ class Engine:
         """Adds the gradient of this rank's part of the loss."""
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def clip(self, factor: float) -> float | None:
+    def clip(self, factor: float) -> torch.Tensor | None:
         """Sets the learning rates to `factor` times their full values and clips the gradient.
 
-        Returns the gradient's norm before clipping, None where the engine clips within `step`.
+        Returns the gradient's norm before clipping, a scalar on its device, for which the host does
+        not wait; None where the engine clips within `step`.
         """
         self._set_rates(factor)
         self.accelerator.unscale_gradients()
@@ -109,11 +110,14 @@ class Engine:
         total = torch.nn.utils.get_total_norm(
             [each.grad for each in parameters if each.grad is not None]
         )
-        norm = float(total)
-        # Saves a pass over gradients that need no clipping. NaN must take the branch.
-        if not norm <= self.max_grad_norm:
+        # On a CPU, saves a pass over gradients that need no clipping. NaN must take the branch.
+        if total.device.type != "cpu":
+            clips = math.isfinite(self.max_grad_norm)
+        else:
+            clips = not float(total) <= self.max_grad_norm
+        if clips:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total)
-        return norm
+        return total
 
     def step(self) -> None:
         """Takes the optimizer step."""

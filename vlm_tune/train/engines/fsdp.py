@@ -70,10 +70,10 @@ class Fsdp(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.accelerator.num_processes).backward()
 
-    def clip(self, factor: float) -> float:
+    def clip(self, factor: float) -> torch.Tensor:
         self._set_rates(factor)
         norm: Any = torch.nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _share(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import distribute_tensor
