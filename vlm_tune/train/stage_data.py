@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ SAMPLED_STREAM = 100
 LOADERS = 8
 CACHED_LOADERS = 2
 """Most loader processes of a rank by default, to decode images, and to read cached features."""
+
+SHARED_MEMORY = 1 << 30
+"""Bytes of shared memory that loader processes need; a container may have 64 MB of it."""
 
 NOTES = 20
 """Number of left-out rows whose reason is noted; counts cover the rest."""
@@ -264,11 +268,12 @@ def loader_workers(setting: int | str, device: torch.device, *, cached: bool) ->
     """The number of processes that load a rank's batches ahead, for `train.loader_workers`.
 
     By default a GPU has as many as there are cores for each rank of its machine, less one for the
-    rank itself, up to `LOADERS`. `cached` says whether features are read and no images decoded.
+    rank itself, up to `LOADERS`, and none where shared memory, by which they pass batches on, is
+    too small. `cached` says whether features are read and no images decoded.
     """
     if isinstance(setting, int):
         return setting
-    if device.type != "cuda":
+    if device.type != "cuda" or shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
         return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spare = len(os.sched_getaffinity(0)) // ranks - 1
