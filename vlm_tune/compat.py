@@ -143,6 +143,41 @@ def submodules(module: Any) -> dict[str, Any]:
     return module._modules
 
 
+RECOMPILED = 64
+"""How often a compiled FlexAttention is compiled for other shapes, masks and types of a process.
+
+Beyond torch's own limit of 8 it would run uncompiled, with all scores in memory.
+"""
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """torch's FlexAttention, compiled on a GPU.
+
+    Elsewhere, and for tensors without data, it runs as plain torch code, without gradients.
+    """
+    from torch._dynamo import config
+    from torch._subclasses import FakeTensor
+    from torch.nn.attention import flex_attention as library
+
+    if query.device.type == "cuda" and not isinstance(query, FakeTensor):
+        with config.patch(recompile_limit=RECOMPILED):
+            return _compiled_flex_attention()(query, *args, **kwargs)
+    before = library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        return library.flex_attention(query, *args, **kwargs)
+    finally:
+        library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
 # --- transformers ---------------------------------------------------------------------------------
 
 

@@ -277,6 +277,16 @@ class Scratch(Config):
     )
 
 
+Attention = Literal["auto", "eager", "sdpa", "flex"]
+
+ATTENTION: Attention = Field(
+    default="auto",
+    description="how the LLM attends: `auto` chooses by the device and the model; `eager` (matrix "
+    "products) and `sdpa` (torch's fused attention) are transformers' own, by masks; `flex` is "
+    "FlexAttention for joined rows of any length, on CUDA",
+)
+
+
 class Llm(Config):
     """The language model: an encoder-decoder (`seq2seq`: T5, Flan-T5) or a decoder (`causal`)."""
 
@@ -289,6 +299,7 @@ class Llm(Config):
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
+    attention: Attention = ATTENTION
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description="tokens to add to the vocabulary, e.g. <loc_1>; their embeddings are trained",
@@ -318,6 +329,7 @@ class PretrainedLlm(Config):
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
+    attention: Attention = ATTENTION
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description="tokens to add to the vocabulary, e.g. <loc_1>; their embeddings are trained",

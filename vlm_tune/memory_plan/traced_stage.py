@@ -62,7 +62,7 @@ def trace_stage(
 
     It runs with the stage's `largest` batch, or with the longest possible if that is None.
     """
-    model, features = bare_model(recipe, tokenizer, attention="sdpa" if gpu else None)
+    model, features = bare_model(recipe, tokenizer, gpu=gpu)
     creation = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
     rate = stage.train.learning_rate

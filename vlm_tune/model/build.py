@@ -303,7 +303,7 @@ def _connected(
         The wrapped language model, the connector, and the number of slots of an image.
     """
     llm = LLMS[section.llm.kind](language)
-    install(llm)
+    install(llm, section.llm.attention)
     if language.device.type != "meta":
         # Before a connector's blocks are inserted into its layers: they may still be of another
         # dtype.
@@ -316,14 +316,14 @@ def _connected(
 
 
 def bare_model(
-    recipe: Recipe, tokenizer: Any = None, *, attention: str | None = None
+    recipe: Recipe, tokenizer: Any = None, *, gpu: bool | None = None
 ) -> tuple[VisionLanguageNetwork, tuple[int, int]]:
     """Builds the recipe's model on the meta device; only configs are read.
 
     Args:
         recipe: its section `model` names the parts, or a model to start from.
         tokenizer: gives the special ids and the vocabulary's size, if there is one.
-        attention: transformers' attention implementation; the default for this machine if None.
+        gpu: whether it stands for a model on a GPU, for its attention; as on this machine if None.
 
     Returns:
         The model, whose processor has the layout and the special ids but no tokenizer, and the
@@ -340,9 +340,9 @@ def bare_model(
         tower = bare_tower(section.tower, own_rebuild(recipe))
         if section.llm.scratch:
             size = len(tokenizer) if tokenizer else section.llm.scratch.vocab_size
-            language = scratch_llm(section.llm, section.llm.scratch, ids, size, attention)
+            language = scratch_llm(section.llm, section.llm.scratch, ids, size, gpu)
         else:
-            language = bare_llm(section.llm, load_dtype(recipe), attention=attention)
+            language = bare_llm(section.llm, load_dtype(recipe), gpu=gpu)
             if section.llm.words:
                 rows = language.get_input_embeddings().num_embeddings
                 make_room(language, len(tokenizer) if tokenizer else rows + len(section.llm.words))

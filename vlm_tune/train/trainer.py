@@ -247,9 +247,13 @@ class StageLoop:
             yield
 
     def _report_kernels(self) -> None:
-        """Reports which parts of the language model train by the kernels, and why others do not."""
+        """Reports which parts of the language model train by the kernels, and why others do not.
+
+        On a GPU it reports how the language model attends.
+        """
         precision = DTYPES[self.recipe.train.precision]
-        if self.accelerator.device.type != "cpu" or precision == torch.float32:
+        device = self.accelerator.device.type
+        if device != "cuda" and (device != "cpu" or precision == torch.float32):
             return
         report = running(self.model.llm, precision)
         self.report(

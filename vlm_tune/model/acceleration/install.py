@@ -16,17 +16,27 @@ from torch import nn
 
 from vlm_tune import kernels
 from vlm_tune.compat import attention_name, set_attention
+from vlm_tune.config.model import Attention
+from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration.decoder_layers import (
     DecoderLayer,
     decoder_class,
     is_decoder_layer,
     structure_reason,
 )
+from vlm_tune.model.acceleration.flex_attention import (
+    LONG,
+    CudaAttention,
+    config_reason,
+    head_width,
+)
 from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_class
 from vlm_tune.model.acceleration.head_loss import head_reason, operator_loss
 from vlm_tune.model.acceleration.interval_attention import (
     NAMES,
+    ON_CUDA,
     IntervalAttention,
+    interface_reason,
     register,
     unsupported_reason,
 )
@@ -34,12 +44,16 @@ from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.language.attention import MaskedAttention
 from vlm_tune.model.language.base import LanguageModel, chunked_loss
 from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 ATTENTION = "attention"
 MLP = "MLP"
 LAYER = "decoder layer"
 LORA = "LoRA layer"
 LOSS = "loss"
+
+FLEX_REFUSED = "model.llm.attention: FlexAttention is not for"
+CHOICES = "set auto, eager or sdpa"
 
 
 @dataclass
@@ -49,10 +63,12 @@ class AccelerationReport:
     Attributes:
         replaced: The number of modules of each kind that go by an operator.
         skipped: For each kind, the number of modules that do not, by the reason.
+        attention: How a decoder attends on CUDA; empty on other devices.
     """
 
     replaced: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, Counter[str]] = field(default_factory=dict)
+    attention: str = ""
 
     def add(self, kind: str, reason: str | None) -> None:
         """Counts a module: one that goes by an operator, or one that does not for a reason."""
@@ -63,7 +79,7 @@ class AccelerationReport:
 
     def lines(self) -> list[str]:
         """One line for each kind: how many of how many, and the reasons."""
-        lines = []
+        lines = [f"{ATTENTION}: {self.attention}"] if self.attention else []
         for kind in dict.fromkeys((*self.replaced, *self.skipped)):
             skipped = self.skipped.get(kind, Counter())
             reasons = "; ".join(
@@ -79,25 +95,28 @@ class AccelerationReport:
         return ", ".join(self.lines())
 
 
-def install(llm: LanguageModel) -> AccelerationReport:
+def install(llm: LanguageModel, attention: Attention = "auto") -> AccelerationReport:
     """Puts the operators into a language model, wherever they compute the same.
 
     It may be called before LoRA layers are attached, on any device, and twice. Each module checks
     at every call whether the operator applies; `running` reports the present state.
 
+    Args:
+        llm: The language model.
+        attention: The recipe's `model.llm.attention`.
+
     Returns:
         The modules that were replaced, and the reasons for those that were not.
+
+    Raises:
+        ModelError: FlexAttention is demanded and does not compute this model's attention.
     """
     report = AccelerationReport()
     model: Any = llm.model
     if isinstance(llm, CausalLLM):
-        reason = unsupported_reason(model)
-        report.add(ATTENTION, reason)
-        if reason is None:
-            register()
-            name = attention_name(model)
-            set_attention(model.config, NAMES.get(name, name))
-            llm.attention = IntervalAttention()
+        report.add(ATTENTION, _install_attention(llm, attention))
+    elif attention == "flex":
+        raise ModelError(f"{FLEX_REFUSED} an encoder-decoder, which attends by masks; {CHOICES}")
     replace_mlps(model, report)
     for module in model.modules():
         if is_decoder_layer(module):
@@ -107,6 +126,29 @@ def install(llm: LanguageModel) -> AccelerationReport:
                 _set_class(module, decoder_class(type(module)))
     llm.loss = operator_loss
     return report
+
+
+def _install_attention(llm: CausalLLM, attention: Attention) -> str | None:
+    """Gives a decoder the attention for its rows' device, unless the recipe names transformers'.
+
+    Returns the reason why it does not go by the operator on a CPU, None if it does. Raises
+    `ModelError` as `install` does.
+    """
+    if attention in ("eager", "sdpa"):
+        return f"model.llm.attention is {attention}"
+    model = llm.model
+    interface = interface_reason(model)
+    flex = interface or config_reason(model)
+    if attention == "flex" and flex is not None:
+        raise ModelError(f"{FLEX_REFUSED} a {type(model).__name__}: {flex}; {CHOICES}")
+    reason = unsupported_reason(model)
+    if interface is None:
+        register()
+        name = attention_name(model)
+        set_attention(model.config, (NAMES if reason is None else ON_CUDA).get(name, name))
+        on_cuda = CudaAttention(flex, shortest=1 if attention == "flex" else LONG)
+        llm.attention = IntervalAttention(on_cuda) if reason is None else on_cuda
+    return reason
 
 
 def replace_mlps(model: nn.Module, report: AccelerationReport) -> None:
@@ -129,8 +171,8 @@ def uninstall(llm: LanguageModel) -> None:
 
     Its attention, MLPs, layers and loss are then those of transformers. LoRA layers stay fused.
     """
-    if isinstance(llm, CausalLLM) and isinstance(llm.attention, IntervalAttention):
-        before = {name: original for original, name in NAMES.items()}
+    if isinstance(llm, CausalLLM) and isinstance(llm.attention, IntervalAttention | CudaAttention):
+        before = {name: original for names in (NAMES, ON_CUDA) for original, name in names.items()}
         name = attention_name(llm.model)
         set_attention(llm.model.config, before.get(name, name))
         llm.attention = MaskedAttention()
@@ -151,6 +193,10 @@ def running(llm: LanguageModel, dtype: torch.dtype) -> AccelerationReport:
     """
     report = AccelerationReport()
     device = next(llm.model.parameters()).device
+    if device.type == "cuda":
+        # The other operators have kernels for CPUs alone.
+        report.attention = _cuda_attention(llm, device)
+        return report
     for module in llm.model.modules():
         if is_decoder_layer(module):
             report.add(LAYER, _layer_reason(module, dtype, device))
@@ -191,13 +237,29 @@ def _lora_reason(layer: LoraLinear, dtype: torch.dtype, device: torch.device) ->
     )
 
 
+def _cuda_attention(llm: LanguageModel, device: torch.device) -> str:
+    """How a language model attends on a CUDA device, and why not otherwise."""
+    name = attention_name(llm.model)
+    if not isinstance(llm, CausalLLM):
+        return f"{name} by masks"
+    attention = llm.attention
+    if isinstance(attention, IntervalAttention):
+        attention = attention.elsewhere
+    if isinstance(llm.prompt, KeyValuePrefix):
+        return f"{name.rsplit('_', 1)[-1]} by masks (flex: it has a prefix of keys and values)"
+    if isinstance(attention, CudaAttention):
+        return attention.words(llm.model, device)
+    return f"{name} by masks (flex: {interface_reason(llm.model) or 'the recipe names another'})"
+
+
 def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:
     reason = unsupported_reason(llm.model)
     if reason is not None:
         return reason
     if not llm.supports_intervals:
+        if attention_name(llm.model) not in NAMES.values():
+            return f"model.llm.attention is {attention_name(llm.model)}"
         on_cpu = device.type == "cpu"
         return "it has a prefix of keys and values" if on_cpu else f"it is on {device.type}"
-    config = llm.model.config
-    width = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
+    width = head_width(llm.model.config)
     return kernels.unsupported_reason("interval_attention", dtype, device, width)

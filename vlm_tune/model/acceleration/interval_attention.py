@@ -1,7 +1,8 @@
 """Attention of decoders by the operator `interval_attention`, in training and in generation.
 
-A mask of int32 [B, 1, 1, L] says where tokens stop being seen, and goes by the operator. With any
-other mask, attention is the function of transformers that the model had.
+A mask of int32 [B, 1, 1, L] says where tokens stop being seen, and goes by the operator. Masks for
+CUDA are those of `flex_attention`. With any other mask, attention is the function of transformers
+that the model had.
 
 Shapes: B rows, K branches of a row, H query heads, G key heads, L tokens, D head width, E width.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from vlm_tune.compat import (
     attention_name,
@@ -25,6 +27,7 @@ from vlm_tune.compat import (
 )
 from vlm_tune.kernels.attention import interval_attention
 from vlm_tune.kernels.kv_cache import KVCache
+from vlm_tune.model.acceleration.flex_attention import attend_by_flex, is_causal_mark
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.attention import MaskedAttention, Prefill
 
@@ -33,6 +36,9 @@ NAMES = {"eager": "vlm_tune_eager", "sdpa": "vlm_tune_sdpa"}
 
 The keys are the functions of transformers that compute it where the mask is none of intervals.
 """
+
+ON_CUDA = {"eager": "vlm_tune_cuda_eager", "sdpa": "vlm_tune_cuda_sdpa"}
+"""The names for models whose attention the operator does not compute, and FlexAttention may."""
 
 CACHE = "branch_cache"
 """The keyword by which the handle of a KV cache reaches the attention through a model's layers."""
@@ -50,24 +56,18 @@ UNSUPPORTED = (
 """Settings of a language model with which its attention is not what the operator computes."""
 
 
-def unsupported_reason(model: Any) -> str | None:
-    """The reason why a decoder's attention can't go by the operator; None if it can.
+def interface_reason(model: Any) -> str | None:
+    """The reason why a decoder can't call the attention of this package; None if it can.
 
     `model` is the transformers model.
     """
     config = model.config
     if not supports_attention_functions(model):
         return "its attention is not one of transformers' attention functions"
-    if attention_name(model) not in (*NAMES, *NAMES.values()):
+    if attention_name(model) not in (*NAMES, *NAMES.values(), *ON_CUDA.values()):
         return f"its attention is {attention_name(model)}, neither of {' and '.join(NAMES)}"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"its layers attend in other ways ({', '.join(sorted(kinds))})"
     if config.get_text_config() is not config:
         return "the language model is a part of a larger model's config"
-    for name in UNSUPPORTED:
-        if getattr(config, name, None):
-            return f"its config has {name}"
     parameters = inspect.signature(model.base_model.forward).parameters
     if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return "its layers take no further arguments"
@@ -76,14 +76,34 @@ def unsupported_reason(model: Any) -> str | None:
     return None
 
 
+def unsupported_reason(model: Any) -> str | None:
+    """The reason why a decoder's attention can't go by the operator; None if it can.
+
+    `model` is the transformers model.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"its layers attend in other ways ({', '.join(sorted(kinds))})"
+    for name in UNSUPPORTED:
+        if getattr(config, name, None):
+            return f"its config has {name}"
+    return interface_reason(model)
+
+
 class IntervalAttention(MaskedAttention):
-    """Attention by the operator, where a model is on a CPU; else by masks."""
+    """Attention by the operator where rows are on a CPU; on other devices it is `elsewhere`."""
+
+    def __init__(self, elsewhere: MaskedAttention) -> None:
+        self.elsewhere = elsewhere
 
     def by_intervals(self, model: Any) -> bool:
+        return self._applies(model, next(model.parameters()).device)
+
+    def _applies(self, model: Any, device: torch.device) -> bool:
         # The model of a memory plan has shapes alone, on the meta device. Another attention
         # function may have been set since.
-        device = next(model.parameters()).device.type
-        return device in ("cpu", "meta") and attention_name(model) in NAMES.values()
+        return device.type in ("cpu", "meta") and attention_name(model) in NAMES.values()
 
     def mask(
         self,
@@ -94,8 +114,9 @@ class IntervalAttention(MaskedAttention):
         dtype: torch.dtype,
         length: int,
     ) -> Any:
-        if not self.by_intervals(model):
-            return super().mask(model, row_mask, visible_until, positions, dtype, length)
+        # Rows may be on another device than the weights, which FSDP keeps on the CPU if it is told.
+        if not self._applies(model, row_mask.device):
+            return self.elsewhere.mask(model, row_mask, visible_until, positions, dtype, length)
         if visible_until is None:
             visible_until = torch.where(row_mask, row_mask.shape[1], 0)
         return visible_until.int()[:, None, None]
@@ -109,13 +130,13 @@ class IntervalAttention(MaskedAttention):
         positions: Tensor,
         visible: Tensor,
     ) -> Prefill:
-        if self.by_intervals(model):
+        if self._applies(model, embeds.device):
             rows = IntervalPrefill(body, embeds, visible_until, positions)
             if rows.cache.rows:
                 rows.cache.branch(visible)
                 return rows
             # The model's layers do not pass the cache on to their attention, as Nemotron's.
-        return super().prefill(model, body, embeds, visible_until, positions, visible)
+        return self.elsewhere.prefill(model, body, embeds, visible_until, positions, visible)
 
 
 class IntervalPrefill:
@@ -155,7 +176,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     branch_cache: Tensor | None = None,
     **options: Any,
@@ -168,17 +189,24 @@ def attend(
         query: [B, H, L, D].
         key: [B, G, L, D].
         value: [B, G, L, D].
-        attention_mask: int32[B, 1, 1, L] for the operator, or any mask of transformers.
+        attention_mask: int32[B, 1, 1, L] for the operator, a mask of `flex_attention` for CUDA, or
+            any mask of transformers.
         scaling: The factor of the scores, D ** -0.5 by default.
         branch_cache: The handle of a `KVCache`.
         **options: Further arguments of transformers' function.
     """
-    if not is_interval_mask(attention_mask):
+    if is_causal_mark(attention_mask):
+        options["is_causal"] = True
+        return sdpa_attention(module, query, key, value, None, scaling=scaling, **options)
+    if not isinstance(attention_mask, BlockMask) and not is_interval_mask(attention_mask):
         return fallback(module, query, key, value, attention_mask, scaling=scaling, **options)
-    assert attention_mask is not None
-    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     dtype = compute_dtype(query)
     query, key, value = (each.to(dtype) for each in (query, key, value))
+    if isinstance(attention_mask, BlockMask):
+        softcap = options.get("softcap")
+        return attend_by_flex(query, key, value, attention_mask, scaling, softcap), None
+    assert attention_mask is not None
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     # Values are often a view into the merged output of q, k and v, all of which would be saved.
     value = value.contiguous()
     visible_until = attention_mask[:, 0, 0]
@@ -194,6 +222,7 @@ def _attend_or_sdpa(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def register() -> None:
-    """Registers the attention with transformers, under `NAMES`."""
-    register_attention(NAMES["eager"], _attend_or_eager, masks_of="eager")
-    register_attention(NAMES["sdpa"], _attend_or_sdpa, masks_of="sdpa")
+    """Registers the attention with transformers, under `NAMES` and `ON_CUDA`."""
+    for names in (NAMES, ON_CUDA):
+        register_attention(names["eager"], _attend_or_eager, masks_of="eager")
+        register_attention(names["sdpa"], _attend_or_sdpa, masks_of="sdpa")

@@ -87,12 +87,12 @@ class CausalLLM(LanguageModel):
             visible_until = torch.where(mask, mask.shape[1], 0)
             positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
-        if row_positions is None and self.supports_intervals:
-            # Without positions, OPT would count them in the mask, which is none of 0 and 1.
-            row_positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         visible = self._attention().mask(
             self.model, mask, visible_until, positions, embeds.dtype, embeds.shape[1]
         )
+        if row_positions is None and not (isinstance(visible, torch.Tensor) and visible.dim() == 2):
+            # Without positions, OPT would count them in the mask, which is none of 0 and 1.
+            row_positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         output = self.body(
             inputs_embeds=embeds,
             attention_mask=visible,

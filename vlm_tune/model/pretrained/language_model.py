@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from vlm_tune.compat import (
+    attention_name,
     forget_checkpoint_names,
     fp32_layers,
     keep_gradients_of_packed_layers,
+    set_attention,
 )
 from vlm_tune.config.model import Llm, Scratch
 from vlm_tune.errors import ModelError
@@ -46,7 +48,7 @@ def make_room(language: Any, rows: int) -> None:
 
 
 def bare_llm(
-    llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, attention: str | None = None
+    llm: Llm, dtype: torch.dtype, *, folder: Path | None = None, gpu: bool | None = None
 ) -> Any:
     """Builds a language model on the meta device from its config alone.
 
@@ -54,7 +56,7 @@ def bare_llm(
         llm: the recipe's section `model.llm`.
         dtype: the dtype of its weights.
         folder: a saved folder to take the config from, instead of the section's name.
-        attention: transformers' attention implementation; the default for this machine if None.
+        gpu: whether it stands for a model on a GPU, for its attention; as on this machine if None.
 
     Returns:
         The transformers model, with stand-ins for quantised layers.
@@ -68,12 +70,13 @@ def bare_llm(
     try:
         factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
         with torch.device("meta"):
-            model = factory.from_config(config, dtype=dtype, **_attention(attention))
+            model = factory.from_config(config, dtype=dtype, **_attention(llm, gpu))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.llm.name: can't build the language model of {quoted(llm.name)}: "
             f"{load_reason(str(llm.name), error)}"
         ) from None
+    _fit_attention(model, llm)
     if getattr(config, "scale_decoder_outputs", True) is False:
         # Flan-T5's head is untied; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -110,17 +113,21 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
 
 
 def scratch_llm(
-    llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, attention: str | None = None
+    llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int, gpu: bool | None = None
 ) -> Any:
-    """Builds a language model with random weights; `tokenizer` gives the ids of special tokens."""
+    """Builds a language model with random weights; `tokenizer` gives the ids of special tokens.
+
+    `gpu` is as in `bare_llm`.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = scratch_config(llm, scratch, tokenizer, vocabulary)
     factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
     try:
-        return factory.from_config(config, **_attention(attention))
+        model = factory.from_config(config, **_attention(llm, gpu))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model.llm.scratch: {reason_of(error)}") from None
+    return _fit_attention(model, llm)
 
 
 def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) -> Any:
@@ -145,10 +152,39 @@ def scratch_config(llm: Llm, scratch: Scratch, tokenizer: Any, vocabulary: int) 
         raise ModelError(f"model.llm.scratch: {reason_of(error)}") from None
 
 
-def _attention(kind: str | None = None) -> dict[str, Any]:
-    """transformers' option for an attention implementation, or for this machine's default."""
-    # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass.
-    return {"attn_implementation": kind or ("sdpa" if torch.cuda.is_available() else "eager")}
+def _attention(llm: Llm, gpu: bool | None = None) -> dict[str, Any]:
+    """transformers' option for the attention that the recipe names, or for the device.
+
+    `gpu` says whether the model will run on a GPU; None: as on this machine.
+    """
+    if llm.attention == "eager":
+        return {"attn_implementation": "eager"}
+    on_gpu = torch.cuda.is_available() if gpu is None else gpu
+    # On a CPU, plain attention on short rows is faster than the fused kernel's backward pass. None
+    # is sdpa for the classes that support it, and eager for others.
+    named = llm.attention == "sdpa"
+    return {"attn_implementation": None if named or on_gpu else "eager"}
+
+
+def _fit_attention(model: Any, llm: Llm) -> Any:
+    """Makes a model whose scores are capped attend eagerly: sdpa would leave the cap out.
+
+    Returns the model. Raises `ModelError` if the recipe demands sdpa and the model has none.
+    """
+    capped = [
+        config
+        for config in (model.config, model.config.get_text_config())
+        if getattr(config, "attn_logit_softcapping", None)
+    ]
+    for config in capped:
+        set_attention(config, "eager")
+    if llm.attention == "sdpa" and (capped or attention_name(model) != "sdpa"):
+        reason = "its scores are capped" if capped else "transformers has no sdpa for it"
+        raise ModelError(
+            f"model.llm.attention: sdpa is not for a {type(model).__name__}, {reason}: set auto or "
+            "eager"
+        )
+    return model
 
 
 def load_llm(
@@ -188,7 +224,7 @@ def load_llm(
         raise ModelError(f"model.llm.gguf_file: no GGUF file {quoted(gguf)} in {quoted(name)}")
     if is_folder(name) and not gguf:
         check_folder(Path(name))
-    options: dict[str, Any] = {"dtype": dtype, **_attention()}
+    options: dict[str, Any] = {"dtype": dtype, **_attention(llm)}
     packing: dict[str, Any] = {}
     if llm.quantize and quantize:
         packing["quantization_config"] = _bitsandbytes(llm, dtype)
@@ -198,16 +234,17 @@ def load_llm(
         model = _loaded(factory, name, {**options, "gguf_file": gguf})
         forget_gguf(model)
         if not packing:
-            return model.to(device)
+            return _fit_attention(model.to(device), llm)
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
-            return _loaded(factory, scratch, {**options, **packing, **placing})
+            model = _loaded(factory, scratch, {**options, **packing, **placing})
+            return _fit_attention(model, llm)
     options |= {"use_safetensors": True, **packing, **placing}
     vlm = find_vlm(name) if folder is None else None
     if vlm is not None:
         config = language_config(vlm)
         options |= {"config": config, "key_mapping": language_names(vlm, config)}
-    return _loaded(factory, name, options, vlm)
+    return _fit_attention(_loaded(factory, name, options, vlm), llm)
 
 
 def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = None) -> Any:
