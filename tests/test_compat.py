@@ -35,6 +35,7 @@ from transformers import (
 from tests.helpers.forked_runs import ended, start
 from vlm_tune.compat import (
     HARMLESS,
+    RECOMPILED,
     allow_precision,
     attention_name,
     build_no_shared_memory_op,
@@ -46,6 +47,7 @@ from vlm_tune.compat import (
     deterministic_compiling,
     eager_attention,
     flat_zero_shards,
+    flex_attention,
     forget_checkpoint_names,
     forget_compiled_calls,
     forget_members,
@@ -455,6 +457,19 @@ def test_a_registered_attention_is_called_with_the_masks_of_another(of: str) -> 
     assert attention_name(model) == "tests_attention"
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
     assert len(calls) == 2 and calls[0].dtype == (torch.bool if of == "sdpa" else torch.float32)
+
+
+def test_flex_attention_runs_as_plain_code_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import flex_attention as library
+
+    assert library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is False
+    monkeypatch.setattr(torch, "compile", None)  # it would call it
+    query = torch.randn(1, 2, 8, 16)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert torch.allclose(flex_attention(query, query, query), wanted, atol=1e-5)
+    assert library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is False
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILED):  # there is such a setting
+        assert torch._dynamo.config.recompile_limit == RECOMPILED
 
 
 def test_recurrent_models_are_known() -> None:
