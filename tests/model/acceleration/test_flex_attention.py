@@ -166,7 +166,7 @@ def test_decoders_attend_as_by_masks(name: str, as_on_cuda: None) -> None:
     llm.attention = attention
     masks: list[Any] = []
     real = attention.mask
-    attention.mask = lambda *given: masks.append(real(*given)) or masks[-1]  # type: ignore[method-assign]
+    attention.mask = lambda *given, **named: masks.append(real(*given, **named)) or masks[-1]  # type: ignore[method-assign]
     for shortest, joined in ((1, True), (1, False), (13, True), (13, False)):
         attention.shortest = shortest
         ours = hidden(llm, rows_of(joined))
@@ -208,7 +208,9 @@ def test_a_batch_has_one_mask_for_each_kind_of_layer(as_on_cuda: None) -> None:
     llm = LLMS["causal"](tiny_decoder("Gemma2"))
     # Longer than two blocks, with a window of three tokens.
     ends, positions = torch.full((1, 600), 600), torch.arange(600)[None]
-    masks = CudaAttention(None).mask(llm.model, ends > 0, ends, positions, torch.float32, 600)
+    masks = CudaAttention(None).mask(
+        llm.model, ends > 0, ends, positions, torch.float32, 600, joinable=True
+    )
     blocks = {kind: int((mask.to_dense() > 0).sum()) for kind, mask in masks.items()}
     assert blocks == {"full_attention": 15, "sliding_attention": 9}
 
@@ -245,7 +247,7 @@ def test_compiled_blocks_take_other_batches_without_being_compiled_again(as_on_c
     for length in (140, 300, 400):
         ends, positions = random_rows(length, length)
         masks = CudaAttention(None, 1).mask(
-            llm.model, ends > 0, ends, positions, torch.float32, length
+            llm.model, ends > 0, ends, positions, torch.float32, length, joinable=True
         )
         states = torch.randn(2, length, 32)
         given = {
@@ -265,8 +267,6 @@ def test_compiled_blocks_take_other_batches_without_being_compiled_again(as_on_c
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Llama4Text"])
 def test_gradients_on_a_gpu_are_those_of_masks(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4}
     ends, positions = (each.cuda() for each in random_rows(300, 1))
     gradients = []
@@ -284,7 +284,9 @@ def test_gradients_on_a_gpu_are_those_of_masks(name: str) -> None:
         llm = CausalLLM(model)
         if flex:
             install(llm, "flex")
-        mask = llm.attention.mask(model, ends > 0, ends, positions, torch.float32, 300)
+        mask = llm.attention.mask(
+            model, ends > 0, ends, positions, torch.float32, 300, joinable=True
+        )
         embeds = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(1))
         embeds = embeds.cuda().requires_grad_()
         states = model.base_model(

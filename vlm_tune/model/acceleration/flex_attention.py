@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from vlm_tune.compat import attention_name, flex_attention
-from vlm_tune.model.language.attention import MaskedAttention
+from vlm_tune.model.language.attention import MaskedAttention, whole_rows
 from vlm_tune.model.language.masks import WINDOWS, layer_kinds
 
 DEVICE = "cuda"
@@ -108,19 +108,20 @@ class CudaAttention(MaskedAttention):
         positions: Tensor | None,
         dtype: torch.dtype,
         length: int,
+        *,
+        joinable: bool,
     ) -> Any:
-        if row_mask.device.type != DEVICE:
-            return super().mask(model, row_mask, visible_until, positions, dtype, length)
+        device = row_mask.device
+        unjoined = visible_until is None or positions is None
+        if unjoined and joinable and device.type == DEVICE and self._causal(model, length):
+            mark = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=device)
+            return by_kind(model.config, lambda _: mark)
+        if not joinable or not self._flex(length, device):
+            return super().mask(
+                model, row_mask, visible_until, positions, dtype, length, joinable=joinable
+            )
         if visible_until is None or positions is None:
-            if self._causal(model, length):
-                mark = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=row_mask.device)
-                return by_kind(model.config, lambda _: mark)
-            if not self._flex(length, row_mask.device):
-                return super().mask(model, row_mask, visible_until, positions, dtype, length)
-            visible_until = torch.where(row_mask, length, 0)
-            positions = torch.arange(length, device=row_mask.device).expand_as(row_mask)
-        elif not self._flex(length, row_mask.device):
-            return super().mask(model, row_mask, visible_until, positions, dtype, length)
+            visible_until, positions = whole_rows(row_mask)
         return block_masks(model.config, visible_until, positions)
 
     def words(self, model: Any, device: torch.device) -> str:

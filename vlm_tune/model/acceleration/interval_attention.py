@@ -113,10 +113,14 @@ class IntervalAttention(MaskedAttention):
         positions: Tensor | None,
         dtype: torch.dtype,
         length: int,
+        *,
+        joinable: bool,
     ) -> Any:
         # Rows may be on another device than the weights, which FSDP keeps on the CPU if it is told.
         if not self._applies(model, row_mask.device):
-            return self.elsewhere.mask(model, row_mask, visible_until, positions, dtype, length)
+            return self.elsewhere.mask(
+                model, row_mask, visible_until, positions, dtype, length, joinable=joinable
+            )
         if visible_until is None:
             visible_until = torch.where(row_mask, row_mask.shape[1], 0)
         return visible_until.int()[:, None, None]

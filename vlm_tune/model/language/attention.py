@@ -32,6 +32,16 @@ class Prefill(Protocol):
         ...
 
 
+def whole_rows(row_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`visible_until` and positions [B, L] of rows of one sample each, for joined rows' masks.
+
+    `row_mask` bool[B, L] is False for padding, on the right.
+    """
+    length = row_mask.shape[1]
+    positions = torch.arange(length, device=row_mask.device).expand_as(row_mask)
+    return torch.where(row_mask, length, 0), positions
+
+
 class MaskedAttention:
     """Attention by the functions of transformers, with masks and its KV cache."""
 
@@ -50,6 +60,8 @@ class MaskedAttention:
         positions: torch.Tensor | None,
         dtype: torch.dtype,
         length: int,
+        *,
+        joinable: bool,
     ) -> Any:
         """The attention mask that the model's body takes for rows.
 
@@ -60,9 +72,13 @@ class MaskedAttention:
             positions: Positions [B, L] in the samples of joined rows.
             dtype: The type of the embeddings.
             length: S, the number of last tokens that are queries.
+            joinable: Whether the model takes masks of joined rows.
         """
         if visible_until is None or positions is None:
-            return row_mask.long()
+            if row_mask.device.type != "cuda" or not joinable:
+                return row_mask.long()
+            # transformers looks whether a mask of rows has padding, for which the host would wait.
+            visible_until, positions = whole_rows(row_mask)
         tree = tree_mask(visible_until)[:, :, -length:]
         return layer_masks(model.config, tree, positions[:, -length:], positions, dtype)
 

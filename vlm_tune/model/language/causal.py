@@ -82,17 +82,20 @@ class CausalLLM(LanguageModel):
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
-        if visible_until is None and embeds.device.type == "cuda" and not self.unjoined:
-            # transformers looks whether a mask of rows has padding, for which the host would wait.
-            visible_until = torch.where(mask, mask.shape[1], 0)
-            positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
         visible = self._attention().mask(
-            self.model, mask, visible_until, positions, embeds.dtype, embeds.shape[1]
+            self.model,
+            mask,
+            visible_until,
+            positions,
+            embeds.dtype,
+            embeds.shape[1],
+            joinable=self.unjoined is None,
         )
         if row_positions is None and not (isinstance(visible, torch.Tensor) and visible.dim() == 2):
             # Without positions, OPT would count them in the mask, which is none of 0 and 1.
-            row_positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            seen = mask.shape[1]
+            row_positions = torch.arange(seen - embeds.shape[1], seen, device=embeds.device)[None]
         output = self.body(
             inputs_embeds=embeds,
             attention_mask=visible,
