@@ -112,10 +112,11 @@ def cache_limit() -> int:
     return int(float(os.environ.get("VLM_TUNE_CACHE_GB", "100")) * 1e9)
 
 
-def trim_cache(folder: Path, keep: Path) -> list[Path]:
+def trim_cache(folder: Path, *keep: Path) -> list[Path]:
     """Removes the least recently used files of a folder until it is within `cache_limit`.
 
-    Files with the stem of `keep` stay. A process that has a removed file mapped keeps reading it.
+    Files with the stem of one of `keep` stay. A process that has a removed file mapped keeps
+    reading it.
 
     Returns:
         The removed files.
@@ -128,10 +129,11 @@ def trim_cache(folder: Path, keep: Path) -> list[Path]:
             entries.append((path.stat().st_mtime, path.stat().st_size, path))
     total = sum(size for _, size, _ in entries)
     removed = []
+    stems = {path.stem for path in keep}
     for _, size, path in sorted(entries):
         if total <= cache_limit():
             break
-        if path.stem != keep.stem:
+        if path.stem not in stems:
             path.unlink(missing_ok=True)
             total -= size
             removed.append(path)

@@ -49,6 +49,7 @@ def test_two_ranks_train_as_one(
     tiny_recipe: Callable[..., str],
     color_rows: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With `images: one`, most batches of a rank hold no image at all.
 
@@ -81,9 +82,16 @@ def test_two_ranks_train_as_one(
         )
 
     one = sft(recipe("one", 4)).folder
+    # The two find no features, and compute them once for both.
+    monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "other cache"))
     assert ended(start(partial(sft, recipe("two", 2)), tmp_path / "output", ranks=2)) == [0, 0], (
         tmp_path / "output.0"
     ).read_text()
+    features = sorted((tmp_path / "other cache" / "features").glob("*"))
+    frozen = tune is None
+    assert [path.suffix for path in features] == [".npy"] * len(features)
+    assert (len(features) > 0) == frozen
+    assert len({path.name.partition("-")[0] for path in features}) == len(features)
     two = tmp_path / "two"
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     first, second = tensors_of(one / "model"), tensors_of(two / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.tiny_models import (
@@ -29,11 +31,20 @@ from vlm_tune.config.model import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.kernels.cpu import native
-from vlm_tune.memory_plan import traced_stage, tracer
+from vlm_tune.memory_plan import machine, traced_stage, tracer
 from vlm_tune.memory_plan.advice import changes
 from vlm_tune.memory_plan.batch_stats import longest_batch
-from vlm_tune.memory_plan.heap import ASIDE, Glibc, Range, holes
-from vlm_tune.memory_plan.plan import CONTEXT, plan
+from vlm_tune.memory_plan.cuda import (
+    COLLECTIVES,
+    CONTEXT,
+    SUMMED,
+    WIDENED,
+    cuda_autocast,
+    recomputed,
+    workspaces,
+)
+from vlm_tune.memory_plan.heap import ASIDE, Caching, Glibc, Range, holes
+from vlm_tune.memory_plan.plan import plan
 from vlm_tune.memory_plan.setting import Setting, parse_size
 from vlm_tune.memory_plan.stage_plan import _memory
 from vlm_tune.memory_plan.step import traced
@@ -331,12 +342,13 @@ def test_holes_are_those_of_two_steps() -> None:
     assert holes(trace, "range", accumulating=True) == unit
 
 
-def test_holes_are_a_cpus_and_kernels_those_of_bf16(tiny_recipe: TinyRecipe) -> None:
+def test_every_device_has_holes_and_a_cpu_the_kernels_of_bf16(tiny_recipe: TinyRecipe) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
     (cpu,), (gpu,) = plan(recipe, tokens=1000).stages, plan(recipe, gpu_memory="24GB").stages
     assert 0 < cpu.memory.holes < cpu.memory.activations + cpu.memory.logits + cpu.memory.gradients
     assert cpu.memory.kernels == KERNELS * KERNEL_BYTES
-    assert gpu.memory.holes == gpu.memory.kernels == 0
+    assert gpu.memory.kernels == 0 < gpu.memory.holes
+    assert gpu.memory.workspaces > 0 == cpu.memory.workspaces
     # In fp32 products are MKL's, which keeps none.
     assert plan(parsed(with_tune(tiny_recipe("causal")))).stages[0].memory.kernels == 0
 
@@ -419,7 +431,8 @@ def test_flops_are_the_formula_s(tiny_recipe: TinyRecipe, precision: str) -> Non
 def test_a_frozen_head_writes_logits_on_a_gpu_and_none_by_the_kernel(
     tiny_recipe: TinyRecipe,
 ) -> None:
-    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    # Left open, a CPU caches features and a GPU runs so small a tower in every step.
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")), train__cache_features=True)
     (cpu,), (gpu,) = (
         plan(recipe, tokens=60).stages,
         plan(recipe, tokens=60, gpu_memory="24GB").stages,
@@ -589,3 +602,153 @@ def test_no_time_is_told_of_another_machine_or_of_rows_that_are_not_known(
         and elsewhere.stages[0].steps is None
         and elsewhere.time(elsewhere.stages[0]) is None
     )
+
+
+# --- a GPU -------------------------------------------------------------------------------------
+
+
+def test_a_plan_for_a_gpu_is_the_same_on_a_machine_that_has_one(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
+    elsewhere = plan(recipe, gpu_memory="24GB", processes=2)
+    assert elsewhere.stages[0].memory.collectives == COLLECTIVES
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    here = plan(recipe, processes=2)
+    assert here.device == "gpu"
+    assert here.stages[0].memory == elsewhere.stages[0].memory
+    assert here.stages[0].flops == elsewhere.stages[0].flops
+
+
+def test_functions_that_cuda_s_autocast_widens_are_those_of_torch() -> None:
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    text = header.read_text()
+
+    def listed(name: str) -> set[str]:
+        part = re.search(rf"#define {name}\(_\)(.*?)\n\n", text, re.DOTALL)
+        assert part is not None
+        return set(re.findall(r"_\((\w+)", part[1]))
+
+    widened = {name for name in listed("AT_FORALL_FP32") if "upsample" not in name}
+    assert len(widened) > 30 and widened <= WIDENED
+    assert listed("AT_FORALL_FP32_SET_OPT_DTYPE") <= SUMMED | WIDENED
+    # All that a CPU's autocast, which is active too, casts to 16 bits. Recurrent cells and
+    # quantised products are in neither tower nor LLM.
+    products = {"linear", "matmul", "bmm", "conv2d", "addmm", "scaled_dot_product_attention"}
+    assert products <= listed("AT_FORALL_LOWER_PRECISION_FP")
+
+
+def test_autocast_by_cuda_s_rules_widens_norms_and_sums_and_no_products() -> None:
+    layer = torch.nn.Linear(8, 8)
+    norm = torch.nn.LayerNorm(8, dtype=torch.bfloat16)
+    x = torch.ones(2, 8, dtype=torch.bfloat16, requires_grad=True)
+
+    def widths(y: torch.Tensor) -> list[torch.dtype]:
+        outputs = (layer(y), norm(y), y.softmax(-1), y.sum(), y**2, norm(y).relu(), y + y)
+        return [output.dtype for output in outputs]
+
+    half, full = torch.bfloat16, torch.float32
+    with cuda_autocast(half):
+        assert widths(x) == [half, full, full, full, full, full, half]
+        assert x.softmax(-1, dtype=half).dtype == half
+        with torch.autocast("cpu", enabled=False):
+            assert norm(x).dtype == half
+    with cuda_autocast(full):
+        assert norm(x).dtype == half
+    seen: list[torch.dtype] = []
+
+    def block(y: torch.Tensor) -> torch.Tensor:
+        seen.append(norm(y).dtype)
+        return layer(norm(y))
+
+    with cuda_autocast(half):
+        # Recomputed in the backward pass by the same rules.
+        checkpoint(block, x, use_reentrant=False, context_fn=recomputed).sum().backward()
+    assert seen == [full, full]
+
+
+def test_pytorch_s_cuda_allocator_cuts_blocks_from_segments() -> None:
+    unit = 1 << 20
+    memory = Caching()
+    small = [memory.take(1000), memory.take(1)]
+    assert memory.largest == 2 * unit and memory.fullest == 1001
+    medium = memory.take(3 * unit)
+    assert memory.largest == 22 * unit  # what is left of its 20 MiB is there for others
+    other = memory.take(9 * unit)
+    assert memory.largest == 22 * unit
+    memory.take(10 * unit + 1)
+    assert memory.largest == (22 + 12) * unit  # its own segment, in steps of 2 MiB
+    for place in (medium, other):
+        memory.give(place)
+    assert memory.take(20 * unit)[0] == medium[0]  # free neighbours were joined
+    assert memory.largest == 34 * unit
+    for place in small:
+        memory.give(place)
+    assert memory.take(unit)[0] == small[0][0]
+    # Nothing of less than 1 MiB is cut off a large block.
+    memory.give((medium[0], 0))
+    memory.take(19 * unit + 512)
+    memory.take(unit + 1)
+    assert memory.largest == 54 * unit
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (None, 2 * 32 << 20),
+        (":4096:8", 2 * 32 << 20),
+        (":4096:2:16:8", 2 * (8192 + 128) << 10),
+        (":0:0", 0),
+        ("much", 2 * 32 << 20),
+    ],
+)
+def test_cublas_workspaces_are_those_of_the_environment(
+    text: str | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", text)
+    assert workspaces() == size
+
+
+def test_a_gpu_is_warmed_up_and_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products take 5 ms, and 100 ms until the clock has risen; launches take no time of it."""
+    clock = [0.0]
+    calls = [0]
+    waits: list[int] = []
+
+    class Event:
+        at = 0.0
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+        def synchronize(self) -> None:
+            waits.append(calls[0])
+
+    def product() -> None:
+        calls[0] += 1
+        clock[0] += 100 if calls[0] <= machine.WARM_UP else 5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(calls[0]))
+    times = machine.gpu_times(product)
+    assert set(times) == {0.005} and sum(times) >= machine.MEASURING
+    # The host waits once after the warm-up and once a block, not for each product.
+    assert waits == [machine.WARM_UP + block * machine.BLOCK for block in range(len(waits))]
+
+
+def test_a_plan_says_why_features_are_cached(
+    tiny_recipe: TinyRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parsed(tiny_recipe("causal"), train__steps=None, train__epochs=1)
+    show_plan(Console(), plan(recipe))
+    assert "no step runs the tower" in capsys.readouterr().out
+    (stage,) = plan(parsed(tiny_recipe("causal"), data__augment={"flip": 0.5})).stages
+    assert not stage.cached and stage.why_cached == "images are augmented"

@@ -93,8 +93,10 @@ class TrainSection(Config):
         description="compile the LLM's blocks; auto: from 50 million parameters and 50 steps "
         "(or 2,000 scored rows)",
     )
-    cache_features: bool = Field(
-        default=True, description="compute a frozen tower's features once (not with augmentation)"
+    cache_features: Literal["auto"] | bool = Field(
+        default="auto",
+        description="compute a frozen tower's features once (not with augmentation); auto: where "
+        "an estimate of work saved and disk space says that it pays",
     )
     loader_workers: Literal["auto"] | Processes = Field(
         default="auto",

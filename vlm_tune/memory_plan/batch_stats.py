@@ -18,6 +18,7 @@ from vlm_tune.data.prepare.run import prepare, scratch_texts
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import DataError, Interrupted, ModelError
 from vlm_tune.model.build import build_processor
+from vlm_tune.model.feature_choice import Usage, stage_usage
 from vlm_tune.model.language.masks import same_sample, tree_mask
 
 PREPARING = 3.0
@@ -50,7 +51,7 @@ class Work:
 class Reading:
     """A stage's largest batch, the mean of several, its number of images, and an epoch's steps.
 
-    `source` says where these are from.
+    `source` says where these are from, `usage` what all steps read together.
     """
 
     batch: Batch | None
@@ -58,6 +59,7 @@ class Reading:
     images: int
     source: str
     steps: int | None = None
+    usage: Usage | None = None
 
 
 def readings(recipe: Recipe, tokens: int | None, processes: int) -> tuple[Any, list[Reading]]:
@@ -112,7 +114,14 @@ def _read(
     ]
     mean = Work(*means)
     source = f"the largest of {count:,} batches of the data"
-    return Reading(feed.batch(start, largest), mean, len(prepared.media), source, feed.steps(start))
+    return Reading(
+        feed.batch(start, largest),
+        mean,
+        len(prepared.media),
+        source,
+        feed.steps(start),
+        stage_usage(prepared, stage.train, processes),
+    )
 
 
 def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:

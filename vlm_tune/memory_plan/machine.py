@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -11,6 +13,9 @@ from vlm_tune.kernels.cpu.native import compiler, kernel_status
 
 MEASURING = 0.3
 """Seconds that a measurement takes."""
+WARM_UP = 20
+BLOCK = 20
+"""Products before a measurement on a GPU, and between two waits for it."""
 SHAPE = (256, 512, 512)
 """Rows, inputs and outputs of the measured product, as in layers of small language models."""
 SHARES = (0.2, 1.0)
@@ -44,17 +49,10 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
     left = torch.ones(rows, inputs, dtype=dtype, device=device)
     right = torch.ones(inputs, outputs, dtype=dtype, device=device)
 
-    def product() -> float:
-        started = time.perf_counter()
+    def product() -> None:
         torch.mm(left, right)
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
-    product()
-    times = [product()]
-    while sum(times) < MEASURING:
-        times.append(product())
+    times = gpu_times(product) if gpu else _cpu_times(product)
     # The median: others may use the machine, and a run will share it with them too.
     middle = sorted(times)[len(times) // 2]
     name = (
@@ -63,6 +61,42 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
         else f"this CPU, {torch.get_num_threads()} threads"
     )
     return Machine(name, precision, 2.0 * rows * inputs * outputs / middle, _lacks(gpu))
+
+
+def _cpu_times(act: Callable[[], None]) -> list[float]:
+    """The seconds of calls that take `MEASURING` together, after one more."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        act()
+        return time.perf_counter() - started
+
+    once()
+    times = [once()]
+    while sum(times) < MEASURING:
+        times.append(once())
+    return times
+
+
+def gpu_times(act: Callable[[], None]) -> list[float]:
+    """The seconds that the GPU takes for each of many calls, after a warm-up.
+
+    The warm-up loads kernels and lets the clock rise. The calls are queued in blocks, with events
+    between them, so that launches and the host's waiting are not timed.
+    """
+    for _ in range(WARM_UP):
+        act()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while sum(times) < MEASURING:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(BLOCK + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            act()
+            mark.record()
+        marks[-1].synchronize()
+        times += [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
+    return times
 
 
 def _lacks(gpu: bool) -> list[str]:

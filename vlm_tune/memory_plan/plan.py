@@ -21,15 +21,13 @@ from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.memory_plan.advice import changed, changes, written
 from vlm_tune.memory_plan.batch_stats import readings
+from vlm_tune.memory_plan.cuda import CONTEXT
 from vlm_tune.memory_plan.heap import allocator
 from vlm_tune.memory_plan.machine import measure
 from vlm_tune.memory_plan.results import Advice, Offload, Plan
 from vlm_tune.memory_plan.setting import Setting, check_arguments, check_setting, parse_size
 from vlm_tune.memory_plan.stage_plan import stage_plans
 from vlm_tune.precision import DTYPES
-
-CONTEXT = 600_000_000
-"""Bytes that the CUDA context and the libraries' work space take on a GPU."""
 
 
 def plan(

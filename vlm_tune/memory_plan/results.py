@@ -30,7 +30,9 @@ class Memory:
     """Bytes of one process at its peak, by cause.
 
     - `exchange`: communication buffers: gradient buckets, under ZeRO-3 also gathered layers.
-    - `holes`: idle memory between a step's storages, on a CPU.
+    - `collectives`: NCCL's own buffers, of several processes on GPUs.
+    - `holes`: idle memory between a step's storages, rounding of their sizes included.
+    - `workspaces`: memory that cuBLAS works in, on a GPU.
     - `kernels`: kernels that oneDNN has compiled, on a CPU.
     - `base`: memory that is taken before the run.
     """
@@ -43,7 +45,9 @@ class Memory:
     activations: int
     logits: int
     exchange: int
+    collectives: int
     holes: int
+    workspaces: int
     kernels: int
     base: int
 
@@ -60,6 +64,8 @@ class StagePlan:
     - `loading`: the peak before the first step, when weights are created in fp32 or the tower runs
       for the last time.
     - `source`: where lengths are from.
+    - `feature_cache`: bytes on the disk, 0 if unknown; `cached` says whether there is a cache,
+      `why_cached` the reason.
     - `host`: bytes offloaded to the host's memory.
     - `steps`: all optimizer steps, None if the data is not known.
     """
@@ -75,6 +81,7 @@ class StagePlan:
     flops: float
     feature_cache: int
     cached: bool
+    why_cached: str
     host: int
     steps: int | None
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.sampler import planned_steps
-from vlm_tune.data.types import Batch
 from vlm_tune.memory_plan.batch_stats import Reading, Work
+from vlm_tune.memory_plan.cuda import COLLECTIVES, workspaces
 from vlm_tune.memory_plan.results import Memory, StagePlan
 from vlm_tune.memory_plan.setting import Setting
 from vlm_tune.memory_plan.step import ROWS
@@ -36,7 +36,7 @@ def stage_plans(
 def _stage_plan(
     recipe: Recipe, number: int, stage: Recipe, tokenizer: Any, reading: Reading, setting: Setting
 ) -> StagePlan:
-    traced_stage = _traced_stage(recipe, number, stage, tokenizer, reading.batch, setting)
+    traced_stage = _traced_stage(recipe, number, stage, tokenizer, reading, setting)
     resident_weights = traced_stage.weights
     weights = 0
     if traced_stage.cached and not setting.gpu and setting.processes == 1:
@@ -70,6 +70,7 @@ def _stage_plan(
         flops=stage.train.gradient_accumulation * _flops(traced_stage, mean),
         feature_cache=reading.images * traced_stage.feature_bytes if traced_stage.cached else 0,
         cached=traced_stage.cached,
+        why_cached=traced_stage.why,
         steps=_steps(stage, reading),
     )
 
@@ -79,14 +80,21 @@ def _traced_stage(
     number: int,
     stage: Recipe,
     tokenizer: Any,
-    largest: Batch | None,
+    reading: Reading,
     setting: Setting,
 ) -> TracedStage:
     """Traces a stage as `trace_stage`; one that is in `setting.known` is not traced again."""
-    key = (recipe.model_dump_json(), number, pickle.dumps(largest))
+    key = (recipe.model_dump_json(), number, pickle.dumps((reading.batch, reading.usage)))
     if key not in setting.known:
         setting.known[key] = trace_stage(
-            recipe, number, stage, tokenizer, largest, gpu=setting.gpu, tokens=setting.tokens
+            recipe,
+            number,
+            stage,
+            tokenizer,
+            reading.batch,
+            reading.usage,
+            gpu=setting.gpu,
+            tokens=setting.tokens,
         )
     return setting.known[key]
 
@@ -151,7 +159,9 @@ def _memory(
         activations=int(activations),
         logits=int(logits),
         exchange=shares.exchange,
+        collectives=COLLECTIVES if setting.gpu and setting.processes > 1 else 0,
         holes=holes,
+        workspaces=workspaces() if setting.gpu else 0,
         kernels=KERNELS * KERNEL_BYTES if half and not setting.gpu else 0,
         base=setting.base,
     )

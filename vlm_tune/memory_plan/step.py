@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
 from vlm_tune.memory_plan.heap import allocator, holes
 from vlm_tune.memory_plan.tracer import by_depth, to_fake, trace_step
 from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
@@ -22,6 +23,7 @@ from vlm_tune.model.acceleration.gated_modules import GatedModule
 from vlm_tune.model.acceleration.install import uninstall
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.lora_rules import is_linear
+from vlm_tune.model.tower_pass import stored_dtype
 from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
@@ -42,7 +44,7 @@ def traced(
 
     Returns:
         An array of 16 figures: bytes of the four peaks by kind (12), and FLOPs per row of each of
-        `ROWS` (4). And bytes of holes, 0 on a GPU.
+        `ROWS` (4). And bytes of holes.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model.train()
@@ -54,9 +56,10 @@ def traced(
     if stage.train.gradient_checkpointing:
         model.llm.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
+            | ({"context_fn": recomputed} if gpu else {})
         )
-    model_batch = _with_images(batch, model.tower, features, fake)
     half = DTYPES[stage.train.precision]
+    model_batch = _with_images(batch, model.tower, features, half, fake)
     vocabulary = model.llm.model.get_input_embeddings().num_embeddings
     align = stage.objective.kind == "contrastive"
     accumulating = stage.train.gradient_accumulation > 1
@@ -76,15 +79,15 @@ def traced(
         # long.
         with (
             _multiplied(model, batch, gpu) as products,
-            torch.autocast("cpu", dtype=half, enabled=half != torch.float32),
+            cuda_autocast(half)
+            if gpu
+            else torch.autocast("cpu", dtype=half, enabled=half != torch.float32),
         ):
             trace = trace_step(model, model.llm, step, vocabulary, fake)
         for parameter in model.parameters():
             parameter.grad = None
-        if not gpu:
-            # More than these three layers leave little more idle: storages of other sizes are at
-            # the ends of the step.
-            idle[0] = holes(trace, allocator(), accumulating=accumulating)
+        # More than three layers leave little more idle: other sizes are at the step's ends.
+        idle[0] = holes(trace, "cuda" if gpu else allocator(), accumulating=accumulating)
         return np.concatenate([*trace.peaks(accumulating=accumulating), products])
 
     with disable_input_dtype_casting(model, active=half != torch.float32):
@@ -92,15 +95,21 @@ def traced(
 
 
 def _with_images(
-    batch: Batch, tower: Any, features: tuple[int, int] | None, fake: FakeTensorMode
+    batch: Batch,
+    tower: Any,
+    features: tuple[int, int] | None,
+    half: torch.dtype,
+    fake: FakeTensorMode,
 ) -> Batch:
-    """The batch with fake tensors for its images: pixels, or the features of this shape."""
-    dtype = next(tower.parameters()).dtype
+    """The batch with fake tensors for its images: pixels, or the features of this shape.
+
+    `half` is the dtype of autocast.
+    """
     count = len(batch.media_index.unique())
     with fake:
         shown: Any = None
         if count and features:
-            shown = torch.empty(count, *features, dtype=dtype)
+            shown = torch.empty(count, *features, dtype=stored_dtype(tower, half))
         elif count:
             shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
     return replace(batch, **{"features" if features else "pixels": shown})

@@ -17,8 +17,10 @@ from vlm_tune.memory_plan.results import PartSize
 from vlm_tune.memory_plan.step import traced
 from vlm_tune.memory_plan.zero import Held
 from vlm_tune.model.build import bare_model, trained_later
+from vlm_tune.model.feature_choice import Choice, Usage, cache_choice, trains_tower
 from vlm_tune.model.lora import parts
 from vlm_tune.model.optimizer_groups import TuneRow
+from vlm_tune.model.tower_pass import stored_dtype
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
@@ -31,7 +33,7 @@ class TracedStage:
 
     `creation` is the bytes that creating random weights takes, `features` the shape of an image's
     features and `feature_bytes` their size. `still` says that the tower is frozen, `cached` that
-    its features are cached. `figures` and `holes` are those of `traced`.
+    its features are cached and `why` the reason. `figures` and `holes` are those of `traced`.
     """
 
     sizes: list[PartSize]
@@ -40,6 +42,7 @@ class TracedStage:
     creation: int
     still: bool
     cached: bool
+    why: str
     features: tuple[int, int]
     feature_bytes: int
     attention: float
@@ -54,13 +57,15 @@ def trace_stage(
     stage: Recipe,
     tokenizer: Any,
     largest: Batch | None,
+    usage: Usage | None,
     *,
     gpu: bool,
     tokens: int | None,
 ) -> TracedStage:
     """Builds and traces a stage's model.
 
-    It runs with the stage's `largest` batch, or with the longest possible if that is None.
+    It runs with the stage's `largest` batch, or with the longest possible if that is None. `usage`
+    is what the steps read, None if the rows are not known.
     """
     model, features = bare_model(recipe, tokenizer, gpu=gpu)
     creation = _weights(model) if recipe.scratch else 0
@@ -75,10 +80,8 @@ def trace_stage(
             exact=trained_later(recipe, number),
         )
     batch = largest or longest_batch(stage, model.processor.spec, tokens or stage.data.max_length)
-    still = not any(parameter.requires_grad for parameter in model.tower.parameters())
-    cached = (
-        still and stage.train.cache_features and not stage.data.augment and not stage.data.streaming
-    )
+    peak = work_of(batch)
+    choice = _choice(stage, model, usage or _each_row_once(stage, peak), gpu=gpu)
     if recipe.scratch:
         # The largest weight that is cast exists in fp32 and in its final precision at once.
         creation += max(
@@ -88,22 +91,36 @@ def trace_stage(
     sizes = _sizes(model)
     weights = _held(model)
     attention = _attention_width(model)
-    item = next(model.tower.parameters()).element_size()
-    figures, holes = traced(model, stage, batch, features if cached else None, gpu=gpu)
+    item = stored_dtype(model.tower, precision).itemsize
+    figures, holes = traced(model, stage, batch, features if choice.cached else None, gpu=gpu)
     return TracedStage(
         sizes,
         weights,
         tuned.table,
         creation,
-        still,
-        cached,
+        not trains_tower(model),
+        choice.cached,
+        choice.reason,
         features,
         math.prod(features) * item,
         attention,
-        work_of(batch),
+        peak,
         figures,
         holes,
     )
+
+
+def _choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, gpu: bool) -> Choice:
+    """The decision to cache the tower's features, or not."""
+    if stage.data.streaming or stage.data.augment:
+        return Choice(False, f"images are {'streamed' if stage.data.streaming else 'augmented'}")
+    return cache_choice(stage, model, usage, gpu=gpu)
+
+
+def _each_row_once(stage: Recipe, batch: Work) -> Usage:
+    """The usage of one image and its tokens, if an epoch shows every image once."""
+    epochs = stage.train.epochs or 1.0
+    return Usage(1, epochs, epochs * batch.tokens / max(batch.images, 1.0))
 
 
 def _sizes(model: VisionLanguageNetwork) -> list[PartSize]:

@@ -1,8 +1,13 @@
-"""Cache of a frozen tower's features, computed once and stored in a memory-mapped file.
+"""Cache of a frozen tower's features, computed once and stored in memory-mapped files.
 
-The file's name has a key (of the tower's weights, its preprocessing, the images' bytes and the
-places of tiles in them) and the checksum of its content. So a file is either complete or absent,
-and the features read are those that were computed.
+A file holds the features of up to `PART` images. Its name has a key (of the tower's weights, its
+preprocessing, the device and precision it runs in, the images' bytes and the places of tiles in
+them) and the checksum of its content. So a file is either complete or absent, and the features read
+are those that were computed.
+
+The ranks of a run, and other runs on the same folder, share the work without talking to each other:
+each computes the files that are missing and that no other process has locked, and reads the others.
+A lock ends with its process, so what a killed one leaves is computed by another.
 """
 
 from __future__ import annotations
@@ -11,158 +16,258 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Media
 from vlm_tune.files import file_checksum
+from vlm_tune.model.tower_pass import decoding_threads, stored_dtype, tower_batches
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import fingerprint
 from vlm_tune.resources import cache_folder, cache_room, check_cache, trim_cache
 
-BATCH = 64
+PART = 1024
+"""Images of one file; a multiple of the batch on a CPU, so that batches are those of one file."""
+
+PATIENCE = 2.0
+"""Seconds between two looks at what other processes have left to compute."""
+
+STORED = {torch.bfloat16: np.int16, torch.float16: np.float16, torch.float32: np.float32}
+"""numpy's types by torch's: it has no bfloat16, whose bits are stored as int16."""
 
 
 class FeatureStore:
-    """Lookup of features by media item, in a memory-mapped cache."""
+    """Lookup of features by media item, in memory-mapped files of `PART` items each."""
 
-    def __init__(self, array: torch.Tensor, rows: dict[Media, int]) -> None:
-        self._array = array
+    def __init__(self, parts: Sequence[torch.Tensor], rows: dict[Media, int]) -> None:
+        self._parts = parts
         self._rows = rows
 
     def __call__(self, media: Media) -> torch.Tensor:
         """The features float[N, D] of an item."""
-        return self._array[self._rows[media]]
+        part, row = divmod(self._rows[media], PART)
+        return self._parts[part][row]
 
 
-@torch.inference_mode()
 def tower_features(
     model: VisionLanguageNetwork,
     media: Sequence[Media],
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    *,
+    autocast: torch.dtype = torch.float32,
 ) -> FeatureStore:
     """Features of all media and their tiles, from the cache or computed.
 
-    They are computed in eval mode, in the tower's dtype.
+    They are computed in eval mode as a step under `autocast` computes them, and stored in that
+    dtype, or in the tower's where there is no autocast.
 
     Args:
         model: the model whose tower and preprocessing are used.
         media: the images; repeated ones are computed once.
-        progress: called with the number of images computed and their total.
+        progress: called with the number of images that are there and their total, while some are
+            computed.
         note: called with a message if a cached file was damaged.
+        autocast: the dtype of the run's autocast; float32 for none.
 
     Raises:
         DataError: an image can't be decoded.
         RecipeError: the cache can't be written or has no room.
     """
-    tower = model.tower
-    processor = model.processor.images
-    key = hashlib.sha256(
-        (
-            f"{fingerprint(tower)}:{model.config.model.tower}:{processor}"
-            f":{model.config.tower_rebuild}"
-        ).encode()
-    )
-    media = list(dict.fromkeys(part for item in media for part in processor.expand(item)))
+    images = model.processor.images
+    media = list(dict.fromkeys(part for item in media for part in images.expand(item)))
     digests = _digests(media)
-    distinct = list(dict.fromkeys(digests))
-    key.update("".join(sorted(distinct)).encode())
-    place = {digest: row for row, digest in enumerate(sorted(distinct))}
+    distinct = sorted(set(digests))
+    place = {digest: row for row, digest in enumerate(distinct)}
     rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
-    folder = cache_folder("features")
-    name = key.hexdigest()[:40]
-    path = _cached(folder, name, note)
-    if path is None:
-        first = dict(zip(digests, media, strict=True))
-        path = _compute(
-            model, [first[digest] for digest in sorted(distinct)], folder, name, progress
-        )
-        trim_cache(folder, path)
-    with contextlib.suppress(OSError):  # the cache may be read-only
-        os.utime(path)
-    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
-    dtype = next(tower.parameters()).dtype
-    return FeatureStore(raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw, rows)
+    first = dict(zip(digests, media, strict=True))
+    parts = [distinct[start : start + PART] for start in range(0, len(distinct), PART)]
+    base = _key(model, autocast)
+    cache = _Cache(
+        model,
+        [_name(base, part) for part in parts],
+        [[first[digest] for digest in part] for part in parts],
+        autocast,
+        progress or (lambda done, of: None),
+        note or (lambda text: None),
+    )
+    return FeatureStore(cache.opened(), rows)
 
 
-def _cached(folder: Path, name: str, note: Callable[[str], None] | None) -> Path | None:
-    """The intact file of a key, or None; damaged files are removed."""
-    for path in sorted(folder.glob(f"{name}-*.npy")):
-        with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
-            if path.stem == f"{name}-{file_checksum(path)}":
-                return path
-            if note:
-                note(f"the features in {path} were damaged and are computed again")
-            with contextlib.suppress(PermissionError):
-                path.unlink()
-    return None
+def _key(model: VisionLanguageNetwork, autocast: torch.dtype) -> str:
+    """All that features depend on except their images."""
+    dtype = stored_dtype(model.tower, autocast)
+    return (
+        f"{fingerprint(model.tower)}:{model.config.model.tower}:{model.processor.images}"
+        f":{model.config.tower_rebuild}:{model.device.type}:{autocast}:{dtype}"
+    )
+
+
+def _name(base: str, digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join([base, *digests]).encode()).hexdigest()[:40]
 
 
 def _digests(media: Sequence[Media]) -> list[str]:
     """A digest of each item: of its image's bytes, read once, and of a tile's place in it."""
-    whole = {
-        source: hashlib.sha256(encoded_bytes(Media(source))).hexdigest()
-        for source in dict.fromkeys(item.source for item in media)
-    }
+    sources = list(dict.fromkeys(item.source for item in media))
+
+    def hashed(places: np.ndarray) -> list[str]:
+        return [
+            hashlib.sha256(encoded_bytes(Media(sources[place]))).hexdigest()
+            for place in places.tolist()
+        ]
+
+    threads = decoding_threads()
+    with ThreadPoolExecutor(threads) as pool:  # reading and hashing release the GIL
+        shares = pool.map(hashed, np.array_split(np.arange(len(sources)), threads))
+        whole = dict(zip(sources, chain.from_iterable(shares), strict=True))
     return [whole[item.source] + (f":{item.tile}" if item.tile else "") for item in media]
 
 
-def _compute(
-    model: VisionLanguageNetwork,
-    media: Sequence[Media],
-    folder: Path,
-    name: str,
-    progress: Callable[[int, int], None] | None,
-) -> Path:
-    """Writes the features of `media` as one array [images, N, D].
+class _Cache:
+    """The files of a set of images, each by its `name` and its list of media."""
 
-    Returns the file, which is named by its checksum.
+    def __init__(
+        self,
+        model: VisionLanguageNetwork,
+        names: list[str],
+        media: list[list[Media]],
+        autocast: torch.dtype,
+        progress: Callable[[int, int], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.names = names
+        self.media = media
+        self.autocast = autocast
+        self.progress = progress
+        self.note = note
+        self.folder = cache_folder("features")
+        self.dtype = stored_dtype(model.tower, autocast)
+        self.total = sum(map(len, media))
+        self.paths: dict[int, Path] = {}
+        self.arrays: dict[int, torch.Tensor] = {}
+
+    def opened(self) -> list[torch.Tensor]:
+        """The features of all files in order, [images, N, D] each; missing ones are computed."""
+        missing = [number for number in range(len(self.names)) if not self._open(number)]
+        if missing:
+            check_cache(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while missing:
+                taken = [self._take(number, 0.0) for number in missing]
+                if not any(taken):  # others compute all that is left
+                    self.progress(self._done, self.total)
+                    self._take(missing[0], PATIENCE)
+                missing = [number for number in missing if number not in self.arrays]
+            trim_cache(self.folder, *self.paths.values())
+        return [self.arrays[number] for number in range(len(self.names))]
+
+    @property
+    def _done(self) -> int:
+        """The images whose features are open."""
+        return sum(len(self.media[number]) for number in self.arrays)
+
+    def _open(self, number: int) -> bool:
+        """Opens a file that is there; damaged ones are removed."""
+        name = self.names[number]
+        for path in sorted(self.folder.glob(f"{name}-*.npy")):
+            with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
+                if path.stem == f"{name}-{file_checksum(path)}":
+                    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
+                    self.paths[number] = path
+                    self.arrays[number] = (
+                        raw.view(torch.bfloat16) if self.dtype == torch.bfloat16 else raw
+                    )
+                    with contextlib.suppress(OSError):  # the cache may be read-only
+                        os.utime(path)
+                    return True
+                self.note(f"the features in {path} were damaged and are computed again")
+                with contextlib.suppress(PermissionError):
+                    path.unlink()
+        return False
+
+    def _take(self, number: int, patience: float) -> bool:
+        """Opens a file, and computes it first if it is missing.
+
+        Returns False if another process is computing it for `patience` seconds.
+        """
+        lock = self.folder / f"{self.names[number]}.lock"
+        with _locked(lock, patience) as locked:
+            if locked is None:
+                return False
+            if self._open(number):
+                self.progress(self._done, self.total)
+            else:
+                self._compute(number, alone=locked)
+                self._open(number)
+            lock.unlink(missing_ok=True)
+        return True
+
+    def _compute(self, number: int, *, alone: bool) -> None:
+        """Writes the features of a file's images as one array [images, N, D].
+
+        `alone` says that no other process of this host computes them: what is left of one is
+        removed.
+        """
+        name = self.names[number]
+        media = self.media[number]
+        here = f"{name}.tmp-{socket.gethostname()}-"
+        for left in self.folder.glob(f"{here}*.npy") if alone else ():
+            left.unlink(missing_ok=True)
+        temporary = self.folder / f"{here}{os.getpid()}.npy"
+        tower = self.model.tower
+        was = tower.training
+        tower.eval()
+        try:
+            shape = (len(media), *tower.measure())
+            with cache_room(self.folder):
+                array = np.lib.format.open_memmap(
+                    temporary, mode="w+", dtype=STORED[self.dtype], shape=shape
+                )
+                _reserve(temporary)
+            written = 0
+            for features in tower_batches(self.model, media, self.autocast):
+                bits = features.view(torch.int16) if self.dtype == torch.bfloat16 else features
+                array[written : written + len(bits)] = bits.numpy()
+                written += len(bits)
+                self.progress(self._done + written, self.total)
+            array.flush()
+            temporary.rename(self.folder / f"{name}-{file_checksum(temporary)}.npy")
+        finally:
+            temporary.unlink(missing_ok=True)
+            tower.train(was)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, patience: float) -> Iterator[bool | None]:
+    """Context that holds a lock.
+
+    Yields True; None if another process holds it for `patience` seconds; False where the file
+    system has no locks: then several processes may do the same work, each for itself.
     """
-    check_cache(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tower = model.tower
-    tokens, width = tower.measure()
-    dtype = next(tower.parameters()).dtype
-    # numpy has no bfloat16: its bits are stored as int16.
-    stored = (
-        np.int16
-        if dtype == torch.bfloat16
-        else np.float16
-        if dtype == torch.float16
-        else np.float32
-    )
-    temporary = folder / f"{name}.tmp-{os.getpid()}.npy"
-    was = tower.training
-    tower.eval()
+    # As in `run_lock`, filelock's substitute for file systems without locks lets two in.
+    lock = FileLock(path, timeout=patience, fallback_to_soft=False)
+    state: bool | None = True
     try:
-        with cache_room(folder):
-            array = np.lib.format.open_memmap(
-                temporary, mode="w+", dtype=stored, shape=(len(media), tokens, width)
-            )
-            _reserve(temporary)
-        for start in range(0, len(media), BATCH):
-            pixels = torch.stack(
-                [model.processor.images(item) for item in media[start : start + BATCH]]
-            )
-            # Without autocast: the same features whatever the caller's context.
-            with torch.autocast(model.device.type, enabled=False):
-                features = tower(pixels.to(model.device)).cpu()
-            bits = features.view(torch.int16) if dtype == torch.bfloat16 else features
-            array[start : start + len(pixels)] = bits.numpy()
-            if progress:
-                progress(min(start + BATCH, len(media)), len(media))
-        array.flush()
-        path = folder / f"{name}-{file_checksum(temporary)}.npy"
-        temporary.rename(path)
-        return path
+        lock.acquire()
+    except Timeout:
+        state = None
+    except (OSError, NotImplementedError):
+        state = False
+    try:
+        yield state
     finally:
-        temporary.unlink(missing_ok=True)
-        tower.train(was)
+        if state:
+            lock.release()
 
 
 def _reserve(path: Path) -> None:

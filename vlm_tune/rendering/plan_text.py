@@ -21,7 +21,9 @@ CAUSES = {
     "activations": "activations",
     "logits": "logits",
     "exchange": "exchange between processes",
+    "collectives": "NCCL's buffers",
     "holes": "holes between tensors",
+    "workspaces": "cuBLAS workspaces",
     "kernels": "compiled kernels (oneDNN)",
     "base": "process, libraries",
 }
@@ -156,7 +158,7 @@ def _show_step(console: Console, stage: StagePlan) -> None:
             f"{stage.flops / 1e12:,.3g} TFLOP a device, "
             f"{stage.mean.tokens:,.0f} tokens a micro-batch",
         ),
-        ("feature cache", cache),
+        ("feature cache", f"{cache} ({stage.why_cached})"),
     ):
         console.print(Text(f"  {name:15}{text}"))
     if stage.host:

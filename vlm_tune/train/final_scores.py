@@ -121,7 +121,8 @@ def _score_rows(
 
     with context.accelerator.autocast():
         note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731
-        features = tower_features(model, media, note=note) if media else None
+        autocast = DTYPES[recipe.train.precision]
+        features = tower_features(model, media, note=note, autocast=autocast) if media else None
         return score(
             model,
             rows,

@@ -39,7 +39,7 @@ from vlm_tune.train.gpu_memory import largest_gpu_peak, reset_gpu_peak
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
     StageRows,
-    caches_features,
+    decide_features,
     image_cost,
     read_stage,
     stage_features,
@@ -141,9 +141,15 @@ def stage_loop(
         context.report({**event, "stage": progress.stage, "name": name})
 
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
-    pages_out = _place_weights(context, model, recipe, rows)
+    cached = decide_features(
+        recipe, model, rows, context.accelerator, report, planned=progress.ranks
+    )
+    # With augmented images the tower runs in every step.
+    pages_out = _place_weights(context, model, unused_tower=cached and not recipe.data.augment)
     _tuning_table(context, progress.stage, name, tuned.table)
-    data = _stage_data(context, model, recipe, rows, progress, report, pages_out=pages_out)
+    data = _stage_data(
+        context, model, recipe, rows, progress, report, cached=cached, pages_out=pages_out
+    )
     loop = StageLoop(
         model,
         recipe,
@@ -168,13 +174,11 @@ def stage_loop(
     return loop
 
 
-def _place_weights(
-    context: Context, model: VisionLanguageNetwork, recipe: Recipe, rows: StageRows
-) -> bool:
+def _place_weights(context: Context, model: VisionLanguageNetwork, *, unused_tower: bool) -> bool:
     """Moves parts that the engine does not place to the device, on a CPU all into own memory.
 
     Returns whether the tower is left where it is, to be paged out once its features are cached: a
-    tower that no step runs needs no memory then.
+    tower that no step runs (`unused_tower`) needs no memory then.
     """
     accelerator = context.accelerator
     if shards(context.section):
@@ -182,9 +186,8 @@ def _place_weights(
             part.to(accelerator.device)
     if accelerator.device.type != "cpu":
         return False
-    media = rows.train.media if rows.train else []
     # With several processes the engines broadcast the tower's weights.
-    pages_out = accelerator.num_processes == 1 and caches_features(recipe, model, media)
+    pages_out = accelerator.num_processes == 1 and unused_tower
     for part in (model.connector, model.llm) if pages_out else (model,):
         own_memory(part)
     keep_freed_memory()
@@ -199,12 +202,19 @@ def _stage_data(
     progress: Progress,
     report: Report,
     *,
+    cached: bool,
     pages_out: bool,
 ) -> StageData:
-    """Computes the features to cache, pages the tower out if `pages_out`, and makes the feed."""
+    """Computes the features if they are `cached`, and makes the feed.
+
+    With `pages_out` the tower then leaves memory.
+    """
     accelerator = context.accelerator
-    media = rows.train.media if rows.train else []
-    features, held_out = stage_features(recipe, model, media, rows.validation, report)
+    features, held_out = None, None
+    if cached and rows.train:
+        features, held_out = stage_features(
+            recipe, model, rows.train.media, rows.validation, report
+        )
     if pages_out:
         try:
             page_out(model.tower, cache_folder("features"))

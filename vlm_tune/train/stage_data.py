@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
@@ -31,8 +32,10 @@ from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
+from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
+from vlm_tune.precision import DTYPES
 from vlm_tune.train.trainer import Report
 
 SAMPLED = 500
@@ -295,19 +298,28 @@ def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
     )
 
 
-def _keeps_features(recipe: Recipe, model: VisionLanguageNetwork) -> bool:
-    """Whether features of the tower may be cached: it is frozen, and the recipe allows it."""
-    return recipe.train.cache_features and not any(
-        parameter.requires_grad for parameter in model.tower.parameters()
-    )
+def decide_features(
+    recipe: Recipe,
+    model: VisionLanguageNetwork,
+    rows: StageRows,
+    accelerator: Accelerator,
+    report: Report,
+    *,
+    planned: int,
+) -> bool:
+    """Whether a stage caches its tower's features; noted where the recipe leaves it open.
 
-
-def caches_features(recipe: Recipe, model: VisionLanguageNetwork, media: Sequence[Any]) -> bool:
-    """Whether the features of all images of a stage are cached.
-
-    If so, neither its steps nor its evaluations run the tower.
+    Rank 0 decides for all: the disks of nodes differ, and a step's rows depend on the answer.
+    `planned` is the number of processes that the run began with.
     """
-    return _keeps_features(recipe, model) and bool(media) and not recipe.data.augment
+    if rows.train is None or not rows.train.media or trains_tower(model):
+        return False
+    usage = stage_usage(rows.train, recipe.train, planned)
+    gpu = accelerator.device.type != "cpu"
+    choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
+    if recipe.train.cache_features == "auto":
+        report({"event": "note", "text": f"the tower's features are {choice}"})
+    return choice.cached
 
 
 def stage_features(
@@ -317,20 +329,21 @@ def stage_features(
     validation: Sequence[Conversation],
     report: Report,
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
-    """Cached features of the training images and of the validation images, or None.
+    """Cached features of the training images and of the validation images.
 
-    Both are None if the tower is trained or caching is off; the first is None if images are
-    augmented.
+    They have the precision of the steps. The first is None if images are augmented, the second if
+    there are none.
     """
-    if not _keeps_features(recipe, model) or not media:
-        return None, None
+
+    def cached(media: Sequence[Any]) -> FeatureStore:
+        return tower_features(
+            model,
+            media,
+            lambda done, of: report({"event": "features", "done": done, "of": of}),
+            lambda text: report({"event": "note", "text": text}),
+            autocast=DTYPES[recipe.train.precision],
+        )
+
     validation_media = distinct_media(validation)
-
-    def progress(done: int, of: int) -> None:
-        report({"event": "features", "done": done, "of": of})
-
-    def note(text: str) -> None:
-        report({"event": "note", "text": text})
-
-    held_out = tower_features(model, validation_media, progress, note) if validation_media else None
-    return None if recipe.data.augment else tower_features(model, media, progress, note), held_out
+    held_out = cached(validation_media) if validation_media else None
+    return None if recipe.data.augment else cached(media), held_out

@@ -160,6 +160,7 @@ def test_a_run_over_damaged_caches_says_so_and_goes_on(tiny_recipe: Callable[...
     assert (
         sum("prepared again" in note for note in notes) == 2
         and sum("computed again" in note for note in notes) == 1
+        and sum("the tower's features are cached: no step runs the tower" in n for n in notes) == 1
     )
 
 

@@ -296,7 +296,8 @@ class ImageProcessor:
 def _tensor(image: Image) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # By numpy: torch would start threads of its own in each thread that decodes.
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
 def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,151 @@
+"""Runs a tower over many images, with decoding and copies to and from the device beside it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.types import Media
+from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.vlm import VisionLanguageNetwork
+
+CPU_BATCH = 64
+"""Images of a batch on a CPU."""
+GPU_PIXELS = 256 * 224**2
+"""Pixels of a batch on a GPU: 256 images of 224 x 224, 113 of 336 x 336."""
+AHEAD = 2
+"""Batches whose images are decoded while the tower runs on another."""
+MOST_THREADS = 16
+
+
+def tower_batches(
+    model: VisionLanguageNetwork, media: Sequence[Media], autocast: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yields the features [B, N, D] of consecutive images, on the CPU in `stored_dtype`.
+
+    Threads decode the batches ahead. On a GPU pixels come from pinned memory, and a batch's
+    features are copied back while the next one is computed.
+
+    Args:
+        model: the model whose tower, in its present mode, and preprocessing are used.
+        media: images and tiles.
+        autocast: the dtype of the run's autocast; float32 for none.
+
+    Raises:
+        DataError: an image can't be decoded.
+    """
+    device = model.device
+    dtype = stored_dtype(model.tower, autocast)
+    size = batch_size(model.processor.images.size, device)
+    starts = deque(range(0, len(media), size))
+    decoding: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+    waiting: Callable[[], torch.Tensor] | None = None
+    threads = decoding_threads()
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        while starts or decoding:
+            while starts and len(decoding) <= AHEAD:
+                start = starts.popleft()
+                batch = media[start : start + size]
+                decoding.append(_decoded(pool, threads, model.processor.images, batch, device))
+            pixels, slices = decoding.popleft()
+            for one in slices:
+                one.result()
+            features = run_tower(model.tower, pixels.to(device, non_blocking=True), autocast)
+            copied = _to_host(features, dtype)
+            if waiting is not None:
+                yield waiting()
+            waiting = copied
+        if waiting is not None:
+            yield waiting()
+
+
+def run_tower(tower: VisionTower, pixels: torch.Tensor, autocast: torch.dtype) -> torch.Tensor:
+    """Features [B, N, D] of pixels on the tower's device, as a step under `autocast` has them.
+
+    The caller's own autocast does not count. A batch that the device's memory does not hold is
+    halved.
+    """
+    enabled = autocast != torch.float32
+    with (
+        torch.inference_mode(),
+        torch.autocast(pixels.device.type, dtype=autocast if enabled else None, enabled=enabled),
+    ):
+        return _halved_if_needed(tower, pixels)
+
+
+def _halved_if_needed(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
+    try:
+        return tower(pixels)
+    except torch.OutOfMemoryError:
+        if len(pixels) == 1:
+            raise
+    # Out of the except clause, which holds the failed pass's tensors.
+    torch.cuda.empty_cache()
+    return torch.cat([_halved_if_needed(tower, half) for half in pixels.tensor_split(2)])
+
+
+def stored_dtype(tower: VisionTower, autocast: torch.dtype) -> torch.dtype:
+    """The dtype of cached features: autocast's, or else the tower's.
+
+    On a GPU autocast computes norms in fp32, so a tower's output may be wider. The first product
+    with it rounds it anyway.
+    """
+    return next(tower.parameters()).dtype if autocast == torch.float32 else autocast
+
+
+def batch_size(image_size: int, device: torch.device) -> int:
+    """The number of images that the tower takes at once on a device."""
+    return CPU_BATCH if device.type == "cpu" else max(GPU_PIXELS // image_size**2, 8)
+
+
+def decoding_threads() -> int:
+    """Threads that decode images in this process: its share of the cores of its node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max((cores or 1) // ranks, 1), MOST_THREADS)
+
+
+def _decoded(
+    pool: ThreadPoolExecutor,
+    threads: int,
+    images: ImageProcessor,
+    media: Sequence[Media],
+    device: torch.device,
+) -> tuple[torch.Tensor, list[Future[None]]]:
+    """Starts decoding a batch: its pixels uint8[B, 3, H, W], whole once all futures are done."""
+    shape = (len(media), 3, images.size, images.size)
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    array = pixels.numpy()  # written without torch's threads
+
+    def decode(places: np.ndarray) -> None:
+        # The processor remembers the last image for its tiles: each thread has its own.
+        processor = replace(images)
+        for place in places.tolist():
+            array[place] = processor(media[place]).numpy()
+
+    slices = np.array_split(np.arange(len(media)), threads)
+    return pixels, [pool.submit(decode, places) for places in slices if len(places)]
+
+
+def _to_host(features: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Starts the copy of features to the CPU; the function returned waits for it."""
+    features = features.to(dtype)
+    if features.device.type != "cuda":
+        return features.cpu
+    host = torch.empty(features.shape, dtype=dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return host
+
+    return wait
