@@ -19,6 +19,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement  # transformers and others bring it
 from packaging.utils import canonicalize_name
+from torch.cuda import nccl
 
 from vlm_tune.errors import RecipeError
 from vlm_tune.kernels.cpu.native import compiler, has_amx, kernel_status
@@ -102,7 +103,7 @@ def cuda() -> dict[str, Any]:
     return {
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if with_nccl else None,
+        "nccl": ".".join(map(str, nccl.version())) if with_nccl else None,
         "driver": driver_version(),
     }
 
