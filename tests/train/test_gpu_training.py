@@ -22,6 +22,7 @@ from torch.cuda import nccl
 import vlm_tune
 from tests.helpers.forked_runs import ended, start
 from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, tensors_of
+from vlm_tune import system
 from vlm_tune.api import sft
 from vlm_tune.config.engine import AutoEngine, FsdpEngine
 from vlm_tune.errors import RecipeError, TrainingError
@@ -383,7 +384,7 @@ def test_the_environment_names_the_gpu_and_what_drives_it(
     monkeypatch.setattr(nccl, "version", lambda: (2, 27, 7))
     if text is not None:
         (tmp_path / "version").write_text(f"{text}\nGCC version: gcc 13.2.0\n")
-    monkeypatch.setattr(environments, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(system, "DRIVER", tmp_path / "version")
     accelerator: Any = SimpleNamespace(device=CUDA, num_processes=2)
     values = environments.environment(accelerator, AutoEngine())
     expected = {
