@@ -38,7 +38,6 @@ LONGEST = (
     "test_launchers.py",
     "test_fuzz.py",
     "test_compiling.py",
-    "test_process_faults.py",
     "test_command_line_runs.py",
     "test_connectors_learn.py",
 )
