@@ -15,6 +15,7 @@ from torch import nn
 
 from tests.helpers.connector_kinds import KINDS, READS_TEXT, Tiny, with_connector
 from tests.helpers.pretended_gpu import CUDA, META, PretendedTensor, pretended
+from tests.helpers.tiny_architectures import tiny
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -37,6 +38,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.acceleration.install import uninstall
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.tuning import apply_rules
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
@@ -191,6 +193,27 @@ def test_a_model_answers_as_it_was_trained(kind: str, llm: str, tiny_recipe: Tin
     with torch.no_grad():
         loss: Any = model(batch_of(model, examples_of(model, recipe)))
     assert torch.isfinite(loss.sum)
+
+
+@pytest.mark.parametrize("name", ["Bart", "Gemma", "OPT"])
+def test_how_logits_are_computed_is_found_out_on_a_gpu(name: str) -> None:
+    """A quantised language model is there when its head and embedding are probed.
+
+    Bart adds a buffer to its logits, Gemma scales and OPT places its embeddings.
+    """
+    import transformers
+
+    layout = "seq2seq" if name == "Bart" else "causal"
+    kind = {"Bart": "ForConditionalGeneration"}.get(name, "ForCausalLM")
+    model = tiny(
+        getattr(transformers, f"{name}Config"), getattr(transformers, name + kind), layout
+    ).eval()
+    expected = LLMS[layout](model)
+    with pretended(model, CUDA):
+        llm = LLMS[layout](model)
+        assert llm.rule == expected.rule
+        assert llm.factor == expected.factor
+        llm.check()
 
 
 # --- on a real GPU -----------------------------------------------------------------------------
