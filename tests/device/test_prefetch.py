@@ -72,14 +72,14 @@ def test_an_error_is_raised_when_its_step_is_due(monkeypatch: pytest.MonkeyPatch
 def test_the_host_knows_a_moved_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it asks of a batch is not read from the device; workers pass all of it on."""
     original = pickle.loads(pickle.dumps(batch("a")))
-    asked = ("supervised", "tokens", "branched", "longest", "most_slots")
-    expected = [getattr(original, name) for name in asked]
+    figures = ("supervised", "tokens", "branched", "longest", "most_slots")
+    expected = [getattr(original, name) for name in figures]
     assert expected == [3, 6, False, 3, 1]
     assert original.slots.tolist() == [0, 3] and original.supervised_at.tolist() == [1, 2, 5]
     assert original.targets.tolist() == [5, 7, 7]
     with counted_device(monkeypatch) as device:
         moved = original.pin_memory().to(CUDA)
-        assert [getattr(moved, name) for name in asked] == expected
+        assert [getattr(moved, name) for name in figures] == expected
         assert moved.on_host.pixels is None and moved.on_host.labels.device == CPU
     assert not device.waits
 

@@ -100,7 +100,7 @@ def test_no_connector_waits(
 def test_the_contrastive_objective_waits_once_a_step(
     tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"objective__kind": "contrastive", **BRANCHES}
+    keys: dict[str, Any] = {"objective__kind": "contrastive", **BRANCHES}
     assert_one_wait_a_step(
         run_counted(tiny_recipe("causal"), tmp_path / "gpu", monkeypatch, **keys)
     )
@@ -110,7 +110,7 @@ def test_a_gradient_is_clipped_without_looking_at_its_norm(
     tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same optimizer step as on a CPU, which looks."""
-    keys = {"train__max_grad_norm": 0.05}
+    keys: dict[str, Any] = {"train__max_grad_norm": 0.05}
     text = tiny_recipe("causal")
     device = run_counted(text, tmp_path / "gpu", monkeypatch, **keys)
     assert_one_wait_a_step(device)

@@ -39,22 +39,22 @@ READS = {
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor on the counted device; `inner` is the CPU tensor that holds its values."""
+    """A tensor on the counted device; `backing` is the CPU tensor that holds its values."""
 
-    inner: torch.Tensor
+    backing: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> DeviceTensor:
+    def __new__(cls, backing: torch.Tensor) -> DeviceTensor:
         wrapped = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device="meta",
+            backing.shape,
+            strides=backing.stride(),
+            storage_offset=backing.storage_offset(),
+            dtype=backing.dtype,
+            device=torch.device("meta"),
         )
-        wrapped.inner = inner
+        wrapped.backing = backing
         return wrapped
 
     @property
@@ -76,7 +76,7 @@ class DeviceTensor(torch.Tensor):
         assert isinstance(s, _Stream)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"DeviceTensor({self.inner!r})"
+        return f"DeviceTensor({self.backing!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,7 +174,7 @@ class CountedDevice(TorchDispatchMode):
     def _wrapped(self, output: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The output with its tensors on the device; those that were passed in stay the same."""
         same = {
-            id(each.inner): each
+            id(each.backing): each
             for each in tree_flatten((args, kwargs))[0]
             if isinstance(each, DeviceTensor)
         }
@@ -193,7 +193,7 @@ def _is_there(tensor: Any) -> bool:
 
 def _inner(each: Any) -> Any:
     if isinstance(each, DeviceTensor):
-        return each.inner
+        return each.backing
     return torch.device("cpu") if isinstance(each, torch.device) else each
 
 

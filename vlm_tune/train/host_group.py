@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ class HostGroup:
 
     def __init__(self, accelerator: Accelerator, timeout: float) -> None:
         self.ranks = accelerator.num_processes
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         if self.ranks > 1 and "cpu:gloo" not in dist.get_backend_config():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
