@@ -35,6 +35,7 @@ from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merge
 from vlm_tune.exporting.verify import observe
+from vlm_tune.kernels import devices
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 from vlm_tune.model.checkpoint import load_model
 
@@ -227,11 +228,17 @@ def test_variants_train_on_packed_weights(variant: str, quantized: Callable[...,
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-@pytest.mark.parametrize("quantize", ["nf4", "fp4"])
+@pytest.mark.parametrize(("quantize", "operator"), [("nf4", True), ("fp4", True), ("nf4", False)])
 def test_fused_layers_on_packed_weights_compute_what_pefts_do(
-    quantize: str, kind: str, quantized: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    quantize: str,
+    operator: bool,
+    kind: str,
+    quantized: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = parsed(quantized(quantize, kind, precision="fp32"))
+    if not operator:
+        monkeypatch.setattr(devices, "by_operator", lambda device: False)
 
     def step(*, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model = built(recipe)

@@ -1,10 +1,20 @@
-"""Checks of the devices of an operator's tensors."""
+"""The devices that operators are for, and checks of the devices of their tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+
+def by_operator(device: torch.device) -> bool:
+    """Whether LoRA layers, MLPs and decoder layers on a device go by operators.
+
+    These have kernels for CPUs alone. On other devices a compiler is given tensor code that it can
+    trace and fuse: LoRA layers are `traceable`, and the rest is transformers' own code over them.
+    """
+    return device.type == "cpu"
 
 
 def check_devices(operator: str, tensors: Iterable[Tensor | None]) -> None:

@@ -34,6 +34,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.exporting.merge import check_merge, merge
 from vlm_tune.exporting.verify import observe
+from vlm_tune.kernels import devices
 from vlm_tune.model.acceleration import lora_layers
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, merge_projections
 from vlm_tune.model.lora import parts
@@ -47,6 +48,24 @@ def ready(recipe: Recipe, *, merged: bool = False) -> Any:
     if merged:
         assert merge_projections(model) > 0
     return model.train()
+
+
+@pytest.fixture(params=["operator", "traceable"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lets a test run twice: by the operator, and by tensor code as on a GPU."""
+    if request.param == "traceable":
+        traceable(monkeypatch)
+    return request.param
+
+
+def traceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is tensor code from here on, as on a device without a kernel of our own."""
+
+    def refused(*arguments: Any) -> Any:
+        raise AssertionError("the operator ran")
+
+    monkeypatch.setattr(devices, "by_operator", lambda device: False)
+    monkeypatch.setattr(lora_layers, "lora_linear", refused)
 
 
 def plain_peft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +150,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     bias=st.booleans(),
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     needs=st.booleans(),
+    operator=st.booleans(),
 )
 def test_layers_and_merged_projections_equal_peft(
     inputs: int,
@@ -140,6 +160,7 @@ def test_layers_and_merged_projections_equal_peft(
     bias: bool,
     shape: list[int],
     needs: bool,
+    operator: bool,
 ) -> None:
     # In double precision, for a gradient of few numbers may be what two large ones leave of each
     # other.
@@ -155,11 +176,15 @@ def test_layers_and_merged_projections_equal_peft(
         reader(inputs, outputs, **options).double(),
         reader(inputs, outputs, **options).double(),
     )
-    assert merge_projections(merged) == 1
-    assert_near(gradients(single, x), wanted, 1e-6)
-    assert_near(gradients(merged, x), wanted, 1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        if not operator:
+            traceable(patch)
+        assert merge_projections(merged) == 1
+        assert_near(gradients(single, x), wanted, 1e-6)
+        assert_near(gradients(merged, x), wanted, 1e-6)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("merged", [False, True])
 def test_in_half_precision_no_further_from_exact_than_peft(merged: bool) -> None:
     """Frozen weights in bf16, factors in fp32, computed under autocast.
@@ -260,6 +285,7 @@ def test_merged_projections_follow_their_weights() -> None:
     assert model.q.group.matrix is None  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("path")
 @torch.no_grad()
 def test_group_members_called_with_other_inputs_are_given_their_own() -> None:
     model = reader(8, (8, 8, 8), r=2)
@@ -270,6 +296,33 @@ def test_group_members_called_with_other_inputs_are_given_their_own() -> None:
     assert all(largest(one, other) <= 1e-6 for one, other in zip(outputs, wanted, strict=True))
 
 
+def test_tensor_code_saves_x_once_and_its_product_with_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides weights, and the B of all layers in the type of x."""
+    traceable(monkeypatch)
+    model = reader(32, (32, 16, 16), r=2)
+    merge_projections(model)
+    x = torch.randn(40, 32).bfloat16().requires_grad_()
+    for layer in (model.q, model.k, model.v):
+        layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()  # type: ignore[union-attr]
+    merge_projections(model)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        for layer in (model.q, model.k, model.v):
+            layer(x)
+    assert {each.data_ptr() for each in saved if len(each) == 40 and each.shape[1] == 32} == {
+        x.data_ptr()
+    }
+    weights = model.q.group.matrix  # type: ignore[union-attr]
+    stored = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in saved}
+    for known in (x, weights):
+        stored.pop(known.untyped_storage().data_ptr())
+    ranks = 6
+    assert sum(stored.values()) == 2 * ranks * (40 + 32 + 64)
+
+
+@pytest.mark.usefixtures("path")
 def test_the_compiled_pass_is_the_same() -> None:
     """Traced as one graph and run without a compiler.
 
@@ -307,11 +360,19 @@ def tune(name: str, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-@pytest.mark.parametrize("tuned", list(TUNES))
+@pytest.mark.parametrize(
+    ("tuned", "operator"), [*((tuned, True) for tuned in TUNES), ("all", False)]
+)
 def test_loss_and_gradients_equal_plain_peft(
-    kind: str, tuned: str, tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tuned: str,
+    operator: bool,
+    tiny_recipe: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = parsed(with_tune(tiny_recipe(kind), tune(tuned, kind)))
+    if not operator:
+        traceable(monkeypatch)
     single, merged = ready(recipe), ready(recipe, merged=True)
     steps = [step(model, recipe) for model in (single, merged)]
     merged.llm.model.gradient_checkpointing_enable(

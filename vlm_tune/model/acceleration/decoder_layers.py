@@ -23,7 +23,7 @@ from vlm_tune.compat import (
     module_state,
     set_attention,
 )
-from vlm_tune.kernels import unsupported_reason
+from vlm_tune.kernels import devices, unsupported_reason
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.decoder import Operands, decoder_layer
 from vlm_tune.kernels.lora import LARGE, TOGETHER
@@ -153,7 +153,7 @@ class DecoderLayer(nn.Module):
         tables = kwargs.get("position_embeddings")
         return (
             x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
+            and devices.by_operator(x.device)
             and is_interval_mask(kwargs.get("attention_mask"))
             and tables is not None
             # Narrower tables rotate only a part of each head, which the kernel does not do.

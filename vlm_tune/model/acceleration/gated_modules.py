@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from vlm_tune.compat import has_hooks
+from vlm_tune.kernels import devices
 from vlm_tune.kernels.mlp import by_kernel, lora_gated_mlp
 from vlm_tune.kernels.reference_mlp import ACTIVATIONS
 from vlm_tune.model.acceleration.lora_layers import LoraLinear, Operands, compute_dtype
@@ -77,8 +78,9 @@ def _activation(kind: type[nn.Module], names: Sequence[str], act: Any) -> int | 
 class GatedModule(nn.Module):
     """A gated MLP that runs by the operator for frozen weights, with plain LoRA or none.
 
-    In any other case it runs the forward pass of its original class. Each original class gets one
-    subclass (`_gated_class`), so that code that its modules share is compiled once.
+    The operator is for CPUs. On other devices, and in any other case, it runs the forward pass of
+    its original class. Each original class gets one subclass (`_gated_class`), so that code that
+    its modules share is compiled once.
     """
 
     layer_names: tuple[str, ...]
@@ -118,7 +120,7 @@ class GatedModule(nn.Module):
 
     def is_plain(self, x: Tensor, layers: Sequence[Any]) -> bool:
         """Whether the operator computes what the module does with x now."""
-        if x.device.type != "cpu":
+        if not devices.by_operator(x.device):
             return False
         dropout = getattr(self, "dropout", None)
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:

@@ -2,7 +2,8 @@
 
 The layers are PEFT's with another `forward`: names, files, merging and disabling stay PEFT's. They
 compute y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for one layer, or for several that read the same x
-(q, k and v).
+(q, k and v). On a CPU that is the operator `lora_linear`; elsewhere it is tensor code, around which
+a compiler fuses (`kernels/traceable.py`).
 
 Shapes: T tokens, I inputs, O_i outputs of a layer, O their sum, r_i ranks, R their sum.
 """
@@ -18,7 +19,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from vlm_tune.compat import has_hooks
+from vlm_tune.kernels import devices
 from vlm_tune.kernels.lora import by_kernel, lora_linear, wide_rank
+from vlm_tune.kernels.traceable import traceable_lora
 from vlm_tune.model.per_thread import PerThread
 
 SAME_INPUT = (
@@ -37,12 +40,15 @@ CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention"}
 class Packed:
     """A layer's weight in 4 bits: the codes, and a scale for each block of them.
 
-    `packing` is the kind of codes and the block's size, as in `nf4:64`.
+    `packing` is the kind of codes and the block's size, as in `nf4:64`. Where the scales are
+    quantized too, it ends with the size of their blocks, and `nested` has their code, their own
+    block scales and their offset.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     packing: str
+    nested: tuple[torch.Tensor, ...] = ()
 
 
 class LoraLinear(Linear):
@@ -58,7 +64,7 @@ class LoraLinear(Linear):
     packed: Packed | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not self.is_plain(x):
+        if args or kwargs or not self.is_plain(x) or self._only_reads(x):
             return super().forward(x, *args, **kwargs)
         return _project(x, [self])[0] if self.group is None else self.group.output(self, x)
 
@@ -73,6 +79,15 @@ class LoraLinear(Linear):
         return packed is not None and (
             torch.compiler.is_compiling()
             or packed.codes.data_ptr() == self.base_layer.weight.data_ptr()
+        )
+
+    def _only_reads(self, x: torch.Tensor) -> bool:
+        """Whether a 4-bit weight is used without a gradient, where its library is the quicker one.
+
+        For the few rows of a decode step it multiplies by the codes, on devices other than a CPU.
+        """
+        return self.packed is not None and not (
+            devices.by_operator(x.device) or torch.is_grad_enabled()
         )
 
     def is_plain(self, x: torch.Tensor) -> bool:
@@ -106,8 +121,9 @@ class ProjectionGroup:
 
     The others then return theirs from `pending`: that input, and the outputs not yet returned.
 
-    The frozen weights become views into one matrix [O, I + R]. Its last columns hold the scaled B
-    of each layer, in that layer's rows and ranks: [x | x A^T] times it is all outputs in one GEMM.
+    The frozen weights become views into one matrix [O, I]. For the operator it is [O, I + R], with
+    the scaled B of each layer in its last columns, in that layer's rows and ranks: [x | x A^T]
+    times it is all outputs in one GEMM.
     """
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
@@ -122,7 +138,8 @@ class ProjectionGroup:
         ranks = sum(layer.r[layer.name] for layer in self.layers)
         rows = sum(len(weight) for weight in weights)
         width = weights[0].shape[1]
-        matrix: torch.Tensor = weights[0].new_zeros(rows, width + wide_rank(ranks))
+        room = wide_rank(ranks) if devices.by_operator(weights[0].device) else 0
+        matrix: torch.Tensor = weights[0].new_zeros(rows, width + room)
         self.matrix = matrix
         for weight, place in zip(
             weights, matrix[:, :width].split([len(weight) for weight in weights]), strict=True
@@ -201,15 +218,22 @@ def merge_projections(model: nn.Module) -> int:
 
 
 def _packed(base: Any) -> Packed | None:
-    """The 4-bit weight of a layer, None if it has none or its block scales are quantized too."""
+    """The 4-bit weight of a layer; None if it has none that the layer's device computes with.
+
+    The CPU operator takes none whose block scales are quantized too.
+    """
     state = getattr(base.weight, "quant_state", None)
-    if state is None or state.nested or state.quant_type not in ("nf4", "fp4"):
+    if state is None or state.quant_type not in ("nf4", "fp4"):
         return None
-    return Packed(
-        base.weight.data.as_subclass(torch.Tensor),
-        state.absmax,
-        f"{state.quant_type}:{state.blocksize}",
-    )
+    codes = base.weight.data.as_subclass(torch.Tensor)
+    packing = f"{state.quant_type}:{state.blocksize}"
+    if not state.nested:
+        return Packed(codes, state.absmax, packing)
+    if devices.by_operator(codes.device):
+        return None
+    outer = state.state2
+    nested = (outer.code, outer.absmax, state.offset)
+    return Packed(codes, state.absmax, f"{packing}:{outer.blocksize}", nested)
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:
@@ -254,7 +278,7 @@ def operands(
     Args:
         layers: The layers, all plain.
         dtype: The type to compute in.
-        matrix: The merged weights [O, I + R] of several layers, with room for B.
+        matrix: The merged weights of several layers, for the operator with room for B.
     """
     names = [layer.name for layer in layers]
     bases = [layer.base_layer for layer in layers]
@@ -264,7 +288,7 @@ def operands(
             tensor
             for layer in layers
             if layer.packed
-            for tensor in (layer.packed.codes, layer.packed.scales)
+            for tensor in (layer.packed.codes, layer.packed.scales, *layer.packed.nested)
         ]
     else:
         weights = [bases[0].weight.to(dtype) if matrix is None else matrix]
@@ -290,16 +314,19 @@ def _project(
 ) -> tuple[torch.Tensor, ...]:
     """The outputs [..., O_i] of layers that read x [..., I].
 
-    `matrix` is their merged weights [O, I + R], with room for B.
+    `matrix` is their merged weights, for the operator with room for B.
     """
     dtype = compute_dtype(x)
     outputs = [layer.base_layer.out_features for layer in layers]
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     of = operands(layers, dtype, matrix)
-    quick = by_kernel(rows, outputs)
-    out, _ = lora_linear(
-        rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales
-    )
+    if devices.by_operator(x.device):
+        quick = by_kernel(rows, outputs)
+        out, _ = lora_linear(
+            rows, of.weights, of.packing, of.room, quick, of.bias, of.downs, of.ups, of.scales
+        )
+    else:
+        out = traceable_lora(rows, of.weights, of.packing, of.bias, of.downs, of.ups, of.scales)
     # A 4-bit layer's output has the type of its input.
     out = out.to(x.dtype) if of.packing else out
     return out.view(*x.shape[:-1], out.shape[-1]).split(outputs, -1)
