@@ -40,7 +40,8 @@ from vlm_tune.compat import (
     attention_name,
     build_no_shared_memory_op,
     cache_name,
-    compile_calls,
+    checkpoint_function,
+    checkpointed_forward,
     dataset_fingerprint,
     default_compile_cache,
     default_store,
@@ -49,7 +50,6 @@ from vlm_tune.compat import (
     flat_zero_shards,
     flex_attention,
     forget_checkpoint_names,
-    forget_compiled_calls,
     forget_members,
     fp32_layers,
     has_hooks,
@@ -481,31 +481,37 @@ def test_recurrent_models_are_known() -> None:
     assert is_stateful(recurrent) and not is_stateful(tiny_llama())
 
 
-def test_compiled_calls_run_eagerly_where_they_are_told_to() -> None:
-    class Layer(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            traced.append(torch.compiler.is_compiling())
-            return x + 1
-
-    traced: list[bool] = []
-    layer = Layer()
-    layer.compile = lambda **more: nn.Module.compile(layer, backend="eager", **more)  # type: ignore[method-assign]
-    compile_calls(layer, lambda args, kwargs: len(args[0]) == 1)
-    layer(torch.zeros(1))
-    assert traced == [False]
-    layer(torch.zeros(3))
-    assert traced == [False, True]
-    forget_compiled_calls(layer)
-    layer(torch.zeros(3))
-    assert traced == [False, True, False]
-
-
 def test_hooks_children_and_the_cache_of_compiled_code() -> None:
     layer = nn.Sequential(nn.Linear(2, 2))
     assert not has_hooks(layer) and submodules(layer) == {"0": layer[0]}
     layer.register_forward_hook(lambda *_: None)
     assert has_hooks(layer) and not has_hooks(layer[0])
     assert "torchinductor" in default_compile_cache()
+
+
+def test_the_forward_pass_that_a_block_checkpoints_is_known() -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=4
+    )
+    model = LlamaForCausalLM(config)
+    block = model.model.layers[0]
+    checkpointed = checkpointed_forward(block)
+    assert checkpointed is None or checkpointed is not type(block).forward
+    assert checkpointed_forward(nn.Linear(2, 2)) is None
+    assert checkpoint_function(block.train()) is None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    function = checkpoint_function(block)
+    assert function is not None
+    x = torch.ones(2, requires_grad=True)
+    calls: list[int] = []
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x * x
+
+    function(square, x).sum().backward()
+    assert len(calls) == 2
+    assert checkpoint_function(block.eval()) is None
 
 
 def test_a_cache_of_transformers_is_known() -> None:

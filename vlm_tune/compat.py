@@ -116,28 +116,6 @@ def has_hooks(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def compile_calls(module: Any, eager: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> None:
-    """Compiles a module's calls, with symbolic shapes.
-
-    Args:
-        module: The module; each is compiled at its first call.
-        eager: Says from a call's arguments whether it runs without the compiled code.
-    """
-    module.compile(dynamic=True)
-    compiled = module._compiled_call_impl
-    plain = module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (plain if eager(args, kwargs) else compiled)(*args, **kwargs)
-
-    module._compiled_call_impl = call
-
-
-def forget_compiled_calls(module: Any) -> None:
-    """Makes a module's calls run eagerly again."""
-    module._compiled_call_impl = None
-
-
 def submodules(module: Any) -> dict[str, Any]:
     """A module's children by name, empty places (None) included."""
     return module._modules
@@ -254,6 +232,25 @@ def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def eager_attention(module: Any) -> Callable[..., tuple[Any, Any]]:
     """transformers' attention by matrix products, which each model's file defines for itself."""
     return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def checkpointed_forward(block: Any) -> Callable[..., Any] | None:
+    """The function [module, ...] that transformers runs anew where it checkpoints a block.
+
+    Newer releases wrap `forward` for that. None for a block whose `forward` is not wrapped: older
+    ones checkpoint the whole call.
+    """
+    forward = type(block).forward
+    code = getattr(forward, "__code__", None)
+    wraps = code is not None and code.co_name == "forward_with_checkpointing"
+    return forward.__wrapped__ if wraps else None
+
+
+def checkpoint_function(block: Any) -> Callable[..., Any] | None:
+    """The function by which a transformers block now checkpoints; None if it does not."""
+    if getattr(block, "gradient_checkpointing", False) and block.training:
+        return block._gradient_checkpointing_func
+    return None
 
 
 def is_kv_cache(value: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from vlm_tune.errors import Problem, RecipeError
@@ -17,7 +18,7 @@ KERNELS_VARIABLE = "VLM_TUNE_KERNELS"
 """The environment variable that chooses what computes in bf16 on a CPU."""
 
 KERNEL_CHOICES = ("auto", "reference", "emulate")
-"""Its values.
+"""Its values, and those of the recipe's `train.kernels`.
 
 `auto` is the best for this CPU, `reference` is plain torch, and `emulate` runs the kernels and
 emulates the instructions that the CPU lacks.
@@ -94,17 +95,45 @@ def full_cache(folder: Path, reason: str) -> RecipeError:
     return RecipeError([Problem(shown_path(folder), message)])
 
 
-def kernel_choice() -> str:
-    """Returns $VLM_TUNE_KERNELS, or auto where it is not set.
+_recipe_kernels: ContextVar[str] = ContextVar("recipe_kernels", default="auto")
 
-    Raises `RecipeError` for a value that is not in `KERNEL_CHOICES`.
+
+@contextlib.contextmanager
+def kernel_setting(kernels: str) -> Iterator[None]:
+    """Context in which a recipe's `train.kernels` holds, where $VLM_TUNE_KERNELS is not set.
+
+    It holds for the thread that enters it.
     """
-    choice = os.environ.get(KERNELS_VARIABLE) or "auto"
+    before = _recipe_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _recipe_kernels.reset(before)
+
+
+def kernel_choice() -> str:
+    """Returns $VLM_TUNE_KERNELS, where it is not set the recipe's choice, and auto without one.
+
+    Raises `RecipeError` for a value of the variable that is not in `KERNEL_CHOICES`.
+    """
+    choice = os.environ.get(KERNELS_VARIABLE)
+    if not choice:
+        return _recipe_kernels.get()
     if choice not in KERNEL_CHOICES:
         raise RecipeError(
             [Problem(KERNELS_VARIABLE, f"{choice!r} is none of {', '.join(KERNEL_CHOICES)}")]
         )
     return choice
+
+
+def chosen_kernels() -> str:
+    """Returns where the choice of kernels comes from and what it is, for messages."""
+    by_variable = bool(os.environ.get(KERNELS_VARIABLE))
+    return (
+        f"{KERNELS_VARIABLE}={kernel_choice()}"
+        if by_variable
+        else (f"train.kernels: {kernel_choice()}")
+    )
 
 
 def cache_limit() -> int:

@@ -5,6 +5,7 @@ Notes gradients and sample ids beside each.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from vlm_tune.api import sft, verify_run
 from vlm_tune.config.load import load_recipe
@@ -42,7 +44,10 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def record(noted: dict[str, Any]) -> None:
-    """Notes the first step's gradient, and the sample ids of all steps."""
+    """Notes the first step's gradient, and the sample ids of all steps.
+
+    For FSDP also how many parameters have a gradient after each micro-batch of the first step.
+    """
 
     def before(clip: Any) -> Any:
         def clipped(engine: Engine, factor: float) -> Any:
@@ -54,6 +59,14 @@ def record(noted: dict[str, Any]) -> None:
 
     for kind in (Engine, DeepSpeed, Fsdp):
         kind.clip = before(kind.clip)
+    backward = Fsdp.backward
+
+    def backwarded(engine: Fsdp, loss: torch.Tensor) -> None:
+        backward(engine, loss)
+        if not noted["gradients"]:
+            noted["summed"].append(sum(each.grad is not None for each in engine._parameters()))
+
+    Fsdp.backward = backwarded
     whole_step = StageLoop._step
 
     def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
@@ -72,10 +85,13 @@ def main(runs: list[dict[str, Any]]) -> None:
     """Trains [{"recipe": path, "resume": false, "stop": step or null, "verify": false}, ...]."""
     noted: dict[str, Any] = {}
     record(noted)
+    # Traced and differentiated as for the compiler, which would take minutes.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     rank = os.environ.get("RANK", "0")
     for run in runs:
         path = Path(run["recipe"])
-        noted.update(gradients={}, ids={}, images=[], stop=run.get("stop"))
+        noted.update(gradients={}, ids={}, images=[], summed=[], stop=run.get("stop"))
+        counters.clear()
         try:
             folder = sft(load_recipe(path), resume=run.get("resume", False)).folder
             if run.get("verify"):
@@ -93,7 +109,13 @@ def main(runs: list[dict[str, Any]]) -> None:
             raise
         print(f"rank {rank}: {path.stem}", file=sys.stderr, flush=True)
         path.with_suffix(f".rank{rank}.json").write_text(
-            json.dumps({"ids": noted["ids"], "images": noted["images"]})
+            json.dumps(
+                {
+                    **{name: noted[name] for name in ("ids", "images", "summed")},
+                    "graphs": counters["stats"]["unique_graphs"],
+                    "breaks": len(counters["graph_break"]),
+                }
+            )
         )
         if rank == "0":
             save_file(noted["gradients"], path.with_suffix(".safetensors"))

@@ -79,6 +79,13 @@ HALF = {
     "decoder-qlora": ("ddp", "zero0", "zero1", "zero2"),
 }
 """In bf16, and in bf16 over a base of 4 bit, which is not for those that share weights out."""
+COMBINED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "windows-fsdp": ("frozen", "fsdp", {"train__batch_size": 2, "train__gradient_accumulation": 2}),
+    "compiled-fsdp": ("decoder-lora", "fsdp", {"train__compile": True}),
+    "compiled-zero2": ("decoder-lora", "zero2", {"train__compile": True}),
+    "compiled-zero3": ("decoder-lora", "zero3", {"train__compile": True}),
+}
+"""Runs of one step: in two micro-batches with few adapters, and with compiled blocks."""
 STAGES = """
 stages:
   - {name: first, train: {steps: 2}}
@@ -181,6 +188,9 @@ def train_all(folder: Path) -> None:
     for model, engine in RUNS:
         name = f"{model}-{engine}"
         add(name, recipe(folder, name, model, size=4, engine=ENGINES[engine]))
+    for name, (model, engine, settings) in COMBINED.items():
+        changes = {"train__batch_size": 4, **settings, "engine": ENGINES[engine]}
+        add(name, recipe(folder, name, model, size=4, **changes))
     # One process alone to step 3, two to step 6; ZeRO-2 to step 3, ZeRO-3 from there.
     goes_on = recipe(folder, "one-two-one", "decoder-lora", size=2, **GOES_ON)
     interrupted(lambda show: sft(goes_on, show=show), stage=0, step=3)
@@ -235,6 +245,34 @@ def test_two_ranks_take_the_gradient_of_one(model: str, trained: Path, tmp_path:
         ]
         assert sorted(images) == [0, 1]
         assert_close(alone, load_file(trained / f"{model}-{engine}.safetensors"))
+
+
+def noted(trained: Path, name: str) -> dict[str, Any]:
+    """What rank 0 noted of a run."""
+    return json.loads((trained / f"{name}.rank0.json").read_text())
+
+
+@pytest.mark.slow
+def test_micro_batches_and_compiled_blocks_give_the_gradient_of_one(
+    trained: Path, tmp_path: Path
+) -> None:
+    """FSDP exchanges the adapters' gradients once a step, and its blocks are compiled."""
+    for model in ("frozen", "decoder-lora"):
+        alone_recipe = recipe(trained, f"combined-{model}", model, size=8)
+        _, gradients = one_step(alone_recipe, tmp_path / model)
+        alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
+        for name in (name for name, (other, *_) in COMBINED.items() if other == model):
+            assert_close(alone, load_file(trained / f"{name}.safetensors"))
+    assert noted(trained, "windows-fsdp")["summed"] == [
+        0,
+        len(load_file(trained / "windows-fsdp.safetensors")),
+    ]
+    for name in COMBINED:
+        compiles = name.startswith("compiled") and name != "compiled-zero3"
+        assert (noted(trained, name)["graphs"] > 0) == compiles, name
+        assert not noted(trained, name)["breaks"], name
+    events = (trained / "compiled-zero3" / "log.jsonl").read_text()
+    assert "hooks of ZeRO stage 3" in events
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "32a29e5bc9e62b79"}
+SOURCES = {1: "8492ab667f7a50a3"}
 """The checksum of the operators' sources for each version."""
 
 

@@ -93,6 +93,11 @@ class TrainSection(Config):
         description="compile the LLM's blocks; auto: from 50 million parameters and 50 steps "
         "(or 2,000 scored rows)",
     )
+    kernels: Literal["auto", "reference", "emulate"] = Field(
+        default="auto",
+        description="what computes in bf16 on a CPU; auto: the best for it, reference: plain "
+        "torch, emulate: the kernels with emulated instructions; VLM_TUNE_KERNELS overrides it",
+    )
     cache_features: Literal["auto"] | bool = Field(
         default="auto",
         description="compute a frozen tower's features once (not with augmentation); auto: where "

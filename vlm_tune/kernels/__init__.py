@@ -9,7 +9,9 @@ gradient, and a kernel for CPUs in `cpu/`:
 - `linear_cross_entropy`: the loss under a frozen output head;
 - `decoder_layer`: a whole decoder layer, on a CPU alone.
 
-Operators hold no state between calls: a KV cache is an argument.
+Operators hold no state between calls: a KV cache is an argument. On devices other than a CPU LoRA
+layers are tensor code that a compiler traces (`traceable`), and MLPs and decoder layers are
+transformers' own.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from vlm_tune.memory_plan.results import Advice, Offload, Plan
 from vlm_tune.memory_plan.setting import Setting, check_arguments, check_setting, parse_size
 from vlm_tune.memory_plan.stage_plan import stage_plans
 from vlm_tune.precision import DTYPES
+from vlm_tune.resources import kernel_setting
 
 
 def plan(
@@ -75,8 +76,9 @@ def plan(
         CONTEXT if gpu else resident(),
     )
     check_setting(loaded, setting)
-    planned = _without_advice(loaded, setting, limit)
-    advice = _advice(loaded, planned, setting) if advise or planned.fits is False else []
+    with kernel_setting(loaded.train.kernels):
+        planned = _without_advice(loaded, setting, limit)
+        advice = _advice(loaded, planned, setting) if advise or planned.fits is False else []
     return replace(planned, advice=advice, seconds=round(time.perf_counter() - started, 2))
 
 

@@ -21,6 +21,7 @@ from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import read_safetensors
 from vlm_tune.paths import is_file, shown_path
+from vlm_tune.resources import kernel_setting
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
 from vlm_tune.train.checkpoint import checkpoints, read_progress, stage_folder, step_of
@@ -104,7 +105,7 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         recipe if MIXED[recipe.train.precision] == MIXED[stage.train.precision] else stage
     )
     _check_processes(run, progress.processes, accelerator.num_processes)
-    with ExitStack() as stack, determinism(recipe):
+    with ExitStack() as stack, kernel_setting(stage.train.kernels), determinism(recipe):
         stack.callback(shut_range)
         changed = _changed(run, environment(accelerator, section))
         report = ReplayReport(name, progress.step, end, environment=changed)

@@ -26,6 +26,7 @@ from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.committed_folders import recover_folders
 from vlm_tune.model.tuning import check_fits
 from vlm_tune.paths import reason
+from vlm_tune.resources import kernel_setting
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import accelerator_of
@@ -101,13 +102,10 @@ def sft(
     """
     run = Path(recipe.output)
     text = dump_recipe(recipe)
-    kernels = kernel_status()
-    check_model(recipe)  # before anything is written
-    forget_old_kernels()
-    return_freed_memory()
-    section = engine_of(recipe)
-    accelerator = accelerator_of(recipe)
-    with ExitStack() as stack, determinism(recipe):
+    with ExitStack() as stack, kernel_setting(recipe.train.kernels), determinism(recipe):
+        kernels = _check_machine(recipe)
+        section = engine_of(recipe)
+        accelerator = accelerator_of(recipe)
         stack.callback(shut_range)
         stop = stack.enter_context(stop_requests())
         watch = stack.enter_context(Watch(accelerator, recipe.train.timeout))
@@ -116,7 +114,7 @@ def sft(
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        _report_start(report, environment(accelerator, section), str(kernels), notes or [])
+        _report_start(report, environment(accelerator, section), kernels, notes or [])
         context = Context(
             recipe,
             run,
@@ -130,6 +128,15 @@ def sft(
             accepts=accept_changes,
         )
         return _train_and_score(context, started, write_report, test=test)
+
+
+def _check_machine(recipe: Recipe) -> str:
+    """Checks kernels and model before anything is written, and returns what computes and why."""
+    kernels = str(kernel_status())
+    check_model(recipe)
+    forget_old_kernels()
+    return_freed_memory()
+    return kernels
 
 
 def _report_start(
@@ -305,7 +312,8 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
             progress = Progress(stage=number, ranks=progress.ranks)
             checkpoint = None
         progress.ranks = progress.ranks or context.accelerator.num_processes
-        best = train_stage(context, model, name, stage, rows[number], progress, checkpoint)
+        with kernel_setting(stage.train.kernels):
+            best = train_stage(context, model, name, stage, rows[number], progress, checkpoint)
         if best is not None:
             del model
             model = best_model(context, best, stage, progress, VisionLanguageModel)

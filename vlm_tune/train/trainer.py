@@ -220,11 +220,9 @@ class StageLoop:
         The model's blocks are compiled where recipe, model and engine allow it, and other processes
         are watched.
         """
-        why = (
-            why_not(self.model.llm, self.recipe.train.compile, self.total)
-            if self.engine.compiles
-            else ""
-        )
+        why = why_not(self.model.llm, self.recipe.train.compile, self.total)
+        if why is None:
+            why = self.engine.uncompiled
         to_compile = blocks(self.model.llm, training=True) if why is None else []
         self._compiles = bool(to_compile)
         if to_compile:

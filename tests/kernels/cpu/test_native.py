@@ -23,7 +23,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.lora import by_kernel
 from vlm_tune.model.acceleration import decoder_layers, interval_attention
-from vlm_tune.resources import cache_folder
+from vlm_tune.resources import cache_folder, chosen_kernels, kernel_choice, kernel_setting
 
 NOBODY = 65534
 WIDE = "hidden_size: 64, head_dim: 32"
@@ -113,6 +113,28 @@ def test_a_run_by_the_kernels_and_one_by_plain_torch_learn_alike_and_say_which(
         losses[mode] = [event["loss"] for event in events if event["event"] == "train"][-1]
     assert calls[kernels] == calls["reference"] > 0
     assert losses[kernels] == pytest.approx(losses["reference"], rel=0.02)
+
+
+def test_the_recipe_chooses_for_its_run_and_the_variable_overrides_it(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLM_TUNE_KERNELS", raising=False)
+    recipe = parsed(tiny_recipe("causal"), train__kernels="reference", train__steps=1)
+    sft(recipe)
+    events = [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    (environment,) = [event for event in events if event["event"] == "environment"]
+    assert environment["kernels"] == "reference"
+    assert environment["kernels_reason"] == "plain torch: train.kernels: reference"
+    # The setting ends with the run.
+    assert kernel_choice() == "auto"
+    with kernel_setting("reference"):
+        assert kernel_choice() == "reference" and not native.has_kernels()
+        monkeypatch.setenv("VLM_TUNE_KERNELS", "emulate")
+        assert (kernel_choice(), chosen_kernels()) == ("emulate", "VLM_TUNE_KERNELS=emulate")
+    with pytest.raises(RecipeError, match="'fast' is none of auto, reference, emulate"):
+        parsed(tiny_recipe("causal"), train__kernels="fast")
 
 
 def test_what_computes_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ They do for every shape by one graph, and only while training.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -65,9 +67,7 @@ def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
     """
     if not operator:
         monkeypatch.setattr(devices, "by_operator", lambda device: False)
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
-    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     text = with_tune(tiny_recipe(kind), LORA_TUNE)
     model = ready(text)
     examples = [
@@ -95,6 +95,29 @@ def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(
     counters.clear()
     loss_and_gradients(model, batches[:1])
     assert not counters["stats"]["calls_captured"]
+
+
+def test_forward_is_compiled_within_a_blocks_hooks_and_not_beside_a_growing_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+            traced.append(torch.compiler.is_compiling())
+            return x + 1
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    traced: list[bool] = []
+    hooked: list[bool] = []
+    layer = Layer()
+    layer.register_forward_pre_hook(lambda *_: hooked.append(torch.compiler.is_compiling()))
+    x = torch.zeros(2, 3, 4)
+    with compiled([layer]):
+        layer(x, DynamicCache())
+        assert traced == [False]
+        layer(x)
+    layer(x)
+    assert traced == [False, True, False]
+    assert hooked == [False, False, False]
 
 
 def test_small_models_short_stages_and_machines_without_a_compiler_stay_eager(

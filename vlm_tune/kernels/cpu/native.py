@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.resources import KERNELS_VARIABLE, cache_folder, kernel_choice
+from vlm_tune.resources import cache_folder, chosen_kernels, kernel_choice
 
 KERNELS = "kernels"
 PARTS = {
@@ -108,13 +108,13 @@ def prefers_portable() -> bool:
 def kernel_status() -> KernelStatus:
     """The implementation that this machine would use now, found without compiling anything.
 
-    It depends on $VLM_TUNE_KERNELS, the CPU and the compiler. Raises `RecipeError` if
-    $VLM_TUNE_KERNELS is invalid or requires what this machine can't do.
+    It depends on $VLM_TUNE_KERNELS, the recipe's `train.kernels`, the CPU and the compiler. Raises
+    `RecipeError` if the variable is invalid, or the choice requires what this machine can't do.
     """
     choice = kernel_choice()
     emulated = emulation()
     if choice == "reference":
-        return KernelStatus(choice, "reference", f"{KERNELS_VARIABLE}=reference")
+        return KernelStatus(choice, "reference", chosen_kernels())
     if emulated is None:
         reason = (
             f"the kernels are for x86-64, and this is {platform.machine() or 'another machine'}"
@@ -124,7 +124,7 @@ def kernel_status() -> KernelStatus:
     elif (failure := _failures.get((KERNELS, _mode(choice)))) is not None:
         reason = failure
     elif choice == "emulate":
-        return KernelStatus(choice, emulated, f"{KERNELS_VARIABLE}=emulate")
+        return KernelStatus(choice, emulated, chosen_kernels())
     else:
         reasons: dict[Mode, str] = {
             "amx": "the CPU has AMX",
@@ -136,7 +136,7 @@ def kernel_status() -> KernelStatus:
         }
         return KernelStatus(choice, _mode(choice), reasons[_mode(choice)])
     if choice == "emulate":
-        raise RecipeError([Problem(f"{KERNELS_VARIABLE}=emulate", reason)])
+        raise RecipeError([Problem(chosen_kernels(), reason)])
     return KernelStatus(choice, "reference", reason)
 
 

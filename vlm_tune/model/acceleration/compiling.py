@@ -4,6 +4,9 @@ Compiled code is cached on disk, and the next run loads it from there. Blocks ar
 training steps, except decoder layers that one kernel computes there, and for answering many
 questions about images (`reading`): for the prefill and for the decode steps of the answers. Tokens
 beside a transformers KV cache run eagerly.
+
+A block's `forward` is compiled, inside of the hooks of its calls: FSDP2 gathers the block's weights
+in these and shards them again, and the compiled code gets whole weights.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlm_tune.compat import (
-    compile_calls,
+    checkpoint_function,
+    checkpointed_forward,
     default_compile_cache,
-    forget_compiled_calls,
     is_kv_cache,
     recompute_operator_inputs,
 )
@@ -97,15 +102,39 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
         # torch's default cache is in a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
     for block in blocks:
-        # Batch size and length are symbolic: static shapes would be compiled anew for each of the
-        # many shapes of a run.
-        compile_calls(block, _runs_eagerly)
+        _compile_forward(block)
     try:
         with recompute_operator_inputs():
             yield
     finally:
         for block in blocks:
-            forget_compiled_calls(block)
+            del block.forward
+
+
+def _compile_forward(block: Any) -> None:
+    """Gives a block a compiled `forward` of its own, which hides that of its class.
+
+    Checkpointing stays outside of the compiled code: a compiler does not trace through it what
+    projections of the same input hand to each other.
+    """
+    plain = block.forward
+    checkpointed = checkpointed_forward(block)
+    # Batch size and length are symbolic: static shapes would be compiled anew for each of the many
+    # shapes of a run, and a CUDA graph, which is off by default, captured for each.
+    inner = plain if checkpointed is None else MethodType(checkpointed, block)
+    quick = torch.compile(inner, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if _runs_eagerly(args, kwargs):
+            return plain(*args, **kwargs)
+        checkpoint = None
+        if checkpointed is not None and torch.is_grad_enabled():
+            checkpoint = checkpoint_function(block)
+        if checkpoint is None:
+            return quick(*args, **kwargs)
+        return checkpoint(partial(quick, **kwargs), *args)
+
+    block.forward = forward
 
 
 def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

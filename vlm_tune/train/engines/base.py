@@ -51,10 +51,10 @@ class Engine:
 
     Then all ranks must run the same modules in the same order.
     """
-    compiles = True
-    """Whether the language model's blocks may be compiled.
+    uncompiled: str | None = None
+    """Why the language model's blocks are not compiled; None where they may be.
 
-    Not where hooks within them handle weights or gradients.
+    They are not where hooks within them handle weights.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -43,12 +43,15 @@ class DeepSpeed(Engine):
     """
 
     skips = False
-    compiles = False
 
     def __init__(self, accelerator: Accelerator, section: DeepSpeedEngine) -> None:
         super().__init__(accelerator)
         self.section = section
         self.sharded = shards(section)
+        if self.sharded:
+            self.uncompiled = (
+                "the blocks are not compiled: hooks of ZeRO stage 3 gather each layer's weights"
+            )
         self.collects = section.stage > 0
 
     def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:

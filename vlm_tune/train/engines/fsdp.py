@@ -20,12 +20,17 @@ from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine, fill, fill_buffers, named_parameters
 
+DEFERRED = 0.1
+"""Share of all weights that trains, up to which gradients are exchanged once a step.
+
+Until then each rank accumulates them whole.
+"""
+
 
 class Fsdp(Engine):
     """FSDP2: weights, gradients and optimizer states are sharded block by block."""
 
     collects = sharded = True
-    compiles = False
 
     def __init__(self, accelerator: Accelerator, section: FsdpEngine) -> None:
         super().__init__(accelerator)
@@ -33,7 +38,11 @@ class Fsdp(Engine):
 
     def prepare(self, model: VisionLanguageNetwork, tuned: Tuned, train: TrainSection) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
 
         device = self.accelerator.device
         self.inner = model
@@ -46,6 +55,12 @@ class Fsdp(Engine):
             if self.section.offload
             else OffloadPolicy(),
         }
+        sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        # Offloading says that memory is short, and unsharded gradients are on the device.
+        self._defers = not self.section.offload and trained <= DEFERRED * sum(
+            size for size, _ in sizes
+        )
         fill_buffers(model, device)
         model.llm.whole_head = True
         for block in [*_blocks(model), model]:
@@ -62,8 +77,9 @@ class Fsdp(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        # Gradients are exchanged in every micro-batch: unsharded until the last one, they would be
-        # as large as the model.
+        # Unsharded until the last micro-batch, the gradients of a whole model would be as large as
+        # the model.
+        self.model.set_requires_gradient_sync(last or not self._defers)
         with self.accelerator.autocast():
             yield
 
