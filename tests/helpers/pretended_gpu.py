@@ -25,6 +25,8 @@ CUDA = torch.device("cuda:0")
 META = torch.device("meta")
 MOVES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 """Operators that take tensors of two devices."""
+PINS = (torch.ops.aten.pin_memory.default, torch.ops.aten._pin_memory.default)
+"""Operators that pin a tensor of the host, for which there is no driver."""
 
 
 class PretendedTensor(torch.Tensor):
@@ -95,6 +97,8 @@ class _Placing(TorchDispatchMode):
     """Gives tensors that are created on `cuda` or `meta` to the pretended devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PINS:
+            return args[0].clone()
         with self:  # in inference mode, operators that are made of others arrive whole
             output = func.decompose(*args, **(kwargs or {}))
         return _computed(func, args, kwargs or {}) if output is NotImplemented else output

@@ -112,7 +112,7 @@ def _lora_config(
         bias="none",
         use_rslora=rule.variant == "rslora",
         use_dora=rule.variant == "dora",
-        init_lora_weights=init,
+        init_lora_weights=init,  # type: ignore[arg-type]
         task_type=None
         if part == "tower"
         else "SEQ_2_SEQ_LM"
