@@ -611,10 +611,10 @@ def test_a_plan_for_a_gpu_is_the_same_on_a_machine_that_has_one(
     tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = parsed(with_tune(tiny_recipe("causal", precision="bf16")))
-    elsewhere = plan(recipe, gpu_memory="24GB", processes=2)
+    elsewhere = plan(recipe, gpu_memory="24GB", processes=2, tokens=60)
     assert elsewhere.stages[0].memory.collectives == COLLECTIVES
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    here = plan(recipe, processes=2)
+    here = plan(recipe, processes=2, tokens=60)
     assert here.device == "gpu"
     assert here.stages[0].memory == elsewhere.stages[0].memory
     assert here.stages[0].flops == elsewhere.stages[0].flops
@@ -688,7 +688,7 @@ def test_pytorch_s_cuda_allocator_cuts_blocks_from_segments() -> None:
     # Nothing of less than 1 MiB is cut off a large block.
     memory.give((medium[0], 0))
     memory.take(19 * unit + 512)
-    memory.take(unit + 1)
+    memory.take(2 * unit)  # 512 bytes more than is left of the segment of 12 MiB
     assert memory.largest == 54 * unit
 
 
