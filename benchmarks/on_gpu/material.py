@@ -121,8 +121,11 @@ class Shape:
 def shape(name: str, *, tiny: bool) -> Shape:
     """The shape of a name: 7b, 1b or t5-xl; tiny ones for a CPU."""
     seq2seq = name == "t5-xl"
+    if tiny and not seq2seq:
+        tied = DECODERS[name].get("tie_word_embeddings", False)
+        return Shape(name, TINY_VIT, {**TINY_DECODER, "tie_word_embeddings": tied}, seq2seq)
     if tiny:
-        return Shape(name, TINY_VIT, TINY_T5 if seq2seq else TINY_DECODER, seq2seq)
+        return Shape(name, TINY_VIT, TINY_T5, seq2seq)
     return Shape(name, VIT_L_336, T5_XL if seq2seq else DECODERS[name], seq2seq)
 
 

@@ -136,8 +136,15 @@ def trl(report: Report) -> None:
     form, tuned = options["form"], options["tuned"]
     name = f"{options['shape']} trl {form}{' tuned' * (tuned and form == 'rows')}"
     name = f"{options['shape']} peft compiled" if options.get("compiled") else name
+    settings = language_settings(report) if tuned else {}
     with tempfile.TemporaryDirectory() as output:
-        _best(report, name, _trl_peer(report, output), form, searches=tuned)
+        try:
+            _best(report, name, _trl_peer(report, output, settings), form, searches=tuned)
+        except Exception as error:
+            if not settings.get("use_liger_kernel"):
+                raise
+            report.note(f"TRL does not run with Liger's kernels here ({error}): without them")
+            _best(report, name, _trl_peer(report, output, {}), form, searches=tuned)
 
 
 def _best(report: Report, name: str, peer: Peer, form: str, *, searches: bool) -> None:
@@ -198,7 +205,7 @@ def assistant_masks() -> bool:
     return version >= ASSISTANT_MASKS
 
 
-def _trl_peer(report: Report, output: str) -> Peer:
+def _trl_peer(report: Report, output: str, settings: dict[str, Any]) -> Peer:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -209,7 +216,7 @@ def _trl_peer(report: Report, output: str) -> Peer:
     overrides: dict[str, Any] = {}
     if options["tuned"]:
         overrides = {
-            **language_settings(report),
+            **settings,
             "model_init_kwargs": {"dtype": "bfloat16"},
             "gradient_checkpointing": False,
             "dataloader_num_workers": WORKERS if device_type() == "cuda" else 0,

@@ -156,9 +156,8 @@ def bars(phases: Phases) -> dict[str, dict[str, Any]]:
     branches = rows.get("7b branches", {})
     add("7B, MFU on the measured GEMM rate", branches.get("mfu"), 0.5)
     nf4 = rows.get("7b nf4")
-    if nf4 and branches:
-        same = branches.get("trials", {}).get(str(nf4["batch"]), {}).get("ms") or branches["ms"]
-        add("7B, NF4 step over bf16 step", nf4["ms"] / same, 1.15, most=True)
+    if nf4 and branches and nf4["batch"] == branches["batch"]:
+        add("7B, NF4 step over bf16 step", nf4["ms"] / branches["ms"], 1.15, most=True)
     level = memory_ratio(branches, rows.get("7b trl turns", {}))
     add("7B, memory above weights at TRL's questions a step", level, 0.6, most=True)
     return wanted

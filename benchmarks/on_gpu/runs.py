@@ -93,7 +93,7 @@ def demo(report: Report) -> None:
     if not (run / "result.json").is_file():
         return
     finished = json.loads((run / "result.json").read_text())
-    accuracy = finished["test"]["accuracy"]
+    accuracy = finished["accuracy"]
     report.figure("demo", {"accuracy": accuracy, "seconds": finished["seconds_total"]})
     if report.tiny:
         report.not_run("the demo's accuracy", "the demo is cut short under --tiny")

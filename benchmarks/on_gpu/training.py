@@ -63,8 +63,12 @@ def ours(report: Report) -> None:
             lambda: trainer.measure(form, batch, (TRIAL_WARM, TRIAL_STEPS), compiles=False)
         )
 
-    most = STARTS[form] if report.tiny else MOST[form]
-    batch, trials = best_batch(trial, STARTS[form], most, memory_gb())
+    trials: dict[str, Any] = {}
+    # Quantised, the batch of the run that is not: steps are compared.
+    batch = batch_of(report, f"{options['shape']} {form}") if options.get("quantize") else None
+    if batch is None:
+        most = STARTS[form] if report.tiny else MOST[form]
+        batch, trials = best_batch(trial, STARTS[form], most, memory_gb())
     compiles = not report.tiny
     steps = steps_of(report)
     figures = trainer.measure(form, batch, steps, compiles=compiles)
@@ -74,6 +78,12 @@ def ours(report: Report) -> None:
         trainer.measure(form, batch, steps, compiles=compiles, profile=profile)
         report.figure("profile", profile.summary())
         _compare_plan(report, trainer.recipe(form, batch, compiles=compiles), figures)
+
+
+def batch_of(report: Report, name: str) -> int | None:
+    """The batch of a run of an earlier phase; None if there is none."""
+    rows = [row for phase in report.known.values() for row in phase.get("rows", ())]
+    return next((row["batch"] for row in rows if row["name"] == name), None)
 
 
 def recipe_text(kind: Shape, home: Path, run: Path, form: str, batch: int, **keys: Any) -> str:
@@ -241,7 +251,9 @@ class Trainer:
         if form not in self.rows:
             quiet = replace(context, report=lambda event: None)
             self.rows[form] = read_rows(quiet, 0, "main", recipe, self.model.processor)
-        loop = stage_loop(context, self.model, "main", recipe, self.rows[form], Progress(), None)
+        loop = stage_loop(
+            context, self.model, "main", recipe, self.rows[form], Progress(ranks=1), None
+        )
         loop.data.feed = Noted(loop.data.feed, meter)  # type: ignore[assignment]
         try:
             loop.run()
