@@ -41,16 +41,20 @@ TAIL = 20_000
 """Characters of a phase's output that the log takes."""
 
 PRELOADED = (
-    "torch",
+    "torch._dynamo",
+    "torchvision.transforms.v2",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llava.modeling_llava",
     "transformers.models.llama.modeling_llama",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
-    "peft",
-    "vlm_tune.api",
+    "accelerate",
+    "datasets",
 )
-"""Imported once; the phases are forks of that process. None of these initialises CUDA."""
+"""Imported once; the phases are forks of that process.
+
+None of these initialises CUDA, which a fork could not use then. PEFT does: it imports bitsandbytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class Passing:
         content = {
             "tiny": self.tiny,
             "seconds": time.monotonic() - self.started,
-            "bars": bars(self.phases),
+            "bars": {} if self.tiny else bars(self.phases),
             "rows": list(measured_rows(self.phases)),
             "phases": self.phases,
         }
@@ -350,7 +354,7 @@ def main() -> None:
         only=options.only,
         seconds=options.seconds,
     )
-    for line in table(passing.phases):
+    for line in table(passing.phases, with_bars=not options.tiny):
         print(line)
     free = shutil.disk_usage(folder).free / 1e9
     print(f"models are left in {folder} for the next pass ({free:.0f} GB are free there)")

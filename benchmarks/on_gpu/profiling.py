@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -47,21 +48,32 @@ class Profile:
         if device_type() == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.inner = torch.profiler.profile(activities=activities)
+        self.caught = warnings.catch_warnings(record=True)
+        self.warnings: list[Any] | None = None
 
     def start(self) -> None:
         """Begins, after all that runs on the device has ended."""
         if device_type() == "cuda":
             torch.cuda.synchronize()
+        self.warnings = self.caught.__enter__()
+        warnings.simplefilter("always")
+        if device_type() == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")  # a warning for each call that waits
         self.inner.start()
 
     def stop(self) -> None:
         """Ends, after all that runs on the device has ended."""
         if device_type() == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
+        self.caught.__exit__(None, None, None)
         self.inner.stop()
 
     def summary(self) -> dict[str, Any]:
-        """The figures of `summarise`; on a CPU its operators stand for kernels."""
+        """The figures of `summarise`, and how many calls waited for the device.
+
+        On a CPU operators stand for kernels, and no call waits.
+        """
         kind = "CUDA" if device_type() == "cuda" else "CPU"
         events: Any = self.inner.events() or []
         spans = [
@@ -69,7 +81,8 @@ class Profile:
             for event in events
             if event.device_type.name == kind and not (kind == "CPU" and event.cpu_children)
         ]
-        return summarise(spans, [event.name for event in events])
+        waits = sum("synchroniz" in str(one.message) for one in self.warnings or ())
+        return {**summarise(spans, [event.name for event in events]), "calls_that_wait": waits}
 
 
 def summarise(spans: Sequence[Span], names: Iterable[str]) -> dict[str, Any]:

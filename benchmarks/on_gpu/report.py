@@ -175,8 +175,8 @@ def memory_ratio(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> float | No
     return trial["above_weights_gb"] / theirs if trial and theirs else None
 
 
-def table(phases: Phases) -> Iterator[str]:
-    """Yields the lines of the summary: phases, checks, rows and bars."""
+def table(phases: Phases, *, with_bars: bool = True) -> Iterator[str]:
+    """Yields the lines of the summary: phases, checks, rows and, unless left out, bars."""
     for name, phase in phases.items():
         reason = f": {phase['reason']}" if phase.get("reason") else ""
         seconds = f" ({phase['seconds']:.0f} s)" if "seconds" in phase else ""
@@ -195,7 +195,7 @@ def table(phases: Phases) -> Iterator[str]:
             for _, form, read in COLUMNS
         )
         yield f"{row['name']:22} {' '.join(cells)}"
-    for name, bar in bars(phases).items():
+    for name, bar in bars(phases).items() if with_bars else ():
         limit = "" if bar["wanted"] is None else f", at {'most' if bar['most'] else 'least'} "
         limit += "" if bar["wanted"] is None else f"{bar['wanted']:g}"
         met = {None: "", True: ": met", False: ": NOT met"}[bar["met"]]

@@ -21,6 +21,7 @@ from benchmarks.on_gpu.measuring import (
 from benchmarks.on_gpu.profiling import Profile, compilations, graph_breaks
 from benchmarks.on_gpu.report import Report
 from benchmarks.on_gpu.work import Useful, batch_amount
+from benchmarks.ours import Amount
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Batch
@@ -89,7 +90,7 @@ def batch_of(report: Report, name: str) -> int | None:
 def recipe_text(kind: Shape, home: Path, run: Path, form: str, batch: int, **keys: Any) -> str:
     """A recipe that trains the same as the peers: LoRA, the connector in full, a frozen tower.
 
-    Further `keys` are `compiles` and `quantize`.
+    Further `keys` are `compiles`, `quantize` and `data`, more lines of that section.
     """
     if kind.seq2seq:
         tower = f"{{kind: transformers, name: {home / 'tower'}, layer: -1}}"
@@ -103,7 +104,7 @@ output: {run}
 model: {parts}
 data:
   template: {"flan" if kind.seq2seq else "chatml"}
-  max_length: 2048
+  max_length: 2048{keys.get("data", "")}
   {FORMS[form].replace(", ", chr(10) + "  ")}
   train: [{{kind: file, path: {home / "single.jsonl"}}}]
   test: [{{kind: file, path: {home / "test" / "single.jsonl"}}}]
@@ -141,7 +142,8 @@ class Meter:
         self.compiled = [compilations()]
         self.seq2seq = seq2seq
         self.profile = profile
-        self.batches: list[list[Batch]] = []
+        self.batches: list[list[tuple[Batch, int]]] = []
+        """By step: micro-batches without their pixels, and their numbers of images."""
 
     def event(self, event: dict[str, Any]) -> None:
         """Notes the time after each step."""
@@ -168,15 +170,11 @@ class Meter:
     def count(self) -> None:
         """Counts the content of the steps' batches, after them."""
         for batches in self.batches[: self.most]:
-            amounts = [batch_amount(batch, seq2seq=self.seq2seq) for batch in batches]
-            self.steps.amounts.append(sum(amounts[1:], amounts[0]))
-            self.steps.images.append(sum(_images(batch) for batch in batches))
-            self.steps.questions.append(sum(batch.questions for batch in batches))
-            self.steps.padded.append(sum(batch.attention_mask.numel() for batch in batches))
-
-
-def _images(batch: Batch) -> int:
-    return 0 if batch.pixels is None else len(batch.pixels)
+            amounts = [batch_amount(batch, seq2seq=self.seq2seq) for batch, _ in batches]
+            self.steps.amounts.append(sum(amounts, Amount()))
+            self.steps.images.append(sum(images for _, images in batches))
+            self.steps.questions.append(sum(batch.questions for batch, _ in batches))
+            self.steps.padded.append(sum(batch.attention_mask.numel() for batch, _ in batches))
 
 
 class Noted:
@@ -192,7 +190,13 @@ class Noted:
     def windows(self, *arguments: Any, **named: Any) -> Iterator[Any]:
         """Yields the feed's windows."""
         for window in self._feed.windows(*arguments, **named):
-            self._meter.batches.append(list(window))
+            # The loop moves a batch to the device in place, and may do so steps ahead.
+            self._meter.batches.append(
+                [
+                    (replace(batch, pixels=None), 0 if batch.pixels is None else len(batch.pixels))
+                    for batch in window
+                ]
+            )
             yield window
 
 
@@ -205,16 +209,19 @@ class Trainer:
         self.run = report.folder / "training"
         self.run.mkdir(exist_ok=True)
         self.quantize = quantize
+        # Processes would have to be started.
+        self.data = "\n  workers: 1" if report.tiny else ""
         recipe = self.recipe("rows", 1, compiles=False)
         self.accelerator = accelerator_of(recipe)
         self.model: VisionLanguageModel = build(recipe, [], model_class=VisionLanguageModel)
+        self.model.to(self.accelerator.device)
         self.rows: dict[str, StageRows] = {}
         text, vision = kind.configs()
         self.useful = Useful.of(text, vision, blocks=kind.blocks, rank=RANK, seq2seq=kind.seq2seq)
 
     def recipe(self, form: str, batch: int, *, compiles: bool) -> Recipe:
         """The recipe of a setting."""
-        keys = {"compiles": compiles, "quantize": self.quantize}
+        keys = {"compiles": compiles, "quantize": self.quantize, "data": self.data}
         return parse_recipe(recipe_text(self.kind, self.home, self.run, form, batch, **keys))
 
     def measure(

@@ -25,7 +25,10 @@ from vlm_tune.data.types import Batch
 @pytest.mark.slow
 def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
     """Both passes in tiny shapes: all checks pass, and what needs a GPU says so."""
-    # Forks of this process, which has imported already what each phase needs.
+    # Forks of this process, which imports once what the phases need.
+    for name in ("checks", "runs", "training", "peers", "answers"):
+        importlib.import_module(f"benchmarks.on_gpu.{name}")
+    importlib.import_module("trl.trainer.sft_trainer")
     fork = multiprocessing.get_context("fork")
     for number, phases in PHASES.items():
         passing = run_pass(number, tmp_path, tmp_path / "folder", tiny=True, context=fork)
