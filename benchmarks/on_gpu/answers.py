@@ -53,7 +53,8 @@ def ours(report: Report) -> None:
     home = material(report.folder, name, tiny=report.tiny)
     text = recipe_text(kind, home, report.folder / "answers", "rows", 1, compiles=not report.tiny)
     recipe = parse_recipe(text)
-    model = build(recipe, [], model_class=VisionLanguageModel).to(device_type())
+    device = torch.device(device_type())
+    model = build(recipe, [], device=device, model_class=VisionLanguageModel)
     # Other images, so that no feature of the measured ones is cached.
     other = text.replace(str(home / "test" / "single.jsonl"), str(home / "single.jsonl"))
     began = _now()

@@ -21,7 +21,6 @@ from benchmarks.on_gpu.material import tokenizer_of
 from benchmarks.on_gpu.measuring import device_type
 from benchmarks.on_gpu.report import Report
 from vlm_tune.config.load import parse_recipe
-from vlm_tune.config.model import Llm
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import branch_layout, pack_layout
@@ -48,9 +47,6 @@ NEW_TOKENS = 6
 
 WIDTHS = {"causal": 256, "seq2seq": 128}
 TINY_WIDTH = 32
-NO_KEY = "this version has no llm.attention to force FlexAttention with"
-"""Reason where the recipe can't name the attention."""
-
 Gradients = dict[str, torch.Tensor]
 
 
@@ -62,7 +58,8 @@ def checks(report: Report) -> None:
     batches = small.batches(reference)
     expected = gradients(reference, batches["rows"])
     device = device_type()
-    model = copy.deepcopy(reference).to(device)
+    model = tuned(small.recipe(), device=device)
+    model.load_state_dict(reference.state_dict())
     compare(report, f"fp32: {device} = cpu", gradients(model, batches["rows"]), expected)
     with torch.autocast(device, torch.bfloat16):
         half = gradients(model, batches["rows"])
@@ -201,9 +198,11 @@ def _language(kind: str, width: int, tokenizer: Any) -> Any:
     return T5ForConditionalGeneration(config)
 
 
-def tuned(recipe: Recipe, change: Callable[[Any], None] | None = None) -> VisionLanguageModel:
+def tuned(
+    recipe: Recipe, change: Callable[[Any], None] | None = None, *, device: str = "cpu"
+) -> VisionLanguageModel:
     """The recipe's model with its adapters awake; `change` comes before they are added."""
-    model = build(recipe, [], model_class=VisionLanguageModel)
+    model = build(recipe, [], device=torch.device(device), model_class=VisionLanguageModel)
     if change:
         change(model)
     torch.manual_seed(0)
@@ -289,7 +288,7 @@ def _nf4(report: Report, small: Small) -> None:
     """NF4 layers against plain ones that hold the same de-quantised weights."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed = tuned(small.recipe(quantize="nf4")).to(device_type())
+    packed = tuned(small.recipe(quantize="nf4"), device=device_type())
     weights = {
         name.replace(".base_layer", ""): dequantize_4bit(layer.weight.data, state).cpu()
         for name, layer in packed.llm.named_modules()
@@ -301,7 +300,8 @@ def _nf4(report: Report, small: Small) -> None:
             layer: Any = model.llm.get_submodule(name)
             layer.weight.data.copy_(weight)
 
-    plain = tuned(small.recipe(), fill).to(device_type())
+    plain = tuned(small.recipe(), fill, device=device_type())
+    plain.connector.load_state_dict(packed.connector.state_dict())
     report.check("NF4 packs the blocks' layers", len(weights) > 6, f"{len(weights)} layers")
     for name, batch in small.batches(plain).items():
         compare(
@@ -313,18 +313,16 @@ def _nf4(report: Report, small: Small) -> None:
 
 
 def _flex(report: Report, small: Small) -> None:
-    """FlexAttention against SDPA, where the recipe can name the attention."""
+    """FlexAttention against SDPA."""
     name = "FlexAttention = SDPA"
-    if "attention" not in Llm.model_fields:
-        report.not_run(name, NO_KEY)
-        return
     if device_type() == "cpu":
         report.not_run(name, "FlexAttention has no backward pass on a CPU")
         return
     by_name = {
-        attention: tuned(small.recipe(attention=attention)).to(device_type())
+        attention: tuned(small.recipe(attention=attention), device=device_type())
         for attention in ("sdpa", "flex")
     }
+    by_name["flex"].load_state_dict(by_name["sdpa"].state_dict())
     for layout, batch in small.batches(by_name["sdpa"]).items():
         expected = gradients(by_name["sdpa"], batch)
         compare(report, f"{name}, {layout}", gradients(by_name["flex"], batch), expected)

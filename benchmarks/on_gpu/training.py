@@ -213,8 +213,9 @@ class Trainer:
         self.data = "\n  workers: 1" if report.tiny else ""
         recipe = self.recipe("rows", 1, compiles=False)
         self.accelerator = accelerator_of(recipe)
-        self.model: VisionLanguageModel = build(recipe, [], model_class=VisionLanguageModel)
-        self.model.to(self.accelerator.device)
+        self.model: VisionLanguageModel = build(
+            recipe, [], device=self.accelerator.device, model_class=VisionLanguageModel
+        )
         self.rows: dict[str, StageRows] = {}
         text, vision = kind.configs()
         self.useful = Useful.of(text, vision, blocks=kind.blocks, rank=RANK, seq2seq=kind.seq2seq)
