@@ -261,7 +261,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 # Inside a compiled block with symbolic shapes, its factors would be symbols, which it refuses.
-@torch.compiler.disable
+@torch.compiler.disable()
 def attend_by_flex(
     query: Tensor,
     key: Tensor,
