@@ -124,7 +124,7 @@ def child(target: str, request: dict[str, Any]) -> None:
     code = 1
     try:
         os.environ |= request["environment"]
-        if _after_cuda():
+        if not request["tiny"] and _after_cuda():
             again = json.dumps([target, {**request, "alone": True}])
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", "--child", again])
         module, _, function = target.partition(":")

@@ -57,12 +57,12 @@ def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
 
 def test_a_phase_that_fails_and_one_without_time(tmp_path: Path, monkeypatch: Any) -> None:
     """The pass fails, and says which phases it did not reach."""
-    from benchmarks.on_gpu import environment
 
     def broken(report: Any) -> None:
         report.check("one of two", False, "is wrong")
 
-    monkeypatch.setattr(environment, "environment", broken)
+    module = importlib.import_module("benchmarks.on_gpu.environment")
+    monkeypatch.setattr(module, "environment", broken)
     fork = multiprocessing.get_context("fork")
     passing = run_pass(
         1, tmp_path, tmp_path / "folder", tiny=True, only=["environment"], context=fork
