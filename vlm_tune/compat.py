@@ -100,15 +100,23 @@ def default_compile_cache() -> str:
     return default_cache_dir()
 
 
-def deterministic_compiling() -> AbstractContextManager[Any]:
+@contextmanager
+def deterministic_compiling() -> Iterator[None]:
     """Context in which inductor takes no choice by timing that changes what code computes.
 
     By default it tries several kernels for a reduction and takes the fastest, which may be another
     one in the next process. Code that is compiled within the context stays deterministic after it.
     """
+    from torch._functorch import config as functorch
     from torch._inductor import config
 
-    return config.patch(deterministic=True)
+    # A backward pass that is compiled when it first runs is so in a thread of autograd's, where
+    # settings of this thread do not hold.
+    with (
+        config.patch(deterministic=True),
+        functorch.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
 
 
 def has_hooks(module: Any) -> bool:
@@ -146,7 +154,8 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     from torch.nn.attention import flex_attention as library
 
     if query.device.type == "cuda" and not isinstance(query, FakeTensor):
-        with config.patch(recompile_limit=RECOMPILED):
+        # Where other code is to run eagerly, scores [L, L] would be in memory.
+        with torch.compiler.set_stance("default"), config.patch(recompile_limit=RECOMPILED):
             return _compiled_flex_attention()(query, *args, **kwargs)
     before = library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
     library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True

@@ -14,6 +14,8 @@ from vlm_tune.data.prepare.run import prepare
 from vlm_tune.model import feature_choice
 from vlm_tune.model.feature_choice import Usage, cache_choice, estimate, stage_usage
 from vlm_tune.resources import cache_folder
+from vlm_tune.train.checkpoint import Progress
+from vlm_tune.train.stage_data import decide_features
 
 ROOM = 50e9
 BASE_32 = {"image_bytes": 50 * 768 * 2, "tower_flops": 2 * 50 * 87e6}
@@ -118,3 +120,29 @@ def test_what_the_steps_read(tiny_recipe: Callable[..., str]) -> None:
         assert usage.images == 4
         assert usage.views == pytest.approx(8 * passes)
         assert usage.tokens == pytest.approx(once * passes)
+
+
+def test_a_stage_decides_once_and_not_for_augmented_images(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe).requires_grad_(False)
+    train = prepare(recipe.data, recipe.data.train, model.processor, seed=0)
+    rows: Any = SimpleNamespace(train=train, validation=[])
+    accelerator: Any = SimpleNamespace(device=model.device)
+    progress = Progress(ranks=1)
+    notes: list[dict[str, Any]] = []
+
+    def decide(stage: Any = recipe) -> bool:
+        return decide_features(stage, model, rows, accelerator, progress, notes.append)
+
+    assert decide() and progress.cached is True and len(notes) == 1
+    # A disk that is fuller when the run is resumed changes no step.
+    monkeypatch.setattr(feature_choice, "_room", lambda: 0.0)
+    assert decide() and len(notes) == 1
+    progress.cached = None
+    assert not decide() and progress.cached is False and len(notes) == 2
+    augmented = parsed(tiny_recipe("causal"), data__augment={"flip": 0.5})
+    assert not decide(augmented) and len(notes) == 2
+    rows.validation = [object()]
+    assert decide(augmented)

@@ -19,7 +19,7 @@ from vlm_tune.memory_plan.setting import Setting
 from vlm_tune.memory_plan.step import ROWS
 from vlm_tune.memory_plan.traced_stage import TracedStage, trace_stage
 from vlm_tune.memory_plan.zero import Held, Shares, zero_memory
-from vlm_tune.resources import KERNEL_BYTES, KERNELS
+from vlm_tune.resources import KERNEL_BYTES, KERNELS, kernel_setting
 
 
 def stage_plans(
@@ -86,16 +86,17 @@ def _traced_stage(
     """Traces a stage as `trace_stage`; one that is in `setting.known` is not traced again."""
     key = (recipe.model_dump_json(), number, pickle.dumps((reading.batch, reading.usage)))
     if key not in setting.known:
-        setting.known[key] = trace_stage(
-            recipe,
-            number,
-            stage,
-            tokenizer,
-            reading.batch,
-            reading.usage,
-            gpu=setting.gpu,
-            tokens=setting.tokens,
-        )
+        with kernel_setting(stage.train.kernels):
+            setting.known[key] = trace_stage(
+                recipe,
+                number,
+                stage,
+                tokenizer,
+                reading.batch,
+                reading.usage,
+                gpu=setting.gpu,
+                tokens=setting.tokens,
+            )
     return setting.known[key]
 
 

@@ -142,7 +142,8 @@ def _to_host(features: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.T
     host = torch.empty(features.shape, dtype=dtype, pin_memory=True)
     host.copy_(features, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    # The current device may be another one.
+    done.record(torch.cuda.current_stream(features.device))
 
     def wait() -> torch.Tensor:
         done.synchronize()

@@ -11,6 +11,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    parse_flag_from_env,
 )
 
 from vlm_tune.compat import allow_precision, launched_without_others
@@ -65,6 +66,7 @@ def _group(timeout: float) -> InitProcessGroupKwargs:
     """Settings of the process group, which has no collective longer than `timeout` seconds."""
     settings = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     # accelerate takes a named backend as a sign that there are several processes.
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+    on_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if on_gpus and "LOCAL_RANK" in os.environ:
         settings.backend = BACKENDS
     return settings

@@ -53,6 +53,8 @@ class Progress:
     """Number of processes that trained together."""
     ranks: int = 0
     """Number of processes that the batches are planned for: that of the run's start."""
+    cached: bool | None = None
+    """Whether the tower's features are cached, as decided when the stage began."""
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:

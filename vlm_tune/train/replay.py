@@ -107,7 +107,8 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
     _check_processes(run, progress.processes, accelerator.num_processes)
     with ExitStack() as stack, kernel_setting(stage.train.kernels), determinism(recipe):
         stack.callback(shut_range)
-        changed = _changed(run, environment(accelerator, section))
+        with kernel_setting(recipe.train.kernels):  # as the run noted it
+            changed = _changed(run, environment(accelerator, section))
         report = ReplayReport(name, progress.step, end, environment=changed)
         set_seed(recipe.seed)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm-tune-replay-")))

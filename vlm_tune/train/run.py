@@ -132,6 +132,9 @@ def sft(
 
 def _check_machine(recipe: Recipe) -> str:
     """Checks kernels and model before anything is written, and returns what computes and why."""
+    for _, stage in recipe.resolved_stages():
+        with kernel_setting(stage.train.kernels):
+            kernel_status()
     kernels = str(kernel_status())
     check_model(recipe)
     forget_old_kernels()
@@ -159,7 +162,8 @@ def _train_and_score(
     run = context.run
     try:
         model, seconds, rows = _stages(context)
-        result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
+        with kernel_setting(context.recipe.resolved_stages()[-1][1].train.kernels):
+            result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
         result["seconds_total"] = round(time.perf_counter() - started, 2)
         if context.accelerator.is_main_process:
             (run / "result.json").write_text(json.dumps(result, indent=2))
@@ -320,7 +324,8 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
         end_stage(context, name, progress)
         seconds += progress.seconds
     if main:
-        write_samples(context, model, samples, "after")
+        with kernel_setting(stages[-1][1].train.kernels):
+            write_samples(context, model, samples, "after")
     return model, seconds, rows[-1].test
 
 

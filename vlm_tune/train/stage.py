@@ -141,9 +141,7 @@ def stage_loop(
         context.report({**event, "stage": progress.stage, "name": name})
 
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
-    cached = decide_features(
-        recipe, model, rows, context.accelerator, report, planned=progress.ranks
-    )
+    cached = decide_features(recipe, model, rows, context.accelerator, progress, report)
     # With augmented images the tower runs in every step.
     pages_out = _place_weights(context, model, unused_tower=cached and not recipe.data.augment)
     _tuning_table(context, progress.stage, name, tuned.table)
@@ -306,16 +304,21 @@ def best_model(
 ) -> Network:
     """The model of a stage's best checkpoint, on the device.
 
-    The stage's own model must have been dropped: a GPU may have no room for two.
+    The stage's own model must have been dropped: a GPU may have no room for two. Where the engine
+    will shard the model for a further stage, it is left on the CPU.
     """
     gc.collect()  # a model is part of reference cycles
-    if context.accelerator.device.type == "cuda":
+    device = context.accelerator.device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.empty_cache()
+    ends = progress.stage == len(context.recipe.resolved_stages()) - 1
     # The last checkpoint is read only where the ranks held shards. Other engines keep the model and
     # draw no random numbers here: the next stage must draw the same.
     last = step_of(checkpoint) == progress.step
-    with torch.random.fork_rng(devices=[], enabled=last):
-        model = restored_model(context, checkpoint, context.accelerator.device, model_class)
+    with torch.random.fork_rng(devices=[device] if on_gpu else [], enabled=last):
+        place = device if ends else context.device
+        model = restored_model(context, checkpoint, place, model_class)
         apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     return model
 

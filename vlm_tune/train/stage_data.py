@@ -36,6 +36,7 @@ from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_towe
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
+from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.trainer import Report
 
 SAMPLED = 500
@@ -276,11 +277,19 @@ def loader_workers(setting: int | str, device: torch.device, *, cached: bool) ->
     """
     if isinstance(setting, int):
         return setting
-    if device.type != "cuda" or shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
+    if device.type != "cuda" or _shared_memory() < SHARED_MEMORY:
         return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spare = len(os.sched_getaffinity(0)) // ranks - 1
     return max(min(spare, CACHED_LOADERS if cached else LOADERS), 0)
+
+
+def _shared_memory() -> int:
+    """Bytes of the machine's shared memory; 0 where it has none."""
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return 0
 
 
 def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
@@ -303,22 +312,27 @@ def decide_features(
     model: VisionLanguageNetwork,
     rows: StageRows,
     accelerator: Accelerator,
+    progress: Progress,
     report: Report,
-    *,
-    planned: int,
 ) -> bool:
     """Whether a stage caches its tower's features; noted where the recipe leaves it open.
 
-    Rank 0 decides for all: the disks of nodes differ, and a step's rows depend on the answer.
-    `planned` is the number of processes that the run began with.
+    Rank 0 decides for all: the disks of nodes differ, and a step's rows depend on the answer. So it
+    is decided once, and `progress` has the answer for a resumed run, whose disk may be fuller.
     """
+    setting = recipe.train.cache_features
     if rows.train is None or not rows.train.media or trains_tower(model):
         return False
-    usage = stage_usage(rows.train, recipe.train, planned)
+    if recipe.data.augment:  # only those of validation images can be
+        return setting is not False and bool(rows.validation)
+    if setting == "auto" and progress.cached is not None:
+        return progress.cached
+    usage = stage_usage(rows.train, recipe.train, progress.ranks)
     gpu = accelerator.device.type != "cpu"
     choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
-    if recipe.train.cache_features == "auto":
+    if setting == "auto":
         report({"event": "note", "text": f"the tower's features are {choice}"})
+    progress.cached = choice.cached
     return choice.cached
 
 

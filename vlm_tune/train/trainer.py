@@ -175,6 +175,7 @@ class StageLoop:
             step = self.progress.step + 1
             rates.waited += waited
             rate = self._step(batches, step, rates)
+            batches.clear()  # their memory is free for those of the step after the next
             self.position.advance()
             if self._compiles and step == self._first_step + 1:
                 self._note_compiling(started)
@@ -253,7 +254,7 @@ class StageLoop:
         device = self.accelerator.device.type
         if device != "cuda" and (device != "cpu" or precision == torch.float32):
             return
-        report = running(self.model.llm, precision)
+        report = running(self.model.llm, precision, self.accelerator.device)
         self.report(
             {
                 "event": "acceleration",
@@ -275,6 +276,7 @@ class StageLoop:
             for batches, _ in self._windows():
                 step = self.progress.step + 1
                 self._step(batches, step, Rates())
+                batches.clear()
                 self.position.advance()
                 states = gather_object([random_state(self.accelerator.device)])
                 if step in at and self.accelerator.is_main_process:

@@ -1,8 +1,8 @@
 """Compiles the language model's blocks: one graph for each kind of block, for all input shapes.
 
 Compiled code is cached on disk, and the next run loads it from there. Blocks are compiled for
-training steps, except decoder layers that one kernel computes there, and for answering many
-questions about images (`reading`): for the prefill and for the decode steps of the answers. Tokens
+training steps, except decoder layers that one kernel computes there, and on a CPU for answering
+many questions about images (`reading`): for the prefill and for the decode steps of the answers. Tokens
 beside a transformers KV cache run eagerly.
 
 A block's `forward` is compiled, inside of the hooks of its calls: FSDP2 gathers the block's weights
@@ -101,40 +101,46 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
     ):
         # torch's default cache is in a temporary folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
-    for block in blocks:
-        _compile_forward(block)
     try:
+        for block in blocks:
+            # Hides the `forward` of the block's class.
+            block.forward = CompiledForward(block)
         with recompute_operator_inputs():
             yield
     finally:
         for block in blocks:
-            del block.forward
+            # Another thread that evaluates the model may have removed it.
+            block.__dict__.pop("forward", None)
 
 
-def _compile_forward(block: Any) -> None:
-    """Gives a block a compiled `forward` of its own, which hides that of its class.
+class CompiledForward:
+    """The compiled `forward` of a block; a copy of the block has that of its class.
 
     Checkpointing stays outside of the compiled code: a compiler does not trace through it what
     projections of the same input hand to each other.
     """
-    plain = block.forward
-    checkpointed = checkpointed_forward(block)
-    # Batch size and length are symbolic: static shapes would be compiled anew for each of the many
-    # shapes of a run, and a CUDA graph, which is off by default, captured for each.
-    inner = plain if checkpointed is None else MethodType(checkpointed, block)
-    quick = torch.compile(inner, dynamic=True)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.plain = MethodType(type(block).forward, block)
+        self.checkpointed = checkpointed_forward(block)
+        inner = self.plain if self.checkpointed is None else MethodType(self.checkpointed, block)
+        # Batch size and length are symbolic: static shapes would be compiled anew for each of the
+        # many shapes of a run, and a CUDA graph, which is off by default, captured for each.
+        self.quick = torch.compile(inner, dynamic=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _runs_eagerly(args, kwargs):
-            return plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         checkpoint = None
-        if checkpointed is not None and torch.is_grad_enabled():
-            checkpoint = checkpoint_function(block)
+        if self.checkpointed is not None and torch.is_grad_enabled():
+            checkpoint = checkpoint_function(self.block)
         if checkpoint is None:
-            return quick(*args, **kwargs)
-        return checkpoint(partial(quick, **kwargs), *args)
+            return self.quick(*args, **kwargs)
+        return checkpoint(partial(self.quick, **kwargs), *args)
 
-    block.forward = forward
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MethodType, (type(self.block).forward, self.block)
 
 
 def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -42,6 +42,7 @@ CAPABILITY = (8, 0)
 
 UNSUPPORTED = (
     "attention_dropout",
+    "attention_probs_dropout_prob",
     "attn_pdrop",
     "kv_lora_rank",
     "scale_attn_by_inverse_layer_idx",
@@ -141,7 +142,7 @@ class CudaAttention(MaskedAttention):
         config = model.config.get_text_config()
         return attention_name(model).endswith("sdpa") and all(
             kind == "full_attention"
-            or (kind in WINDOWS and length <= getattr(config, WINDOWS[kind]))
+            or (kind in WINDOWS and length <= (getattr(config, WINDOWS[kind]) or length))
             for kind in layer_kinds(config)
         )
 

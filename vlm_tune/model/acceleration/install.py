@@ -138,11 +138,14 @@ def _install_attention(llm: CausalLLM, attention: Attention) -> str | None:
         return f"model.llm.attention is {attention}"
     model = llm.model
     interface = interface_reason(model)
-    flex = interface or config_reason(model)
+    flex = interface or llm.unjoined or config_reason(model)
     if attention == "flex" and flex is not None:
         raise ModelError(f"{FLEX_REFUSED} a {type(model).__name__}: {flex}; {CHOICES}")
     reason = unsupported_reason(model)
-    if interface is None:
+    # Some models choose by the attention's name what else their layers do: which tokens they see,
+    # in what precision they compute.
+    by_name = llm.unjoined or getattr(model.config, "reorder_and_upcast_attn", False)
+    if interface is None and (reason is None or not by_name):
         register()
         name = attention_name(model)
         set_attention(model.config, (NAMES if reason is None else ON_CUDA).get(name, name))
@@ -183,16 +186,19 @@ def uninstall(llm: LanguageModel) -> None:
     llm.loss = chunked_loss
 
 
-def running(llm: LanguageModel, dtype: torch.dtype) -> AccelerationReport:
+def running(
+    llm: LanguageModel, dtype: torch.dtype, device: torch.device | None = None
+) -> AccelerationReport:
     """Reports the modules that go by kernels of `vlm_tune.kernels` in a training step.
 
     Args:
         llm: The language model as it is trained: on its device, with its LoRA layers, in training
             mode.
         dtype: The type of the hidden states.
+        device: Where the step is computed; None: where the weights are, which may be offloaded.
     """
     report = AccelerationReport()
-    device = next(llm.model.parameters()).device
+    device = device or next(llm.model.parameters()).device
     if device.type == "cuda":
         # The other operators have kernels for CPUs alone.
         report.attention = _cuda_attention(llm, device)
@@ -249,7 +255,8 @@ def _cuda_attention(llm: LanguageModel, device: torch.device) -> str:
         return f"{name.rsplit('_', 1)[-1]} by masks (flex: it has a prefix of keys and values)"
     if isinstance(attention, CudaAttention):
         return attention.words(llm.model, device)
-    return f"{name} by masks (flex: {interface_reason(llm.model) or 'the recipe names another'})"
+    reason = interface_reason(llm.model) or llm.unjoined or "the recipe names another"
+    return f"{name} by masks (flex: {reason})"
 
 
 def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:

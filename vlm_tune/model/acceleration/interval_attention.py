@@ -47,6 +47,7 @@ UNSUPPORTED = (
     "sliding_window",
     "attn_logit_softcapping",
     "attention_dropout",
+    "attention_probs_dropout_prob",
     "attn_pdrop",
     "kv_lora_rank",
     "scale_attn_by_inverse_layer_idx",
