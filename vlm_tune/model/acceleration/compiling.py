@@ -2,8 +2,8 @@
 
 Compiled code is cached on disk, and the next run loads it from there. Blocks are compiled for
 training steps, except decoder layers that one kernel computes there, and on a CPU for answering
-many questions about images (`reading`): for the prefill and for the decode steps of the answers. Tokens
-beside a transformers KV cache run eagerly.
+many questions about images (`reading`): for the prefill and for the decode steps of the answers.
+Tokens beside a transformers KV cache run eagerly.
 
 A block's `forward` is compiled, inside of the hooks of its calls: FSDP2 gathers the block's weights
 in these and shards them again, and the compiled code gets whole weights.
