@@ -91,7 +91,7 @@ def test_optimizer_state_is_loaded_to_where_torch_itself_loads_it(
             assert value.device.type == "cuda"
 
 
-def sharded_state(said: Path, offload: bool) -> None:
+def sharded_state(refusal: Path, offload: bool) -> None:
     """Writes the devices of a fake parameter of FSDP and of its loaded state."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -107,7 +107,7 @@ def sharded_state(said: Path, offload: bool) -> None:
         moment: Any = engine._share(parameter, "exp_avg", full)
         step = engine._share(parameter, "step", torch.ones(()))
         places = [parameter.to_local(), moment.to_local(), step]
-    said.write_text(" ".join(each.device.type for each in places))
+    refusal.write_text(" ".join(each.device.type for each in places))
 
 
 @pytest.mark.parametrize(("offload", "devices"), [(False, "cuda cuda cuda"), (True, "cpu cpu cpu")])
@@ -116,7 +116,7 @@ def test_sharded_state_is_loaded_to_where_its_parameter_is(
 ) -> None:
     """Offloaded parameters are on the CPU, while their mesh is the GPUs'."""
     act = partial(sharded_state, tmp_path / "devices", offload)
-    assert ended(start(act, tmp_path / "said")) == [0], (tmp_path / "said.0").read_text()
+    assert ended(start(act, tmp_path / "refusal")) == [0], (tmp_path / "refusal.0").read_text()
     assert (tmp_path / "devices").read_text() == devices
 
 
