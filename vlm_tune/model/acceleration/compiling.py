@@ -103,8 +103,7 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("compiled"))
     try:
         for block in blocks:
-            # Hides the `forward` of the block's class.
-            block.forward = CompiledForward(block)
+            _compile_forward(block)
         with recompute_operator_inputs():
             yield
     finally:
@@ -113,34 +112,30 @@ def compiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
-class CompiledForward:
-    """The compiled `forward` of a block; a copy of the block has that of its class.
+def _compile_forward(block: Any) -> None:
+    """Gives a block a compiled `forward` of its own, which hides that of its class.
 
     Checkpointing stays outside of the compiled code: a compiler does not trace through it what
     projections of the same input hand to each other.
     """
+    plain = block.forward
+    checkpointed = checkpointed_forward(block)
+    # Batch size and length are symbolic: static shapes would be compiled anew for each of the many
+    # shapes of a run, and a CUDA graph, which is off by default, captured for each.
+    inner = plain if checkpointed is None else MethodType(checkpointed, block)
+    quick = torch.compile(inner, dynamic=True)
 
-    def __init__(self, block: Any) -> None:
-        self.block = block
-        self.plain = MethodType(type(block).forward, block)
-        self.checkpointed = checkpointed_forward(block)
-        inner = self.plain if self.checkpointed is None else MethodType(self.checkpointed, block)
-        # Batch size and length are symbolic: static shapes would be compiled anew for each of the
-        # many shapes of a run, and a CUDA graph, which is off by default, captured for each.
-        self.quick = torch.compile(inner, dynamic=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         if _runs_eagerly(args, kwargs):
-            return self.plain(*args, **kwargs)
+            return plain(*args, **kwargs)
         checkpoint = None
-        if self.checkpointed is not None and torch.is_grad_enabled():
-            checkpoint = checkpoint_function(self.block)
+        if checkpointed is not None and torch.is_grad_enabled():
+            checkpoint = checkpoint_function(block)
         if checkpoint is None:
-            return self.quick(*args, **kwargs)
-        return checkpoint(partial(self.quick, **kwargs), *args)
+            return quick(*args, **kwargs)
+        return checkpoint(partial(quick, **kwargs), *args)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (type(self.block).forward, self.block)
+    block.forward = forward
 
 
 def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
