@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +122,13 @@ def test_every_connector_trains_and_answers(kind: str, llm: str, tiny_recipe: Ti
 
 
 @both_llms
-def test_cached_features_train_and_answer_by_beams(llm: str, tiny_recipe: Tiny) -> None:
+def test_cached_features_train_and_answer_by_beams(
+    llm: str, tiny_recipe: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Copies have ended when they return.
+    done = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: done)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     recipe = parsed(tiny_recipe(llm))
     model = built(recipe).eval()
     examples = examples_of(model, recipe)

@@ -70,6 +70,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (device := kwargs.get("device")) is not None:
         place = {"cuda": CUDA, "meta": META}.get(torch.device(device).type)
         kwargs = {**kwargs, "device": "cpu"}
+    kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     inner_args, inner_kwargs = tree_map_only(torch.Tensor, _host, (args, kwargs))
     # An inference tensor can't wrap a view of another tensor.
     with torch.inference_mode(False), torch.no_grad():

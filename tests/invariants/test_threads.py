@@ -19,6 +19,7 @@ from vlm_tune.model.acceleration.lora_layers import merge_projections
 
 THREADS = 8
 CHATS = 50
+SWITCHES = 15
 
 MLP = "{kind: mlp, norm: true}"
 CROSS_ATTENTION = (
@@ -36,14 +37,14 @@ def images(folder: Path) -> list[Path]:
     return paths
 
 
-def requests(paths: Sequence[Path], thread: int) -> list[list[dict[str, Any]]]:
+def requests(paths: Sequence[Path], thread: int, count: int) -> list[list[dict[str, Any]]]:
     """The chats of one thread: one question, or three about one image, of different lengths."""
     chats = []
-    for number in range(CHATS):
+    for number in range(count):
         image = paths[(thread + number) % len(paths)]
         texts = [f"what color is it? {'please ' * (number % 5)}{thread}", "is it red?", "shape"]
-        count = 3 if number % 3 == 0 else 1
-        chats.append([{"prompt": text, "images": [image]} for text in texts[:count]])
+        asked_at_once = 3 if number % 3 == 0 else 1
+        chats.append([{"prompt": text, "images": [image]} for text in texts[:asked_at_once]])
     return chats
 
 
@@ -99,7 +100,9 @@ def test_threads_get_the_answers_that_they_get_one_by_one(
         lambda *given: decoded.append(threading.get_ident()) or real(*given),
     )
     paths = images(tmp_path)
-    chats = [requests(paths, thread) for thread in range(THREADS)]
+    # In training mode only the switch of the mode is new.
+    count = SWITCHES if training else CHATS
+    chats = [requests(paths, thread, count) for thread in range(THREADS)]
     wanted = [answers(model, each) for each in chats]
     assert len({answer for each in wanted for chat in each for answer in chat}) > 8
     decoded.clear()

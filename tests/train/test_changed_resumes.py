@@ -239,7 +239,7 @@ def test_a_recipe_that_fails_to_load_leaves_the_runs_own(
     def fail(*arguments: object, **named: object) -> None:
         raise ModelError("weights are gone")
 
-    monkeypatch.setattr("vlm_tune.train.run.restore_model", fail)
+    monkeypatch.setattr("vlm_tune.train.stage.restore_model", fail)
     with pytest.raises(ModelError):
         sft(
             parsed(tiny_recipe("causal"), **{**QUICK, "train__epochs": 3}),

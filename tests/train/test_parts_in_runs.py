@@ -55,7 +55,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         "vlm_tune.train.run.build", lambda *arguments, **more: pytest.fail("the model was built")
     )
     monkeypatch.setattr(
-        "vlm_tune.train.run.restore_model",
+        "vlm_tune.train.stage.restore_model",
         lambda *arguments, **more: pytest.fail("the model was loaded"),
     )
 

@@ -49,7 +49,6 @@ def ready(text: str) -> Any:
         ("causal", "inductor", True, False),
         ("seq2seq", "aot_eager", True, False),
         ("causal", "aot_eager", False, True),
-        ("seq2seq", "aot_eager", False, False),
     ],
 )
 def test_compiled_blocks_are_exact_for_every_shape_by_few_graphs(

@@ -79,8 +79,11 @@ def splice(
         raise ModelError(
             f"{len(slots)} image slots and {feature_count} image features in {', '.join(ids)}"
         )
-    rows = embeds.flatten(0, 1).index_copy(0, slots, features.flatten(0, 1).to(embeds.dtype))
-    return rows.view_as(embeds)
+    length = embeds.shape[1]
+    # A view would be another input to a compiled block than those of the blocks after it.
+    return embeds.index_put(
+        (slots // length, slots % length), features.flatten(0, 1).to(embeds.dtype)
+    )
 
 
 def entry(config: Projector, width: int) -> nn.Module:
