@@ -198,20 +198,20 @@ def running(
         device: Where the step is computed; None: where the weights are, which may be offloaded.
     """
     report = AccelerationReport()
-    device = device or next(llm.model.parameters()).device
-    if device.type == "cuda":
+    place: torch.device = device or next(llm.model.parameters()).device
+    if place.type == "cuda":
         # The other operators have kernels for CPUs alone.
-        report.attention = _cuda_attention(llm, device)
+        report.attention = _cuda_attention(llm, place)
         return report
     for module in llm.model.modules():
         if is_decoder_layer(module):
-            report.add(LAYER, _layer_reason(module, dtype, device))
+            report.add(LAYER, _layer_reason(module, dtype, place))
         if isinstance(module, GatedModule):
-            report.add(MLP, _mlp_reason(module, dtype, device))
+            report.add(MLP, _mlp_reason(module, dtype, place))
         if isinstance(module, LoraLinear):
-            report.add(LORA, _lora_reason(module, dtype, device))
+            report.add(LORA, _lora_reason(module, dtype, place))
     if isinstance(llm, CausalLLM):
-        report.add(ATTENTION, _attention_reason(llm, dtype, device))
+        report.add(ATTENTION, _attention_reason(llm, dtype, place))
     report.add(LOSS, head_reason(llm))
     return report
 
