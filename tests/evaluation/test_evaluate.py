@@ -63,6 +63,7 @@ def shard(loss: float | None, tokens: int, *answers: Answer) -> Scores:
 
 
 def test_joined_scores_are_those_of_all_answers() -> None:
+    """Rows of one file may have the same id too."""
     first = shard(
         2.0,
         10,
@@ -76,14 +77,14 @@ def test_joined_scores_are_those_of_all_answers() -> None:
         answer("a", correct=True, category="color"),
     )
     scores = join_scores([first, second])
-    assert (scores.n, scores.accuracy) == (3, 2 / 3)
+    assert (scores.n, scores.accuracy) == (4, 3 / 4)
     assert scores.loss == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
     assert scores.tokens == 40
     assert scores.by_category == {
-        "color": {"accuracy": 1.0, "n": 2},
+        "color": {"accuracy": 1.0, "n": 3},
         "shape": {"accuracy": 0.0, "n": 1},
     }
-    assert scores.by_source == {"a": {"accuracy": 2 / 3, "n": 3, "loss": scores.loss, "tokens": 40}}
+    assert scores.by_source == {"a": {"accuracy": 3 / 4, "n": 4, "loss": scores.loss, "tokens": 40}}
     assert join_scores([shard(None, 0, answer("a", correct=False))]).loss is None
 
 

@@ -63,12 +63,8 @@ def normalise(text: str) -> str:
 
 
 def join_scores(shards: Sequence[Scores]) -> Scores:
-    """Joins the scores of all ranks' shards; a question that two ranks had counts once."""
-    answers = list(
-        {
-            (answer.source, answer.id): answer for shard in shards for answer in shard.answers
-        }.values()
-    )
+    """Joins the scores of ranks that each scored rows of its own."""
+    answers = [answer for shard in shards for answer in shard.answers]
     losses: Losses = {}
     for name, entry in (
         (name, entry)

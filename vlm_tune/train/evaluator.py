@@ -95,18 +95,21 @@ class Evaluator:
 
         scores: Scores | None = None
         with contextlib.suppress(_CutShort), self.accelerator.autocast():
-            scores = score(
-                self.model,
-                mine or self.rows[:1],
-                decoding=Decoding(settings.max_new_tokens, settings.num_beams),
-                batch_size=settings.batch_size,
-                features=self.features,
-                progress=progress,
-            )
-        shards = gather_object([scores])
-        if any(shard is None for shard in shards):
+            if mine:
+                scores = score(
+                    self.model,
+                    mine,
+                    decoding=Decoding(settings.max_new_tokens, settings.num_beams),
+                    batch_size=settings.batch_size,
+                    features=self.features,
+                    progress=progress,
+                )
+        shards = gather_object([(scores, bool(mine) and scores is None)])
+        if any(cut_short for _, cut_short in shards):
             return None
-        return (shards[0] if together or len(shards) == 1 else join_scores(shards)).summary()
+        # A process has no rows where there are fewer rows than processes.
+        scored = [shard for shard, _ in shards if shard is not None]
+        return (scored[0] if together or len(scored) == 1 else join_scores(scored)).summary()
 
     @torch.no_grad()
     def _matched(self) -> dict[str, Any]:
