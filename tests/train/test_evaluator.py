@@ -46,8 +46,7 @@ def test_a_process_without_rows_adds_nothing_to_the_scores(
     alone = scores(0, 1)
     assert alone["n"] == 3
     monkeypatch.setattr(evaluator, "gather_object", lambda mine: shards.extend(mine) or shards)
-    for rank in range(5):
-        joined = scores(rank, 5)
+    joined = [scores(rank, 5) for rank in range(5)][-1]
     assert len(shards) == 5
     assert (joined["n"], joined["tokens"]) == (alone["n"], alone["tokens"])
     assert joined["loss"] == pytest.approx(alone["loss"], rel=1e-5)
