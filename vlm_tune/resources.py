@@ -1,4 +1,4 @@
-"""Finds the templates and recipes that ship with the package, and the folders of caches."""
+"""Resources of a process: shipped templates and recipes, folders of caches, kernels, cores."""
 
 from __future__ import annotations
 
@@ -73,6 +73,18 @@ def cache_folder(name: str) -> Path:
 def check_cache(folder: Path) -> None:
     """Raises `RecipeError`, naming folder and VLM_TUNE_CACHE, if a cache can't be written."""
     check_writable(folder, CACHE, folder=True)
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def rank_cores() -> int:
+    """This rank's share of the cores of its node, at least one."""
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch.cuda import nccl
 
 from vlm_tune.errors import RecipeError
 from vlm_tune.kernels.cpu.native import compiler, has_amx, kernel_status
+from vlm_tune.resources import usable_cores
 from vlm_tune.version import __version__
 
 LIBRARIES = (
@@ -130,12 +131,11 @@ def gpu(number: int) -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
     """The CPU's model, cores (those that this process may use last), memory and vector units."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "model": cpu_model(),
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
-        "usable": len(affinity(0)) if affinity else psutil.cpu_count(),
+        "usable": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx": has_amx(),

@@ -175,15 +175,15 @@ return_tensors="pt", processor_kwargs={"padding": True}
     found = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return [text.strip() for text in found]
 
-asked, beams, by_folder = json.loads(sys.argv[1]), {"num_beams": 3}, {}
+questions, beams, by_folder = json.loads(sys.argv[1]), {"num_beams": 3}, {}
 for folder in sys.argv[2:]:
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     opened = model, AutoProcessor.from_pretrained(folder, backend="pil")
     by_folder[folder] = {
-        "greedy": [answers(*opened, [one])[0] for one in asked],
-        "beams": [answers(*opened, [one], **beams)[0] for one in asked],
-        "greedy batch": answers(*opened, asked),
-        "beams batch": answers(*opened, asked, **beams),
+        "greedy": [answers(*opened, [one])[0] for one in questions],
+        "beams": [answers(*opened, [one], **beams)[0] for one in questions],
+        "greedy batch": answers(*opened, questions),
+        "beams batch": answers(*opened, questions, **beams),
     }
 modules = [name for name in sys.modules if name.startswith("vlm_tune")]
 print(json.dumps({"folders": by_folder, "modules": modules}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Media
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.resources import rank_cores
 
 CPU_BATCH = 64
 """Images of a batch on a CPU."""
@@ -107,9 +107,7 @@ def batch_size(image_size: int, device: torch.device) -> int:
 
 def decoding_threads() -> int:
     """Threads that decode images in this process: its share of the cores of its node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max((cores or 1) // ranks, 1), MOST_THREADS)
+    return min(rank_cores(), MOST_THREADS)
 
 
 def _decoded(

@@ -7,7 +7,6 @@ images.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_towe
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
+from vlm_tune.resources import rank_cores
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.trainer import Report
 
@@ -279,9 +279,7 @@ def loader_workers(setting: int | str, device: torch.device, *, cached: bool) ->
         return setting
     if device.type != "cuda" or _shared_memory() < SHARED_MEMORY:
         return 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    spare = len(os.sched_getaffinity(0)) // ranks - 1
-    return max(min(spare, CACHED_LOADERS if cached else LOADERS), 0)
+    return min(rank_cores() - 1, CACHED_LOADERS if cached else LOADERS)
 
 
 def _shared_memory() -> int:

@@ -150,7 +150,9 @@ def hidden(llm: Any, batch: Batch) -> torch.Tensor:
     "name",
     ["Llama", "Gemma2", "Gemma3Text", "Llama4Text", "Mistral", "OPT", "Phi3", "GPTNeoX", "Granite"],
 )
-def test_decoders_attend_as_by_masks(name: str, as_on_cuda: None) -> None:
+def test_decoders_attend_as_by_masks(
+    name: str, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Branches, packing, padding, windows, chunks, groups of heads, caps and other scales."""
     llm = LLMS["causal"](tiny_decoder(name))
     assert isinstance(llm, CausalLLM)
@@ -166,7 +168,12 @@ def test_decoders_attend_as_by_masks(name: str, as_on_cuda: None) -> None:
     llm.attention = attention
     masks: list[Any] = []
     real = attention.mask
-    attention.mask = lambda *given, **named: masks.append(real(*given, **named)) or masks[-1]  # type: ignore[method-assign]
+
+    def noted(*given: Any, **named: Any) -> Any:
+        masks.append(real(*given, **named))
+        return masks[-1]
+
+    monkeypatch.setattr(attention, "mask", noted)
     for shortest, joined in ((1, True), (1, False), (13, True), (13, False)):
         attention.shortest = shortest
         ours = hidden(llm, rows_of(joined))

@@ -303,7 +303,8 @@ def test_tensor_code_saves_x_once_and_its_product_with_a(monkeypatch: pytest.Mon
     merge_projections(model)
     x = torch.randn(40, 32).bfloat16().requires_grad_()
     for layer in (model.q, model.k, model.v):
-        layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()  # type: ignore[union-attr]
+        weight: Any = layer.base_layer.weight
+        weight.data = weight.data.bfloat16()
     merge_projections(model)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -40,7 +39,7 @@ from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, Interrupted
 from vlm_tune.files import is_intact
-from vlm_tune.resources import cache_folder, cache_room, check_cache
+from vlm_tune.resources import cache_folder, cache_room, check_cache, usable_cores
 
 Progress = Callable[[int], None]
 """Called with the number of rows read so far."""
@@ -226,7 +225,7 @@ def _work(
     """Yields the shards of `chunks` in order; several processes make them if there are several."""
     first = list(islice(chunks, 2))
     chunks = chain(first, chunks)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if len(first) < 2 or workers < 2:
         for chunk in chunks:
             yield maker(source, chunk)
