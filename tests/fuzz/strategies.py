@@ -765,10 +765,10 @@ def folder_cases(draw: st.DrawFn) -> Case:
 
 
 KINDS = {
-    "recipe": (recipe_cases(), 51),
+    "recipe": (recipe_cases(), 48),
     "override": (override_cases(), 17),
     "row": (row_cases(), 10),
-    "training": (training_cases(), 8),
+    "training": (training_cases(), 11),
     "command": (command_cases(), 4),
     "python": (python_cases(), 8),
     "folder": (folder_cases(), 2),
