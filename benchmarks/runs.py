@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks import material, ours
 from benchmarks.peers import PEERS, SCRIPTS, install
+from vlm_tune.resources import peak_resident_memory
 
 GEMMS = ((2048, 2048, 2048), (1536, 576, 3072))
 """Products that are measured, of which the faster counts: a square one, and SmolLM2's widest."""
@@ -111,27 +113,23 @@ def execute(command: Sequence[str], threads: int, timeout: float, **variables: s
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
-        status = usage = None
-        while usage is None:
-            pid, code, used = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                status = os.waitstatus_to_exitcode(code)
-                usage = used
-            elif time.perf_counter() - started > timeout:
+        memory = 0
+        while child.poll() is None:
+            # The peak that `wait4` gives begins with this process's own, as children start with it.
+            with contextlib.suppress(ProcessLookupError):
+                memory = peak_resident_memory(child.pid)
+            if time.perf_counter() - started > timeout:
                 child.kill()
-                _, _, usage = os.wait4(child.pid, 0)
-                status = KILLED
-            else:
-                time.sleep(0.05)
-        child.returncode = status
+            time.sleep(0.05)
+        ended = time.perf_counter() - started
         out.seek(0)
         errors.seek(0)
         return Ended(
-            int(status or 0),
+            child.returncode,
             out.read(),
             errors.read(),
-            usage.ru_maxrss * 1024 // 1_000_000,
-            time.perf_counter() - started,
+            memory // 1_000_000,
+            ended,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_tune.quoting import QUOTED, REASON, cut, escaped, quoted, reason_of
+from vlm_tune.quoting import QUOTED, REASON, cut, escaped, json_line, quoted, reason_of
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,24 @@ from vlm_tune.quoting import QUOTED, REASON, cut, escaped, quoted, reason_of
 def test_what_does_not_print_is_escaped(text: str, shown: str) -> None:
     assert escaped(text) == shown
     assert escaped(text).isprintable() and escaped(text).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain 蓝 é 😀",
+        'a "b" \\',
+        "\x7f\x9b31m",
+        "\u202e\u2028",
+        "\ue000\U000e0041",
+        "\ud83d",
+        "\n\t\0",
+    ],
+)
+def test_json_for_a_terminal_prints_and_holds_the_same(text: str) -> None:
+    line = json_line({text: [text, Path("a")]})
+    assert line.isprintable() and line.encode()
+    assert json.loads(line) == {text: [text, "a"]}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,18 @@ def escaped(text: str) -> str:
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode()
         for each in text
     )
+
+
+def json_line(value: Any) -> str:
+    r"""Returns a value as one line of JSON in which only printable characters stand.
+
+    JSON leaves `\x7f` and the control characters above it as they are, and a terminal acts on them.
+    What JSON can't hold is written as text.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
 
 
 def cut(text: str, limit: int = QUOTED) -> str:

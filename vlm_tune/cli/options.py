@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ import typer
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.quoting import cut, quoted
+from vlm_tune.quoting import cut, json_line, quoted
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
@@ -147,11 +146,7 @@ def quiet_libraries() -> None:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(
-        json.dumps(value, ensure_ascii=False, default=str)
-        .encode("utf-8", "backslashreplace")
-        .decode()
-    )
+    typer.echo(json_line(value))
 
 
 def bases_by_part(given: list[str] | None) -> dict[str, str]:

@@ -8,7 +8,6 @@ states of each process follows from ZeRO's definition.
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from vlm_tune.memory_plan.results import Advice, Offload, Plan
 from vlm_tune.memory_plan.setting import Setting, check_arguments, check_setting, parse_size
 from vlm_tune.memory_plan.stage_plan import stage_plans
 from vlm_tune.precision import DTYPES
-from vlm_tune.resources import kernel_setting
+from vlm_tune.resources import kernel_setting, peak_resident_memory
 
 
 def plan(
@@ -112,9 +111,7 @@ def resident() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        return peak_resident_memory()
 
 
 def _advice(recipe: Recipe, planned: Plan, setting: Setting) -> list[Advice]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
+from vlm_tune.resources import peak_resident_memory
 from vlm_tune.run_folder import check_present
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.resuming import read_json
@@ -178,4 +178,4 @@ def write_samples(
 
 def peak_memory_mb() -> int:
     """The process's largest resident set so far, in MB (10^6 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 1_000_000
+    return peak_resident_memory() // 1_000_000
