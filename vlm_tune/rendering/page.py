@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 THUMBNAIL = 192
 SHOWN = 112
@@ -29,8 +33,8 @@ class Thumbnail:
     tiny: bool
 
 
-def write_html(path: Path, template: str, values: Mapping[str, Any]) -> None:
-    """Renders a template of `templates/` into a file; text among `values` is escaped."""
+@functools.cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -41,7 +45,12 @@ def write_html(path: Path, template: str, values: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "thousands": "{:,}".format}
-    page = environment.get_template(template).render(values, shown=SHOWN)
+    return environment
+
+
+def write_html(path: Path, template: str, values: Mapping[str, Any]) -> None:
+    """Renders a template of `templates/` into a file; text among `values` is escaped."""
+    page = _environment().get_template(template).render(values, shown=SHOWN)
     # JSON may hold lone surrogates, which UTF-8 can't encode.
     path.write_text(page, encoding="utf-8", errors="replace")
 
