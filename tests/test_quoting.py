@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from vlm_tune.quoting import QUOTED, REASON, cut, escaped, json_line, quoted, reason_of
+from vlm_tune.quoting import (
+    QUOTED,
+    QUOTED_NAME,
+    REASON,
+    cut,
+    escaped,
+    json_line,
+    name_list,
+    quoted,
+    reason_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +97,10 @@ def test_a_library_s_error_is_one_line(error: Exception, shown: str) -> None:
 def test_a_long_error_of_a_library_is_cut() -> None:
     text = reason_of(ValueError("line\n" * 1000))
     assert len(text) < REASON + 40 and "\n" not in text
+
+
+def test_a_list_of_names_is_cut_by_name_and_by_number() -> None:
+    assert name_list(["a", "b\x1b", 3]) == r"a, b\x1b, 3"
+    assert name_list([]) == ""
+    assert name_list(map(str, range(30)), 3) == "0, 1, 2 and 27 more"
+    assert len(name_list(["x" * 9000] * 1000)) < 25 * (QUOTED_NAME + 30)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 QUOTED = 200
 """Characters of a value that a message shows."""
+
+QUOTED_NAME = 60
+"""Characters of one of several names in a message."""
+
+LISTED = 20
+"""Names that a message lists."""
 
 REASON = 300
 """Characters of a library's error that a message shows."""
@@ -44,6 +50,13 @@ def cut(text: str, limit: int = QUOTED) -> str:
     if len(text) <= limit:
         return escaped(text)
     return f"{escaped(text[:limit])}... ({len(text):,} characters)"
+
+
+def name_list(names: Iterable[Any], limit: int = LISTED) -> str:
+    """Returns names in one line, each cut to `QUOTED_NAME` characters; of many, the first ones."""
+    shown = [cut(str(name), QUOTED_NAME) for name in names]
+    more = f" and {len(shown) - limit:,} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
 
 
 def reason_of(error: BaseException) -> str:

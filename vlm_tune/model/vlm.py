@@ -25,6 +25,7 @@ from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.language.base import LanguageModel, TokenLoss
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.quoting import name_list
 
 
 class VisionLanguageConfig(Config):
@@ -153,7 +154,7 @@ class VisionLanguageNetwork(nn.Module):
         connected = self.media(batch)
         if connected is None and len(batch.slots):
             raise ModelError(
-                f"{len(batch.slots)} image slots and no media in {', '.join(batch.ids)}"
+                f"{len(batch.slots)} image slots and no media in {name_list(batch.ids)}"
             )
         if connected is None and self.training and self._runs_blank:
             # Every rank must run the same modules, so a batch without media runs a blank image that

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlm_tune.errors import TrainingError
+from vlm_tune.quoting import name_list
 from vlm_tune.train.step_trace import json_number
 
 
@@ -83,7 +84,7 @@ class NonFinitePolicy:
         what = (
             f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         )
-        message = f"{what} at step {step}; the batch holds {', '.join(samples[:8])}"
+        message = f"{what} at step {step}; the batch holds {name_list(samples, 8)}"
         if self.skips and self.in_a_row < self.most and not last:
             self.report({"event": "note", "text": f"{message}; the step is left out", "step": step})
             return False

@@ -23,7 +23,7 @@ from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import reason_of
+from vlm_tune.quoting import name_list, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -280,7 +280,7 @@ class PreparedFeed:
         return DataError(
             f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of "
             f"epoch {position.epoch + 1} or soon after: "
-            f"{', '.join(self.rows_of(position, number)[:8])}. "
+            f"{name_list(self.rows_of(position, number), 8)}. "
             "train.loader_workers: 0 shows whether a row does it; "
             "if memory ran out, fewer workers take less",
             source="data.train",

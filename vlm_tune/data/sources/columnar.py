@@ -15,7 +15,7 @@ from vlm_tune.data.sources.json_csv import Stretch
 from vlm_tune.data.sources.task_schemas import ClassName
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
-from vlm_tune.quoting import quoted, reason_of
+from vlm_tune.quoting import name_list, quoted, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -296,9 +296,7 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
-                    raise DataError(
-                        f"no split {quoted(config.split)}; there are {', '.join(map(str, data))}"
-                    )
+                    raise DataError(f"no split {quoted(config.split)}; there are {name_list(data)}")
                 data = data[config.split]
             return data
         return datasets.load_dataset(

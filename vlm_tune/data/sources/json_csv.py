@@ -22,7 +22,7 @@ from vlm_tune.data.sources.stored_files import (
     unpacked_name,
 )
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import reason_of
+from vlm_tune.quoting import name_list, reason_of
 
 CHUNK_BYTES = 1 << 25
 """Size at which a chunk ends early: rows that embed images are large."""
@@ -299,7 +299,7 @@ class Csv:
             return DataError(f"not CSV: {record}", kind="not_csv")
         if len(record) != len(header):
             return DataError(
-                f"{len(record)} cells, the header has {len(header)}: {', '.join(header)}",
+                f"{len(record)} cells, the header has {len(header)}: {name_list(header)}",
                 kind="not_csv",
             )
         if any("\0" in cell for cell in record):
@@ -308,7 +308,7 @@ class Csv:
             columns = [
                 name for name, cell in zip(header, record, strict=True) if SURROGATE.search(cell)
             ]
-            return DataError(f"not UTF-8: {', '.join(columns)}", kind="not_csv")
+            return DataError(f"not UTF-8: {name_list(columns)}", kind="not_csv")
         return {name: cell or None for name, cell in zip(header, record, strict=True)}
 
     def _header(self, path: Path, file: Any) -> tuple[list[str], int]:
@@ -380,13 +380,13 @@ def json_format(path: Path) -> FileFormat:
         return JsonLines()
     if len(rows) > 1 and "data" not in rows:
         raise DataError(
-            f"holds several lists of objects: {', '.join(rows)}; "
+            f"holds several lists of objects: {name_list(rows)}; "
             "make a file of the one that is meant",
             source=str(path),
         )
     if not rows:
         raise DataError(
-            f"holds one JSON object ({', '.join(lists) or 'empty'}) and no list of rows",
+            f"holds one JSON object ({name_list(lists) or 'empty'}) and no list of rows",
             source=str(path),
         )
     return JsonList(rows.get("data", next(iter(rows.values()))))

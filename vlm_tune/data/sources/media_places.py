@@ -10,7 +10,7 @@ from vlm_tune.data.sources.fields import is_empty
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import name_list, quoted
 
 Row = Mapping[str, Any]
 Parts = tuple[str | Media, ...]
@@ -69,7 +69,7 @@ class RowMedia:
                 if unseen:
                     raise DataError(
                         f"{counted(len(items), kind)}, "
-                        f"and no part has the `index` {', '.join(unseen)}",
+                        f"and no part has the `index` {name_list(unseen)}",
                         kind="image_count",
                     )
             elif places == 0 and not always:

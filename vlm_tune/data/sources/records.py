@@ -22,7 +22,7 @@ from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import name_list, quoted
 
 NOT_ROWS = {"limit", "weight", "count", "template", "system"}
 """Options of a source that do not change its rows."""
@@ -160,7 +160,7 @@ class RowsReader:
                 for name in self._columns.values()
                 if isinstance(stored.value, dict) and name not in stored.value
             ]
-            hint = f" (columns: the row has no {', '.join(missing)})" if missing else ""
+            hint = f" (columns: the row has no {name_list(missing)})" if missing else ""
             return DataError(
                 error.message + hint,
                 source=stored.source,

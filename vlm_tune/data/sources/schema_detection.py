@@ -11,7 +11,7 @@ from vlm_tune.data.sources.base import StoredRow
 from vlm_tune.data.sources.chat_schemas import decoded_lists
 from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, has_choices, is_empty
 from vlm_tune.errors import DataError
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import name_list, quoted
 
 LOOKED_AT = 16
 """Number of readable rows that are examined."""
@@ -83,7 +83,7 @@ def detect_form(
         raise fault or DataError("no rows", source=name)
     needs = "; ".join(f"{form}: {fields}" for form, fields in NEEDS.items())
     observed = (
-        f"the rows have {', '.join(map(str, fields_present)) or 'no fields'}; "
+        f"the rows have {name_list(fields_present) or 'no fields'}; "
         "set `form`, and map field names with `columns`"
     )
     if not votes:

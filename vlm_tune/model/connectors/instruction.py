@@ -14,6 +14,7 @@ import torch
 
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.quoting import name_list
 from vlm_tune.transfer import to_device
 
 
@@ -88,7 +89,7 @@ def places(batch: Batch, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     if len(slots) != media * tokens:
         raise ModelError(
             f"{len(slots)} image slots and {media * tokens} image features "
-            f"in {', '.join(batch.ids)}"
+            f"in {name_list(batch.ids)}"
         )
     starts = slots[::tokens]
     width = batch.input_ids.shape[1]

@@ -24,6 +24,7 @@ from vlm_tune.config.model import (
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
+from vlm_tune.quoting import name_list
 
 
 class Connector(nn.Module):
@@ -77,7 +78,7 @@ def splice(
     feature_count = features.shape[0] * features.shape[1]
     if len(slots) != feature_count:
         raise ModelError(
-            f"{len(slots)} image slots and {feature_count} image features in {', '.join(ids)}"
+            f"{len(slots)} image slots and {feature_count} image features in {name_list(ids)}"
         )
     length = embeds.shape[1]
     # A view would be another input to a compiled block than those of the blocks after it.
