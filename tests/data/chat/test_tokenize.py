@@ -238,3 +238,16 @@ def test_a_segment_list_of_media_only_gives_slots_only() -> None:
         and example.media == (IMAGE, IMAGE)
         and example.supervised == 0
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_whose_images_alone_would_fill_the_memory_is_refused_before(layout: Any) -> None:
+    small = processor("flan", "bytes", layout)
+    spec = replace(small.spec, tokens_per_image=12_124**2)
+    chat_processor = replace(small, spec=spec)
+    question = Message("user", (IMAGE, "what is it?"))
+    row = Conversation("m", (question, Message("assistant", ("red",))))
+    for lay_out in (chat_processor.examples, chat_processor.prompt):
+        with pytest.raises(DataError, match="1 x 146,991,376 tokens") as error:
+            lay_out(row)
+        assert error.value.kind == "overlong"

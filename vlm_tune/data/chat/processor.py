@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONGEST = 4_194_304
+"""Image tokens of a row beyond which it is refused before it is laid out, to spare the memory."""
+
+
 @dataclass
 class Processor:
     """Turns conversations into examples.
@@ -88,6 +92,16 @@ class Processor:
         segments = self.template.segments(
             self._tiled(conversation), prompt_only=prompt_only, system=self.system
         )
+        images = sum(segment.kind == "media" for segment in segments)
+        if images * self.spec.tokens_per_image > LONGEST:
+            raise DataError(
+                f"its images take {images} x {self.spec.tokens_per_image:,} tokens; "
+                f"a row has at most {LONGEST:,}, and data.max_length is "
+                f"{self.spec.max_length:,}. A smaller grid, or fewer queries or tiles, take fewer",
+                source=conversation.source,
+                row=conversation.row or conversation.id,
+                kind="overlong",
+            )
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
 
     def _tiled(self, conversation: Conversation) -> Conversation:
