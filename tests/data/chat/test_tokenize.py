@@ -240,7 +240,7 @@ def test_a_segment_list_of_media_only_gives_slots_only() -> None:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["causal", "seq2seq"])
 def test_a_row_whose_images_alone_would_fill_the_memory_is_refused_before(layout: Any) -> None:
     small = processor("flan", "bytes", layout)
     spec = replace(small.spec, tokens_per_image=12_124**2)
