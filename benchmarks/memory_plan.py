@@ -213,6 +213,7 @@ def measure(path: Path) -> dict[str, Any]:
     One is up to the last step, the other of the whole run with its checkpoint and saved model.
     """
     from vlm_tune.api import sft
+    from vlm_tune.events import Event, TrainSteps
 
     # A run of a tiny model first: imports and what is set up on first use belong to the base.
     shape = {
@@ -236,8 +237,8 @@ def measure(path: Path) -> dict[str, Any]:
     steps = []
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
-    def show(event: dict[str, Any]) -> None:
-        if event["event"] == "train":
+    def show(event: Event) -> None:
+        if isinstance(event, TrainSteps):
             steps.append(resident("VmHWM"))
 
     sft(path, show=show)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from vlm_tune.api import sft
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.events import Event, TrainSteps
 from vlm_tune.train.checkpoint import checkpoints
 from vlm_tune.train.replay import different_tensors
 from vlm_tune.train.step_trace import read_trace
@@ -107,8 +108,8 @@ def attempt(recipe: Recipe, *, resume: bool, kill: Moment | None) -> float | Non
     this process may look too late, and how long a start takes changes.
     """
 
-    def stop_in_time(event: dict[str, Any]) -> None:
-        if kill is not None and event["event"] == "train" and event["step"] >= event["of"] - 1:
+    def stop_in_time(event: Event) -> None:
+        if kill is not None and isinstance(event, TrainSteps) and event.step >= event.of - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     trace = Path(recipe.output) / "stages" / "1-main" / "trace.jsonl"

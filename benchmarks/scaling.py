@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -157,17 +156,18 @@ def measure(axis: str, shape: Shape, source: Path, steps: int) -> Point:
     """Measures a point by training its steps."""
     from vlm_tune.api import sft
     from vlm_tune.config.load import parse_recipe
+    from vlm_tune.events import Event, TrainSteps
 
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(source, rows, shape, 2 * max(shape.batch, 8))
         text = recipe(shape, rows, Path(scratch) / "run", steps)
         work = ours.work(text)
-        events: list[dict[str, Any]] = []
+        events: list[Event] = []
         sft(parse_recipe(text), show=events.append)
     questions = shape.batch * shape.questions
     seconds = [
-        questions / event["questions_per_s"] for event in events if event["event"] == "train"
+        questions / event.questions_per_s for event in events if isinstance(event, TrainSteps)
     ][WARM:]
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     each = work.mean.tokens * shape.questions

@@ -25,6 +25,7 @@ from vlm_tune.errors import (
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
+from vlm_tune.events import Event, Features, Report, Scoring
 from vlm_tune.exporting import ExportReport
 from vlm_tune.exporting import export as export_folder
 from vlm_tune.exporting.merge import MergeReport
@@ -45,7 +46,6 @@ from vlm_tune.train.replay import ReplayReport
 from vlm_tune.train.replay import verify_run as replay_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
-from vlm_tune.train.trainer import Report
 
 log = logging.getLogger(__name__)
 
@@ -226,8 +226,8 @@ def _score_rows(
 ) -> Scores:
     media = distinct_media(rows)
 
-    def progress(event: str) -> Callable[[int, int], None]:
-        return lambda done, of: show({"event": event, "done": done, "of": of}) if show else None
+    def progress(event: Callable[[int, int], Event]) -> Callable[[int, int], None]:
+        return lambda done, of: show(event(done, of)) if show else None
 
     keep_freed_memory()
     try:
@@ -236,10 +236,10 @@ def _score_rows(
             rows,
             decoding=Decoding(settings.max_new_tokens, settings.num_beams),
             batch_size=settings.batch_size,
-            features=tower_features(model, media, progress("features")) if media else None,
+            features=tower_features(model, media, progress(Features)) if media else None,
             loss=False,
             compile=compile,
-            progress=progress("scoring"),
+            progress=progress(Scoring),
         )
     finally:
         shut_range()
@@ -323,9 +323,7 @@ def predict(
             max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams
         ),
         batch_size=batch_size or settings.batch_size,
-        progress=lambda done, of: (
-            show({"event": "scoring", "done": done, "of": of}) if show else None
-        ),
+        progress=lambda done, of: show(Scoring(done, of)) if show else None,
     )
 
 

@@ -127,8 +127,7 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
             ]
         ) from error
     except ValueError as error:
-        # A NUL is the only reason for which Python refuses a path before the system call.
-        if "null byte" not in str(error) and "null character" not in str(error):
+        if "\0" not in str(path):  # of a file's name Python refuses nothing else
             raise
         raise RecipeError(
             [Problem(shown_path(path), f"{what} can't be written: its name holds a NUL character")]

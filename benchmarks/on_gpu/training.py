@@ -25,6 +25,7 @@ from benchmarks.ours import Amount
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Batch
+from vlm_tune.events import Event, StageStart, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.train.accelerator import accelerator_of
@@ -145,12 +146,12 @@ class Meter:
         self.batches: list[list[tuple[Batch, int]]] = []
         """By step: micro-batches without their pixels, and their numbers of images."""
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Notes the time after each step."""
-        if event["event"] == "stage":
+        if isinstance(event, StageStart):
             self.steps.begin()
-        elif event["event"] == "train":
-            self._after_step(event["step"])
+        elif isinstance(event, TrainSteps):
+            self._after_step(event.step)
 
     def _after_step(self, step: int) -> None:
         if step <= self.most:

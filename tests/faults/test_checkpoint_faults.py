@@ -24,6 +24,7 @@ from tests.helpers.tiny_models import assert_same_bits, built, interrupted, stag
 from vlm_tune.api import sft
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.events import Evaluation, Event, Note, TrainSteps
 from vlm_tune.model.committed_folders import is_whole, recover_folders
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
@@ -138,8 +139,8 @@ def test_fault_38_a_full_disk_keeps_the_older_checkpoint(
 ) -> None:
     recipe = runs(tiny_recipe, train__steps=20)
 
-    def fill(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["step"] == 2:
+    def fill(event: Event) -> None:
+        if isinstance(event, TrainSteps) and event.step == 2:
             until(
                 lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 1))
             )  # it is written beside training
@@ -229,12 +230,12 @@ def test_fault_42_a_changed_recipe_is_refused_with_a_diff_unless_told(
         RecipeError, match=r"train\.learning_rate: 0\.003 -> 0\.01(.|\n)*--accept-changes"
     ):
         sft(changed, resume=True)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     sft(changed, resume=True, accept_changes=True, show=events.append)
     assert "resumed with a changed recipe: train.learning_rate: 0.003 -> 0.01" in [
-        event.get("text") for event in events
+        event.text for event in events if isinstance(event, Note)
     ]
-    assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
+    assert [event.step for event in events if isinstance(event, TrainSteps)] == [3, 4]
     sft(changed, resume=True)  # from now on it is the run's own
 
 
@@ -270,12 +271,12 @@ def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(
     recipe = runs(tiny_recipe)
     for step, name in ((4, "connector.safetensors"), (3, "trainer/optimizer.safetensors")):
         flip(step_folder(stage_of(tmp_path / "run"), step) / name)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     sft(recipe, resume=True, accept_changes=True, show=events.append)
-    notes = [event["text"] for event in events if event["event"] == "note"]
+    notes = [event.text for event in events if isinstance(event, Note)]
     for step in (4, 3):
         assert f"step-000000{step} of 1-main is damaged; going on from step-0000002" in notes
-    assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
+    assert [event.step for event in events if isinstance(event, TrainSteps)] == [3, 4]
     assert_same_bits(tmp_path / "whole" / "model", tmp_path / "run" / "model")
     assert read_trace(stage_of(tmp_path / "whole")) == read_trace(stage_of(tmp_path / "run"))
 
@@ -289,22 +290,24 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
 ) -> None:
     scores = iter([0.5, 0.9, 0.1])
     monkeypatch.setattr(
-        Evaluator, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+        Evaluator,
+        "_generated",
+        lambda self, step: Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8),
     )
     validation = [{"kind": "file", "path": str(color_rows)}]
     recipe = runs(tiny_recipe, data__validation=validation, evaluate__every=1, train__steps=3)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
 
-    def show(event: dict[str, Any]) -> None:
+    def show(event: Event) -> None:
         events.append(event)
-        if event["event"] == "evaluate" and event["step"] == 3:
+        if isinstance(event, Evaluation) and event.step == 3:
             until(
                 lambda: is_whole(step_folder(stage_of(tmp_path / "run"), 2))
             )  # it is written beside training
             flip(step_folder(stage_of(tmp_path / "run"), 2) / "connector.safetensors")
 
     run = sft(recipe, show=show).folder
-    notes = [event["text"] for event in events if event["event"] == "note"]
+    notes = [event.text for event in events if isinstance(event, Note)]
     assert "step-0000002 of 1-main, which scored better, is damaged: passed over" in notes
     assert "going on with the best checkpoint, step 1 (score 0.5000)" in notes
     first = tensors_of(step_folder(stage_of(run), 1))

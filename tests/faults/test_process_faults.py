@@ -23,6 +23,7 @@ from tests.helpers.forked_runs import ended, hidden, runs, stage_of, start, unti
 from tests.helpers.tiny_models import LORA_TUNE, assert_close, assert_same_bits, parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.errors import DataError, TrainingError
+from vlm_tune.events import Event, Note, TrainSteps
 from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.train import evaluator, trackers, trainer, watchdog
@@ -105,8 +106,8 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
 def test_fault_39_a_second_signal_leaves_at_once_without_harm(
     tiny_recipe: Callable[..., str], tmp_path: Path
 ) -> None:
-    def twice(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["step"] == 3:
+    def twice(event: Event) -> None:
+        if isinstance(event, TrainSteps) and event.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -135,8 +136,8 @@ def test_fault_43_another_number_of_ranks_sees_the_same_order(
         }
         return parsed(text, **changes, data__validation=[])
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["step"] == 2:
+    def stop(event: Event) -> None:
+        if isinstance(event, TrainSteps) and event.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     one, other, log = recipe("one"), recipe("other"), tmp_path / "said"
@@ -207,7 +208,7 @@ def test_fault_44_single_steps_are_left_out_and_never_marked_best(
         "data__validation": [{"kind": "file", "path": str(color_rows)}],
         "evaluate__every": 1,
     }
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     # Of eight batches of one row two hold the poisoned image; the last step is a good one.
     recipe = runs(
         tiny_recipe,
@@ -222,7 +223,8 @@ def test_fault_44_single_steps_are_left_out_and_never_marked_best(
     left_out = [step.step for step in trace if step.loss == "nan"]
     assert (
         left_out
-        and [event["step"] for event in events if "left out" in event.get("text", "")] == left_out
+        and [event.step for event in events if isinstance(event, Note) and "left out" in event.text]
+        == left_out
     )
     done = json.loads((stage_of(tmp_path / "run") / "done.json").read_text())
     assert len(done["history"]) == 7 and done["best_step"] is None
@@ -400,18 +402,22 @@ def test_fault_50_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken
     finally:
         os.kill(first, signal.SIGKILL)
     assert ended([first]) == [-9]
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
 
-    def stop(event: dict[str, Any]) -> None:
+    def stop(event: Event) -> None:
         events.append(event)
-        if event["event"] == "train":
+        if isinstance(event, TrainSteps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     from vlm_tune.errors import Interrupted
 
     with pytest.raises(Interrupted):
         sft(recipe, resume=True, show=stop)
-    assert any(f"the lock of process {first} on " in event.get("text", "") for event in events)
+    assert any(
+        f"the lock of process {first} on " in event.text
+        for event in events
+        if isinstance(event, Note)
+    )
     assert not list((tmp_path / "run").glob("run.lock*"))
 
 
@@ -451,12 +457,16 @@ def test_fault_51_a_tracker_that_fails_does_not_stop_training(
         monkeypatch.setitem(
             trackers.LOGGER_TYPE_TO_CLASS, name, type(name, (Broken,), {"where": where})
         )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     run = sft(
         runs(tiny_recipe, train__steps=6, train__trackers=[*names, "trackio"]), show=events.append
     )
     assert (run.folder / "model").is_dir()
-    notes = [event["text"] for event in events if event.get("text", "").startswith("tracker")]
+    notes = [
+        event.text
+        for event in events
+        if isinstance(event, Note) and event.text.startswith("tracker")
+    ]
     assert notes == [
         "tracker tensorboard failed (ConnectionError: no route to the tracker); training goes on",
         "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training "

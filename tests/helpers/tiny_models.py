@@ -37,6 +37,7 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
+from vlm_tune.events import Evaluation, Event, StageReport, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.feature_cache import tower_features
@@ -242,7 +243,7 @@ def stage_loop(
     folder: Path,
     *,
     cached: bool = False,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: StageReport | None = None,
 ) -> StageLoop:
     """A loop over the recipe's one stage, with its tuning rules applied, and no validation."""
     train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
@@ -277,7 +278,7 @@ def one_step(
 ) -> Any:
     """The logged loss of one optimizer step through the loop, and its gradients."""
     model = built(recipe)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     loop = stage_loop(model, recipe, folder, cached=cached, report=events.append)
     if prepare_model:
         prepare_model(model)
@@ -291,19 +292,25 @@ def one_step(
     inner: Any = loop.engine.optimizer.optimizer
     inner.register_step_pre_hook(note)
     loop.run()
-    return next(event["loss"] for event in events if event["event"] == "train"), gradients
+    return next(event.loss for event in events if isinstance(event, TrainSteps)), gradients
 
 
-def interrupted(run: Callable[..., Any], *, stage: int, step: int) -> list[dict[str, Any]]:
-    """Calls `run(show=...)`, which must end as `Interrupted` when SIGINT comes at a step.
+def interrupted(
+    run: Callable[..., Any],
+    *,
+    stage: int,
+    step: int,
+    at: type[TrainSteps | Evaluation] = TrainSteps,
+) -> list[Event]:
+    """Calls `run(show=...)`, which must end as `Interrupted` when SIGINT comes at a step's event.
 
     Returns the events until then.
     """
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
 
-    def show(event: dict[str, Any]) -> None:
+    def show(event: Event) -> None:
         events.append(event)
-        if event["event"] == "train" and (event["stage"], event["step"]) == (stage, step):
+        if isinstance(event, at) and (event.stage, event.step) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
 
     try:

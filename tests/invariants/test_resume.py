@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.events import Evaluation
 
 STAGES = """
 stages:
@@ -128,20 +129,7 @@ def test_a_log_line_of_many_steps_counts_those_before_the_stop(
     whole = parsed(tiny_recipe("causal", output="whole"), **changes, train__log_every=3)
     sft(whole)
     recipe = parsed(tiny_recipe("causal", output="parts"), **changes, train__log_every=3)
-    calls: list[int] = []
-
-    def at_the_first_evaluation(show: Any) -> Any:
-        def forward(event: dict[str, Any]) -> None:
-            calls.append(1)
-            show(
-                {"event": "train", "stage": 0, "step": 2}
-                if event["event"] == "evaluate" and event["step"] == 2
-                else {"event": "other"}
-            )
-
-        return sft(recipe, show=forward)
-
-    interrupted(at_the_first_evaluation, stage=0, step=2)
+    interrupted(lambda show: sft(recipe, show=show), stage=0, step=2, at=Evaluation)
     sft(recipe, resume=True)
     assert_same_bits(tmp_path / "whole" / "model", tmp_path / "parts" / "model")
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.tiny_models import LORA_TUNE, built, one_step, parsed, stage_loop, with_tune
 from vlm_tune.api import sft
+from vlm_tune.events import Event, StageStart
 
 FULL = """
 tune:
@@ -110,9 +110,9 @@ def test_each_stage_trains_in_its_own_precision(
             seen.setdefault(stage[0], set()).add(output.dtype)
         return output
 
-    def show(event: dict[str, Any]) -> None:
-        if event["event"] == "stage":
-            stage[0] = event["name"]
+    def show(event: Event) -> None:
+        if isinstance(event, StageStart):
+            stage[0] = event.name
 
     torch.nn.functional.linear = linear
     try:

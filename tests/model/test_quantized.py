@@ -33,6 +33,7 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError
+from vlm_tune.events import TrainSteps
 from vlm_tune.exporting.merge import merge
 from vlm_tune.exporting.verify import observe
 from vlm_tune.kernels import devices
@@ -119,7 +120,7 @@ def test_lora_trains_and_merges_into_the_16_bit_base(
     losses = []
     run = sft(
         recipe,
-        show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None,
+        show=lambda event: losses.append(event.loss) if isinstance(event, TrainSteps) else None,
     )
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < 0.85 * losses[0]

@@ -8,23 +8,39 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from vlm_tune.events import (
+    Environment,
+    Evaluation,
+    Event,
+    Features,
+    FinalScores,
+    Note,
+    PeakMemory,
+    Preparing,
+    Scoring,
+    StageEvent,
+    TrainSteps,
+)
 from vlm_tune.rendering.terminal import EVERY, Display
 
-TRAIN = {
-    "event": "train",
-    "step": 10,
-    "of": 400,
-    "loss": 1.0,
-    "learning_rate": 1e-3,
-    "questions_per_s": 1.0,
-    "tokens_per_s": 1.0,
-}
-TRAIN |= {"padding": 0.0, "left": 60.0}
+TRAIN = TrainSteps(
+    step=10,
+    of=400,
+    loss=1.0,
+    questions_per_s=1.0,
+    tokens_per_s=1.0,
+    padding=0.0,
+    stall=0.0,
+    imbalance=1.0,
+    learning_rate=1e-3,
+    left=60.0,
+)
 
 
 class Shown:
@@ -43,7 +59,7 @@ class Shown:
         self.display.beat()
         return self.file.getvalue()[before:].splitlines()
 
-    def event(self, **event: Any) -> list[str]:
+    def event(self, event: Event) -> list[str]:
         before = len(self.file.getvalue())
         self.display(event)
         return self.file.getvalue()[before:].splitlines()
@@ -51,12 +67,12 @@ class Shown:
 
 def test_a_phase_is_a_line_when_it_begins_and_every_half_minute_after() -> None:
     shown = Shown()
-    assert shown.event(event="scoring", done=0, of=780) == ["answering 0 of 780 questions"]
-    assert shown.event(event="scoring", done=64, of=780) == []
+    assert shown.event(Scoring(0, 780)) == ["answering 0 of 780 questions"]
+    assert shown.event(Scoring(64, 780)) == []
     assert shown.after(EVERY - 1) == []
     assert shown.after(1) == ["answering 64 of 780 questions (0:30 so far)"]
     assert shown.after(EVERY - 1) == []
-    shown.event(event="scoring", done=128, of=780)
+    shown.event(Scoring(128, 780))
     assert shown.after(61) == ["answering 128 of 780 questions (2:00 so far)"]
 
 
@@ -85,19 +101,13 @@ def test_the_thread_ends_when_the_display_is_closed_while_it_looks(
 @pytest.mark.parametrize(
     ("event", "line"),
     [
-        (
-            {"event": "preparing", "name": "main", "part": "train", "rows": 2000},
-            "preparing main train: 2,000 rows",
-        ),
-        (
-            {"event": "features", "done": 64, "of": 4000},
-            "computing tower features: 64 of 4,000 images",
-        ),
+        (Preparing("train", 2000, name="main"), "preparing main train: 2,000 rows"),
+        (Features(64, 4000), "computing tower features: 64 of 4,000 images"),
     ],
 )
-def test_every_phase_says_how_far_it_is(event: dict[str, Any], line: str) -> None:
+def test_every_phase_says_how_far_it_is(event: Event, line: str) -> None:
     shown = Shown()
-    assert shown.event(**event) == [line]
+    assert shown.event(event) == [line]
     assert shown.after(EVERY) == [f"{line} (0:30 so far)"]
 
 
@@ -105,23 +115,25 @@ def test_a_gpu_and_its_peak_memory_are_shown() -> None:
     shown = Shown()
     gpu = {"device": "H100", "device_memory_mb": 85000, "capability": "9.0", "driver": None}
     versions = {"cuda": "13.0", "cudnn": 91300, "nccl": "2.27.7"}
-    assert shown.event(event="environment", **gpu, **versions, kernels_reason="") == [
+    assert shown.event(Environment(gpu | versions, "")) == [
         "H100: 85.0 GB, compute capability 9.0, CUDA 13.0, cuDNN 91300, NCCL 2.27.7"
     ]
-    assert "padding 0.0%  peak 12.3 GB  1:00 left" in shown.event(**TRAIN, gpu_memory_mb=12345)[0]
-    assert "padding 0.0%  1:00 left" in shown.event(**TRAIN)[0]
-    peaks = {"gpu_memory_mb": 12345, "gpu_reserved_mb": 13000}
-    assert shown.event(event="memory", stage=0, name="main", **peaks) == [
+    assert (
+        "padding 0.0%  peak 12.3 GB  1:00 left"
+        in shown.event(replace(TRAIN, gpu_memory_mb=12345))[0]
+    )
+    assert "padding 0.0%  1:00 left" in shown.event(TRAIN)[0]
+    assert shown.event(PeakMemory(0, "main", 12345, 13000)) == [
         "peak GPU memory of stage 1 main: 12.3 GB, 13.0 GB reserved"
     ]
 
 
 def test_steps_that_take_long_are_no_silence() -> None:
     shown = Shown()
-    assert len(shown.event(**TRAIN)) == 1
+    assert len(shown.event(TRAIN)) == 1
     assert shown.after(EVERY) == ["training, past step 10 of 400 (0:30 so far)"]
-    shown.event(event="scoring", done=64, of=64)
-    shown.event(event="evaluate", step=10, accuracy=0.5, n=64, loss=1.0)
+    shown.event(Scoring(64, 64))
+    shown.event(Evaluation(step=10, accuracy=0.5, n=64, loss=1.0))
     assert shown.after(EVERY) == ["training, past step 10 (0:30 so far)"]
 
 
@@ -144,18 +156,24 @@ def test_what_the_package_logs_is_shown_until_the_display_is_closed() -> None:
 def test_nothing_is_said_where_nothing_goes_on() -> None:
     shown = Shown()
     assert shown.after(100 * EVERY) == []
-    shown.event(event="scoring", done=1, of=2)
-    shown.event(event="test", accuracy=1.0, n=2, by_category={}, by_source={})
+    shown.event(Scoring(1, 2))
+    shown.event(FinalScores(accuracy=1.0, n=2, loss=None, tokens=0, by_category={}, by_source={}))
     assert shown.after(100 * EVERY) == []
+
+
+def test_every_type_of_event_has_its_way_to_be_shown() -> None:
+    shown_types = vars(Display)["_show"].dispatcher.registry
+    events = {*Event.__subclasses__(), *StageEvent.__subclasses__()} - {StageEvent}
+    assert events == shown_types.keys() - {object}
 
 
 def test_lines_are_not_cut_where_there_is_no_terminal() -> None:
     shown = Shown()
-    assert shown.event(event="note", text="word " * 100) == ["word " * 100]
+    assert shown.event(Note("word " * 100)) == ["word " * 100]
 
 
 def test_texts_are_no_markup_of_a_terminal() -> None:
     shown = Shown(terminal=True)
-    shown.event(event="preparing", name="[/nope] a", part="train", rows=1)
+    shown.event(Preparing("train", 1, name="[/nope] a"))
     shown.display.close()
     assert "[/nope]" in shown.file.getvalue()

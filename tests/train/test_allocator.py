@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune.api import sft
+from vlm_tune.events import Event, TrainSteps
 from vlm_tune.kernels.cpu import native
 from vlm_tune.memory_plan import heap
 from vlm_tune.memory_plan.heap import Range
@@ -204,8 +204,8 @@ def test_the_plan_s_range_puts_every_block_of_real_steps_where_the_allocator_doe
 def test_a_run_trains_in_the_range_and_shuts_it(tiny_recipe: Callable[..., str]) -> None:
     states = []
 
-    def show(event: dict[str, Any]) -> None:
-        if event["event"] == "train":
+    def show(event: Event) -> None:
+        if isinstance(event, TrainSteps):
             states.append(range_state())
 
     gc.collect()
@@ -237,9 +237,9 @@ def test_results_are_the_same_with_and_without_it(
     def trained(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         losses = []
 
-        def show(event: dict[str, Any]) -> None:
-            if event["event"] == "train":
-                losses.append(event["loss"])
+        def show(event: Event) -> None:
+            if isinstance(event, TrainSteps):
+                losses.append(event.loss)
 
         text = with_tune(tiny_recipe("causal", output=name, precision="bf16"))
         folder = sft(

@@ -14,6 +14,7 @@ import torch
 from tests.helpers.tiny_models import assert_same_bits, built, parsed, stage_loop, tensors_of
 from vlm_tune.api import sft
 from vlm_tune.errors import ModelError, RecipeError, TrainingError
+from vlm_tune.events import Evaluation, Event, Note, TrainSteps
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
 from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, step_folder
@@ -172,13 +173,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert find_model(run) == run / "model"
     shutil.rmtree(run / "model")
     assert find_model(run).name == "step-0000002"
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     sft(runs(tiny_recipe, "damaged"), resume=True, show=events.append)
-    notes = [event["text"] for event in events if event["event"] == "note"]
+    notes = [event.text for event in events if isinstance(event, Note)]
     assert notes[:2] == [
         f"step-000000{step} of 1-main is damaged; going on from step-0000002" for step in (4, 3)
     ]
-    assert [event["step"] for event in events if event["event"] == "train"] == [3, 4]
+    assert [event.step for event in events if isinstance(event, TrainSteps)] == [3, 4]
     assert_same_bits(whole / "model", run / "model")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [event["step"] for event in log if event["event"] == "train"] == [1, 2, 3, 4]
@@ -192,8 +193,8 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(
 
     scores = iter([0.1, 0.9, 0.9, 0.2])
 
-    def scored(self: Any) -> dict[str, Any]:
-        return {"accuracy": next(scores), "loss": 1.0, "n": 8}
+    def scored(self: Any, step: int) -> Evaluation:
+        return Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8)
 
     monkeypatch.setattr(Evaluator, "_generated", scored)
     recipe = runs(
@@ -219,7 +220,9 @@ def test_best_checkpoints_of_a_lora_stage_are_found_again(
 
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(
-        Evaluator, "_generated", lambda self: {"accuracy": next(scores), "loss": 1.0, "n": 8}
+        Evaluator,
+        "_generated",
+        lambda self, step: Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8),
     )
     text = with_tune(tiny_recipe("seq2seq"))
     run = sft(parsed(text, train__steps=2, evaluate__every=1, evaluate__samples=0))

@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.tiny_models import interrupted, parsed
 from vlm_tune.api import sft, verify_run, which_model
 from vlm_tune.errors import ModelError, RecipeError, TrainingError, VlmTuneError
+from vlm_tune.events import Event, Note, TrainSteps
 from vlm_tune.rendering.report import write_report
 
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
@@ -43,9 +44,7 @@ def test_spoiled_files_are_made_anew_and_told(
     sft(
         recipe,
         resume=True,
-        show=lambda event: (
-            notes.append(event.get("text", "")) if event["event"] == "note" else None
-        ),
+        show=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
     if spoiled in GARBAGE[:3]:
         text = "\n".join(notes)
@@ -90,13 +89,14 @@ def test_no_whole_checkpoint_begins_anew_and_says_so(tiny_recipe: Callable[..., 
     interrupted(lambda show: sft(recipe, show=show), stage=0, step=2)
     for path in Path(recipe.output).glob("stages/*/checkpoints/*/manifest.json"):
         path.write_bytes(b"{")
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     sft(recipe, resume=True, show=events.append)
     assert any(
-        "no whole checkpoint (damaged: step-0000001, step-0000002)" in event.get("text", "")
+        "no whole checkpoint (damaged: step-0000001, step-0000002)" in event.text
         for event in events
+        if isinstance(event, Note)
     )
-    assert [event["step"] for event in events if event["event"] == "train"] == [1, 2, 3, 4]
+    assert [event.step for event in events if isinstance(event, TrainSteps)] == [1, 2, 3, 4]
 
 
 def test_a_folder_deleted_while_it_runs_ends_the_run_in_words(
@@ -104,8 +104,8 @@ def test_a_folder_deleted_while_it_runs_ends_the_run_in_words(
 ) -> None:
     recipe = parsed(tiny_recipe("causal"), **QUICK)
 
-    def show(event: dict[str, Any]) -> None:
-        if event["event"] == "train" and event["step"] == 2:
+    def show(event: Event) -> None:
+        if isinstance(event, TrainSteps) and event.step == 2:
             shutil.rmtree(recipe.output)
 
     with pytest.raises(

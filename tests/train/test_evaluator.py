@@ -40,14 +40,14 @@ def test_a_process_without_rows_adds_nothing_to_the_scores(
             watch=watch,
             stop=lambda: False,
             any_stops=lambda: False,
-        ).scores(1, compiled=False)
+        ).evaluation(1, compiled=False)
 
     monkeypatch.setattr(evaluator, "gather_object", lambda mine: mine)
     alone = scores(0, 1)
-    assert alone["n"] == 3
+    assert alone.n == 3
     monkeypatch.setattr(evaluator, "gather_object", lambda mine: shards.extend(mine) or shards)
     joined = [scores(rank, 5) for rank in range(5)][-1]
     assert len(shards) == 5
-    assert (joined["n"], joined["tokens"]) == (alone["n"], alone["tokens"])
-    assert joined["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    assert joined["by_source"][""] == pytest.approx(alone["by_source"][""], rel=1e-5)
+    assert (joined.n, joined.tokens) == (alone.n, alone.tokens)
+    assert joined.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert joined.by_source[""] == pytest.approx(alone.by_source[""], rel=1e-5)

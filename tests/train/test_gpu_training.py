@@ -26,6 +26,7 @@ from vlm_tune import system
 from vlm_tune.api import sft
 from vlm_tune.config.engine import AutoEngine, FsdpEngine
 from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.events import Event, Note, StageEvent
 from vlm_tune.train import accelerator as accelerators
 from vlm_tune.train import environment as environments
 from vlm_tune.train import gpu_memory, stage
@@ -168,7 +169,7 @@ def test_a_skipped_step_lowers_the_scale_and_the_next_is_taken() -> None:
 def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path: Path) -> None:
     """The scaler lowers its scale for it step by step; below 1 that can't be the cause."""
     engine, layer = scaling_engine()
-    notes: list[dict[str, Any]] = []
+    notes: list[StageEvent] = []
     policy = NonFinitePolicy(engine.accelerator, notes.append, most=2, skips=True)
     taken = []
     with pytest.raises(TrainingError, match=r"norm is nan at step 7; .* the 2th such step"):
@@ -180,7 +181,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path: Path) -> N
             (engine.step if taken[-1] else engine.skip)()
     # 16, 8, 4, 2 and 1, then a half.
     assert taken == [True] * 5 + [False]
-    assert [note["step"] for note in notes] == [6]
+    assert [note.step for note in notes if isinstance(note, Note)] == [6]
 
 
 def test_fp16_is_refused_with_an_engine_of_accelerates_that_does_not_scale(
@@ -213,7 +214,12 @@ def test_a_deterministic_run_is_so_from_its_model_to_its_end(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two stages, with GPU memory of which one takes more."""
-    figures = iter([{"gpu_memory_mb": 3100, "gpu_reserved_mb": 3400}, {"gpu_memory_mb": 2000}])
+    figures = iter(
+        [
+            {"gpu_memory_mb": 3100, "gpu_reserved_mb": 3400},
+            {"gpu_memory_mb": 2000, "gpu_reserved_mb": 2100},
+        ]
+    )
     measured: list[str] = []
     monkeypatch.setattr(stage, "reset_gpu_peak", lambda device: measured.append("reset"))
     monkeypatch.setattr(
@@ -223,8 +229,8 @@ def test_a_deterministic_run_is_so_from_its_model_to_its_end(
     before = switches()
     seen: dict[str, set[tuple[Any, ...]]] = {}
 
-    def show(event: dict[str, Any]) -> None:
-        seen.setdefault(event["event"], set()).add(switches())
+    def show(event: Event) -> None:
+        seen.setdefault(event.kind, set()).add(switches())
 
     text = tiny_recipe("causal") + "\nstages: [{name: one}, {name: two}]\n"
     saves = {"train__checkpoints": {"every": 1, "keep": 9}, "train__log_every": 1}
@@ -295,11 +301,13 @@ def test_peaks_are_the_devices_and_the_largest_of_the_ranks(
     gpu_memory.reset_gpu_peak(torch.device("cpu"))
     assert gpu_memory.gpu_peak(torch.device("cpu")) == {}
 
-    monkeypatch.setattr(gpu_memory, "gpu_peak", lambda device: {"gpu_memory_mb": 3})
+    monkeypatch.setattr(
+        gpu_memory, "gpu_peak", lambda device: {"gpu_memory_mb": 3, "gpu_reserved_mb": 5}
+    )
     ranks: Any = SimpleNamespace(
         device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, mine + 4])
     )
-    assert gpu_memory.largest_gpu_peak(ranks) == {"gpu_memory_mb": 7}
+    assert gpu_memory.largest_gpu_peak(ranks) == {"gpu_memory_mb": 7, "gpu_reserved_mb": 9}
 
 
 # --- devices, groups, environment -----------------------------------------------------------------

@@ -21,6 +21,7 @@ from vlm_tune.data.prepare.run import prepared_parts, scratch_texts
 from vlm_tune.data.types import Conversation
 from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.events import Event, Note
 from vlm_tune.model.build import build_processor
 from vlm_tune.resources import cache_folder
 from vlm_tune.train.stage_data import read_stage
@@ -316,7 +317,7 @@ def test_a_bound_that_rows_are_too_long_for_is_told(
     warnings = [
         finding.message for finding in vlm_tune.check(recipe).warnings if finding.kind == "bound"
     ]
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     read_stage(
         recipe,
         build_processor(recipe, scratch_texts(recipe)),
@@ -325,7 +326,7 @@ def test_a_bound_that_rows_are_too_long_for_is_told(
         stop=lambda: False,
         quarantine=None,
     )
-    notes = [event["text"] for event in events if event["event"] == "note"]
+    notes = [event.text for event in events if isinstance(event, Note)]
     if not recipe.data.streaming:
         assert notes == warnings
     assert any(line in note for note in notes) if line else notes == []

@@ -14,6 +14,7 @@ import torch
 
 from tests.helpers.tiny_models import batch_of, parsed, rows_of, unshifted
 from vlm_tune.api import sft
+from vlm_tune.events import Event, TrainSteps
 
 GRANITE = (
     "{model_type: granite, vocab_size: 400, config: {hidden_size: 32, intermediate_size: "
@@ -40,7 +41,7 @@ def test_granite_trained_through_sft_has_transformers_loss(
         train__checkpoints={"every": 40},  # not after each epoch, which is two steps
         evaluate__every=40,
     )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     model = sft(recipe, show=events.append).model.eval()
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "model" / "llm", dtype=torch.float32
@@ -56,5 +57,5 @@ def test_granite_trained_through_sft_has_transformers_loss(
             inputs_embeds=embeds, attention_mask=mask, labels=unshifted(batch.labels)
         ).loss
     assert float(our_loss.sum) / our_loss.count == pytest.approx(float(loss), rel=1e-4)
-    losses = [event["loss"] for event in events if event["event"] == "train"]
+    losses = [event.loss for event in events if isinstance(event, TrainSteps)]
     assert losses[-1] < losses[0]

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.tiny_models import parsed
 from vlm_tune.api import sft
 from vlm_tune.config.train import Schedule
+from vlm_tune.events import TrainSteps
 from vlm_tune.train.schedule import schedule_factor
 
 
@@ -63,7 +64,7 @@ def test_the_logged_rate_is_the_rules(
     sft(
         recipe,
         show=lambda event: (
-            rates.append(event["learning_rate"]) if event["event"] == "train" else None
+            rates.append(event.learning_rate) if isinstance(event, TrainSteps) else None
         ),
     )
     assert rates == pytest.approx([expected * factor for factor in (1, 0.75, 0.5, 0.25)])

@@ -35,6 +35,7 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.errors import EXIT_TRAINING
+from vlm_tune.events import LoadedModel
 from vlm_tune.paths import ANSWERS, check_writable, writing
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def evaluate(
     console = Console(stderr=as_json)
     which = which_model(model)
     with Display(console) as display:
-        display({"event": "model", **which})
+        display(LoadedModel(which["folder"], which["about"]))
         scores = run(
             model,
             loaded,
@@ -250,7 +251,7 @@ def predict(
 
     which = which_model(model)
     with Display(Console(stderr=True)) as display:
-        display({"event": "model", **which})
+        display(LoadedModel(which["folder"], which["about"]))
         written = run(
             model,
             data,

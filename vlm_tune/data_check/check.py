@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vlm_tune.data_check.leakage import leaks
 from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
+from vlm_tune.events import Note, Preparing, Report
 from vlm_tune.model.build import bare_model, build_processor
 from vlm_tune.model.pretrained.connector_weights import check_connector_file
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder
@@ -39,15 +40,13 @@ from vlm_tune.model.tuning import check_fits
 STREAMED = 10_000
 """Rows that are read of each source if the recipe streams."""
 
-Show = Callable[[dict[str, Any]], None]
-
 
 def check(
     recipe: str | Path | Recipe,
     overrides: Sequence[str] | dict[str, Any] = (),
     *,
     sample: int | None = None,
-    show: Show | None = None,
+    show: Report | None = None,
 ) -> CheckReport:
     """Reads the rows of all stages and reports on them.
 
@@ -138,7 +137,7 @@ def _parts(
     processor: Processor,
     *,
     last: bool,
-    show: Show | None,
+    show: Report | None,
 ) -> Iterator[Part]:
     """Yields the parts of a stage; only the last stage has a test part."""
     data = stage.data
@@ -173,7 +172,7 @@ def _prepared(
     stage: Recipe,
     sources: Sequence[Source],
     processor: Processor,
-    show: Show | None,
+    show: Report | None,
 ) -> tuple[Prepared | None, float | None]:
     """Prepares a part; returns its rows and the milliseconds per row.
 
@@ -186,11 +185,11 @@ def _prepared(
         nonlocal rows
         rows = done
         if show:
-            show({"event": "preparing", "name": name, "part": part, "rows": done})
+            show(Preparing(part, done, name=name))
 
     def note(text: str) -> None:
         if show:
-            show({"event": "note", "text": text})
+            show(Note(text))
 
     def prepare_sources(some: Sequence[Source]) -> Prepared:
         return prepare(

@@ -6,12 +6,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import singledispatchmethod
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm_tune.events import (
+    Acceleration,
+    Environment,
+    Evaluation,
+    Event,
+    Features,
+    FinalScores,
+    LoadedModel,
+    Note,
+    PeakMemory,
+    Preparing,
+    Scoring,
+    StageStart,
+    TrainSteps,
+    Tuning,
+)
 from vlm_tune.quoting import escaped
 
 EVERY = 30.0
@@ -75,9 +92,9 @@ class Display(logging.Handler):
         else:
             self._live(text, text)
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Shows one event."""
-        getattr(self, f"_{event['event']}", self._other)(event)
+        self._show(event)
 
     def close(self) -> None:
         """Removes the live line and ends the thread."""
@@ -121,12 +138,19 @@ class Display(logging.Handler):
         self._printed = self.clock()
         print_line(self.console, text, style)
 
-    def _environment(self, event: dict[str, Any]) -> None:
-        if "kernels" in event:
-            self._line(f"bf16 on the CPU by {event['kernels_reason']}")
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        """Shows an event by its type."""
+        raise TypeError(f"no way to show {event}")
+
+    @_show.register
+    def _environment(self, event: Environment) -> None:
+        values = event.values
+        if "kernels" in values:
+            self._line(f"bf16 on the CPU by {event.kernels_reason}")
             return
         versions = [
-            f"{label} {event[key]}"
+            f"{label} {values[key]}"
             for key, label in (
                 ("capability", "compute capability"),
                 ("driver", "driver"),
@@ -134,99 +158,100 @@ class Display(logging.Handler):
                 ("cudnn", "cuDNN"),
                 ("nccl", "NCCL"),
             )
-            if event[key] is not None
+            if values[key] is not None
         ]
-        memory = f"{event['device_memory_mb'] / 1000:,.1f} GB"
-        self._line(f"{event['device']}: {', '.join([memory, *versions])}")
+        memory = f"{values['device_memory_mb'] / 1000:,.1f} GB"
+        self._line(f"{values['device']}: {', '.join([memory, *versions])}")
 
-    def _stage(self, event: dict[str, Any]) -> None:
-        start = f", from step {event['from_step']}" if event["from_step"] else ""
+    @_show.register
+    def _stage(self, event: StageStart) -> None:
+        start = f", from step {event.from_step}" if event.from_step else ""
         rows = (
             "rows read as they come"
-            if event.get("streaming")
-            else f"{event['questions']:,} question-answer pairs, {event['images']:,} images"
+            if event.streaming
+            else f"{event.questions:,} question-answer pairs, {event.images:,} images"
         )
-        self._line(
-            f"stage {event['stage'] + 1} {event['name']}: {rows}, {event['steps']:,} steps{start}",
-            "bold",
-        )
+        title = f"stage {event.stage + 1} {event.name}"
+        self._line(f"{title}: {rows}, {event.steps:,} steps{start}", "bold")
 
-    def _model(self, event: dict[str, Any]) -> None:
-        self._line(f"{event['folder']}: {event['about']}")
+    @_show.register
+    def _model(self, event: LoadedModel) -> None:
+        self._line(f"{event.folder}: {event.about}")
 
-    def _preparing(self, event: dict[str, Any]) -> None:
-        text = f"preparing {event['name']} {event['part']}: {event['rows']:,} rows"
-        self._live(f"preparing {event['name']} {event['part']}", text)
+    @_show.register
+    def _preparing(self, event: Preparing) -> None:
+        phase = f"preparing {event.name} {event.part}"
+        self._live(phase, f"{phase}: {event.rows:,} rows")
 
-    def _tuning(self, event: dict[str, Any]) -> None:
+    @_show.register
+    def _tuning(self, event: Tuning) -> None:
         self._clear()
-        self.console.print(tuning_table(event["name"], event["rows"]))
+        self.console.print(tuning_table(event.name, event.rows))
 
-    def _features(self, event: dict[str, Any]) -> None:
-        self._live(
-            "features", f"computing tower features: {event['done']:,} of {event['of']:,} images"
-        )
+    @_show.register
+    def _features(self, event: Features) -> None:
+        self._live("features", f"computing tower features: {event.done:,} of {event.of:,} images")
 
-    def _scoring(self, event: dict[str, Any]) -> None:
-        self._live("scoring", f"answering {event['done']:,} of {event['of']:,} questions")
+    @_show.register
+    def _scoring(self, event: Scoring) -> None:
+        self._live("scoring", f"answering {event.done:,} of {event.of:,} questions")
 
-    def _train(self, event: dict[str, Any]) -> None:
+    @_show.register
+    def _train(self, event: TrainSteps) -> None:
         # A stream has no epochs.
-        epoch = f"  epoch {event['epoch']:.2f}" if "epoch" in event else ""
-        memory = (
-            f"peak {event['gpu_memory_mb'] / 1000:,.1f} GB  " if "gpu_memory_mb" in event else ""
-        )
+        epoch = "" if event.epoch is None else f"  epoch {event.epoch:.2f}"
+        peak = event.gpu_memory_mb
+        memory = "" if peak is None else f"peak {peak / 1000:,.1f} GB  "
         text = (
-            f"step {event['step']:,}/{event['of']:,}{epoch}  loss {event['loss']:.4f}  "
-            f"lr {event['learning_rate']:.2e}  {event['questions_per_s']:,.0f} qa/s  "
-            f"{event['tokens_per_s']:,.0f} tok/s  padding {event['padding']:.1%}  {memory}"
-            f"{duration(event['left'])} left"
+            f"step {event.step:,}/{event.of:,}{epoch}  loss {event.loss:.4f}  "
+            f"lr {event.learning_rate:.2e}  {event.questions_per_s:,.0f} qa/s  "
+            f"{event.tokens_per_s:,.0f} tok/s  padding {event.padding:.1%}  {memory}"
+            f"{duration(event.left)} left"
         )
         if self.console.is_terminal:
             self._live("training", text)
             return
         self._phase = "training"
-        self._state = f"training, past step {event['step']:,} of {event['of']:,}"
+        self._state = f"training, past step {event.step:,} of {event.of:,}"
         self._began = self.clock()
         self._line(text)
 
-    def _memory(self, event: dict[str, Any]) -> None:
+    @_show.register
+    def _memory(self, event: PeakMemory) -> None:
         self._line(
-            f"peak GPU memory of stage {event['stage'] + 1} {event['name']}: "
-            f"{event['gpu_memory_mb'] / 1000:,.1f} GB, "
-            f"{event['gpu_reserved_mb'] / 1000:,.1f} GB reserved"
+            f"peak GPU memory of stage {event.stage + 1} {event.name}: "
+            f"{event.gpu_memory_mb / 1000:,.1f} GB, {event.gpu_reserved_mb / 1000:,.1f} GB reserved"
         )
 
-    def _evaluate(self, event: dict[str, Any]) -> None:
+    @_show.register
+    def _evaluate(self, event: Evaluation) -> None:
         if not self.console.is_terminal:
             self._began = self.clock()
             self._phase = "training"
-            self._state = f"training, past step {event['step']:,}"
-        by_source = event.get("by_source", {})
+            self._state = f"training, past step {event.step:,}"
         sources = [
-            f"{name} {entry['accuracy']:.2%} of {entry['n']:,}" for name, entry in by_source.items()
+            f"{name} {entry['accuracy']:.2%} of {entry['n']:,}"
+            for name, entry in (event.by_source or {}).items()
         ]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
         score = (
-            f"validation accuracy {event['accuracy']:.2%} of {event['n']:,}{listed}, "
-            f"loss {event['loss']:.4f}"
+            f"validation accuracy {event.accuracy:.2%} of {event.n:,}{listed}, "
+            f"loss {event.loss:.4f}"
         )
-        self._line(f"  step {event['step']:,}: {score}", "green")
+        self._line(f"  step {event.step:,}: {score}", "green")
 
-    def _test(self, event: dict[str, Any]) -> None:
+    @_show.register
+    def _test(self, event: FinalScores) -> None:
         self._clear()
-        self.console.print(
-            score_table(event["accuracy"], event["n"], event["by_category"], event["by_source"])
-        )
+        self.console.print(score_table(event.accuracy, event.n, event.by_category, event.by_source))
 
-    def _note(self, event: dict[str, Any]) -> None:
-        self._line(event["text"], "yellow")
+    @_show.register
+    def _note(self, event: Note) -> None:
+        self._line(event.text, "yellow")
 
-    def _acceleration(self, event: dict[str, Any]) -> None:
-        self._line(f"parts that train by kernels: {event['text']}")
-
-    def _other(self, event: dict[str, Any]) -> None:
-        pass
+    @_show.register
+    def _acceleration(self, event: Acceleration) -> None:
+        self._line(f"parts that train by kernels: {event.text}")
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:

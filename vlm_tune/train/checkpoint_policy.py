@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.events import Evaluation
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.stage_position import StagePosition
@@ -66,17 +66,17 @@ class CheckpointPolicy:
         """
         return not self.nonfinite.in_a_row
 
-    def record(self, step: int, scores: dict[str, Any]) -> None:
+    def record(self, evaluation: Evaluation) -> None:
         """Adds the scores of a step to the stage's history, and sets whether it is the best.
 
         Of equal scores the later wins: that model has trained longer. Weights with a non-finite
         loss are never the best.
         """
         progress = self.progress
-        better = progress.best_score is None or scores["accuracy"] >= progress.best_score
-        if better and math.isfinite(scores["loss"] or 0.0) and not self.nonfinite.in_a_row:
-            progress.best_score = scores["accuracy"]
-            progress.best_step = step
+        better = progress.best_score is None or evaluation.accuracy >= progress.best_score
+        if better and math.isfinite(evaluation.loss or 0.0) and not self.nonfinite.in_a_row:
+            progress.best_score = evaluation.accuracy
+            progress.best_step = evaluation.step
         progress.history.append(
-            {"step": step, **{key: scores[key] for key in ("loss", "accuracy", "n")}}
+            {name: getattr(evaluation, name) for name in ("step", "loss", "accuracy", "n")}
         )

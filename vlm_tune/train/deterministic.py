@@ -63,7 +63,7 @@ def determinism(recipe: Recipe) -> Iterator[None]:
 def nondeterministic(error: RuntimeError) -> TrainingError | None:
     """The error for an operation that can't be deterministic; None for another failure."""
     text = str(error)
-    if NO_IMPLEMENTATION not in text:
+    if NO_IMPLEMENTATION not in text:  # a `RuntimeError` like any other
         return None
     return TrainingError(
         f"train.deterministic: {text.partition(NO_IMPLEMENTATION)[0].strip()} has no deterministic "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +14,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores, join_scores
+from vlm_tune.events import Evaluation, Scoring, StageReport
 from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.language.decoding import Decoding
@@ -45,7 +45,7 @@ class Evaluator:
         rows: Sequence[Conversation],
         features: FeatureStore | None,
         *,
-        report: Callable[[dict[str, Any]], None],
+        report: StageReport,
         watch: Watch,
         stop: Callable[[], bool],
         any_stops: Callable[[], bool],
@@ -63,7 +63,7 @@ class Evaluator:
         self.any_stops = any_stops
         self._pixels = PixelCache(model.processor.images)
 
-    def scores(self, step: int, *, compiled: bool) -> dict[str, Any] | None:
+    def evaluation(self, step: int, *, compiled: bool) -> Evaluation | None:
         """The scores after a step; None if the run is asked to stop meanwhile.
 
         Every process must call it. The model's blocks run eagerly, also where they are `compiled`
@@ -71,11 +71,11 @@ class Evaluator:
         """
         self.watch.at(f"the evaluation of step {step}", (step, 3))
         with self.engine.inference(), eager() if compiled else contextlib.nullcontext():
-            scores = self._generated() if self.objective.generates else self._matched()
+            evaluation = self._generated(step) if self.objective.generates else self._matched(step)
         self.model.train()
-        return scores
+        return evaluation
 
-    def _generated(self) -> dict[str, Any] | None:
+    def _generated(self, step: int) -> Evaluation | None:
         """Scores of generated answers; None if the run is asked to stop meanwhile."""
         settings = self.settings
         # Where weights are gathered as modules run, all ranks must run the same modules equally
@@ -89,7 +89,7 @@ class Evaluator:
 
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the evaluation, {done} of {of} rows")
-            self.report({"event": "scoring", "done": done, "of": of})
+            self.report(Scoring(done, of))
             if self.any_stops() if together else self.stop():
                 raise _CutShort
 
@@ -109,10 +109,11 @@ class Evaluator:
             return None
         # A process has no rows where there are fewer rows than processes.
         scored = [shard for shard, _ in shards if shard is not None]
-        return (scored[0] if together or len(scored) == 1 else join_scores(scored)).summary()
+        joined = scored[0] if together or len(scored) == 1 else join_scores(scored)
+        return Evaluation(step=step, **joined.summary())
 
     @torch.no_grad()
-    def _matched(self) -> dict[str, Any]:
+    def _matched(self, step: int) -> Evaluation:
         """Loss and accuracy, over the whole validation part, of an objective without generation."""
         self.model.eval()
         examples = [example for row in self.rows for example in self.model.processor.examples(row)]
@@ -125,8 +126,9 @@ class Evaluator:
         batch = batch.to(self.accelerator.device)
         with self.accelerator.autocast():
             loss = self.objective(self.model, batch)
-        return {
-            "loss": float(loss.sum) / max(loss.count, 1),
-            "accuracy": 0.0 if loss.correct is None else int(loss.correct) / max(loss.count, 1),
-            "n": loss.count,
-        }
+        return Evaluation(
+            step=step,
+            accuracy=0.0 if loss.correct is None else int(loss.correct) / max(loss.count, 1),
+            n=loss.count,
+            loss=float(loss.sum) / max(loss.count, 1),
+        )

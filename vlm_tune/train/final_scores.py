@@ -19,6 +19,7 @@ from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores
+from vlm_tune.events import FinalScores, Scoring
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
@@ -73,7 +74,7 @@ def _write_scores(context: Context, scores: Scores, result: dict[str, Any]) -> N
     result |= {
         name: getattr(scores, name) for name in ("accuracy", "n", "by_category", "by_source")
     }
-    context.report({"event": "test", **scores.summary()})
+    context.report(FinalScores(**scores.summary()))
     lines = "".join(
         json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
     )
@@ -115,14 +116,15 @@ def _score_rows(
     media = distinct_media(rows)
 
     def progress(done: int, of: int) -> None:
-        context.report({"event": "scoring", "done": done, "of": of})
+        context.report(Scoring(done, of))
         if context.stop():
             raise Interrupted(STOPPED)
 
     with context.accelerator.autocast():
-        note = lambda text: context.report({"event": "note", "text": text})  # noqa: E731
         autocast = DTYPES[recipe.train.precision]
-        features = tower_features(model, media, note=note, autocast=autocast) if media else None
+        features = (
+            tower_features(model, media, note=context.note, autocast=autocast) if media else None
+        )
         return score(
             model,
             rows,

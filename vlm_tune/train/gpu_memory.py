@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
+
+
+class GpuPeak(TypedDict, total=False):
+    """A peak in MB (10^6 bytes), by the names that the log has; empty on a CPU."""
+
+    gpu_memory_mb: int
+    gpu_reserved_mb: int
 
 
 def reset_gpu_peak(device: torch.device) -> None:
@@ -14,7 +21,7 @@ def reset_gpu_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def gpu_peak(device: torch.device) -> dict[str, int]:
+def gpu_peak(device: torch.device) -> GpuPeak:
     """This process's peak on the device since the last reset, in MB (10^6 bytes).
 
     `gpu_memory_mb`: memory of live tensors. `gpu_reserved_mb`: memory that torch took from the
@@ -29,11 +36,12 @@ def gpu_peak(device: torch.device) -> dict[str, int]:
     }
 
 
-def largest_gpu_peak(accelerator: Accelerator) -> dict[str, int]:
+def largest_gpu_peak(accelerator: Accelerator) -> GpuPeak:
     """The largest peaks of all processes, as `gpu_peak`; every process must call it."""
     peak = gpu_peak(accelerator.device)
     if not peak:
         return {}
     figures = torch.tensor([list(peak.values())], device=accelerator.device)
     by_rank: Any = accelerator.gather(figures)
-    return dict(zip(peak, by_rank.amax(0).tolist(), strict=True))
+    memory, reserved = by_rank.amax(0).tolist()
+    return {"gpu_memory_mb": memory, "gpu_reserved_mb": reserved}

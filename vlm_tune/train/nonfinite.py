@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlm_tune.errors import TrainingError
+from vlm_tune.events import Note, StageReport
 from vlm_tune.quoting import name_list
 from vlm_tune.train.step_trace import json_number
 
@@ -26,7 +25,7 @@ class NonFinitePolicy:
     def __init__(
         self,
         accelerator: Accelerator,
-        report: Callable[[dict[str, Any]], None],
+        report: StageReport,
         *,
         most: int,
         skips: bool,
@@ -86,7 +85,7 @@ class NonFinitePolicy:
         )
         message = f"{what} at step {step}; the batch holds {name_list(samples, 8)}"
         if self.skips and self.in_a_row < self.most and not last:
-            self.report({"event": "note", "text": f"{message}; the step is left out", "step": step})
+            self.report(Note(f"{message}; the step is left out", step))
             return False
         row = f", the {self.in_a_row}th such step in a row" if self.in_a_row > 1 else ""
         raise TrainingError(

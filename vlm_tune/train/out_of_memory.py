@@ -21,9 +21,10 @@ GENERAL = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or in the process."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU allocator of torch has no type for it.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:

@@ -6,10 +6,22 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 
 from vlm_tune.data.types import Batch
+
+
+class RateFigures(TypedDict):
+    """The fields of a log line that `Rates` gives, by their names in `events.TrainSteps`."""
+
+    loss: float
+    questions_per_s: float
+    tokens_per_s: float
+    padding: float
+    stall: float
+    imbalance: float
 
 
 @dataclass
@@ -45,7 +57,8 @@ class Rates:
             self.mean + float(costs.double().mean()),
         )
 
-    def line(self) -> dict[str, float]:
+    def figures(self) -> RateFigures:
+        """The mean loss and the throughput until now."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
             "loss": self.loss / max(self.count, 1),

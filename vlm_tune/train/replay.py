@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 
 from vlm_tune.config.load import load_recipe
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.events import Report
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -33,7 +34,7 @@ from vlm_tune.train.signals import stop_requests
 from vlm_tune.train.stage import Context, read_rows, restored_model, stage_loop
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.step_trace import Step, read_trace
-from vlm_tune.train.trainer import Report, StageLoop
+from vlm_tune.train.trainer import StageLoop
 from vlm_tune.train.watchdog import Watch
 
 

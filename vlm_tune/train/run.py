@@ -19,6 +19,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.run import scratch_texts
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
+from vlm_tune.events import Environment, Evaluation, Event, Note, Report, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
 from vlm_tune.model.build import build, build_processor
@@ -55,7 +56,6 @@ from vlm_tune.train.stage import (
 )
 from vlm_tune.train.stage_data import stage_fingerprint
 from vlm_tune.train.trackers import Trackers
-from vlm_tune.train.trainer import Report
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -146,9 +146,9 @@ def _report_start(
     report: Report, values: dict[str, Any], kernels_reason: str, notes: list[str]
 ) -> None:
     """Reports the environment that the run's numbers depend on, and the notes on its folder."""
-    report({"event": "environment", **values, "kernels_reason": kernels_reason})
+    report(Environment(values, kernels_reason))
     for note in notes:
-        report({"event": "note", "text": note})
+        report(Note(note))
 
 
 def _train_and_score(
@@ -246,27 +246,32 @@ def _log(
     path = run / "log.jsonl"
     trackers: Trackers | None = None
 
-    def report(event: dict[str, Any]) -> None:
-        watch.at(event["event"])
+    def report(event: Event) -> None:
+        watch.at(event.kind)
         if not accelerator.is_main_process:
             return
         check_present(run)
-        event = {**event, "time": time.time()}
+        line = {**event.line(), "time": time.time()}
         with path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        if trackers is not None and event["event"] in ("train", "evaluate"):
+            file.write(json.dumps(line) + "\n")
+        if trackers is not None and isinstance(event, TrainSteps | Evaluation):
             figures = {
-                f"{event['event']}/{key}": value
-                for key, value in event.items()
+                f"{event.kind}/{key}": value
+                for key, value in line.items()
                 if isinstance(value, int | float)
             }
-            trackers.log(figures, step=event["step"])
+            trackers.log(figures, step=event.step)
         if show:
             show(event)
 
     if accelerator.is_main_process and recipe.train.trackers:
-        tell = lambda note: report({"event": "note", "text": f"tracker {note}"})  # noqa: E731
-        trackers = Trackers(recipe.train.trackers, recipe.name, run, {"recipe": text}, tell)
+        trackers = Trackers(
+            recipe.train.trackers,
+            recipe.name,
+            run,
+            {"recipe": text},
+            lambda note: report(Note(f"tracker {note}")),
+        )
     try:
         yield report
     finally:

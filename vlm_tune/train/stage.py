@@ -20,6 +20,16 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.errors import Interrupted
+from vlm_tune.events import (
+    Features,
+    Note,
+    PeakMemory,
+    Report,
+    StageEvent,
+    StageReport,
+    StageStart,
+    Tuning,
+)
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import load_dtype, trained_later
 from vlm_tune.model.checkpoint import restore_model
@@ -35,7 +45,7 @@ from vlm_tune.train.allocator import keep_freed_memory, return_freed_memory, tri
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, stage_folder, step_folder, step_of
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
-from vlm_tune.train.gpu_memory import largest_gpu_peak, reset_gpu_peak
+from vlm_tune.train.gpu_memory import GpuPeak, largest_gpu_peak, reset_gpu_peak
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
     StageRows,
@@ -45,7 +55,7 @@ from vlm_tune.train.stage_data import (
     stage_features,
     stage_feed,
 )
-from vlm_tune.train.trainer import Report, StageData, StageLoop
+from vlm_tune.train.trainer import StageData, StageLoop
 from vlm_tune.train.watchdog import Watch
 
 
@@ -66,12 +76,12 @@ class Context:
     """Whether a resumed run goes on although recipe or data have changed."""
     data: list[dict[str, Any]] = field(default_factory=list)
     """The fingerprints of the stages' data, on rank 0 only."""
-    peaks: list[dict[str, int]] = field(default_factory=list)
+    peaks: list[GpuPeak] = field(default_factory=list)
     """The peak memory of the GPUs in each stage that this process trained; empty on a CPU."""
 
     def note(self, text: str) -> None:
         """Shows the user a message."""
-        self.report({"event": "note", "text": text})
+        self.report(Note(text))
 
     @property
     def holds(self) -> bool:
@@ -111,7 +121,7 @@ def read_rows(
         recipe,
         processor.variant(data.template if data.template != common.template else None, data.system),
         last=number == len(context.recipe.stages or [recipe]) - 1,
-        report=lambda event: context.report({**event, "stage": number, "name": name}),
+        report=lambda event: context.report(event.of_stage(number, name)),
         stop=context.stop,
         quarantine=context.run / "quarantine.jsonl"
         if context.accelerator.is_main_process
@@ -135,10 +145,10 @@ def stage_loop(
     """
     folder = stage_folder(context.run, progress.stage, name)
 
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "features" and context.stop():
+    def report(event: StageEvent) -> None:
+        if isinstance(event, Features) and context.stop():
             raise Interrupted("stopped before the first step; go on with --resume")
-        context.report({**event, "stage": progress.stage, "name": name})
+        context.report(event.of_stage(progress.stage, name))
 
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     cached = decide_features(recipe, model, rows, context.accelerator, progress, report)
@@ -163,12 +173,18 @@ def stage_loop(
         watch=context.watch,
     )
     train = rows.train
-    sizes = (
-        {"questions": train.questions, "images": len(train.media), "left_out": train.left_out}
-        if train
-        else {"streaming": True}
+    context.report(
+        StageStart(
+            steps=loop.total,
+            from_step=progress.step,
+            questions=None if train is None else train.questions,
+            images=None if train is None else len(train.media),
+            left_out=None if train is None else train.left_out,
+            streaming=train is None,
+            stage=progress.stage,
+            name=name,
+        )
     )
-    report({"event": "stage", "steps": loop.total, "from_step": progress.step, **sizes})
     return loop
 
 
@@ -198,7 +214,7 @@ def _stage_data(
     recipe: Recipe,
     rows: StageRows,
     progress: Progress,
-    report: Report,
+    report: StageReport,
     *,
     cached: bool,
     pages_out: bool,
@@ -267,7 +283,7 @@ def train_stage(
     progress.seconds += preparing
     if peak := largest_gpu_peak(accelerator):
         context.peaks.append(peak)
-        context.report({"event": "memory", "stage": progress.stage, "name": name, **peak})
+        context.report(PeakMemory(progress.stage, name, **peak))
     if accelerator.device.type == "cpu":
         # Returns the memory of the steps before the model is built anew, or answers with a tower
         # that was paged out.
@@ -342,30 +358,25 @@ def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
     best, damaged = best_checkpoint(folder, progress)
     best = broadcast_object_list([best])[0]
     for checkpoint in damaged:
-        context.report(
-            {
-                "event": "note",
-                "text": f"{checkpoint.name} of {folder.name}, which scored better, is damaged: "
-                "passed over",
-            }
+        context.note(
+            f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over"
         )
     progress.best_step, progress.best_score = (
         (progress.step, None) if best is None else (step_of(best[0]), best[1])
     )
     if best is None or progress.best_step == progress.step:
         return None
-    text = (
+    context.note(
         f"going on with the best checkpoint, step {progress.best_step} "
         f"(score {progress.best_score:.4f})"
     )
-    context.report({"event": "note", "text": text})
     return best[0]
 
 
 def _tuning_table(context: Context, number: int, name: str, table: Sequence[TuneRow]) -> None:
     """Reports a stage's tuning table and writes it to tuning.json after those of earlier stages."""
     rows = [asdict(row) for row in table]
-    context.report({"event": "tuning", "stage": number, "name": name, "rows": rows})
+    context.report(Tuning(number, name, rows))
     if context.accelerator.is_main_process:
         path = context.run / "tuning.json"
         tables = read_json(path, list, context.note, "the tables of earlier stages are lost") or []

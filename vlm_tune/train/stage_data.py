@@ -30,6 +30,7 @@ from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -37,7 +38,6 @@ from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import rank_cores
 from vlm_tune.train.checkpoint import Progress
-from vlm_tune.train.trainer import Report
 
 SAMPLED = 500
 SAMPLED_STREAM = 100
@@ -76,7 +76,7 @@ def read_stage(
     processor: Processor,
     *,
     last: bool,
-    report: Report,
+    report: StageReport,
     stop: Callable[[], bool],
     quarantine: Path | None,
 ) -> StageRows:
@@ -107,11 +107,9 @@ def read_stage(
             part,
             processor,
             recipe.seed,
-            progress=lambda rows, part=part: report(
-                {"event": "preparing", "part": part, "rows": rows}
-            ),
+            progress=lambda rows, part=part: report(Preparing(part, rows)),
             stop=stop,
-            note=lambda text: report({"event": "note", "text": text}),
+            note=lambda text: report(Note(text)),
         )
         for prepared in parts[part]:
             _tell_left_out(prepared, part, report)
@@ -119,7 +117,7 @@ def read_stage(
                 _quarantine(prepared, quarantine)
     (train,) = parts.get("train") or [None]
     for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
-        report({"event": "note", "text": line})
+        report(Note(line))
     validation, test = (
         part_conversations(parts.get(part, ()), part) for part in ("validation", "test")
     )
@@ -148,7 +146,7 @@ def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
     )
 
 
-def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
+def _tell_left_out(prepared: Prepared, part: PartName, report: StageReport) -> None:
     """Notes the rows of a part that are left out.
 
     Of rows held out of train: those whose prompt is too long.
@@ -161,14 +159,14 @@ def _tell_left_out(prepared: Prepared, part: PartName, report: Report) -> None:
                 f"left out{where}: {len(places):,} rows held out of train whose prompt is over "
                 "data.max_length"
             )
-            report({"event": "note", "text": text})
+            report(Note(text))
         return
     kinds = prepared.left_out
     for reason in prepared.reasons(NOTES):
-        report({"event": "note", "text": f"left out{where}: {reason}"})
+        report(Note(f"left out{where}: {reason}"))
     if sum(kinds.values()) > NOTES:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        report({"event": "note", "text": f"left out{where} in all: {counts}"})
+        report(Note(f"left out{where} in all: {counts}"))
 
 
 def _quarantine(prepared: Prepared, path: Path) -> None:
@@ -221,7 +219,7 @@ def stage_feed(
     rows: StageRows,
     features: FeatureStore | None,
     accelerator: Accelerator,
-    report: Report,
+    report: StageReport,
     *,
     planned: int,
     image_cost: float,
@@ -249,7 +247,7 @@ def stage_feed(
             ranks=ranks,
             planned=planned,
             accumulation=settings.gradient_accumulation,
-            report=lambda error: report({"event": "note", "text": f"left out: {error}"}),
+            report=lambda error: report(Note(f"left out: {error}")),
         )
     plan = Plan(train, data, Sizes.of(settings, planned, image_cost), recipe.seed)
     return PreparedFeed(
@@ -311,7 +309,7 @@ def decide_features(
     rows: StageRows,
     accelerator: Accelerator,
     progress: Progress,
-    report: Report,
+    report: StageReport,
 ) -> bool:
     """Whether a stage caches its tower's features; noted where the recipe leaves it open.
 
@@ -329,7 +327,7 @@ def decide_features(
     gpu = accelerator.device.type != "cpu"
     choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
     if setting == "auto":
-        report({"event": "note", "text": f"the tower's features are {choice}"})
+        report(Note(f"the tower's features are {choice}"))
     progress.cached = choice.cached
     return choice.cached
 
@@ -339,7 +337,7 @@ def stage_features(
     model: VisionLanguageNetwork,
     media: Sequence[Any],
     validation: Sequence[Conversation],
-    report: Report,
+    report: StageReport,
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
     """Cached features of the training images and of the validation images.
 
@@ -351,8 +349,8 @@ def stage_features(
         return tower_features(
             model,
             media,
-            lambda done, of: report({"event": "features", "done": done, "of": of}),
-            lambda text: report({"event": "note", "text": text}),
+            lambda done, of: report(Features(done, of)),
+            lambda text: report(Note(text)),
             autocast=DTYPES[recipe.train.precision],
         )
 

@@ -92,11 +92,11 @@ class StagePosition:
             self.in_data = Position(self.in_data.epoch + 1)
         self._note(self.in_data)
 
-    def epochs_done(self) -> dict[str, float]:
-        """The epochs done, by rows, as a figure for the log; empty with streaming."""
+    def epochs_done(self) -> float | None:
+        """The epochs done, by rows; None with streaming."""
         if self.feed.steps(self.in_data) is None:
-            return {}
-        return {"epoch": self.in_data.epoch + self.feed.share(self.in_data)}
+            return None
+        return self.in_data.epoch + self.feed.share(self.in_data)
 
     def drawn(self) -> dict[str, np.ndarray]:
         """Arrays of the feed that a checkpoint stores, so that the epoch can go on from here."""

@@ -21,6 +21,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted, TrainingError
+from vlm_tune.events import Acceleration, Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
 from vlm_tune.model.acceleration.install import running
 from vlm_tune.model.feature_cache import FeatureStore
@@ -52,8 +53,6 @@ from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, json_num
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
-Report = Callable[[dict[str, Any]], None]
-"""Takes one event of the run, to be logged, shown and tracked."""
 
 
 @dataclass
@@ -80,7 +79,7 @@ class StageLoop:
         *,
         folder: Path,
         progress: Progress,
-        report: Report,
+        report: StageReport,
         recipe_text: str,
         stop: Callable[[], bool],
         resume_from: Path | None = None,
@@ -204,15 +203,23 @@ class StageLoop:
             trim_heap()  # a compiler's small objects
         taken = time.perf_counter() - started
         text = f"the first step took {taken:.0f} s with compiling; later runs find it compiled"
-        self.report({"event": "note", "text": text})
+        self.report(Note(text))
 
     def _report_rates(self, step: int, rates: Rates, rate: float, started: float) -> None:
         """Reports the loss since the last report, the throughput and the time that is left."""
         taken = time.perf_counter() - started
         left = taken / max(step - self._first_step, 1) * (self.total - step)
-        place = {"step": step, "of": self.total, **self.position.epochs_done()}
-        figures = {**rates.line(), "learning_rate": rate, **gpu_peak(self.accelerator.device)}
-        self.report({"event": "train", **place, **figures, "left": left})
+        self.report(
+            TrainSteps(
+                step=step,
+                of=self.total,
+                epoch=self.position.epochs_done(),
+                **rates.figures(),
+                learning_rate=rate,
+                **gpu_peak(self.accelerator.device),
+                left=left,
+            )
+        )
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -234,7 +241,7 @@ class StageLoop:
         else:
             log.info("training")
         if why:
-            self.report({"event": "note", "text": why})
+            self.report(Note(why))
         self.model.train()
         self._report_kernels()
         # PEFT casts a layer's input to the adapter's fp32 and autocast casts it back: two copies of
@@ -256,12 +263,11 @@ class StageLoop:
             return
         report = running(self.model.llm, precision, self.accelerator.device)
         self.report(
-            {
-                "event": "acceleration",
-                "text": str(report),
-                "replaced": dict(report.replaced),
-                "skipped": {kind: dict(reasons) for kind, reasons in report.skipped.items()},
-            }
+            Acceleration(
+                str(report),
+                dict(report.replaced),
+                {kind: dict(reasons) for kind, reasons in report.skipped.items()},
+            )
         )
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
@@ -395,11 +401,11 @@ class StageLoop:
 
     def _evaluate(self, step: int) -> None:
         """Scores the model, unless the run is asked to stop meanwhile."""
-        scores = self.evaluator.scores(step, compiled=self._compiles)
-        self.progress.unscored = scores is None
-        if scores is not None:
-            self.report({"event": "evaluate", "step": step, **scores})
-            self.policy.record(step, scores)
+        evaluation = self.evaluator.evaluation(step, compiled=self._compiles)
+        self.progress.unscored = evaluation is None
+        if evaluation is not None:
+            self.report(evaluation)
+            self.policy.record(evaluation)
 
     def _save(self, step: int) -> None:
         """Starts to write a checkpoint, if the model may be saved."""

@@ -121,6 +121,7 @@ class Watch:
 
         None if `error` is not a collective's.
         """
+        # Gloo, and NCCL beneath a compiled graph, raise a plain `RuntimeError`.
         text = str(error)
         if self._store is None or not (
             isinstance(error, torch.distributed.DistError)

@@ -33,6 +33,7 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.events import Event, TrainSteps
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build_processor
@@ -225,12 +226,12 @@ def test_a_lora_run_in_bf16_trains_saves_and_answers(
 ) -> None:
     """Frozen bf16 weights beside an fp32 connector, cached bf16 features, then all in bf16."""
     text = with_tune(with_connector(tiny_recipe(llm, precision="bf16"), kind))
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     recipe = parsed(text, train__steps=2, train__log_every=1)
     loop = stage_loop(built(recipe), recipe, tmp_path / "run", cached=True, report=events.append)
     before = {name: value.clone() for name, value in loop.model.connector.state_dict().items()}
     loop.run()
-    assert all(np.isfinite(event["loss"]) for event in events if event["event"] == "train")
+    assert all(np.isfinite(event.loss) for event in events if isinstance(event, TrainSteps))
     after = loop.model.connector.state_dict()
     assert {value.dtype for value in after.values()} == {torch.float32}
     assert any(not torch.equal(after[name], value) for name, value in before.items())

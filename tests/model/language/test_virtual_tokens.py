@@ -32,6 +32,7 @@ from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.events import TrainSteps
 from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -290,7 +291,7 @@ def test_a_run_resumes_bit_for_bit_and_learns(
     losses: list[float] = []
     sft(
         recipe("whole"),
-        show=lambda event: losses.append(event["loss"]) if event["event"] == "train" else None,
+        show=lambda event: losses.append(event.loss) if isinstance(event, TrainSteps) else None,
     )
     assert losses[-1] < losses[0]
     interrupted(lambda show: sft(recipe("parts"), show=show), stage=0, step=3)

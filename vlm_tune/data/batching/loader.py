@@ -260,6 +260,7 @@ class PreparedFeed:
 
         Returns None if `error` has another cause.
         """
+        # torch raises a plain `RuntimeError` for it.
         if self.loading is None or "DataLoader worker" not in str(error):
             return None
         position = self.loading.position
