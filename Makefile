@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-newest test-oldest check models gpu-wheels schema clean
+.PHONY: setup demo test test-newest test-oldest check models gpu-wheels schema snapshots clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ gpu-wheels: setup
 
 schema: setup
 	$(BIN)/vlm-tune schema > recipes/recipe.schema.json
+
+# What a user reads (commands, public Python names, messages), as the text files that tests/test_snapshots.py compares.
+snapshots: setup
+	$(BIN)/python -m tests.helpers.snapshots
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
