@@ -733,6 +733,7 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
             {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]},
             "virtual tokens",
         ),
+        ("{kind: deepspeed, stage: 3}", {"tune": 3}, "tune: expected a list, got 3"),
         ("{kind: deepspeed, stage: 4}", {}, "less than or equal to 3"),
         ("{kind: horovod}", {}, "'horovod' is none of auto, ddp, deepspeed, fsdp"),
     ],
