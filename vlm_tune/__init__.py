@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
-    from vlm_tune.api import evaluate, export, merge, predict, sft, verify_run
+    from vlm_tune.api import evaluate, predict, sft
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
+    from vlm_tune.exporting import export
+    from vlm_tune.exporting.merge import merge
     from vlm_tune.generation.chat import VisionLanguageModel
     from vlm_tune.memory_plan.plan import plan
     from vlm_tune.model.vlm import VisionLanguageConfig
+    from vlm_tune.train.replay import verify_run
 
 _HOMES = {
     "VisionLanguageModel": "vlm_tune.generation.chat",
@@ -21,9 +24,9 @@ _HOMES = {
     "sft": "vlm_tune.api",
     "check": "vlm_tune.data_check.check",
     "evaluate": "vlm_tune.api",
-    "merge": "vlm_tune.api",
-    "verify_run": "vlm_tune.api",
-    "export": "vlm_tune.api",
+    "merge": "vlm_tune.exporting.merge",
+    "verify_run": "vlm_tune.train.replay",
+    "export": "vlm_tune.exporting",
     "plan": "vlm_tune.memory_plan.plan",
     "predict": "vlm_tune.api",
 }

@@ -26,31 +26,28 @@ from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
 from vlm_tune.events import Event, Features, Report, Scoring
-from vlm_tune.exporting import ExportReport
-from vlm_tune.exporting import export as export_folder
-from vlm_tune.exporting.merge import MergeReport
-from vlm_tune.exporting.merge import merge as merge_folder
+from vlm_tune.exporting import export
+from vlm_tune.exporting.merge import merge
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.paths import ANSWERS, check_path, check_writable, is_file, is_folder, shown_path
+from vlm_tune.paths import ANSWERS, check_path, check_writable, is_folder, shown_path
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 from vlm_tune.rendering.report import write_report
+from vlm_tune.run_folder import recipe_above
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
-from vlm_tune.train.replay import ReplayReport
-from vlm_tune.train.replay import verify_run as replay_run
+from vlm_tune.train.replay import verify_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
-log = logging.getLogger(__name__)
+__all__ = ["evaluate", "export", "merge", "predict", "sft", "verify_run"]
 
-RECIPE = "recipe.yaml"
-"""The recipe's file in a run folder."""
+log = logging.getLogger(__name__)
 
 
 def sft(
@@ -108,24 +105,6 @@ def sft(
         raise TrainingError(message) from error
 
 
-def verify_run(
-    run: str | Path, *, steps: int | None = None, show: Report | None = None
-) -> ReplayReport:
-    """Replays steps of a run and compares samples, losses, gradient norms and tensors bit for bit.
-
-    Args:
-        run: the run's folder.
-        steps: how many steps to replay; up to the next checkpoint where not given.
-        show: called with every event.
-
-    Raises:
-        RecipeError: there is no checkpoint to start from, or an argument has the wrong type.
-    """
-    check_path("run", run)
-    check_count("--steps", steps)
-    return replay_run(Path(run), steps=steps, show=show)
-
-
 def find_recipe(model: Path) -> Path:
     """Finds the recipe of the run that a model folder lies in.
 
@@ -135,17 +114,11 @@ def find_recipe(model: Path) -> Path:
     """
     if not is_folder(model):
         raise ModelError(f"no such folder: {shown_path(model)}")
-    for folder in (model, *model.resolve().parents):
-        if is_file(folder / RECIPE):
-            return folder / RECIPE
-    raise RecipeError(
-        [
-            Problem(
-                shown_path(model),
-                "no recipe.yaml in this folder or above it; say which data with --recipe",
-            )
-        ]
-    )
+    recipe = recipe_above(model)
+    if recipe is None:
+        message = "no recipe.yaml in this folder or above it; say which data with --recipe"
+        raise RecipeError([Problem(shown_path(model), message)])
+    return recipe
 
 
 def evaluate(
@@ -255,14 +228,7 @@ def _settings(
     """
     if recipe is None:
         find_model(folder)
-        recipe = next(
-            (
-                parent / RECIPE
-                for parent in (folder, *folder.resolve().parents)
-                if is_file(parent / RECIPE)
-            ),
-            None,
-        )
+        recipe = recipe_above(folder)
     if recipe is None:
         return EvaluateSection()
     return as_recipe(recipe, overrides).resolved_stages()[-1][1].evaluate
@@ -378,66 +344,3 @@ def which_model(path: str | Path) -> dict[str, Any]:
         "step": best or step,
         "run": str(above.parent),
     }
-
-
-def merge(
-    model: str | Path,
-    output: str | Path,
-    *,
-    dtype: str | None = None,
-    tolerance: float | None = None,
-    base: BaseArgument = None,
-    accept_other_base: bool = False,
-) -> MergeReport:
-    """Merges a run's LoRA into 16-bit base weights, verifies, and writes `output`.
-
-    Args:
-        model: a run, a checkpoint or a model folder.
-        output: the folder to write.
-        dtype: bf16, fp16 or fp32; bf16, or the next of these that is fine enough, where not given.
-        tolerance: how far the rounding may move logits; 0.02 where not given.
-        base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; its place of training
-            where not given.
-        accept_other_base: merge into a base though its weights are not those of training.
-
-    Raises:
-        ModelError: the model can't be merged, or fails verification; nothing is written.
-        RecipeError: the output can't be written.
-    """
-    check_path("model", model)
-    check_path("output", output)
-    choice = base_choice(base, accept_other_base)
-    return merge_folder(Path(model), Path(output), dtype=dtype, tolerance=tolerance, base=choice)
-
-
-def export(
-    model: str | Path,
-    output: str | Path,
-    *,
-    format: str = "llava",
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    verify: bool = True,
-    base: BaseArgument = None,
-    accept_other_base: bool = False,
-) -> ExportReport:
-    """Writes a model in another library's layout and verifies it with that library.
-
-    Args:
-        model: a run, a checkpoint or a merged folder.
-        output: the folder to write.
-        format: `llava` or `gguf` (adapters merged), or `adapter` (a PEFT folder).
-        dtype: bf16, fp16 or fp32 (gguf: also q8_0); the merge's or the model's own where not given.
-        max_shard_size: largest weights file of a `llava` export.
-        verify: open what was written and compare it with the model.
-        base: as in `merge`, like `accept_other_base`.
-
-    Raises:
-        ModelError: the format can't express the model, memory or disk space is too small, or the
-            verification fails.
-    """
-    check_path("model", model)
-    check_path("output", output)
-    options: Any = {"format": format, "dtype": dtype, "max_shard_size": max_shard_size}
-    choice = base_choice(base, accept_other_base)
-    return export_folder(Path(model), Path(output), **options, verify=verify, base=choice)

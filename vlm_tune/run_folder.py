@@ -15,7 +15,7 @@ from vlm_tune.config.changes import fixed_changes, recipe_changes
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError
-from vlm_tune.paths import check_writable, writing
+from vlm_tune.paths import check_writable, is_file, writing
 from vlm_tune.run_lock import HOLDER, check_lock
 from vlm_tune.run_lock import NAME as LOCK
 
@@ -46,6 +46,14 @@ MANIFEST = "manifest.json"
 """Lists the files of a model folder."""
 
 OUTPUT = "the output folder"
+
+
+def recipe_above(folder: Path) -> Path | None:
+    """The recipe of the run that a folder is or lies in; None if it lies in none."""
+    return next(
+        (each / RECIPE for each in (folder, *folder.resolve().parents) if is_file(each / RECIPE)),
+        None,
+    )
 
 
 def check_run(

@@ -52,7 +52,7 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
         "multi_modal_projector.linear_2.bias": (
             r"llava does not fit the model; missing: layers.2.bias"
         ),
-        "language_model.model.norm.weight": r"do not fit the model: missing model.norm.weight",
+        "language_model.model.norm.weight": r"do not fit the model; missing: model.norm.weight",
     }
     for name, message in cases.items():
         change_tensors(folder, lambda tensors, name=name: tensors.pop(name))

@@ -50,7 +50,7 @@ def merge(
     check_dtype(dtype)
     use_device(device)
     quiet_libraries()
-    from vlm_tune.api import merge as run
+    from vlm_tune.exporting.merge import merge as run
     from vlm_tune.rendering.terminal import Display
 
     with Display(Console(stderr=True)):
@@ -108,7 +108,7 @@ def export(
             "--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ()))
         )
     quiet_libraries()
-    from vlm_tune.api import export as run
+    from vlm_tune.exporting import export as run
     from vlm_tune.rendering.terminal import Display
 
     with Display(Console(stderr=True)):

@@ -287,8 +287,8 @@ def verify_run(
         options = [*(["--steps", str(steps)] if steps else []), *(["--json"] if as_json else [])]
         launch_ranks(processes, "verify-run", str(run), *options)
     quiet_libraries()
-    from vlm_tune.api import verify_run as replay
     from vlm_tune.rendering.proofs import replay_lines
+    from vlm_tune.train.replay import verify_run as replay
 
     report = replay(run, steps=steps)
     if int(os.environ.get("RANK", "0")) == 0:

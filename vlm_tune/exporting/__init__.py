@@ -11,8 +11,9 @@ from vlm_tune.exporting.hf_llava import export_llava
 from vlm_tune.exporting.llava_layout import llava_reasons
 from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
-from vlm_tune.model.base_places import AS_SAVED, BaseChoice
+from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.build import planned_config
+from vlm_tune.paths import check_path
 from vlm_tune.precision import dtype_name
 from vlm_tune.quoting import quoted
 
@@ -22,14 +23,15 @@ __all__ = ["FORMATS", "ExportReport", "export", "possible_exports"]
 
 
 def export(
-    path: Path,
-    output: Path,
+    model: str | Path,
+    output: str | Path,
     *,
     format: str = "llava",
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
-    base: BaseChoice = AS_SAVED,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
 ) -> ExportReport:
     """Exports a run, a checkpoint or a merged folder for another library.
 
@@ -44,7 +46,7 @@ def export(
     at most 1e-5 of the largest logit (2e-2 absolute for a LLaVA in 16 bit).
 
     Args:
-        path: a run, a checkpoint or a merged folder.
+        model: a run, a checkpoint or a merged folder.
         output: the folder to write.
         format: "llava", "adapter" or "gguf".
         dtype: of the exported weights; for GGUF it may also be q8_0. By default the dtype that the
@@ -52,22 +54,25 @@ def export(
         max_shard_size: the largest weight file of a LLaVA, as transformers' `save_pretrained`
             takes it.
         verify: whether the export is compared with the model.
-        base: which base weights to use, if not those that the folder names.
+        base: as in `merge`, like `accept_other_base`.
 
     Raises:
         ModelError: the format can't express the model, the output exists, memory or disk are too
             small, or verification fails. No output is left then.
     """
-    path = Path(path)
+    check_path("model", model)
+    check_path("output", output)
+    path = Path(model)
     output = Path(output)
+    choice = base_choice(base, accept_other_base)
     if format not in FORMATS:
         raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
     if format == "llava":
-        return export_llava(path, output, dtype, max_shard_size, verify, base)
+        return export_llava(path, output, dtype, max_shard_size, verify, choice)
     if format == "adapter":
-        return export_adapter(path, output, dtype, verify, base)
-    return export_gguf(path, output, dtype, verify, base)
+        return export_adapter(path, output, dtype, verify, choice)
+    return export_gguf(path, output, dtype, verify, choice)
 
 
 def possible_exports(recipe: Recipe) -> dict[str, str | None]:

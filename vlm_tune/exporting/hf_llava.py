@@ -31,7 +31,7 @@ from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.model.weights import cast_parameters
+from vlm_tune.model.weights import cast_parameters, check_loading
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
 
@@ -100,15 +100,7 @@ def verify_llava(
         folder, dtype=torch.float32, output_loading_info=True
     )
     theirs, info = opened
-    faults = [
-        str(key)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for key in info[kind]
-    ]
-    if faults:
-        raise ModelError(
-            f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written"
-        )
+    check_loading(info, "nothing was written: the exported weights do not fit")
     theirs = theirs.to(model.device).eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does. torchvision, which transformers prefers, is off

@@ -15,21 +15,16 @@ from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.exporting.verify import (
-    TOLERANCE,
-    largest_difference,
-    observe,
-    probe_rows,
-    recipe_of,
-)
-from vlm_tune.model.base_places import AS_SAVED, BaseChoice
+from vlm_tune.exporting.verify import TOLERANCE, largest_difference, observe, probe_rows
+from vlm_tune.model.base_places import AS_SAVED, BaseArgument, BaseChoice, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
-from vlm_tune.paths import check_writable, writing
+from vlm_tune.paths import check_path, check_writable, writing
 from vlm_tune.precision import DTYPES, dtype_name
+from vlm_tune.run_folder import recipe_above
 from vlm_tune.version import __version__
 
 SCORED = 256
@@ -70,12 +65,13 @@ class MergeReport:
 
 
 def merge(
-    path: Path,
-    output: Path,
+    model: str | Path,
+    output: str | Path,
     *,
     dtype: str | None = None,
     tolerance: float | None = None,
-    base: BaseChoice = AS_SAVED,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
 ) -> MergeReport:
     """Merges a run's or checkpoint's adapters into its base weights and writes a model folder.
 
@@ -85,34 +81,39 @@ def merge(
     from the base's.
 
     Args:
-        path: a run, a checkpoint or a model folder.
+        model: a run, a checkpoint or a model folder.
         output: the folder to write.
-        dtype: of the merged weights. By default bf16. If rounding to bf16 moves the logits further
-            than allowed, fp16 (not for encoder-decoders, which overflow in it), or else fp32; the
-            report says why.
+        dtype: bf16, fp16 or fp32, of the merged weights. By default bf16. If rounding to bf16 moves
+            the logits further than allowed, fp16 (not for encoder-decoders, which overflow in it),
+            or else fp32; the report says why.
         tolerance: how far logits may move. By default 2e-2, and then the greedy text must be the
             same too.
-        base: which base weights to merge into, if not those that the folder names.
+        base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; its place of training
+            where not given.
+        accept_other_base: merge into a base though its weights are not those of training.
 
     Raises:
         ModelError: there is nothing to merge, the base is not the one that was trained over, or
-            verification fails.
+            verification fails; nothing is written.
         RecipeError: the output can't be written.
     """
-    path = Path(path)
+    check_path("model", model)
+    check_path("output", output)
+    path = Path(model)
     output = Path(output)
+    choice = base_choice(base, accept_other_base)
     dtype = dtype_name(dtype)
     if problems := number_problems("--tolerance", tolerance):
         raise RecipeError(problems)
     check_output(output, path)
-    model, report = merged_model(path, output, dtype, tolerance, base)
+    merged, report = merged_model(path, output, dtype, tolerance, choice)
 
     def extra(folder: Path) -> None:
         (folder / "merge.json").write_text(json.dumps(asdict(report), indent=1))
-        (folder / "README.md").write_text(model_card(model, report))
+        (folder / "README.md").write_text(model_card(merged, report))
 
     with writing(output, "the merged model"):
-        save_model(model, output, extra)
+        save_model(merged, output, extra)
     return report
 
 
@@ -204,7 +205,7 @@ def _validation(
     path: Path, model: VisionLanguageNetwork
 ) -> tuple[Recipe | None, list[Conversation], str | None]:
     """The recipe of a run's last stage and rows of its validation part, or why it has none."""
-    file = recipe_of(path)
+    file = recipe_above(path)
     if file is None:
         return None, [], "the folder is in no run with a recipe"
     recipe = load_recipe(file).resolved_stages()[-1][1]

@@ -27,6 +27,7 @@ from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import writing
 from vlm_tune.precision import DTYPES
+from vlm_tune.run_folder import recipe_above
 
 EXACT = 1e-5
 """Allowed difference of an fp32 export's logits, relative to the largest logit if over 1."""
@@ -242,19 +243,12 @@ def check_ids(row: Conversation, model_ids: Sequence[int], export_ids: Sequence[
 
 def run_lines(path: Path) -> list[str]:
     """Lines for a model card: scores and recipe of the run that a model lies in."""
-    run = next(
-        (
-            folder
-            for folder in (path, *path.resolve().parents)
-            if (folder / "recipe.yaml").is_file()
-        ),
-        None,
-    )
-    if run is None:
+    recipe = recipe_above(path)
+    if recipe is None:
         return []
     scores: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads((run / "result.json").read_text())
+        result = json.loads((recipe.parent / "result.json").read_text())
         scores = [
             "",
             "## Scores",
@@ -267,6 +261,6 @@ def run_lines(path: Path) -> list[str]:
         "## Recipe",
         "",
         "```yaml",
-        (run / "recipe.yaml").read_text().rstrip(),
+        recipe.read_text().rstrip(),
         "```",
     ]

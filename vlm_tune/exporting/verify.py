@@ -17,6 +17,7 @@ from vlm_tune.errors import DataError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.run_folder import recipe_above
 
 TOLERANCE = 2e-2
 """Allowed difference of logits where weights are rounded to 16 bit."""
@@ -26,21 +27,13 @@ PROBES = 4
 """Most rows that models are compared by."""
 
 
-def recipe_of(path: Path) -> Path | None:
-    """The recipe file of the run that a model folder is or lies in, None if there is no run."""
-    return next(
-        (file for folder in (path, *path.parents) if (file := folder / "recipe.yaml").is_file()),
-        None,
-    )
-
-
 def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
     """Up to `PROBES` rows to compare models by.
 
     They are from the run's own data, or a question about a blank image if that can't be read.
     Raises `RecipeError` for a run whose recipe can't be read.
     """
-    file = recipe_of(path)
+    file = recipe_above(path)
     if file is None:
         return [plain_probe(model)]
     recipe = load_recipe(file).resolved_stages()[-1][1]

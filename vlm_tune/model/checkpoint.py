@@ -421,7 +421,5 @@ def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
         raise ModelError(
             f"{folder}: the adapter fits no layer of the {part}: {reason_of(error)}"
         ) from None
-    try:
-        load_adapter_state(parts(model)[part], tensors)
-    except ModelError as error:
-        raise ModelError(f"{folder}: the adapter does not fit the {part}; {error}") from None
+    fault = f"{folder}: the adapter does not fit the {part}"
+    load_adapter_state(parts(model)[part], tensors, fault)

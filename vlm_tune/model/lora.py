@@ -19,7 +19,7 @@ from torch import nn
 from vlm_tune.compat import set_lora_layer
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.model.weights import whole_state
+from vlm_tune.model.weights import check_tensors, whole_state
 from vlm_tune.quoting import reason_of
 
 PREFIX = "base_model.model."
@@ -244,29 +244,15 @@ def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
     """Loads tensors into a part's adapter.
 
-    Raises `ModelError` for missing, unexpected and misshapen tensors.
+    Raises `ModelError`, which begins with `fault`, for missing, unexpected and misshapen tensors.
     """
     wanted = adapter_tensors(module)
-    missing = sorted(wanted.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        message = "; ".join(
-            f"{word} {', '.join(keys[:4])}"
-            for word, keys in (("missing", missing), ("applies to nothing:", extra))
-            if keys
-        )
-        raise ModelError(message)
+    shapes = {key: list(tensor.shape) for key, tensor in adapter_state(module).items()}
+    check_tensors(tensors, shapes, fault)
     for key, targets in wanted.items():
-        shape = (
-            list(torch.cat(targets, rank_axis(key)).shape)
-            if len(targets) > 1
-            else list(targets[0].shape)
-        )
-        if shape != list(tensors[key].shape):
-            raise ModelError(f"{key} is {list(tensors[key].shape)}, expected {shape}")
         pieces = tensors[key].chunk(2, rank_axis(key)) if len(targets) > 1 else [tensors[key]]
         for target, piece in zip(targets, pieces, strict=True):
             target.copy_(piece)

@@ -7,7 +7,7 @@ import json
 import mmap
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -154,22 +154,50 @@ def load_into(module: nn.Module, tensors: Mapping[str, torch.Tensor], name: str 
     the message.
     """
     wanted = module.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{key} is {list(tensors[key].shape)}, expected {list(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & tensors.keys())
-        if tensors[key].shape != wanted[key].shape
+    shapes = {key: list(tensor.shape) for key, tensor in wanted.items()}
+    check_tensors(tensors, shapes, f"{name} does not fit the model")
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, list[int]], fault: str
+) -> None:
+    """Raises `ModelError`, which begins with `fault`, for tensors of other names or shapes."""
+    misshapen = [
+        f"{key} is {list(tensors[key].shape)}, expected {shapes[key]}"
+        for key in shapes.keys() & tensors.keys()
+        if list(tensors[key].shape) != shapes[key]
     ]
+    missing = shapes.keys() - tensors.keys()
+    check_fit(
+        fault, missing=missing, unexpected=tensors.keys() - shapes.keys(), misshapen=misshapen
+    )
+
+
+def check_fit(fault: str, **unfit: Iterable[Any]) -> None:
+    """Raises `ModelError`, which begins with `fault`, if there are tensors that do not fit.
+
+    `unfit` are their names, or texts about them, by what is wrong with them (`missing`, ...).
+    """
+    listed = {word: sorted(map(str, entries)) for word, entries in unfit.items()}
     faults = [
         f"{word}: {', '.join(entries[:8])}"
         + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")
-        for word, entries in (("missing", missing), ("unexpected", extra), ("misshapen", shapes))
+        for word, entries in listed.items()
         if entries
     ]
     if faults:
-        raise ModelError(f"{name} does not fit the model; " + "; ".join(faults))
-    module.load_state_dict(dict(tensors), strict=True)
+        raise ModelError(f"{fault}; {'; '.join(faults)}")
+
+
+def check_loading(info: Mapping[str, Any], fault: str) -> None:
+    """Checks what transformers' `output_loading_info` gives, as `check_fit`."""
+    check_fit(
+        fault,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        misshapen=info["mismatched_keys"],
+    )
 
 
 def check_folder(folder: Path) -> list[Path]:

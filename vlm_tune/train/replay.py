@@ -15,13 +15,13 @@ import torch
 from accelerate.utils import set_seed
 
 from vlm_tune.config.load import load_recipe
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import Problem, RecipeError, check_count
 from vlm_tune.events import Report
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.committed_folders import is_whole
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import read_safetensors
-from vlm_tune.paths import is_file, shown_path
+from vlm_tune.paths import check_path, is_file, shown_path
 from vlm_tune.resources import kernel_setting
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import forget_old_kernels, shut_range
@@ -75,7 +75,9 @@ class ReplayReport:
         return {"agrees": self.agrees, **asdict(self)}
 
 
-def verify_run(run: Path, *, steps: int | None = None, show: Report | None = None) -> ReplayReport:
+def verify_run(
+    run: str | Path, *, steps: int | None = None, show: Report | None = None
+) -> ReplayReport:
     """Replays steps of a run and compares losses, gradient norms, sample ids and checkpoints.
 
     By default it replays from the last whole checkpoint that has another one after it, up to that
@@ -87,10 +89,14 @@ def verify_run(run: Path, *, steps: int | None = None, show: Report | None = Non
         show: Called with every event.
 
     Raises:
-        RecipeError: If there is no such checkpoint, or the number of processes is not the run's.
+        RecipeError: If there is no such checkpoint, the number of processes is not the run's, or an
+            argument has the wrong type.
         ModelError: If the model can't be restored.
         DataError: If the data can't be read, or has changed.
     """
+    check_path("run", run)
+    check_count("--steps", steps)
+    run = Path(run)
     started = time.perf_counter()
     if not is_file(run / "recipe.yaml"):
         raise RecipeError([Problem(shown_path(run), "no run: there is no recipe.yaml")])

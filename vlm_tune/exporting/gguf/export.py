@@ -56,7 +56,7 @@ from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.model.weights import cast_parameters
+from vlm_tune.model.weights import cast_parameters, check_loading
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
 
@@ -236,15 +236,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
             output_loading_info=True,
         )
     theirs, info = loaded
-    faults = [
-        str(key)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for key in info[kind]
-    ]
-    if faults:
-        raise ModelError(
-            f"the exported weights don't fit: {', '.join(sorted(faults)[:8])}; nothing was written"
-        )
+    check_loading(info, "nothing was written: the exported weights do not fit")
     factors = read_tensors(path, only=ROPE_FACTORS).get(ROPE_FACTORS)
     if factors is not None:
         theirs.base_model.rotary_emb.inv_freq /= factors

@@ -25,7 +25,7 @@ from vlm_tune.model.pretrained.vlm_checkpoints import language_config, language_
 from vlm_tune.model.quantized_stub import pack_linears
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.vlm_layouts import Vlm, find_vlm
-from vlm_tune.model.weights import CPU, check_folder, own_memory
+from vlm_tune.model.weights import CPU, check_folder, check_loading, own_memory
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted, reason_of
 
@@ -273,17 +273,7 @@ def _loaded(factory: Any, name: str, options: dict[str, Any], vlm: Vlm | None = 
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not vlm.foreign(key)]
         # Else it would be saved under the names of the vision-language model.
         forget_checkpoint_names(model)
-    faults = [
-        f"{word} {', '.join(sorted(map(str, info[key]))[:8])}"
-        for word, key in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("misshapen", "mismatched_keys"),
-        )
-        if info.get(key)
-    ]
-    if faults:
-        raise ModelError(f"the weights in {quoted(name)} do not fit the model: {'; '.join(faults)}")
+    check_loading(info, f"the weights in {quoted(name)} do not fit the model")
     if "quantization_config" in options:
         own_memory(model)
     keep_gradients_of_packed_layers(model)

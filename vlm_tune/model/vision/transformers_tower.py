@@ -21,7 +21,7 @@ from vlm_tune.model.vision.base import (
     VisionTower,
 )
 from vlm_tune.model.vlm_layouts import find_vlm, part_tensors
-from vlm_tune.model.weights import check_folder, load_into
+from vlm_tune.model.weights import check_folder, check_loading, load_into
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
 
@@ -236,10 +236,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
         ) from None
     # A whole CLIP model holds more than its vision part, but no weight of that part may be missing
     # or have another shape.
-    unfit = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if unfit:
-        raise ModelError(
-            f"the weights in {quoted(name)} do not fit the tower; "
-            f"missing or misshapen: {', '.join(unfit[:8])}"
-        )
+    check_loading(
+        info | {"unexpected_keys": ()}, f"the weights in {quoted(name)} do not fit the tower"
+    )
     return model
