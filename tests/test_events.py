@@ -62,10 +62,16 @@ FIGURES = (
         ),
         (
             StageStart(
-                steps=8, from_step=2, questions=9, images=4, left_out=0, stage=0, name="main"
+                steps=8,
+                from_step=2,
+                questions=9,
+                images=4,
+                left_out={"bad": 1},
+                stage=0,
+                name="main",
             ),
             '{"event": "stage", "steps": 8, "from_step": 2, "questions": 9, "images": 4, '
-            '"left_out": 0, "stage": 0, "name": "main"}',
+            '"left_out": {"bad": 1}, "stage": 0, "name": "main"}',
         ),
         (TRAIN, f'{{"event": "train", "step": 3, "of": 8, {FIGURES}}}'),
         (

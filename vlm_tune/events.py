@@ -127,7 +127,7 @@ class StageStart(Event):
     from_step: int
     questions: int | None = None
     images: int | None = None
-    left_out: int | None = None
+    left_out: dict[str, int] | None = None
     streaming: bool = False
     stage: int
     name: str

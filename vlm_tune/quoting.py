@@ -93,3 +93,8 @@ def quoted(value: Any, limit: int = QUOTED) -> str:
     if isinstance(value, Sequence):
         return f"a list of {len(value):,}" if len(value) else "an empty list"
     return f"a {type(value).__name__}"
+
+
+def applying(*texts: tuple[object, str]) -> list[str]:
+    """The texts that apply; each stands after its condition."""
+    return [text for applies, text in texts if applies]

@@ -19,7 +19,7 @@ from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import reason_of
+from vlm_tune.quoting import applying, reason_of
 
 IMAGE_TOKEN = "<image>"
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -82,64 +82,69 @@ def decoder_reasons(text: Any) -> list[str]:
         whole = AutoModelForCausalLM.from_config(text)
         body = AutoModel.from_config(text)
         llm = CausalLLM(whole)
-    reasons = []
-    if llm.rule != HeadRule():
-        what = "" if llm.rule is None else f" ({llm.rule})"
-        reasons.append(
-            f"its language model, a {name}, scales, caps or shifts its logits{what}, which LLaVA "
-            "does not"
-        )
-    if llm.factor != 1:
-        reasons.append(
+    rule = "" if llm.rule is None else f" ({llm.rule})"
+    return applying(
+        (
+            llm.rule != HeadRule(),
+            f"its language model, a {name}, scales, caps or shifts its logits{rule}, which LLaVA "
+            "does not",
+        ),
+        (
+            llm.factor != 1,
             f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which "
-            "LLaVA does not"
-        )
-    if not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body):
-        reasons.append(
+            "LLaVA does not",
+        ),
+        (
+            not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body),
             f"its language model is of type {name}, whose embeddings are not where LLaVA looks "
-            "for them"
-        )
-    if getattr(whole.get_output_embeddings(), "bias", None) is not None:
-        reasons.append("its language model's head has a bias, LLaVA's has none")
-    return reasons
+            "for them",
+        ),
+        (
+            getattr(whole.get_output_embeddings(), "bias", None) is not None,
+            "its language model's head has a bias, LLaVA's has none",
+        ),
+    )
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
     """The reasons why a tower can't be LLaVA's."""
     tower = config.model.tower
-    rebuild = config.tower_rebuild
-    reasons = []
-    if isinstance(tower, TransformersTower):
-        model_type = rebuild["vision_config"]["model_type"]
-        if model_type not in VISION_TYPES:
-            reasons.append(
-                f"its tower is of type {model_type}, LLaVA's {' or '.join(VISION_TYPES)}"
-            )
-    elif isinstance(tower, OpenClipTower):
-        vision = rebuild["vision_cfg"]
-        if vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple):
-            reasons.append("its tower is not a ViT of open_clip's own")
-    else:
-        reasons.append(f"its tower is of kind {tower.kind}, LLaVA's is one CLIP or SigLIP ViT")
-    if isinstance(tower, TransformersTower) and tower.final_norm:
-        reasons.append("its tower's last norm is on the features (model.tower.final_norm)")
-    if tower.grid is not None:
-        reasons.append("its tower pools to a grid (model.tower.grid)")
-    if tower.tiles:
-        reasons.append("it sees images as tiles (model.tower.tiles)")
-    return reasons
+    by_transformers = isinstance(tower, TransformersTower)
+    by_open_clip = isinstance(tower, OpenClipTower)
+    vision = config.tower_rebuild.get("vision_cfg", {})
+    model_type = config.tower_rebuild.get("vision_config", {}).get("model_type")
+    return applying(
+        (
+            by_transformers and model_type not in VISION_TYPES,
+            f"its tower is of type {model_type}, LLaVA's {' or '.join(VISION_TYPES)}",
+        ),
+        (
+            by_open_clip
+            and (vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple)),
+            "its tower is not a ViT of open_clip's own",
+        ),
+        (
+            not by_transformers and not by_open_clip,
+            f"its tower is of kind {tower.kind}, LLaVA's is one CLIP or SigLIP ViT",
+        ),
+        (
+            isinstance(tower, TransformersTower) and tower.final_norm,
+            "its tower's last norm is on the features (model.tower.final_norm)",
+        ),
+        (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
+        (tower.tiles, "it sees images as tiles (model.tower.tiles)"),
+    )
 
 
 def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
     connector = config.model.connector
     if not isinstance(connector, LinearConnector | MlpConnector):
         return [f"its connector is of kind {connector.kind}, LLaVA's is linear or an MLP"]
-    reasons = (
-        ["its connector begins with a LayerNorm (model.connector.norm)"] if connector.norm else []
+    depth = connector.depth if isinstance(connector, MlpConnector) else 2
+    return applying(
+        (connector.norm, "its connector begins with a LayerNorm (model.connector.norm)"),
+        (depth != 2, f"its connector has {depth} layers, LLaVA's MLP has 2"),
     )
-    if isinstance(connector, MlpConnector) and connector.depth != 2:
-        reasons.append(f"its connector has {connector.depth} layers, LLaVA's MLP has 2")
-    return reasons
 
 
 # --- the processor --------------------------------------------------------------------------------

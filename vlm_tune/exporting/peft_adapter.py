@@ -25,7 +25,7 @@ from vlm_tune.model.pretrained.language_model import load_llm, make_room
 from vlm_tune.model.vlm import VisionLanguageConfig
 from vlm_tune.model.vlm_layouts import find_vlm
 from vlm_tune.model.weights import read_safetensors, write_safetensors
-from vlm_tune.quoting import quoted
+from vlm_tune.quoting import applying, quoted
 
 BESIDE = (
     "bases.json",
@@ -43,18 +43,20 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
     """The reasons why a recipe's result can't be exported as an adapter over a named model."""
     rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
     of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
-    reasons = [] if any(rule.how == "lora" for rule in of_llm) else ["no rule puts LoRA on the llm"]
-    if config.llm.name is None:
-        reasons.append(
-            "its language model starts from random weights, and has no name to be an adapter over"
-        )
-    elif config.llm.quantize is None and any(rule.trains_base for rule in of_llm):
-        reasons.append("its language model's own weights are trained too")
-    elif find_vlm(config.llm.name) is not None:
-        reasons.append(
-            f"its language model is a part of {config.llm.name}, which PEFT can't load alone"
-        )
-    return reasons
+    name = config.llm.name
+    trained = config.llm.quantize is None and any(rule.trains_base for rule in of_llm)
+    return applying(
+        (all(rule.how != "lora" for rule in of_llm), "no rule puts LoRA on the llm"),
+        (
+            name is None,
+            "its language model starts from random weights, and has no name to be an adapter over",
+        ),
+        (name is not None and trained, "its language model's own weights are trained too"),
+        (
+            name is not None and not trained and find_vlm(name) is not None,
+            f"its language model is a part of {name}, which PEFT can't load alone",
+        ),
+    )
 
 
 def export_adapter(

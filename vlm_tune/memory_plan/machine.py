@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from vlm_tune.kernels.cpu.native import compiler, kernel_status
+from vlm_tune.quoting import applying
 
 MEASURING = 0.3
 """Seconds that a measurement takes."""
@@ -104,11 +105,11 @@ def _lacks(gpu: bool) -> list[str]:
     if gpu:
         return []
     status = kernel_status()
-    lacks = ["no GPU that torch sees"]
-    if status.mode != "amx":
-        lacks.append(str(status))
-    if compiler() is None:
-        lacks.append(
-            "no C++ compiler, so blocks are not compiled and tensors lie where malloc puts them"
-        )
-    return lacks
+    return applying(
+        (True, "no GPU that torch sees"),
+        (status.mode != "amx", str(status)),
+        (
+            compiler() is None,
+            "no C++ compiler, so blocks are not compiled and tensors lie where malloc puts them",
+        ),
+    )

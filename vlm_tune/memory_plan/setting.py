@@ -83,23 +83,20 @@ def parse_size(text: str) -> int:
 def check_setting(recipe: Recipe, setting: Setting) -> None:
     """Raises `RecipeError` for settings that exclude each other."""
     quantize = recipe.model.llm.quantize
-    problems = []
-    if setting.offload != "none" and setting.zero < (least := 3 if setting.offload == "all" else 1):
-        problems.append(
-            Problem(
-                "--offload",
-                (
-                    f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, "
-                    f"not {setting.zero}"
-                ),
-            )
-        )
-    if quantize and setting.zero == 3:
-        problems.append(
-            Problem(
-                "--zero",
-                f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
-            )
-        )
+    least = {"none": 0, "optimizer": 1, "all": 3}[setting.offload]
+    rules = (
+        (
+            setting.zero < least,
+            "--offload",
+            f"{setting.offload} needs --zero {least}{'' if least == 3 else ' or more'}, "
+            f"not {setting.zero}",
+        ),
+        (
+            quantize and setting.zero == 3,
+            "--zero",
+            f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
+        ),
+    )
+    problems = [Problem(option, message) for broken, option, message in rules if broken]
     if problems:
         raise RecipeError(problems)

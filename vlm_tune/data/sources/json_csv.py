@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,25 @@ class FileFormat(Protocol):
     def rows(self, path: Path, first_row: int, payload: Any) -> Iterator[tuple[int, Any]]:
         """(number, fields or `DataError`) of each row of a stretch."""
         ...
+
+
+def _stretches(start: int, ends: Iterable[int]) -> Iterator[Stretch]:
+    """Stretches of about CHUNK_ROWS rows, with the payload (first byte, byte after the last).
+
+    The rows begin at byte `start` and end at `ends`.
+    """
+    first = 1
+    count = 0
+    stop = start
+    for stop in ends:
+        count += 1
+        if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
+            yield first, count, (start, stop)
+            first = first + count
+            start = stop
+            count = 0
+    if count:
+        yield first, count, (start, stop)
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -134,24 +153,20 @@ class JsonList:
         if start is None:
             with reading(path) as file:
                 start = file.read(BLOCK).find(b"[") + 1
-        first = 1
-        count = 0
-        stop = start
+        elements = 0
+
+        def ends() -> Iterator[int]:
+            nonlocal elements
+            for end, _ in list_elements(path, start, inside=self.start is not None):
+                elements += 1
+                yield end
+
         try:
-            for stop, _ in list_elements(path, start, inside=self.start is not None):
-                count += 1
-                if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
-                    yield first, count, (start, stop)
-                    first = first + count
-                    start = stop
-                    count = 0
+            yield from _stretches(start, ends())
         except DataError as error:
             raise DataError(
-                f"not a JSON list: {error.message} (after element {first + count - 1})",
-                source=str(path),
+                f"not a JSON list: {error.message} (after element {elements})", source=str(path)
             ) from None
-        if count:
-            yield first, count, (start, stop)
 
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]
@@ -265,22 +280,11 @@ class Csv:
 
     def stretches(self, path: Path) -> Iterator[Stretch]:
         """Stretches of about CHUNK_ROWS records; a record may span lines."""
-        first = 1
-        count = 0
         with reading(path) as file:
             header, start = self._header(path, file)
             if len(set(header)) < len(header):
                 raise DataError(f"a column comes twice in the header {header}", source=str(path))
-            stop = start
-            for stop, _ in self._records(file, start):
-                count += 1
-                if count == CHUNK_ROWS or stop - start > CHUNK_BYTES:
-                    yield first, count, (start, stop)
-                    first = first + count
-                    start = stop
-                    count = 0
-        if count:
-            yield first, count, (start, stop)
+            yield from _stretches(start, (end for end, _ in self._records(file, start)))
 
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]

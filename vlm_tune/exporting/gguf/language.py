@@ -10,6 +10,7 @@ import torch
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.tokenizer import describe_tokenizer
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -35,18 +36,19 @@ def decoder_reasons(text: Any) -> list[str]:
         return [f"its language model is of type {text.model_type}, not {', '.join(FAMILIES)}"]
     if text.model_type == "gemma3_text":
         return _gemma_reasons(text)
-    reasons = []
-    if text.hidden_act != "silu":
-        reasons.append(f"its language model's activation is {text.hidden_act}, not silu")
     rope = text.rope_parameters["rope_type"]
-    if rope not in ROPES:
-        reasons.append(
-            f"its language model's rotary embedding is scaled by {rope}, not {' or '.join(ROPES)}"
-        )
     biases = [name for name in ("attention_bias", "mlp_bias") if getattr(text, name, None)]
-    if biases:
-        reasons.append(f"its language model has biases ({', '.join(biases)})")
-    return reasons
+    return applying(
+        (
+            text.hidden_act != "silu",
+            f"its language model's activation is {text.hidden_act}, not silu",
+        ),
+        (
+            rope not in ROPES,
+            f"its language model's rotary embedding is scaled by {rope}, not {' or '.join(ROPES)}",
+        ),
+        (biases, f"its language model has biases ({', '.join(biases)})"),
+    )
 
 
 def _gemma_reasons(text: Any) -> list[str]:

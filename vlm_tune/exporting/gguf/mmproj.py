@@ -14,6 +14,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors, write_gguf
 from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -31,37 +32,40 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
     """The reasons why llama.cpp can't hold a tower or a connector, from configs alone."""
     tower = config.model.tower
     connector = config.model.connector
-    reasons = tower_reasons(config)
-    if getattr(tower, "class_token", False):
-        reasons.append("its connector gets the class token (model.tower.class_token)")
-    if not isinstance(connector, MlpConnector):
-        reasons.append(f"its connector is of kind {connector.kind}")
-    elif connector.depth != 2:
-        reasons.append(f"its connector has {connector.depth} layers")
-    return reasons
+    mlp = isinstance(connector, MlpConnector)
+    depth = connector.depth if isinstance(connector, MlpConnector) else 2
+    return tower_reasons(config) + applying(
+        (
+            getattr(tower, "class_token", False),
+            "its connector gets the class token (model.tower.class_token)",
+        ),
+        (not mlp, f"its connector is of kind {connector.kind}"),
+        (depth != 2, f"its connector has {depth} layers"),
+    )
 
 
 def mmproj_notes(model: VisionLanguageNetwork) -> list[str]:
     """Where llama.cpp's handling of images deviates from how the model was trained."""
     images = model.processor.images
-    notes = []
-    if vision_weights(model.tower)[0].model_type == "clip_vision_model":
-        notes.append(
+    pads = images.resize == "pad"
+    return applying(
+        (
+            vision_weights(model.tower)[0].model_type == "clip_vision_model",
             "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
             "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
-            "have none"
-        )
-    if images.resize != "pad":
-        notes.append(
+            "have none",
+        ),
+        (
+            not pads,
             "llama.cpp pads images to squares, this model was trained with resize: "
-            f"{images.resize}; give it square images"
-        )
-    elif tuple(int(255 * value) for value in images.mean) != PAD:
-        notes.append(
+            f"{images.resize}; give it square images",
+        ),
+        (
+            pads and tuple(int(255 * value) for value in images.mean) != PAD,
             f"llama.cpp pads images with the colour {PAD}, this model was trained with its "
-            "tower's own; give it square images"
-        )
-    return notes
+            "tower's own; give it square images",
+        ),
+    )
 
 
 def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:

@@ -11,6 +11,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_tune.quoting import applying
+
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
@@ -33,22 +35,27 @@ def pieces_reasons(tokenizer: Any, opens_with_text: bool) -> list[str]:
     described = described_of(tokenizer)
     opening = opening_of(described)
     model = described["model"]
-    reasons = [] if tokenizer.unk_token_id is not None else ["its tokenizer has no unknown token"]
-    if opening is None:
-        reasons.append(
+    return applying(
+        (tokenizer.unk_token_id is None, "its tokenizer has no unknown token"),
+        (
+            opening is None,
             "its tokenizer changes texts, or splits them, otherwise than SentencePiece with "
-            "spaces as they are"
-        )
-    if opening == "string" and opens_with_text:
-        reasons.append(
+            "spaces as they are",
+        ),
+        (
+            opening == "string" and opens_with_text,
             "its tokenizer puts a space before a string's first text alone, and its chat format "
-            "begins with text"
-        )
-    if not model["vocab"].keys() >= {*BYTES}:
-        reasons.append("its tokenizer has no piece for each of the 256 bytes")
-    if model.get("ignore_merges") or merge_scores(described) is None:
-        reasons.append("its tokenizer's merges are not those that scores of pieces would make")
-    return reasons
+            "begins with text",
+        ),
+        (
+            not model["vocab"].keys() >= {*BYTES},
+            "its tokenizer has no piece for each of the 256 bytes",
+        ),
+        (
+            model.get("ignore_merges") or merge_scores(described) is None,
+            "its tokenizer's merges are not those that scores of pieces would make",
+        ),
+    )
 
 
 def pieces_notes(described: dict[str, Any]) -> list[str]:
