@@ -10,7 +10,8 @@ import json
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vlm_tune.train.allocator import open_range, range_state
+from tests.helpers.tensor_range import range_state
+from vlm_tune.train.allocator import open_range
 
 LENGTHS = (300, 170, 420, 300)
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.tensor_range import range_state
 from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune.api import sft
 from vlm_tune.events import Event, TrainSteps
@@ -30,7 +31,6 @@ from vlm_tune.train import allocator
 from vlm_tune.train.allocator import (
     keep_freed_memory,
     open_range,
-    range_state,
     return_freed_memory,
     shut_range,
 )
@@ -38,6 +38,7 @@ from vlm_tune.train.out_of_memory import is_out_of_memory
 
 needs_range = pytest.mark.skipif(native.compiler() is None, reason="wants a C++ compiler")
 MB = 1 << 20
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -185,9 +186,9 @@ def test_what_no_memory_could_hold_is_refused_by_name(opened: None) -> None:
 @needs_range
 def test_the_plan_s_range_puts_every_block_of_real_steps_where_the_allocator_does() -> None:
     """Four steps of a small network of different lengths, as torch's profiler recorded them."""
-    command = [sys.executable, str(Path(__file__).with_name("recorded_step.py"))]
+    command = [sys.executable, "-m", "tests.train.recorded_step"]
     recorded = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     )
     planned, places = Range(), []
     for place, size in recorded["events"]:

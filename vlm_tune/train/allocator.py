@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
 
 from vlm_tune.kernels.cpu import native
 from vlm_tune.resources import KERNELS, SMALLEST_BLOCK
@@ -28,19 +27,6 @@ def forget_old_kernels() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))
-
-
-@dataclass(frozen=True)
-class RangeState:
-    """How full the address range is.
-
-    `live`: bytes of live blocks; `highest`: bytes below the highest address in use since the range
-    was last shut; `blocks`: number of live blocks.
-    """
-
-    live: int
-    highest: int
-    blocks: int
 
 
 _library: ctypes.CDLL | None = None
@@ -62,14 +48,6 @@ def shut_range() -> None:
     """New tensors come from malloc again; pages of the range without live blocks are released."""
     if _library is not None:
         _library.vlm_tune_shut()
-
-
-def range_state() -> RangeState:
-    """The present state of the range; all zeros where it was never opened."""
-    figures = (ctypes.c_int64 * 3)()
-    if _library is not None:
-        _library.vlm_tune_state(figures)
-    return RangeState(*figures)
 
 
 def return_freed_memory(smallest: int = 1 << 20) -> bool:

@@ -125,11 +125,7 @@ def verify_run(
             recipe, scratch, accelerator, show or (lambda event: None), stop, "", watch, section
         )
         rows = read_rows(context, number, name, stage, build_processor(recipe, [], saved=start))
-        differences = data_differences(run, {number: stage_fingerprint(stage, rows)}, context.note)
-        if differences:
-            raise changed_data(
-                differences, "put it back: other data can't be trained on as the run did"
-            )
+        _check_data(context, run, number, stage_fingerprint(stage, rows))
         model = restored_model(context, start, context.device, VisionLanguageNetwork)
         loop = stage_loop(context, model, name, stage, rows, progress, start)
         _replay(report, loop, folder, scratch)
@@ -137,6 +133,15 @@ def verify_run(
             _compare(report, read_trace(folder), read_trace(scratch))
     report.seconds = round(time.perf_counter() - started, 2)
     return report
+
+
+def _check_data(context: Context, run: Path, number: int, fingerprint: dict[str, Any]) -> None:
+    """Raises `DataError` if a stage's data is not what the run trained on."""
+    differences = data_differences(run, {number: fingerprint}, context.note)
+    if differences:
+        raise changed_data(
+            differences, "put it back: other data can't be trained on as the run did"
+        )
 
 
 def _check_processes(run: Path, then: int, now: int) -> None:
