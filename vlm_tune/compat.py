@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -136,6 +137,9 @@ Beyond torch's own limit of 8 it would run uncompiled, with all scores in memory
 """
 
 
+_uncompiled = threading.RLock()
+
+
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
     import torch
@@ -157,12 +161,13 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Where other code is to run eagerly, scores [L, L] would be in memory.
         with torch.compiler.set_stance("default"), config.patch(recompile_limit=RECOMPILED):
             return _compiled_flex_attention()(query, *args, **kwargs)
-    before = library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        return library.flex_attention(query, *args, **kwargs)
-    finally:
-        library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+    with _uncompiled:  # the switch is one for all threads
+        before = library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+        library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+        try:
+            return library.flex_attention(query, *args, **kwargs)
+        finally:
+            library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
 # --- transformers ---------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from vlm_tune.evaluation.metrics import Answer, Losses, Scores, normalise, score
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.model.vlm import VisionLanguageNetwork, in_eval_mode
 
 
+@in_eval_mode
 def score(
     model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
@@ -46,8 +47,6 @@ def score(
     """
     if not conversations:
         raise DataError("no rows to evaluate")
-    was = model.training
-    model.eval()
     processor = model.processor
     prompts = processor.prompts(conversations)
     fetch = features or PixelCache(processor.images)
@@ -66,7 +65,6 @@ def score(
     for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
         rows = [row for row in conversations if row.source_name == name]
         losses[name] = _loss(model, rows, batch_size, features, fetch)
-    model.train(was)
     return scores(_answers(conversations, generated), losses)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,6 @@ from vlm_tune.paths import check_path
 from vlm_tune.precision import device_of, dtype_of
 from vlm_tune.quoting import quoted
 
-_mode_lock = threading.Lock()
-
 
 class VisionLanguageModel(VisionLanguageNetwork):
     """The model that users hold: it answers prompts with images, loads and saves itself.
@@ -33,9 +28,6 @@ class VisionLanguageModel(VisionLanguageNetwork):
     `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice, LLM.
     Several threads may ask one model at once.
     """
-
-    _answering = 0
-    _trained: Sequence[torch.nn.Module] = ()
 
     def chat(
         self,
@@ -97,41 +89,8 @@ class VisionLanguageModel(VisionLanguageNetwork):
             [request_conversation(number, request) for number, request in enumerate(requests, 1)]
         )
         images = PixelCache(self.processor.images)
-        with self._in_eval_mode():
+        with self.evaluating():
             return answer_prompts(self, prompts, decoding, fetch=images, batch_size=batch_size)
-
-    @contextmanager
-    def _in_eval_mode(self) -> Iterator[None]:
-        """Context in which the model is in eval mode, for as long as any thread is in it.
-
-        The mode of a model that is in eval mode already is not written, so that threads which
-        answer at once never change what others read.
-        """
-        with _mode_lock:
-            if not self._answering:
-                self._trained = [module for module in self.modules() if module.training]
-                if self._trained:
-                    self.eval()
-            self._answering += 1
-        try:
-            yield
-        finally:
-            with _mode_lock:
-                self._answering -= 1
-                if not self._answering:
-                    for module in self._trained:
-                        module.training = True
-                    self._trained = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisionLanguageModel:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__ = {
-            name: copy.deepcopy(value, memo)
-            for name, value in self.__dict__.items()
-            if name not in ("_answering", "_trained")
-        }
-        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModelError(

@@ -99,7 +99,8 @@ def tower_features(
         progress or (lambda done, of: None),
         note or (lambda text: None),
     )
-    return FeatureStore(cache.opened(), rows)
+    with model.evaluating():
+        return FeatureStore(cache.opened(), rows)
 
 
 def _key(model: VisionLanguageNetwork, autocast: torch.dtype) -> str:
@@ -224,11 +225,8 @@ class _Cache:
         for left in self.folder.glob(f"{here}*.npy") if alone else ():
             left.unlink(missing_ok=True)
         temporary = self.folder / f"{here}{os.getpid()}.npy"
-        tower = self.model.tower
-        was = tower.training
-        tower.eval()
         try:
-            shape = (len(media), *tower.measure())
+            shape = (len(media), *self.model.tower.measure())
             with cache_room(self.folder):
                 array = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=STORED[self.dtype], shape=shape
@@ -244,7 +242,6 @@ class _Cache:
             temporary.rename(self.folder / f"{name}-{file_checksum(temporary)}.npy")
         finally:
             temporary.unlink(missing_ok=True)
-            tower.train(was)
 
 
 @contextlib.contextmanager

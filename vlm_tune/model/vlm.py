@@ -6,8 +6,13 @@ D tower width, E LLM width.
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
@@ -56,6 +61,9 @@ class Alignment:
     captions: torch.Tensor
 
 
+_mode_lock = threading.Lock()
+
+
 class VisionLanguageNetwork(nn.Module):
     """The network: forward pass from pixels and token ids to the loss, and nothing else.
 
@@ -75,6 +83,9 @@ class VisionLanguageNetwork(nn.Module):
         adapters: the LoRA tuner of each part that has one.
         bases: fingerprints of the weights that parts started from.
     """
+
+    _evaluations = 0
+    _trained: Sequence[nn.Module] = ()
 
     def __init__(
         self,
@@ -109,6 +120,40 @@ class VisionLanguageNetwork(nn.Module):
         if mode and not any(parameter.requires_grad for parameter in self.tower.parameters()):
             self.tower.eval()
         return self
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context in which the model is in eval mode, for as long as any thread is in it.
+
+        The mode of a model that is in eval mode already is not written, so that threads which
+        answer at once never change what others read.
+        """
+        with _mode_lock:
+            if not self._evaluations:
+                self._trained = [module for module in self.modules() if module.training]
+                if self._trained:
+                    self.eval()
+            self._evaluations += 1
+        try:
+            yield
+        finally:
+            with _mode_lock:
+                self._evaluations -= 1
+                if not self._evaluations:
+                    for module in self._trained:
+                        module.training = True
+                    self._trained = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that no thread evaluates."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = {
+            name: copy.deepcopy(value, memo)
+            for name, value in self.__dict__.items()
+            if name not in ("_evaluations", "_trained")
+        }
+        return copied
 
     def media(self, batch: Batch) -> torch.Tensor | None:
         """The connector's outputs [M, N, E] in order of the media places; None without media."""
@@ -199,3 +244,22 @@ class VisionLanguageNetwork(nn.Module):
 
 Network = TypeVar("Network", bound=VisionLanguageNetwork)
 """The class of the model that a function builds or loads."""
+
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
+def in_eval_mode(
+    function: Callable[Concatenate[VisionLanguageNetwork, Arguments], Returned],
+) -> Callable[Concatenate[VisionLanguageNetwork, Arguments], Returned]:
+    """Makes a function of a model run in that model's eval mode (`evaluating`)."""
+
+    @wraps(function)
+    def evaluates(
+        model: VisionLanguageNetwork, *args: Arguments.args, **named: Arguments.kwargs
+    ) -> Returned:
+        with model.evaluating():
+            return function(model, *args, **named)
+
+    return evaluates
