@@ -361,7 +361,7 @@ def _new_model(
         device=context.device,
         model_class=VisionLanguageModel,
     )
-    if main:
+    if main and samples:
         log.info("answering the report's samples before training")
         write_samples(context, model, samples, "before")
     return model
