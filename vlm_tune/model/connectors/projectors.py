@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from vlm_tune.config.model import (
     AvgPoolConnector,
@@ -24,6 +23,7 @@ from vlm_tune.config.model import (
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
+from vlm_tune.model.pooling import grid_means
 from vlm_tune.quoting import name_list
 
 
@@ -188,7 +188,4 @@ class AvgPool(Connector):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[M, N, D] to [M, grid², E]."""
         side = math.isqrt(features.shape[1])
-        pooled = adaptive_avg_pool2d(
-            self.norm(features).transpose(1, 2).unflatten(2, (side, side)), self.grid
-        )
-        return self.layers(pooled.flatten(2).transpose(1, 2))
+        return self.layers(grid_means(self.norm(features), (side, side), self.grid))

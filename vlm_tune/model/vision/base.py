@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 
 from vlm_tune.config.model import Tower
+from vlm_tune.model.pooling import grid_means
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -89,11 +90,11 @@ class VisionTower(nn.Module):
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
     """Pools a feature map [B, C, h, w] to [B, C, grid, grid]; unchanged where `grid` is None."""
-    return (
-        features
-        if grid is None or features.shape[-2:] == (grid, grid)
-        else adaptive_avg_pool2d(features, grid)
-    )
+    height, width = features.shape[-2:]
+    if grid is None or (height, width) == (grid, grid):
+        return features
+    means = grid_means(features.flatten(2).transpose(1, 2), (height, width), grid)
+    return means.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:

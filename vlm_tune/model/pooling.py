@@ -1,0 +1,37 @@
+"""Adaptive average pooling of a grid of tokens, as a product with a matrix of weights.
+
+torch's own has no deterministic backward pass on a GPU; a product's is one more product.
+
+Shapes: B images, h x w tokens of a grid, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def grid_means(features: torch.Tensor, size: tuple[int, int], grid: int) -> torch.Tensor:
+    """The means of the cells of a grid, [B, grid², C] in row-major order.
+
+    They are those of `torch.nn.functional.adaptive_avg_pool2d`: where `grid` does not divide a
+    side, neighbouring cells overlap. Computed in fp32, also under autocast.
+
+    Args:
+        features: [B, h * w, C], in row-major order.
+        size: (h, w).
+        grid: cells of each side.
+    """
+    rows, columns = (_spans(side, grid, features.device) for side in size)
+    cells = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).float()
+    with torch.autocast(features.device.type, enabled=False):
+        means = (cells / cells.sum(1, keepdim=True)) @ features.float()
+    return means.to(features.dtype)
+
+
+def _spans(side: int, grid: int, device: torch.device) -> torch.Tensor:
+    """bool[grid, side], whether a cell spans a token, along one side of the grid."""
+    cells = torch.arange(grid, device=device)[:, None]
+    tokens = torch.arange(side, device=device)
+    first = cells * side // grid
+    behind = ((cells + 1) * side + grid - 1) // grid
+    return (first <= tokens) & (tokens < behind)
