@@ -245,10 +245,10 @@ def test_fault_47_out_of_memory_says_what_to_change(
 ) -> None:
     real = StageLoop._step
 
-    def step(self: StageLoop, batches: Any, step: int, rates: Any) -> float:
+    def step(self: StageLoop, batches: Any, step: int, *rest: Any) -> float:
         if step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return real(self, batches, step, rates)
+        return real(self, batches, step, *rest)
 
     monkeypatch.setattr(StageLoop, "_step", step)
     with pytest.raises(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from peft.helpers import disable_input_dtype_casting
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.types import Batch, Conversation
-from vlm_tune.errors import Interrupted, TrainingError
+from vlm_tune.errors import Interrupted
 from vlm_tune.events import Acceleration, Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
 from vlm_tune.model.acceleration.install import running
@@ -42,14 +42,14 @@ from vlm_tune.train.checkpoint_policy import CheckpointPolicy
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.evaluator import Evaluator
 from vlm_tune.train.gpu_memory import gpu_peak
-from vlm_tune.train.host_group import HostGroup
+from vlm_tune.train.meetings import Meeting, Meetings
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objectives import build_objective
 from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.stage_position import StagePosition
-from vlm_tune.train.step_trace import DIGESTS, Step, cut_trace, digest, json_number, write_step
+from vlm_tune.train.step_trace import Step, cut_trace, digest, json_number, write_step
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,6 @@ class StageLoop:
         self.progress = progress
         self.report = report
         self.recipe_text = recipe_text
-        self.stop = stop
         train = recipe.train
         self.objective = build_objective(recipe.objective)
         self._prepare_engine(resume_from)
@@ -103,10 +102,10 @@ class StageLoop:
         self.position = StagePosition(data.feed, progress, train, resume_from)
         self.total = self.position.total
         self.watch = watch or Watch(self.accelerator, train.timeout)
-        self.host_group = HostGroup(self.accelerator, train.timeout)
         self.writer = CheckpointWriter(
             folder, train.checkpoints.keep, background=train.checkpoints.background
         )
+        self.meetings = Meetings(self.accelerator, train.timeout, stop=stop, writer=self.writer)
         self.nonfinite = NonFinitePolicy(
             self.accelerator, report, most=train.max_nonfinite, skips=engine.skips
         )
@@ -123,7 +122,7 @@ class StageLoop:
             report=report,
             watch=self.watch,
             stop=stop,
-            any_stops=self._stopping,
+            any_stops=self.meetings.stopping,
         )
         self._compiles = False
 
@@ -170,10 +169,14 @@ class StageLoop:
         if self.progress.unscored:
             self._evaluate(self.progress.step)
             self._save(self.progress.step)
+        saved = True
         for batches, waited in self._windows():
             step = self.progress.step + 1
             rates.waited += waited
-            rate = self._step(batches, step, rates)
+            meeting = self._meet(batches, step, rates)
+            if meeting.stops:
+                self._stop(saved=saved)
+            rate = self._step(batches, step, rates, meeting)
             batches.clear()  # their memory is free for those of the step after the next
             self.position.advance()
             if self._compiles and step == self._first_step + 1:
@@ -188,14 +191,27 @@ class StageLoop:
                 with rates.paused():
                     self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
-            stopping = self._stopping()
-            if stopping or self.policy.saves_at(step):
+            if last:
+                self.meetings.stopping()  # raises if a checkpoint failed; no step follows
+            saved = self.policy.saves_at(step) or self.progress.unscored
+            if saved:
                 with rates.paused():
                     self._save(step)
-            if stopping and (not last or self.progress.unscored):
-                self.writer.wait()
-                raise Interrupted(f"stopped at step {step} of {self.total}; go on with --resume")
+            if self.progress.unscored:
+                self._stop(saved=True)
         self.writer.wait()
+
+    def _stop(self, *, saved: bool) -> NoReturn:
+        """Ends the run after the last step, once its checkpoint is written.
+
+        `saved` says that it is being written, or that no step was taken.
+        """
+        step = self.progress.step
+        if not saved:
+            self._save(step)
+        self.writer.wait()
+        place = f"at step {step} of {self.total}" if step else "before the first step"
+        raise Interrupted(f"stopped {place}; go on with --resume")
 
     def _note_compiling(self, started: float) -> None:
         """Reports how long the first step took, which compiled the blocks."""
@@ -255,11 +271,13 @@ class StageLoop:
     def _report_kernels(self) -> None:
         """Reports which parts of the language model train by the kernels, and why others do not.
 
-        On a GPU it reports how the language model attends.
+        On a GPU it reports how the language model attends. Where none of it trains, nothing.
         """
         precision = DTYPES[self.recipe.train.precision]
         device = self.accelerator.device.type
         if device != "cuda" and (device != "cpu" or precision == torch.float32):
+            return
+        if not any(name.startswith("llm.") for group in self.tuned.names for name in group):
             return
         report = running(self.model.llm, precision, self.accelerator.device)
         self.report(
@@ -281,7 +299,11 @@ class StageLoop:
         with self._training():
             for batches, _ in self._windows():
                 step = self.progress.step + 1
-                self._step(batches, step, Rates())
+                rates = Rates()
+                meeting = self._meet(batches, step, rates)
+                if meeting.stops:
+                    raise Interrupted("the replay was stopped")
+                self._step(batches, step, rates, meeting)
                 batches.clear()
                 self.position.advance()
                 states = gather_object([random_state(self.accelerator.device)])
@@ -293,8 +315,6 @@ class StageLoop:
                     shutil.rmtree(written)
                 elif step in at and self.engine.collects:
                     self._captured(states)
-                if self._stopping():
-                    raise Interrupted("the replay was stopped")
                 if step == end:
                     return
 
@@ -332,13 +352,12 @@ class StageLoop:
                 window = next(windows)
                 yield window, time.perf_counter() - start
 
-    def _step(self, batches: list[Batch], step: int, rates: Rates) -> float:
+    def _step(self, batches: list[Batch], step: int, rates: Rates, meeting: Meeting) -> float:
         """One optimizer step; returns the highest learning rate used.
 
         The gradient is that of the mean over all supervised items of all micro-batches and ranks.
         """
         ids = [identity for batch in batches for identity in batch.ids]
-        total, samples = self._counted(batches, step, rates)
         summed = torch.zeros((), device=self.accelerator.device)
         self.watch.at(f"step {step}", (step, 2))
         for place, batch in enumerate(batches):
@@ -346,7 +365,7 @@ class StageLoop:
             last = place == len(batches) - 1
             with self.engine.micro_batch(last=last):
                 loss = self.objective(self.engine.model, batch)
-                self.engine.backward(loss.sum / total)
+                self.engine.backward(loss.sum / meeting.items)
             summed += loss.sum.detach()
         factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
         norms = self.engine.clip(factor)
@@ -354,17 +373,17 @@ class StageLoop:
         if self.nonfinite.allows(step, loss_sum, norm, ids, self.folder, last=step >= self.total):
             self.engine.step()
             rates.loss = rates.loss + loss_sum
-            rates.count = rates.count + total
+            rates.count = rates.count + meeting.items
         else:
             self.engine.skip()
         if self.accelerator.is_main_process:
             norm_written = None if norm is None else json_number(norm)
-            line = Step(step, json_number(loss_sum), norm_written, f"{samples:x}")
+            line = Step(step, json_number(loss_sum), norm_written, f"{meeting.samples:x}")
             write_step(self.folder, line)
         return factor * max(self.engine.rates)
 
-    def _counted(self, batches: list[Batch], step: int, rates: Rates) -> tuple[int, int]:
-        """The number of a step's supervised items on all ranks, and the digest of their samples."""
+    def _meet(self, batches: list[Batch], step: int, rates: Rates) -> Meeting:
+        """Meets the other processes before a step. Raises as `Meetings.before_step` does."""
         self.watch.at(f"step {step}, meeting the others", (step, 1))
         counts = [self.objective.count(batch) for batch in batches]
         # Rows without supervised items fill up a process's batches; their number may vary, so the
@@ -375,10 +394,10 @@ class StageLoop:
             if count
             for identity in batch.ids
         )
-        mine = [sum(counts), digest(counted), round(sum(map(self._cost, batches)))]
-        by_rank = self.host_group.gathered(mine)
-        rates.work(by_rank[:, 2])
-        return max(int(by_rank[:, 0].sum()), 1), int(by_rank[:, 1].sum()) % DIGESTS
+        cost = round(sum(map(self._cost, batches)))
+        meeting = self.meetings.before_step(sum(counts), digest(counted), cost)
+        rates.work(meeting.costs)
+        return meeting
 
     def _cost(self, batch: Batch) -> float:
         """The cost of a batch's forward and backward pass, in tokens."""
@@ -386,18 +405,6 @@ class StageLoop:
         return batch.input_ids.numel() + self.data.image_cost * (
             0 if images is None else len(images)
         )
-
-    def _stopping(self) -> bool:
-        """Whether any process is asked to stop.
-
-        Raises `TrainingError` on all processes if the last checkpoint could not be written.
-        """
-        flags = [int(self.stop()), int(self.writer.failed())]
-        stop, failed = self.host_group.gathered(flags).sum(0).tolist()
-        if failed:
-            self.writer.wait()
-            raise TrainingError("the first process could not write its checkpoint")
-        return bool(stop)
 
     def _evaluate(self, step: int) -> None:
         """Scores the model, unless the run is asked to stop meanwhile."""
