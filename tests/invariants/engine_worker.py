@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
@@ -46,7 +47,9 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
 def record(noted: dict[str, Any]) -> None:
     """Notes the first step's gradient, and the sample ids of all steps.
 
-    For FSDP also how many parameters have a gradient after each micro-batch of the first step.
+    For FSDP also how many parameters have a gradient after each micro-batch of the first step, and
+    the types in which the connector's were gathered. And which of Python's collectives are called
+    from the beginning of each step to that of the next.
     """
 
     def before(clip: Any) -> Any:
@@ -62,14 +65,17 @@ def record(noted: dict[str, Any]) -> None:
     backward = Fsdp.backward
 
     def backwarded(engine: Fsdp, loss: torch.Tensor) -> None:
+        gathered = {str(each.dtype) for each in engine.inner.connector.parameters()}
         backward(engine, loss)
         if not noted["gradients"]:
+            noted["gathered"] = sorted(gathered)
             noted["summed"].append(sum(each.grad is not None for each in engine._parameters()))
 
     Fsdp.backward = backwarded
     whole_step = StageLoop._step
 
     def stepped(loop: StageLoop, batches: Any, step: int, *rest: Any) -> float:
+        noted["collectives"].append([])
         noted["ids"][step] = [
             identity for batch in batches if batch.supervised for identity in batch.ids
         ]
@@ -79,6 +85,17 @@ def record(noted: dict[str, Any]) -> None:
         return whole_step(loop, batches, step, *rest)
 
     StageLoop._step = stepped
+
+    def counted(name: str, collective: Any) -> Any:
+        def called(*arguments: Any, **named: Any) -> Any:
+            if noted["collectives"]:
+                noted["collectives"][-1].append(name)
+            return collective(*arguments, **named)
+
+        return called
+
+    for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast", "barrier"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
 
 
 def main(runs: list[dict[str, Any]]) -> None:
@@ -90,7 +107,8 @@ def main(runs: list[dict[str, Any]]) -> None:
     rank = os.environ.get("RANK", "0")
     for run in runs:
         path = Path(run["recipe"])
-        noted.update(gradients={}, ids={}, images=[], summed=[], stop=run.get("stop"))
+        noted.update(gradients={}, ids={}, images=[], summed=[], gathered=[], collectives=[])
+        noted["stop"] = run.get("stop")
         counters.clear()
         try:
             folder = sft(load_recipe(path), resume=run.get("resume", False)).folder
@@ -111,7 +129,10 @@ def main(runs: list[dict[str, Any]]) -> None:
         path.with_suffix(f".rank{rank}.json").write_text(
             json.dumps(
                 {
-                    **{name: noted[name] for name in ("ids", "images", "summed")},
+                    **{
+                        name: noted[name]
+                        for name in ("ids", "images", "summed", "gathered", "collectives")
+                    },
                     "graphs": counters["stats"]["unique_graphs"],
                     "breaks": len(counters["graph_break"]),
                 }

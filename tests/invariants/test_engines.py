@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -77,8 +78,10 @@ RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDE
 HALF = {
     "decoder-bf16": ("ddp", "zero2", "zero3", "fsdp"),
     "decoder-qlora": ("ddp", "zero0", "zero1", "zero2"),
+    "full-bf16": ("ddp", "fsdp"),
 }
-"""In bf16, and in bf16 over a base of 4 bit, which is not for those that share weights out."""
+"""In bf16, in bf16 over a base of 4 bit, which is not for those that share weights out, and in bf16
+with all weights in fp32 and a connector that reads text."""
 COMBINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "windows-fsdp": ("frozen", "fsdp", {"train__batch_size": 2, "train__gradient_accumulation": 2}),
     "compiled-fsdp": ("decoder-lora", "fsdp", {"train__compile": True}),
@@ -120,10 +123,13 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
 
 
 def half(folder: Path, base: Path, name: str, model: str, **changes: Any) -> Recipe:
-    """As `recipe` with LoRA on a saved decoder in bf16, or in 4 bit."""
-    text = with_tune(
-        tiny_text("causal", folder / "messages.jsonl", folder / name, "bf16"), LORA_TUNE
-    )
+    """As `recipe` in bf16 over a saved decoder, with LoRA, or all of it."""
+    text = tiny_text("causal", folder / "messages.jsonl", folder / name, "bf16")
+    if model == "full-bf16":
+        text = with_connector(with_tune(text, FULL), "qformer-text")
+        changes = {"train__cache_features": False, **changes}
+    else:
+        text = with_tune(text, LORA_TUNE)
     return parsed(
         with_llm(text, base, "causal", ", quantize: nf4" if model == "decoder-qlora" else ""),
         **{**ONE_STEP, **changes},
@@ -238,6 +244,8 @@ def test_two_ranks_take_the_gradient_of_one(model: str, trained: Path, tmp_path:
     alone = {name.replace("llm.model.", "llm.", 1): value for name, value in gradients.items()}
     engines = [engine for other, engine in RUNS if other == model]
     assert engines
+    if "fsdp" in engines:  # nothing is gathered in another type
+        assert noted(trained, f"{model}-fsdp")["gathered"] == ["torch.float32"]
     for engine in engines:
         images = [
             json.loads((trained / f"{model}-{engine}.rank{rank}.json").read_text())["images"][0]
@@ -250,6 +258,19 @@ def test_two_ranks_take_the_gradient_of_one(model: str, trained: Path, tmp_path:
 def noted(trained: Path, name: str) -> dict[str, Any]:
     """What rank 0 noted of a run."""
     return json.loads((trained / f"{name}.rank0.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_ranks_meet_once_a_step_beside_the_losss_sum(trained: Path) -> None:
+    """On the host they exchange counts, digests, costs and the wish to stop by one collective.
+
+    The loss is summed where it is; gradients are exchanged by DDP's own code.
+    """
+    for rank in range(2):
+        run = json.loads((trained / f"one-two-one.rank{rank}.json").read_text())
+        # The last of the three steps ends with a checkpoint, as the run is asked to stop.
+        assert run["collectives"][:-1] == [["all_reduce", "all_gather"]] * 2
+        assert run["collectives"][-1][:2] == ["all_reduce", "all_gather"]
 
 
 @pytest.mark.slow
@@ -293,6 +314,9 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
         assert_close(alone, value, relative=3e-2)
         if engine not in SHARDED:
             assert_close(by_engine["ddp"], value)
+    if "fsdp" in by_engine:
+        assert noted(trained, f"{model}-fsdp")["gathered"] == ["torch.bfloat16"]
+        assert {value.dtype for value in by_engine["fsdp"].values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -181,7 +181,10 @@ class VisionLanguageNetwork(nn.Module):
         size = self.tower.image_size
         device = batch.input_ids.device
         if batch.cached:  # other ranks don't run the tower either
-            features = torch.zeros(1, *self.tower.measure(), device=device)
+            dtype = next(self.tower.parameters()).dtype
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            features = torch.zeros(1, *self.tower.measure(), dtype=dtype, device=device)
         else:
             features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
         first = batch.on_host.input_ids.new_zeros(1)

@@ -28,7 +28,11 @@ Until then each rank accumulates them whole.
 
 
 class Fsdp(Engine):
-    """FSDP2: weights, gradients and optimizer states are sharded block by block."""
+    """FSDP2: weights, gradients and optimizer states are sharded block by block.
+
+    In bf16 each rank keeps its shards of trained weights in fp32. They are gathered as bf16, and
+    gradients are summed in fp32.
+    """
 
     collects = sharded = True
 
@@ -40,6 +44,7 @@ class Fsdp(Engine):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
+            MixedPrecisionPolicy,
             OffloadPolicy,
             fully_shard,
         )
@@ -67,6 +72,13 @@ class Fsdp(Engine):
             for parameter in block.parameters():
                 if not hasattr(parameter, "device_mesh"):
                     fill(parameter, device)
+            if train.precision == "bf16":
+                options["mp_policy"] = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16,
+                    reduce_dtype=torch.float32,
+                    # The model's own input is a batch, whose tensors have their types.
+                    cast_forward_inputs=block is not model,
+                )
             fully_shard(block, **options)
         parameters = dict(named_parameters(model))
         for group, names in zip(tuned.groups, tuned.names, strict=True):
