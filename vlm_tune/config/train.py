@@ -108,6 +108,11 @@ class TrainSection(Config):
         description="processes of each rank that decode images and prepare batches ahead; auto: "
         "none on a CPU, on a GPU up to 8, by the cores that a rank has",
     )
+    loader_start: Literal["fork", "forkserver"] = Field(
+        default="fork",
+        description="how those processes start; fork: as copies of the training process, at once; "
+        "forkserver: from a process that holds no data and never saw a GPU, seconds later",
+    )
     log_every: PositiveInt = 10
     checkpoints: Checkpoints = Checkpoints()
     max_nonfinite: PositiveInt = Field(

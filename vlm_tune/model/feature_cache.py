@@ -15,12 +15,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,14 +49,34 @@ STORED = {torch.bfloat16: np.int16, torch.float16: np.float16, torch.float32: np
 class FeatureStore:
     """Lookup of features by media item, in memory-mapped files of `PART` items each."""
 
-    def __init__(self, parts: Sequence[torch.Tensor], rows: dict[Media, int]) -> None:
+    def __init__(
+        self, parts: Sequence[torch.Tensor], rows: dict[Media, int], paths: Sequence[Path]
+    ) -> None:
         self._parts = parts
         self._rows = rows
+        self._paths = paths
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves the open files out: each loader process maps them again."""
+        dtype = self._parts[0].dtype if self._parts else torch.float32
+        return _mapped_store, (self._paths, dtype, self._rows)
 
     def __call__(self, media: Media) -> torch.Tensor:
         """The features float[N, D] of an item."""
         part, row = divmod(self._rows[media], PART)
         return self._parts[part][row]
+
+
+def _mapped(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The features in a file [images, N, D], memory-mapped."""
+    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw
+
+
+def _mapped_store(
+    paths: Sequence[Path], dtype: torch.dtype, rows: dict[Media, int]
+) -> FeatureStore:
+    return FeatureStore([_mapped(path, dtype) for path in paths], rows, paths)
 
 
 def tower_features(
@@ -63,7 +85,7 @@ def tower_features(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
     *,
-    autocast: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
 ) -> FeatureStore:
     """Features of all media and their tiles, from the cache or computed.
 
@@ -76,12 +98,14 @@ def tower_features(
         progress: called with the number of images that are there and their total, while some are
             computed.
         note: called with a message if a cached file was damaged.
-        autocast: the dtype of the run's autocast; float32 for none.
+        autocast: the dtype of the run's autocast, float32 for none. None stands for the tower's
+            dtype: a model that was loaded finds the features of the run that trained it.
 
     Raises:
         DataError: an image can't be decoded.
         RecipeError: the cache can't be written or has no room.
     """
+    autocast = autocast or next(model.tower.parameters()).dtype
     images = model.processor.images
     media = list(dict.fromkeys(part for item in media for part in images.expand(item)))
     digests = _digests(media)
@@ -100,15 +124,18 @@ def tower_features(
         note or (lambda text: None),
     )
     with model.evaluating():
-        return FeatureStore(cache.opened(), rows)
+        features = cache.opened()
+    return FeatureStore(features, rows, [cache.paths[number] for number in range(len(features))])
 
 
 def _key(model: VisionLanguageNetwork, autocast: torch.dtype) -> str:
     """All that features depend on except their images."""
     dtype = stored_dtype(model.tower, autocast)
+    # As JSON, which a saved model's is read from: tuples are lists there.
+    rebuild = json.dumps(model.config.tower_rebuild, sort_keys=True)
     return (
         f"{fingerprint(model.tower)}:{model.config.model.tower}:{model.processor.images}"
-        f":{model.config.tower_rebuild}:{model.device.type}:{autocast}:{dtype}"
+        f":{rebuild}:{model.device.type}:{autocast}:{dtype}"
     )
 
 
@@ -183,11 +210,8 @@ class _Cache:
         for path in sorted(self.folder.glob(f"{name}-*.npy")):
             with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
                 if path.stem == f"{name}-{file_checksum(path)}":
-                    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
+                    self.arrays[number] = _mapped(path, self.dtype)
                     self.paths[number] = path
-                    self.arrays[number] = (
-                        raw.view(torch.bfloat16) if self.dtype == torch.bfloat16 else raw
-                    )
                     with contextlib.suppress(OSError):  # the cache may be read-only
                         os.utime(path)
                     return True

@@ -262,6 +262,7 @@ def stage_feed(
         workers=loader_workers(
             settings.loader_workers, accelerator.device, cached=features is not None
         ),
+        start=settings.loader_start,
         pinned=accelerator.device.type == "cuda",
     )
 
@@ -318,18 +319,17 @@ def decide_features(
     """
     setting = recipe.train.cache_features
     if rows.train is None or not rows.train.media or trains_tower(model):
-        return False
-    if recipe.data.augment:  # only those of validation images can be
-        return setting is not False and bool(rows.validation)
-    if setting == "auto" and progress.cached is not None:
-        return progress.cached
-    usage = stage_usage(rows.train, recipe.train, progress.ranks)
-    gpu = accelerator.device.type != "cpu"
-    choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
-    if setting == "auto":
-        report(Note(f"the tower's features are {choice}"))
-    progress.cached = choice.cached
-    return choice.cached
+        progress.cached = False
+    elif recipe.data.augment:  # only those of validation images can be
+        progress.cached = setting is not False and bool(rows.validation)
+    elif setting != "auto" or progress.cached is None:
+        usage = stage_usage(rows.train, recipe.train, progress.ranks)
+        gpu = accelerator.device.type != "cpu"
+        choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
+        if setting == "auto":
+            report(Note(f"the tower's features are {choice}"))
+        progress.cached = choice.cached
+    return progress.cached
 
 
 def stage_features(

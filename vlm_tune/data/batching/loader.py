@@ -5,12 +5,14 @@ The feed of streamed rows is in `streaming`.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+import signal
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +29,10 @@ from vlm_tune.quoting import name_list, reason_of
 
 if TYPE_CHECKING:
     import torch
+
+
+PRELOADED = ("torch", "pyarrow", "vlm_tune.data.batching.loader")
+"""Modules that the server of `forkserver` imports once for all loader processes."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class PreparedFeed:
     """Batches of prepared rows; `fetch` returns features if `cached`, else pixels.
 
     `augment` configures random changes of the pixels. `workers` processes, if any, make batches
-    ahead; a thread puts them into pinned memory if `pinned`.
+    ahead, started by the method `start` of multiprocessing; a thread puts them into pinned memory
+    if `pinned`.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class PreparedFeed:
         rank: int = 0,
         ranks: int | None = None,
         workers: int = 0,
+        start: Literal["fork", "forkserver"] = "fork",
         pinned: bool = False,
     ) -> None:
         self.ranks = ranks or plan.sizes.ranks
@@ -135,6 +143,7 @@ class PreparedFeed:
         self.augment = augment
         self.rank = rank
         self.workers = workers
+        self.start: Literal["fork", "forkserver"] = start
         self.pinned = pinned
         self.loading: Loading | None = None
 
@@ -305,28 +314,49 @@ class Augmented:
         )
 
 
+@dataclass(frozen=True)
+class _Numbered:
+    """A feed's micro-batches by number, as torch's DataLoader asks its workers for them."""
+
+    feed: PreparedFeed
+    position: Position
+    numbers: list[Place]
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.feed.batch(self.position, self.numbers[index])
+
+
+def _begin_worker(number: int) -> None:
+    """Leaves signals to the training process, which Ctrl-C sends to its workers as well.
+
+    A forked worker has that process's handlers, which only note them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iterator[Batch]:
     """Yields batches prefetched by worker processes."""
     import torch
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader
 
-    class Numbered(Dataset[Batch]):
-        def __getitem__(self, index: int) -> Batch:
-            return feed.batch(position, numbers[index])
-
+    # Forked workers share the rows that are mapped into memory, and may be forked after CUDA has
+    # been initialised, since they make no tensor on a GPU. Others open the files again.
+    context = multiprocessing.get_context(feed.start)
+    if feed.start == "forkserver":
+        context.set_forkserver_preload([*PRELOADED, type(feed.fetch).__module__])
     # A batch is a function of its place, so the workers need no sampler and no state, and draw
     # nothing from the random generators of the training.
     loader: Any = DataLoader(
-        Numbered(),
+        _Numbered(feed, position, numbers),  # type: ignore[arg-type]
         batch_size=None,
         sampler=range(len(numbers)),
         num_workers=feed.workers,
         prefetch_factor=2,
         generator=torch.Generator(),
         pin_memory=feed.pinned,
-        # Workers share the rows that are mapped into memory. They may be forked after CUDA has
-        # been initialised, since they make no tensor on a GPU.
-        multiprocessing_context="fork",
+        worker_init_fn=_begin_worker if feed.start == "forkserver" else None,
+        multiprocessing_context=context,
     )
     # A worker may be killed before all of them have started.
     feed.loading = Loading(position, numbers, 0, [])

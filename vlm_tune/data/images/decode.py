@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -345,8 +345,13 @@ class PixelCache:
 
     def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 28) -> None:
         self.processor = processor
+        self.max_bytes = max_bytes
         self._left = max_bytes
         self._kept: dict[Media, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves the pixels out: each loader process caches its own."""
+        return PixelCache, (replace(self.processor), self.max_bytes)
 
     def __call__(self, media: Media) -> torch.Tensor:
         """Pixels uint8[3, size, size]."""

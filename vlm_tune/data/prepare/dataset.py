@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -46,15 +46,32 @@ class Prepared:
         self.layout = job.layout
         self.part = job.part
         self.readers = job.readers
-        self.media_rows: list[MediaRow] = [
-            row
-            for batch in read_batches(folder / "media.arrow")
-            for row in media_rows(batch, folder)
-        ]
-        self.store = ExampleStore(folder / "examples.arrow", [row.media for row in self.media_rows])
-        units = np.load(folder / "units.npz")
+        self._open(self.media_rows)
+
+    def _open(self, rows: Iterable[MediaRow]) -> None:
+        """Opens the examples, whose media are those of `rows`, and the units."""
+        self.store = ExampleStore(self.folder / "examples.arrow", [row.media for row in rows])
+        units = np.load(self.folder / "units.npz")
         self.starts: np.ndarray = units["starts"]
         self.unit_sources: np.ndarray = units["source"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the open files, and what reads rows: a loader process needs the examples."""
+        names = ("folder", "data", "sources", "layout", "part")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, readers=())
+        self._open(self._media_rows())
+
+    @cached_property
+    def media_rows(self) -> list[MediaRow]:
+        """The distinct media items of all rows, with the properties of their images."""
+        return list(self._media_rows())
+
+    def _media_rows(self) -> Iterator[MediaRow]:
+        for batch in read_batches(self.folder / "media.arrow"):
+            yield from media_rows(batch, self.folder)
 
     @classmethod
     def open(cls, folder: Path, job: Job) -> Prepared | None:
