@@ -31,6 +31,7 @@ from vlm_tune.exporting.merge import merge
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.feature_choice import has_room
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -40,6 +41,7 @@ from vlm_tune.quoting import quoted
 from vlm_tune.rendering.report import write_report
 from vlm_tune.run_folder import recipe_above
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
+from vlm_tune.train.final_scores import caches_features
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
 from vlm_tune.train.replay import verify_run
 from vlm_tune.train.run import Run
@@ -162,17 +164,19 @@ def evaluate(
     folder = Path(model)
     if data is not None:
         check_path("data", data)
-        settings = _settings(folder, recipe, overrides)
+        last = _last_stage(folder, recipe, overrides)
         rows, _ = read_path(str(data), seed=0)
         vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
-        return _score_rows(vlm, rows[:limit], settings, compile=False, show=show)
+        caches = caches_features(last, folder)
+        return _score_rows(vlm, rows[:limit], last, caches, compile=False, show=show)
     loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
     stage = loaded.resolved_stages()[-1][1]
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
     loaded_model = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
-    return evaluate_model(loaded_model, loaded, split=split, limit=limit, show=show)
+    caches = caches_features(stage, folder)
+    return evaluate_model(loaded_model, loaded, split=split, limit=limit, caches=caches, show=show)
 
 
 def evaluate_model(
@@ -181,23 +185,31 @@ def evaluate_model(
     *,
     split: Literal["validation", "test"] = "test",
     limit: int | None = None,
+    caches: bool | Literal["auto"] | None = None,
     show: Report | None = None,
 ) -> Scores:
-    """Scores a loaded model on the `test` or `validation` part of a recipe's last stage."""
+    """Scores a loaded model on the `test` or `validation` part of a recipe's last stage.
+
+    `caches` replaces the recipe's `train.cache_features`; with auto they are where there is room.
+    """
     stage = recipe.resolved_stages()[-1][1]
     rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
-    return _score_rows(model, rows, stage.evaluate, compile=stage.train.compile, show=show)
+    caches = stage.train.cache_features if caches is None else caches
+    return _score_rows(model, rows, stage, caches, compile=stage.train.compile, show=show)
 
 
 def _score_rows(
     model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
-    settings: EvaluateSection,
+    stage: Recipe | None,
+    caches: bool | Literal["auto"],
     *,
     compile: bool | str,
     show: Report | None,
 ) -> Scores:
+    settings = EvaluateSection() if stage is None else stage.evaluate
     media = distinct_media(rows)
+    cached = bool(media) and (has_room(model, len(media)) if caches == "auto" else caches)
 
     def progress(event: Callable[[int, int], Event]) -> Callable[[int, int], None]:
         return lambda done, of: show(event(done, of)) if show else None
@@ -209,7 +221,7 @@ def _score_rows(
             rows,
             decoding=Decoding(settings.max_new_tokens, settings.num_beams),
             batch_size=settings.batch_size,
-            features=tower_features(model, media, progress(Features)) if media else None,
+            features=tower_features(model, media, progress(Features)) if cached else None,
             loss=False,
             compile=compile,
             progress=progress(Scoring),
@@ -218,10 +230,10 @@ def _score_rows(
         shut_range()
 
 
-def _settings(
+def _last_stage(
     folder: Path, recipe: str | Path | Recipe | None, overrides: Sequence[str] | dict[str, Any]
-) -> EvaluateSection:
-    """Returns a recipe's settings for generating answers; the defaults where there is no recipe.
+) -> Recipe | None:
+    """Returns the last stage of a recipe; None where there is no recipe.
 
     Where none is given, the recipe is that of the run that `folder` lies in, and `ModelError` is
     raised if `folder` holds no model.
@@ -229,9 +241,7 @@ def _settings(
     if recipe is None:
         find_model(folder)
         recipe = recipe_above(folder)
-    if recipe is None:
-        return EvaluateSection()
-    return as_recipe(recipe, overrides).resolved_stages()[-1][1].evaluate
+    return None if recipe is None else as_recipe(recipe, overrides).resolved_stages()[-1][1]
 
 
 def predict(
@@ -274,7 +284,8 @@ def predict(
         limit=limit, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size
     )
     precision = dtype_of(dtype)
-    settings = _settings(Path(model), None, ())
+    last = _last_stage(Path(model), None, ())
+    settings = EvaluateSection() if last is None else last.evaluate
     check_writable(output, "the file of answers", mark=ANSWERS)
     log.info("reading the rows")
     rows, unanswered = read_path(str(data), seed=0, unanswered=True)

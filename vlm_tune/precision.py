@@ -1,4 +1,4 @@
-"""The dtypes of weights by their names in recipes, and the devices that users name."""
+"""The dtypes of weights by their names in recipes, and the devices that compute in them."""
 
 from __future__ import annotations
 
@@ -58,4 +58,22 @@ def device_of(device: str | torch.device | None) -> torch.device | None:
     raise ModelError(
         f"device: there is no {quoted(str(device))}; there are "
         f"{', '.join(['cpu', *(f'cuda:{number}' for number in range(torch.cuda.device_count()))])}"
+    )
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A note for the user on training in a precision on a device; None if there is none.
+
+    Args:
+        precision: bf16, fp16 or fp32.
+        device: where it is trained.
+    """
+    if precision != "bf16" or device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has no units for bf16 and emulates it, slowly: "
+        "train.precision: fp16 (not for T5) or fp32 is faster there"
     )

@@ -119,9 +119,9 @@ def driver_version() -> str | None:
     return number and number[1]
 
 
-def gpu(number: int) -> dict[str, Any]:
-    """A GPU's name, memory and compute capability."""
-    properties = torch.cuda.get_device_properties(number)
+def gpu(device: torch.device | int) -> dict[str, Any]:
+    """A GPU's name, memory and compute capability; it is given by its number or as a device."""
+    properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),

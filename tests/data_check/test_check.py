@@ -5,6 +5,7 @@ Its figures are those of the rows.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 import vlm_tune
@@ -22,6 +24,7 @@ from vlm_tune.data_check.findings import histogram
 from vlm_tune.data_check.row_errors import BAD_ROWS, KINDS
 from vlm_tune.errors import ModelError
 from vlm_tune.rendering.check_page import write_page
+from vlm_tune.rendering.check_text import show_check
 
 Row = dict[str, Any] | str
 
@@ -315,6 +318,28 @@ def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
     # Rows of one image share it, so that a question takes fewer tokens than alone.
     assert grouped.tokens_per_question < alone.tokens_per_question
     assert packed.padding == 0 and source.tokens / 8 <= alone.tokens_per_question
+
+
+def test_it_says_as_a_plan_does_whether_features_are_cached(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    stages = "stages: [{name: one}, {name: two, data: {augment: {flip: 0.5}}}]\n"
+    recipe = parsed(tiny_recipe("causal") + stages)
+    report = vlm_tune.check(recipe)
+    features = [part.features for part in report.parts if part.part == "train"]
+    assert features == [
+        f"{'cached' if stage.cached else 'not cached'}: {stage.why_cached}"
+        for stage in vlm_tune.plan(recipe).stages
+    ]
+    assert features[1] == "not cached: images are augmented"
+    assert {part.features for part in report.parts if part.part != "train"} == {None}
+    page = io.StringIO()
+    show_check(Console(file=page, width=120), report)
+    assert "tower's features cached: no step runs the tower, for 0.00 GB on disk" in " ".join(
+        page.getvalue().split()
+    )
+    # A share of the rows says nothing about the disk that all need.
+    assert vlm_tune.check(recipe, sample=2).parts[0].features is None
 
 
 def test_a_source_that_is_not_there_does_not_hide_the_others(

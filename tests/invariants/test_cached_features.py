@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import (
     tensors_of,
     with_tower,
 )
-from vlm_tune.api import sft
+from vlm_tune.api import evaluate, sft
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.resources import cache_folder, trim_cache
 
@@ -136,6 +136,42 @@ def test_a_tower_that_trained_in_bf16_is_scored_on_the_test_part(
     )
     run = sft(parsed(text, data__test=[{"kind": "file", "path": str(color_rows)}]))
     assert run.result["n"] == 8
+
+
+@pytest.mark.slow
+def test_scores_follow_the_decision_and_eval_finds_the_runs_features(
+    tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    """In bf16, where a run's features are those under autocast; and for a model without a run."""
+
+    def files() -> set[Path]:
+        return set(cache_folder("features").glob("*"))
+
+    def trained(output: str, setting: Any) -> Path:
+        test = [{"kind": "file", "path": str(color_rows)}]
+        text = tiny_recipe("causal", output=output, precision="bf16")
+        changes: dict[str, Any] = {"train__steps": 1, "evaluate__samples": 0}
+        return sft(parsed(text, data__test=test, train__cache_features=setting, **changes)).folder
+
+    run = trained("off", False)
+    evaluate(run)
+    assert not files()
+    run = trained("auto", "auto")
+    computed = files()
+    assert computed
+    scores = evaluate(run)
+    assert files() == computed
+    assert scores.n == 8
+    for path in computed:
+        path.unlink()
+    # A disk that was full when the run decided.
+    done = run / "stages" / "1-main" / "done.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"cached": False}))
+    assert evaluate(run).summary() == scores.summary()
+    assert not files()
+    done.unlink()
+    assert evaluate(run).summary() == scores.summary()
+    assert files() == computed
 
 
 def test_the_cache_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_every_phase_says_how_far_it_is(event: Event, line: str) -> None:
 
 def test_a_gpu_and_its_peak_memory_are_shown() -> None:
     shown = Shown()
-    gpu = {"device": "H100", "device_memory_mb": 85000, "capability": "9.0", "driver": None}
+    gpu = {"device": "H100", "memory_gb": 85.0, "capability": "9.0", "driver": None}
     versions = {"cuda": "13.0", "cudnn": 91300, "nccl": "2.27.7"}
     assert shown.event(Environment(gpu | versions, "")) == [
         "H100: 85.0 GB, compute capability 9.0, CUDA 13.0, cuDNN 91300, NCCL 2.27.7"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,12 +22,22 @@ from torch.cuda import nccl
 
 import vlm_tune
 from tests.helpers.forked_runs import ended, start
-from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed, tensors_of
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_same_bits,
+    built,
+    interrupted,
+    parsed,
+    stage_loop,
+    tensors_of,
+    with_tune,
+)
 from vlm_tune import system
 from vlm_tune.api import sft
 from vlm_tune.config.engine import AutoEngine, FsdpEngine
 from vlm_tune.errors import RecipeError, TrainingError
 from vlm_tune.events import Event, Note, StageEvent
+from vlm_tune.memory_plan import machine
 from vlm_tune.train import accelerator as accelerators
 from vlm_tune.train import environment as environments
 from vlm_tune.train import gpu_memory, stage
@@ -39,6 +50,7 @@ from vlm_tune.train.engines.fsdp import Fsdp
 from vlm_tune.train.nonfinite import NonFinitePolicy
 
 CUDA = torch.device("cuda", 1)
+LORA = ", r: 4, lora_alpha: 8, target_modules: all-linear"
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +141,7 @@ def test_a_resumed_fp16_run_has_the_scale_of_the_uninterrupted(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accelerators, "Accelerator", Scaling)
+    monkeypatch.setattr(accelerators, "check_precisions", lambda recipe: None)
 
     def recipe(output: str) -> Any:
         saves = {"train__checkpoints": {"every": 1, "keep": 9}, "train__log_every": 1}
@@ -191,6 +204,53 @@ def test_fp16_is_refused_with_an_engine_of_accelerates_that_does_not_scale(
     with pytest.raises(RecipeError, match="fp16 needs loss scaling, which engine fsdp does not do"):
         registry.engine_of(parsed(tiny_recipe("causal", precision="fp16")))
     assert registry.engine_of(parsed(tiny_recipe("causal", precision="fp16"))).kind == "ddp"
+
+
+@pytest.mark.parametrize("how", ["no GPU", "accelerate's --cpu"])
+def test_fp16_is_refused_on_a_cpu_before_anything_is_written(
+    how: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would train without scaler and autocast; also in a later stage."""
+    if how != "no GPU":
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    later = tiny_recipe("causal") + "stages: [{name: a}, {name: b, train: {precision: fp16}}]\n"
+    for text in (tiny_recipe("causal", precision="fp16"), later):
+        with pytest.raises(RecipeError, match=r"train\.precision: fp16 is for GPUs"):
+            sft(parsed(text))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tune", "reports"),
+    [(LORA_TUNE, True), (LORA_TUNE.replace("how: lora", "how: frozen").replace(LORA, ""), False)],
+)
+def test_only_a_stage_that_trains_the_llm_reports_how_it_does(
+    tune: str, reports: bool, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = with_tune(tiny_recipe("causal", precision="bf16"), tune)
+    recipe = parsed(text, train__steps=1)
+    events: list[dict[str, Any]] = []
+    stage_loop(built(recipe), recipe, tmp_path, report=events.append).run()
+    assert any(event["event"] == "acceleration" for event in events) == reports
+
+
+def test_a_gpu_that_emulates_bf16_is_named(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the log of a run, and by `plan`."""
+    has_units = [False]
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    recipe = parsed(tiny_recipe("causal", precision="bf16"))
+    (note,) = accelerators.precision_notes(recipe, CUDA)
+    assert note.startswith("Tesla T4 has no units for bf16 and emulates it")
+    assert machine._lacks("bf16", CUDA) == [note]
+    assert machine._lacks("fp16", CUDA) == []
+    assert accelerators.precision_notes(recipe, torch.device("cpu")) == []
+    has_units[0] = True
+    assert accelerators.precision_notes(recipe, CUDA) == []
 
 
 # --- determinism and memory -----------------------------------------------------------------------
@@ -382,9 +442,13 @@ def test_a_single_process_of_fsdp_on_a_gpu_has_both_backends(
 def test_the_environment_names_the_gpu_and_what_drives_it(
     text: str | None, driver: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    properties = SimpleNamespace(major=9, minor=0, total_memory=85_000_000_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 {device.index}")
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(
+            name=f"H100 {device.index}", major=9, minor=0, total_memory=85_000_000_000
+        ),
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
@@ -398,7 +462,7 @@ def test_the_environment_names_the_gpu_and_what_drives_it(
     expected = {
         "device": "H100 1",
         "capability": "9.0",
-        "device_memory_mb": 85000,
+        "memory_gb": 85.0,
         "gpus": 8,
         "driver": driver,
         "cuda": "13.0",

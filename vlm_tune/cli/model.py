@@ -97,6 +97,7 @@ def export(
     ] = True,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write MODEL in another library's layout and verify it there."""
@@ -107,6 +108,7 @@ def export(
         check_choice(
             "--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ()))
         )
+    use_device(device)
     quiet_libraries()
     from vlm_tune.exporting import export as run
     from vlm_tune.rendering.terminal import Display

@@ -98,7 +98,11 @@ def sft(
             "--json": as_json,
             "--no-test": no_test,
         }
-        _launch_sft(processes, recipe, changes, flags, device)
+        options = [
+            *(f"--set={change}" for change in changes),
+            *(name for name, is_set in flags.items() if is_set),
+        ]
+        _launch(processes, device, "sft", recipe, *options)
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import sft as train
@@ -118,20 +122,14 @@ def sft(
         _print_run(run, as_json)
 
 
-def _launch_sft(
-    processes: int, recipe: str, changes: list[str], flags: dict[str, bool], device: str | None
-) -> NoReturn:
-    """Runs `sft` with the same options as the ranks of one job; exits with the job's exit code."""
+def _launch(processes: int, device: str | None, *command: str) -> NoReturn:
+    """Runs a command of this CLI on its device as the ranks of one job; exits with their code."""
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(
             "several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES",
             param_hint="--device",
         )
-    options = [
-        *(f"--set={change}" for change in changes),
-        *(name for name, is_set in flags.items() if is_set),
-    ]
-    launch_ranks(processes, "sft", recipe, *options, *([f"--device={device}"] if device else []))
+    launch_ranks(processes, *command, *([f"--device={device}"] if device else []))
 
 
 def _print_run(run: Run, as_json: bool) -> None:
@@ -278,6 +276,7 @@ def verify_run(
         typer.Option(min=1, help="how many; up to the next kept checkpoint where not given"),
     ] = None,
     processes: ProcessesOption = 1,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replay steps of RUN from a checkpoint and compare with it bit for bit; exit code 5 if
@@ -285,7 +284,8 @@ def verify_run(
     """
     if processes > 1:
         options = [*(["--steps", str(steps)] if steps else []), *(["--json"] if as_json else [])]
-        launch_ranks(processes, "verify-run", str(run), *options)
+        _launch(processes, device, "verify-run", str(run), *options)
+    use_device(device)
     quiet_libraries()
     from vlm_tune.rendering.proofs import replay_lines
     from vlm_tune.train.replay import verify_run as replay

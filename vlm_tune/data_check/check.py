@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlm_tune.config.data import Source
 from vlm_tune.config.load import as_recipe
@@ -32,7 +33,8 @@ from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
 from vlm_tune.events import Note, Preparing, Report
-from vlm_tune.model.build import bare_model, build_processor
+from vlm_tune.model.build import bare_model, build_processor, tune_bare_model
+from vlm_tune.model.feature_choice import cache_choice, stage_usage
 from vlm_tune.model.pretrained.connector_weights import check_connector_file
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder
 from vlm_tune.model.tuning import check_fits
@@ -77,6 +79,7 @@ def check(
             report, name, stage, processor, last=number == len(stages) - 1, show=show
         )
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
+    choices = {} if sample is not None else _feature_choices(loaded, report, processor.tokenizer)
     # Rows that several stages read are reported once.
     distinct: dict[Any, Part] = {}
     for part in report.read:
@@ -84,7 +87,7 @@ def check(
         distinct.setdefault(
             (part.prepared.folder, part.name, data.on_bad_row, data.max_bad_rows), part
         )
-        report.parts.append(_part_report(part))
+        report.parts.append(_part_report(part, choices.get(part.stage)))
         if part.name == "train":
             check_batches(report, part)
     _check_fits(report, loaded, processor.tokenizer)
@@ -253,7 +256,28 @@ def _steps(part: Part) -> int:
     )
 
 
-def _part_report(part: Part) -> PartReport:
+def _feature_choices(recipe: Recipe, report: CheckReport, tokenizer: Any) -> dict[str, str]:
+    """The decision of each stage here to cache the tower's features or not, by the stage's name.
+
+    Stages whose model can't be built of what is on this machine are left out.
+    """
+    prepared = {part.stage: part.prepared for part in report.read if part.name == "train"}
+    gpu = torch.cuda.is_available()
+    choices: dict[str, str] = {}
+    for number, (name, stage) in enumerate(recipe.resolved_stages()):
+        if name not in prepared:
+            continue
+        try:
+            model = bare_model(recipe, tokenizer, gpu=gpu)[0]
+            tune_bare_model(model, recipe, number)
+        except ModelError:
+            continue
+        usage = stage_usage(prepared[name], stage.train, ranks=1)
+        choices[name] = str(cache_choice(stage, model, usage, gpu=gpu))
+    return choices
+
+
+def _part_report(part: Part, features: str | None) -> PartReport:
     prepared = part.prepared
     train = part.recipe.train
     numbers = prepared.column("number")
@@ -296,4 +320,5 @@ def _part_report(part: Part) -> PartReport:
         padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
         ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
         steps=_steps(part) if batched else None,
+        features=features if batched else None,
     )

@@ -85,6 +85,12 @@ class PartReport:
     """Milliseconds to read and prepare a row; None where it was prepared before."""
     steps: int | None = None
     """Optimizer steps of the stage in one process; None for parts other than train."""
+    features: str | None = None
+    """Whether a run here caches the tower's features, and why.
+
+    None where that is not known: for parts other than train, where rows were left unread, or where
+    a config is not on this machine.
+    """
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from vlm_tune.kernels.cpu.native import compiler, kernel_status
+from vlm_tune.precision import precision_note
 from vlm_tune.quoting import applying
 
 MEASURING = 0.3
@@ -61,7 +62,9 @@ def measure(precision: str, dtype: torch.dtype) -> Machine:
         if gpu
         else f"this CPU, {torch.get_num_threads()} threads"
     )
-    return Machine(name, precision, 2.0 * rows * inputs * outputs / middle, _lacks(gpu))
+    return Machine(
+        name, precision, 2.0 * rows * inputs * outputs / middle, _lacks(precision, device)
+    )
 
 
 def _cpu_times(act: Callable[[], None]) -> list[float]:
@@ -100,10 +103,11 @@ def gpu_times(act: Callable[[], None]) -> list[float]:
     return times
 
 
-def _lacks(gpu: bool) -> list[str]:
+def _lacks(precision: str, device: torch.device) -> list[str]:
     """Lists missing hardware and software that would make runs faster."""
-    if gpu:
-        return []
+    if device.type == "cuda":
+        note = precision_note(precision, device)
+        return [] if note is None else [note]
     status = kernel_status()
     return applying(
         (True, "no GPU that torch sees"),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from vlm_tune.config.recipe import Recipe
@@ -16,12 +15,11 @@ from vlm_tune.memory_plan.batch_stats import Work, longest_batch, work_of
 from vlm_tune.memory_plan.results import PartSize
 from vlm_tune.memory_plan.step import traced
 from vlm_tune.memory_plan.zero import Held
-from vlm_tune.model.build import bare_model, trained_later
-from vlm_tune.model.feature_choice import Choice, Usage, cache_choice, trains_tower
+from vlm_tune.model.build import bare_model, tune_bare_model
+from vlm_tune.model.feature_choice import Usage, cache_choice, trains_tower
 from vlm_tune.model.lora import parts
 from vlm_tune.model.optimizer_groups import TuneRow
 from vlm_tune.model.tower_pass import stored_dtype
-from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
@@ -70,18 +68,10 @@ def trace_stage(
     model, features = bare_model(recipe, tokenizer, gpu=gpu)
     creation = _weights(model) if recipe.scratch else 0
     precision = DTYPES[stage.train.precision]
-    rate = stage.train.learning_rate
-    with torch.device("meta"):
-        tuned = apply_rules(
-            model,
-            stage.tune,
-            learning_rate=rate,
-            precision=precision,
-            exact=trained_later(recipe, number),
-        )
+    tuned = tune_bare_model(model, recipe, number)
     batch = largest or longest_batch(stage, model.processor.spec, tokens or stage.data.max_length)
     peak = work_of(batch)
-    choice = _choice(stage, model, usage or _each_row_once(stage, peak), gpu=gpu)
+    choice = cache_choice(stage, model, usage or _each_row_once(stage, peak), gpu=gpu)
     if recipe.scratch:
         # The largest weight that is cast exists in fp32 and in its final precision at once.
         creation += max(
@@ -108,13 +98,6 @@ def trace_stage(
         figures,
         holes,
     )
-
-
-def _choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, gpu: bool) -> Choice:
-    """The decision to cache the tower's features, or not."""
-    if stage.data.streaming or stage.data.augment:
-        return Choice(False, f"images are {'streamed' if stage.data.streaming else 'augmented'}")
-    return cache_choice(stage, model, usage, gpu=gpu)
 
 
 def _each_row_once(stage: Recipe, batch: Work) -> Usage:

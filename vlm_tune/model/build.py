@@ -33,6 +33,7 @@ from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.registry import LLMS
+from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
 from vlm_tune.model.pretrained.language_model import (
     bare_llm,
@@ -45,6 +46,7 @@ from vlm_tune.model.pretrained.language_model import (
 )
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
+from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
@@ -355,6 +357,22 @@ def bare_model(
     return VisionLanguageNetwork(
         _config(recipe, section, tower), tower, connector, llm, processor
     ), measured
+
+
+def tune_bare_model(model: VisionLanguageNetwork, recipe: Recipe, number: int) -> Tuned:
+    """Applies the tuning rules of a recipe's stage to its model on the meta device.
+
+    Raises `ModelError` as `apply_rules` does.
+    """
+    _, stage = recipe.resolved_stages()[number]
+    with torch.device("meta"):
+        return apply_rules(
+            model,
+            stage.tune,
+            learning_rate=stage.train.learning_rate,
+            precision=DTYPES[stage.train.precision],
+            exact=trained_later(recipe, number),
+        )
 
 
 def trained_later(recipe: Recipe, stage: int) -> set[str]:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import TrainSection
@@ -80,7 +81,8 @@ def stage_usage(prepared: Prepared, train: TrainSection, ranks: int) -> Usage:
 def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, gpu: bool) -> Choice:
     """Decides whether a stage caches its tower's features.
 
-    On a CPU they are wherever there is room: the tower leaves memory then. On a GPU they are where
+    Those that change are not: of a tower that is trained, and of streamed or augmented images. On a
+    CPU others are wherever there is room: the tower leaves memory then. On a GPU they are where
     that saves at least `LEAST_SHARE` of the steps' work, and more time than writing them takes.
 
     Args:
@@ -90,14 +92,14 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
         gpu: whether it trains on a GPU.
     """
     setting = stage.train.cache_features
+    if stage.data.streaming or stage.data.augment:
+        return Choice(False, f"images are {'streamed' if stage.data.streaming else 'augmented'}")
     if trains_tower(model):
         return Choice(False, "the tower is trained")
     if setting != "auto":
         return Choice(setting, f"train.cache_features: {str(setting).lower()}")
-    tokens, width = model.tower.measure()
-    pieces = 1 + max((a * b for a, b in model.config.model.tower.tiles), default=0)
-    dtype = stored_dtype(model.tower, DTYPES[stage.train.precision])
-    tower = 2 * pieces * tokens * sum(p.numel() for p in model.tower.parameters())
+    tower = 2 * _pieces(model) * model.tower.measure()[0]
+    tower *= sum(p.numel() for p in model.tower.parameters())
     parameters = list(model.llm.parameters())
     language = sum(map(count_of, parameters))
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -105,12 +107,17 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
     each_token = 2 * (2 * language + trained)
     return estimate(
         usage,
-        image_bytes=pieces * tokens * width * dtype.itemsize,
+        image_bytes=_image_bytes(model, DTYPES[stage.train.precision]),
         tower_flops=tower,
         token_flops=each_token,
         room=_room(),
         gpu=gpu,
     )
+
+
+def has_room(model: VisionLanguageNetwork, images: int) -> bool:
+    """Whether the features of so many images, in the tower's dtype, may be cached."""
+    return images * _image_bytes(model, next(model.tower.parameters()).dtype) <= _room()
 
 
 def estimate(
@@ -149,6 +156,17 @@ def estimate(
     if saved / TOWER_RATE < size / WRITE_RATE:
         return Choice(False, f"{shown}, and writing {on_disk} takes longer than that")
     return Choice(True, f"{shown} for {on_disk} on disk")
+
+
+def _pieces(model: VisionLanguageNetwork) -> int:
+    """How many images of the tower's size an image is at most: itself and its tiles."""
+    return 1 + max((a * b for a, b in model.config.model.tower.tiles), default=0)
+
+
+def _image_bytes(model: VisionLanguageNetwork, autocast: torch.dtype) -> int:
+    """Bytes of an image's features at most, as a run in this precision stores them."""
+    tokens, width = model.tower.measure()
+    return _pieces(model) * tokens * width * stored_dtype(model.tower, autocast).itemsize
 
 
 def _room() -> float:

@@ -72,6 +72,8 @@ def _show_part(console: Console, part: PartReport) -> None:
         lines.append(
             ("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)")
         )
+    if part.features is not None:
+        lines.append(("tower's features", part.features))
     if part.ms_per_row is not None:
         lines.append(("time", f"{part.ms_per_row:.2f} ms a row"))
     for name, text in lines:

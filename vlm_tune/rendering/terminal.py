@@ -160,7 +160,7 @@ class Display(logging.Handler):
             )
             if values[key] is not None
         ]
-        memory = f"{values['device_memory_mb'] / 1000:,.1f} GB"
+        memory = f"{values['memory_gb']:,.1f} GB"
         self._line(f"{values['device']}: {', '.join([memory, *versions])}")
 
     @_show.register

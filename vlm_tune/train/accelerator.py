@@ -16,7 +16,8 @@ from accelerate.utils import (
 
 from vlm_tune.compat import allow_precision, launched_without_others
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import TrainingError
+from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.precision import precision_note
 
 BACKENDS = "cuda:nccl,cpu:gloo"
 """Backends of the process group where processes train on GPUs.
@@ -30,14 +31,16 @@ MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 def accelerator_of(recipe: Recipe) -> Accelerator:
     """The accelerator in the recipe's precision.
 
-    Raises `TrainingError` if it does not join all processes of the launch.
+    Raises `RecipeError` if a stage's precision can't be trained in on its device, and
+    `TrainingError` if it does not join all processes of the launch.
     """
+    check_precisions(recipe)
     precision = MIXED[recipe.train.precision]
     # Another run of this process, or the last stage, may have had another.
     allow_precision(precision)
     accelerator = Accelerator(
         # Without a GPU accelerate joins the processes of a launch only with an explicit `cpu=True`.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not _on_accelerator(),
         mixed_precision=precision,
         kwargs_handlers=[
             _group(recipe.train.timeout),
@@ -60,6 +63,32 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
             "will do), or take `vlm-tune sft --processes` or torchrun"
         )
     return accelerator
+
+
+def check_precisions(recipe: Recipe) -> None:
+    """Raises `RecipeError` if a stage trains in fp16 where no gradient scaler works: on a CPU.
+
+    accelerate would train without a scaler and without autocast, in the weights' own types.
+    """
+    fp16 = [name for name, stage in recipe.resolved_stages() if stage.train.precision == "fp16"]
+    if fp16 and not _on_accelerator():
+        message = (
+            "fp16 is for GPUs: its gradients need scaling, which a CPU does not do, and torch sees "
+            "no GPU here; use bf16 or fp32"
+        )
+        raise RecipeError([Problem("train.precision", message)])
+
+
+def precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
+    """Notes for the user on training in the precisions of a recipe's stages on a device."""
+    precisions = sorted({stage.train.precision for _, stage in recipe.resolved_stages()})
+    notes = [precision_note(precision, device) for precision in precisions]
+    return [note for note in notes if note is not None]
+
+
+def _on_accelerator() -> bool:
+    """Whether processes train on GPUs, and not on CPUs."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _group(timeout: float) -> InitProcessGroupKwargs:

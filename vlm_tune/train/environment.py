@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from vlm_tune.config.engine import AnyEngine
 from vlm_tune.kernels.cpu.native import kernel_status
-from vlm_tune.system import cuda
+from vlm_tune.system import cuda, gpu
 
 LIBRARIES = ("vlm_tune", "torch", "transformers", "peft", "accelerate")
 
@@ -26,15 +26,11 @@ def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
     support.
     """
     device = accelerator.device
-    kernels = kernel_status()
     return {
         **{name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability(),
-        **(gpu_facts(device) if device.type == "cuda" else {"kernels": kernels.mode}),
+        **_device(device),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
@@ -42,16 +38,13 @@ def environment(accelerator: Accelerator, engine: AnyEngine) -> dict[str, Any]:
     }
 
 
-def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """Facts of a CUDA device and of what drives it.
+def _device(device: torch.device) -> dict[str, Any]:
+    """Facts of the device that computes, and of a GPU also what drives it.
 
-    Compute capability, memory in MB (10^6 bytes), number of visible GPUs, and versions of the
-    driver, CUDA, cuDNN and NCCL, None where one is unknown or missing.
+    The memory is in GB (10^9 bytes), `gpus` the number of those visible.
     """
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "capability": f"{properties.major}.{properties.minor}",
-        "device_memory_mb": properties.total_memory // 1_000_000,
-        "gpus": torch.cuda.device_count(),
-        **cuda(),
-    }
+    kernels = kernel_status()  # of an unknown mode it raises on every device
+    if device.type != "cuda":
+        return {"device": torch.backends.cpu.get_cpu_capability(), "kernels": kernels.mode}
+    facts = gpu(device)
+    return {"device": facts.pop("name"), **facts, "gpus": torch.cuda.device_count(), **cuda()}

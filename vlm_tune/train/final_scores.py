@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -20,7 +21,7 @@ from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores
 from vlm_tune.events import FinalScores, Scoring
-from vlm_tune.model.checkpoint import save_model
+from vlm_tune.model.checkpoint import find_model, save_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -69,6 +70,22 @@ def save_and_score(
     return result
 
 
+def caches_features(stage: Recipe | None, model: Path) -> bool | Literal["auto"]:
+    """Whether the tower's features are cached to score a saved model; auto: where there is room.
+
+    What the stage's recipe leaves open, or no recipe says, is as in the run that ended in `model`.
+    Then its scoring and later ones share the features.
+    """
+    setting = "auto" if stage is None else stage.train.cache_features
+    folder = find_model(model).resolve()
+    done = sorted((folder.parent / "stages").glob("*/done.json")) if folder.name == "model" else []
+    if setting != "auto" or not done:
+        return setting
+    lost = "features are cached where there is room"
+    decided = read_json(done[-1], dict, log.warning, lost)
+    return setting if decided is None else bool(decided.get("cached"))
+
+
 def _write_scores(context: Context, scores: Scores, result: dict[str, Any]) -> None:
     """Adds the scores to `result`, reports them and writes answers.jsonl."""
     result |= {
@@ -111,9 +128,14 @@ def _together(
 def _score_rows(
     context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe
 ) -> Scores:
-    """Scores rows with the recipe's evaluation settings. Raises `Interrupted` if asked to stop."""
+    """Scores rows with the recipe's evaluation settings. Raises `Interrupted` if asked to stop.
+
+    Features are cached where those of the last stage are.
+    """
     settings = recipe.evaluate
     media = distinct_media(rows)
+    setting = recipe.train.cache_features
+    cached = bool(media) and (context.caches if setting == "auto" else setting)
 
     def progress(done: int, of: int) -> None:
         context.report(Scoring(done, of))
@@ -123,7 +145,7 @@ def _score_rows(
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]
         features = (
-            tower_features(model, media, note=context.note, autocast=autocast) if media else None
+            tower_features(model, media, note=context.note, autocast=autocast) if cached else None
         )
         return score(
             model,

@@ -30,7 +30,7 @@ from vlm_tune.paths import reason
 from vlm_tune.resources import kernel_setting
 from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run
 from vlm_tune.run_lock import run_lock
-from vlm_tune.train.accelerator import accelerator_of
+from vlm_tune.train.accelerator import accelerator_of, precision_notes
 from vlm_tune.train.allocator import forget_old_kernels, return_freed_memory, shut_range
 from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress
 from vlm_tune.train.deterministic import determinism, nondeterministic
@@ -114,7 +114,8 @@ def sft(
         set_seed(recipe.seed)
         started = time.perf_counter()
         report = stack.enter_context(_log(run, accelerator, recipe, text, show, watch))
-        _report_start(report, environment(accelerator, section), kernels, notes or [])
+        notes = [*(notes or []), *precision_notes(recipe, accelerator.device)]
+        _report_start(report, environment(accelerator, section), kernels, notes)
         context = Context(
             recipe,
             run,

@@ -78,6 +78,8 @@ class Context:
     """The fingerprints of the stages' data, on rank 0 only."""
     peaks: list[GpuPeak] = field(default_factory=list)
     """The peak memory of the GPUs in each stage that this process trained; empty on a CPU."""
+    caches: bool = False
+    """Whether the last stage that began caches its tower's features."""
 
     def note(self, text: str) -> None:
         """Shows the user a message."""
@@ -152,6 +154,7 @@ def stage_loop(
 
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
     cached = decide_features(recipe, model, rows, context.accelerator, progress, report)
+    context.caches = cached
     # With augmented images the tower runs in every step.
     pages_out = _place_weights(context, model, unused_tower=cached and not recipe.data.augment)
     _tuning_table(context, progress.stage, name, tuned.table)
