@@ -5,6 +5,7 @@ Each test calls the library: it fails where the library has renamed what `vlm_tu
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import io
@@ -68,6 +69,7 @@ from vlm_tune.compat import (
     set_lora_layer,
     submodules,
     supports_attention_functions,
+    supports_flex,
     without_harmless_warnings,
     worker_processes,
     zero3_shard_size,
@@ -435,6 +437,20 @@ def test_a_packed_layer_keeps_its_gradient_on_every_cpu() -> None:
     layer.support_avx512bf16_for_cpu = True
     keep_gradients_of_packed_layers(nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
+
+
+@calls("transformers")
+def test_a_model_that_has_no_flex_attention_is_known() -> None:
+    from transformers import AutoModel, BloomConfig, T5Config
+
+    sizes: dict[str, Any] = {"vocab_size": 9, "num_layers": 1, "num_heads": 1}
+    known: list[bool] = []
+    for config in (T5Config(**sizes, d_model=16, d_ff=8), BloomConfig(vocab_size=9, n_layer=1)):
+        known.append(supports_flex(AutoModel.from_config(config)))
+        refusal = contextlib.nullcontext() if known[-1] else pytest.raises(ValueError)
+        with refusal:
+            AutoModel.from_config(config, attn_implementation="flex_attention")
+    assert known == [True, False]
 
 
 @pytest.mark.parametrize("of", ["eager", "sdpa"])

@@ -219,6 +219,11 @@ def supports_attention_functions(model: Any) -> bool:
     return bool(model._supports_attention_backend)
 
 
+def supports_flex(model: Any) -> bool:
+    """Whether a transformers model calls FlexAttention, and so any function of that interface."""
+    return bool(model._supports_flex_attn)
+
+
 def set_attention(config: Any, name: str) -> None:
     """Sets the attention function of the transformers models that have this config."""
     config._attn_implementation = name

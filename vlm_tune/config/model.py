@@ -283,7 +283,7 @@ ATTENTION: Attention = Field(
     default="auto",
     description="how the LLM attends: `auto` chooses by the device and the model; `eager` (matrix "
     "products) and `sdpa` (torch's fused attention) are transformers' own, by masks; `flex` is "
-    "FlexAttention for joined rows of any length, on CUDA",
+    "FlexAttention on CUDA, for a decoder's joined rows of any length and a T5 without dropout",
 )
 
 

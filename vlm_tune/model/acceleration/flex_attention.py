@@ -51,6 +51,9 @@ UNSUPPORTED = (
 )
 """Settings of a language model with which its attention is not what is computed here."""
 
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""FlexAttention's form of a change of scores: of row b, head h, query q and key k."""
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's form of a mask: whether query q of row b and head h sees key k."""
 
@@ -254,7 +257,9 @@ def _window(visible_until: Tensor, positions: Tensor, first: Tensor) -> MaskMod:
     return visible
 
 
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def capped_scores(softcap: float) -> ScoreMod:
+    """Limits scores to `softcap`, as Gemma 2 does."""
+
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -269,7 +274,7 @@ def attend_by_flex(
     value: Tensor,
     mask: BlockMask,
     scaling: float | None,
-    softcap: float | None,
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """Attention by FlexAttention: outputs [B, L, H, D].
 
@@ -279,13 +284,13 @@ def attend_by_flex(
         value: [B, G, L, D].
         mask: Of `interval_block_mask`.
         scaling: The factor of the scores, D ** -0.5 by default.
-        softcap: The limit of the scores, if they have one.
+        score_mod: What else is done to the scores.
     """
     attended = flex_attention(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=score_mod,
         block_mask=mask,
         scale=1 / math.sqrt(query.shape[-1]) if scaling is None else scaling,
         enable_gqa=query.shape[1] != key.shape[1],

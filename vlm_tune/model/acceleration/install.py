@@ -28,6 +28,7 @@ from vlm_tune.model.acceleration.flex_attention import (
     LONG,
     CudaAttention,
     config_reason,
+    device_reason,
     head_width,
 )
 from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_class
@@ -41,9 +42,17 @@ from vlm_tune.model.acceleration.interval_attention import (
     unsupported_reason,
 )
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
+from vlm_tune.model.acceleration.relative_attention import (
+    RelativeAttention,
+    leave_relative,
+    relative_reason,
+    use_relative,
+)
 from vlm_tune.model.language.attention import MaskedAttention
 from vlm_tune.model.language.base import LanguageModel, chunked_loss
 from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.seq2seq import Seq2SeqLLM
+from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 ATTENTION = "attention"
@@ -115,8 +124,12 @@ def install(llm: LanguageModel, attention: Attention = "auto") -> AccelerationRe
     model: Any = llm.model
     if isinstance(llm, CausalLLM):
         report.add(ATTENTION, _install_attention(llm, attention))
-    elif attention == "flex":
-        raise ModelError(f"{FLEX_REFUSED} an encoder-decoder, which attends by masks; {CHOICES}")
+    elif isinstance(llm, Seq2SeqLLM) and attention == "flex":
+        reason = relative_reason(model)
+        if reason is not None:
+            raise ModelError(f"{FLEX_REFUSED} a {type(model).__name__}: {reason}; {CHOICES}")
+        use_relative(model)
+        llm.attention = RelativeAttention()
     replace_mlps(model, report)
     for module in model.modules():
         if is_decoder_layer(module):
@@ -179,6 +192,9 @@ def uninstall(llm: LanguageModel) -> None:
         name = attention_name(llm.model)
         set_attention(llm.model.config, before.get(name, name))
         llm.attention = MaskedAttention()
+    if isinstance(llm, Seq2SeqLLM) and isinstance(llm.attention, RelativeAttention):
+        leave_relative(llm.model)
+        llm.attention = Seq2SeqAttention()
     for module in llm.model.modules():
         # A decoder layer's class is made of `DecoderLayer` and the original class.
         if isinstance(module, DecoderLayer | GatedModule):
@@ -246,6 +262,10 @@ def _lora_reason(layer: LoraLinear, dtype: torch.dtype, device: torch.device) ->
 def _cuda_attention(llm: LanguageModel, device: torch.device) -> str:
     """How a language model attends on a CUDA device, and why not otherwise."""
     name = attention_name(llm.model)
+    if isinstance(llm, Seq2SeqLLM) and isinstance(llm.attention, RelativeAttention):
+        prefixed = isinstance(llm.prompt, KeyValuePrefix)
+        reason = "it has a prefix" if prefixed else device_reason(device)
+        return "flex" if reason is None else f"{name.rsplit('_', 1)[-1]} by masks (flex: {reason})"
     if not isinstance(llm, CausalLLM):
         return f"{name} by masks"
     attention = llm.attention

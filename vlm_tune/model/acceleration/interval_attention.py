@@ -27,7 +27,11 @@ from vlm_tune.compat import (
 )
 from vlm_tune.kernels.attention import interval_attention
 from vlm_tune.kernels.kv_cache import KVCache
-from vlm_tune.model.acceleration.flex_attention import attend_by_flex, is_causal_mark
+from vlm_tune.model.acceleration.flex_attention import (
+    attend_by_flex,
+    capped_scores,
+    is_causal_mark,
+)
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.attention import MaskedAttention, Prefill
 
@@ -209,7 +213,8 @@ def attend(
     query, key, value = (each.to(dtype) for each in (query, key, value))
     if isinstance(attention_mask, BlockMask):
         softcap = options.get("softcap")
-        return attend_by_flex(query, key, value, attention_mask, scaling, softcap), None
+        score_mod = None if softcap is None else capped_scores(softcap)
+        return attend_by_flex(query, key, value, attention_mask, scaling, score_mod), None
     assert attention_mask is not None
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     # Values are often a view into the merged output of q, k and v, all of which would be saved.

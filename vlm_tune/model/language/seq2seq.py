@@ -14,7 +14,8 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.masks import additive, packing_reason, same_sample
+from vlm_tune.model.language.masks import packing_reason
+from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix, SoftPrompt
 
 
@@ -22,6 +23,10 @@ class Seq2SeqLLM(LanguageModel):
     """An encoder-decoder: T5, Flan-T5, mT5, UL2."""
 
     layout = "seq2seq"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.attention = Seq2SeqAttention()
 
     @property
     def bodies(self) -> list[nn.Module]:
@@ -76,35 +81,24 @@ class Seq2SeqLLM(LanguageModel):
         inputs = self.shifted(batch.labels)
         embeds, batch_mask = self.prompted(embeds, batch.attention_mask)
         self.check_length(batch_mask.shape[1])
-        mask, cross_mask, causal_mask = batch_mask.long(), batch_mask.long(), None
-        if batch.samples is not None and batch.label_samples is not None:
+        label_samples = batch.label_samples
+        if batch.samples is not None and label_samples is not None:
             self.check_joined()
             if self.virtual:
                 raise ModelError(
                     "virtual tokens stand before one sample of an encoder-decoder: it takes no "
                     "packed rows (data.packing)"
                 )
-            samples = batch.samples
-            label_samples = batch.label_samples
-            # In the decoder every sample begins with the start token. Relative positions are
-            # differences, so inside a sample they are what they would be without its neighbours.
+            # In the decoder every sample begins with the start token.
             inputs[:, 1:][label_samples[:, 1:] != label_samples[:, :-1]] = (
                 self.model.config.decoder_start_token_id
             )
-            earlier = torch.ones(
-                label_samples.shape[1],
-                label_samples.shape[1],
-                dtype=torch.bool,
-                device=label_samples.device,
-            ).tril()
-            mask = additive(same_sample(samples, samples), embeds.dtype)
-            cross_mask = additive(same_sample(label_samples, samples), embeds.dtype)
-            causal_mask = additive(
-                same_sample(label_samples, label_samples) & earlier, embeds.dtype
-            )
-        elif embeds.device.type == "cuda":
-            # transformers looks whether a mask of rows has padding, for which the host would wait.
-            mask = cross_mask = additive(batch_mask[:, None, None], embeds.dtype)
+        # The keys of a prefix are in no mask but transformers' own.
+        prefixed = isinstance(self.prompt, KeyValuePrefix)
+        attention = Seq2SeqAttention() if prefixed else self.attention
+        mask, cross_mask, causal_mask = attention.masks(
+            batch_mask, batch.samples, label_samples, inputs.shape[1], embeds.dtype
+        )
         encoded = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask
         ).last_hidden_state
