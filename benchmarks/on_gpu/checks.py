@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +25,7 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example
-from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.acceleration.compiling import blocks, compiled
 from vlm_tune.model.build import build
@@ -352,15 +351,14 @@ def answer_ids(
     model: VisionLanguageModel, prompts: Sequence[Example], batch_size: int
 ) -> list[list[int]]:
     """Our greedy ids of each prompt, without the end token."""
-    with mock.patch.object(type(model.processor), "decode", lambda self, ids: list(ids)):
-        ids: Any = answer_prompts(
-            model,
-            prompts,
-            Decoding(NEW_TOKENS, 1),
-            fetch=model.processor.images,
-            batch_size=batch_size,
-        )
-    return ids
+    answers = prompt_answers(
+        model,
+        prompts,
+        Decoding(NEW_TOKENS),
+        fetch=model.processor.images,
+        batch_size=batch_size,
+    )
+    return [list(answer.ids) for answer in answers]
 
 
 @torch.inference_mode()

@@ -115,6 +115,11 @@ class CountedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled():
+            with self:  # operators that are made of others arrive whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         tensors = [
             each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)
         ]
@@ -129,12 +134,13 @@ class CountedDevice(TorchDispatchMode):
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         kwargs.pop("non_blocking", None) if name == "_to_copy" else None
-        with _disable_current_modes():
+        with _disable_current_modes(), _no_inference_tensors():
             output = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         stays = moves or (there and not (target is not None and not moves))
         if name == "copy_":
             return args[0]
-        return self._wrapped(output, args, kwargs) if stays else output
+        with _no_inference_tensors():
+            return self._wrapped(output, args, kwargs) if stays else output
 
     def _waits(
         self, name: str, args: Any, kwargs: dict[str, Any], there: bool, moves: bool
@@ -185,6 +191,16 @@ class CountedDevice(TorchDispatchMode):
             return same[id(each)] if id(each) in same else DeviceTensor(each)
 
         return tree_map(wrap, output)
+
+
+@contextlib.contextmanager
+def _no_inference_tensors() -> Iterator[None]:
+    """An inference tensor can't wrap a view of another tensor."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _is_there(tensor: Any) -> bool:

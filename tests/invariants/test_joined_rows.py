@@ -29,8 +29,8 @@ from tests.helpers.tiny_models import (
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Example
+from vlm_tune.generation import continuing
 from vlm_tune.generation.answering import answer_prompts
-from vlm_tune.model.language import causal
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding
 
@@ -239,24 +239,22 @@ def test_answers_of_joined_prompts_are_those_one_by_one(
     prompts = model.processor.prompts(rows_of(recipe))
     decoding, fetch = Decoding(12), model.processor.images
     calls: list[int] = []
-    plain = CausalLLM.continue_branches
+    plain = CausalLLM.branches
 
-    def note(self: CausalLLM, embeds: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def note(self: CausalLLM, embeds: torch.Tensor, *arguments: Any) -> Any:
         calls.append(len(embeds))
         return plain(self, embeds, *arguments)
 
-    CausalLLM.continue_branches = note  # type: ignore[method-assign]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLLM, "branches", note)
         together = answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=7)
-    finally:
-        CausalLLM.continue_branches = plain  # type: ignore[method-assign]
     assert sum(calls) == 4  # a row an image
     assert together == [
         answer_prompts(model, [prompt], decoding, fetch=fetch)[0] for prompt in prompts
     ]
     assert len(set(together)) > 4
     for share in (0.0, 2.0):  # no branch that has ended is let go, or each as soon as it can be
-        monkeypatch.setattr(causal, "SPARED", share)
+        monkeypatch.setattr(continuing, "SPARED", share)
         assert answer_prompts(model, prompts, decoding, fetch=fetch, batch_size=7) == together
     reached: list[tuple[int, int]] = []
     beams = answer_prompts(

@@ -22,8 +22,8 @@ from tests.helpers.tiny_models import (
     with_tower,
 )
 from vlm_tune.data.types import IGNORE_INDEX
-from vlm_tune.generation.answering import generate
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.generation.generating import generate
 from vlm_tune.model.language.decoding import Decoding
 
 

@@ -1,20 +1,27 @@
-"""Answers to prompts by greedy or beam search; prompts about one image share its prefill.
+"""Answers to prompts; prompts about one image share its prefill.
 
-Shapes: B rows, K branches of a row.
+Prompts are continued by `Continuation`. Where a model can't be, and in a beam search, transformers'
+`generate` answers them.
+
+Shapes: B rows, K branches of a row, N new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import Tree, trees
 from vlm_tune.data.types import Batch, Example
-from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.continuing import Continuation, look_interval
+from vlm_tune.generation.generating import generated
+from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 
@@ -32,50 +39,71 @@ def answer_prompts(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
+    """The texts of `prompt_answers`."""
+    answers = prompt_answers(
+        model,
+        prompts,
+        decoding,
+        fetch=fetch,
+        cached=cached,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [answer.text for answer in answers]
+
+
+def prompt_answers(
+    model: VisionLanguageNetwork,
+    prompts: Sequence[Example],
+    decoding: Decoding,
+    *,
+    fetch: Fetch,
+    cached: bool = False,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
     """Generates answers, in the order of the prompts.
 
-    With a decoder and greedy search, prompts about one image are branches of one row, so the image
-    is prefilled once.
+    With a decoder, prompts about one image and the draws of one prompt are branches of one row, so
+    that what they share is prefilled once.
 
     Args:
         model: the model, in eval mode.
         prompts: the output of `Processor.prompts`.
-        decoding: the search, and the most new tokens.
+        decoding: how answers are generated.
         fetch: returns the pixels of a media item, or if `cached` the tower's features.
         cached: whether `fetch` returns features.
-        batch_size: the approximate number of prompts in a batch.
+        batch_size: the approximate number of answers in a batch.
         progress: called after each batch with the numbers of answered and of all prompts.
     """
-    collated = {"fetch": fetch, "cached": cached}
-    answers = [""] * len(prompts)
+    # Draws are answers of their own, to the same prompt; beams come from one search.
+    samples = decoding.num_return_sequences if decoding.samples else 1
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    reader = AnswerReader(model.processor, decoding.stop_strings)
+    job = _Job(model, repeated, decoding, reader, samples, fetch, cached)
+    groups: list[list[Answer]] = [[] for _ in repeated]
     done = 0
-    for batch in _batches(prompt_rows(model, prompts, decoding), batch_size):
-        rows = [tree.row for tree in batch]
-        if any(row.visible_until is not None for row in rows):
-            ids = _continued(model, rows, [tree.leaves for tree in batch], decoding, collated)
-        else:
-            left = model.llm.layout == "causal"
-            plain = collate(rows, model.processor.spec, **collated, pad_left=left)
-            ids = generate(model, plain.to(model.device), decoding)
+    for batch in _batches(prompt_rows(model, repeated, decoding), batch_size):
         places = [place for tree in batch for place in tree.members]
-        for place, answer_ids in zip(places, ids, strict=True):
-            answers[place] = model.processor.decode(answer_ids)
+        answers = job.continued(batch) if continues(model, decoding) else job.generated(batch)
+        for place, group in zip(places, answers, strict=True):
+            groups[place] = group
         done += len(places)
         if progress:
-            progress(done, len(prompts))
-    return answers
+            progress(done // samples, len(prompts))
+    whole = [
+        [answer for group in groups[start : start + samples] for answer in group]
+        for start in range(0, len(groups), samples)
+    ]
+    return [replace(first, alternatives=tuple(others)) for first, *others in whole]
 
 
-@torch.inference_mode()
-def generate(model: VisionLanguageNetwork, batch: Batch, decoding: Decoding) -> list[list[int]]:
-    """Generates the new ids of each row, up to and excluding the first stop id.
+def continues(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
+    """Whether prompts are continued by `Continuation`, and not by transformers' `generate`.
 
-    A decoder's rows must be padded on the left.
+    Media have to reach the LLM in slots alone.
     """
-    stops = model.processor.stop_ids
-    pad = model.processor.spec.pad_id
-    ids = model.llm.generate(model.embed(batch), batch.attention_mask, decoding, pad, stops)
-    return [_up_to_stop(row, stops) for row in ids.tolist()]
+    return decoding.num_beams == 1 and model.llm.uncontinued is None and model.connector.fills_slots
 
 
 def prompt_rows(
@@ -83,73 +111,141 @@ def prompt_rows(
 ) -> list[Tree]:
     """Groups prompts into rows, sorted by length.
 
-    Prompts that share an image are joined to one row if the model can continue its branches.
+    Prompts that share an image, and equal prompts, are joined to one row if the model can continue
+    its branches.
     """
-    greedy = model.llm.layout == "causal" and decoding.num_beams == 1
-    # Branches can't be continued with virtual tokens before every row, or with media that reach the
-    # LLM other than in slots.
     joins = (
-        greedy
-        and model.llm.prompt is None
-        and model.connector.fills_slots
+        model.llm.layout == "causal"
+        and continues(model, decoding)
         and not model.connector.needs_text
-        and isinstance(model.llm, CausalLLM)
-        and model.llm.unjoined is None
     )
     groups: dict[Any, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        groups.setdefault(prompt.media if joins and prompt.media else place, []).append(place)
+        shared = prompt.media or prompt.input_ids.tobytes()
+        groups.setdefault(shared if joins else place, []).append(place)
     rows = [
         replace(tree, members=tuple(group[member] for member in tree.members))
         for group in groups.values()
         for tree in trees([prompts[place] for place in group], JOINED_PROMPTS)
     ]
-    # Joined and plain rows need different functions, so they are not mixed in a batch.
+    # Plain rows would be filled up to as many branches as joined rows have.
     return sorted(
         rows,
         key=lambda tree: (tree.row.visible_until is None, len(tree.row.input_ids), tree.row.id),
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What all batches of one call share; `prompts` holds each prompt `samples` times."""
+
+    model: VisionLanguageNetwork
+    prompts: Sequence[Example]
+    decoding: Decoding
+    reader: AnswerReader
+    samples: int
+    fetch: Fetch
+    cached: bool
+
+    def batch(self, rows: Sequence[Tree], *, pad_left: bool = False) -> Batch:
+        """The rows as a batch on the model's device."""
+        batch = collate(
+            [tree.row for tree in rows],
+            self.model.processor.spec,
+            fetch=self.fetch,
+            cached=self.cached,
+            pad_left=pad_left,
+        )
+        return batch.to(self.model.device)
+
+    def picker(self, rows: Sequence[Tree]) -> Picker:
+        """The picker of the branches; a row with fewer than others has its last one again."""
+        most = max(len(tree.members) for tree in rows)
+        members = [
+            [*tree.members, *tree.members[-1:] * (most - len(tree.members))] for tree in rows
+        ]
+        numbers = [[draws(self.decoding, place % self.samples) for place in row] for row in members]
+        llm = self.model.llm
+        return Picker(
+            llm,
+            self.decoding,
+            [[penalised_ids(llm, self.prompts[place]) for place in row] for row in members],
+            np.array(numbers) if self.decoding.samples else None,
+            self.model.device,
+        )
+
+    def continued(self, rows: Sequence[Tree]) -> list[list[Answer]]:
+        """The answers of rows, in the order of their members."""
+        continuation = continuation_of(
+            self.model, self.batch(rows), rows, self.decoding, self.picker(rows), self.reader
+        )
+        for _ in continuation.run(look_interval(self.model.device)):
+            pass
+        ids = continuation.ids.tolist()
+        logprobs = None if continuation.logprobs is None else continuation.logprobs.tolist()
+        return [
+            [self.reader.answer(ids[row][k], None if logprobs is None else logprobs[row][k])]
+            for row, tree in enumerate(rows)
+            for k in range(len(tree.members))
+        ]
+
+    def generated(self, rows: Sequence[Tree]) -> list[list[Answer]]:
+        """As `continued`, by transformers; of a beam search all beams to return."""
+        batch = self.batch(rows, pad_left=self.model.llm.layout == "causal")
+        ids, logprobs = generated(self.model, batch, self.decoding, self.picker(rows), self.reader)
+        answers = [
+            self.reader.answer(row, None if logprobs is None else logprobs[place])
+            for place, row in enumerate(ids)
+        ]
+        beams = len(ids) // len(rows)
+        return [answers[start : start + beams] for start in range(0, len(answers), beams)]
+
+
 @torch.inference_mode()
-def _continued(
+def continuation_of(
     model: VisionLanguageNetwork,
-    rows: Sequence[Example],
-    leaves: Sequence[tuple[int, ...]],
+    batch: Batch,
+    rows: Sequence[Tree],
     decoding: Decoding,
-    collated: dict[str, Any],
-) -> list[list[int]]:
-    """Generates the new ids of every branch of joined rows, up to and excluding the first stop id.
+    picker: Picker,
+    reader: AnswerReader,
+    **options: Any,
+) -> Continuation:
+    """Prefills rows, joined or plain, whose branches are then continued.
 
     Args:
         model: the model.
-        rows: joined rows.
-        leaves: for each row the positions of the last tokens of its branches.
-        decoding: the most new tokens.
-        collated: further arguments of `collate`.
+        batch: the rows, padded on the right.
+        rows: the rows with the last tokens of their branches.
+        decoding: how answers are generated.
+        picker: chooses the branches' tokens.
+        reader: reads their texts.
+        **options: further arguments of `CausalLLM.branches`.
     """
-    assert isinstance(model.llm, CausalLLM)
-    batch = collate(rows, model.processor.spec, **collated).to(model.device)
-    most = max(map(len, leaves))
-    stops = model.processor.stop_ids
-    padded = [[*row, *[row[-1]] * (most - len(row))] for row in leaves]
-    ids = model.llm.continue_branches(
-        model.embed(batch),
+    leaves = _filled([tree.leaves for tree in rows])
+    left = model.llm.positions_left(batch)
+    new_tokens = decoding.max_new_tokens if left is None else min(decoding.max_new_tokens, left)
+    embeds = options.pop("embeds", None)
+    branches = model.llm.branches(
+        model.embed(batch) if embeds is None else embeds,
         batch,
-        torch.tensor(padded, device=model.device),
-        decoding.max_new_tokens,
-        stops,
-    ).tolist()
-    return [
-        _up_to_stop(branch, stops)
-        for branches, row_leaves in zip(ids, leaves, strict=True)
-        for branch in branches[: len(row_leaves)]
-    ]
+        torch.tensor(leaves, device=model.device),
+        new_tokens,
+        **options,
+    )
+    ends = None
+    if decoding.stop_strings:
+
+        def ends(ids: list[list[list[int]]]) -> list[list[bool]]:
+            return [[reader.holds_stop(branch) for branch in row] for row in ids]
+
+    return Continuation(branches, picker, model.processor.stop_ids, new_tokens, ends)
 
 
-def _up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """The ids before the first stop id."""
-    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
+def _filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows, filled up with their last element to the length of the longest."""
+    most = max(map(len, rows))
+    return [[*row, *row[-1:] * (most - len(row))] for row in rows]
 
 
 def _batches(rows: Sequence[Tree], size: int) -> Iterator[list[Tree]]:

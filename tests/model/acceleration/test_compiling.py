@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.pretended_gpu import CUDA, pretended
+from tests.helpers.tiny_architectures import tiny
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -27,10 +30,16 @@ from tests.helpers.tiny_models import (
     wake_adapters,
     with_tune,
 )
+from vlm_tune.data.types import Batch
+from vlm_tune.generation.continuing import Continuation
+from vlm_tune.generation.picking import Picker
 from vlm_tune.kernels import devices
-from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, why_not
+from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, reading, why_not
 from vlm_tune.model.acceleration.lora_layers import merge_projections
+from vlm_tune.model.language.attention import MaskedAttention, StaticPrefill
 from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.decoding import Decoding
 
 
 def ready(text: str) -> Any:
@@ -117,6 +126,63 @@ def test_forward_is_compiled_within_a_blocks_hooks_and_not_beside_a_growing_cach
     layer(x)
     assert traced == [False, True, False]
     assert hooked == [False, False, False]
+
+
+class _Static(MaskedAttention):
+    """Attention as on a GPU."""
+
+    def prefill(self, *args: Any) -> StaticPrefill:
+        return StaticPrefill(*args)
+
+
+def test_decode_steps_of_a_static_cache_are_compiled_to_one_graph_for_all_layers_and_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = CausalLLM(tiny(LlamaConfig, LlamaForCausalLM, "causal").eval())
+    llm.attention = _Static()
+
+    def answers(rows: int, length: int, branches: int, new_tokens: int) -> list[Any]:
+        ids = torch.arange(rows * length).view(rows, length) * 7 % 90 + 3
+        batch = Batch(
+            ["a"] * rows,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            torch.zeros_like(ids, dtype=torch.bool),
+            ids,
+            ids[:0, 0],
+            positions=torch.arange(length).expand(rows, -1),
+            visible_until=torch.full((rows, length), length),
+        )
+        leaves = torch.arange(length - branches, length).expand(rows, -1)
+        picker = Picker(llm, Decoding(new_tokens), [], None, torch.device("cpu"))
+        with torch.inference_mode():
+            prefilled = llm.branches(llm.embed(ids), batch, leaves, new_tokens)
+        continuation = Continuation(prefilled, picker, [2], new_tokens)
+        assert list(continuation.run(look_every=16))
+        return continuation.ids.tolist()
+
+    shapes = [(2, 11, 3, 8), (3, 13, 3, 20), (4, 9, 2, 12), (2, 30, 5, 6)]
+    expected = [answers(*shape) for shape in shapes]
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    torch._dynamo.reset()
+    for number, shape in enumerate(shapes):
+        with compiled(blocks(llm, training=False)):
+            assert answers(*shape) == expected[number]
+        # The second one shows which sizes differ, and its graph is for all.
+        assert graphs.frame_count == min(number + 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_answers_are_compiled_on_a_gpu_where_their_cache_has_a_fixed_size(
+    kind: str, tiny_recipe: Callable[..., str]
+) -> None:
+    llm = built(parsed(tiny_recipe(kind))).llm
+    with pretended(llm, CUDA):
+        for setting, compiles in ((False, False), (True, kind == "causal"), ("auto", False)):
+            with reading(llm, setting, questions=1):
+                chosen = blocks(llm, training=False)
+                assert {"forward" in vars(block) for block in chosen} == {compiles}
 
 
 def test_small_models_short_stages_and_machines_without_a_compiler_stay_eager(

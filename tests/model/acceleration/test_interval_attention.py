@@ -29,12 +29,15 @@ from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
+from vlm_tune.generation.continuing import Continuation
+from vlm_tune.generation.picking import Picker
 from vlm_tune.kernels import KVCache
 from vlm_tune.kernels import interval_attention as attend
 from vlm_tune.model.acceleration import interval_attention
 from vlm_tune.model.acceleration.install import install, uninstall
 from vlm_tune.model.acceleration.interval_attention import unsupported_reason
 from vlm_tune.model.language.causal import CausalLLM
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.masks import additive, tree_mask
 
 pytestmark = pytest.mark.usefixtures("either_path")
@@ -407,7 +410,11 @@ def test_branches_of_many_families_are_continued_as_by_masks(kind: str) -> None:
 
     def answer() -> torch.Tensor:
         with torch.inference_mode():
-            return llm.continue_branches(llm.embed(batch.input_ids), batch, leaves, 6, [2])
+            branches = llm.branches(llm.embed(batch.input_ids), batch, leaves, 6)
+            picker = Picker(llm, Decoding(6), [], None, torch.device("cpu"))
+            continuation = Continuation(branches, picker, [2], 6)
+            assert list(continuation.run(look_every=1))
+            return continuation.ids
 
     wanted = answer()
     install(llm)

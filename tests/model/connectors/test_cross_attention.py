@@ -34,8 +34,8 @@ from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
 from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
-from vlm_tune.generation.answering import generate
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.generation.generating import generate
 from vlm_tune.model.connectors.cross_attention import Seen
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.decoding import Decoding

@@ -167,7 +167,11 @@ class Processor:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes generated ids to text, with control tokens and outer white space removed."""
+        return self.raw_text(ids).strip()
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        """Decodes generated ids to text, with control tokens removed."""
         # An added word is part of the answer even if it is a special token.
         if self.words:
             ids = [token for token in ids if not self.encoder.is_control(token)]
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not self.words)).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not self.words))

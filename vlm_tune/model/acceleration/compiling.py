@@ -1,9 +1,9 @@
 """Compiles the language model's blocks: one graph for each kind of block, for all input shapes.
 
 Compiled code is cached on disk, and the next run loads it from there. Blocks are compiled for
-training steps, except decoder layers that one kernel computes there, and on a CPU for answering
-many questions about images (`reading`): for the prefill and for the decode steps of the answers.
-Tokens beside a transformers KV cache run eagerly.
+training steps, except decoder layers that one kernel computes there, and for answering many
+questions about images (`reading`): on a CPU for the prefill and the decode steps of the answers, on
+a GPU for the decode steps. Tokens beside a transformers KV cache that grows run eagerly.
 
 A block's `forward` is compiled, inside of the hooks of its calls: FSDP2 gathers the block's weights
 in these and shards them again, and the compiled code gets whole weights.
@@ -26,7 +26,9 @@ from vlm_tune.compat import (
     checkpointed_forward,
     default_compile_cache,
     is_kv_cache,
+    layer_cache,
     recompute_operator_inputs,
+    supports_static_cache,
 )
 from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
@@ -128,6 +130,12 @@ def _compile_forward(block: Any) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if _runs_eagerly(args, kwargs):
             return plain(*args, **kwargs)
+        name = next((name for name, value in kwargs.items() if is_kv_cache(value)), None)
+        if name is not None:
+            layer = layer_cache(kwargs[name], block)
+            if layer is None:
+                return plain(*args, **kwargs)
+            kwargs[name] = layer
         checkpoint = None
         if checkpointed is not None and torch.is_grad_enabled():
             checkpoint = checkpoint_function(block)
@@ -141,12 +149,10 @@ def _compile_forward(block: Any) -> None:
 def _runs_eagerly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of a compiled block runs eagerly, where it would be compiled once more.
 
-    With a growing cache of transformers that is at every token; in generation, for a size of 1.
+    That is in generation on a CPU, for a size of 1, and for a cache that is no keyword.
     """
     states = args[0] if args else kwargs["hidden_states"]
-    return any(map(is_kv_cache, (*args, *kwargs.values()))) or (
-        kwargs.get(CACHE) is not None and 1 in states.shape[:2]
-    )
+    return any(map(is_kv_cache, args)) or (kwargs.get(CACHE) is not None and 1 in states.shape[:2])
 
 
 def reading(
@@ -165,10 +171,17 @@ def reading(
         or why_not(llm, setting, LONG) is not None
     ):
         return contextlib.nullcontext()
-    ready = llm.supports_intervals and not any(
+    ready = (llm.supports_intervals or _decodes_statically(llm)) and not any(
         is_sharded(parameter) for parameter in llm.parameters()
     )
     return compiled(blocks(llm, training=False)) if ready else contextlib.nullcontext()
+
+
+def _decodes_statically(llm: LanguageModel) -> bool:
+    """Whether answers are written by decode steps whose KV cache has a fixed size."""
+    on_gpu = next(llm.parameters()).device.type == "cuda"
+    continued = llm.layout == "causal" and llm.uncontinued is None
+    return on_gpu and continued and supports_static_cache(llm.model)
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

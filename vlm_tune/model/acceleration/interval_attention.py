@@ -138,6 +138,7 @@ class IntervalAttention(MaskedAttention):
         visible_until: Tensor,
         positions: Tensor,
         visible: Tensor,
+        steps: int,
     ) -> Prefill:
         if self._applies(model, embeds.device):
             rows = IntervalPrefill(body, embeds, visible_until, positions)
@@ -145,7 +146,7 @@ class IntervalAttention(MaskedAttention):
                 rows.cache.branch(visible)
                 return rows
             # The model's layers do not pass the cache on to their attention, as Nemotron's.
-        return self.elsewhere.prefill(model, body, embeds, visible_until, positions, visible)
+        return self.elsewhere.prefill(model, body, embeds, visible_until, positions, visible, steps)
 
 
 class IntervalPrefill:

@@ -1,7 +1,7 @@
 """Attention of a decoder over joined rows, in training and in generation, by masks.
 
 Shapes: B rows, K branches of a row, L tokens, S tokens of the input (virtual tokens not counted),
-E width.
+C columns of a KV cache, E width.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name
+from vlm_tune.compat import cache_name, static_cache, supports_static_cache
 from vlm_tune.model.language.masks import layer_masks, tree_mask
 
 
@@ -90,6 +91,7 @@ class MaskedAttention:
         visible_until: torch.Tensor,
         positions: torch.Tensor,
         visible: torch.Tensor,
+        steps: int,
     ) -> Prefill:
         """Prefills joined rows.
 
@@ -100,12 +102,21 @@ class MaskedAttention:
             visible_until: int[B, L], see `tree_mask`.
             positions: Positions [B, L] in the samples.
             visible: bool[B, K, L], the tokens of its row that each branch sees.
+            steps: The most decode steps that follow.
         """
+        # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
+        if embeds.device.type == "cuda" and supports_static_cache(model):
+            return StaticPrefill(model, body, embeds, visible_until, positions, visible, steps)
         return MaskedPrefill(model, body, embeds, visible_until, positions, visible)
 
 
 class MaskedPrefill:
-    """A prefill by masks, with a KV cache of transformers."""
+    """A prefill by masks, with a KV cache of transformers that grows.
+
+    Attributes:
+        cache: The KV cache, which begins with `cache` where that is given. `embeds` are then the
+            rows' last tokens, and the other arguments are those of the whole rows.
+    """
 
     def __init__(
         self,
@@ -115,19 +126,21 @@ class MaskedPrefill:
         visible_until: torch.Tensor,
         positions: torch.Tensor,
         visible: torch.Tensor,
+        cache: Any = None,
     ) -> None:
         from transformers import DynamicCache
 
         self.config = model.config
         self.body = body
         # Without a config it keeps all tokens: which ones a window leaves out differs by branch.
-        self.cache = DynamicCache()
+        self.cache = DynamicCache() if cache is None else cache
         self.visible = visible
         self.cached_positions = positions
-        mask = layer_masks(
-            self.config, tree_mask(visible_until), positions, positions, embeds.dtype
-        )
-        self.hidden = self._run(embeds, mask, positions)
+        length = embeds.shape[1]
+        tree = tree_mask(visible_until)[:, :, -length:]
+        queries = positions[:, -length:]
+        mask = layer_masks(self.config, tree, queries, positions, embeds.dtype)
+        self.hidden = _run(self.body, self.cache, embeds, mask, queries)
 
     def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A decode step, see `Prefill`."""
@@ -138,7 +151,7 @@ class MaskedPrefill:
         mask = layer_masks(
             self.config, self.visible[:, None], positions, self.cached_positions, embeds.dtype
         )
-        return self._run(embeds, mask, positions)
+        return _run(self.body, self.cache, embeds, mask, positions)
 
     def select(self, places: torch.Tensor) -> None:
         """Drops all branches but those at `places` int64[B, K'].
@@ -148,12 +161,82 @@ class MaskedPrefill:
         rows = torch.arange(len(places), device=places.device)[:, None]
         self.visible = self.visible[rows, places]
 
-    def _run(self, embeds: torch.Tensor, mask: Any, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, E] of tokens that follow those in the cache."""
-        return self.body(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_name(): self.cache},
-        ).last_hidden_state
+
+class StaticPrefill:
+    """A prefill by masks, with a KV cache of transformers that has room for all decode steps.
+
+    Between two calls of `select`, decode steps read and write tensors of the same shapes, and which
+    columns of the cache are filled is a tensor too: the host takes no part in a step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        body: Any,
+        embeds: torch.Tensor,
+        visible_until: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        steps: int,
+    ) -> None:
+        _, branches, length = visible.shape
+        room = branches * steps
+        device = embeds.device
+        self.config = model.config
+        self.body = body
+        self.cache = static_cache(self.config, length + room, device)
+        # [B, C]
+        self.cached_positions = pad(positions, (0, room))
+        self.columns = torch.arange(length + room, device=device)
+        self.filled = length
+        self._open(visible)
+        mask = layer_masks(
+            self.config,
+            pad(tree_mask(visible_until), (0, room), value=False),
+            positions,
+            self.cached_positions,
+            embeds.dtype,
+        )
+        self.hidden = _run(self.body, self.cache, embeds, mask, positions)
+
+    def _open(self, visible: torch.Tensor) -> None:
+        """Sets what K branches see: `visible` bool[B, K, filled], and of later columns their own.
+
+        Each decode step fills K of these columns.
+        """
+        branches = visible.shape[1]
+        later = len(self.columns) - self.filled
+        step = torch.eye(branches, dtype=torch.bool, device=visible.device)
+        new_tokens = step.repeat(1, -(-later // branches))[:, :later]
+        # [B, K, C]
+        self.visible = torch.cat([visible, new_tokens.expand(len(visible), -1, -1)], -1)
+        self.next_columns = self.columns[self.filled : self.filled + branches].clone()
+
+    def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A decode step, see `Prefill`."""
+        self.cached_positions.index_copy_(1, self.next_columns, positions)
+        visible = self.visible & (self.columns <= self.next_columns[-1])
+        mask = layer_masks(
+            self.config, visible[:, None], positions, self.cached_positions, embeds.dtype
+        )
+        self.next_columns += positions.shape[1]
+        self.filled += positions.shape[1]
+        return _run(self.body, self.cache, embeds, mask, positions)
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops all branches but those at `places` int64[B, K']."""
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self._open(self.visible[rows, places, : self.filled])
+
+
+def _run(
+    body: Any, cache: Any, embeds: torch.Tensor, mask: Any, positions: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states [B, S, E] of tokens that follow those in the cache."""
+    return body(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        **{cache_name(): cache},
+    ).last_hidden_state

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,24 @@ def chunked_loss(llm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor
 
 Loss = Callable[["LanguageModel", torch.Tensor, torch.Tensor], torch.Tensor]
 """A function of a language model, hidden states [S, E] and targets [S], as `chunked_loss`."""
+
+
+class Branches(Protocol):
+    """K branches of each of B rows, which are continued by a token per decode step.
+
+    Attributes:
+        hidden: Hidden states [B, K, E] of the branches' last tokens.
+    """
+
+    hidden: torch.Tensor
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A decode step: the hidden states [B, K, E] of the branches' new tokens int64[B, K]."""
+        ...
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops all branches but those at `places` int64[B, K']."""
+        ...
 
 
 class LanguageModel(nn.Module):
@@ -297,20 +315,51 @@ class LanguageModel(nn.Module):
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
+        **options: Any,
     ) -> torch.Tensor:
-        """Generates answers.
+        """Generates answers by transformers' `generate`: by beam search, else by the likeliest id.
 
         Args:
             embeds: Input embeddings [B, L, E]; for a decoder, rows are padded on the left.
             attention_mask: bool[B, L], False for padding.
-            decoding: The number of new tokens and of beams.
+            decoding: The numbers of new tokens, of beams, and of beams to return.
             pad_id: The id after a row's end.
             stop_ids: Ids that end an answer.
+            **options: Further arguments of transformers' `generate`: processors of logits, ...
 
         Returns:
-            New ids [B, at most max_new_tokens].
+            New ids [B * beams to return, at most max_new_tokens].
         """
         raise NotImplementedError
+
+    @property
+    def uncontinued(self) -> str | None:
+        """The reason why rows are not continued by `branches`, but by `generate`; None if they are.
+
+        A beam search always goes by `generate`.
+        """
+        raise NotImplementedError
+
+    def branches(
+        self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, new_tokens: int
+    ) -> Branches:
+        """Prefills rows whose branches are then continued, each after its last token.
+
+        Args:
+            embeds: Input embeddings [B, L, E].
+            batch: The rows, padded on the right.
+            leaves: The last tokens of the branches in the rows, int64[B, K].
+            new_tokens: The most new tokens of a branch.
+        """
+        raise NotImplementedError
+
+    def positions_left(self, batch: Batch) -> int | None:
+        """How many new tokens the model has positions for; None where there is no limit.
+
+        Raises:
+            ModelError: There are fewer than the rows of the batch have tokens.
+        """
+        return None
 
     def _options(self, decoding: Decoding, pad_id: int, stop_ids: list[int]) -> dict[str, Any]:
         """Options for `generate` of transformers."""
@@ -320,6 +369,7 @@ class LanguageModel(nn.Module):
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
+            num_return_sequences=decoding.num_return_sequences if decoding.num_beams > 1 else 1,
             do_sample=False,
             pad_token_id=pad_id,
             eos_token_id=stop_ids,

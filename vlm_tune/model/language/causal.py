@@ -11,14 +11,11 @@ from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import Batch
-from vlm_tune.model.language.attention import MaskedAttention
+from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, whole_rows
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.decoding import Decoding, largest
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.masks import joining_reason, tree_mask
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
-
-SPARED = 0.8
-"""Share of unfinished branches below which the finished ones are dropped from the batch."""
 
 
 class CausalLLM(LanguageModel):
@@ -50,9 +47,10 @@ class CausalLLM(LanguageModel):
 
     @property
     def supports_intervals(self) -> bool:
-        return self._attention().by_intervals(self.model)
+        return self.attention_of_rows.by_intervals(self.model)
 
-    def _attention(self) -> MaskedAttention:
+    @property
+    def attention_of_rows(self) -> MaskedAttention:
         """The attention for this model's rows: a prefix of keys and values is in no interval."""
         return MaskedAttention() if isinstance(self.prompt, KeyValuePrefix) else self.attention
 
@@ -83,7 +81,7 @@ class CausalLLM(LanguageModel):
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
-        visible = self._attention().mask(
+        visible = self.attention_of_rows.mask(
             self.model,
             mask,
             visible_until,
@@ -106,6 +104,10 @@ class CausalLLM(LanguageModel):
         hidden = output.last_hidden_state[:, -length:].flatten(0, 1)
         return hidden.index_select(0, batch.supervised_at), batch.targets
 
+    @property
+    def uncontinued(self) -> str | None:
+        return "its rows begin with virtual tokens" if self.prompt else self.unjoined
+
     def generate(
         self,
         embeds: torch.Tensor,
@@ -113,10 +115,11 @@ class CausalLLM(LanguageModel):
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
+        **options: Any,
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
         self.check_length(mask.shape[1])
-        options = self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
+        options |= self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers takes the whole input beside a cache, and drops the part that is cached.
             options[cache_name()] = self.prompt.cache(
@@ -125,57 +128,74 @@ class CausalLLM(LanguageModel):
             embeds = pad(embeds, (0, 0, self.virtual, 0))
         return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
-    def continue_branches(
+    def branches(
         self,
         embeds: torch.Tensor,
         batch: Batch,
         leaves: torch.Tensor,
-        max_new_tokens: int,
-        stop_ids: list[int],
-    ) -> torch.Tensor:
-        """Continues each branch of rows greedily after its last token, `leaves` int64[B, K].
+        new_tokens: int,
+        cache: Any = None,
+    ) -> CausalBranches:
+        """Prefills rows whose branches are then continued, each after its last token.
 
-        The rows, embeds [B, L, E], are prefilled once. Then every branch grows by one token per
-        decode step, and sees what its leaf sees and its own new tokens.
-
-        Returns:
-            New ids [B, K, N], where N is max_new_tokens, or less if the model has fewer positions.
-            Ended answers are filled up with the first of `stop_ids`.
+        Args:
+            embeds: Input embeddings [B, S, E]; S is L, or less with a `cache`.
+            batch: Rows of L tokens, padded on the right.
+            leaves: The last tokens of the branches in the rows, int64[B, K].
+            new_tokens: The most new tokens of a branch.
+            cache: A DynamicCache that holds the rows' first tokens.
         """
-        assert batch.visible_until is not None and batch.positions is not None
-        rising = self.rule is not None and self.rule.rising
-        self.check_length(int(batch.positions.max()) + 1)
-        if self.longest is not None:
-            max_new_tokens = min(max_new_tokens, self.longest - int(batch.positions.max()))
+        return CausalBranches(self, embeds, batch, leaves, new_tokens, cache)
+
+    def positions_left(self, batch: Batch) -> int | None:
+        if self.longest is None:
+            return None
+        self.check_length(batch.longest)
+        # The last new token needs no position: it is not fed back.
+        return self.longest - batch.longest + 1
+
+
+class CausalBranches:
+    """Branches of prefilled rows, which grow by one token per decode step, see `Branches`.
+
+    Each sees what its leaf sees and its new tokens. `cache` is the KV cache that was given, with
+    the new tokens.
+    """
+
+    def __init__(
+        self,
+        llm: CausalLLM,
+        embeds: torch.Tensor,
+        batch: Batch,
+        leaves: torch.Tensor,
+        new_tokens: int,
+        cache: Any,
+    ) -> None:
+        self.llm = llm
+        visible_until = batch.visible_until
+        positions = batch.positions
+        if visible_until is None or positions is None:
+            visible_until, positions = whole_rows(batch.attention_mask)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible = tree_mask(batch.visible_until)[:, 0][rows, leaves]
-        positions = batch.positions[rows, leaves]
-        prefill = self._attention().prefill(
-            self.model, self.body, embeds, batch.visible_until, batch.positions, visible
-        )
-        hidden = prefill.hidden[rows, leaves]
-        stops = torch.tensor(stop_ids, device=embeds.device)
-        ended = torch.zeros_like(leaves, dtype=torch.bool)
-        answers = stops[0].repeat(*leaves.shape, max_new_tokens)
-        places = torch.arange(leaves.shape[1], device=embeds.device).expand_as(leaves)
-        for step in range(max_new_tokens):
-            # The head's outputs suffice where neither the fp32 cast nor a cap changes their argmax.
-            tokens = largest(
-                self.head(hidden)
-                if rising
-                else self.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        visible = tree_mask(visible_until)[:, 0][rows, leaves]
+        self.positions = positions[rows, leaves]
+        if cache is None:
+            self.prefill = llm.attention_of_rows.prefill(
+                llm.model, llm.body, embeds, visible_until, positions, visible, new_tokens - 1
             )
-            answers[..., step].scatter_(1, places, torch.where(ended, stops[0], tokens))
-            ended = ended | torch.isin(tokens, stops)
-            unfinished = int((~ended).sum(1).max())
-            if unfinished == 0 or step + 1 == max_new_tokens:
-                break
-            positions = positions + 1
-            if unfinished < SPARED * ended.shape[1]:
-                order = ended.int().argsort(dim=1, stable=True)[:, :unfinished]
-                prefill.select(order)
-                places, tokens, ended, positions = (
-                    each.gather(1, order) for each in (places, tokens, ended, positions)
-                )
-            hidden = prefill.step(self.embed(tokens), positions)
-        return answers
+        else:
+            self.prefill = MaskedPrefill(
+                llm.model, llm.body, embeds, visible_until, positions, visible, cache
+            )
+        cached = positions.shape[1] - embeds.shape[1]
+        self.hidden = self.prefill.hidden[rows, leaves - cached]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A decode step, see `Branches`."""
+        self.positions = self.positions + 1
+        return self.prefill.step(self.llm.embed(tokens), self.positions)
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops branches, see `Branches`."""
+        self.prefill.select(places)
+        self.positions = self.positions.gather(1, places)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -28,22 +29,146 @@ SAMPLED = (
 """Settings of sampling and lengths in a generation config, which do not change answers here."""
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are generated: greedily, or by beam search with `num_beams` above 1."""
+class Settings(TypedDict, total=False):
+    """How answers are generated, as keywords; `Decoding` describes them."""
 
     max_new_tokens: int
+    num_beams: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    num_return_sequences: int
+    stop_strings: str | Sequence[str]
+    seed: int | None
+    logprobs: bool
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated; the names are those of transformers' `GenerationConfig`.
+
+    By default the search is greedy. With `num_beams` above 1 it is a beam search, with a
+    `temperature` above 0 tokens are sampled.
+
+    Attributes:
+        max_new_tokens: The most tokens of an answer.
+        num_beams: The number of beams; 1 for greedy search or sampling.
+        temperature: What logits are divided by before a token is drawn; 0 draws none.
+        top_p: Tokens are drawn from the likeliest ones whose probabilities add up to this.
+        top_k: The number of likeliest tokens to draw from; 0 for all.
+        min_p: The least probability of a token to draw, as a share of the likeliest one's.
+        repetition_penalty: What positive logits of tokens in the prompt's text or the answer are
+            divided by, and negative ones multiplied with; 1 changes nothing.
+        num_return_sequences: How many answers are drawn, or beams returned, for a prompt.
+        stop_strings: Texts that end an answer; it is cut before the first one.
+        seed: Where the draws of every prompt start, so that its answer is the same in a batch and
+            alone. None draws others each time.
+        logprobs: Whether log-probabilities of the tokens are returned.
+
+    Raises:
+        ArgumentError: A setting is of the wrong type, out of range, or without effect beside the
+            others.
+    """
+
+    max_new_tokens: int = 128
     num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    stop_strings: str | Sequence[str] = ()
+    seed: int | None = None
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
         check_count("num_beams", self.num_beams)
+        check_count("num_return_sequences", self.num_return_sequences)
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("top_p", self.top_p, 0, 1, without_least=True)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, without_least=True)
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ArgumentError(f"top_k is a whole number from 0 on, got {quoted(self.top_k)}")
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0
+        ):
+            raise ArgumentError(f"seed is a whole number from 0 on, got {quoted(self.seed)}")
+        if not isinstance(self.logprobs, bool):
+            raise ArgumentError(f"logprobs is True or False, got {quoted(self.logprobs)}")
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
+        if not isinstance(stops, Sequence) or not all(
+            isinstance(stop, str) and stop for stop in stops
+        ):
+            raise ArgumentError(
+                f"stop_strings is a text or a list of texts, none empty, got "
+                f"{quoted(self.stop_strings)}"
+            )
+        object.__setattr__(self, "stop_strings", tuple(stops))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises `ArgumentError` for settings that have no effect beside the others."""
+        if self.samples and self.num_beams > 1:
+            raise ArgumentError(
+                "num_beams above 1 is a search and temperature above 0 draws tokens: give one"
+            )
+        drawing = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,
+            "min_p": self.min_p > 0,
+            "seed": self.seed is not None,
+        }
+        idle = [name for name, given in drawing.items() if given]
+        if idle and not self.samples:
+            raise ArgumentError(
+                f"{idle[0]} has no effect where no token is drawn: set temperature, such as 1.0"
+            )
+        if self.num_return_sequences > 1 and not self.samples:
+            if self.num_beams == 1:
+                raise ArgumentError(
+                    "num_return_sequences above 1 gives equal answers where no token is drawn: "
+                    "set temperature, such as 1.0, or num_beams"
+                )
+            if self.num_return_sequences > self.num_beams:
+                raise ArgumentError(
+                    f"num_return_sequences {self.num_return_sequences} is above num_beams "
+                    f"{self.num_beams}"
+                )
+        if self.logprobs and self.num_beams > 1:
+            raise ArgumentError("logprobs are those of greedy search or of draws: set num_beams 1")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature > 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is the argmax of the logits and nothing else is asked of them."""
+        return not (self.samples or self.logprobs or self.repetition_penalty != 1)
 
 
 def check_count(name: str, value: Any, most: int = MOST) -> None:
     """Raises `ArgumentError` unless a value is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
+
+
+def _check_range(
+    name: str, value: Any, least: float, most: float, *, without_least: bool = False
+) -> None:
+    """Raises `ArgumentError` unless a value is a number in a range, which may leave `least` out."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    if not fits or (without_least and value == least):
+        begins = "above" if without_least else "from"
+        raise ArgumentError(
+            f"{name} is a number {begins} {least:g} to {most:g}, got {quoted(value)}"
+        )
 
 
 def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name
+from vlm_tune.compat import cache_name, static_cache, supports_static_cache
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
@@ -112,6 +112,17 @@ class Seq2SeqLLM(LanguageModel):
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.supervised_at), batch.targets
 
+    @property
+    def uncontinued(self) -> str | None:
+        return None if self.prompt is None else "its rows begin with virtual tokens"
+
+    def branches(
+        self, embeds: torch.Tensor, batch: Batch, leaves: torch.Tensor, new_tokens: int
+    ) -> Seq2SeqBranches:
+        """Encodes rows of one prompt each, whose answers then grow; see the base class."""
+        self.check_length(batch.attention_mask.shape[1])
+        return Seq2SeqBranches(self, embeds, batch.attention_mask, new_tokens)
+
     def generate(
         self,
         embeds: torch.Tensor,
@@ -119,11 +130,12 @@ class Seq2SeqLLM(LanguageModel):
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
+        **options: Any,
     ) -> torch.Tensor:
         embeds, mask = self.prompted(embeds, attention_mask)
         self.check_length(mask.shape[1])
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
-        options = self._options(decoding, pad_id, stop_ids)
+        options |= self._options(decoding, pad_id, stop_ids)
         first = 1
         if isinstance(self.prompt, KeyValuePrefix):
             # transformers takes the whole output so far beside a cache, and drops the part that is
@@ -135,3 +147,41 @@ class Seq2SeqLLM(LanguageModel):
             )
         ids = self.model.generate(encoder_outputs=encoded, attention_mask=mask.long(), **options)
         return ids[:, first:]
+
+
+class Seq2SeqBranches:
+    """Answers to encoded rows, one a row, which grow by a token per decode step, see `Branches`."""
+
+    def __init__(
+        self, llm: Seq2SeqLLM, embeds: torch.Tensor, row_mask: torch.Tensor, new_tokens: int
+    ) -> None:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        device = embeds.device
+        on_gpu = device.type == "cuda"
+        # As in training, transformers would look whether a mask of rows has padding.
+        self.mask = additive(row_mask[:, None, None], embeds.dtype) if on_gpu else row_mask.long()
+        self.decoder = llm.model.get_decoder()
+        self.encoded = llm.model.get_encoder()(
+            inputs_embeds=embeds, attention_mask=self.mask
+        ).last_hidden_state
+        growing = DynamicCache()
+        # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
+        if on_gpu and supports_static_cache(llm.model):
+            growing = static_cache(llm.model.config, new_tokens, device)
+        self.cache = EncoderDecoderCache(growing, DynamicCache())
+        start = llm.shifted(torch.zeros_like(row_mask[:, :1], dtype=torch.int64))
+        self.hidden = self.step(start)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A decode step, see `Branches`."""
+        return self.decoder(
+            input_ids=tokens,
+            encoder_hidden_states=self.encoded,
+            encoder_attention_mask=self.mask,
+            use_cache=True,
+            **{cache_name(): self.cache},
+        ).last_hidden_state
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops no branch: there is one a row."""

@@ -1,0 +1,100 @@
+"""An answer, and how it is read from generated ids: where it ends, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vlm_tune.data.chat.processor import Processor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of a model.
+
+    Attributes:
+        text: The text, without outer white space.
+        finish_reason: "stop" if it ended with a stop token or a stop string, "length" if
+            `max_new_tokens` or the model's positions ended it.
+        ids: The generated ids, without a stop token.
+        logprobs: The log-probabilities of the ids under the model, before any temperature or
+            penalty, if they were asked for. For an answer by `choices` they are those of the
+            choice's tokens, its end included.
+        alternatives: The further answers, of `num_return_sequences` above 1.
+        probabilities: Of `choices`: the probability of each choice, which add up to 1.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    alternatives: tuple[Answer, ...] = ()
+    probabilities: dict[str, float] | None = None
+
+
+def up_to_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The ids before the first stop id."""
+    return list(ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))])
+
+
+class AnswerReader:
+    """Reads answers from generated ids: stop ids end them, and stop strings cut them."""
+
+    def __init__(self, processor: Processor, stop_strings: Sequence[str]) -> None:
+        self.processor = processor
+        self.stop_ids = processor.stop_ids
+        self.stop_strings = stop_strings
+
+    def answer(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> Answer:
+        """The answer of new ids, which may go on after its end.
+
+        `logprobs` are those of the ids, and as many or more.
+        """
+        answer_ids = up_to_stop(ids, self.stop_ids)
+        ended = len(answer_ids) < len(ids)
+        if self.holds_stop(answer_ids):
+            ended = True
+            # Where the host does not look after each token, there are some after the stop string.
+            counts = range(1, len(answer_ids) + 1)
+            answer_ids = next(
+                answer_ids[:count] for count in counts if self.holds_stop(answer_ids[:count])
+            )
+        return Answer(
+            self._cut(self.processor.raw_text(answer_ids)).strip(),
+            "stop" if ended else "length",
+            tuple(answer_ids),
+            None if logprobs is None else tuple(logprobs[: len(answer_ids)]),
+        )
+
+    def holds_stop(self, ids: Sequence[int]) -> bool:
+        """Whether the text of ids, up to the first stop id, holds a stop string."""
+        if not self.stop_strings:
+            return False
+        text = self.processor.raw_text(up_to_stop(ids, self.stop_ids))
+        return any(stop in text for stop in self.stop_strings)
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The beginning of an answer's text that later ids do not change.
+
+        Held back are a character whose bytes have not all come, and what may begin a stop string.
+        """
+        text = self.processor.raw_text(up_to_stop(ids, self.stop_ids)).rstrip("\ufffd")
+        whole = self._cut(text)
+        if whole != text:
+            return whole.strip()
+        begun = max(
+            (
+                size
+                for stop in self.stop_strings
+                for size in range(1, len(stop))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
+        )
+        return text[: len(text) - begun].strip()
+
+    def _cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        places = [text.find(stop) for stop in self.stop_strings]
+        return text[: min((place for place in places if place >= 0), default=len(text))]
