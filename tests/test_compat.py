@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    EncoderDecoderCache,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -60,11 +60,9 @@ from vlm_tune.compat import (
     is_attention_projection,
     is_kv_cache,
     is_stateful,
-    is_static_cache,
     is_zero3_parameter,
     keep_gradients_of_packed_layers,
     launched_without_others,
-    layer_cache,
     link_zero_state,
     module_state,
     recompute_operator_inputs,
@@ -72,7 +70,7 @@ from vlm_tune.compat import (
     sdpa_attention,
     set_attention,
     set_lora_layer,
-    static_cache,
+    share_compiled_code,
     submodules,
     supports_attention_functions,
     supports_flex,
@@ -496,12 +494,22 @@ def test_flex_attention_runs_as_plain_code_without_a_gpu(monkeypatch: pytest.Mon
 
 
 def test_recurrent_models_are_known() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
     recurrent = MambaForCausalLM(
         MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
     assert is_stateful(recurrent) and not is_stateful(tiny_llama())
+    assert supports_static_cache(tiny_llama()) and not supports_static_cache(recurrent)
+
+
+def test_code_for_one_address_is_used_at_others() -> None:
+    graphs = CompileCounter()
+    doubled = torch.compile(lambda x: x * 2, backend=graphs)
+    for _ in range(3):
+        tensor = torch.ones(3)
+        torch._dynamo.mark_static_address(tensor)
+        share_compiled_code(tensor)
+        doubled(tensor)
+    assert graphs.frame_count == 1
 
 
 def test_hooks_children_and_the_cache_of_compiled_code() -> None:
@@ -540,33 +548,6 @@ def test_the_forward_pass_that_a_block_checkpoints_is_known() -> None:
 def test_a_cache_of_transformers_is_known() -> None:
     assert is_kv_cache(DynamicCache()) and not is_kv_cache(None)
     assert not is_kv_cache(torch.zeros(1))
-
-
-def test_a_static_cache_keeps_all_tokens_and_each_block_gets_its_layer() -> None:
-    config = MistralConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=2,
-    )
-    model = MistralForCausalLM(config).eval()
-    assert supports_static_cache(model)
-    cache = static_cache(config, 9, torch.device("cpu"))
-    assert is_static_cache(cache) and not is_static_cache(DynamicCache())
-    assert not is_static_cache(EncoderDecoderCache(cache, DynamicCache()))
-    first: nn.Module = model.model.layers[0]
-    assert layer_cache(cache, first) is None
-    model(input_ids=torch.arange(5)[None], use_cache=True, **{cache_name(): cache})
-    layer = layer_cache(cache, model.model.layers[1])
-    assert layer is not None and int(layer.get_seq_length()) == 5
-    assert cache.layers[1].keys.shape == (1, 1, 9, 8)
-    keys, values = layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
-    assert keys is cache.layers[1].keys and values is cache.layers[1].values
-    assert bool((keys[0, 0, 5] == 1).all()) and not keys[0, 0, 6:].any()
-    assert layer_cache(cache, nn.Linear(1, 1)) is None
 
 
 def test_whatever_changes_a_lora_layer_changes_its_state() -> None:

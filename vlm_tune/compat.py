@@ -120,6 +120,16 @@ def deterministic_compiling() -> Iterator[None]:
         yield
 
 
+def share_compiled_code(tensor: torch.Tensor) -> None:
+    """Lets torch.compile use code for a tensor of fixed address at other addresses too.
+
+    A CUDA graph is recorded anew for them.
+    """
+    import torch
+
+    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 def has_hooks(module: Any) -> bool:
     """Whether a module has forward hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -282,64 +292,6 @@ def is_kv_cache(value: Any) -> bool:
 def supports_static_cache(model: Any) -> bool:
     """Whether a transformers model can be run with a KV cache of fixed size."""
     return bool(model._can_compile_fullgraph)
-
-
-def static_cache(config: Any, length: int, device: torch.device) -> Any:
-    """A KV cache of transformers with room for `length` tokens in every layer.
-
-    Layers with a sliding window keep all tokens too.
-    """
-    import torch
-    from transformers.cache_utils import Cache, StaticCache, StaticLayer
-
-    layers: list[Any] = []
-    for each in StaticCache(config=config, max_cache_len=length).layers:
-        layer = each if type(each) is StaticLayer else StaticLayer(max_cache_len=length)
-        # Otherwise each layer would wait for a copy from the host.
-        layer.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
-        layers.append(layer)
-    return Cache(layers=layers)
-
-
-class LayerCache:
-    """One layer of a static KV cache, as transformers' attention takes the whole.
-
-    It is the same to all of a model's layers, where a cache is indexed by each layer's number; so
-    torch.compile has one graph for all of them.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        import torch
-
-        self.layer = layer
-        for tensor in (layer.keys, layer.values, layer.cumulative_length):
-            # transformers marks them so that there is a graph for each address.
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-    def update(self, keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Writes new keys and values, and returns all of the layer's."""
-        return self.layer.update(keys, values)
-
-    def get_seq_length(self, *_: Any) -> Any:
-        """The number of tokens in the cache."""
-        return self.layer.get_seq_length()
-
-
-def layer_cache(cache: Any, block: nn.Module) -> LayerCache | None:
-    """The layer of a static KV cache that a block of a decoder reads and writes.
-
-    None for a cache that grows, or whose first tokens have not come yet.
-    """
-    number = next((each.layer_idx for each in block.modules() if hasattr(each, "layer_idx")), None)
-    # The cache of an encoder-decoder is two caches, and has no layers.
-    if number is None or not is_static_cache(cache) or not cache.layers[number].is_initialized:
-        return None
-    return LayerCache(cache.layers[number])
-
-
-def is_static_cache(cache: Any) -> bool:
-    """Whether a KV cache of transformers is one of `static_cache`."""
-    return bool(getattr(cache, "layers", ())) and cache.is_compileable
 
 
 # --- PEFT -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from torch import nn
 from tests.helpers.counted_device import CountedDevice, counted_device, to_counted_device
 from tests.helpers.pretended_gpu import CUDA, pretended
 from tests.helpers.tiny_models import built, parsed, rows_of
-from vlm_tune.compat import is_static_cache
 from vlm_tune.data.types import Batch, Example
 from vlm_tune.generation import continuing
 from vlm_tune.generation.answering import prompt_answers
@@ -23,6 +22,7 @@ from vlm_tune.generation.picking import Picker
 from vlm_tune.model.language.attention import MaskedPrefill, StaticPrefill
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.language.kv_cache import is_static_cache
 
 Recipes = Callable[..., str]
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
@@ -95,7 +95,8 @@ def test_a_static_cache_gives_what_a_growing_one_gives(
     (counts, grown, of_grown), (_, fixed, of_fixed) = outcomes
     assert len(counts) > 2 and (counts, grown) == (outcomes[1][0], fixed)
     torch.testing.assert_close(of_fixed, of_grown, rtol=1e-4, atol=1e-5)
-    assert is_static_cache(branches.prefill.cache)
+    prefill: Any = branches.prefill
+    assert is_static_cache(prefill.cache)
 
 
 class _Chosen:

@@ -115,7 +115,7 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             r"2 images and 1 <image> marks",
         ),
         ({"prompt": "a", "imgae": RED.source}, r"unknown key 'imgae'; did you mean `image`\?"),
-        ({"images": [RED.source]}, r"a request has a `prompt`"),
+        ({"images": [RED.source]}, r"a request has a `prompt`, or in its place `messages`"),
         (
             {"prompt": "a", "image": RED.source, "images": [RED.source]},
             r"both `image` and `images`",
@@ -143,7 +143,7 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             r"a chat ends with the user's turn",
         ),
-        ({"prompt": "a", "images": [None]}, r"an image is a path, bytes, .* got nothing"),
+        ({"prompt": "a", "images": [None]}, r"an image is a path, a data URL, .* got nothing"),
         ({"prompt": "a", "images": ["nope.png"]}, r"no image file 'nope.png'"),
         ({"prompt": "a", "images": ["http://a/b.png"]}, r"is a URL, and nothing is fetched"),
         ({"prompt": "a", "images": ["\0"]}, r"no image file"),

@@ -172,7 +172,8 @@ class Example:
     Rows joined by `branch_layout` or `pack_layout` also have, for a decoder, `positions` and
     `visible_until` (int32[L]): token i attends to token j where j <= i < visible_until[j]. For an
     encoder-decoder they have `samples` (int32[L]) and `label_samples` (int32[T]): the number of the
-    sample that a token belongs to; no token attends to another sample.
+    sample that a token belongs to; no token attends to another sample. With `label_samples` alone,
+    the labels are several answers to the one sample of the row.
     """
 
     id: str

@@ -137,7 +137,7 @@ def prompt_rows(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all batches of one call share; `prompts` holds each prompt `samples` times."""
+    """A call for answers, which come in batches; `prompts` holds each prompt `samples` times."""
 
     model: VisionLanguageNetwork
     prompts: Sequence[Example]
@@ -233,19 +233,14 @@ def continuation_of(
         new_tokens,
         **options,
     )
-    ends = None
-    if decoding.stop_strings:
-
-        def ends(ids: list[list[list[int]]]) -> list[list[bool]]:
-            return [[reader.holds_stop(branch) for branch in row] for row in ids]
-
+    ends = reader.ends if decoding.stop_strings else None
     return Continuation(branches, picker, model.processor.stop_ids, new_tokens, ends)
 
 
 def _filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows, filled up with their last element to the length of the longest."""
     most = max(map(len, rows))
-    return [[*row, *row[-1:] * (most - len(row))] for row in rows]
+    return [[*row, *[row[-1]] * (most - len(row))] for row in rows]
 
 
 def _batches(rows: Sequence[Tree], size: int) -> Iterator[list[Tree]]:

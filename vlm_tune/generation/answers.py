@@ -74,6 +74,10 @@ class AnswerReader:
         text = self.processor.raw_text(up_to_stop(ids, self.stop_ids))
         return any(stop in text for stop in self.stop_strings)
 
+    def ends(self, ids: list[list[list[int]]]) -> list[list[bool]]:
+        """For ids [B, K, n]: whether each answer holds a stop string."""
+        return [[self.holds_stop(branch) for branch in row] for row in ids]
+
     def shown(self, ids: Sequence[int]) -> str:
         """The beginning of an answer's text that later ids do not change.
 

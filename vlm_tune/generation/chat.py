@@ -2,95 +2,191 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.types import Example
 from vlm_tune.errors import ArgumentError, ModelError
-from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.answering import prompt_answers
+from vlm_tune.generation.answers import Answer
+from vlm_tune.generation.chat_session import Chat
+from vlm_tune.generation.choices import choices_of_each, choose
 from vlm_tune.generation.requests import request_conversation
+from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import load_model, save_model
-from vlm_tune.model.language.decoding import Decoding, check_count
+from vlm_tune.model.language.decoding import Decoding, Settings, check_count
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import check_path
 from vlm_tune.precision import device_of, dtype_of
 from vlm_tune.quoting import quoted
 
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A question, or the turns of a conversation that ends in one."""
+
+
+def _request(
+    prompt: Prompt | None, messages: Sequence[Mapping[str, Any]] | None, images: Any
+) -> dict[str, Any]:
+    if prompt is not None and messages is not None:
+        raise ArgumentError("both a prompt and messages: give one")
+    name = "prompt" if messages is None else "messages"
+    return {name: prompt if messages is None else messages, "images": images}
+
+
+def _one_answer(settings: Settings, why: str) -> None:
+    """Raises `ArgumentError` if more than one answer is wanted."""
+    if settings.get("num_return_sequences", 1) != 1:
+        raise ArgumentError(f"{why}: with num_return_sequences, use answer or answer_batch")
+
 
 class VisionLanguageModel(VisionLanguageNetwork):
     """The model that users hold: it answers prompts with images, loads and saves itself.
 
-    It adds `chat`, `chat_batch`, `from_pretrained` and `save_pretrained` to its base class
-    `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice, LLM.
-    Several threads may ask one model at once.
+    It adds `chat`, `answer`, `stream`, `start_chat`, `from_pretrained` and `save_pretrained` to its
+    base class `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice,
+    LLM. Several threads may ask one model at once.
     """
 
     def chat(
         self,
-        prompt: str | Sequence[Mapping[str, Any]],
+        prompt: Prompt | None = None,
         images: Any = (),
         *,
-        max_new_tokens: int = 128,
-        num_beams: int = 1,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[Settings],
     ) -> str:
-        r"""Answers one question, by greedy search or with `num_beams` by beam search.
+        r"""Answers one question, greedily if no setting says otherwise.
 
         Args:
-            prompt: a text, or a list of turns `{"role": ..., "content": ...}`. A content is a text
-                or a list of parts, `{"type": "text", "text": ...}` or `{"type": "image"}`, which
-                may hold its image under the key `image`. `<image>` in a text marks the place of an
-                image, `\<image>` is the literal text.
+            prompt: a text, or turns as `messages`.
             images: one image or a list, assigned to the places in order; without places they go
                 before the first question. An image is a path, a data URL, bytes, a file object, a
                 PIL image or a uint8 array [H, W, 3].
-            max_new_tokens: the most tokens of the answer.
-            num_beams: the number of beams; 1 is greedy search.
+            messages: in place of `prompt`, a list of turns `{"role": ..., "content": ...}`. A
+                content is a text or a list of parts, `{"type": "text", "text": ...}`,
+                `{"type": "image"}`, which may hold its image under the key `image`, or
+                `{"type": "image_url", "image_url": {"url": ...}}`. `<image>` in a text marks the
+                place of an image, `\<image>` is the literal text.
+            choices: texts of which the likeliest is the answer.
+            **settings: how the answer is generated: `max_new_tokens` (128), `num_beams`,
+                `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `repetition_penalty`,
+                `stop_strings`; see `Decoding`.
 
         Raises:
             DataError: turns or images are invalid, or places and images differ in number.
-            ArgumentError: `max_new_tokens` or `num_beams` is not an integer, or out of range.
+            ArgumentError: a setting is of the wrong type, out of range or without effect, or
+                `choices` is no list of different texts.
         """
-        return self.chat_batch(
-            [{"prompt": prompt, "images": images}],
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-        )[0]
+        request = _request(prompt, messages, images)
+        return self.chat_batch([request], choices=choices, **settings)[0]
 
     def chat_batch(
         self,
         requests: Sequence[str | Mapping[str, Any]],
         *,
-        max_new_tokens: int = 128,
-        num_beams: int = 1,
+        choices: Sequence[str] | Sequence[Sequence[str]] | None = None,
         batch_size: int = 32,
+        **settings: Unpack[Settings],
     ) -> list[str]:
-        """Answers many questions, in their order.
+        """Answers many questions, in their order, each as `chat` would.
 
         Args:
-            requests: texts, or mappings `{"prompt": ..., "images": ...}` (or `"image"`) with values
-                as in `chat`.
-            max_new_tokens: the most tokens of an answer.
-            num_beams: the number of beams; 1 is greedy search.
+            requests: texts, or mappings `{"prompt": ..., "images": ...}` (or `"messages"`,
+                `"image"`) with values as in `chat`.
+            choices: as in `chat` for all requests, or a list for each.
             batch_size: the approximate number of requests in a batch.
+            **settings: as in `chat`.
 
         Raises:
             DataError: as `chat`; the message has the request's number, from 1.
             ArgumentError: as `chat`, also for `batch_size`, and if `requests` is not a list.
         """
+        _one_answer(settings, "chat returns one text")
+        answers = self.answer_batch(requests, choices=choices, batch_size=batch_size, **settings)
+        return [answer.text for answer in answers]
+
+    def answer(
+        self,
+        prompt: Prompt | None = None,
+        images: Any = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Answer:
+        """As `chat`, but returns the answer with all that is known of it.
+
+        That is why it ended, its token ids, with `logprobs=True` their log-probabilities, with
+        `num_return_sequences` the further answers, and with `choices` the probability of each.
+        """
+        request = _request(prompt, messages, images)
+        return self.answer_batch([request], choices=choices, **settings)[0]
+
+    def answer_batch(
+        self,
+        requests: Sequence[str | Mapping[str, Any]],
+        *,
+        choices: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        batch_size: int = 32,
+        **settings: Unpack[Settings],
+    ) -> list[Answer]:
+        """As `chat_batch`, but returns each answer as `answer` does.
+
+        What requests share is computed once: an image that several ask about, a question of which
+        several answers are drawn, or whose choices are compared.
+        """
         if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
-            raise ArgumentError(f"chat_batch takes a list of requests, got {quoted(requests)}")
-        decoding = Decoding(max_new_tokens, num_beams)
+            raise ArgumentError(f"answers are to a list of requests, got {quoted(requests)}")
+        decoding = Decoding(**settings)
         check_count("batch_size", batch_size)
-        prompts = self.processor.prompts(
-            [request_conversation(number, request) for number, request in enumerate(requests, 1)]
-        )
+        conversations = [
+            request_conversation(number, request) for number, request in enumerate(requests, 1)
+        ]
         images = PixelCache(self.processor.images)
+        if choices is not None:
+            if settings:
+                raise ArgumentError(
+                    f"{next(iter(settings))} has no effect on choices: they are not generated"
+                )
+            of_each = choices_of_each(choices, len(conversations))
+            with self.evaluating():
+                return choose(self, conversations, of_each, fetch=images, batch_size=batch_size)
+        prompts = self.processor.prompts(conversations)
         with self.evaluating():
-            return answer_prompts(self, prompts, decoding, fetch=images, batch_size=batch_size)
+            return prompt_answers(self, prompts, decoding, fetch=images, batch_size=batch_size)
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        images: Any = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[str]:
+        """As `chat`, but yields the answer's text in pieces, as it is written."""
+        _one_answer(settings, "a stream is of one answer")
+        decoding = Decoding(**settings)
+        request = request_conversation(1, _request(prompt, messages, images))
+        return self._streamed(self.processor.prompts([request])[0], decoding)
+
+    def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
+        with self.evaluating():
+            yield from streamed(self, prompt, decoding, self.processor.images)
+
+    def start_chat(self, system: str | None = None, **settings: Unpack[Settings]) -> Chat:
+        """Begins a conversation of several turns, whose past is computed once.
+
+        Args:
+            system: the system text; the model's where not given.
+            **settings: how its answers are generated, as in `chat`.
+        """
+        return Chat(self, system, **settings)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ModelError(

@@ -11,7 +11,7 @@ import torch
 
 from vlm_tune.data.types import Batch
 from vlm_tune.generation.answers import AnswerReader, up_to_stop
-from vlm_tune.generation.picking import Picker, penalising_processor, picking_processor
+from vlm_tune.generation.picking import Picker
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 
@@ -36,7 +36,7 @@ def generated(
     picker: Picker,
     reader: AnswerReader,
     streamer: Any = None,
-    criteria: Any = None,
+    criterion: Any = None,
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """Generates the new ids of rows, and if they are wanted the ids' log-probabilities.
 
@@ -46,8 +46,8 @@ def generated(
         decoding: how answers are generated.
         picker: chooses the rows' tokens.
         reader: reads their texts.
-        streamer: a `BaseStreamer` of transformers.
-        criteria: a further criterion of transformers by which generation stops.
+        streamer: a streamer of transformers, which gets the ids while they are generated.
+        criterion: a further stopping criterion of transformers.
 
     Returns:
         The ids, which may go on after their end: of a beam search those of all beams to return,
@@ -55,48 +55,69 @@ def generated(
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    logprobs: list[torch.Tensor] = []
-    options: dict[str, Any] = {}
+    processor = None
     if decoding.num_beams > 1:
-        if picker.prompts is not None:
-            processor = penalising_processor(picker, decoding.num_beams)
-            options["logits_processor"] = LogitsProcessorList([processor])
+        processor = _Penalising(picker) if decoding.repetition_penalty != 1 else None
     elif not decoding.plain:
-        processor = picking_processor(picker, logprobs)
-        options["logits_processor"] = LogitsProcessorList([processor])
-    stopping = [each for each in (criteria, _string_criteria(reader)) if each is not None]
-    if stopping:
-        options["stopping_criteria"] = StoppingCriteriaList(stopping)
-    if streamer is not None:
-        options["streamer"] = streamer
+        processor = _Picking(picker)
+    stops = [criterion, _StopStrings(reader) if decoding.stop_strings else None]
     ids = model.llm.generate(
         model.embed(batch),
         batch.attention_mask,
         decoding,
         model.processor.spec.pad_id,
         model.processor.stop_ids,
-        **options,
+        logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+        stopping_criteria=StoppingCriteriaList([stop for stop in stops if stop is not None]),
+        streamer=streamer,
     )
-    of_ids = torch.stack(logprobs, 1).tolist() if logprobs else None
-    return ids.tolist(), of_ids
+    if isinstance(processor, _Picking) and decoding.logprobs:
+        return ids.tolist(), torch.stack(processor.logprobs, 1).tolist()
+    return ids.tolist(), None
 
 
-def _string_criteria(reader: AnswerReader) -> Any:
-    """A criterion of transformers that ends rows whose text holds a stop string, or None."""
-    from transformers import StoppingCriteria
+class _Picking:
+    """A logits processor of transformers that leaves a picker's tokens alone to choose from.
 
-    if not reader.stop_strings:
-        return None
+    Each row has one branch. `logprobs` has the tokens' log-probabilities, [B] a step.
+    """
 
-    class StopStrings(StoppingCriteria):
-        def __init__(self) -> None:
-            self.before: int | None = None
+    def __init__(self, picker: Picker) -> None:
+        self.picker = picker
+        self.logprobs: list[torch.Tensor] = []
+        self.begin: int | None = None
 
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            # The ids begin with what is before the answer, such as a decoder's start token.
-            if self.before is None:
-                self.before = input_ids.shape[1] - 1
-            ended = [reader.holds_stop(row) for row in input_ids[:, self.before :].tolist()]
-            return torch.tensor(ended, device=input_ids.device)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The ids begin with what is before the answer, such as a decoder's start token.
+        self.begin = input_ids.shape[1] if self.begin is None else self.begin
+        written = input_ids[:, None, self.begin :]
+        tokens, logprobs = self.picker.of_logits(scores.float()[:, None], written)
+        if logprobs is not None:
+            self.logprobs.append(logprobs[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
-    return StopStrings()
+
+class _Penalising:
+    """A logits processor of transformers for a picker's penalty, in a beam search."""
+
+    def __init__(self, picker: Picker) -> None:
+        self.picker = picker
+        self.begin: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.begin = input_ids.shape[1] if self.begin is None else self.begin
+        return self.picker.penalised(scores, input_ids[:, self.begin :])
+
+
+class _StopStrings:
+    """A criterion of transformers that ends rows whose text holds a stop string."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self.reader = reader
+        self.begin: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.begin = input_ids.shape[1] - 1 if self.begin is None else self.begin
+        rows = input_ids[:, self.begin :].tolist()
+        ended = [self.reader.holds_stop(row) for row in rows]
+        return torch.tensor(ended, device=input_ids.device)

@@ -105,19 +105,29 @@ class Picker:
         self, logits: torch.Tensor, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `of_hidden`, by logits fp32[B, K, V]."""
-        scores = logits.flatten(0, 1)
-        if self.prompts is not None:
-            ids = torch.cat([self.prompts, written], -1).flatten(0, 1)
-            scores = self.penalty(ids, scores) if ids.shape[-1] else scores
+        scores = self.penalised(logits.flatten(0, 1), written.flatten(0, 1))
         if self.numbers is None:
             tokens = largest(scores)
         else:
+            ids: Any = written.flatten(0, 1)
             number = self.numbers[..., written.shape[-1]].flatten()
-            tokens = _drawn(self.warpers(written.flatten(0, 1), scores), number)
+            tokens = _drawn(self.warpers(ids, scores), number)
         tokens = tokens.unflatten(0, logits.shape[:2])
         if not self.decoding.logprobs:
             return tokens, None
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+    def penalised(self, scores: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """Scores [R, V] after the penalty for ids in the prompts and in answers int64[R, n].
+
+        R is B x K, or in a beam search, which has one branch a row, a multiple of B.
+        """
+        if self.prompts is None:
+            return scores
+        prompts = self.prompts.flatten(0, 1)
+        prompts = prompts.repeat_interleave(len(scores) // len(prompts), 0)
+        ids: Any = torch.cat([prompts, written], -1)
+        return self.penalty(ids, scores) if ids.shape[-1] else scores
 
     def select(self, places: torch.Tensor) -> None:
         """Drops all branches but those at `places` int64[B, K']."""
@@ -134,7 +144,7 @@ def _padded(prompts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
     A shorter prompt's last id is repeated, which changes nothing: an id is penalised once.
     """
     length = max(len(ids) for row in prompts for ids in row)
-    filled = [[[*ids, *ids[-1:] * (length - len(ids))] for ids in row] for row in prompts]
+    filled = [[[*ids, *[*ids[-1:]] * (length - len(ids))] for ids in row] for row in prompts]
     return torch.tensor(filled, dtype=torch.int64)
 
 
@@ -143,48 +153,3 @@ def _drawn(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     sums = scores.softmax(-1).double().cumsum(-1)
     wanted = numbers[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
-
-
-def picking_processor(picker: Picker, logprobs: list[torch.Tensor]) -> Any:
-    """A logits processor of transformers' `generate` that leaves a picker's tokens alone.
-
-    The tokens' log-probabilities are appended to `logprobs`, one tensor [B] a step. Each row has
-    one branch.
-    """
-    from transformers import LogitsProcessor
-
-    class Picking(LogitsProcessor):
-        def __init__(self) -> None:
-            self.before: int | None = None
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            # The ids begin with what is before the answer, such as a decoder's start token.
-            if self.before is None:
-                self.before = input_ids.shape[1]
-            written = input_ids[:, None, self.before :]
-            tokens, of_tokens = picker.of_logits(scores.float()[:, None], written)
-            if of_tokens is not None:
-                logprobs.append(of_tokens[:, 0])
-            return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
-
-    return Picking()
-
-
-def penalising_processor(picker: Picker, beams: int) -> Any:
-    """A logits processor of transformers' `generate` for a picker's penalty, in a beam search."""
-    from transformers import LogitsProcessor
-
-    assert picker.prompts is not None
-    prompts = picker.prompts[:, 0].repeat_interleave(beams, 0)
-
-    class Penalising(LogitsProcessor):
-        def __init__(self) -> None:
-            self.before: int | None = None
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if self.before is None:
-                self.before = input_ids.shape[1]
-            ids = torch.cat([prompts, input_ids[:, self.before :]], 1)
-            return picker.penalty(ids, scores) if ids.shape[1] else scores
-
-    return Penalising()

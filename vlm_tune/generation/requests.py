@@ -18,11 +18,11 @@ from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted, reason_of
 
-KEYS = ("prompt", "image", "images")
+KEYS = ("prompt", "messages", "image", "images")
 TURN_KEYS = ("role", "content")
 PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """PIL modes that PNG supports; images of other modes are encoded as TIFF."""
-IMAGE_KINDS = "a path, bytes, a file object, a PIL image or a uint8 array"
+IMAGE_KINDS = "a path, a data URL, bytes, a file object, a PIL image or a uint8 array"
 
 
 def request_conversation(number: int, request: Any) -> Conversation:
@@ -34,8 +34,9 @@ def request_conversation(number: int, request: Any) -> Conversation:
 
     Args:
         number: The number of the request, from 1, for messages and the conversation's id.
-        request: A text, or `{"prompt": ..., "image" or "images": ...}`. The prompt is a text, or
-            turns `{"role", "content"}` whose contents are texts or lists of parts.
+        request: A text, or `{"prompt" or "messages": ..., "image" or "images": ...}`. A prompt is a
+            text, messages are turns `{"role", "content"}` whose contents are texts or lists of
+            parts; either may be the other.
 
     Raises:
         DataError: The request has another form, an image is unreadable, or the numbers of places
@@ -63,13 +64,13 @@ def _messages(request: Any) -> list[Message]:
             f'a request is a text or {{"prompt": ..., "images": [...]}}, got {quoted(request)}'
         )
     _known(request, KEYS)
-    if "prompt" not in request:
-        raise DataError("a request has a `prompt`")
+    if ("prompt" in request) == ("messages" in request):
+        raise DataError("a request has a `prompt`, or in its place `messages`")
     if request.get("image") is not None and request.get("images") is not None:
         raise DataError("both `image` and `images`")
     images = request.get("images") if request.get("image") is None else request["image"]
     media = [image_media(image) for image in _listed(images)]
-    prompt = request["prompt"]
+    prompt = request.get("prompt", request.get("messages"))
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, Sequence) or isinstance(turns, bytes) or not turns:
         raise DataError(f"a prompt is a text or a list of turns, got {quoted(prompt)}")
@@ -159,11 +160,13 @@ def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[st
     image = next(
         (
             part[name]
-            for name in ("image", "image_url", "path", "url", "bytes")
+            for name in ("image", "image_url", "path", "url", "bytes", "base64")
             if part.get(name) is not None
         ),
         None,
     )
+    if image is not None and image is part.get("base64"):
+        image = f"data:image;base64,{image}"
     media = take() if image is None else image_media(image)
     if media:
         yield media

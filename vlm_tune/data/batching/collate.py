@@ -119,8 +119,9 @@ def _joined(
         }
     if any(example.samples is not None for example in examples):
         samples = [0 if e.samples is None else e.samples for e in examples]
-        label_samples = [0 if e.label_samples is None else e.label_samples for e in examples]
         joined["samples"] = inputs.padded(samples, -1)
+    if any(example.label_samples is not None for example in examples):
+        label_samples = [0 if e.label_samples is None else e.label_samples for e in examples]
         joined["label_samples"] = outputs.padded(label_samples, -1)
     return joined
 

@@ -27,3 +27,8 @@ def split_marks(text: str, *, video: bool = False) -> list[str]:
             pieces += [mark["kind"], ""]
     pieces[-1] += text[end:]
     return pieces
+
+
+def escaped_marks(text: str) -> str:
+    """The text in which every mark of an image is plain text, for `split_marks`."""
+    return re.sub(r"(\\*)<image>", lambda mark: mark[1] * 2 + r"\<image>", text)

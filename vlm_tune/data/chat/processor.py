@@ -149,13 +149,17 @@ class Processor:
     def prompts(self, conversations: Sequence[Conversation]) -> list[Example]:
         """`prompt` of each conversation. Raises `DataError` for one longer than `max_length`."""
         prompts = [self.prompt(conversation) for conversation in conversations]
-        for example in prompts:
+        self.check_lengths(prompts)
+        return prompts
+
+    def check_lengths(self, examples: Sequence[Example]) -> None:
+        """Raises `DataError` for an example longer than `max_length`."""
+        for example in examples:
             if len(example.input_ids) > self.spec.max_length:
                 raise DataError(
                     f"{len(example.input_ids)} tokens, more than {self.spec.max_length}",
                     row=example.id,
                 )
-        return prompts
 
     @property
     def stop_ids(self) -> list[int]:

@@ -26,7 +26,6 @@ from vlm_tune.compat import (
     checkpointed_forward,
     default_compile_cache,
     is_kv_cache,
-    layer_cache,
     recompute_operator_inputs,
     supports_static_cache,
 )
@@ -34,6 +33,7 @@ from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import CACHE
 from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.kv_cache import layer_cache
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder

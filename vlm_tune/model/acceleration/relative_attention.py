@@ -56,13 +56,14 @@ class RelativeAttention(Seq2SeqAttention):
     ) -> tuple[Any, Any, Any]:
         if flex_attention.device_reason(row_mask.device) is not None:
             return super().masks(row_mask, samples, label_samples, targets, dtype)
-        if samples is None or label_samples is None:
-            samples = row_mask.int() - 1
-            label_samples = samples.new_zeros(len(samples), targets)
+        one = row_mask.new_zeros((len(row_mask), targets), dtype=torch.int32)
+        answers = one if label_samples is None else label_samples
+        readers = one if samples is None else answers
+        inputs = row_mask.int() - 1 if samples is None else samples
         return (
-            _sample_mask(samples, samples),
-            _sample_mask(label_samples, samples),
-            _sample_mask(label_samples, label_samples, causal=True),
+            _sample_mask(inputs, inputs),
+            _sample_mask(readers, inputs),
+            _sample_mask(answers, answers, causal=True),
         )
 
 

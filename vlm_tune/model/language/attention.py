@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name, static_cache, supports_static_cache
+from vlm_tune.compat import cache_name, supports_static_cache
+from vlm_tune.model.language.kv_cache import static_cache
 from vlm_tune.model.language.masks import layer_masks, tree_mask
 
 

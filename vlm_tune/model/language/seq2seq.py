@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name, static_cache, supports_static_cache
+from vlm_tune.compat import cache_name, supports_static_cache
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.masks import packing_reason
+from vlm_tune.model.language.kv_cache import static_cache
+from vlm_tune.model.language.masks import additive, packing_reason
 from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix, SoftPrompt
 
@@ -82,7 +83,7 @@ class Seq2SeqLLM(LanguageModel):
         embeds, batch_mask = self.prompted(embeds, batch.attention_mask)
         self.check_length(batch_mask.shape[1])
         label_samples = batch.label_samples
-        if batch.samples is not None and label_samples is not None:
+        if label_samples is not None:
             self.check_joined()
             if self.virtual:
                 raise ModelError(

@@ -28,22 +28,26 @@ class Seq2SeqAttention:
         Args:
             row_mask: bool[B, L], False for padding.
             samples: [B, L], the numbers of the samples of packed rows; None for rows of one sample.
-            label_samples: [B, T], those of the labels.
+            label_samples: [B, T], those of the labels. Without `samples` these are several answers
+                to the one sample of a row.
             targets: T, the number of label tokens.
             dtype: The type of the embeddings.
         """
-        if samples is not None and label_samples is not None:
+        causal = None
+        if label_samples is not None:
             # Relative positions are differences, so inside a sample they are what they would be
             # without its neighbours.
             shape = targets, targets
             earlier = torch.ones(shape, dtype=torch.bool, device=row_mask.device).tril()
+            causal = additive(same_sample(label_samples, label_samples) & earlier, dtype)
+        if samples is not None and label_samples is not None:
             return (
                 additive(same_sample(samples, samples), dtype),
                 additive(same_sample(label_samples, samples), dtype),
-                additive(same_sample(label_samples, label_samples) & earlier, dtype),
+                causal,
             )
         mask = row_mask.long()
         if row_mask.device.type == "cuda":
             # transformers looks whether a mask of rows has padding, for which the host would wait.
             mask = additive(row_mask[:, None, None], dtype)
-        return mask, mask, None
+        return mask, mask, causal

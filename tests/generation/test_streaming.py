@@ -1,0 +1,110 @@
+"""Answers in pieces: they add up to the answer, and an iterator that is closed stops the work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.talkative import talkative
+from tests.helpers.tiny_models import built, parsed, png
+from vlm_tune.errors import ArgumentError, DataError
+from vlm_tune.generation import answering, streaming
+from vlm_tune.generation.answers import AnswerReader
+
+Recipes = Callable[..., str]
+both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
+RED = png((200, 30, 30)).source
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.2, "seed": 4, "logprobs": True},
+    "stopped": {"stop_strings": ["e", "a b"]},
+    "beams": {"num_beams": 2},
+}
+
+
+@both_llms
+@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("by", ["here", "transformers"])
+def test_pieces_add_up_to_the_answer(
+    llm: str, how: str, by: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkative(tiny_recipe(llm))
+    if by == "transformers":
+        for module in (answering, streaming):
+            monkeypatch.setattr(module, "continues", lambda model, decoding: False)
+    numbers = []
+    for prompt, image in (("what color is it?", RED), ("hello", ())):
+        settings = {"max_new_tokens": 14, **SETTINGS[how]}
+        pieces = list(model.stream(prompt, image, **settings))
+        assert "".join(pieces) == model.chat(prompt, image, **settings)
+        assert all(pieces)
+        numbers.append(len(pieces))
+    # A text of single bytes that make no character comes late.
+    assert numbers == [1, 1] if how == "beams" else max(numbers) > 1 or how == "stopped"
+
+
+@pytest.mark.parametrize("by", ["here", "transformers"])
+def test_a_closed_stream_stops_and_leaves_the_mode_as_it_was(
+    by: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = talkative(tiny_recipe("causal")).train()
+    if by == "transformers":
+        monkeypatch.setattr(streaming, "continues", lambda model, decoding: False)
+    threads = threading.active_count()
+    stream: Any = model.stream("what color is it?", RED, max_new_tokens=2000)
+    assert next(stream) and not model.training
+    stream.close()
+    assert model.training and threading.active_count() == threads
+
+
+def test_a_fault_while_generating_reaches_the_reader(
+    tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkative(tiny_recipe("causal"))
+    monkeypatch.setattr(streaming, "continues", lambda model, decoding: False)
+    monkeypatch.setattr(type(model.llm), "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(model.stream("hello"))
+
+
+def test_what_can_not_be_answered_is_refused_before_the_first_piece(tiny_recipe: Recipes) -> None:
+    model = built(parsed(tiny_recipe("causal")))
+    with pytest.raises(ArgumentError, match="a stream is of one answer"):
+        model.stream("hello", temperature=1.0, num_return_sequences=2)
+    with pytest.raises(ArgumentError, match="top_p"):
+        model.stream("hello", top_p=3.0, temperature=1.0)
+    with pytest.raises(DataError, match="0 images and 1 <image> marks"):
+        model.stream("<image>?")
+    with pytest.raises(ArgumentError, match="both a prompt and messages"):
+        model.stream("a", messages=[{"role": "user", "content": "b"}])
+
+
+class _Letters:
+    """A processor whose ids are characters, and `9` a byte of none."""
+
+    stop_ids = (0,)
+
+    def raw_text(self, ids: Any) -> str:
+        return "".join("\ufffd" if token == 9 else chr(token) for token in ids)
+
+
+def test_what_later_tokens_may_change_is_held_back() -> None:
+    letters: Any = _Letters()
+    reader = AnswerReader(letters, ["END", "\n\n"])
+
+    def shown(text: str) -> str:
+        return reader.shown([ord(each) for each in text])
+
+    assert shown(" a ") == "a"
+    assert shown("a\t") == "a"
+    assert shown("ab E") == "ab"
+    assert shown("ab EN") == "ab"
+    assert shown("ab ENT") == "ab ENT"
+    assert shown("ab END") == "ab"
+    assert shown("ab\n") == "ab"
+    answer = reader.answer([ord(each) for each in "ab END more"], None)
+    assert (answer.text, answer.finish_reason, len(answer.ids)) == ("ab", "stop", 6)
+    assert reader.answer([97, 0, 98], [-1.0, -2.0, -3.0]).logprobs == (-1.0,)

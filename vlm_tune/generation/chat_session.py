@@ -1,0 +1,233 @@
+"""A chat of several turns, whose past is not computed anew for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.chat.image_marks import escaped_marks
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.packing import Tree
+from vlm_tune.data.types import Example, Media, Message
+from vlm_tune.errors import ArgumentError
+from vlm_tune.generation.answering import continuation_of, continues
+from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.requests import request_conversation
+from vlm_tune.generation.streaming import Pieces, picker_of, pieces, streamed
+from vlm_tune.model.language.decoding import Decoding, Settings
+from vlm_tune.model.language.kv_cache import crop_cache
+from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import quoted
+
+
+class Chat:
+    """A conversation with a model, begun by `VisionLanguageModel.start_chat`.
+
+    A decoder's KV cache of the conversation so far is kept, so that only the new turn is prefilled;
+    the answers are those of `VisionLanguageModel.chat` with all turns. An encoder-decoder, a model
+    with virtual tokens, and one whose connector reads the question read the whole each time.
+
+    One thread at a time may use a chat. After a change of the model's weights, begin a new one.
+
+    Attributes:
+        turns: The turns so far.
+        system: The system text of this chat; None for the model's.
+        settings: How answers are generated where a call does not say it.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageNetwork,
+        system: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        """Begins without turns.
+
+        Args:
+            model: The model.
+            system: The system text; the model's where not given.
+            **settings: How answers are generated, see `Decoding`.
+        """
+        _decoding(settings)
+        self.model = model
+        self.settings = settings
+        self.system = system
+        self.turns: list[Message] = []
+        self._prefix = _Prefix()
+
+    def ask(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Answer:
+        """Answers a further question.
+
+        Args:
+            prompt: The question.
+            images: One image or a list, as for `VisionLanguageModel.chat`, for this question.
+            **settings: How this answer is generated.
+
+        Raises:
+            DataError: An image is invalid, places and images differ in number, or the chat has
+                become longer than the model takes; the chat is as before.
+            ArgumentError: A setting is invalid.
+        """
+        answering = self._answer(prompt, images, _decoding({**self.settings, **settings}))
+        while True:
+            try:
+                next(answering)
+            except StopIteration as end:
+                return end.value
+
+    def stream(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Iterator[str]:
+        """As `ask`, but yields the answer's text in pieces.
+
+        Where the iterator is closed before its end, the chat goes on from what was yielded.
+        """
+        return self._answer(prompt, images, _decoding({**self.settings, **settings}))
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.turns = []
+        self._prefix = _Prefix()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The system text and the turns so far, as `VisionLanguageModel.chat` takes them."""
+        return [
+            {"role": message.role, "content": [_content(part) for part in message.parts]}
+            for message in self._opened()
+        ]
+
+    def _opened(self) -> list[Message]:
+        system = [] if self.system is None else [Message("system", (self.system,))]
+        return [*system, *self.turns]
+
+    def _answer(self, prompt: str, images: Any, decoding: Decoding) -> Pieces:
+        if not isinstance(prompt, str):
+            raise ArgumentError(f"a chat's question is a text, got {quoted(prompt)}")
+        number = len(self.turns) // 2 + 1
+        request = request_conversation(number, {"prompt": prompt, "images": images})
+        question = request.messages[0]
+        conversation = replace(request, messages=(*self._opened(), question))
+        (example,) = self.model.processor.prompts([conversation])
+        answer: Answer | None = None
+        text = ""
+        try:
+            with self.model.evaluating():
+                answering = self._pieces(example, decoding)
+                while answer is None:
+                    try:
+                        piece = next(answering)
+                    except StopIteration as end:
+                        answer = end.value
+                    else:
+                        text += piece
+                        yield piece
+            return answer
+        finally:
+            # Also an answer that was broken off is one, if there was something of it.
+            if answer is not None or text:
+                parts = (text,) if text else ()
+                self.turns += [question, Message("assistant", parts)]
+
+    def _pieces(self, prompt: Example, decoding: Decoding) -> Pieces:
+        model = self.model
+        reads_text = model.connector.needs_text
+        if model.llm.layout == "causal" and continues(model, decoding) and not reads_text:
+            return self._prefix.continued(model, prompt, decoding)
+        return streamed(model, prompt, decoding, PixelCache(model.processor.images))
+
+
+def _decoding(settings: Settings) -> Decoding:
+    decoding = Decoding(**settings)
+    if decoding.num_return_sequences > 1:
+        raise ArgumentError("a chat has one answer a turn: num_return_sequences is 1")
+    return decoding
+
+
+def _content(part: str | Media) -> dict[str, Any]:
+    """A part of a turn, as `VisionLanguageModel.chat` takes it."""
+    if isinstance(part, Media):
+        return {"type": "image", "image": part.source}
+    return {"type": "text", "text": escaped_marks(part)}
+
+
+class _Prefix:
+    """A decoder's KV cache of the tokens of a chat so far.
+
+    Attributes:
+        keys: What each token in the cache is: (id, None), or for an image's slot its number in
+            the image, and the image.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = []
+        self.cache: Any = None
+
+    def continued(
+        self, model: VisionLanguageNetwork, prompt: Example, decoding: Decoding
+    ) -> Pieces:
+        """Answers a prompt, of which only what follows the cached tokens is prefilled."""
+        from transformers import DynamicCache
+
+        keys = _keys(prompt, model.processor.spec.tokens_per_image)
+        # At least one token is computed, whose hidden states predict the answer's first one.
+        cached = min(_common(self.keys, keys), len(keys) - 1)
+        # An image is computed as a whole.
+        cached -= keys[cached][0] if keys[cached][1] else 0
+        if self.cache is None:
+            self.cache = DynamicCache()
+        crop_cache(self.cache, cached)
+        self.keys = self.keys[:cached]
+        rest = _rest(prompt, cached, model.processor.spec.tokens_per_image)
+        spec = model.processor.spec
+        batch = collate([prompt], spec).to(model.device)
+        rest_batch = collate([rest], spec, fetch=model.processor.images).to(model.device)
+        reader = AnswerReader(model.processor, decoding.stop_strings)
+        with torch.inference_mode():
+            embeds = model.embed(rest_batch)
+        row = Tree(prompt, (0,), (len(keys) - 1,))
+        continuation = continuation_of(
+            model,
+            batch,
+            [row],
+            decoding,
+            picker_of(model, prompt, decoding),
+            reader,
+            embeds=embeds,
+            cache=self.cache,
+        )
+        try:
+            return (yield from pieces(continuation, reader))
+        finally:
+            answer = [(token, None) for token in continuation.ids[0, 0].tolist()]
+            # An answer's last token is not fed back.
+            computed = min(layer.get_seq_length() for layer in self.cache.layers)
+            self.keys = [*keys, *answer][:computed]
+
+
+def _keys(prompt: Example, tokens_per_image: int) -> list[tuple[int, Any]]:
+    keys: list[tuple[int, Any]] = [(token, None) for token in prompt.input_ids.tolist()]
+    for slot, place in enumerate(prompt.image_mask.nonzero()[0].tolist()):
+        image = prompt.media[slot // tokens_per_image]
+        keys[place] = (slot % tokens_per_image, (image.source, image.tile))
+    return keys
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The length of the common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _rest(prompt: Example, start: int, tokens_per_image: int) -> Example:
+    """The prompt without its first `start` tokens and their images."""
+    images = int(prompt.image_mask[:start].sum()) // tokens_per_image
+    return replace(
+        prompt,
+        input_ids=prompt.input_ids[start:],
+        labels=prompt.labels[start:],
+        image_mask=prompt.image_mask[start:],
+        media=prompt.media[images:],
+    )

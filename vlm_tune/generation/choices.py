@@ -1,0 +1,221 @@
+"""Answers limited to a set of choices, by the probability that the model gives to each of them.
+
+What a question's choices share, its image and its text, is read once: a decoder has the choices as
+branches of the question, an encoder-decoder has them as separate answers to one encoded question.
+
+Shapes: S supervised positions, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.packing import Tree, trees
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
+from vlm_tune.errors import ArgumentError
+from vlm_tune.generation.answers import Answer, up_to_stop
+from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import quoted
+
+ROW = 1024
+"""Most tokens of a row that joins choices, of one or several questions about one image."""
+
+CHUNK_BYTES = 1 << 25
+"""Most bytes of the fp32 logits that exist at a time."""
+
+
+def choices_of_each(choices: Any, requests: int) -> list[list[str]]:
+    """The choices of each request, from a list of texts for all or from a list of such lists.
+
+    Raises:
+        ArgumentError: They have another form, a list has less than two different texts, or there
+            are more or fewer lists than requests.
+    """
+    listed = isinstance(choices, Sequence) and not isinstance(choices, str | bytes)
+    if not listed or not choices:
+        raise ArgumentError(f"choices is a list of texts, got {quoted(choices)}")
+    lists: Any = [choices] * requests if isinstance(choices[0], str) else choices
+    if len(lists) != requests:
+        raise ArgumentError(f"{len(lists)} lists of choices for {requests} requests")
+    for texts in lists:
+        if (
+            not isinstance(texts, Sequence)
+            or isinstance(texts, str)
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
+            raise ArgumentError(f"choices is a list of texts, none empty, got {quoted(texts)}")
+        if len(texts) < 2 or len(set(texts)) < len(texts):
+            raise ArgumentError(
+                f"choices is a list of two or more different texts, got {quoted(texts)}"
+            )
+    return [list(texts) for texts in lists]
+
+
+@torch.inference_mode()
+def choose(
+    model: VisionLanguageNetwork,
+    questions: Sequence[Conversation],
+    choices: Sequence[Sequence[str]],
+    *,
+    fetch: Fetch,
+    batch_size: int = 32,
+) -> list[Answer]:
+    """Answers questions by the likeliest of their choices.
+
+    A choice's probability is that of its tokens and of the answer's end, as training has them,
+    divided by the sum over the question's choices.
+
+    Args:
+        model: the model, in eval mode.
+        questions: conversations that end in the user's turn.
+        choices: the texts to choose from, for each question.
+        fetch: returns the pixels of a media item.
+        batch_size: the approximate number of questions in a batch.
+
+    Raises:
+        DataError: a question with a choice is too long.
+    """
+    examples: list[Example] = []
+    for question, texts in zip(questions, choices, strict=True):
+        examples += answered(model, question, texts)
+    logprobs = _logprobs(model, examples, [len(texts) for texts in choices], fetch, batch_size)
+    answers: list[Answer] = []
+    start = 0
+    for texts in choices:
+        end = start + len(texts)
+        answers.append(_likeliest(model, texts, examples[start:end], logprobs[start:end]))
+        start = end
+    return answers
+
+
+def answered(
+    model: VisionLanguageNetwork, question: Conversation, texts: Sequence[str]
+) -> list[Example]:
+    """The question with each text as its answer, and only that answer supervised."""
+    earlier = tuple(replace(message, trained=False) for message in question.messages)
+    conversations = [
+        replace(question, messages=(*earlier, Message("assistant", (text,)))) for text in texts
+    ]
+    examples = [model.processor.examples(each)[-1] for each in conversations]
+    model.processor.check_lengths(examples)
+    return examples
+
+
+def _likeliest(
+    model: VisionLanguageNetwork,
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    logprobs: Sequence[Sequence[float]],
+) -> Answer:
+    totals = np.array([sum(of_tokens) for of_tokens in logprobs])
+    shares = np.exp(totals - totals.max())
+    shares /= shares.sum()
+    best = int(shares.argmax())
+    labels = examples[best].labels
+    ids = labels[labels != IGNORE_INDEX].tolist()
+    return Answer(
+        texts[best],
+        "stop",
+        tuple(up_to_stop(ids, model.processor.stop_ids)),
+        tuple(logprobs[best]),
+        probabilities=dict(zip(texts, shares.tolist(), strict=True)),
+    )
+
+
+def _logprobs(
+    model: VisionLanguageNetwork,
+    examples: Sequence[Example],
+    counts: Sequence[int],
+    fetch: Fetch,
+    batch_size: int,
+) -> list[list[float]]:
+    """The log-probabilities of each example's supervised tokens.
+
+    `counts` are the numbers of consecutive examples that are choices of one question.
+    """
+    rows = choice_rows(model, examples, counts)
+    most = batch_size * max(counts)
+    logprobs: list[list[float]] = [[] for _ in examples]
+    batch: list[Tree] = []
+    for place, tree in enumerate(rows):
+        batch.append(tree)
+        if place + 1 < len(rows) and sum(len(each.members) for each in batch) < most:
+            continue
+        of_batch = _batch_logprobs(model, [each.row for each in batch], fetch)
+        for member in (member for each in batch for member in each.members):
+            count = examples[member].supervised
+            logprobs[member] = of_batch[:count]
+            of_batch = of_batch[count:]
+        batch = []
+    return logprobs
+
+
+def choice_rows(
+    model: VisionLanguageNetwork, examples: Sequence[Example], counts: Sequence[int]
+) -> list[Tree]:
+    """Joins examples to rows, sorted by length, in which what they share stands once.
+
+    A tree's leaves are of no use here.
+    """
+    llm = model.llm
+    causal = llm.layout == "causal"
+    # A connector that reads a decoder's text reads the answer too.
+    shares = (
+        llm.unjoined is None
+        and model.connector.fills_slots
+        and not (model.connector.needs_text if causal else llm.virtual)
+    )
+    question_of = np.repeat(np.arange(len(counts)), counts).tolist()
+    groups: dict[Any, list[int]] = {}
+    for place, (example, question) in enumerate(zip(examples, question_of, strict=True)):
+        key = example.media if causal and example.media else question
+        groups.setdefault(key if shares else (place,), []).append(place)
+    rows: list[Tree] = []
+    for group in groups.values():
+        members = [examples[place] for place in group]
+        rows += [
+            replace(tree, members=tuple(group[member] for member in tree.members))
+            for tree in (trees(members, ROW) if causal else [_answers_to_one(members)])
+        ]
+    return sorted(rows, key=lambda tree: len(tree.row.input_ids))
+
+
+def _answers_to_one(examples: Sequence[Example]) -> Tree:
+    """An encoder-decoder's examples of one question as one row with several answers."""
+    labels = [example.labels for example in examples]
+    row = examples[0]
+    if len(examples) > 1:
+        numbers = np.arange(len(examples), dtype=np.int32)
+        row = replace(
+            row,
+            labels=np.concatenate(labels),
+            label_samples=np.repeat(numbers, [len(each) for each in labels]),
+        )
+    return Tree(row, tuple(range(len(examples))), ())
+
+
+def _batch_logprobs(
+    model: VisionLanguageNetwork, rows: Sequence[Example], fetch: Fetch
+) -> list[float]:
+    """The log-probabilities of the rows' supervised tokens, in order."""
+    batch = collate(rows, model.processor.spec, fetch=fetch).to(model.device)
+    hidden, targets = model.llm.supervised(model.embed(batch), batch)
+    return token_logprobs(model.llm, hidden, targets).tolist()
+
+
+def token_logprobs(llm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities fp32[S] of `targets` int64[S] after hidden states [S, E]."""
+    rows = llm.model.get_input_embeddings().num_embeddings
+    chunk = max(CHUNK_BYTES // (4 * rows), 1)
+    parts = [
+        llm.logits(states).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
