@@ -62,7 +62,7 @@ def test_fault_31_missing_and_unexpected_tensors_of_every_part(llava: tuple[Path
     for name, message in {
         "vision_tower.extra": "unexpected: extra",
         "multi_modal_projector.extra": "unexpected: extra",
-        "image_newline": "unexpected image_newline",
+        "image_newline": "unexpected: image_newline",
     }.items():
         change_tensors(folder, lambda tensors, name=name: tensors.update({name: torch.zeros(3)}))
         with pytest.raises(ModelError, match=message):

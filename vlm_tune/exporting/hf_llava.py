@@ -11,6 +11,7 @@ import torch
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.llava_layout import IMAGE_TOKEN, check_target, llava_model, llava_processor
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
@@ -23,7 +24,6 @@ from vlm_tune.exporting.source import (
     commit_export,
     count_parameters,
     expected_of,
-    run_lines,
     text_config,
     whole_model,
 )
@@ -76,7 +76,7 @@ def export_llava(
                 rows=len(expected.rows),
                 allowed=allowed,
             )
-        return report, model_card(path, model, report)
+        return report, llava_card(path, model, report)
 
     return commit_export(output, write)
 
@@ -197,50 +197,51 @@ def _check_pixels(images: Any, model: VisionLanguageNetwork, row: Conversation) 
             )
 
 
-def model_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -> str:
-    """The README of an exported folder: parts, usage, and scores and recipe if they are known."""
-    section = model.config.model
-    tower = getattr(section.tower, "name", None) or "from scratch"
+EXAMPLE = """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "{folder}"
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+content = [
+    {{"type": "image", "path": "image.png"}},
+    {{"type": "text", "text": "What does the image show?"}},
+]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+generated = model.generate(**inputs, max_new_tokens=64)
+answer = generated[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+"""
+
+
+def llava_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -> str:
+    """The README of an exported folder."""
+    tower, connector, language = described_parts(model.config.model)
     verified = (
         "not verified"
         if report.difference is None
         else f"logits within {report.difference:.2g} of the model's, same greedy text"
     )
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        f"base_model: {section.llm.name or 'none'}",
-        "---",
-        "",
+    return model_card(
+        {
+            "library_name": "transformers",
+            "pipeline_tag": "image-text-to-text",
+            "base_model": model.config.model.llm.name,
+        },
         f"A LLaVA written by vlm_tune {__version__}.",
-        "",
-        f"- tower: {tower} ({section.tower.kind})",
-        f"- connector: {section.connector.kind}",
-        f"- language model: {section.llm.name or 'from scratch'}",
-        f"- merged adapters: {', '.join(report.merged) or 'none'}",
-        f"- {report.parameters:,} parameters in {report.dtype}; {verified}",
-        "",
-        "```python",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        f'folder = "{report.output}"',
-        "processor = AutoProcessor.from_pretrained(folder)",
-        "model = AutoModelForImageTextToText.from_pretrained(folder)",
-        "content = [",
-        '    {"type": "image", "path": "image.png"},',
-        '    {"type": "text", "text": "What does the image show?"},',
-        "]",
-        "inputs = processor.apply_chat_template(",
-        '    [{"role": "user", "content": content}],',
-        "    add_generation_prompt=True,",
-        "    tokenize=True,",
-        "    return_dict=True,",
-        '    return_tensors="pt",',
-        ")",
-        "generated = model.generate(**inputs, max_new_tokens=64)",
-        'answer = generated[0, inputs["input_ids"].shape[1] :]',
-        "print(processor.decode(answer, skip_special_tokens=True))",
-        "```",
-    ]
-    return "\n".join([*lines, *run_lines(path)]) + "\n"
+        [
+            f"tower: {tower}",
+            f"connector: {connector}",
+            f"language model: {language}",
+            f"merged adapters: {', '.join(report.merged) or 'none'}",
+            f"{report.parameters:,} parameters in {report.dtype}; {verified}",
+        ],
+        ("python", EXAMPLE.format(folder=report.output)),
+        path,
+    )

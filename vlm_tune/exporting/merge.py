@@ -15,6 +15,7 @@ from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
 from vlm_tune.evaluation.evaluate import score
+from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.verify import TOLERANCE, largest_difference, observe, probe_rows
 from vlm_tune.model.base_places import AS_SAVED, BaseArgument, BaseChoice, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
@@ -110,7 +111,7 @@ def merge(
 
     def extra(folder: Path) -> None:
         (folder / "merge.json").write_text(json.dumps(asdict(report), indent=1))
-        (folder / "README.md").write_text(model_card(merged, report))
+        (folder / "README.md").write_text(merged_card(merged, report))
 
     with writing(output, "the merged model"):
         save_model(merged, output, extra)
@@ -346,31 +347,35 @@ def _without_adapters(model: VisionLanguageNetwork, probes: Sequence[Conversatio
     return logits
 
 
-def model_card(model: VisionLanguageNetwork, report: MergeReport) -> str:
-    """The README of a merged folder."""
-    section = model.config.model
-    return f"""---
-library_name: vlm_tune
-pipeline_tag: image-text-to-text
-base_model: {section.llm.name or "none"}
----
-
-A vision-language model merged by vlm_tune {__version__}.
-
-- tower: {section.tower.kind} {getattr(section.tower, "name", None) or "(from scratch)"}
-- connector: {section.connector.kind}
-- language model: {report.base}
-- merged: LoRA on {", ".join(report.parts)}
-{chr(10).join(f"- {line}" for line in merge_lines(report))}
-
-```python
+EXAMPLE = """
 from vlm_tune import VisionLanguageModel
 
-folder = "{report.output}"
+folder = "{folder}"
 vlm = VisionLanguageModel.from_pretrained(folder)
 print(vlm.chat("What does the image show?", images=["image.png"]))
-```
 """
+
+
+def merged_card(model: VisionLanguageNetwork, report: MergeReport) -> str:
+    """The README of a merged folder."""
+    tower, connector, _ = described_parts(model.config.model)
+    return model_card(
+        {
+            "library_name": "vlm_tune",
+            "pipeline_tag": "image-text-to-text",
+            "base_model": model.config.model.llm.name,
+        },
+        f"A vision-language model merged by vlm_tune {__version__}.",
+        [
+            f"tower: {tower}",
+            f"connector: {connector}",
+            f"language model: {report.base}",
+            f"merged: LoRA on {', '.join(report.parts)}",
+            *merge_lines(report),
+        ],
+        ("python", EXAMPLE.format(folder=report.output)),
+        None,
+    )
 
 
 def merge_lines(report: MergeReport) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.card import model_card
 from vlm_tune.exporting.merge import check_output
-from vlm_tune.exporting.source import EXACT, ExportReport, commit_export, run_lines
+from vlm_tune.exporting.source import EXACT, ExportReport, commit_export
 from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import ADAPTERS, find_model, load_model, read_config
@@ -186,10 +187,12 @@ def _text_logits(module: Any, ids: torch.Tensor, seq2seq: bool) -> torch.Tensor:
 
 def _adapter_card(path: Path, config: VisionLanguageConfig, report: ExportReport) -> str:
     base = f"{config.llm.name}" + (f" ({config.llm.gguf_file})" if config.llm.gguf_file else "")
-    lines = ["---", "library_name: peft", f"base_model: {config.llm.name}", "---", ""]
-    lines += [
+    return model_card(
+        {"library_name": "peft", "base_model": config.llm.name},
         f"The language model's LoRA adapter of a vision-language model, over {base}: "
-        f"{report.parameters:,} parameters."
-    ]
-    lines += ["Beside it: `connector.safetensors`, and what was changed of the tower."]
-    return "\n".join([*lines, *run_lines(path)]) + "\n"
+        f"{report.parameters:,} parameters.\n"
+        "Beside it: `connector.safetensors`, and what was changed of the tower.",
+        (),
+        None,
+        path,
+    )

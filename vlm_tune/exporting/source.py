@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import writing
 from vlm_tune.precision import DTYPES
-from vlm_tune.run_folder import recipe_above
 
 EXACT = 1e-5
 """Allowed difference of an fp32 export's logits, relative to the largest logit if over 1."""
@@ -239,28 +237,3 @@ def check_ids(row: Conversation, model_ids: Sequence[int], export_ids: Sequence[
             f"with, from place {place}: {list(export_ids[place : place + 4])}, expected "
             f"{list(model_ids[place : place + 4])}; nothing was written"
         )
-
-
-def run_lines(path: Path) -> list[str]:
-    """Lines for a model card: scores and recipe of the run that a model lies in."""
-    recipe = recipe_above(path)
-    if recipe is None:
-        return []
-    scores: list[str] = []
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        result = json.loads((recipe.parent / "result.json").read_text())
-        scores = [
-            "",
-            "## Scores",
-            "",
-            f"Exact match on {result['n']:,} test questions: {result['accuracy']:.4f}",
-        ]
-    return [
-        *scores,
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        recipe.read_text().rstrip(),
-        "```",
-    ]

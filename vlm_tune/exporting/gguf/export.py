@@ -15,6 +15,7 @@ import torch
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.gguf.language import (
     FAMILIES,
     ROPE_FACTORS,
@@ -47,7 +48,6 @@ from vlm_tune.exporting.source import (
     commit_export,
     count_parameters,
     expected_of,
-    run_lines,
     text_config,
     whole_model,
 )
@@ -95,7 +95,7 @@ def export_gguf(
         if expected is not None:
             verified = verify_gguf(files, model, expected, dtype)
             report = replace(report, **asdict(verified), rows=len(expected.rows))
-        return report, model_card(path, model, files, report)
+        return report, gguf_card(path, model, files, report)
 
     return commit_export(output, write)
 
@@ -333,38 +333,32 @@ class Reader:
 # --- the card -------------------------------------------------------------------------------------
 
 
-def model_card(path: Path, model: VisionLanguageNetwork, files: Files, report: ExportReport) -> str:
-    """The README of an exported folder: its files, usage, and scores and recipe if known."""
-    section = model.config.model
-    tower = getattr(section.tower, "name", None) or "from scratch"
+def gguf_card(path: Path, model: VisionLanguageNetwork, files: Files, report: ExportReport) -> str:
+    """The README of an exported folder."""
+    tower, connector, language = described_parts(model.config.model)
     proof = (
         "not verified"
         if report.difference is None
         else f"logits within {report.difference:.2g} of the model's"
     )
-    lines = [
-        "---",
-        "library_name: gguf",
-        "pipeline_tag: image-text-to-text",
-        f"base_model: {section.llm.name or 'none'}",
-        "---",
-        "",
+    return model_card(
+        {
+            "library_name": "gguf",
+            "pipeline_tag": "image-text-to-text",
+            "base_model": model.config.model.llm.name,
+        },
         f"A vision-language model for llama.cpp, written by vlm_tune {__version__}.",
-        "",
-        f"- `{files.language.name}`: the language model, {section.llm.name or 'from scratch'}",
+        [
+            f"`{files.language.name}`: the language model, {language}",
+            f"`{files.mmproj.name}`: the tower, {tower}, and the connector ({connector})",
+            f"merged adapters: {', '.join(report.merged) or 'none'}",
+            f"{report.parameters:,} parameters; read back and compared: {proof}",
+            *report.notes,
+        ],
         (
-            f"- `{files.mmproj.name}`: the tower, {tower} ({section.tower.kind}), and the "
-            f"connector ({section.connector.kind})"
-        ),
-        f"- merged adapters: {', '.join(report.merged) or 'none'}",
-        f"- {report.parameters:,} parameters; read back and compared: {proof}",
-        *(f"- {note}" for note in report.notes),
-        "",
-        "```sh",
-        (
+            "sh",
             f"llama-mtmd-cli -m {files.language.name} --mmproj {files.mmproj.name} --image "
-            "image.png -p 'What does the image show?' --temp 0"
+            "image.png -p 'What does the image show?' --temp 0",
         ),
-        "```",
-    ]
-    return "\n".join([*lines, *run_lines(path)]) + "\n"
+        path,
+    )
