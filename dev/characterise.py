@@ -68,8 +68,8 @@ LORA = {"match": "llm.*", "how": "lora", "r": 8, "lora_alpha": 16, "target_modul
 FULL = {"match": "llm.*", "how": "full"}
 
 NOISE = re.compile(
-    r"second|_s$|per_s|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date"
-    r"|fingerprint"
+    r"second|_s$|per_s|^ms_|time|memory|_mb$|_gb|free|bytes|stall|wait|tflop|^rate$|^left$|mfu|date"
+    r"|fingerprint|^loading$|^needed$"
 )
 """Keys of printed JSON whose values depend on time, the machine or paths."""
 

@@ -19,9 +19,10 @@ class Event:
 
     def line(self) -> dict[str, Any]:
         """The event as JSON; a field with a default is left out where it has that value."""
-        values = ((each, getattr(self, each.name)) for each in fields(self))
         return {"event": self.kind} | {
-            each.name: value for each, value in values if value != each.default
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) != each.default
         }
 
 

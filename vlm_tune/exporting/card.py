@@ -28,7 +28,7 @@ def model_card(
         path: the model that was read; the scores and the recipe of the run that it lies in are
             added. None adds nothing.
     """
-    header = [f"{name}: {value or 'none'}" for name, value in metadata.items()]
+    header = [f"{name}: {text or 'none'}" for name, text in metadata.items()]
     lines = ["---", *header, "---", "", about]
     lines += ["", *(f"- {fact}" for fact in facts)] if facts else []
     lines += ["", f"```{example[0]}", example[1].strip(), "```"] if example else []
