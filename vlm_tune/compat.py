@@ -147,7 +147,7 @@ Beyond torch's own limit of 8 it would run uncompiled, with all scores in memory
 """
 
 
-_uncompiled = threading.RLock()
+_flex_switch_lock = threading.RLock()
 
 
 @cache
@@ -171,7 +171,7 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Where other code is to run eagerly, scores [L, L] would be in memory.
         with torch.compiler.set_stance("default"), config.patch(recompile_limit=RECOMPILED):
             return _compiled_flex_attention()(query, *args, **kwargs)
-    with _uncompiled:  # the switch is one for all threads
+    with _flex_switch_lock:  # the switch is one for all threads
         before = library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
         library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
         try:

@@ -49,11 +49,12 @@ OUTPUT = "the output folder"
 
 
 def recipe_above(folder: Path) -> Path | None:
-    """The recipe of the run that a folder is or lies in; None if it lies in none."""
-    return next(
-        (each / RECIPE for each in (folder, *folder.resolve().parents) if is_file(each / RECIPE)),
-        None,
-    )
+    """The recipe of the run that a folder is or lies in; None if it lies in none.
+
+    Of a folder behind a link, both the link's place and its own count.
+    """
+    above = (folder, *folder.parents, *folder.resolve().parents)
+    return next((each / RECIPE for each in above if is_file(each / RECIPE)), None)
 
 
 def check_run(

@@ -70,7 +70,7 @@ def parameter(each: inspect.Parameter) -> str:
     if isinstance(declared, typer.models.ArgumentInfo):
         names = [declared.metavar or each.name.upper()]
     facts = [
-        kind.__name__ if inspect.isclass(kind) else str(kind).replace("pathlib.", ""),
+        kind.__name__ if inspect.isclass(kind) else re.sub(r"pathlib\.(_local\.)?", "", str(kind)),
         "required" if each.default is inspect.Parameter.empty else f"default {each.default!r}",
         *(["hidden"] if declared.hidden else []),
     ]
@@ -152,8 +152,12 @@ def shown(text: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Writes all snapshots."""
-    for name, text in snapshots().items():
+    """Writes all snapshots, and removes those of which nothing is left."""
+    current = snapshots()
+    for path in GOLDEN.rglob("*.txt"):
+        if path.relative_to(GOLDEN).as_posix() not in current:
+            path.unlink()
+    for name, text in current.items():
         path = GOLDEN / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.verify import observe
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import restore_model
-from vlm_tune.model.lora import merge_adapter, parts
+from vlm_tune.model.lora import adapter_state, load_adapter_state, merge_adapter, parts
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")
@@ -247,3 +247,23 @@ def test_a_towers_adapter_is_saved_and_found_again(
     again = restore_model(tmp_path / "saved", dtype=torch.float32)
     applied(again, lora(variant, "tower.*"))
     assert_same_outputs(observe(again, rows)[0], adapted)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_an_adapter_of_other_layers_or_another_rank_is_refused_by_name(
+    init: str, named: Any
+) -> None:
+    model, _, _ = named("causal")
+    applied(model, TuneRule.model_validate({"match": "llm.*", "how": "lora", "r": 4, "init": init}))
+    module = parts(model)["llm"]
+    state = {key: value.clone() for key, value in adapter_state(module).items()}
+    load_adapter_state(module, state, "here")
+    key = min(key for key in state if "lora_A" in key)
+    others = {
+        "missing": {name: value for name, value in state.items() if name != key},
+        "unexpected": {**state, "base_model.model.other.lora_A.weight": state[key]},
+        "misshapen": {**state, key: torch.cat([state[key], state[key]])},
+    }
+    for word, tensors in others.items():
+        with pytest.raises(ModelError, match=rf"here.*{word}"):
+            load_adapter_state(module, tensors, "here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -33,6 +34,17 @@ def test_a_model_trains_again_when_the_last_evaluation_of_it_ends(
     def stop(done: int, of: int) -> None:
         assert not model.training
         raise InterruptedError
+
+    with contextlib.ExitStack() as chat:
+        # A chat begins while the model is scored, and ends after it.
+        score(
+            model,
+            rows_of(recipe)[:2],
+            decoding=Decoding(2),
+            progress=lambda done, of: chat.enter_context(model.evaluating()),
+        )
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
     with pytest.raises(InterruptedError):
         score(model, rows_of(recipe)[:2], decoding=Decoding(2), progress=stop)

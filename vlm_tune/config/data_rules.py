@@ -7,7 +7,7 @@ from typing import Any
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.yaml_source import value_at
 
-STILL = {
+UNMOVED = {
     "crop": 1,
     "flip": 0,
     "transpose": 0,
@@ -43,7 +43,7 @@ def _augment_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
     )
     return [
         (("data", "augment", key), message)
-        for key, still in STILL.items()
+        for key, still in UNMOVED.items()
         if augment.get(key) not in (None, still)
     ]
 

@@ -250,7 +250,11 @@ def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor], faul
     Raises `ModelError`, which begins with `fault`, for missing, unexpected and misshapen tensors.
     """
     wanted = adapter_tensors(module)
-    shapes = {key: list(tensor.shape) for key, tensor in adapter_state(module).items()}
+    shapes = {key: list(targets[0].shape) for key, targets in wanted.items()}
+    for key, targets in wanted.items():
+        if len(targets) > 1:
+            axis = rank_axis(key)
+            shapes[key][axis] = sum(each.shape[axis] for each in targets)
     check_tensors(tensors, shapes, fault)
     for key, targets in wanted.items():
         pieces = tensors[key].chunk(2, rank_axis(key)) if len(targets) > 1 else [tensors[key]]
