@@ -19,7 +19,8 @@ Side = Annotated[int, Field(ge=1, le=16_384)]
 Width = Annotated[int, Field(ge=1, le=131_072)]
 """The width of a layer, a LoRA rank, or a number of heads or learned vectors."""
 Layers = Annotated[int, Field(ge=1, le=1024)]
-Processes = Annotated[int, Field(ge=0, le=4096)]
+Processes = Annotated[int, Field(ge=0, le=512)]
+"""Worker processes beside a rank; more than a machine has cores only wait for each other."""
 HomePath = Annotated[str, AfterValidator(home)]
 """A path, in which `~` is the user's home folder, or a name."""
 LearningRate = Annotated[float, Field(gt=0, le=100)]

@@ -96,3 +96,15 @@ def test_what_a_worker_gets_holds_no_data(tiny_recipe: Callable[..., str]) -> No
     rows = pickle.loads(pickle.dumps(prepared))
     assert [each.id for each in rows.unit(3)] == [each.id for each in prepared.unit(3)]
     assert rows.media_rows == prepared.media_rows
+
+
+def test_no_more_processes_start_than_there_are_batches(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    prepared = prepare(recipe.data, recipe.data.train, model.processor, seed=0)
+    plan = Plan(prepared, recipe.data, Sizes.of(recipe.train), recipe.seed)
+    fetch = PixelCache(model.processor.images)
+    feed = PreparedFeed(prepared, plan, model.processor.spec, fetch, workers=400)
+    batches = [batch for window in feed.windows(Position()) for batch in window]
+    assert feed.loading is not None
+    assert 0 < len(feed.loading.pids) == len(batches) < 20

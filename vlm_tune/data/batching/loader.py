@@ -351,7 +351,7 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
         _Numbered(feed, position, numbers),  # type: ignore[arg-type]
         batch_size=None,
         sampler=range(len(numbers)),
-        num_workers=feed.workers,
+        num_workers=min(feed.workers, len(numbers)),  # torch starts idle ones too
         prefetch_factor=2,
         generator=torch.Generator(),
         pin_memory=feed.pinned,
