@@ -56,6 +56,13 @@ PRELOADED = (
 None of these initialises CUDA, which a fork could not use then. PEFT does: it imports bitsandbytes.
 """
 
+PRELOADED_TINY = (
+    *PRELOADED,
+    *(f"benchmarks.on_gpu.{name}" for name in ("checks", "runs", "training", "peers", "answers")),
+    "trl.trainer.sft_trainer",
+)
+"""Imported once where no phase uses CUDA: what the phases need else."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -323,7 +330,7 @@ def _preloaded(folder: Path, tiny: bool) -> Any:
     """Starts processes as forks of one that has imported the libraries."""
     os.environ |= environment(folder, tiny=tiny)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(list(PRELOADED_TINY if tiny else PRELOADED))
     return context
 
 

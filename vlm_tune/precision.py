@@ -77,3 +77,11 @@ def precision_note(precision: str, device: torch.device) -> str | None:
         f"{torch.cuda.get_device_name(device)} has no units for bf16 and emulates it, slowly: "
         "train.precision: fp16 (not for T5) or fp32 is faster there"
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast that is at work on a device; None for none."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

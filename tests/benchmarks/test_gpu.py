@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import PHASES, PRELOADED, run_pass
+from benchmarks.gpu import PHASES, PRELOADED, PRELOADED_TINY, run_pass
 from benchmarks.on_gpu.material import DECODERS, VIT_L_336, Shape
 from benchmarks.on_gpu.measuring import best_batch
 from benchmarks.on_gpu.profiling import idle, kind_of, summarise
@@ -26,9 +26,8 @@ from vlm_tune.data.types import Batch
 def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
     """Both passes in tiny shapes: all checks pass, and what needs a GPU says so."""
     # Forks of this process, which imports once what the phases need.
-    for name in ("checks", "runs", "training", "peers", "answers"):
-        importlib.import_module(f"benchmarks.on_gpu.{name}")
-    importlib.import_module("trl.trainer.sft_trainer")
+    for name in PRELOADED_TINY:
+        importlib.import_module(name)
     fork = multiprocessing.get_context("fork")
     for number, phases in PHASES.items():
         passing = run_pass(number, tmp_path, tmp_path / "folder", tiny=True, context=fork)

@@ -7,7 +7,11 @@ Shapes: B images, h x w tokens of a grid, C width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+
+from vlm_tune.precision import autocast_dtype
 
 
 def grid_means(features: torch.Tensor, size: tuple[int, int], grid: int) -> torch.Tensor:
@@ -23,7 +27,8 @@ def grid_means(features: torch.Tensor, size: tuple[int, int], grid: int) -> torc
     """
     rows, columns = (_spans(side, grid, features.device) for side in size)
     cells = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).float()
-    with torch.autocast(features.device.type, enabled=False):
+    casts = autocast_dtype(features.device) is not None
+    with torch.autocast(features.device.type, enabled=False) if casts else nullcontext():
         means = (cells / cells.sum(1, keepdim=True)) @ features.float()
     return means.to(features.dtype)
 

@@ -30,6 +30,7 @@ from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.language.base import LanguageModel, TokenLoss
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.precision import autocast_dtype
 from vlm_tune.quoting import name_list
 
 
@@ -181,9 +182,7 @@ class VisionLanguageNetwork(nn.Module):
         size = self.tower.image_size
         device = batch.input_ids.device
         if batch.cached:  # other ranks don't run the tower either
-            dtype = next(self.tower.parameters()).dtype
-            if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
+            dtype = autocast_dtype(device) or next(self.tower.parameters()).dtype
             features = torch.zeros(1, *self.tower.measure(), dtype=dtype, device=device)
         else:
             features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
